@@ -1,0 +1,49 @@
+PYTHON ?= python3
+VENV := .venv
+VENV_OLDEST := .venv-transformers-5.17
+# Installed first and by itself, so that nothing which needs torch can pull in another build of it.
+TORCH ?= torch==2.13.0
+
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+OLDEST_TESTS := tests/test_architectures.py tests/test_contract.py tests/test_dropin.py
+
+.PHONY: demo test test-oldest lint wheel clean
+.NOTPARALLEL: # both environments build the extension into the same folder
+
+demo: $(VENV)/.ready
+	@$(VENV)/bin/stars-fast demo
+
+test: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest
+
+test-oldest: $(VENV_OLDEST)/.ready
+	$(VENV_OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy stars_fast
+
+wheel: $(VENV)/.ready
+	rm -rf build dist
+	$(VENV)/bin/python -m build
+
+clean:
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f stars_fast/*.so $(VENV)/.ready $(VENV_OLDEST)/.ready
+
+# $(1): the environment's folder; $(2): further requirements. Run again when a C++ source changes.
+define set_up
+	@echo "setting up $(1)"
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@$(1)/bin/python $(PIP_INSTALL) '$(TORCH)'
+	@$(1)/bin/python $(PIP_INSTALL) --editable '.[dev]' $(2)
+	@touch $@
+endef
+
+$(VENV)/.ready: $(SOURCES)
+	$(call set_up,$(VENV))
+
+$(VENV_OLDEST)/.ready: $(SOURCES)
+	$(call set_up,$(VENV_OLDEST),'transformers==5.17.*')

@@ -1,0 +1,76 @@
+// The Python module stars_fast._C. No torch here: arrays come and go as numpy's.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "segment_tree.h"
+
+namespace py = pybind11;
+
+void bind_ops(py::module_& module);
+
+namespace {
+
+using stars_fast::SegmentTree;
+using stars_fast::SlotsExhausted;
+// No py::array::forcecast: a float or a too wide integer is refused, not rounded.
+using Counts = py::array_t<int64_t, py::array::c_style>;
+
+int64_t size_of(const Counts& counts, const char* what) {
+    if (counts.ndim() != 1) {
+        throw std::invalid_argument(std::string(what) + " has " + std::to_string(counts.ndim()) +
+                                    " dimensions, must have 1");
+    }
+    return counts.size();
+}
+
+py::array_t<int32_t> slots(const SegmentTree& tree, SegmentTree::Node node) {
+    const int64_t length = tree.length(node);
+    py::array_t<int32_t> path(length);
+    tree.copy_path(node, path.mutable_data() + length);
+    return path;
+}
+
+py::tuple plan(SegmentTree& tree, const Counts& leaves, const Counts& rows, const Counts& new_slots) {
+    const int64_t groups = size_of(leaves, "leaves"), branches = size_of(new_slots, "new_slots");
+    if (size_of(rows, "rows") != groups) {
+        throw std::invalid_argument("leaves has " + std::to_string(groups) + " entries, rows has " +
+                                    std::to_string(rows.size()));
+    }
+    const auto layout = tree.layout(leaves.data(), rows.data(), groups, new_slots.data(), branches);
+    py::array_t<int64_t> nodes(branches);
+    py::array_t<int32_t> packed(layout.size);
+    tree.plan(layout, leaves.data(), rows.data(), new_slots.data(), nodes.mutable_data(), packed.mutable_data());
+    return py::make_tuple(nodes, packed, layout.trunk_width, layout.branch_width);
+}
+
+// Every call keeps the GIL: it takes microseconds, and the GIL is what keeps two threads off one tree.
+void bind_segment_tree(py::module_& module) {
+    py::register_exception<SlotsExhausted>(module, "SlotsExhausted", PyExc_RuntimeError);
+    py::class_<SegmentTree>(module, "SegmentTree", "Who holds which slots; see stars_fast/_C.pyi.")
+        .def(py::init<int64_t>(), py::arg("capacity"))
+        .def("fork", &SegmentTree::fork, py::arg("parent") = SegmentTree::kNoNode)
+        .def(
+            "extend",
+            [](SegmentTree& tree, SegmentTree::Node node, int64_t n) {
+                return py::array_t<int32_t>(n, tree.extend(node, n));
+            },
+            py::arg("node"), py::arg("n"))
+        .def("cut", &SegmentTree::cut, py::arg("node"), py::arg("length"))
+        .def("retain", &SegmentTree::retain, py::arg("node"))
+        .def("release", &SegmentTree::release, py::arg("node"))
+        .def("length", &SegmentTree::length, py::arg("node"))
+        .def("slots", &slots, py::arg("node"))
+        .def("plan", &plan, py::arg("leaves"), py::arg("rows"), py::arg("new_slots"))
+        .def_property_readonly("capacity", &SegmentTree::capacity)
+        .def_property_readonly("free_slots", &SegmentTree::free_slots)
+        .def_property_readonly("live_slots", &SegmentTree::live_slots)
+        .def_property_readonly("nodes", &SegmentTree::nodes);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "C++ parts of stars_fast: the tree of slots and the CPU kernels.";
+    bind_segment_tree(module);
+    bind_ops(module);
+}

@@ -1,0 +1,158 @@
+"""Calibration for a set of prompts: chosen once, reported, saved."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+from stars_fast.call import Arguments
+from stars_fast.config import StarsConfig
+from stars_fast.engine import StarsEngine
+from stars_fast.methods.calibration import (
+    PILOT_SAMPLES,
+    Pilot,
+    acceptance_by_segment,
+    rank_correlation,
+    solve,
+    spread,
+    tilted_mean,
+)
+
+# Below this, partial rewards say too little about final ones to guide by.
+_GUIDABLE_CORRELATION = 0.3
+
+
+class Report(dict[str, Any]):
+    """Expected figures of a calibration; a mapping that prints as text."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"expected acceptance      {self['acceptance']:.2f}",
+            "  by segment             " + " ".join(f"{a:.2f}" for a in self["acceptance_by_position"]),
+            f"expected fallback share  {self['fallback_share']:.3f}",
+            f"expected reward          {self['expected_reward']:.3f} (unguided {self['unguided_reward']:.3f})",
+            f"partial/final rank corr. {self['rank_correlation']:.2f}",
+        ]
+        return "\n".join(lines + [f"warning: {warning}" for warning in self["warnings"]])
+
+
+@dataclass
+class Calibration:
+    """What :func:`calibrate` found.
+
+    Attributes
+    ----------
+    config : StarsConfig
+        With ``target_reward`` and ``base_reward`` per prompt and beta in the reward's units: for these prompts.
+    pilots : list of Pilot
+    """
+
+    config: StarsConfig
+    pilots: list[Pilot]
+
+    def report(self) -> Report:
+        """Expected acceptance (overall and per segment), fallback share, reward, and rank correlation.
+
+        Keys: ``acceptance``, ``acceptance_by_position``, ``fallback_share``, ``expected_reward``,
+        ``unguided_reward``, ``rank_correlation``, ``warnings``.
+        """
+        rows = [row for pilot in self.pilots for row in acceptance_by_segment(pilot, self.config)]
+        by_position = [fmean(row[k] for row in rows if len(row) > k) for k in range(max(len(row) for row in rows))]
+        correlation = self._rank_correlation()
+        warnings = []
+        if not correlation >= _GUIDABLE_CORRELATION:
+            warnings.append(
+                f"partial rewards hardly predict final ones (rank correlation {correlation:.2f}, below "
+                f"{_GUIDABLE_CORRELATION}): this reward model cannot guide partial text; consider best-of-N"
+            )
+        return Report(
+            acceptance=fmean(probability for row in rows for probability in row),
+            acceptance_by_position=by_position,
+            fallback_share=fmean(self._fallback_shares()),
+            expected_reward=fmean(tilted_mean(pilot) for pilot in self.pilots),
+            unguided_reward=fmean(fmean(pilot.finals) for pilot in self.pilots),
+            rank_correlation=correlation,
+            warnings=warnings,
+        )
+
+    def _fallback_shares(self) -> list[float]:
+        """Per prompt and position, ``(1 - a) ** max_attempts``."""
+        shares = []
+        for pilot in self.pilots:
+            rows = acceptance_by_segment(pilot, self.config)
+            for k in range(max(len(row) for row in rows)):
+                accept = fmean(row[k] for row in rows if len(row) > k)
+                shares.append((1 - accept) ** self.config.max_attempts)
+        return shares
+
+    def _rank_correlation(self) -> float:
+        """Mean over prompts and unfinished positions of Spearman's rho between partial and final reward."""
+        rhos = []
+        for pilot in self.pilots:
+            for k in range(max(len(run) for run in pilot.responses) - 1):
+                pairs = [(run[k][1], run[-1][1]) for run in pilot.responses if len(run) > k + 1]
+                if len(pairs) > 2 and not math.isnan(rho := rank_correlation(pairs)):
+                    rhos.append(rho)
+        return fmean(rhos) if rhos else math.nan
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the configuration where :meth:`StarsConfig.from_pretrained` finds it."""
+        self.config.save_pretrained(os.fspath(save_directory))
+
+
+def calibrate(
+    engine: StarsEngine,
+    prompts: Any,
+    acceptance: float = 0.3,
+    *,
+    config: StarsConfig | None = None,
+    samples: int = PILOT_SAMPLES,
+    seed: int | Sequence[int] | None = None,
+    **kwargs: Any,
+) -> Calibration:
+    """Choose targets and beta for these prompts from unguided pilot responses.
+
+    Parameters
+    ----------
+    engine : StarsEngine
+    prompts : as in :meth:`StarsEngine.generate`
+    acceptance : float
+        Expected share of candidates accepted, in (0, 1]; reached unless r_star is capped.
+    config : StarsConfig, optional
+        Everything else; its beta is read in units of the pilots' spread.
+    samples : int
+        Pilot responses per prompt, at least 2.
+    seed : as in :meth:`StarsEngine.generate`
+    **kwargs
+        ``attention_mask``, ``reward_prompts``, ``columns``, or fields of StarsConfig.
+
+    Raises
+    ------
+    ValueError
+        For an acceptance or sample count out of range.
+    RuntimeError
+        If a pilot fails, with the cause.
+    """
+    if not 0 < acceptance <= 1:
+        raise ValueError(f"acceptance={acceptance}: must lie in (0, 1]")
+    if samples < 2:
+        raise ValueError(f"samples={samples}: must be at least 2")
+    inputs = {name: kwargs.pop(name) for name in ("attention_mask", "reward_prompts", "columns") if name in kwargs}
+    arguments = Arguments(prompts, config, overrides=kwargs, seed=seed, **inputs)
+    config, pilots = engine.run_pilots(arguments, samples)
+    for pilot in pilots:
+        if pilot.error is not None:
+            raise RuntimeError(pilot.error)
+    beta = config.beta * median(spread(pilot) for pilot in pilots)
+    for pilot in pilots:
+        solve(pilot, config, acceptance, beta)
+    chosen = config.replace(
+        target_reward=tuple(pilot.target for pilot in pilots),
+        base_reward=tuple(pilot.empty for pilot in pilots),
+        beta=beta,
+    )
+    return Calibration(chosen, pilots)

@@ -1,0 +1,235 @@
+"""One call of the engine: its arguments, checked before any work starts, and the requests they become."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from stars_fast.config import StarsConfig
+from stars_fast.methods.calibration import Pilot
+from stars_fast.methods.stars import base_reward
+from stars_fast.ops.philox import philox_key
+from stars_fast.outputs import Stats
+from stars_fast.policy import Policy, RowProcessor, Sampling
+from stars_fast.prompts import Prompt, read_prompts
+from stars_fast.request import PromptNode, Request, StopTest
+from stars_fast.rewards import Response, Reward, RewardPrompt
+from stars_fast.sampling import resolve_sampling
+from stars_fast.scheduler import response_slots
+from stars_fast.stopping import stop_test
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What :meth:`StarsEngine.generate` and its kin were called with, as it came."""
+
+    prompts: Any
+    config: StarsConfig | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+    attention_mask: torch.Tensor | None = None
+    reward_prompts: Any = None
+    columns: dict[str, Sequence[Any]] | None = None
+    seed: int | Sequence[int] | None = None
+    on_error: str = "return"
+    # From inside transformers, per row of the output: further processing of logits, further reasons to stop.
+    processor: Callable[[int], RowProcessor | None] = lambda row: None
+    stop: Callable[[int], StopTest | None] = lambda row: None
+
+
+class Rule(NamedTuple):
+    """What a request's candidates are tested against."""
+
+    target: float  # r_star
+    base: float | None  # r0; None until r(x) is scored
+    beta: float
+
+
+UNGUIDED = Rule(-math.inf, -math.inf, 1.0)
+
+
+@dataclass(eq=False)
+class Call:
+    """A checked call. Row ``i * num_return_sequences + j`` of the output is sample j of prompt i."""
+
+    arguments: Arguments
+    config: StarsConfig
+    sampling: Sampling
+    prompts: Sequence[Prompt]
+    reward_prompts: Sequence[RewardPrompt]
+    keys: Sequence[int]  # of the random numbers, per row
+    stop: StopTest | None
+    stats: Stats = field(default_factory=Stats)
+    requests: list[Request] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Responses asked for."""
+        return len(self.keys)
+
+    def guided_requests(self, pilots: Sequence[Pilot] | None) -> list[Request]:
+        """A request per row of the output, under its pilot's rule where targets are calibrated."""
+        samples = self.config.num_return_sequences
+        requests = []
+        for i in range(len(self.prompts)):
+            pilot = pilots[i] if pilots is not None else None
+            rule = Rule(pilot.target, pilot.base, pilot.beta) if pilot else _explicit_rule(self.config, i)
+            keys = self.keys[i * samples : (i + 1) * samples]
+            for request in self._samples(i, keys, rule):
+                if pilot is not None and pilot.error is not None:
+                    request.error, request.finish_reason = pilot.error, "error"
+                requests.append(request)
+        return requests
+
+    def pilot_requests(self, samples: int) -> list[Request]:
+        """Unguided requests, on a random stream of their own that depends on the prompt's key alone."""
+        requests = []
+        for i in range(len(self.prompts)):
+            key = self.keys[i * self.config.num_return_sequences]
+            requests += self._samples(i, [philox_key(key, 0, j, domain=1) for j in range(samples)], UNGUIDED)
+        return requests
+
+    def _samples(self, prompt: int, keys: Sequence[int], rule: Rule) -> list[Request]:
+        node = PromptNode(self.prompts[prompt].ids, self.reward_prompts[prompt])
+        first_row = prompt * self.config.num_return_sequences
+        return [
+            Request(
+                index=first_row + j,
+                prompt_index=prompt,
+                sample_index=j,
+                prompt=node,
+                key=key,
+                target=rule.target,
+                base=rule.base,
+                beta=rule.beta,
+                response=Response(node.reward_prompt),
+                # A pilot has samples beyond the rows of the output; all samples of a prompt share its hooks.
+                processor=self.arguments.processor(first_row),
+                stop=_either(self.stop, self.arguments.stop(first_row)),
+            )
+            for j, key in enumerate(keys)
+        ]
+
+
+def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any, kv_cache_tokens: int | None) -> Call:
+    """Check every argument and read the prompts.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, the value, the prompt's index and the limit. Nothing has run when this raises.
+    """
+    config = arguments.config
+    if config is not None and not isinstance(config, StarsConfig):
+        raise TypeError(f"config is a {type(config).__name__}: give a StarsConfig")
+    config = (config or StarsConfig()).replace(**arguments.overrides)
+    if arguments.on_error not in ("return", "raise"):
+        raise ValueError(f"on_error={arguments.on_error!r}: must be 'return' or 'raise'")
+    if not reward.partial:
+        raise ValueError(
+            f"method={config.method!r} scores unfinished answers, which {type(reward).__name__} "
+            "(partial=False) cannot do"
+        )
+    prompts = read_prompts(arguments.prompts, tokenizer, arguments.attention_mask)
+    for index, prompt in enumerate(prompts):
+        _check_prompt(index, prompt, config, policy, kv_cache_tokens)
+    columns = arguments.columns or {}
+    for name, values in columns.items():
+        _check_per_prompt(f"columns[{name!r}]", values, len(prompts))
+    for name in ("target_reward", "base_reward"):
+        if isinstance(value := getattr(config, name), tuple):
+            _check_per_prompt(name, value, len(prompts))
+    rewarded = prompts
+    if arguments.reward_prompts is not None:
+        rewarded = read_prompts(arguments.reward_prompts, tokenizer)
+        _check_per_prompt("reward_prompts", rewarded, len(prompts))
+    return Call(
+        arguments=arguments,
+        config=config,
+        sampling=resolve_sampling(config, policy.model, tokenizer),
+        prompts=prompts,
+        reward_prompts=[
+            RewardPrompt(index, prompt.source, prompt.ids, {name: values[index] for name, values in columns.items()})
+            for index, prompt in enumerate(rewarded)
+        ],
+        keys=_keys(arguments.seed, len(prompts), config.num_return_sequences),
+        stop=stop_test(config.stop_strings, tokenizer),
+    )
+
+
+def _check_prompt(index: int, prompt: Prompt, config: StarsConfig, policy: Policy, kv_cache_tokens: int | None) -> None:
+    length = len(prompt.ids)
+    bad = [token for token in prompt.ids if not 0 <= token < policy.vocab_size]
+    if bad:
+        raise ValueError(f"prompts[{index}] holds id {bad[0]}, outside the policy's vocabulary of {policy.vocab_size}")
+    positions = policy.max_positions
+    if positions is not None and length + config.max_new_tokens > positions:
+        raise ValueError(
+            f"prompts[{index}] has {length} tokens, which with max_new_tokens={config.max_new_tokens} exceeds the "
+            f"policy's {positions} positions; the limit for this prompt is {positions - config.max_new_tokens} tokens"
+        )
+    slots = length + response_slots(config)
+    if kv_cache_tokens is not None and slots > kv_cache_tokens:
+        raise ValueError(
+            f"prompts[{index}] has {length} tokens and needs {slots} slots with max_new_tokens="
+            f"{config.max_new_tokens} and segment_length={config.segment_length}; kv_cache_tokens={kv_cache_tokens}"
+        )
+
+
+def _check_per_prompt(name: str, values: Sequence[Any], prompts: int) -> None:
+    if isinstance(values, str) or len(values) != prompts:
+        raise ValueError(f"{name} has {len(values)} entries for {prompts} prompts")
+
+
+def _keys(seed: int | Sequence[int] | None, prompts: int, samples: int) -> list[int]:
+    """Key of each output row's random numbers."""
+    if seed is None:
+        seed = int(torch.randint(0, 2**63 - 1, ()))
+    if isinstance(seed, (bool, str)) or not isinstance(seed, (int, Sequence)):
+        raise TypeError(f"seed={seed!r}: must be an integer, or one integer per prompt")
+    if isinstance(seed, int):
+        return [philox_key(seed, i, j) for i in range(prompts) for j in range(samples)]
+    _check_per_prompt("seed", seed, prompts)
+    return [philox_key(int(one), 0, j) for one in seed for j in range(samples)]
+
+
+def _explicit_rule(config: StarsConfig, prompt: int) -> Rule:
+    """The acceptance rule as the config states it; r0 stays open where it takes r(x) from the reward model."""
+    target, empty = _of_prompt(config.target_reward, prompt), _of_prompt(config.base_reward, prompt)
+    if target is None:
+        raise ValueError("target_reward is None, and there is no pilot to take it from")
+    base = None
+    if empty is not None or config.alpha == 1.0 or math.isinf(target):
+        base = base_reward(0.0 if empty is None else empty, target, config.alpha)
+    return Rule(target, base, config.beta)
+
+
+def _of_prompt(value: Any, prompt: int) -> float | None:
+    return value[prompt] if isinstance(value, tuple) else value
+
+
+def _either(a: StopTest | None, b: StopTest | None) -> StopTest | None:
+    if a is None or b is None:
+        return a or b
+    return lambda tokens: a(tokens) or b(tokens)
+
+
+def read_pilot(requests: Sequence[Request]) -> Pilot:
+    """Collect the partial rewards of one prompt's pilot responses."""
+    error = next((request.error for request in requests if request.error is not None), None)
+    if error is not None:
+        return Pilot(error=f"calibration: {error}")
+    responses = []
+    for request in requests:
+        tokens, run = 0, []
+        for segment in request.segments:
+            tokens += len(segment.tokens)
+            run.append((tokens, segment.reward))
+        responses.append(run)
+    pilot = Pilot(responses)
+    if not pilot.finals:
+        pilot.error = "calibration: every pilot response has a reward of -inf"
+    return pilot

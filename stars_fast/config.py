@@ -1,0 +1,211 @@
+"""What a user sets: :class:`StarsConfig`, checked once, when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG_NAME = "stars_config.json"
+METHODS = ("stars",)
+
+
+@dataclass(frozen=True)
+class StarsConfig:
+    """Settings of reward-guided generation. Names are transformers' where transformers has one.
+
+    Parameters
+    ----------
+    segment_length : int
+        Tokens per segment, K. The last segment is shorter where ``max_new_tokens`` demands it.
+    max_attempts : int
+        Candidates looked at per segment before the best of them is committed (the fallback).
+    target_reward : float or sequence of float, optional
+        r_star, in the reward's own units; a sequence gives one per prompt. None: calibrated per prompt from unguided
+        pilot responses. ``-inf`` accepts everything (unguided sampling); ``inf`` accepts nothing, so that each
+        segment is the best of ``max_attempts``.
+    alpha : float
+        Weight of r_star in the base reward ``r0 = (1 - alpha) * r(x) + alpha * r_star``, in [0, 1].
+    beta : float
+        Temperature of the acceptance test, > 0: a candidate is accepted with probability
+        ``min(1, exp((r - tau) / beta))``. In the reward's units where ``target_reward`` is given; in units of the
+        spread of the prompt's pilot rewards where it is calibrated.
+    candidates : int or "auto"
+        Candidates drawn side by side. Never changes the law of the text, nor the text of a seed; clipped to the
+        attempts left.
+    finished_threshold : {"target", "ramp"}
+        Threshold of a candidate that ends the answer: r_star, or the ramp's value at its length.
+    max_new_tokens : int
+        Most tokens of a completion. Never exceeded.
+    temperature, top_k, top_p, min_p, repetition_penalty : optional
+        Sampling of the policy. None: the model's own generation_config if it sets the field, else no effect.
+    num_return_sequences : int
+        Samples per prompt; their rows are adjacent in the output.
+    eos_token_id : int or sequence of int, optional
+        None: the model's.
+    ignore_eos : bool
+        Go on to ``max_new_tokens`` whatever is sampled.
+    stop_strings : str or sequence of str, optional
+        A candidate ends with the token that completes one of them. Needs a tokenizer.
+    method : str
+        Only ``"stars"`` so far.
+    base_reward : float or sequence of float, optional
+        Stands in for r(x) in r0. None: the reward of the empty answer, or, where the target is calibrated, what the
+        pilot's first segments earned.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For a value out of range, naming the field, the value and the limit.
+
+    Notes
+    -----
+    Equations: STARS (arXiv 2511.03827); alpha and beta default to those of CARDS (arXiv 2406.16306) for the same rule.
+    """
+
+    segment_length: int = 16
+    max_attempts: int = 20
+    target_reward: float | Sequence[float] | None = None
+    alpha: float = 0.5
+    beta: float = 0.7
+    candidates: int | str = "auto"
+    finished_threshold: str = "target"
+    max_new_tokens: int = 128
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    num_return_sequences: int = 1
+    eos_token_id: int | Sequence[int] | None = None
+    ignore_eos: bool = False
+    stop_strings: str | Sequence[str] | None = None
+    method: str = "stars"
+    base_reward: float | Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("segment_length", "max_attempts", "max_new_tokens", "num_return_sequences"):
+            _check_integer(name, getattr(self, name), 1)
+        if self.candidates != "auto":
+            if isinstance(self.candidates, str):
+                raise ValueError(f"candidates={self.candidates!r}: give an integer of at least 1, or 'auto'")
+            _check_integer("candidates", self.candidates, 1)
+        _check_real("alpha", self.alpha, 0.0, 1.0)
+        _check_real("beta", self.beta, 0.0, math.inf, open_below=True, open_above=True)
+        for name in ("target_reward", "base_reward"):
+            object.__setattr__(self, name, _check_rewards(name, getattr(self, name)))
+        if self.finished_threshold not in ("target", "ramp"):
+            raise ValueError(f"finished_threshold={self.finished_threshold!r}: must be 'target' or 'ramp'")
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is unknown; known methods: {', '.join(METHODS)}")
+        self._check_sampling()
+        self._check_stopping()
+
+    def _check_sampling(self) -> None:
+        if self.temperature is not None:
+            _check_real(
+                "temperature",
+                self.temperature,
+                0.0,
+                math.inf,
+                open_below=True,
+                open_above=True,
+                hint="; greedy decoding (0) leaves nothing to sample from",
+            )
+        if self.top_k is not None:
+            _check_integer("top_k", self.top_k, 0)
+        if self.top_p is not None:
+            _check_real("top_p", self.top_p, 0.0, 1.0, open_below=True)
+        if self.min_p is not None:
+            _check_real("min_p", self.min_p, 0.0, 1.0)
+        if self.repetition_penalty is not None:
+            _check_real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_below=True, open_above=True)
+
+    def _check_stopping(self) -> None:
+        if self.eos_token_id is not None:
+            ids = [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)
+            for token in ids:
+                _check_integer("eos_token_id", token, 0)
+            if not isinstance(self.eos_token_id, int):
+                object.__setattr__(self, "eos_token_id", tuple(ids))
+        if self.stop_strings is not None:
+            strings = (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
+            for string in strings:
+                if not isinstance(string, str) or not string:
+                    raise ValueError(f"stop_strings: {string!r} is not a non-empty string")
+            object.__setattr__(self, "stop_strings", strings)
+
+    def replace(self, **overrides: Any) -> StarsConfig:
+        """A copy with some fields changed. Raises TypeError for a field that does not exist, naming it."""
+        known = {field.name for field in dataclasses.fields(self)}
+        for name in overrides:
+            if name not in known:
+                raise TypeError(f"{name!r} is not a field of StarsConfig; the fields are {', '.join(sorted(known))}")
+        return dataclasses.replace(self, **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain, JSON-ready values."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write ``stars_config.json`` into a folder, which is made if needed."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **overrides: Any) -> StarsConfig:
+        """Read what :meth:`save_pretrained` wrote: a folder, or the file itself. Overrides win over the file."""
+        path = Path(pretrained_model_name_or_path)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"no {CONFIG_NAME} at {path}")
+        return cls().replace(**{**json.loads(path.read_text()), **overrides})
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: must be an integer of at least {least}")
+    if value < least:
+        raise ValueError(f"{name}={value}: must be at least {least}")
+
+
+def _check_real(
+    name: str,
+    value: Any,
+    low: float,
+    high: float,
+    *,
+    open_below: bool = False,
+    open_above: bool = False,
+    hint: str = "",
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r}: must be a number")
+    above = value > low if open_below else value >= low
+    below = value < high if open_above else value <= high
+    if not (above and below):
+        interval = f"{'(' if open_below else '['}{low:g}, {high:g}{')' if open_above else ']'}"
+        raise ValueError(f"{name}={value}: must lie in {interval}{hint}")
+
+
+def _check_rewards(name: str, value: Any) -> float | tuple[float, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if math.isnan(value):
+            raise ValueError(f"{name}={value}: must not be NaN")
+        return float(value)
+    if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__iter__"):
+        raise TypeError(f"{name}={value!r}: must be a number, or one number per prompt")
+    values = tuple(float(v) for v in value)
+    for index, v in enumerate(values):
+        if math.isnan(v):
+            raise ValueError(f"{name}[{index}]={v}: must not be NaN")
+    return values

@@ -1,0 +1,279 @@
+"""The engine: turns prompts into requests, runs them, and gathers what came of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from stars_fast.call import Arguments, Call, prepare, read_pilot
+from stars_fast.config import StarsConfig
+from stars_fast.heartbeat import Generation
+from stars_fast.loading import load_policy, load_reward
+from stars_fast.methods.calibration import PILOT_SAMPLES, Pilot, pilot_config, solve
+from stars_fast.outputs import SegmentEvent, StarsOutput
+from stars_fast.policy import Policy
+from stars_fast.progress import progress_bar
+from stars_fast.request import Request
+from stars_fast.rewards import Reward
+from stars_fast.scheduler import Scheduler, response_slots
+from stars_fast.tree.attention import plugged
+from stars_fast.tree.memory import default_tokens
+
+# Expected share of candidates accepted where targets are calibrated per prompt.
+_DEFAULT_ACCEPTANCE = 0.3
+_DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
+
+
+class StarsEngine:
+    """Reward-guided generation with one tree of keys and values per model.
+
+    Parameters
+    ----------
+    policy : transformers causal LM, path or hub id
+        Used as it is: dtype, device, LoRA and quantisation are the caller's. Plugged in only while generating.
+    reward : transformers sequence classifier with one label, stars_fast.rewards.Reward, callable, path or hub id
+        A callable has TRL's signature ``(prompts, completions, completion_ids=..., **columns) -> list[float | None]``,
+        sync or async.
+    tokenizer : transformers tokenizer, optional
+        The policy's; loaded beside a policy given by name. Needed for text, chats and stop strings.
+    reward_tokenizer : transformers tokenizer, optional
+        The reward model's, where it differs or has a chat template.
+    reward_tail : "auto", "template", "none" or sequence of int
+        What follows the answer whenever it is scored; see :class:`stars_fast.rewards.ClassifierReward`.
+    max_rows : int, optional
+        Most candidates side by side. Default 64 on a CPU, 256 on a GPU.
+    kv_cache_tokens : int, optional
+        Slots of each tree. Default: what the call wants, bounded by free memory.
+
+    Raises
+    ------
+    NotImplementedError
+        For a model family that cannot run on a tree, by name.
+    TypeError, ValueError
+        For arguments that are not what they should be.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel | str | os.PathLike[str],
+        reward: Any,
+        *,
+        tokenizer: Any = None,
+        reward_tokenizer: Any = None,
+        reward_tail: str | Sequence[int] = "auto",
+        max_rows: int | None = None,
+        kv_cache_tokens: int | None = None,
+    ) -> None:
+        for name, value in (("max_rows", max_rows), ("kv_cache_tokens", kv_cache_tokens)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
+        model, self.tokenizer = load_policy(policy, tokenizer)
+        self.policy = Policy(model)
+        self.reward: Reward = load_reward(reward, self.tokenizer, reward_tokenizer, reward_tail)
+        self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)
+        self.kv_cache_tokens = kv_cache_tokens
+        self._busy = False
+
+    def generate(
+        self,
+        prompts: Any,
+        config: StarsConfig | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        reward_prompts: Any = None,
+        columns: dict[str, Sequence[Any]] | None = None,
+        seed: int | Sequence[int] | None = None,
+        on_error: str = "return",
+        streamer: Any = None,
+        progress: bool = False,
+        **overrides: Any,
+    ) -> StarsOutput:
+        """Generate responses that the reward model likes.
+
+        Parameters
+        ----------
+        prompts : str, list of str, list of chat message lists, list of id lists, or id tensor ``[batch, length]``
+        config : StarsConfig, optional
+        attention_mask : torch.Tensor, optional
+            ``[batch, length]``, with an id tensor.
+        reward_prompts : like prompts, optional
+            What the reward sees as the prompt, where that differs.
+        columns : dict, optional
+            Further arguments of a callable reward, one value per prompt.
+        seed : int or sequence of int, optional
+            An int keys prompt i, sample j by (seed, i, j); a sequence gives one seed per prompt, keyed
+            (seed_i, 0, j). None draws one from torch's global generator.
+        on_error : {"return", "raise"}
+            Whether a request that fails ends with finish reason "error", or raises.
+        streamer : transformers streamer, optional
+            Gets the prompt and then each committed segment. One prompt and one sample only.
+        progress : bool
+            Show a bar with accepted tokens/s and the acceptance rate.
+        **overrides
+            Fields of StarsConfig for this call.
+
+        Returns
+        -------
+        StarsOutput
+
+        Raises
+        ------
+        ValueError, TypeError, NotImplementedError
+            For invalid arguments, before any work starts.
+        RuntimeError
+            With ``on_error="raise"``, the first request's error.
+        """
+        arguments = Arguments(prompts, config, overrides, attention_mask, reward_prompts, columns, seed, on_error)
+        return self.run(arguments, streamer, progress)
+
+    def stream(
+        self,
+        prompts: Any,
+        config: StarsConfig | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        reward_prompts: Any = None,
+        columns: dict[str, Sequence[Any]] | None = None,
+        seed: int | Sequence[int] | None = None,
+        on_error: str = "return",
+        **overrides: Any,
+    ) -> Iterator[SegmentEvent]:
+        """Like :meth:`generate`, yielding a :class:`SegmentEvent` whenever a request commits a segment."""
+        arguments = Arguments(prompts, config, overrides, attention_mask, reward_prompts, columns, seed, on_error)
+        return self._events(self._prepare(arguments))
+
+    def run(self, arguments: Arguments, streamer: Any = None, progress: bool = False) -> StarsOutput:
+        """:meth:`generate`, with its arguments in one piece."""
+        call = self._prepare(arguments)
+        if streamer is not None:
+            if call.rows > 1:
+                raise ValueError(f"streamer: takes one response, not {call.rows}; use StarsEngine.stream")
+            streamer.put(torch.tensor([call.prompts[0].ids]))
+        with progress_bar(progress, call.rows) as advance:
+            for event in self._events(call):
+                advance(event)
+                if streamer is not None and event.segment is not None:
+                    streamer.put(torch.tensor(event.segment.tokens))
+        if streamer is not None:
+            streamer.end()
+        return self._output(call)
+
+    def run_pilots(self, arguments: Arguments, samples: int) -> tuple[StarsConfig, list[Pilot]]:
+        """Unguided responses with their partial rewards, per prompt; see :func:`stars_fast.calibrate`."""
+        call = self._prepare(arguments)
+        with self._exclusive(call):
+            return call.config, self._pilots(call, samples)
+
+    def _prepare(self, arguments: Arguments) -> Call:
+        return prepare(arguments, self.policy, self.reward, self.tokenizer, self.kv_cache_tokens)
+
+    def _events(self, call: Call) -> Iterator[SegmentEvent]:
+        with self._exclusive(call):
+            pilots = None
+            if call.config.target_reward is None:
+                pilots = self._pilots(call, PILOT_SAMPLES)
+                for pilot in pilots:
+                    solve(pilot, call.config, _DEFAULT_ACCEPTANCE)
+            call.requests = call.guided_requests(pilots)
+            for request in self._run(call, call.requests, call.config):
+                if request.error is not None and call.arguments.on_error == "raise":
+                    raise RuntimeError(f"prompts[{request.prompt_index}]: {request.error}")
+                yield self._event(request)
+
+    @contextmanager
+    def _exclusive(self, call: Call) -> Iterator[None]:
+        """One call at a time: the trees belong to it. Keeps its time and token balance."""
+        if self._busy:
+            raise RuntimeError("this engine is already generating: exhaust or close the earlier stream first")
+        self._busy = True
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._busy = False
+            call.stats.discarded_tokens = call.stats.policy_tokens - call.stats.committed_tokens
+            call.stats.seconds = time.perf_counter() - started
+
+    def _pilots(self, call: Call, samples: int) -> list[Pilot]:
+        requests = call.pilot_requests(samples)
+        for _ in self._run(call, requests, pilot_config(call.config, samples)):
+            pass
+        # Pilot responses are thrown away, so what they committed counts as discarded.
+        call.stats.committed_tokens = 0
+        return [read_pilot(requests[i : i + samples]) for i in range(0, len(requests), samples)]
+
+    def _run(self, call: Call, requests: Sequence[Request], config: StarsConfig) -> Iterator[Request]:
+        """Run requests to their end; those that failed before they started come first."""
+        yield from (request for request in requests if request.error is not None)
+        live = [request for request in requests if request.error is None]
+        if not live:
+            return
+        rows = min(self.max_rows, len(live) * config.max_attempts)
+        longest = max(len(request.prompt.ids) for request in live) + response_slots(config)
+        tokens = self.kv_cache_tokens or default_tokens(self.policy, rows, longest)
+        prompts = list(dict.fromkeys(request.prompt.reward_prompt for request in live))
+        with ExitStack() as stack:
+            self.policy.allocate(tokens)
+            stack.enter_context(plugged(self.policy.model))
+            stack.callback(self.reward.end)
+            self.reward.begin(prompts, config.max_new_tokens, rows, self.kv_cache_tokens)
+            scheduler = Scheduler(config, self.max_rows, tokens)
+            generation = Generation(
+                self.policy, self.reward, live, config, call.sampling, scheduler, self.tokenizer, call.stats
+            )
+            try:
+                yield from generation.run()
+            finally:
+                call.stats.reward_tokens += self.reward.tokens
+
+    def _event(self, request: Request) -> SegmentEvent:
+        text = None
+        if self.tokenizer is not None:
+            whole = self.tokenizer.decode(request.tokens, skip_special_tokens=True)
+            # A character may be split between segments: what is not complete waits for the next event.
+            ready = whole if request.finish_reason else whole.rstrip("\ufffd")
+            text = ready[request.text_length :]
+            request.text_length = max(len(ready), request.text_length)
+        return SegmentEvent(
+            index=request.index,
+            prompt_index=request.prompt_index,
+            sample_index=request.sample_index,
+            segment=None if request.error is not None else request.segments[-1],
+            text=text,
+            finish_reason=request.finish_reason,
+            error=request.error,
+        )
+
+    def _output(self, call: Call) -> StarsOutput:
+        requests = call.requests
+        rows = [request.prompt.ids + request.tokens for request in requests]
+        width = max(len(row) for row in rows)
+        pad = pad_token_id(self.policy.model, self.tokenizer, call.sampling.eos_token_ids)
+        decode = None if self.tokenizer is None else self.tokenizer.decode
+        return StarsOutput(
+            sequences=torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+            completions=[list(request.tokens) for request in requests],
+            texts=None if decode is None else [decode(r.tokens, skip_special_tokens=True) for r in requests],
+            rewards=[request.reward for request in requests],
+            finish_reasons=[request.finish_reason or "error" for request in requests],
+            errors=[request.error for request in requests],
+            logprobs=[request.logprobs for request in requests],
+            sampling_logprobs=[request.sampling_logprobs for request in requests],
+            segments=[request.segments for request in requests],
+            stats=call.stats.to_dict(),
+        )
+
+
+def pad_token_id(model: PreTrainedModel, tokenizer: Any, eos_token_ids: Sequence[int]) -> int:
+    """What pads sequences: the tokenizer's or model's pad id, else an EOS, else 0."""
+    generation_config = getattr(model, "generation_config", None)
+    for pad in (getattr(tokenizer, "pad_token_id", None), getattr(generation_config, "pad_token_id", None)):
+        if pad is not None:
+            return int(pad)
+    return eos_token_ids[0] if eos_token_ids else 0

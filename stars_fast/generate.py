@@ -1,0 +1,339 @@
+"""Drop-in for ``model.generate``: the same arguments, plus a reward model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from stars_fast.call import Arguments
+from stars_fast.config import StarsConfig
+from stars_fast.engine import StarsEngine
+from stars_fast.outputs import StarsOutput
+from stars_fast.policy import RowProcessor
+from stars_fast.request import StopTest
+from stars_fast.sampling import SAMPLING_FIELDS
+
+# What the engine does itself, in transformers' order. Anything else in the list, and the whole list runs per row.
+_NATIVE_PROCESSORS = (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+)
+_NATIVE_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+_ENGINE_ARGUMENTS = ("reward_tokenizer", "reward_tail", "max_rows", "kv_cache_tokens")
+
+
+@dataclass
+class StarsGenerateOutput(GenerateDecoderOnlyOutput):
+    """transformers' output of ``generate`` with what guidance adds.
+
+    Attributes
+    ----------
+    rewards : torch.FloatTensor
+        ``[batch * num_return_sequences]``, of what was returned.
+    stats : dict
+        As in :class:`StarsOutput`.
+    """
+
+    rewards: torch.FloatTensor | None = None
+    stats: dict[str, Any] | None = None
+
+
+def generate(
+    model: PreTrainedModel,
+    inputs: torch.Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    *,
+    reward_model: Any,
+    stars_config: StarsConfig | None = None,
+    streamer: Any = None,
+    tokenizer: Any = None,
+    reward_tokenizer: Any = None,
+    reward_tail: str | Sequence[int] = "auto",
+    reward_prompts: Any = None,
+    columns: dict[str, Sequence[Any]] | None = None,
+    seed: int | Sequence[int] | None = None,
+    max_rows: int | None = None,
+    kv_cache_tokens: int | None = None,
+    **kwargs: Any,
+) -> torch.LongTensor | StarsGenerateOutput:
+    """``model.generate(...)`` with guidance: takes what it takes, returns what it returns.
+
+    Parameters
+    ----------
+    model : transformers causal LM
+    inputs, generation_config, **kwargs
+        As for ``model.generate``. Its generation_config is honoured, transformers' default of ``top_k=50`` included.
+        ``do_sample`` unset means True. What is set here wins over ``stars_config``.
+    reward_model : as ``reward`` of :class:`StarsEngine`
+    stars_config : StarsConfig, optional
+    streamer : transformers streamer, optional
+    tokenizer : transformers tokenizer, optional
+        For stop strings and for rewards of text.
+    reward_tokenizer, reward_tail, max_rows, kv_cache_tokens : as in :class:`StarsEngine`
+    reward_prompts, columns, seed : as in :meth:`StarsEngine.generate`
+
+    Returns
+    -------
+    torch.Tensor or StarsGenerateOutput
+        Ids ``[batch * num_return_sequences, length]``, prompt included; the output object with
+        ``return_dict_in_generate``.
+
+    Raises
+    ------
+    ValueError
+        For greedy decoding, beams, assistants, and whatever :meth:`StarsEngine.generate` refuses.
+    """
+    config = stars_config or StarsConfig()
+    explicit = _explicit_settings(generation_config, kwargs)
+    if explicit.get("do_sample") is False:
+        raise ValueError("do_sample=False: reward-guided decoding samples; leave do_sample unset or pass True")
+    for name in ("assistant_model", "prompt_lookup_num_tokens"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} is set: assisted decoding and reward-guided decoding cannot be combined")
+    if explicit.get("do_sample") is None:
+        kwargs["do_sample"] = True
+    if explicit.get("max_new_tokens") is None and explicit.get("max_length") is None:
+        kwargs["max_new_tokens"] = config.max_new_tokens
+    if explicit.get("num_return_sequences") is None:
+        kwargs["num_return_sequences"] = config.num_return_sequences
+    stop_strings = kwargs.pop("stop_strings", None) or explicit.get("stop_strings")
+    if stop_strings is not None:
+        config = config.replace(stop_strings=stop_strings)
+    if generation_config is not None and generation_config.stop_strings is not None:
+        generation_config = _without_stop_strings(generation_config)
+    decoder = _Decoder(
+        reward_model,
+        config,
+        explicit=set(explicit),
+        tokenizer=tokenizer,
+        streamer=streamer,
+        engine={
+            "reward_tokenizer": reward_tokenizer,
+            "reward_tail": reward_tail,
+            "max_rows": max_rows,
+            "kv_cache_tokens": kv_cache_tokens,
+        },
+        call={"reward_prompts": reward_prompts, "columns": columns, "seed": seed},
+    )
+    out = GenerationMixin.generate(cast(Any, model), inputs, generation_config, custom_generate=decoder, **kwargs)
+    return cast("torch.LongTensor | StarsGenerateOutput", out)
+
+
+def decoding(
+    reward_model: Any,
+    stars_config: StarsConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    streamer: Any = None,
+    **options: Any,
+) -> Callable[..., torch.LongTensor | StarsGenerateOutput]:
+    """A decoding method: ``model.generate(**inputs, do_sample=True, custom_generate=decoding(reward_model, config))``.
+
+    Parameters
+    ----------
+    reward_model, stars_config : as for :func:`generate`
+    tokenizer, streamer : optional
+        transformers does not hand its own to a custom method: pass them here.
+    **options
+        ``reward_tokenizer``, ``reward_tail``, ``max_rows``, ``kv_cache_tokens`` of :class:`StarsEngine`; ``seed``,
+        ``reward_prompts``, ``columns`` of :meth:`StarsEngine.generate`.
+
+    Notes
+    -----
+    A setting counts as the call's own where it differs from what the model's generation_config would have given.
+    """
+    known = {*_ENGINE_ARGUMENTS, "seed", "reward_prompts", "columns"}
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{name!r} is not an option of decoding; the options are {', '.join(sorted(known))}")
+    engine = {name: options.pop(name) for name in _ENGINE_ARGUMENTS if name in options}
+    config = stars_config or StarsConfig()
+    return _Decoder(
+        reward_model, config, explicit=None, tokenizer=tokenizer, streamer=streamer, engine=engine, call=options
+    )
+
+
+def _explicit_settings(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the transformers call itself sets, by keyword or by a generation_config of its own."""
+    given = {} if generation_config is None else generation_config.to_dict()
+    return {name: value for name, value in {**given, **kwargs}.items() if value is not None}
+
+
+def _without_stop_strings(generation_config: GenerationConfig) -> GenerationConfig:
+    generation_config = copy.deepcopy(generation_config)
+    generation_config.stop_strings = None
+    return generation_config
+
+
+class _Decoder:
+    """The callable that transformers runs in place of its own decoding loop."""
+
+    def __init__(
+        self,
+        reward_model: Any,
+        config: StarsConfig,
+        *,
+        explicit: set[str] | None,  # None: not known, to be told from the prepared generation_config
+        tokenizer: Any,
+        streamer: Any,
+        engine: dict[str, Any],
+        call: dict[str, Any],
+    ) -> None:
+        self.reward_model, self.config, self.explicit = reward_model, config, explicit
+        self.tokenizer, self.streamer, self.engine, self.call = tokenizer, streamer, engine, call
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        generation_config: GenerationConfig | None = None,
+        **model_kwargs: Any,
+    ) -> torch.LongTensor | StarsGenerateOutput:
+        assert generation_config is not None
+        _refuse(generation_config)
+        samples = generation_config.num_return_sequences or 1
+        explicit = _differing(model, generation_config) if self.explicit is None else self.explicit
+        config = self._merge(generation_config, explicit, input_ids.shape[1])
+        mask = model_kwargs.get("attention_mask")
+        processors = _foreign_processors(logits_processor)
+        if processors is not None:
+            neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+            config = config.replace(**neutral)
+        arguments = Arguments(
+            input_ids[::samples].cpu(),
+            config,
+            attention_mask=None if mask is None else mask[::samples].cpu(),
+            on_error="raise",
+            processor=lambda row: None if processors is None else _row_processor(processors, input_ids, row),
+            stop=lambda row: _row_stop(stopping_criteria, input_ids[row]),
+            **self.call,
+        )
+        engine = StarsEngine(model, self.reward_model, tokenizer=self.tokenizer, **self.engine)
+        out = engine.run(arguments, self.streamer)
+        return self._as_transformers(out, input_ids, model, generation_config)
+
+    def _merge(self, generation_config: GenerationConfig, explicit: set[str], prompt_length: int) -> StarsConfig:
+        """Settings of the transformers call over those of the StarsConfig, over the model's."""
+        values: dict[str, Any] = {"num_return_sequences": generation_config.num_return_sequences or 1}
+        for name in SAMPLING_FIELDS:
+            value = getattr(generation_config, name, None)
+            if value is not None and (name in explicit or getattr(self.config, name) is None):
+                values[name] = value
+        if "eos_token_id" in explicit or self.config.eos_token_id is None:
+            eos = generation_config._eos_token_tensor
+            values["eos_token_id"] = None if eos is None else tuple(eos.tolist())
+            if eos is None:
+                values["ignore_eos"] = True
+        if explicit & {"max_new_tokens", "max_length"}:
+            values["max_new_tokens"] = max(generation_config.max_length - prompt_length, 1)
+        if "stop_strings" in explicit and generation_config.stop_strings is not None:
+            values["stop_strings"] = generation_config.stop_strings
+        return self.config.replace(**values)
+
+    def _as_transformers(
+        self, out: StarsOutput, input_ids: torch.Tensor, model: PreTrainedModel, generation_config: GenerationConfig
+    ) -> torch.LongTensor | StarsGenerateOutput:
+        """Prompts as they came (padding on the left kept), completions behind them, padded on the right."""
+        pad = generation_config._pad_token_tensor
+        width = max(len(completion) for completion in out.completions)
+        tail = input_ids.new_full((len(out.completions), width), 0 if pad is None else int(pad))
+        for row, completion in enumerate(out.completions):
+            tail[row, : len(completion)] = torch.tensor(completion, dtype=tail.dtype)
+        sequences = cast(torch.LongTensor, torch.cat([input_ids, tail], dim=1))
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return StarsGenerateOutput(
+            sequences=sequences,
+            rewards=cast(torch.FloatTensor, torch.tensor(out.rewards, device=sequences.device)),
+            stats=out.stats,
+        )
+
+
+def _refuse(generation_config: GenerationConfig) -> None:
+    """Modes of ``generate`` that guidance cannot have."""
+    beams = generation_config.num_beams or 1
+    if beams > 1:
+        raise ValueError(f"num_beams={beams}: beam search and reward-guided decoding cannot be combined")
+    if getattr(generation_config, "prompt_lookup_num_tokens", None) or getattr(generation_config, "is_assistant", None):
+        raise ValueError("prompt_lookup_num_tokens is set: assisted decoding cannot be combined with guidance")
+    if not generation_config.do_sample:
+        raise ValueError("do_sample=False: reward-guided decoding samples; pass do_sample=True")
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(generation_config, name, False):
+            raise ValueError(f"{name}=True is not supported: use StarsEngine, whose output has log-probabilities")
+
+
+def _differing(model: PreTrainedModel, generation_config: GenerationConfig) -> set[str]:
+    """Settings that the model's own generation_config and transformers' defaults do not explain."""
+    own, defaults = model.generation_config, generation_config._get_default_generation_params()
+    names = [field.name for field in dataclasses.fields(StarsConfig)] + ["max_length"]
+    differing = set()
+    for name in names:
+        value = getattr(generation_config, name, None)
+        expected = getattr(own, name, None)
+        expected = defaults.get(name) if expected is None else expected
+        if name == "max_length":
+            continue  # transformers always fills it in; max_new_tokens tells whether the call did
+        if value is not None and value != expected:
+            differing.add(name)
+    return differing
+
+
+def _foreign_processors(processors: LogitsProcessorList | None) -> LogitsProcessorList | None:
+    """The whole list if anything in it is not the engine's own work, else None."""
+    if processors is None or all(type(processor) in _NATIVE_PROCESSORS for processor in processors):
+        return None
+    return processors
+
+
+def _row_processor(processors: LogitsProcessorList, input_ids: torch.Tensor, row: int) -> RowProcessor:
+    """The list applied to one row. A per-batch prompt length of the repetition penalty becomes this row's."""
+    own = LogitsProcessorList()
+    for processor in processors:
+        ignored = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(processor, RepetitionPenaltyLogitsProcessor) and isinstance(ignored, torch.Tensor):
+            processor = RepetitionPenaltyLogitsProcessor(processor.penalty, prompt_ignore_length=int(ignored[row]))
+        own.append(processor)
+    prompt = input_ids[row]
+
+    def process(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+        ids = torch.cat([prompt, prompt.new_tensor(tokens)])[None]
+        return own(cast(torch.LongTensor, ids), cast(torch.FloatTensor, logits))
+
+    return process
+
+
+def _row_stop(criteria: StoppingCriteriaList | None, prompt: torch.Tensor) -> StopTest | None:
+    """The user's criteria on one row. Length and EOS are the engine's own."""
+    own = StoppingCriteriaList([c for c in criteria or [] if not isinstance(c, _NATIVE_CRITERIA)])
+    if not own:
+        return None
+
+    def ends(tokens: list[int]) -> bool:
+        ids = torch.cat([prompt, prompt.new_tensor(tokens)])[None]
+        return bool(own(ids, None).item())
+
+    return ends

@@ -1,0 +1,64 @@
+"""Models as users name them: objects, local folders, hub ids."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from stars_fast.rewards import CallableReward, ClassifierReward, Reward
+
+
+def load_policy(policy: PreTrainedModel | str | os.PathLike[str], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+    """The policy and its tokenizer; a path or hub id is loaded with transformers' Auto classes."""
+    if isinstance(policy, (str, os.PathLike)):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(policy)
+        policy = AutoModelForCausalLM.from_pretrained(policy, dtype="auto")
+    if not hasattr(policy, "config") or not hasattr(policy, "get_output_embeddings"):
+        raise TypeError(f"policy is a {type(policy).__name__}: give a transformers causal LM, a path or a hub id")
+    if isinstance(tokenizer, (str, os.PathLike)):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    if policy.get_output_embeddings() is None:
+        raise TypeError(f"policy is a {type(policy).__name__} without a language-model head")
+    return policy, tokenizer
+
+
+def load_reward(reward: Any, tokenizer: Any, reward_tokenizer: Any, tail: str | Sequence[int]) -> Reward:
+    """A :class:`Reward` from a Reward, a sequence classifier, a path or hub id, or a plain function."""
+    if isinstance(reward_tokenizer, (str, os.PathLike)):
+        from transformers import AutoTokenizer
+
+        reward_tokenizer = AutoTokenizer.from_pretrained(reward_tokenizer)
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, (str, os.PathLike)):
+        reward, reward_tokenizer = _load_classifier(reward, reward_tokenizer)
+    if hasattr(reward, "config") and hasattr(reward, "base_model_prefix"):
+        return ClassifierReward(reward, reward_tokenizer, tokenizer, tail)
+    if callable(reward):
+        return CallableReward(reward, tokenizer)
+    raise TypeError(
+        f"reward is a {type(reward).__name__}: give a sequence-classification model with one label, "
+        "a stars_fast.rewards.Reward, a function, a path or a hub id"
+    )
+
+
+def _load_classifier(name: str | os.PathLike[str], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(name)
+    if config.num_labels != 1:
+        raise ValueError(f"reward={str(name)!r} has num_labels={config.num_labels}; a reward model has exactly 1")
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError):
+            tokenizer = None  # no tokenizer beside the weights: the model reads the policy's ids
+    return AutoModelForSequenceClassification.from_pretrained(name, dtype="auto"), tokenizer

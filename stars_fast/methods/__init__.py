@@ -1,0 +1,1 @@
+"""Methods as pure functions: thresholds, acceptance, calibration of both."""

@@ -1,0 +1,119 @@
+"""Choosing r_star and beta from a few unguided responses to a prompt.
+
+A Bradley-Terry reward is defined up to a constant per prompt, so r_star is per prompt; beta means nothing without the
+reward's scale, so it is chosen in units of the pilot's spread; and a target beyond what the policy reaches buys
+nothing, so r_star is capped at a high quantile of the pilot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, pstdev
+
+from stars_fast.config import StarsConfig
+from stars_fast.methods.stars import acceptance_probability, base_reward, threshold
+
+PILOT_SAMPLES = 8
+_CAP_QUANTILE = 0.9
+
+
+@dataclass
+class Pilot:
+    """Unguided responses to one prompt, and what was chosen from them."""
+
+    responses: list[list[tuple[int, float]]] = field(default_factory=list)  # per response: (tokens, reward) per segment
+    target: float = float("nan")
+    empty: float = float("nan")  # stands in for r(x)
+    base: float = float("nan")
+    beta: float = float("nan")
+    error: str | None = None
+
+    @property
+    def finals(self) -> list[float]:
+        """Finite rewards of the finished responses."""
+        return [run[-1][1] for run in self.responses if math.isfinite(run[-1][1])]
+
+
+def pilot_config(config: StarsConfig, samples: int = PILOT_SAMPLES) -> StarsConfig:
+    """The same sampling, unguided: every first candidate is accepted."""
+    return config.replace(
+        target_reward=-math.inf, base_reward=None, max_attempts=1, candidates=1, num_return_sequences=samples
+    )
+
+
+def solve(pilot: Pilot, config: StarsConfig, acceptance: float, beta: float | None = None) -> Pilot:
+    """Set beta, r_star and r0 so that the expected acceptance is ``acceptance``, or r_star is at its cap."""
+    if pilot.error is not None:
+        return pilot
+    first = [run[0][1] for run in pilot.responses if math.isfinite(run[0][1])]
+    pilot.empty = fmean(first) if first else fmean(pilot.finals)
+    pilot.beta = config.beta * spread(pilot) if beta is None else beta
+    rewards = [reward for run in pilot.responses for _, reward in run if math.isfinite(reward)]
+    high = quantile(pilot.finals, _CAP_QUANTILE)
+    low = min(rewards) - 40 * pilot.beta
+    set_target(pilot, config, high)
+    if expected_acceptance(pilot, config) < acceptance:
+        for _ in range(60):
+            middle = (low + high) / 2
+            set_target(pilot, config, middle)
+            low, high = (middle, high) if expected_acceptance(pilot, config) > acceptance else (low, middle)
+    return pilot
+
+
+def set_target(pilot: Pilot, config: StarsConfig, target: float) -> None:
+    """Put r_star, and the r0 that goes with it."""
+    pilot.target = target
+    pilot.base = base_reward(pilot.empty, target, config.alpha)
+
+
+def spread(pilot: Pilot) -> float:
+    """Standard deviation of the final rewards; of all rewards, or 1, where that is zero."""
+    every = [reward for run in pilot.responses for _, reward in run if math.isfinite(reward)]
+    return pstdev(pilot.finals) or pstdev(every) or 1.0
+
+
+def expected_acceptance(pilot: Pilot, config: StarsConfig) -> float:
+    """Mean acceptance probability over the segments of the pilot."""
+    return fmean(probability for run in acceptance_by_segment(pilot, config) for probability in run)
+
+
+def acceptance_by_segment(pilot: Pilot, config: StarsConfig) -> list[list[float]]:
+    """Per response, the acceptance probability of each segment."""
+    rows = []
+    for run in pilot.responses:
+        taus = [threshold(tokens, config.max_new_tokens, pilot.base, pilot.target) for tokens, _ in run]
+        if run[-1][0] < config.max_new_tokens and config.finished_threshold == "target":
+            taus[-1] = pilot.target
+        rows.append([acceptance_probability(r, tau, pilot.beta) for (_, r), tau in zip(run, taus, strict=True)])
+    return rows
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The ``share`` quantile with linear interpolation."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
+    """Spearman's rho; NaN where one side is constant."""
+    first, second = _ranks([a for a, _ in pairs]), _ranks([b for _, b in pairs])
+    mean = (len(pairs) - 1) / 2
+    covariance = sum((a - mean) * (b - mean) for a, b in zip(first, second, strict=True))
+    scale = math.sqrt(sum((a - mean) ** 2 for a in first) * sum((b - mean) ** 2 for b in second))
+    return covariance / scale if scale else math.nan
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    return [sum(w < v for w in values) + (sum(w == v for w in values) - 1) / 2 for v in values]
+
+
+def tilted_mean(pilot: Pilot) -> float:
+    """Mean final reward under weights ``exp(min(r, r_star) / beta)``, the law guidance aims at."""
+    top = max(min(reward, pilot.target) for reward in pilot.finals)
+    weights = [math.exp((min(reward, pilot.target) - top) / pilot.beta) for reward in pilot.finals]
+    return sum(w * r for w, r in zip(weights, pilot.finals, strict=True)) / sum(weights)

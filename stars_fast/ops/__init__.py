@@ -1,0 +1,20 @@
+"""Operators of ``torch.library``: one file each, with its plain torch reference beside it."""
+
+from stars_fast.ops.gather_logprobs import gather_logprobs
+from stars_fast.ops.kv_append import kv_append
+from stars_fast.ops.philox import philox_key
+from stars_fast.ops.sample_step import sample_step
+from stars_fast.ops.select_and_commit import EARLIER, INVALID, NONE, select_and_commit
+from stars_fast.ops.tree_attention import tree_attention
+
+__all__ = [
+    "EARLIER",
+    "INVALID",
+    "NONE",
+    "gather_logprobs",
+    "kv_append",
+    "philox_key",
+    "sample_step",
+    "select_and_commit",
+    "tree_attention",
+]

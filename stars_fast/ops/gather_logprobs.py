@@ -1,0 +1,63 @@
+"""Log-probabilities of given tokens, for implicit rewards."""
+
+from __future__ import annotations
+
+import torch
+
+from stars_fast.ops._library import FLOAT_CODES, address, define, native
+
+_native = native("gather_logprobs")
+
+
+def gather_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-softmax of the logits at one token per row.
+
+    Parameters
+    ----------
+    logits
+        ``[T, V]`` float32, float16 or bfloat16.
+    tokens
+        int64 ``[T]`` in ``[0, V)``.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 ``[T]``, nats.
+    """
+    return _operator(logits, tokens)
+
+
+def gather_logprobs_reference(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """:func:`gather_logprobs` in plain torch."""
+    chosen = logits.gather(1, tokens[:, None])[:, 0].float()
+    return chosen - logits.float().logsumexp(1)
+
+
+def _cpu(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    rows, vocab = logits.shape
+    if logits.dtype not in FLOAT_CODES:
+        raise ValueError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
+    logits, out = logits.contiguous(), torch.empty(rows)
+    _native(
+        address(logits, "logits", logits.dtype, (rows, vocab)),
+        FLOAT_CODES[logits.dtype],
+        rows,
+        vocab,
+        address(tokens.contiguous(), "tokens", torch.int64, (rows,)),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _fake(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+_operator = define(
+    "gather_logprobs",
+    "(Tensor logits, Tensor tokens) -> Tensor",
+    cpu=_cpu if _native else gather_logprobs_reference,
+    cuda=gather_logprobs_reference,
+    fake=_fake,
+)

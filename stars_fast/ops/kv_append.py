@@ -1,0 +1,48 @@
+"""Write the keys and values of new tokens to their slots."""
+
+from __future__ import annotations
+
+import torch
+
+from stars_fast.ops._library import define
+
+
+def kv_append(
+    k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Write the keys and values of new tokens to their slots.
+
+    Parameters
+    ----------
+    k, v
+        ``[T, Hkv, D]`` and ``[T, Hkv, Dv]``, any strides.
+    k_pool, v_pool
+        ``[N, Hkv, D]`` and ``[N, Hkv, Dv]``: one layer's storage, written in place, rounded to its dtype.
+    slots
+        int32 ``[T]``. Slot 0 absorbs padding; the others must differ from one another.
+    """
+    _operator(k, v, k_pool, v_pool, slots)
+
+
+def kv_append_reference(
+    k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """:func:`kv_append` in plain torch."""
+    index = slots.long()
+    k_pool.index_copy_(0, index, k.to(k_pool.dtype))
+    v_pool.index_copy_(0, index, v.to(v_pool.dtype))
+
+
+def _fake(
+    k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor
+) -> None:
+    return None
+
+
+_operator = define(
+    "kv_append",
+    "(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slots) -> ()",
+    cpu=kv_append_reference,
+    cuda=kv_append_reference,
+    fake=_fake,
+)

@@ -1,0 +1,253 @@
+"""One sampling step: filters, draw, log-probabilities, and the state of each row."""
+
+from __future__ import annotations
+
+import torch
+
+from stars_fast.ops._library import FLOAT_CODES, address, define, native
+from stars_fast.ops.philox import TILE, TOKEN, gumbel_noise
+
+TILE_SIZE = 1024  # token ids drawn together; part of the specification of the draw
+
+_native = native("sample_step")
+_Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def sample_step(
+    logits: torch.Tensor,
+    keys: torch.Tensor,
+    segment: torch.Tensor,
+    attempt: torch.Tensor,
+    position: torch.Tensor,
+    alive: torch.Tensor,
+    limit: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    repetition_penalty: torch.Tensor,
+    seen: torch.Tensor | None,
+    eos: torch.Tensor,
+) -> _Result:
+    """Draw one token per row, each row with its own random numbers and its own sampling settings.
+
+    The settings apply in the order repetition penalty, temperature, top-k, top-p, min-p. The draw is Gumbel-max in two
+    levels: a tile of 1,024 ids by its log-sum-exp plus noise keyed by the tile, then a token in it by its logit plus
+    noise keyed by its id. Logits that move by rounding then hardly ever change the token, and only one tile needs noise.
+
+    Logits are processed in float32 and nucleus masses summed in float64 by every implementation, so that they choose
+    the same token from the same logits.
+
+    Parameters
+    ----------
+    logits
+        ``[B, V]`` float32, float16 or bfloat16.
+    keys
+        int64 ``[B]``, from :func:`stars_fast.ops.philox_key`.
+    segment, attempt
+        int32 ``[B]``: with ``position`` the counter of the random numbers.
+    position
+        int32 ``[B]``, written: index of the token drawn; one more afterwards.
+    alive
+        bool ``[B]``, written: False after an EOS or when ``position`` reaches ``limit``.
+    limit
+        int32 ``[B]``.
+    temperature
+        float32 ``[B]``, positive.
+    top_k
+        int32 ``[B]``, 0 for off. Ties at the k-th place are kept.
+    top_p
+        float32 ``[B]``, 1 for off. A token is kept if the more probable ones weigh less than ``top_p``; the most
+        probable is always kept, ties are kept together.
+    min_p
+        float32 ``[B]``, 0 for off. Smallest probability kept, relative to the largest.
+    repetition_penalty
+        float32 ``[B]``, 1 for off. Logits of seen tokens are divided by it, negative ones multiplied.
+    seen
+        bool ``[B, V]`` or None, written: tokens of the prompt and of the text so far.
+    eos
+        int64 ``[E]``; E may be 0.
+
+    Returns
+    -------
+    token : torch.Tensor
+        int64 ``[B]``.
+    logprob : torch.Tensor
+        float32 ``[B]``: log-softmax of the logits as given, nats.
+    sampling_logprob : torch.Tensor
+        float32 ``[B]``: log-softmax of what was sampled from, nats.
+    entropy : torch.Tensor
+        float32 ``[B]``: of the softmax of the logits as given, nats.
+
+    Notes
+    -----
+    A row that is not alive gives token 0 and zeros and keeps its state. A row with a NaN, a +inf or no finite logit
+    gives token 0 and NaN, is no longer alive, and otherwise keeps its state.
+    """
+    return _operator(
+        logits,
+        keys,
+        segment,
+        attempt,
+        position,
+        alive,
+        limit,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        seen,
+        eos,
+    )
+
+
+def sample_step_reference(
+    logits: torch.Tensor,
+    keys: torch.Tensor,
+    segment: torch.Tensor,
+    attempt: torch.Tensor,
+    position: torch.Tensor,
+    alive: torch.Tensor,
+    limit: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    repetition_penalty: torch.Tensor,
+    seen: torch.Tensor | None,
+    eos: torch.Tensor,
+) -> _Result:
+    """:func:`sample_step` in plain torch."""
+    raw = logits.float()
+    processed = raw
+    if seen is not None:
+        penalty = repetition_penalty[:, None]
+        processed = torch.where(seen, torch.where(raw < 0, raw * penalty, raw / penalty), raw)
+    processed = processed / temperature[:, None]
+    processed = _filter(processed, top_k, top_p, min_p)
+
+    drawn = alive & raw.amax(1).isfinite() & processed.amax(1).isfinite()
+    token = torch.where(drawn, _draw(processed, keys, segment, attempt, position), 0)
+    chosen = token[:, None]
+    unset = torch.where(alive, torch.nan, 0.0)
+    raw_logprobs = raw.log_softmax(1)
+    logprob = torch.where(drawn, raw_logprobs.gather(1, chosen)[:, 0], unset)
+    sampling_logprob = torch.where(drawn, processed.gather(1, chosen)[:, 0] - processed.logsumexp(1), unset)
+    entropy = torch.where(drawn, torch.special.entr(raw_logprobs.exp()).sum(1), unset)
+
+    if seen is not None:
+        seen.scatter_(1, chosen, seen.gather(1, chosen) | drawn[:, None])
+    position.add_(drawn)
+    alive.copy_(drawn & (position < limit) & ~(chosen == eos).any(1))
+    return token, logprob, sampling_logprob, entropy
+
+
+def _filter(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """Logits ``[B, V]`` with -inf where top-k, top-p or min-p removes a token: each keeps what reaches a threshold."""
+    filtering = (top_k > 0) | (top_p < 1) | (min_p > 0)
+    if logits.device.type == "cpu" and not bool(filtering.any()):  # elsewhere the question would wait for the device
+        return logits
+    vocab = logits.shape[1]
+    ordered = logits.sort(1, descending=True).values
+    top = ordered[:, :1]
+    kth = ordered.gather(1, (top_k.clamp(1, vocab) - 1).long()[:, None])
+    kth = torch.where(top_k[:, None] > 0, kth, -torch.inf)
+
+    weights = torch.where(ordered >= kth, (ordered - top).double().exp(), 0)
+    mass = weights.cumsum(1)
+    before = torch.cat((torch.zeros_like(mass[:, :1]), mass[:, :-1]), 1)
+    new_value = torch.cat((torch.ones_like(top, dtype=torch.bool), ordered[:, 1:] != ordered[:, :-1]), 1)
+    greater = torch.where(new_value, before, 0).cummax(1).values  # mass of strictly greater logits
+    nucleus = (greater < top_p[:, None].double() * mass[:, -1:]) | (ordered == top)
+    smallest = torch.where(nucleus, ordered, torch.inf).amin(1, keepdim=True)
+    smallest = torch.where(top_p[:, None] < 1, smallest, -torch.inf)
+
+    kept = (logits >= kth) & (logits >= smallest)
+    kept &= (logits.double() - top.double()) >= min_p[:, None].double().log()
+    return torch.where(kept, logits, -torch.inf)
+
+
+def _draw(
+    processed: torch.Tensor, keys: torch.Tensor, segment: torch.Tensor, attempt: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
+    """Token int64 ``[B]`` by two-level Gumbel-max."""
+    rows, vocab = processed.shape
+    tiles = -(-vocab // TILE_SIZE)
+    padding = tiles * TILE_SIZE - vocab
+    tiled = torch.nn.functional.pad(processed, (0, padding), value=-torch.inf).view(rows, tiles, TILE_SIZE)
+    counter = (keys, segment, attempt, position)
+    first = torch.zeros_like(keys)
+    tile = (tiled.logsumexp(2) + gumbel_noise(*counter, TILE, first, tiles)).argmax(1)  # [B]
+    inside = tiled.gather(1, tile[:, None, None].expand(-1, 1, TILE_SIZE))[:, 0]  # [B, TILE_SIZE]
+    first = tile * TILE_SIZE
+    return first + (inside + gumbel_noise(*counter, TOKEN, first, TILE_SIZE)).argmax(1)
+
+
+def _cpu(
+    logits: torch.Tensor,
+    keys: torch.Tensor,
+    segment: torch.Tensor,
+    attempt: torch.Tensor,
+    position: torch.Tensor,
+    alive: torch.Tensor,
+    limit: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    repetition_penalty: torch.Tensor,
+    seen: torch.Tensor | None,
+    eos: torch.Tensor,
+) -> _Result:
+    rows, vocab = logits.shape
+    if logits.dtype not in FLOAT_CODES:
+        raise ValueError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
+    logits = logits.contiguous()
+    token = torch.empty(rows, dtype=torch.int64)
+    logprob, sampling_logprob, entropy = torch.empty(3, rows).unbind()
+    i32, i64, f32, row = torch.int32, torch.int64, torch.float32, (rows,)
+    _native(
+        address(logits, "logits", logits.dtype, (rows, vocab)),
+        FLOAT_CODES[logits.dtype],
+        rows,
+        vocab,
+        address(keys, "keys", i64, row),
+        address(segment, "segment", i32, row),
+        address(attempt, "attempt", i32, row),
+        address(position, "position", i32, row),
+        address(alive, "alive", torch.bool, row),
+        address(limit, "limit", i32, row),
+        address(temperature, "temperature", f32, row),
+        address(top_k, "top_k", i32, row),
+        address(top_p, "top_p", f32, row),
+        address(min_p, "min_p", f32, row),
+        address(repetition_penalty, "repetition_penalty", f32, row),
+        0 if seen is None else address(seen, "seen", torch.bool, (rows, vocab)),
+        address(eos, "eos", i64, (eos.numel(),)),
+        eos.numel(),
+        token.data_ptr(),
+        logprob.data_ptr(),
+        sampling_logprob.data_ptr(),
+        entropy.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return token, logprob, sampling_logprob, entropy
+
+
+def _fake(logits: torch.Tensor, *state: torch.Tensor | None) -> _Result:
+    rows = logits.shape[0]
+    token = logits.new_empty(rows, dtype=torch.int64)
+    logprob, sampling_logprob, entropy = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    return token, logprob, sampling_logprob, entropy
+
+
+_operator = define(
+    "sample_step",
+    "(Tensor logits, Tensor keys, Tensor segment, Tensor attempt, Tensor(a!) position, Tensor(b!) alive, Tensor limit,"
+    " Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor repetition_penalty, Tensor(c!)? seen,"
+    " Tensor eos) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=_cpu if _native else sample_step_reference,
+    cuda=sample_step_reference,
+    fake=_fake,
+)

@@ -1,0 +1,84 @@
+"""What comes back: :class:`StarsOutput`, its traces, and the events of a stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+
+class SegmentTrace(NamedTuple):
+    """One committed segment."""
+
+    tokens: list[int]
+    reward: float  # of prompt + response up to and including this segment
+    threshold: float  # what it was tested against
+    attempts: int  # candidates looked at in index order up to the winner; all of them for a fallback
+    accepted: bool  # False for the fallback
+    logprob: float  # sum of the raw policy log-probabilities, nats
+
+
+@dataclass(frozen=True)
+class SegmentEvent:
+    """What :meth:`StarsEngine.stream` yields: a committed segment, or the end of a request that failed."""
+
+    index: int  # row of the output: prompt * num_return_sequences + sample
+    prompt_index: int
+    sample_index: int
+    segment: SegmentTrace | None  # None only where the request failed
+    text: str | None  # the text this segment adds; None without a tokenizer
+    finish_reason: str | None  # set on a request's last event
+    error: str | None = None
+
+
+@dataclass
+class Stats:
+    """Counts of one call. ``policy_tokens == committed_tokens + discarded_tokens``."""
+
+    policy_tokens: int = 0  # tokens sampled from the policy
+    reward_tokens: int = 0  # tokens the reward model encoded (0 for a callable)
+    committed_tokens: int = 0
+    discarded_tokens: int = 0
+    heartbeats: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass
+class StarsOutput:
+    """Result of :meth:`StarsEngine.generate`. Row ``i * num_return_sequences + j`` is sample j of prompt i.
+
+    Attributes
+    ----------
+    sequences : torch.Tensor
+        int64 ``[rows, length]``, prompt and completion, right-padded.
+    completions : list of list of int
+        Without the prompt; the EOS that ended one is included.
+    texts : list of str, or None without a tokenizer
+        Completions, special tokens left out.
+    rewards : list of float
+        The reward of what was returned; NaN for a request that failed.
+    finish_reasons : list of str
+        "stop" (EOS, stop string, stopping criterion), "length" or "error".
+    errors : list of str or None
+        Why a request failed.
+    logprobs, sampling_logprobs : list of list of float
+        Per token, nats: of the raw policy, and of the distribution after temperature and filters.
+    segments : list of list of SegmentTrace
+    stats : dict
+        The fields of :class:`Stats`.
+    """
+
+    sequences: torch.Tensor
+    completions: list[list[int]]
+    texts: list[str] | None
+    rewards: list[float]
+    finish_reasons: list[str]
+    errors: list[str | None]
+    logprobs: list[list[float]]
+    sampling_logprobs: list[list[float]]
+    segments: list[list[SegmentTrace]] = field(repr=False)
+    stats: dict[str, Any]

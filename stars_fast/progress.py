@@ -1,0 +1,35 @@
+"""A progress bar for one call of the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from stars_fast.outputs import SegmentEvent
+
+
+@contextmanager
+def progress_bar(show: bool, total: int) -> Iterator[Callable[[SegmentEvent], None]]:
+    """Yield a function to be called with every event of ``total`` responses; it does nothing unless ``show``."""
+    if not show:
+        yield lambda event: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    started, segments, attempts, tokens = time.perf_counter(), 0, 0, 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[rate]}")) as bar:
+        task = bar.add_task("responses", total=total, rate="")
+
+        def advance(event: SegmentEvent) -> None:
+            nonlocal segments, attempts, tokens
+            if event.segment is not None:
+                segments += event.segment.accepted
+                attempts += event.segment.attempts
+                tokens += len(event.segment.tokens)
+            speed = tokens / (time.perf_counter() - started)
+            rate = f"{speed:.0f} accepted tokens/s, acceptance {segments / max(attempts, 1):.0%}"
+            bar.update(task, advance=event.finish_reason is not None, rate=rate)
+
+        yield advance

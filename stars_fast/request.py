@@ -1,0 +1,76 @@
+"""State of one request (a sample of a prompt) and of its candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from stars_fast.outputs import SegmentTrace
+from stars_fast.policy import Draw, RowProcessor
+from stars_fast.rewards import Completion, Response, RewardPrompt
+
+# Tokens of a completion so far -> whether it ends there (a stop string, a stopping criterion).
+StopTest = Callable[[list[int]], bool]
+
+
+@dataclass(eq=False)
+class PromptNode:
+    """A prompt in the policy's tree, shared by its samples."""
+
+    ids: list[int]
+    reward_prompt: RewardPrompt
+    waiting: int = 0  # samples not yet admitted; the last one drops this object's reference
+    node: int = -1
+    logits: torch.Tensor | None = None  # [V]
+    empty_reward: float | None = None  # r(x), once scored
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A drawn segment of a request, while it is being judged."""
+
+    draw: Draw
+    completion: Completion
+    ended: bool  # ends the answer before max_new_tokens does
+    reward: float = float("nan")
+    threshold: float = float("nan")
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """One sample of one prompt."""
+
+    index: int  # row of the output
+    prompt_index: int
+    sample_index: int
+    prompt: PromptNode
+    key: int  # of the random numbers, int64
+    target: float  # r_star
+    base: float | None  # r0; None until r(x) is scored
+    beta: float
+    response: Response
+    processor: RowProcessor | None = None
+    stop: StopTest | None = None
+    # Progress
+    leaf: int = -1
+    leaf_logits: torch.Tensor | None = None  # [V]
+    pending: list[int] = field(default_factory=list)  # committed tokens that are not in the tree yet
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    sampling_logprobs: list[float] = field(default_factory=list)
+    segments: list[SegmentTrace] = field(default_factory=list)
+    text_length: int = 0  # characters already streamed
+    # The segment being drawn
+    attempts: int = 0
+    best: Candidate | None = None
+    best_attempt: int = -1
+    # Evidence for the scheduler
+    acceptance_sum: float = 0.0
+    scored: int = 0
+    # Result
+    reward: float = float("nan")
+    finish_reason: str | None = None
+    error: str | None = None

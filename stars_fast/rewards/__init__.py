@@ -1,0 +1,7 @@
+"""Scorers: one protocol, one file per kind."""
+
+from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt
+from stars_fast.rewards.callable import CallableReward
+from stars_fast.rewards.classifier import ClassifierReward
+
+__all__ = ["CallableReward", "ClassifierReward", "Completion", "Response", "Reward", "RewardPrompt"]

@@ -1,0 +1,130 @@
+"""The protocol every scorer keeps: :class:`Reward`, and what it is given to score."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from stars_fast.prompts import Messages
+
+
+@dataclass(eq=False)
+class RewardPrompt:
+    """One prompt as a scorer sees it. Samples of a prompt share this object."""
+
+    index: int
+    source: str | Messages | list[int]  # as the caller wrote it (``reward_prompts`` where given)
+    ids: list[int]  # in the policy's tokenizer
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Response:
+    """One response while it grows: what a scorer may keep between segments lies in ``state``."""
+
+    prompt: RewardPrompt
+    tokens: list[int] = field(default_factory=list)  # committed, policy ids
+    state: Any = None
+
+
+@dataclass(eq=False)
+class Completion:
+    """A response with one candidate segment appended: the thing to be scored."""
+
+    response: Response
+    segment: list[int]
+    finished: bool = False  # ends the answer: EOS, a stop string, a stopping criterion, or max_new_tokens
+    eos: bool = False  # the segment's last token is the EOS that ended it
+    tokenizer: Any = None  # the policy's
+    state: Any = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """The response up to and including the segment, policy ids."""
+        return self.response.tokens + self.segment
+
+    @property
+    def text(self) -> str:
+        """The response's text, special tokens left out. An unfinished character at the end is held back."""
+        text: str = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        return text if self.finished else text.rstrip("\ufffd")
+
+
+class Reward(abc.ABC):
+    """Scores completions. Only :meth:`score` must be written; the rest lets a scorer keep state between segments.
+
+    Attributes
+    ----------
+    partial : bool
+        Whether the reward makes sense on an unfinished answer. Segment-level methods refuse a scorer without it.
+    tokens : int
+        Tokens encoded since :meth:`begin`, for ``stats["reward_tokens"]``.
+    """
+
+    partial: bool = True
+    tokens: int = 0
+
+    def begin(
+        self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
+    ) -> None:
+        """A call of the engine starts: at most ``rows`` responses grow at once.
+
+        Raises ValueError for prompts that cannot be scored, naming the prompt's index and the limit.
+        """
+
+    @abc.abstractmethod
+    def score(self, completions: Sequence[Completion]) -> Sequence[float | None]:
+        """One reward per completion; ``-inf`` rejects for good. Whatever raises here is tried again one by one."""
+
+    def commit(self, completion: Completion) -> None:
+        """The completion's segment joins its response (whose ``tokens`` the caller extends afterwards)."""
+
+    def discard(self, completion: Completion) -> None:
+        """The completion was rejected: forget it."""
+
+    def close(self, response: Response) -> None:
+        """The response is finished: forget it."""
+
+    def end(self) -> None:
+        """The call of the engine is over, normally or not: free everything."""
+
+
+def score_each(reward: Reward, completions: Sequence[Completion]) -> list[tuple[float, str | None]]:
+    """Score all; where that fails, one by one, so that one bad completion does not cost the others theirs.
+
+    Returns
+    -------
+    list of (reward, error)
+        A reward of NaN, with the cause in words, where a completion could not be scored.
+    """
+    try:
+        return [_as_float(value) for value in _checked(reward, completions)]
+    except Exception:
+        return [_score_alone(reward, completion) for completion in completions]
+
+
+def _score_alone(reward: Reward, completion: Completion) -> tuple[float, str | None]:
+    try:
+        return _as_float(_checked(reward, [completion])[0])
+    except Exception as error:
+        return float("nan"), f"the reward raised {type(error).__name__}: {error}"
+
+
+def _checked(reward: Reward, completions: Sequence[Completion]) -> list[Any]:
+    values = list(reward.score(completions))
+    if len(values) != len(completions):
+        raise ValueError(f"the reward returned {len(values)} values for {len(completions)} completions")
+    return values
+
+
+def _as_float(value: Any) -> tuple[float, str | None]:
+    if value is None:
+        return float("nan"), "the reward returned None"
+    number = float(value.item() if isinstance(value, torch.Tensor) else value)
+    if number != number or number == float("inf"):
+        return float("nan"), f"the reward returned {number}; it must be finite, or -inf to reject"
+    return number, None

@@ -1,0 +1,35 @@
+"""Which sampling settings hold: the call's, the config's, the model's own, or none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from stars_fast.config import StarsConfig
+from stars_fast.policy import Sampling
+
+_NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+SAMPLING_FIELDS = tuple(_NEUTRAL)
+
+
+def resolve_sampling(config: StarsConfig, model: PreTrainedModel, tokenizer: Any) -> Sampling:
+    """Settings for one call. Of the model's own generation_config only what it sets counts, no defaults."""
+    own = getattr(model, "generation_config", None)
+    values: dict[str, Any] = {}
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(config, name)
+        if value is None:
+            value = getattr(own, name, None)
+        values[name] = neutral if value is None else value
+    return Sampling(**values, eos_token_ids=_eos_token_ids(config, model, tokenizer))
+
+
+def _eos_token_ids(config: StarsConfig, model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
+    if config.ignore_eos:
+        return ()
+    for source in (config, getattr(model, "generation_config", None), model.config, tokenizer):
+        eos = getattr(source, "eos_token_id", None)
+        if eos is not None:
+            return (int(eos),) if isinstance(eos, int) else tuple(int(token) for token in eos)
+    return ()

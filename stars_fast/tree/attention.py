@@ -1,0 +1,185 @@
+"""The plug-in through which any transformers model runs on a tree of slots.
+
+One function is registered with transformers' ``AttentionInterface``. While a :class:`TreeContext` is active on the
+current thread it writes the new keys and values to slots and attends over the tree; otherwise it delegates, so that
+ordinary use of the model is untouched.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from stars_fast.ops import kv_append, tree_attention
+from stars_fast.tree.segment_tree import TreePlan
+from stars_fast.tree.slots import SlotPool
+
+# Must not contain "flash", "sdpa", "flex_attention", "|" or "/": transformers looks for those inside the name.
+NAME = "stars_tree"
+
+_active = threading.local()
+_plugged: dict[int, tuple[int, str]] = {}
+_plugged_lock = threading.RLock()
+
+
+class AttentionContext(Protocol):
+    """What stands in for a model's attention while it is active on this thread."""
+
+    def attend(
+        self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        """q ``[T, Hq, D]``, k ``[T, Hkv, D]``, v ``[T, Hkv, Dv]`` -> ``[T, Hq, Dv]``."""
+        ...
+
+
+@dataclass
+class TreeContext:
+    """One packed forward over the tree: where each new token is written and what it may attend to."""
+
+    pool: SlotPool
+    plan: TreePlan
+    write_slots: torch.Tensor  # [T] int32
+    branch_len: torch.Tensor  # [B] int32, the new tokens included
+    query_indptr: torch.Tensor  # [B + 1] int32
+    max_rows: int  # most rows of one group
+    max_queries: int  # most new tokens of one row
+
+    def attend(
+        self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        k_pool, v_pool = self.pool.layer(cast(int, module.layer_idx))
+        kv_append(k, v, k_pool, v_pool, self.write_slots)
+        out = torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device)
+        tree_attention(
+            q,
+            k_pool,
+            v_pool,
+            out,
+            self.plan.trunk_slots,
+            self.plan.trunk_len,
+            self.plan.branch_slots,
+            self.branch_len,
+            self.plan.group_indptr,
+            self.query_indptr,
+            self.max_rows,
+            self.max_queries,
+            **options,
+        )
+        return out
+
+
+@dataclass
+class ShapeRecorder:
+    """Learns which layers reach the attention interface, and the shape of their keys and values."""
+
+    shapes: dict[int, tuple[int, int, int]]  # layer -> (kv heads, key head size, value head size)
+    dtype: torch.dtype = torch.float32
+
+    def attend(
+        self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        layer = getattr(module, "layer_idx", None)
+        if layer is None:
+            raise NotImplementedError(f"{type(module).__name__} has no layer_idx: its keys cannot be told apart")
+        self.dtype = k.dtype
+        self.shapes[layer] = (k.shape[1], k.shape[2], v.shape[2])
+        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+
+
+@contextmanager
+def active(context: AttentionContext) -> Iterator[None]:
+    """Run the forward passes inside on ``context`` (this thread only)."""
+    previous = getattr(_active, "context", None)
+    _active.context = context
+    try:
+        yield
+    finally:
+        _active.context = previous
+
+
+def stars_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature: query ``[1, Hq, T, D]`` -> ``([1, T, Hq, Dv], None)``."""
+    context = getattr(_active, "context", None)
+    if context is None:
+        fallback = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return fallback(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    out = context.attend(
+        module,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        window=kwargs.get("sliding_window") or 0,
+        softcap=kwargs.get("softcap") or 0.0,
+        sinks=kwargs.get("s_aux"),
+    )
+    return out[None], None
+
+
+AttentionInterface.register(NAME, stars_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode inside, every module's own mode restored afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def plugged(model: PreTrainedModel) -> Iterator[None]:
+    """Run ``model`` on the plug-in and in eval mode inside; restore both afterwards. May be nested and shared."""
+    with _plugged_lock:
+        depth, implementation = _plugged.get(id(model), (0, model.config._attn_implementation))
+        if depth == 0:
+            model.set_attn_implementation(NAME)
+        _plugged[id(model)] = (depth + 1, implementation)
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        with _plugged_lock:
+            depth, implementation = _plugged.pop(id(model))
+            if depth > 1:
+                _plugged[id(model)] = (depth - 1, implementation)
+            else:
+                model.set_attn_implementation(implementation)
+
+
+def causal_probe(length: int, vocab_size: int, device: torch.device) -> torch.Tensor:
+    """A few token ids that every vocabulary has, ``[length]`` int64."""
+    return torch.arange(length, device=device) % vocab_size
+
+
+def is_causal(base: nn.Module, vocab_size: int, device: torch.device) -> bool:
+    """Whether a changed last token leaves the hidden states before it alone. Asks the numbers, not the class name."""
+    ids = causal_probe(5, vocab_size, device)
+    other = ids.clone()
+    other[-1] = (other[-1] + 1) % vocab_size
+    hidden = base(input_ids=torch.stack([ids, other])).last_hidden_state[:, :-1].float()
+    return bool(F.mse_loss(hidden[0], hidden[1]) <= 1e-6 * hidden[0].square().mean().clamp_min(1e-12))

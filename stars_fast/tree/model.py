@@ -1,0 +1,228 @@
+"""A transformers model whose keys and values live in a tree of slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from stars_fast.tree.attention import NAME, ShapeRecorder, TreeContext, active, causal_probe, plugged
+from stars_fast.tree.segment_tree import SegmentTree, TreePlan, plan
+from stars_fast.tree.slots import SlotPool
+
+# A packed prefill is cut into pieces of this many tokens a row, so that a long prompt's scores fit in memory.
+PREFILL_CHUNK = 512
+
+
+class TreeModel:
+    """Runs packed forward passes of ``model`` over a :class:`SegmentTree`.
+
+    Parameters
+    ----------
+    model : transformers model
+        Plugged and unplugged by the caller (:func:`stars_fast.tree.attention.plugged`).
+    body : transformers model
+        What a forward pass calls: the model itself, or its base model (without a head).
+    role : str
+        "policy" or "reward", for error messages.
+
+    Raises
+    ------
+    NotImplementedError
+        For a family the attention interface does not reach, a stateful model, or ``dynamic`` rotary scaling, by name.
+    """
+
+    def __init__(self, model: PreTrainedModel, body: PreTrainedModel, role: str) -> None:
+        refuse_unsupported(model, role)
+        self.model = model
+        self.body = body
+        self.role = role
+        parameter = next(model.parameters())
+        self.device = parameter.device
+        self.text_config = model.config.get_text_config()
+        self.vocab_size = vocabulary(model)
+        self.max_positions = _max_positions(self.text_config)
+        self.shapes, self.dtype = self._record_shapes()
+        self.pool = SlotPool({}, 1, self.dtype, self.device)
+        self.tree = SegmentTree(1)
+        # transformers returns a 4-D mask as it is: no mask is built, and nothing waits for the device.
+        self._mask = torch.zeros(1, 1, 1, 1, device=self.device)
+
+    def _record_shapes(self) -> tuple[dict[int, tuple[int, int, int]], torch.dtype]:
+        recorder = ShapeRecorder({})
+        with torch.no_grad(), plugged(self.model):
+            if self.model.config._attn_implementation == NAME:
+                with active(recorder):
+                    ids = causal_probe(1, self.vocab_size, self.device)
+                    self.body(input_ids=ids[None], position_ids=torch.zeros_like(ids)[None], use_cache=False)
+        expected = self.text_config.num_hidden_layers
+        if len(recorder.shapes) != expected:
+            raise NotImplementedError(
+                f"the {self.role} is a {type(self.model).__name__} (model_type={self.model.config.model_type!r}): "
+                f"{len(recorder.shapes)} of its {expected} layers reach transformers' attention interface, so its "
+                "keys and values cannot be kept in a tree"
+            )
+        return recorder.shapes, recorder.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token takes."""
+        return SlotPool.bytes_per_slot(self.shapes, self.dtype)
+
+    def allocate(self, tokens: int) -> None:
+        """An empty tree over ``tokens`` slots (and slot 0); the pool is kept where it already has that size."""
+        if self.pool.slots != tokens + 1:
+            self.pool = SlotPool(self.shapes, tokens + 1, self.dtype, self.device)
+        self.tree = SegmentTree(tokens + 1)
+
+    def plan(self, leaves: Sequence[int], rows: Sequence[int], new_slots: Sequence[int]) -> TreePlan:
+        """Fork ``rows[g]`` branches of ``leaves[g]`` (-1: from nothing), branch b with ``new_slots[b]`` slots."""
+        as_array = np.asarray
+        return plan(
+            self.tree,
+            as_array(leaves, dtype=np.int64),
+            as_array(rows, dtype=np.int32),
+            as_array(new_slots, dtype=np.int32),
+            self.device,
+        )
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, context: TreeContext, **kwargs: Any) -> Any:
+        """One packed forward pass. ids, positions ``[T]`` int64; returns the body's output, batch size 1."""
+        with active(context):
+            return self.body(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                attention_mask=self._mask,
+                use_cache=False,
+                **kwargs,
+            )
+
+    def encode(
+        self, plan: TreePlan, branches: Sequence[Sequence[int]], rows: int, **kwargs: Any
+    ) -> tuple[Any, torch.Tensor]:
+        """Encode whole branches at once.
+
+        Parameters
+        ----------
+        plan : TreePlan
+            Made for these branches.
+        branches : sequence of token ids, one per row, none empty
+        rows : int
+            Most rows of one group.
+
+        Returns
+        -------
+        (output, last)
+            The body's output, and the index ``[B]`` int64 of each branch's last token in the packed row.
+        """
+        lengths = [len(branch) for branch in branches]
+        ids = torch.tensor([token for branch in branches for token in branch], device=self.device)
+        counts = torch.tensor(lengths, device=self.device)
+        ends = counts.cumsum(0)
+        row = torch.repeat_interleave(
+            torch.arange(len(lengths), device=self.device), counts, output_size=len(ids)
+        )  # [T]
+        offset = torch.arange(len(ids), device=self.device) - (ends - counts)[row]  # [T]
+        group_rows = plan.group_indptr.diff()
+        trunk_len = torch.repeat_interleave(plan.trunk_len, group_rows, output_size=len(lengths))  # [B]
+        context = TreeContext(
+            pool=self.pool,
+            plan=plan,
+            write_slots=plan.branch_slots[row, offset],
+            branch_len=plan.branch_len,
+            query_indptr=torch.cat([ends.new_zeros(1), ends]).int(),
+            max_rows=rows,
+            max_queries=max(lengths),
+        )
+        if "logits_to_keep" in kwargs:
+            kwargs["logits_to_keep"] = ends - 1
+        return self.forward(ids, trunk_len[row] + offset, context, **kwargs), ends - 1
+
+    def extend(
+        self, leaves: Sequence[int], tokens: Sequence[Sequence[int]], **kwargs: Any
+    ) -> tuple[list[int], list[Any]]:
+        """Append tokens below each leaf, long runs in chunks.
+
+        Returns
+        -------
+        (nodes, outputs)
+            A new node per leaf (a reference of the caller's; the leaf's own reference is untouched), and per leaf
+            (output, last, place): what :meth:`encode` returned for its last token, whose index is ``last[place]``.
+        """
+        nodes = [self._retain(leaf) for leaf in leaves]
+        try:
+            return nodes, self._extend(nodes, tokens, **kwargs)
+        except BaseException:
+            for node in nodes:
+                self._release(node)
+            raise
+
+    def _extend(self, nodes: list[int], tokens: Sequence[Sequence[int]], **kwargs: Any) -> list[Any]:
+        outputs: list[Any] = [None] * len(nodes)
+        start = 0
+        while rows := [i for i, run in enumerate(tokens) if len(run) > start]:
+            pieces = [tokens[i][start : start + PREFILL_CHUNK] for i in rows]
+            step = self.plan([nodes[i] for i in rows], [1] * len(rows), [len(piece) for piece in pieces])
+            output, last = self.encode(step, pieces, 1, **kwargs)
+            for place, (i, node) in enumerate(zip(rows, step.branches, strict=True)):
+                self._release(nodes[i])
+                nodes[i] = node
+                outputs[i] = (output, last, place)
+            start += PREFILL_CHUNK
+        return outputs
+
+    def _retain(self, node: int) -> int:
+        if node >= 0:
+            self.tree.retain(node)
+        return node
+
+    def _release(self, node: int) -> None:
+        if node >= 0:
+            self.tree.release(node)
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Ids the model has embeddings for."""
+    return int(cast(torch.Tensor, model.get_input_embeddings().weight).shape[0])
+
+
+def refuse_unsupported(model: PreTrainedModel, role: str) -> None:
+    """Raise NotImplementedError, by name, for models that a tree of keys and values cannot represent."""
+    config = model.config.get_text_config()
+    name = f"the {role} is a {type(model).__name__} (model_type={model.config.model_type!r})"
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise NotImplementedError(f"{name}, an encoder-decoder: only decoder-only models are supported")
+    kinds = set(getattr(config, "layer_types", None) or ())
+    stateful = sorted(kinds - {"full_attention", "sliding_attention"})
+    if getattr(model, "_is_stateful", False) or stateful:
+        what = f"layers of type {', '.join(stateful)}" if stateful else "a recurrent state"
+        raise NotImplementedError(f"{name} with {what}: a state cannot be forked and rolled back token by token")
+    if any(_rope_type(rope) == "dynamic" for rope in _rope_parameters(config)):
+        raise NotImplementedError(
+            f"{name} with rope_type='dynamic': in a packed batch one long row would change every row's frequencies"
+        )
+
+
+def _max_positions(config: Any) -> int | None:
+    """Positions a row may use. Past the switch of ``longrope`` one row would change the frequencies of all."""
+    limit = getattr(config, "max_position_embeddings", None)
+    for rope in _rope_parameters(config):
+        if _rope_type(rope) == "longrope":
+            original = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", limit
+            )
+            limit = min(limit, original) if limit else original
+    return limit
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """Every rotary setting of a config; newer transformers nest one per kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+
+
+def _rope_type(rope: dict[str, Any]) -> str:
+    return str(rope.get("rope_type", rope.get("type", "default")))

@@ -1,0 +1,73 @@
+"""Tiny random models: small enough to enumerate, large enough to have every part a real one has."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+
+def tiny_config(vocab: int, *, hidden: int = 16, layers: int = 2, positions: int = 256, **fields) -> LlamaConfig:
+    """A Llama configuration whose random weights give laws that are far from uniform and depend on the context."""
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=positions,
+        initializer_range=0.3,
+        **{"bos_token_id": None, "eos_token_id": vocab - 1, "pad_token_id": None, **fields},
+    )
+
+
+def tiny_policy(vocab: int = 4, *, seed: int = 0, scale: float = 1.0, **fields) -> LlamaForCausalLM:
+    """A causal LM whose EOS is the last id; ``scale`` multiplies the logits, for more or less peaked laws."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        policy = LlamaForCausalLM(tiny_config(vocab, **fields)).float().eval()
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(scale)
+    return policy
+
+
+def tiny_reward(vocab: int = 4, *, seed: int = 1, scale: float = 1.0, **fields) -> LlamaForSequenceClassification:
+    """A reward model with one label over the same vocabulary; ``scale`` multiplies the reward."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        reward = LlamaForSequenceClassification(tiny_config(vocab, num_labels=1, **fields)).float().eval()
+    with torch.no_grad():
+        reward.score.weight.mul_(scale)
+    return reward
+
+
+def tiny_tokenizer(vocab: int = 32) -> PreTrainedTokenizerFast:
+    """Words ``w0 w1 ...`` with their index as id; the last one is ``</s>``. It has a chat template."""
+    words = {f"w{index}": index for index in range(vocab - 1)} | {"</s>": vocab - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    fast.chat_template = (
+        "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}{% if add_generation_prompt %}w3{% endif %}"
+    )
+    return fast
+
+
+def sum_reward(completions):
+    """A callable reward over ids, in [-1, 1.7]."""
+    return [((3 * sum(completion) + len(completion)) % 17) / 6 - 1 for completion in completions]
+
+
+@pytest.fixture(scope="session")
+def policy32() -> LlamaForCausalLM:
+    return tiny_policy(32, hidden=32)
+
+
+@pytest.fixture(scope="session")
+def reward32() -> LlamaForSequenceClassification:
+    return tiny_reward(32, hidden=32)
+
+
+@pytest.fixture(scope="session")
+def tokenizer32() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer(32)

@@ -1,0 +1,539 @@
+"""A mistake gets an error that names the argument, the value, the index and the limit, and costs no other request."""
+
+import math
+
+import pytest
+import torch
+from conftest import sum_reward, tiny_config, tiny_policy, tiny_reward
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
+
+import stars_fast
+from stars_fast import StarsConfig, StarsEngine
+
+VOCAB = 32
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11], [14, 15]]
+SEEDS = [1, 2, 3, 4]
+CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14, ignore_eos=True)
+REFUSED = (ValueError, TypeError, NotImplementedError)
+BAD = 2  # the request that fails
+
+
+def refused(*parts):
+    """The call is refused before any work, with a message that has every one of ``parts`` as a word of its own."""
+    words = "".join(rf"(?=[\s\S]*(?<![\w.]){part}(?![\w]))" for part in parts)
+    return pytest.raises(REFUSED, match=words)
+
+
+@pytest.fixture(scope="module")
+def engine(policy32):
+    def unreachable(completions):
+        raise AssertionError("work started before the input was checked")
+
+    return StarsEngine(policy32, unreachable)
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    "name, value, limit",
+    [
+        ("segment_length", 0, "1"),
+        ("segment_length", -3, "1"),
+        ("segment_length", 2.5, "integer"),
+        ("max_attempts", 0, "1"),
+        ("max_new_tokens", 0, "1"),
+        ("num_return_sequences", 0, "1"),
+        ("candidates", 0, "1"),
+        ("candidates", "many", "auto"),
+        ("alpha", -0.1, "0"),
+        ("alpha", 1.5, "1"),
+        ("alpha", math.nan, "1"),
+        ("beta", 0.0, "0"),
+        ("beta", -1.0, "0"),
+        ("beta", math.nan, "0"),
+        ("target_reward", math.nan, "target_reward"),
+        ("target_reward", "high", "number"),
+        ("finished_threshold", "never", "ramp"),
+        ("temperature", 0.0, "0"),
+        ("temperature", -1.0, "0"),
+        ("temperature", math.inf, "0"),
+        ("top_k", -1, "0"),
+        ("top_k", 2.5, "integer"),
+        ("top_p", 0.0, "0"),
+        ("top_p", 1.5, "1"),
+        ("min_p", -0.5, "0"),
+        ("min_p", 1.5, "1"),
+        ("repetition_penalty", 0.0, "0"),
+        ("eos_token_id", -1, "0"),
+        ("method", "magic", "stars"),
+        ("stop_strings", [""], "empty"),
+    ],
+)
+def test_a_config_value_out_of_range_is_named_with_its_limit(engine, name, value, limit):
+    shown = str(value).strip("-[]'")
+    with pytest.raises(REFUSED, match=rf"(?s){name}(?=.*{limit})") as caught:
+        StarsConfig(**{name: value})
+    assert shown in str(caught.value)
+    with pytest.raises(REFUSED, match=name):
+        engine.generate(PROMPTS, CONFIG, **{name: value})
+
+
+def test_a_target_per_prompt_must_have_one_value_per_prompt(engine):
+    with refused("target_reward", "3", "4"):
+        engine.generate(PROMPTS, CONFIG, target_reward=[1.0, 2.0, 3.0])
+    with refused(r"target_reward\[1\]", "nan"):
+        engine.generate(PROMPTS, CONFIG, target_reward=[1.0, math.nan, 3.0, 4.0])
+
+
+def test_an_eos_outside_the_vocabulary_is_refused(engine):
+    with refused("eos_token_id", "99", "32"):
+        engine.generate(PROMPTS, CONFIG, eos_token_id=99)
+
+
+def test_the_config_must_be_a_config(engine):
+    with refused("config"):
+        engine.generate(PROMPTS, {"beta": 0.5})
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("prompts", [[[5], [], [6]], torch.zeros(3, 0, dtype=torch.long)], ids=["ids", "tensor"])
+def test_an_empty_prompt_is_named_by_its_index(engine, prompts):
+    with refused(rf"prompts\[{1 if isinstance(prompts, list) else 0}\]", "empty"):
+        engine.generate(prompts, CONFIG)
+
+
+def test_an_empty_text_or_chat_is_named_by_its_index(policy32, tokenizer32):
+    engine = StarsEngine(policy32, sum_reward, tokenizer=tokenizer32)
+    with refused(r"prompts\[1\]", "empty"):
+        engine.generate(["w1", ""], CONFIG)
+    with refused(r"prompts\[1\]"):
+        engine.generate([[{"role": "user", "content": "w1"}], []], CONFIG)
+
+
+def test_no_prompts_at_all_are_refused(engine):
+    with refused("prompts", "empty"):
+        engine.generate([], CONFIG)
+
+
+def test_a_fully_masked_row_is_an_empty_prompt(engine):
+    mask = torch.tensor([[1, 1], [0, 0]])
+    with refused(r"prompts\[1\]", "empty"):
+        engine.generate(torch.ones(2, 2, dtype=torch.long), CONFIG, attention_mask=mask)
+
+
+def test_a_mask_of_another_shape_is_refused(engine):
+    with refused("attention_mask"):
+        engine.generate(torch.ones(2, 3, dtype=torch.long), CONFIG, attention_mask=torch.ones(2, 4))
+    with refused("attention_mask"):
+        engine.generate(PROMPTS, CONFIG, attention_mask=torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("token", [32, 1000, -1])
+def test_ids_outside_the_vocabulary_are_named(engine, token):
+    with refused(r"prompts\[1\]", str(token).strip("-"), "32"):
+        engine.generate([[5], [6, token], [7]], CONFIG)
+    with refused(r"prompts\[1\]", str(token).strip("-"), "32"):
+        engine.generate(torch.tensor([[5, 5], [6, token]]), CONFIG)
+
+
+def test_text_needs_a_tokenizer(engine):
+    with refused(r"prompts\[0\]", "tokenizer"):
+        engine.generate(["once upon a time"], CONFIG)
+    with refused(r"prompts\[0\]", "tokenizer"):
+        engine.generate([[{"role": "user", "content": "hello"}]], CONFIG)
+    with refused("stop_strings", "tokenizer"):
+        engine.generate(PROMPTS, CONFIG, stop_strings=["x"])
+
+
+@pytest.mark.parametrize("prompts", [[5, 6, 7], [[5], 3.5], [[5.0]], [None], 7, None, b"bytes", [[True]]], ids=str)
+def test_what_is_no_prompt_is_refused(engine, prompts):
+    with refused(r"prompts(\[\d\])?"):
+        engine.generate(prompts, CONFIG)
+
+
+def test_float_ids_are_refused(engine):
+    with refused("prompts", r"torch\.float32"):
+        engine.generate(torch.ones(2, 3), CONFIG)
+
+
+def test_a_prompt_longer_than_the_models_positions_is_named(policy32):
+    policy = tiny_policy(VOCAB, positions=20)
+    engine = StarsEngine(policy, sum_reward)
+    with refused(r"prompts\[1\]", "7", "14", "20"):
+        engine.generate([[5], [6] * 7, [7]], CONFIG)
+    out = engine.generate([[5], [6] * 6], CONFIG)  # the last that fits
+    assert [len(c) for c in out.completions] == [14, 14]
+
+
+def test_a_prompt_longer_than_the_reward_models_positions_is_named(policy32):
+    engine = StarsEngine(policy32, tiny_reward(VOCAB, positions=20))
+    with refused("reward", r"(reward_)?prompts\[1\]", "20"):
+        engine.generate([[5], [6] * 7, [7]], CONFIG)
+
+
+def test_a_prompt_that_cannot_fit_the_slots_is_named(policy32):
+    engine = StarsEngine(policy32, sum_reward, kv_cache_tokens=40)
+    with refused(r"prompts\[1\]", "kv_cache_tokens", "40"):
+        engine.generate([[5], [6] * 30, [7]], CONFIG)
+    assert engine.generate([[5]], CONFIG).errors == [None]
+
+
+@pytest.mark.parametrize("name", ["max_rows", "kv_cache_tokens"])
+@pytest.mark.parametrize("value", [0, -1, 2.5])
+def test_limits_of_the_engine_must_be_positive_integers(policy32, name, value):
+    with refused(name, str(value).strip("-")):
+        StarsEngine(policy32, sum_reward, **{name: value})
+
+
+# What goes with the prompts
+
+
+def test_seeds_must_be_integers_one_per_prompt(engine):
+    with refused("seed", "3", "4"):
+        engine.generate(PROMPTS, CONFIG, seed=[1, 2, 3])
+    with refused("seed"):
+        engine.generate(PROMPTS, CONFIG, seed="lucky")
+    with refused(r"seed\[2\]"):
+        engine.generate(PROMPTS, CONFIG, seed=[1, 2, 2.5, 3])
+
+
+def test_columns_and_reward_prompts_must_have_one_entry_per_prompt(engine):
+    with refused("columns", ".?answer.?", "3", "4"):
+        engine.generate(PROMPTS, CONFIG, columns={"answer": [1, 2, 3]})
+    with refused("reward_prompts", "3", "4"):
+        engine.generate(PROMPTS, CONFIG, reward_prompts=[[1], [2], [3]])
+
+
+def test_reward_prompts_are_checked_like_prompts(policy32, reward32):
+    engine = StarsEngine(policy32, reward32)
+    with refused(r"reward_prompts\[1\]", "99", "32"):
+        engine.generate(PROMPTS, CONFIG, reward_prompts=[[1], [99], [3], [4]])
+    with refused(r"reward_prompts\[2\]", "empty"):
+        engine.generate(PROMPTS, CONFIG, reward_prompts=[[1], [9], [], [4]])
+
+
+def test_columns_cannot_shadow_what_the_reward_is_called_with(engine):
+    with refused("columns", ".?completions.?"):
+        engine.generate(PROMPTS, CONFIG, columns={"completions": [1, 2, 3, 4]})
+
+
+def test_on_error_takes_two_values(engine):
+    with refused("on_error", ".?ignore.?", ".?return.?", ".?raise.?"):
+        engine.generate(PROMPTS, CONFIG, on_error="ignore")
+
+
+def test_stream_refuses_when_called_not_when_read(engine):
+    with refused(r"prompts\[1\]", "empty"):
+        engine.stream([[5], []], CONFIG)
+
+
+# Models
+
+
+def test_a_reward_model_with_more_than_one_label_is_refused(policy32):
+    reward = LlamaForSequenceClassification(tiny_config(VOCAB, num_labels=2))
+    with refused("reward", "2", "1"):
+        StarsEngine(policy32, reward)
+
+
+def test_what_is_no_model_or_reward_is_refused(policy32, reward32):
+    with refused("policy"):
+        StarsEngine(reward32, sum_reward)
+    with refused("policy"):
+        StarsEngine(7, sum_reward)
+    with refused("reward"):
+        StarsEngine(policy32, 7)
+    with refused("reward"):
+        StarsEngine(policy32, tiny_policy(VOCAB))
+
+
+def test_an_unreachable_family_is_refused_by_name():
+    policy = BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2))
+    with refused("(?i:bloom\\w*)"):
+        StarsEngine(policy, sum_reward)
+
+
+def test_a_stateful_model_is_refused_by_name():
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with refused("(?i:mamba\\w*)"):
+        StarsEngine(mamba, sum_reward)
+
+
+def test_linear_attention_is_refused_by_name():
+    config = Qwen3NextConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
+    with refused("(?i:qwen3_?next\\w*)"):
+        StarsEngine(Qwen3NextForCausalLM(config), sum_reward)
+
+
+@pytest.mark.parametrize("role", ["policy", "reward"])
+def test_dynamic_rotary_scaling_is_refused(policy32, role):
+    config = tiny_config(VOCAB, num_labels=1)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with refused("dynamic"):
+        if role == "policy":
+            StarsEngine(LlamaForCausalLM(config), sum_reward)
+        else:
+            StarsEngine(policy32, LlamaForSequenceClassification(config))
+
+
+def test_a_reward_model_of_another_vocabulary_needs_its_tokenizer(policy32):
+    with refused("reward_tokenizer"):
+        StarsEngine(policy32, tiny_reward(VOCAB // 2)).generate(PROMPTS, CONFIG)
+
+
+# The drop-in
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("do_sample", False),
+        ("num_beams", 2),
+        ("assistant_model", "a model"),
+        ("prompt_lookup_num_tokens", 3),
+        ("penalty_alpha", 0.5),
+    ],
+)
+def test_the_drop_in_refuses_what_is_not_sampling(policy32, argument, value):
+    value = tiny_policy(VOCAB) if argument == "assistant_model" else value
+    with refused(argument):
+        stars_fast.generate(
+            policy32,
+            input_ids=torch.tensor([[5, 6]]),
+            reward_model=sum_reward,
+            stars_config=CONFIG,
+            **{argument: value},
+        )
+
+
+@pytest.mark.parametrize("argument, value", [("do_sample", False), ("num_beams", 2)])
+def test_the_callback_refuses_what_is_not_sampling(policy32, argument, value):
+    options = {"do_sample": True, "max_new_tokens": 8, argument: value}
+    with refused(argument):
+        policy32.generate(torch.tensor([[5, 6]]), custom_generate=stars_fast.decoding(sum_reward, CONFIG), **options)
+
+
+# Failing callables: the bad request alone ends
+
+
+def fails_after_one_segment(failure):
+    """A reward over (prompts, completions) that fails for request BAD once its text is longer than a segment."""
+
+    def reward(prompts, completions):
+        rewards = sum_reward(completions)
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            if prompt == PROMPTS[BAD] and len(completion) > CONFIG.segment_length:
+                if failure == "raises":
+                    raise RuntimeError("the judge is out")
+                if failure == "wrong count":
+                    return [*rewards, 0.0]
+                rewards[row] = failure
+        return rewards
+
+    return reward
+
+
+FAILURES = [
+    ("raises", "the judge is out"),
+    ("wrong count", "[24].*[13]|[13].*[24]"),
+    (math.nan, "(?i:nan)"),
+    (math.inf, "inf"),
+    (None, "None"),
+    ("a string", "a string"),
+]
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+@pytest.mark.parametrize("failure, cause", FAILURES, ids=[str(failure) for failure, _ in FAILURES])
+def test_a_failing_reward_ends_that_request_alone(policy32, failure, cause, candidates):
+    good = StarsEngine(policy32, sum_reward).generate(PROMPTS, CONFIG, seed=SEEDS)
+    engine = StarsEngine(policy32, fails_after_one_segment(failure))
+    out = engine.generate(PROMPTS, CONFIG, seed=SEEDS, candidates=candidates)
+    assert out.finish_reasons[BAD] == "error"
+    with pytest.raises(AssertionError, match=cause):
+        raise AssertionError(out.errors[BAD])
+    assert out.completions[BAD] == good.completions[BAD][: CONFIG.segment_length]
+    assert math.isnan(out.rewards[BAD])
+    assert len(out.logprobs[BAD]) == len(out.sampling_logprobs[BAD]) == len(out.completions[BAD])
+    assert [s.tokens for s in out.segments[BAD]] == [out.completions[BAD]]
+    for row in set(range(4)) - {BAD}:
+        assert out.errors[row] is None
+        assert out.completions[row] == good.completions[row]
+        assert out.rewards[row] == good.rewards[row]
+        assert out.finish_reasons[row] == "length"
+
+
+def test_a_reward_that_fails_from_the_start_leaves_an_empty_completion(policy32):
+    def reward(prompts, completions):
+        if PROMPTS[BAD] in prompts:
+            raise RuntimeError("no such prompt")
+        return sum_reward(completions)
+
+    good = StarsEngine(policy32, sum_reward).generate(PROMPTS, CONFIG, seed=SEEDS)
+    out = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=SEEDS)
+    assert out.completions[BAD] == [] and out.segments[BAD] == []
+    assert "no such prompt" in out.errors[BAD]
+    assert out.sequences[BAD, :3].tolist() == PROMPTS[BAD]
+    assert out.completions == [*good.completions[:BAD], [], *good.completions[BAD + 1 :]]
+
+
+def test_a_reward_that_always_fails_ends_every_request(policy32):
+    def reward(completions):
+        raise RuntimeError("the judge is out")
+
+    out = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=SEEDS)
+    assert out.finish_reasons == ["error"] * 4
+    assert all("the judge is out" in error for error in out.errors)
+
+
+def test_a_reward_that_fails_once_is_retried(policy32):
+    calls = []
+
+    def reward(completions):
+        calls.append(len(completions))
+        if len(calls) == 3:
+            raise TimeoutError("try again")
+        return sum_reward(completions)
+
+    good = StarsEngine(policy32, sum_reward).generate(PROMPTS, CONFIG, seed=SEEDS)
+    out = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=SEEDS)
+    assert out.errors == [None] * 4
+    assert out.completions == good.completions
+
+
+def test_an_async_reward_that_raises_ends_that_request_alone(policy32):
+    failing = fails_after_one_segment("raises")
+
+    async def reward(prompts, completions):
+        return failing(prompts, completions)
+
+    out = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=SEEDS)
+    assert out.finish_reasons == ["length", "length", "error", "length"]
+    assert "the judge is out" in out.errors[BAD]
+
+
+def test_one_failing_sample_leaves_the_other_samples_of_its_prompt(policy32):
+    good = StarsEngine(policy32, sum_reward).generate(PROMPTS, CONFIG, seed=SEEDS, num_return_sequences=3)
+    doomed = good.completions[3 * BAD + 1][: CONFIG.segment_length]
+
+    def reward(completions):
+        return [
+            math.nan if completion[: len(doomed)] == doomed and len(completion) > len(doomed) else value
+            for completion, value in zip(completions, sum_reward(completions), strict=True)
+        ]
+
+    out = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=SEEDS, num_return_sequences=3)
+    failed = [row for row, completion in enumerate(good.completions) if completion[: len(doomed)] == doomed]
+    assert [row for row, error in enumerate(out.errors) if error] == failed
+    for row in set(range(12)) - set(failed):
+        assert out.completions[row] == good.completions[row]
+
+
+@pytest.mark.parametrize("failure, cause", FAILURES[:3], ids=[str(failure) for failure, _ in FAILURES[:3]])
+def test_on_error_raise_raises_the_cause(policy32, failure, cause):
+    engine = StarsEngine(policy32, fails_after_one_segment(failure))
+    with pytest.raises(Exception, match=cause):
+        engine.generate(PROMPTS, CONFIG, seed=SEEDS, on_error="raise")
+    assert StarsEngine(policy32, sum_reward).generate(PROMPTS, CONFIG, seed=SEEDS).errors == [None] * 4
+
+
+def test_an_engine_is_whole_again_after_an_error(policy32):
+    broken, failing = [True], fails_after_one_segment("raises")
+
+    def reward(prompts, completions):
+        return failing(prompts, completions) if broken else sum_reward(completions)
+
+    engine = StarsEngine(policy32, reward, kv_cache_tokens=120)
+    for _ in range(20):  # would run out of slots if a failed request kept any
+        with pytest.raises(RuntimeError, match="the judge is out"):
+            engine.generate(PROMPTS, CONFIG, seed=SEEDS, on_error="raise")
+        assert engine.generate(PROMPTS, CONFIG, seed=SEEDS).finish_reasons[BAD] == "error"
+    broken.clear()
+    good = StarsEngine(policy32, sum_reward).generate(PROMPTS, CONFIG, seed=SEEDS)
+    assert engine.generate(PROMPTS, CONFIG, seed=SEEDS).completions == good.completions
+
+
+def test_the_stream_tells_which_request_failed_and_goes_on(policy32):
+    engine = StarsEngine(policy32, fails_after_one_segment("raises"))
+    last = {event.index: event for event in engine.stream(PROMPTS, CONFIG, seed=SEEDS)}
+    assert last[BAD].finish_reason == "error" and "the judge is out" in last[BAD].error
+    assert [last[row].finish_reason for row in (0, 1, 3)] == ["length"] * 3
+
+
+def test_minus_infinity_is_a_hard_rejection(policy32):
+    def no_even_ends(completions):
+        return [-math.inf if completion and completion[-1] % 2 == 0 else 5.0 for completion in completions]
+
+    out = StarsEngine(policy32, no_even_ends).generate(PROMPTS * 4, CONFIG, seed=0, max_attempts=20)
+    assert out.errors == [None] * 16
+    segments = [segment for row in out.segments for segment in row]
+    assert all(s.tokens[-1] % 2 == 1 for s in segments if s.accepted)
+    assert sum(s.attempts > 1 for s in segments) > 10
+
+
+def test_all_candidates_at_minus_infinity_fall_back_to_the_first(policy32):
+    def never(completions):
+        return [-math.inf if completion else 0.0 for completion in completions]
+
+    out = StarsEngine(policy32, never).generate(PROMPTS, CONFIG, seed=SEEDS, candidates=2)
+    unguided = StarsEngine(policy32, sum_reward).generate(PROMPTS, CONFIG, seed=SEEDS, target_reward=-1e6)
+    assert out.errors == [None] * 4
+    assert out.completions == unguided.completions
+    assert out.rewards == [-math.inf] * 4
+    assert not any(s.accepted for row in out.segments for s in row)
+
+
+def test_an_empty_answer_at_minus_infinity_is_an_error_that_says_so(policy32):
+    """r(x) = -inf leaves the ramp without a start."""
+
+    def nothing_said(completions):
+        return [0.0 if completion else -math.inf for completion in completions]
+
+    out = StarsEngine(policy32, nothing_said).generate(PROMPTS, CONFIG, seed=SEEDS)
+    assert out.finish_reasons == ["error"] * 4
+    assert all("-inf" in error and "empty answer" in error for error in out.errors)
+
+
+def test_a_bad_score_past_the_winner_is_never_looked_at(policy32):
+    """One at a time, a candidate after the accepted one is never drawn; side by side it must not cost the request."""
+
+    def rarely_nan(completions):
+        return [
+            math.nan if sum(completion) % 13 == 0 and completion else value
+            for completion, value in zip(completions, sum_reward(completions), strict=True)
+        ]
+
+    engine = StarsEngine(policy32, rarely_nan)
+    settings = {"seed": 5, "num_return_sequences": 16, "target_reward": 0.5}
+    one, eight = (engine.generate(PROMPTS, CONFIG, candidates=m, **settings) for m in (1, 8))
+    assert 0 < one.finish_reasons.count("error") < 64
+    assert eight.finish_reasons == one.finish_reasons
+    assert eight.completions == one.completions

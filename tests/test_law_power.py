@@ -1,0 +1,104 @@
+"""The check of test_law.py rejects faults that were planted on purpose, with the sizes with which it passes the engine."""
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_policy
+from test_law import PROMPT, RULE, SAMPLES, VOCAB, oracle, p_text, run, wave_reward
+
+from stars_fast import engine, heartbeat, policy
+from stars_fast.ops.philox import acceptance_uniform
+
+# More fallbacks than in test_law.py (about half of the first segments): faults of the fallback show in few samples.
+HARD = replace(RULE, target_reward=1.8)
+
+
+def wrap(monkeypatch, module, name, change):
+    """Replace operator ``name`` of ``module`` by ``change(operator, arguments by name)``."""
+    operator = getattr(module, name)
+    names = list(inspect.signature(operator).parameters)
+    monkeypatch.setattr(module, name, lambda *values: change(operator, dict(zip(names, values, strict=True))))
+
+
+def best_accepted_instead_of_first(monkeypatch, candidates):
+    def select(operator, a):
+        before = a["attempts"].clone()
+        winner, accepted, threshold = operator(**a)
+        for group in accepted.nonzero().flatten().tolist():
+            rows = torch.arange(a["group_indptr"][group], a["group_indptr"][group + 1])
+            uniform = acceptance_uniform(
+                a["keys"][group].expand(len(rows)),
+                a["segment"][group].expand(len(rows)),
+                before[group] + torch.arange(len(rows), dtype=torch.int32),
+            )
+            passed = uniform < ((a["reward"][rows] - threshold[rows]) / a["beta"][group]).exp()
+            assert winner[group] == rows[passed][0]  # the fault is all that differs
+            winner[group] = rows[passed][a["reward"][rows[passed]].argmax()]
+        return winner, accepted, threshold
+
+    wrap(monkeypatch, heartbeat, "select_and_commit", select)
+
+
+def attempts_counted_in_rounds(monkeypatch, candidates):
+    def select(operator, a):
+        return operator(**a | {"max_attempts": candidates * a["max_attempts"]})
+
+    def scheduler(config, *limits):
+        return original(replace(config, max_attempts=candidates * config.max_attempts), *limits)
+
+    original = engine.Scheduler
+    wrap(monkeypatch, heartbeat, "select_and_commit", select)
+    monkeypatch.setattr(engine, "Scheduler", scheduler)
+
+
+def noise_without_the_segment_index(monkeypatch, candidates):
+    # Positions count from the segment's start, so without the index each segment is drawn with the noise of the one
+    # before. (Positions counted from the response's start would hide this fault: STARS' segments begin at multiples of
+    # K, so no two share a position. It would then show only in a method whose segments vary in length.)
+    def without_segment(operator, a):
+        return operator(**a | {"segment": torch.zeros_like(a["segment"])})
+
+    wrap(monkeypatch, policy, "sample_step", without_segment)
+
+
+def acceptance_without_the_segment_index(monkeypatch, candidates):
+    def without_segment(operator, a):
+        return operator(**a | {"segment": torch.zeros_like(a["segment"])})
+
+    wrap(monkeypatch, heartbeat, "select_and_commit", without_segment)
+
+
+def fallback_forgets_earlier_rounds(monkeypatch, candidates):
+    def select(operator, a):
+        a["best_attempt"].fill_(-1)
+        return operator(**a)
+
+    wrap(monkeypatch, heartbeat, "select_and_commit", select)
+
+
+FAULTS = [
+    (best_accepted_instead_of_first, 4),
+    (attempts_counted_in_rounds, 2),
+    (noise_without_the_segment_index, 1),
+    (acceptance_without_the_segment_index, 1),
+    (fallback_forgets_earlier_rounds, 2),
+]
+
+
+def p_of_the_engine(candidates):
+    model = tiny_policy(VOCAB, seed=3)
+    runs = run(model, wave_reward, [PROMPT], SAMPLES, HARD, candidates=candidates)
+    return p_text(runs, {0: oracle(model, PROMPT, HARD)})
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 4])
+def test_the_engine_as_it_is_passes(candidates):
+    assert p_of_the_engine(candidates) > 1e-3
+
+
+@pytest.mark.parametrize("plant, candidates", FAULTS, ids=[plant.__name__ for plant, _ in FAULTS])
+def test_a_planted_fault_is_rejected(monkeypatch, plant, candidates):
+    plant(monkeypatch, candidates)
+    assert p_of_the_engine(candidates) < 1e-6

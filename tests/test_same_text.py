@@ -1,0 +1,132 @@
+"""The same seed gives the same tokens, whatever is drawn side by side, batched, or short of memory (float32, CPU).
+
+Rounding differs between batch shapes, so one flip in a hundred texts is tolerated; a fault changes most of them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import sum_reward, tiny_policy, tiny_reward
+
+from stars_fast import StarsConfig, StarsEngine
+
+VOCAB = 32
+PROMPTS = [[(5 * i + j * j) % (VOCAB - 1) for j in range(1 + i % 7)] for i in range(16)]
+SEEDS = [100 + 7 * i for i in range(16)]
+CONFIG = StarsConfig(segment_length=4, max_attempts=6, target_reward=1.5, beta=0.6, max_new_tokens=18)
+
+
+def reward_of(kind):
+    return sum_reward if kind == "callable" else tiny_reward(VOCAB, hidden=32)
+
+
+def generate(kind="classifier", prompts=PROMPTS, seed=SEEDS, max_rows=None, kv_cache_tokens=None, **overrides):
+    policy = tiny_policy(VOCAB, hidden=32)
+    engine = StarsEngine(policy, reward_of(kind), max_rows=max_rows, kv_cache_tokens=kv_cache_tokens)
+    return engine.generate(prompts, CONFIG, seed=seed, **overrides)
+
+
+@pytest.fixture(scope="module", params=["classifier", "callable"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def one_at_a_time(kind):
+    """Four texts a prompt by the one-at-a-time algorithm; it must have something to reject and to fall back on."""
+    out = generate(kind, candidates=1, num_return_sequences=4)
+    segments = [segment for row in out.segments for segment in row]
+    assert sum(not s.accepted for s in segments) > 5
+    assert sum(s.attempts > 1 for s in segments) > len(segments) / 4
+    assert len({tuple(c) for c in out.completions}) > 50
+    assert {"stop", "length"} <= set(out.finish_reasons)
+    return out.completions
+
+
+def flips(one, other) -> int:
+    assert len(one) == len(other)
+    return sum(a != b for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("candidates", [2, 8, "auto"])
+def test_candidates_side_by_side_do_not_change_the_text(kind, one_at_a_time, candidates):
+    assert flips(one_at_a_time, generate(kind, candidates=candidates, num_return_sequences=4).completions) <= 1
+
+
+def test_prompts_alone_and_together_give_the_same_text(kind, one_at_a_time):
+    engine = StarsEngine(tiny_policy(VOCAB, hidden=32), reward_of(kind))
+    alone = [
+        completion
+        for prompt, seed in zip(PROMPTS, SEEDS, strict=True)
+        for completion in engine.generate([prompt], CONFIG, seed=[seed], num_return_sequences=4).completions
+    ]
+    assert flips(one_at_a_time, alone) <= 1
+
+
+def test_the_order_of_the_prompts_does_not_matter(kind, one_at_a_time):
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()
+    out = generate(kind, [PROMPTS[i] for i in order], [SEEDS[i] for i in order], num_return_sequences=4)
+    expected = [completion for i in order for completion in one_at_a_time[4 * i : 4 * i + 4]]
+    assert flips(expected, out.completions) <= 1
+
+
+def test_more_samples_leave_the_first_ones_as_they_are(kind, one_at_a_time):
+    out = generate(kind, num_return_sequences=2)
+    expected = [completion for i in range(16) for completion in one_at_a_time[4 * i : 4 * i + 2]]
+    assert flips(expected, out.completions) <= 1
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 512])
+def test_the_number_of_rows_does_not_change_the_text(kind, one_at_a_time, max_rows):
+    assert flips(one_at_a_time, generate(kind, max_rows=max_rows, num_return_sequences=4).completions) <= 1
+
+
+@pytest.mark.parametrize("kv_cache_tokens", [48, 100, 400, 100_000])
+@pytest.mark.parametrize("candidates", [4, "auto"])
+def test_scarce_slots_do_not_change_the_text(kind, one_at_a_time, kv_cache_tokens, candidates):
+    out = generate(kind, kv_cache_tokens=kv_cache_tokens, candidates=candidates, num_return_sequences=4)
+    assert out.errors == [None] * 64
+    assert flips(one_at_a_time, out.completions) <= 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_do_not_change_the_text(kind, one_at_a_time, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = generate(kind, num_return_sequences=4)
+    finally:
+        torch.set_num_threads(before)
+    assert flips(one_at_a_time, out.completions) <= 1
+
+
+def test_the_reference_kernels_give_the_same_text(kind, one_at_a_time):
+    program = (
+        "import json, test_same_text as t;"
+        f"print(json.dumps(t.generate({kind!r}, candidates=3, num_return_sequences=4).completions))"
+    )
+    environment = os.environ | {
+        "STARS_FAST_KERNELS": "reference",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert flips(one_at_a_time, json.loads(done.stdout.splitlines()[-1])) <= 1
+
+
+def test_one_engine_gives_the_same_text_again_and_sees_new_weights(kind):
+    policy = tiny_policy(VOCAB, hidden=32)
+    engine = StarsEngine(policy, reward_of(kind))
+    first = engine.generate(PROMPTS, CONFIG, seed=SEEDS).completions
+    assert engine.generate(PROMPTS, CONFIG, seed=SEEDS).completions == first
+    with torch.no_grad():
+        policy.lm_head.weight.copy_(tiny_policy(VOCAB, hidden=32, seed=9).lm_head.weight)
+    changed = engine.generate(PROMPTS, CONFIG, seed=SEEDS).completions
+    fresh = StarsEngine(policy, reward_of(kind)).generate(PROMPTS, CONFIG, seed=SEEDS).completions
+    assert changed == fresh
+    assert flips(first, changed) > 12

@@ -1,0 +1,141 @@
+"""Tree attention against a dense softmax, one query at a time."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from stars_fast.ops import tree_attention
+
+
+def tree(group_rows, trunk_lens, branch_lens, queries, *, heads=4, kv_heads=2, d=8, dv=8, dtype=torch.float32, seed=0):
+    """Random tensors for a tree whose tables are wider than needed, with garbage where nothing may be read."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, wide, long = len(branch_lens), max(trunk_lens) + 3, max(branch_lens) + 2
+    needed = sum(trunk_lens) + sum(branch_lens)
+    slots = torch.randperm(needed, generator=generator, dtype=torch.int32) + 1
+    k_pool = torch.randn(needed + 2, kv_heads, d, generator=generator).to(dtype)
+    v_pool = torch.randn(needed + 2, kv_heads, dv, generator=generator).to(dtype)
+    k_pool[-1] = v_pool[-1] = torch.nan
+    trunk_slots = torch.full((len(group_rows), wide), needed + 1, dtype=torch.int32)
+    branch_slots = torch.full((rows, long), needed + 1, dtype=torch.int32)
+    parts = iter(slots.split([*trunk_lens, *branch_lens]))
+    for table, lengths in ((trunk_slots, trunk_lens), (branch_slots, branch_lens)):
+        for line, length in zip(table, lengths, strict=True):
+            line[:length] = next(parts)
+    tokens = sum(queries)
+    return {
+        "q": torch.randn(tokens + 1, heads, d, generator=generator).to(dtype),  # the last one is padding
+        "k_pool": k_pool,
+        "v_pool": v_pool,
+        "out": torch.full((tokens + 1, heads, dv), torch.nan, dtype=dtype),
+        "trunk_slots": trunk_slots,
+        "trunk_len": torch.tensor(trunk_lens, dtype=torch.int32),
+        "branch_slots": branch_slots,
+        "branch_len": torch.tensor(branch_lens, dtype=torch.int32),
+        "group_indptr": torch.tensor([0, *itertools.accumulate(group_rows)], dtype=torch.int32),
+        "query_indptr": torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32),
+        "max_rows": max(group_rows) + 1,
+        "max_queries": max(queries) + 1,
+        "scale": d**-0.5,
+    }
+
+
+def naive(case, window=0, softcap=0.0, sinks=None):
+    """Dense softmax in float64, query by query."""
+    out = torch.zeros(case["out"].shape, dtype=torch.float64)
+    heads, kv_heads = case["q"].shape[1], case["k_pool"].shape[1]
+    groups, queries = case["group_indptr"].tolist(), case["query_indptr"].tolist()
+    for g, b in ((g, b) for g in range(len(groups) - 1) for b in range(groups[g], groups[g + 1])):
+        trunk = case["trunk_slots"][g, : case["trunk_len"][g]]
+        for token in range(queries[b], queries[b + 1]):
+            index = int(case["branch_len"][b]) - (queries[b + 1] - token)
+            slots = torch.cat((trunk, case["branch_slots"][b, : index + 1])).long()
+            if window:
+                slots = slots[-window:]
+            for head in range(heads):
+                keys = case["k_pool"][slots, head // (heads // kv_heads)].double()
+                scores = keys @ case["q"][token, head].double() * case["scale"]
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks[head : head + 1].double()))
+                weights = scores.softmax(0)[: len(slots)]
+                out[token, head] = weights @ case["v_pool"][slots, head // (heads // kv_heads)].double()
+    return out
+
+
+SHAPES = {
+    "decode": dict(group_rows=[3, 1, 2], trunk_lens=[7, 12, 1], branch_lens=[1, 2, 5, 1, 4, 4], queries=[1] * 6),
+    "scoring": dict(group_rows=[2, 3], trunk_lens=[9, 4], branch_lens=[5, 3, 6, 1, 4], queries=[5, 2, 6, 1, 3]),
+    "prefill": dict(group_rows=[1, 1, 1], trunk_lens=[0, 0, 0], branch_lens=[6, 1, 11], queries=[6, 1, 11]),
+    "chunked prefill": dict(group_rows=[1, 1], trunk_lens=[0, 5], branch_lens=[8, 6], queries=[3, 4]),
+    "a group without rows": dict(group_rows=[2, 0, 1], trunk_lens=[4, 3, 2], branch_lens=[2, 1, 3], queries=[1, 1, 1]),
+    "a row without queries": dict(group_rows=[2, 1], trunk_lens=[4, 3], branch_lens=[2, 0, 3], queries=[2, 0, 1]),
+}
+OPTIONS = {
+    "plain": {},
+    "window": dict(window=3),
+    "softcap": dict(softcap=0.7),
+    "sinks": dict(sinks=torch.tensor([0.5, -1.0, 3.0, 0.0])),
+    "all": dict(window=6, softcap=2.0, sinks=torch.tensor([0.5, -1.0, 3.0, 0.0])),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_query_sees_its_trunk_and_the_past_of_its_branch(shape, option):
+    case = tree(**SHAPES[shape])
+    tree_attention(**case, **OPTIONS[option])
+    torch.testing.assert_close(case["out"].double(), naive(case, **OPTIONS[option]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "d", "dv"), [(4, 4, 8, 8), (6, 1, 16, 5), (8, 2, 5, 16)])
+def test_heads_share_keys_and_values_may_have_another_size(heads, kv_heads, d, dv):
+    for shape in ("decode", "scoring"):
+        case = tree(**SHAPES[shape], heads=heads, kv_heads=kv_heads, d=d, dv=dv)
+        tree_attention(**case)
+        torch.testing.assert_close(case["out"].double(), naive(case), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_pools_are_accumulated_in_float32(dtype):
+    case = tree(**SHAPES["scoring"], dtype=dtype)
+    tree_attention(**case)
+    torch.testing.assert_close(case["out"], naive(case).to(dtype), rtol=1e-2, atol=1e-3)
+
+
+def test_strided_queries_are_taken_as_transformers_gives_them():
+    case = tree(**SHAPES["scoring"])
+    expected = naive(case)
+    case["q"] = case["q"].transpose(0, 1).contiguous().transpose(0, 1)
+    tree_attention(**case)
+    torch.testing.assert_close(case["out"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_candidate_does_not_see_its_siblings():
+    case = tree(**SHAPES["decode"])
+    tree_attention(**case)
+    before = case["out"].clone()
+    slots = case["branch_slots"][1, :2].long()
+    case["k_pool"][slots] += 10
+    case["v_pool"][slots] += 10
+    tree_attention(**case)
+    changed = (case["out"] != before).flatten(1).any(1).tolist()
+    assert changed == [False, True, False, False, False, False, False]
+
+
+def test_padding_and_queries_that_see_nothing_give_zero():
+    case = tree(group_rows=[1], trunk_lens=[2], branch_lens=[0], queries=[1])
+    tree_attention(**case, window=1)  # branch index -1: a row that is padding in every respect
+    assert case["out"][1].eq(0).all()
+    assert case["out"].isfinite().all()
+
+
+def test_scores_far_from_zero_do_not_overflow():
+    case = tree(**SHAPES["scoring"])
+    case["q"] *= 1e3
+    tree_attention(**case)
+    assert math.isfinite(case["out"].abs().sum())
+    torch.testing.assert_close(case["out"].double(), naive(case), rtol=1e-3, atol=1e-3)
