@@ -24,6 +24,7 @@ with ParallelCompile(default=0):
     setup(
         packages=["stars_fast", *find_packages(include=["stars_fast.*"]), *kernels],
         package_dir={"stars_fast": "stars_fast", "stars_fast.kernels": "triton_kernels"},
+        include_package_data=False,  # what is in the sdist for building is not all meant for installing
         package_data={
             "stars_fast": ["py.typed", "*.pyi", *(f"demo/**/*.{end}" for end in ("safetensors", "json", "jinja", "md"))]
         },

@@ -2,11 +2,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include "ops.h"
 #include "segment_tree.h"
 
 namespace py = pybind11;
-
-void bind_ops(py::module_& module);
 
 namespace {
 

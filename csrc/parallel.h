@@ -48,12 +48,13 @@ public:
             context_ = context;
             count_ = count;
             next_.store(0, std::memory_order_relaxed);
-            helpers_ = busy_ = helpers;
+            helpers_ = helpers;
             ++generation_;
         }
         wake_.notify_all();
         drain(body, context, count);
         std::unique_lock<std::mutex> lock(mutex_);
+        helpers_ = 0;  // nothing is left for threads that have not woken yet, so they are not waited for
         done_.wait(lock, [this] { return busy_ == 0; });
     }
 
@@ -72,6 +73,7 @@ private:
             const auto body = body_;
             const void* context = context_;
             const int64_t count = count_;
+            ++busy_;
             lock.unlock();
             drain(body, context, count);
             lock.lock();

@@ -79,7 +79,9 @@ STARS_FAST_INLINE float log_positive(float x) {
 
 // Standard Gumbel noise from 32 random bits, with full resolution where it is large: -log(-log1p(-v)).
 STARS_FAST_INLINE float gumbel(uint32_t bits) {
-    const float x = static_cast<float>(bits >> 16) * 65536.0f + static_cast<float>(bits & 0xFFFF);  // rounds once
+    // In halves, because few instruction sets convert unsigned integers; the sum rounds once, as the conversion would.
+    const float high = static_cast<float>(static_cast<int32_t>(bits >> 16)) * 65536.0f;
+    const float x = high + static_cast<float>(static_cast<int32_t>(bits & 0xFFFF));
     const float sum = x * 0x1p-32f + 0x1p-33f;
     const float v = sum < 1 - 0x1p-24f ? sum : 1 - 0x1p-24f;
     const float u = 1.0f - v;
@@ -100,7 +102,7 @@ TileSums tile_sums(const float* x);
 float tile_max(const float* x, bool* bad);
 void load_tile(const void* logits, Float type, int64_t first, int64_t count, float* out);
 
-// log-sum-exp, entropy and validity of a row from its tiles.
+// Log-probabilities, entropy and validity of a row from its tiles.
 struct RowSums {
     double max = -HUGE_VAL, sum = 0, weighted = 0;
     bool bad = false;
@@ -115,7 +117,8 @@ struct RowSums {
         weighted += factor * (tile.weighted + shift * tile.sum);
     }
     bool valid() const { return !bad && max > -HUGE_VAL; }
-    double logsumexp() const { return max + std::log(sum); }
+    // In this order: with logits far from 0 the sum max + log(sum) would round log(sum) away.
+    float logprob(float x) const { return static_cast<float>((x - max) - std::log(sum)); }
     double entropy() const { return std::log(sum) - weighted / sum; }
 
 private:

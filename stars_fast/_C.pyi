@@ -70,3 +70,79 @@ class SegmentTree:
         [G, P], trunk_len [G], branch_slots [B, S], branch_len [B], group_indptr [G + 1]. P and S are the longest trunk
         and branch, at least 1; unused places hold 0.
         """
+
+# The kernels behind stars_fast.ops. Tensors are passed as addresses (``tensor.data_ptr()``) of contiguous CPU memory;
+# stars_fast/ops/*.py checks dtypes and shapes and states the contracts. `type` is 0 for float32, 1 for float16, 2 for
+# bfloat16.
+
+def philox4x32(key: int, counter: Sequence[int]) -> list[int]:
+    """Four 32-bit words of Philox4x32-10."""
+
+def gumbel(bits: int) -> float:
+    """Gumbel noise from 32 random bits."""
+
+def sample_step(
+    logits: int,
+    type: int,
+    rows: int,
+    vocab: int,
+    keys: int,
+    segment: int,
+    attempt: int,
+    position: int,
+    alive: int,
+    limit: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    repetition_penalty: int,
+    seen: int,
+    eos: int,
+    eos_count: int,
+    token: int,
+    logprob: int,
+    sampling_logprob: int,
+    entropy: int,
+    threads: int,
+    /,
+) -> None:
+    """``seen`` is 0 where there is none."""
+
+def gather_logprobs(logits: int, type: int, rows: int, vocab: int, tokens: int, out: int, threads: int, /) -> None:
+    """Raises ValueError where a token is outside the vocabulary."""
+
+def select_and_commit(
+    rows: int,
+    groups: int,
+    branch_capacity: int,
+    trunk_capacity: int,
+    reward: int,
+    length: int,
+    ended: int,
+    group_indptr: int,
+    keys: int,
+    segment: int,
+    attempts: int,
+    committed: int,
+    max_new_tokens: int,
+    max_attempts: int,
+    base: int,
+    target: int,
+    beta: int,
+    finished_at_target: bool,
+    best_reward: int,
+    best_attempt: int,
+    best_slots: int,
+    best_len: int,
+    trunk_slots: int,
+    trunk_len: int,
+    branch_slots: int,
+    branch_len: int,
+    keep: int,
+    winner: int,
+    accepted: int,
+    threshold: int,
+    /,
+) -> None:
+    """Raises ValueError where a trunk would outgrow its capacity; nothing has been written then."""

@@ -1,14 +1,20 @@
 """Exact, kernel-accelerated reward-guided generation for Hugging Face models."""
 
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from stars_fast import _source_tree
 
-_source_tree.install()
+if TYPE_CHECKING:
+    from stars_fast.calibrate import Calibration, calibrate
+    from stars_fast.config import StarsConfig
+    from stars_fast.engine import StarsEngine
+    from stars_fast.generate import StarsGenerateOutput, decoding, generate
+    from stars_fast.outputs import SegmentEvent, SegmentTrace, StarsOutput
 
-from stars_fast.calibrate import Calibration, calibrate  # noqa: E402
-from stars_fast.config import StarsConfig  # noqa: E402
-from stars_fast.engine import StarsEngine  # noqa: E402
-from stars_fast.generate import StarsGenerateOutput, decoding, generate  # noqa: E402
-from stars_fast.outputs import SegmentEvent, SegmentTrace, StarsOutput  # noqa: E402
+_source_tree.install()
 
 __version__ = "0.1.0"
 
@@ -24,3 +30,47 @@ __all__ = [
     "decoding",
     "generate",
 ]
+
+# Public name -> its module. Imported on first use: torch and transformers take seconds, `stars-fast --help` none.
+_HOMES = {
+    "Calibration": "calibrate",
+    "SegmentEvent": "outputs",
+    "SegmentTrace": "outputs",
+    "StarsConfig": "config",
+    "StarsEngine": "engine",
+    "StarsGenerateOutput": "generate",
+    "StarsOutput": "outputs",
+    "calibrate": "calibrate",
+    "decoding": "generate",
+    "generate": "generate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_"):
+        try:
+            return import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps ``stars_fast.calibrate`` and ``generate`` the functions, whoever imports the modules of those names."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOMES and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -18,7 +18,7 @@ from stars_fast.policy import Policy, RowProcessor, Sampling
 from stars_fast.prompts import Prompt, read_prompts
 from stars_fast.request import PromptNode, Request, StopTest
 from stars_fast.rewards import Response, Reward, RewardPrompt
-from stars_fast.sampling import resolve_sampling
+from stars_fast.sampling import as_ids, resolve_sampling
 from stars_fast.scheduler import response_slots
 from stars_fast.stopping import stop_test
 
@@ -133,26 +133,34 @@ def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
             f"method={config.method!r} scores unfinished answers, which {type(reward).__name__} "
             "(partial=False) cannot do"
         )
+    sampling = resolve_sampling(config, policy.model, tokenizer)
+    if config.eos_token_id is not None and max(eos := as_ids(config.eos_token_id), default=0) >= policy.vocab_size:
+        raise ValueError(f"eos_token_id={max(eos)} lies outside the policy's vocabulary of {policy.vocab_size}")
     prompts = read_prompts(arguments.prompts, tokenizer, arguments.attention_mask)
     for index, prompt in enumerate(prompts):
         _check_prompt(index, prompt, config, policy, kv_cache_tokens)
     columns = arguments.columns or {}
     for name, values in columns.items():
+        if name in ("prompts", "completions", "completion_ids"):
+            raise ValueError(f"columns[{name!r}]: the reward is called with {name} of its own; rename the column")
         _check_per_prompt(f"columns[{name!r}]", values, len(prompts))
     for name in ("target_reward", "base_reward"):
         if isinstance(value := getattr(config, name), tuple):
             _check_per_prompt(name, value, len(prompts))
-    rewarded = prompts
+    rewarded, argument = prompts, "prompts"
     if arguments.reward_prompts is not None:
-        rewarded = read_prompts(arguments.reward_prompts, tokenizer)
-        _check_per_prompt("reward_prompts", rewarded, len(prompts))
+        argument = "reward_prompts"
+        rewarded = read_prompts(arguments.reward_prompts, tokenizer, name=argument)
+        _check_per_prompt(argument, rewarded, len(prompts))
     return Call(
         arguments=arguments,
         config=config,
-        sampling=resolve_sampling(config, policy.model, tokenizer),
+        sampling=sampling,
         prompts=prompts,
         reward_prompts=[
-            RewardPrompt(index, prompt.source, prompt.ids, {name: values[index] for name, values in columns.items()})
+            RewardPrompt(
+                index, prompt.source, prompt.ids, {name: values[index] for name, values in columns.items()}, argument
+            )
             for index, prompt in enumerate(rewarded)
         ],
         keys=_keys(arguments.seed, len(prompts), config.num_return_sequences),
@@ -193,7 +201,10 @@ def _keys(seed: int | Sequence[int] | None, prompts: int, samples: int) -> list[
     if isinstance(seed, int):
         return [philox_key(seed, i, j) for i in range(prompts) for j in range(samples)]
     _check_per_prompt("seed", seed, prompts)
-    return [philox_key(int(one), 0, j) for one in seed for j in range(samples)]
+    for i, one in enumerate(seed):
+        if isinstance(one, bool) or not isinstance(one, int):
+            raise TypeError(f"seed[{i}]={one!r}: must be an integer")
+    return [philox_key(one, 0, j) for one in seed for j in range(samples)]
 
 
 def _explicit_rule(config: StarsConfig, prompt: int) -> Rule:

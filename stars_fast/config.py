@@ -203,7 +203,7 @@ def _check_rewards(name: str, value: Any) -> float | tuple[float, ...] | None:
             raise ValueError(f"{name}={value}: must not be NaN")
         return float(value)
     if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__iter__"):
-        raise TypeError(f"{name}={value!r}: must be a number, or one number per prompt")
+        raise TypeError(f"{name}={value!r}: must be a number, or a sequence of one number per prompt")
     values = tuple(float(v) for v in value)
     for index, v in enumerate(values):
         if math.isnan(v):

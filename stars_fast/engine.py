@@ -75,7 +75,13 @@ class StarsEngine:
                 raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
         model, self.tokenizer = load_policy(policy, tokenizer)
         self.policy = Policy(model)
-        self.reward: Reward = load_reward(reward, self.tokenizer, reward_tokenizer, reward_tail)
+        self.reward: Reward = load_reward(
+            reward,
+            self.tokenizer,
+            reward_tokenizer,
+            reward_tail,
+            self.policy.vocab_size if self.tokenizer is None else len(self.tokenizer),
+        )
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)
         self.kv_cache_tokens = kv_cache_tokens
         self._busy = False
@@ -201,11 +207,14 @@ class StarsEngine:
             call.stats.seconds = time.perf_counter() - started
 
     def _pilots(self, call: Call, samples: int) -> list[Pilot]:
+        started = time.perf_counter()
         requests = call.pilot_requests(samples)
         for _ in self._run(call, requests, pilot_config(call.config, samples)):
             pass
         # Pilot responses are thrown away, so what they committed counts as discarded.
         call.stats.committed_tokens = 0
+        call.stats.calibration_tokens = call.stats.policy_tokens
+        call.stats.calibration_seconds = time.perf_counter() - started
         return [read_pilot(requests[i : i + samples]) for i in range(0, len(requests), samples)]
 
     def _run(self, call: Call, requests: Sequence[Request], config: StarsConfig) -> Iterator[Request]:
@@ -229,6 +238,9 @@ class StarsEngine:
             )
             try:
                 yield from generation.run()
+            except BaseException:  # the caller's, or a stream closed early: requests still hold their branches
+                self.policy.clear()
+                raise
             finally:
                 call.stats.reward_tokens += self.reward.tokens
 

@@ -10,36 +10,15 @@ from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.generation import (
-    EosTokenCriteria,
-    GenerateDecoderOnlyOutput,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 
 from stars_fast.call import Arguments
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.outputs import StarsOutput
-from stars_fast.policy import RowProcessor
-from stars_fast.request import StopTest
-from stars_fast.sampling import SAMPLING_FIELDS
+from stars_fast.processors import foreign_processors, row_processor, row_stop
+from stars_fast.sampling import NEUTRAL, SAMPLING_FIELDS
 
-# What the engine does itself, in transformers' order. Anything else in the list, and the whole list runs per row.
-_NATIVE_PROCESSORS = (
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    MinPLogitsWarper,
-)
-_NATIVE_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
 _ENGINE_ARGUMENTS = ("reward_tokenizer", "reward_tail", "max_rows", "kv_cache_tokens")
 
 
@@ -117,6 +96,10 @@ def generate(
         kwargs["max_new_tokens"] = config.max_new_tokens
     if explicit.get("num_return_sequences") is None:
         kwargs["num_return_sequences"] = config.num_return_sequences
+    for name in (*SAMPLING_FIELDS, "eos_token_id"):
+        value = getattr(config, name)
+        if explicit.get(name) is None and value is not None:
+            kwargs[name] = list(value) if isinstance(value, tuple) else value
     stop_strings = kwargs.pop("stop_strings", None) or explicit.get("stop_strings")
     if stop_strings is not None:
         config = config.replace(stop_strings=stop_strings)
@@ -215,20 +198,20 @@ class _Decoder:
         assert generation_config is not None
         _refuse(generation_config)
         samples = generation_config.num_return_sequences or 1
-        explicit = _differing(model, generation_config) if self.explicit is None else self.explicit
+        explicit = _differing(model, generation_config, input_ids.shape[1]) if self.explicit is None else self.explicit
         config = self._merge(generation_config, explicit, input_ids.shape[1])
         mask = model_kwargs.get("attention_mask")
-        processors = _foreign_processors(logits_processor)
+        processors = foreign_processors(logits_processor, generation_config)
         if processors is not None:
-            neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-            config = config.replace(**neutral)
+            _check_in_force(config, generation_config)
+            config = config.replace(**NEUTRAL)
         arguments = Arguments(
             input_ids[::samples].cpu(),
             config,
             attention_mask=None if mask is None else mask[::samples].cpu(),
             on_error="raise",
-            processor=lambda row: None if processors is None else _row_processor(processors, input_ids, row),
-            stop=lambda row: _row_stop(stopping_criteria, input_ids[row]),
+            processor=lambda row: None if processors is None else row_processor(processors, input_ids, mask, row),
+            stop=lambda row: row_stop(stopping_criteria, generation_config, input_ids[row]),
             **self.call,
         )
         engine = StarsEngine(model, self.reward_model, tokenizer=self.tokenizer, **self.engine)
@@ -281,59 +264,37 @@ def _refuse(generation_config: GenerationConfig) -> None:
         raise ValueError("prompt_lookup_num_tokens is set: assisted decoding cannot be combined with guidance")
     if not generation_config.do_sample:
         raise ValueError("do_sample=False: reward-guided decoding samples; pass do_sample=True")
+    for name in ("penalty_alpha", "dola_layers", "constraints", "force_words_ids"):
+        if getattr(generation_config, name, None) is not None:
+            raise ValueError(f"{name} asks for another way of decoding: it cannot be combined with guidance")
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(generation_config, name, False):
             raise ValueError(f"{name}=True is not supported: use StarsEngine, whose output has log-probabilities")
 
 
-def _differing(model: PreTrainedModel, generation_config: GenerationConfig) -> set[str]:
+def _check_in_force(config: StarsConfig, generation_config: GenerationConfig) -> None:
+    """A list of processors that transformers has built already cannot take settings of the StarsConfig any more."""
+    for name, neutral in NEUTRAL.items():
+        value, built = getattr(config, name), getattr(generation_config, name, None)
+        if value is not None and value != (neutral if built is None else built):
+            raise ValueError(
+                f"{name}={value!r} of the StarsConfig comes too late for the logits processors of this call: "
+                f"pass {name} to model.generate, or use stars_fast.generate"
+            )
+
+
+def _differing(model: PreTrainedModel, generation_config: GenerationConfig, prompt_length: int) -> set[str]:
     """Settings that the model's own generation_config and transformers' defaults do not explain."""
     own, defaults = model.generation_config, generation_config._get_default_generation_params()
-    names = [field.name for field in dataclasses.fields(StarsConfig)] + ["max_length"]
     differing = set()
-    for name in names:
+    for name in (field.name for field in dataclasses.fields(StarsConfig)):
         value = getattr(generation_config, name, None)
         expected = getattr(own, name, None)
         expected = defaults.get(name) if expected is None else expected
-        if name == "max_length":
-            continue  # transformers always fills it in; max_new_tokens tells whether the call did
         if value is not None and value != expected:
             differing.add(name)
+    # By now transformers has put the prompt's length on top of its default.
+    unset = (own.max_length, defaults["max_length"] + prompt_length)
+    if generation_config.max_new_tokens is None and generation_config.max_length not in unset:
+        differing.add("max_length")
     return differing
-
-
-def _foreign_processors(processors: LogitsProcessorList | None) -> LogitsProcessorList | None:
-    """The whole list if anything in it is not the engine's own work, else None."""
-    if processors is None or all(type(processor) in _NATIVE_PROCESSORS for processor in processors):
-        return None
-    return processors
-
-
-def _row_processor(processors: LogitsProcessorList, input_ids: torch.Tensor, row: int) -> RowProcessor:
-    """The list applied to one row. A per-batch prompt length of the repetition penalty becomes this row's."""
-    own = LogitsProcessorList()
-    for processor in processors:
-        ignored = getattr(processor, "prompt_ignore_length", None)
-        if isinstance(processor, RepetitionPenaltyLogitsProcessor) and isinstance(ignored, torch.Tensor):
-            processor = RepetitionPenaltyLogitsProcessor(processor.penalty, prompt_ignore_length=int(ignored[row]))
-        own.append(processor)
-    prompt = input_ids[row]
-
-    def process(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
-        ids = torch.cat([prompt, prompt.new_tensor(tokens)])[None]
-        return own(cast(torch.LongTensor, ids), cast(torch.FloatTensor, logits))
-
-    return process
-
-
-def _row_stop(criteria: StoppingCriteriaList | None, prompt: torch.Tensor) -> StopTest | None:
-    """The user's criteria on one row. Length and EOS are the engine's own."""
-    own = StoppingCriteriaList([c for c in criteria or [] if not isinstance(c, _NATIVE_CRITERIA)])
-    if not own:
-        return None
-
-    def ends(tokens: list[int]) -> bool:
-        ids = torch.cat([prompt, prompt.new_tensor(tokens)])[None]
-        return bool(own(ids, None).item())
-
-    return ends

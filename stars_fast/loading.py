@@ -14,10 +14,10 @@ from stars_fast.rewards import CallableReward, ClassifierReward, Reward
 def load_policy(policy: PreTrainedModel | str | os.PathLike[str], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
     """The policy and its tokenizer; a path or hub id is loaded with transformers' Auto classes."""
     if isinstance(policy, (str, os.PathLike)):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(policy)
+            tokenizer = _tokenizer_beside(policy)
         policy = AutoModelForCausalLM.from_pretrained(policy, dtype="auto")
     if not hasattr(policy, "config") or not hasattr(policy, "get_output_embeddings"):
         raise TypeError(f"policy is a {type(policy).__name__}: give a transformers causal LM, a path or a hub id")
@@ -30,8 +30,13 @@ def load_policy(policy: PreTrainedModel | str | os.PathLike[str], tokenizer: Any
     return policy, tokenizer
 
 
-def load_reward(reward: Any, tokenizer: Any, reward_tokenizer: Any, tail: str | Sequence[int]) -> Reward:
-    """A :class:`Reward` from a Reward, a sequence classifier, a path or hub id, or a plain function."""
+def load_reward(
+    reward: Any, tokenizer: Any, reward_tokenizer: Any, tail: str | Sequence[int], policy_ids: int
+) -> Reward:
+    """A :class:`Reward` from a Reward, a sequence classifier, a path or hub id, or a plain function.
+
+    ``policy_ids`` is how many ids the policy can produce: a classifier that reads them must have an embedding for each.
+    """
     if isinstance(reward_tokenizer, (str, os.PathLike)):
         from transformers import AutoTokenizer
 
@@ -39,9 +44,15 @@ def load_reward(reward: Any, tokenizer: Any, reward_tokenizer: Any, tail: str | 
     if isinstance(reward, Reward):
         return reward
     if isinstance(reward, (str, os.PathLike)):
-        reward, reward_tokenizer = _load_classifier(reward, reward_tokenizer)
+        reward, reward_tokenizer = load_classifier(reward, reward_tokenizer)
     if hasattr(reward, "config") and hasattr(reward, "base_model_prefix"):
-        return ClassifierReward(reward, reward_tokenizer, tokenizer, tail)
+        classifier = ClassifierReward(reward, reward_tokenizer, tokenizer, tail)
+        if reward_tokenizer is None and classifier.vocab_size < policy_ids:
+            raise ValueError(
+                f"the reward model has {classifier.vocab_size} embeddings, fewer than the {policy_ids} ids of the "
+                "policy: pass its own tokenizer as reward_tokenizer= (or, where both share one, tokenizer=)"
+            )
+        return classifier
     if callable(reward):
         return CallableReward(reward, tokenizer)
     raise TypeError(
@@ -50,15 +61,23 @@ def load_reward(reward: Any, tokenizer: Any, reward_tokenizer: Any, tail: str | 
     )
 
 
-def _load_classifier(name: str | os.PathLike[str], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+def load_classifier(name: str | os.PathLike[str], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+    """A sequence classifier by path or hub id, and the tokenizer beside it, if there is one."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(name)
     if config.num_labels != 1:
         raise ValueError(f"reward={str(name)!r} has num_labels={config.num_labels}; a reward model has exactly 1")
     if tokenizer is None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError):
-            tokenizer = None  # no tokenizer beside the weights: the model reads the policy's ids
+        tokenizer = _tokenizer_beside(name)
     return AutoModelForSequenceClassification.from_pretrained(name, dtype="auto"), tokenizer
+
+
+def _tokenizer_beside(name: str | os.PathLike[str]) -> Any:
+    """The model's own tokenizer. None if there is none: a policy then takes ids, a reward model reads the policy's."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return None

@@ -42,6 +42,8 @@ class Stats:
     discarded_tokens: int = 0
     heartbeats: int = 0
     seconds: float = 0.0
+    calibration_tokens: int = 0  # of the discarded ones, those of the pilot responses
+    calibration_seconds: float = 0.0  # of the seconds
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))

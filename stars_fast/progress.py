@@ -11,15 +11,20 @@ from stars_fast.outputs import SegmentEvent
 
 @contextmanager
 def progress_bar(show: bool, total: int) -> Iterator[Callable[[SegmentEvent], None]]:
-    """Yield a function to be called with every event of ``total`` responses; it does nothing unless ``show``."""
+    """Yield a function to be called with every event of ``total`` responses; it does nothing unless ``show``.
+
+    The bar goes to stderr and leaves stdout alone.
+    """
     if not show:
         yield lambda event: None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     started, segments, attempts, tokens = time.perf_counter(), 0, 0, 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[rate]}")) as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TextColumn("{task.fields[rate]}"), console=console, redirect_stdout=False) as bar:
         task = bar.add_task("responses", total=total, rate="")
 
         def advance(event: SegmentEvent) -> None:

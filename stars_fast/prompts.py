@@ -19,7 +19,9 @@ class Prompt:
     ids: list[int]
 
 
-def read_prompts(prompts: Any, tokenizer: Any, attention_mask: torch.Tensor | None = None) -> list[Prompt]:
+def read_prompts(
+    prompts: Any, tokenizer: Any, attention_mask: torch.Tensor | None = None, name: str = "prompts"
+) -> list[Prompt]:
     """Normalise ``prompts``.
 
     Parameters
@@ -28,6 +30,8 @@ def read_prompts(prompts: Any, tokenizer: Any, attention_mask: torch.Tensor | No
         A 2-D tensor takes ``attention_mask`` of the same shape to mark padding, on either side.
     tokenizer : transformers tokenizer, optional
         Needed for text and chats.
+    name : str
+        What error messages call the argument.
 
     Raises
     ------
@@ -35,64 +39,63 @@ def read_prompts(prompts: Any, tokenizer: Any, attention_mask: torch.Tensor | No
         For a form that is not known, text without a tokenizer, or an empty prompt, naming the prompt's index.
     """
     if isinstance(prompts, torch.Tensor):
-        return _read_tensor(prompts, attention_mask)
+        return _read_tensor(prompts, attention_mask, name)
     if attention_mask is not None:
-        raise ValueError("attention_mask goes with an id tensor; prompts is a " + type(prompts).__name__)
+        raise ValueError(f"attention_mask goes with an id tensor; {name} is a {type(prompts).__name__}")
     if isinstance(prompts, str) or _is_chat(prompts):
         prompts = [prompts]
     if isinstance(prompts, (bytes, dict)) or not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts is a {type(prompts).__name__}: give text, chat messages, id lists or an id tensor")
+        raise TypeError(f"{name} is a {type(prompts).__name__}: give text, chat messages, id lists or an id tensor")
     if not prompts:
-        raise ValueError("prompts is empty: give at least one")
-    return [_read_one(index, prompt, tokenizer) for index, prompt in enumerate(prompts)]
+        raise ValueError(f"{name} is empty: give at least one")
+    return [_read_one(f"{name}[{index}]", prompt, tokenizer) for index, prompt in enumerate(prompts)]
 
 
 def _is_chat(prompt: Any) -> bool:
     return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(turn, dict) for turn in prompt)
 
 
-def _read_tensor(prompts: torch.Tensor, attention_mask: torch.Tensor | None) -> list[Prompt]:
+def _read_tensor(prompts: torch.Tensor, attention_mask: torch.Tensor | None, name: str) -> list[Prompt]:
     if prompts.dtype.is_floating_point or prompts.dtype == torch.bool or prompts.dim() not in (1, 2):
         raise TypeError(
-            f"prompts is a {prompts.dtype} tensor of {prompts.dim()} dimensions: give integer ids [batch, length]"
+            f"{name} is a {prompts.dtype} tensor of {prompts.dim()} dimensions: give integer ids [batch, length]"
         )
     ids = prompts if prompts.dim() == 2 else prompts[None]
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask.reshape(ids.shape[0], -1)
     if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, prompts {tuple(ids.shape)}: they must agree")
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, {name} {tuple(ids.shape)}: they must agree")
     if not ids.shape[0]:
-        raise ValueError("prompts is empty: give at least one")
+        raise ValueError(f"{name} is empty: give at least one")
     rows = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
-    return [Prompt(row, _not_empty(index, row)) for index, row in enumerate(rows)]
+    return [Prompt(row, _not_empty(f"{name}[{index}]", row)) for index, row in enumerate(rows)]
 
 
-def _read_one(index: int, prompt: Any, tokenizer: Any) -> Prompt:
+def _read_one(name: str, prompt: Any, tokenizer: Any) -> Prompt:
     if isinstance(prompt, str):
-        _need_tokenizer(index, "text", tokenizer)
-        return Prompt(prompt, _not_empty(index, list(tokenizer(prompt)["input_ids"]) if prompt else []))
+        _need_tokenizer(name, "text", tokenizer)
+        return Prompt(prompt, _not_empty(name, list(tokenizer(prompt)["input_ids"]) if prompt else []))
     if _is_chat(prompt):
-        _need_tokenizer(index, "a chat", tokenizer)
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return Prompt([dict(turn) for turn in prompt], _not_empty(index, list(ids)))
+        _need_tokenizer(name, "a chat", tokenizer)
+        try:
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+        except Exception as error:  # a template raises what it likes
+            raise ValueError(f"{name} does not fit the tokenizer's chat template: {error}") from error
+        return Prompt([dict(turn) for turn in prompt], _not_empty(name, list(ids)))
     if isinstance(prompt, torch.Tensor) and prompt.dim() == 1:
         prompt = prompt.tolist()
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
         if any(isinstance(token, bool) or not isinstance(token, int) for token in prompt):
-            raise TypeError(
-                f"prompts[{index}] is neither text, nor chat messages, nor a list of token ids: {prompt!r:.80}"
-            )
-        return Prompt(list(prompt), _not_empty(index, list(prompt)))
-    raise TypeError(f"prompts[{index}] is a {type(prompt).__name__}: give text, chat messages or token ids")
+            raise TypeError(f"{name} is neither text, nor chat messages, nor a list of token ids: {prompt!r:.80}")
+        return Prompt(list(prompt), _not_empty(name, list(prompt)))
+    raise TypeError(f"{name} is a {type(prompt).__name__}: give text, chat messages or token ids")
 
 
-def _need_tokenizer(index: int, what: str, tokenizer: Any) -> None:
+def _need_tokenizer(name: str, what: str, tokenizer: Any) -> None:
     if tokenizer is None:
-        raise ValueError(
-            f"prompts[{index}] is {what}, but there is no tokenizer: pass tokenizer= to StarsEngine, or token ids"
-        )
+        raise ValueError(f"{name} is {what}, but there is no tokenizer: pass tokenizer= to StarsEngine, or token ids")
 
 
-def _not_empty(index: int, ids: list[int]) -> list[int]:
+def _not_empty(name: str, ids: list[int]) -> list[int]:
     if not ids:
-        raise ValueError(f"prompts[{index}] is empty: a prompt has at least one token")
+        raise ValueError(f"{name} is empty: a prompt has at least one token")
     return ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -9,15 +10,15 @@ from transformers import PreTrainedModel
 from stars_fast.config import StarsConfig
 from stars_fast.policy import Sampling
 
-_NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-SAMPLING_FIELDS = tuple(_NEUTRAL)
+NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+SAMPLING_FIELDS = tuple(NEUTRAL)
 
 
 def resolve_sampling(config: StarsConfig, model: PreTrainedModel, tokenizer: Any) -> Sampling:
     """Settings for one call. Of the model's own generation_config only what it sets counts, no defaults."""
     own = getattr(model, "generation_config", None)
     values: dict[str, Any] = {}
-    for name, neutral in _NEUTRAL.items():
+    for name, neutral in NEUTRAL.items():
         value = getattr(config, name)
         if value is None:
             value = getattr(own, name, None)
@@ -31,5 +32,10 @@ def _eos_token_ids(config: StarsConfig, model: PreTrainedModel, tokenizer: Any) 
     for source in (config, getattr(model, "generation_config", None), model.config, tokenizer):
         eos = getattr(source, "eos_token_id", None)
         if eos is not None:
-            return (int(eos),) if isinstance(eos, int) else tuple(int(token) for token in eos)
+            return as_ids(eos)
     return ()
+
+
+def as_ids(ids: int | Sequence[int]) -> tuple[int, ...]:
+    """One id or several, as transformers' configs have them."""
+    return (ids,) if isinstance(ids, int) else tuple(int(token) for token in ids)

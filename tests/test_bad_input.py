@@ -61,7 +61,7 @@ def engine(policy32):
         ("beta", 0.0, "0"),
         ("beta", -1.0, "0"),
         ("beta", math.nan, "0"),
-        ("target_reward", math.nan, "target_reward"),
+        ("target_reward", math.nan, "NaN"),
         ("target_reward", "high", "number"),
         ("finished_threshold", "never", "ramp"),
         ("temperature", 0.0, "0"),
@@ -293,15 +293,17 @@ def test_linear_attention_is_refused_by_name():
         StarsEngine(Qwen3NextForCausalLM(config), sum_reward)
 
 
-@pytest.mark.parametrize("role", ["policy", "reward"])
-def test_dynamic_rotary_scaling_is_refused(policy32, role):
+def test_dynamic_rotary_scaling_is_refused_in_a_policy_and_never_packed_in_a_reward_model(policy32):
     config = tiny_config(VOCAB, num_labels=1)
     config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     with refused("dynamic"):
-        if role == "policy":
-            StarsEngine(LlamaForCausalLM(config), sum_reward)
-        else:
-            StarsEngine(policy32, LlamaForSequenceClassification(config))
+        StarsEngine(LlamaForCausalLM(config), sum_reward)
+    reward = LlamaForSequenceClassification(config).eval()
+    with pytest.warns(UserWarning, match="dynamic"):  # a reward model can be scored in full instead
+        out = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=SEEDS)
+    with torch.no_grad():
+        fresh = [reward(torch.tensor([p + c])).logits.item() for p, c in zip(PROMPTS, out.completions, strict=True)]
+    assert out.rewards == pytest.approx(fresh, abs=1e-4)
 
 
 def test_a_reward_model_of_another_vocabulary_needs_its_tokenizer(policy32):
@@ -319,7 +321,6 @@ def test_a_reward_model_of_another_vocabulary_needs_its_tokenizer(policy32):
         ("num_beams", 2),
         ("assistant_model", "a model"),
         ("prompt_lookup_num_tokens", 3),
-        ("penalty_alpha", 0.5),
     ],
 )
 def test_the_drop_in_refuses_what_is_not_sampling(policy32, argument, value):

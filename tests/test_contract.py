@@ -258,8 +258,9 @@ def test_one_at_a_time_discards_exactly_the_attempts_that_were_looked_at(engine)
 # Prompts
 
 
-def test_all_five_forms_of_prompt_mean_the_same(text_engine):
-    generate = lambda prompts, **kw: text_engine.generate(prompts, CONFIG, seed=4, **kw)  # noqa: E731
+def test_all_five_forms_of_prompt_mean_the_same(policy32, tokenizer32):
+    engine = StarsEngine(policy32, lambda completion_ids: sum_reward(completion_ids), tokenizer=tokenizer32)
+    generate = lambda prompts, **kw: engine.generate(prompts, CONFIG, seed=4, **kw)  # noqa: E731
     expected = generate([[1, 5, 6, 2, 3]])
     assert generate("w1 w5 w6 w2 w3").completions == expected.completions
     assert generate(["w1 w5 w6 w2 w3"]).completions == expected.completions
@@ -576,6 +577,20 @@ def test_with_a_tokenizer_a_callable_gets_strings(policy32, tokenizer32):
         decoded = [tokenizer32.decode(ids, skip_special_tokens=True) for ids in call["completion_ids"]]
         assert call["completions"] == decoded
     assert set(out.texts) <= {c for call in calls for c in call["completions"]}
+
+
+def test_for_a_chat_a_callable_gets_messages_as_from_trl(policy32, tokenizer32):
+    calls, chat = [], [{"role": "user", "content": "w5 w6"}]
+
+    def reward(prompts, completions, completion_ids):
+        calls.append((prompts, completions, completion_ids))
+        return sum_reward(completion_ids)
+
+    StarsEngine(policy32, reward, tokenizer=tokenizer32).generate([chat], CONFIG, seed=0)
+    for prompts, completions, completion_ids in calls:
+        assert prompts == [chat] * len(prompts)
+        texts = tokenizer32.batch_decode(completion_ids, skip_special_tokens=True)
+        assert completions == [[{"role": "assistant", "content": text}] for text in texts]
 
 
 async def later(prompts, completions, **_):

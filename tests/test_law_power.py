@@ -1,4 +1,4 @@
-"""The check of test_law.py rejects faults that were planted on purpose, with the sizes with which it passes the engine."""
+"""The check of test_law.py rejects faults planted on purpose, with the sizes with which it passes the engine."""
 
 import inspect
 from dataclasses import replace

@@ -47,7 +47,8 @@ def naive(case, window=0, softcap=0.0, sinks=None):
     out = torch.zeros(case["out"].shape, dtype=torch.float64)
     heads, kv_heads = case["q"].shape[1], case["k_pool"].shape[1]
     groups, queries = case["group_indptr"].tolist(), case["query_indptr"].tolist()
-    for g, b in ((g, b) for g in range(len(groups) - 1) for b in range(groups[g], groups[g + 1])):
+    for b in range(len(queries) - 1):
+        g = sum(start <= b for start in groups) - 1
         trunk = case["trunk_slots"][g, : case["trunk_len"][g]]
         for token in range(queries[b], queries[b + 1]):
             index = int(case["branch_len"][b]) - (queries[b + 1] - token)

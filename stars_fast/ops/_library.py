@@ -5,17 +5,34 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 library = torch.library.Library("stars_fast", "DEF")
 
+
+class Operator(NamedTuple):
+    """What runs on which kind of device."""
+
+    cpu: Callable[..., Any]
+    cuda: Callable[..., Any]
+
+    def kernel(self, device_type: str) -> str:
+        """In words. References are named ``..._reference`` throughout."""
+        function = self.cpu if device_type == "cpu" else self.cuda
+        if function.__name__.endswith("_reference"):
+            return "torch reference"
+        return "C++" if device_type == "cpu" else "Triton"
+
+
+operators: dict[str, Operator] = {}  # by name, as far as their modules are imported
+
 FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in csrc/row_math.h
 
 
-def native(name: str) -> Callable[..., Any] | None:
-    """The C++ function of that name; None if it was not built or ``STARS_FAST_KERNELS=reference`` asks for torch."""
+def native(name: str) -> Any:
+    """The C++ function of that name, or None if it was not built or ``STARS_FAST_KERNELS=reference`` asks for torch."""
     if os.environ.get("STARS_FAST_KERNELS") == "reference":
         return None
     try:
@@ -33,6 +50,7 @@ def define(
     fake: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Define ``stars_fast::name`` and return its overload, which costs less to call than the packet."""
+    operators[name] = Operator(cpu, cuda)
     library.define(name + schema)
     library.impl(name, cpu, "CPU")
     library.impl(name, cuda, "CUDA")

@@ -29,8 +29,7 @@ def gather_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def gather_logprobs_reference(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """:func:`gather_logprobs` in plain torch."""
-    chosen = logits.gather(1, tokens[:, None])[:, 0].float()
-    return chosen - logits.float().logsumexp(1)
+    return logits.log_softmax(1, dtype=torch.float32).gather(1, tokens[:, None])[:, 0]
 
 
 def _cpu(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from stars_fast.ops._library import define
+from stars_fast.ops._library import address, define, native
+
+_native = native("kv_append")
 
 
 def kv_append(
@@ -33,16 +35,34 @@ def kv_append_reference(
     v_pool.index_copy_(0, index, v.to(v_pool.dtype))
 
 
-def _fake(
-    k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor
-) -> None:
+def _cpu(k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor) -> None:
+    for new, pool in ((k, k_pool), (v, v_pool)):
+        tokens, heads, size = new.shape
+        new = new.to(pool.dtype)
+        if new.stride(-1) != 1:
+            new = new.contiguous()
+        width = pool.element_size()
+        assert _native is not None
+        _native(
+            new.data_ptr(),
+            new.stride(0) * width,
+            new.stride(1) * width,
+            address(pool, "pool", pool.dtype, (pool.shape[0], heads, size)),
+            address(slots, "slots", torch.int32, (tokens,)),
+            tokens,
+            heads,
+            size * width,
+        )
+
+
+def _fake(k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor) -> None:
     return None
 
 
 _operator = define(
     "kv_append",
     "(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slots) -> ()",
-    cpu=kv_append_reference,
+    cpu=_cpu if _native else kv_append_reference,
     cuda=kv_append_reference,
     fake=_fake,
 )

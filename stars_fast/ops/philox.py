@@ -89,8 +89,7 @@ def gumbel_noise(
 ) -> torch.Tensor:
     """Standard Gumbel noise for ``count`` consecutive indices (tiles or token ids) of each row.
 
-    Index i takes word ``i % 4`` of block ``i // 4``. ``-log(-log1p(-v))`` with v near 0 for the largest values keeps
-    all 32 bits where they decide the winner; ``-log(-log(u))`` would lose them to the rounding of u near 1.
+    Index i takes word ``i % 4`` of block ``i // 4``.
 
     Parameters
     ----------
@@ -106,7 +105,15 @@ def gumbel_noise(
     """
     blocks = first[:, None] // 4 + torch.arange((count + 3) // 4, device=keys.device)  # [rows, blocks]
     counter = (segment[:, None], attempt[:, None], position[:, None], (stream << 28) | blocks)
-    bits = philox4x32(keys[:, None], counter).flatten(1)[:, :count]
+    return gumbel(philox4x32(keys[:, None], counter).flatten(1)[:, :count])
+
+
+def gumbel(bits: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise float32 from 32 random bits each (int64).
+
+    ``-log(-log1p(-v))`` with v near 0 for the largest values keeps all bits where they decide the winner;
+    ``-log(-log(u))`` would lose them to the rounding of u near 1.
+    """
     v = (bits.float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24)
     return (-torch.log1p(-v)).log_().neg_()
 

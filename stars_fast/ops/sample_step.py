@@ -33,7 +33,7 @@ def sample_step(
 
     The settings apply in the order repetition penalty, temperature, top-k, top-p, min-p. The draw is Gumbel-max in two
     levels: a tile of 1,024 ids by its log-sum-exp plus noise keyed by the tile, then a token in it by its logit plus
-    noise keyed by its id. Logits that move by rounding then hardly ever change the token, and only one tile needs noise.
+    noise keyed by its id. Logits that move by rounding then hardly ever change the token, and one tile needs noise.
 
     Logits are processed in float32 and nucleus masses summed in float64 by every implementation, so that they choose
     the same token from the same logits.
@@ -133,7 +133,7 @@ def sample_step_reference(
     unset = torch.where(alive, torch.nan, 0.0)
     raw_logprobs = raw.log_softmax(1)
     logprob = torch.where(drawn, raw_logprobs.gather(1, chosen)[:, 0], unset)
-    sampling_logprob = torch.where(drawn, processed.gather(1, chosen)[:, 0] - processed.logsumexp(1), unset)
+    sampling_logprob = torch.where(drawn, processed.log_softmax(1).gather(1, chosen)[:, 0], unset)
     entropy = torch.where(drawn, torch.special.entr(raw_logprobs.exp()).sum(1), unset)
 
     if seen is not None:
@@ -205,7 +205,7 @@ def _cpu(
         raise ValueError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
     logits = logits.contiguous()
     token = torch.empty(rows, dtype=torch.int64)
-    logprob, sampling_logprob, entropy = torch.empty(3, rows).unbind()
+    logprob, sampling_logprob, entropy = torch.empty(rows), torch.empty(rows), torch.empty(rows)
     i32, i64, f32, row = torch.int32, torch.int64, torch.float32, (rows,)
     _native(
         address(logits, "logits", logits.dtype, (rows, vocab)),

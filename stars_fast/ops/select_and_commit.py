@@ -221,11 +221,11 @@ def select_and_commit_reference(
 
 
 def _check_capacity(trunk_len: torch.Tensor, capacity: int) -> None:
-    over = (trunk_len > capacity).nonzero().flatten().tolist()
-    if over:
-        raise ValueError(
-            f"trunk_slots holds {capacity} slots, but group {over[0]} would need {int(trunk_len[over[0]])} after the commit"
-        )
+    for group, needed in enumerate(trunk_len.tolist()):
+        if needed > capacity:
+            raise ValueError(
+                f"trunk_slots holds {capacity} slots, but group {group} would need {needed} after the commit"
+            )
 
 
 def _cpu(
@@ -293,8 +293,15 @@ def _cpu(
     return winner, accepted, threshold
 
 
-def _fake(reward: torch.Tensor, length: torch.Tensor, ended: torch.Tensor, *rest: torch.Tensor | bool) -> _Result:
-    groups = rest[1].shape[0]  # keys
+def _fake(
+    reward: torch.Tensor,
+    length: torch.Tensor,
+    ended: torch.Tensor,
+    group_indptr: torch.Tensor,
+    keys: torch.Tensor,
+    *rest: torch.Tensor | bool,
+) -> _Result:
+    groups = keys.shape[0]
     winner = reward.new_empty(groups, dtype=torch.int32)
     accepted = reward.new_empty(groups, dtype=torch.bool)
     return winner, accepted, reward.new_empty(reward.shape[0])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from stars_fast.ops._library import define
+from stars_fast.ops._library import FLOAT_CODES, address, define, native
+
+_native = native("tree_attention")
 
 
 def tree_attention(
@@ -193,9 +195,71 @@ def _merge(parts: list[_Part]) -> torch.Tensor:
     for _, other, _ in parts[1:]:
         maximum = torch.maximum(maximum, other)
     factors = [(part_maximum - maximum).exp_() for _, part_maximum, _ in parts]
-    values = sum(part[0] * factor for part, factor in zip(parts, factors, strict=True))
-    total = sum(part[2] * factor for part, factor in zip(parts, factors, strict=True))
+    values, total = parts[0][0] * factors[0], parts[0][2] * factors[0]
+    for (part_values, _, part_total), factor in zip(parts[1:], factors[1:], strict=True):
+        values, total = values + part_values * factor, total + part_total * factor
     return values / total.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _cpu(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    out: torch.Tensor,
+    trunk_slots: torch.Tensor,
+    trunk_len: torch.Tensor,
+    branch_slots: torch.Tensor,
+    branch_len: torch.Tensor,
+    group_indptr: torch.Tensor,
+    query_indptr: torch.Tensor,
+    max_rows: int,
+    max_queries: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    (tokens, heads, head_size), (slots, kv_heads, value_size) = q.shape, v_pool.shape
+    (groups, trunk_width), (rows, branch_width) = trunk_slots.shape, branch_slots.shape
+    if q.dtype not in FLOAT_CODES:
+        raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    result = out if out.dtype == torch.float32 and out.is_contiguous() else torch.empty(out.shape)
+    sinks = None if sinks is None else sinks.float().contiguous()
+    int32 = torch.int32
+    assert _native is not None
+    _native(
+        q.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        address(k_pool, "k_pool", q.dtype, (slots, kv_heads, head_size)),
+        address(v_pool, "v_pool", q.dtype, (slots, kv_heads, value_size)),
+        address(result, "out", torch.float32, (tokens, heads, value_size)),
+        FLOAT_CODES[q.dtype],
+        tokens,
+        heads,
+        kv_heads,
+        head_size,
+        value_size,
+        address(trunk_slots, "trunk_slots", int32, (groups, trunk_width)),
+        address(trunk_len, "trunk_len", int32, (groups,)),
+        groups,
+        trunk_width,
+        address(branch_slots, "branch_slots", int32, (rows, branch_width)),
+        address(branch_len, "branch_len", int32, (rows,)),
+        rows,
+        branch_width,
+        address(group_indptr, "group_indptr", int32, (groups + 1,)),
+        address(query_indptr, "query_indptr", int32, (rows + 1,)),
+        scale,
+        window,
+        softcap,
+        0 if sinks is None else address(sinks, "sinks", torch.float32, (heads,)),
+        torch.get_num_threads(),
+    )
+    if result is not out:
+        out.copy_(result)
 
 
 def _fake(*args: torch.Tensor | float | None) -> None:
@@ -207,7 +271,7 @@ _operator = define(
     "(Tensor q, Tensor k_pool, Tensor v_pool, Tensor(a!) out, Tensor trunk_slots, Tensor trunk_len,"
     " Tensor branch_slots, Tensor branch_len, Tensor group_indptr, Tensor query_indptr, int max_rows, int max_queries,"
     " float scale, int window=0, float softcap=0.0, Tensor? sinks=None) -> ()",
-    cpu=tree_attention_reference,
+    cpu=_cpu if _native else tree_attention_reference,
     cuda=tree_attention_reference,
     fake=_fake,
 )

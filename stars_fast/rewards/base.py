@@ -20,6 +20,12 @@ class RewardPrompt:
     source: str | Messages | list[int]  # as the caller wrote it (``reward_prompts`` where given)
     ids: list[int]  # in the policy's tokenizer
     columns: dict[str, Any] = field(default_factory=dict)
+    argument: str = "prompts"  # or "reward_prompts": where it came from
+
+    @property
+    def name(self) -> str:
+        """What error messages call it."""
+        return f"{self.argument}[{self.index}]"
 
 
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt
 from stars_fast.rewards.template import chat_prefix_and_tail, common_prefix, encode, encode_start
 from stars_fast.tree.attention import evaluating, is_causal, plugged
 from stars_fast.tree.memory import default_tokens
-from stars_fast.tree.model import TreeModel, vocabulary
+from stars_fast.tree.model import TreeModel, refuse_dynamic_rope, vocabulary
 
 # Tokens of one packed scoring pass; more are scored in several.
 _MAX_PACKED = 16384
@@ -85,6 +85,7 @@ class ClassifierReward(Reward):
         self.tokenizer = tokenizer
         self.policy_tokenizer = policy_tokenizer
         self.shared_ids = tokenizer is None or _same_vocabulary(tokenizer, policy_tokenizer)
+        refuse_dynamic_rope(model, "reward")
         self.device = next(model.parameters()).device
         self.vocab_size = vocabulary(model)
         self.causal = False
@@ -98,12 +99,14 @@ class ClassifierReward(Reward):
     def _tree_model(self) -> tuple[TreeModel | None, str]:
         """The incremental path, or None and why this model cannot take it."""
         base = getattr(self.model, self.model.base_model_prefix, None)
-        head = getattr(self.model, "score", None)
-        if base is None or not isinstance(head, nn.Module):
-            return None, "it has no base model with a `score` head"
-        self.head = head
+        if base is None:
+            return None, "it has no base model"
         with torch.no_grad(), evaluating(self.model):
             self.causal = is_causal(base, self.vocab_size, self.device)
+        head = getattr(self.model, "score", None)
+        if not isinstance(head, nn.Module):
+            return None, "it has no `score` head"
+        self.head = head
         if not self.causal:
             return None, "its attention is bidirectional"
         try:
@@ -129,14 +132,20 @@ class ClassifierReward(Reward):
         self._plugged.enter_context(plugged(self.model))
 
     def end(self) -> None:
-        self._contexts, self._responses, self._completions = {}, set(), set()
+        for completion in list(self._completions):
+            self.discard(completion)
+        for response in list(self._responses):
+            self.close(response)
+        for context in self._contexts.values():
+            self._drop(context.encoded)
+        self._contexts = {}
         self._plugged.close()
 
     def _check(self, prompt: RewardPrompt, context: _Context, max_new_tokens: int, kv_cache_tokens: int | None) -> None:
         bad = [token for token in context.prefix if not 0 <= token < self.vocab_size]
         if bad:
             raise ValueError(
-                f"prompts[{prompt.index}] holds id {bad[0]}, outside the reward model's vocabulary of {self.vocab_size}"
+                f"{prompt.name} holds id {bad[0]}, outside the reward model's vocabulary of {self.vocab_size}"
             )
         if not self.shared_ids:
             return  # the length in the other tokenizer is known only once the text is
@@ -145,7 +154,7 @@ class ClassifierReward(Reward):
         for name, limit in limits.items():
             if limit is not None and needed > limit:
                 raise ValueError(
-                    f"prompts[{prompt.index}] has {len(context.prefix)} tokens for the reward model; with "
+                    f"{prompt.name} has {len(context.prefix)} tokens for the reward model; with "
                     f"max_new_tokens={max_new_tokens} and a tail of {len(context.tail)} that is {needed}, "
                     f"more than its {name} limit of {limit}"
                 )
@@ -169,7 +178,13 @@ class ClassifierReward(Reward):
     def _context(self, prompt: RewardPrompt) -> _Context:
         tail = [] if isinstance(self.tail, str) else list(self.tail)
         if self.templated:
-            prefix, rendered = chat_prefix_and_tail(self.tokenizer, self._messages(prompt))
+            messages = self._messages(prompt)
+            try:
+                prefix, rendered = chat_prefix_and_tail(self.tokenizer, messages)
+            except Exception as error:  # a template raises what it likes
+                raise ValueError(
+                    f"{prompt.name} does not fit the reward tokenizer's chat template: {error}"
+                ) from error
             return _Context(prefix, rendered if self.tail in ("auto", "template") else tail)
         if self.shared_ids:
             return _Context(list(prompt.ids), tail)
@@ -187,7 +202,7 @@ class ClassifierReward(Reward):
             return prompt.source
         if self.policy_tokenizer is None:
             raise ValueError(
-                f"prompts[{prompt.index}] is given as ids, and the reward model has its own tokenizer: "
+                f"{prompt.name} is given as ids, and the reward model has its own tokenizer: "
                 "pass the policy's as tokenizer="
             )
         return str(self.policy_tokenizer.decode(prompt.ids, skip_special_tokens=True))
@@ -327,9 +342,7 @@ class ClassifierReward(Reward):
         for encoded in idle + [response.state for response in others]:
             if tree.free_slots >= slots:
                 return
-            if encoded.node >= 0:
-                tree.release(encoded.node)
-                encoded.node, encoded.ids = -1, []
+            self._drop(encoded)
 
     def commit(self, completion: Completion) -> None:
         if completion.state is None:
@@ -348,9 +361,14 @@ class ClassifierReward(Reward):
         self._release(response)
 
     def _release(self, holder: Completion | Response) -> None:
-        if self.tree_model is not None and holder.state is not None and holder.state.node >= 0:
-            self.tree_model.tree.release(holder.state.node)
+        if holder.state is not None:
+            self._drop(holder.state)
         holder.state = None
+
+    def _drop(self, encoded: _Encoded) -> None:
+        if self.tree_model is not None and encoded.node >= 0:
+            self.tree_model.tree.release(encoded.node)
+        encoded.node, encoded.ids = -1, []
 
     def _score_in_full(self, rows: Sequence[list[int]]) -> list[float]:
         """Every row from its first token. Causal rows are grouped by length: padding would move their pooling."""

@@ -7,8 +7,9 @@ ordinary use of the model is untouched.
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stars_fast.ops import kv_append, tree_attention
@@ -28,7 +29,7 @@ from stars_fast.tree.slots import SlotPool
 NAME = "stars_tree"
 
 _active = threading.local()
-_plugged: dict[int, tuple[int, str]] = {}
+_plugged: dict[int, _Plugged] = {}  # id of a config -> what it said before
 _plugged_lock = threading.RLock()
 
 
@@ -120,8 +121,8 @@ def stars_attention(
     """transformers' attention signature: query ``[1, Hq, T, D]`` -> ``([1, T, Hq, Dv], None)``."""
     context = getattr(_active, "context", None)
     if context is None:
-        fallback = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return fallback(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        ordinary = _ordinary_attention(module)
+        return ordinary(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     out = context.attend(
         module,
         query[0].transpose(0, 1),
@@ -135,8 +136,32 @@ def stars_attention(
     return out[None], None
 
 
+def _ordinary_attention(module: nn.Module) -> Callable[..., Any]:
+    """What ``module`` would have called, had its model not been plugged in."""
+    implementation = _ordinary_implementation(getattr(module, "config", None))
+    if implementation in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    for cls in type(module).__mro__:  # "eager" stands in each family's own file
+        eager = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if eager is not None:
+            return eager
+    raise NotImplementedError(f"{type(module).__name__}: no attention named {implementation!r}")
+
+
+def _ordinary_implementation(config: Any) -> str:
+    plugged = _plugged.get(id(config))
+    return "sdpa" if plugged is None else plugged.implementation
+
+
+def _ordinary_mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
+    """The mask that goes with :func:`_ordinary_attention`."""
+    implementation = _ordinary_implementation(config)
+    make = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+    return None if make is None else make(*args, config=config, **kwargs)
+
+
 AttentionInterface.register(NAME, stars_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, _ordinary_mask)
 
 
 @contextmanager
@@ -151,24 +176,35 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
+@dataclass
+class _Plugged:
+    """A config whose model runs on the plug-in: what it was set to, and how many times it is plugged."""
+
+    implementation: str
+    depth: int = 0
+
+
 @contextmanager
 def plugged(model: PreTrainedModel) -> Iterator[None]:
-    """Run ``model`` on the plug-in and in eval mode inside; restore both afterwards. May be nested and shared."""
+    """Run ``model`` on the plug-in and in eval mode inside; restore both afterwards.
+
+    May be nested, and models may share a config: the setting lies there, so that is what is counted.
+    """
+    # Parents come before their parts, so that restoring a part's setting is not undone by its parent's.
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
     with _plugged_lock:
-        depth, implementation = _plugged.get(id(model), (0, model.config._attn_implementation))
-        if depth == 0:
-            model.set_attn_implementation(NAME)
-        _plugged[id(model)] = (depth + 1, implementation)
+        for key, config in configs.items():
+            _plugged.setdefault(key, _Plugged(config._attn_implementation)).depth += 1
     try:
+        model.set_attn_implementation(NAME)
         with evaluating(model):
             yield
     finally:
         with _plugged_lock:
-            depth, implementation = _plugged.pop(id(model))
-            if depth > 1:
-                _plugged[id(model)] = (depth - 1, implementation)
-            else:
-                model.set_attn_implementation(implementation)
+            for key, config in configs.items():
+                _plugged[key].depth -= 1
+                if not _plugged[key].depth:
+                    config._attn_implementation = _plugged.pop(key).implementation
 
 
 def causal_probe(length: int, vocab_size: int, device: torch.device) -> torch.Tensor:

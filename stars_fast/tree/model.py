@@ -15,6 +15,8 @@ from stars_fast.tree.slots import SlotPool
 
 # A packed prefill is cut into pieces of this many tokens a row, so that a long prompt's scores fit in memory.
 PREFILL_CHUNK = 512
+# Relative difference from a plain forward pass: rounding stays far below in any dtype, another computation far above.
+_LARGEST_ERROR = 0.1
 
 
 class TreeModel:
@@ -50,6 +52,7 @@ class TreeModel:
         self.tree = SegmentTree(1)
         # transformers returns a 4-D mask as it is: no mask is built, and nothing waits for the device.
         self._mask = torch.zeros(1, 1, 1, 1, device=self.device)
+        self._compare_with_plain()
 
     def _record_shapes(self) -> tuple[dict[int, tuple[int, int, int]], torch.dtype]:
         recorder = ShapeRecorder({})
@@ -67,6 +70,27 @@ class TreeModel:
             )
         return recorder.shapes, recorder.dtype
 
+    @torch.no_grad()
+    def _compare_with_plain(self) -> None:
+        """Refuse families that do more with keys and values than the interface shows: their numbers come out wrong."""
+        half = min(4, (self.max_positions or 8) // 2)
+        ids = causal_probe(2 * half, self.vocab_size, self.device)
+        self.allocate(3 * half)
+        with plugged(self.model):
+            plain = _features(self.body(input_ids=ids[None], use_cache=False))[half:]
+            nodes, _ = self.extend([-1], [ids[:half].tolist()])
+            branches = [ids[:half].tolist(), ids[half:].tolist()]
+            output, _ = self.encode(self.plan(nodes, [2], [half, half]), branches, 2)
+        tree = _features(output)[half:]
+        error = (tree - plain).norm(dim=1) / plain.norm(dim=1).clamp_min(1e-6)  # [half]
+        # The median, because rounding may send a single token to other experts.
+        if not error.median() < _LARGEST_ERROR:
+            raise NotImplementedError(
+                f"the {self.role} is a {type(self.model).__name__} (model_type={self.model.config.model_type!r}): on a "
+                f"tree its outputs differ from its own by {error.median().item():.0%}, so it does more than causal "
+                "attention over keys and values"
+            )
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes."""
@@ -75,8 +99,13 @@ class TreeModel:
     def allocate(self, tokens: int) -> None:
         """An empty tree over ``tokens`` slots (and slot 0); the pool is kept where it already has that size."""
         if self.pool.slots != tokens + 1:
+            self.pool = SlotPool({}, 1, self.dtype, self.device)  # free the old one before making the new
             self.pool = SlotPool(self.shapes, tokens + 1, self.dtype, self.device)
         self.tree = SegmentTree(tokens + 1)
+
+    def clear(self) -> None:
+        """Drop everything the tree holds, whoever holds it."""
+        self.tree = SegmentTree(self.pool.slots)
 
     def plan(self, leaves: Sequence[int], rows: Sequence[int], new_slots: Sequence[int]) -> TreePlan:
         """Fork ``rows[g]`` branches of ``leaves[g]`` (-1: from nothing), branch b with ``new_slots[b]`` slots."""
@@ -116,8 +145,19 @@ class TreeModel:
         Returns
         -------
         (output, last)
-            The body's output, and the index ``[B]`` int64 of each branch's last token in the packed row.
+            The body's output, and the index ``[B]`` int64 of each branch's last token in the packed row. Where this
+            raises (memory), the plan's branches are released.
         """
+        try:
+            return self._encode(plan, branches, rows, **kwargs)
+        except BaseException:
+            for branch in plan.branches:
+                self.tree.release(branch)
+            raise
+
+    def _encode(
+        self, plan: TreePlan, branches: Sequence[Sequence[int]], rows: int, **kwargs: Any
+    ) -> tuple[Any, torch.Tensor]:
         lengths = [len(branch) for branch in branches]
         ids = torch.tensor([token for branch in branches for token in branch], device=self.device)
         counts = torch.tensor(lengths, device=self.device)
@@ -189,6 +229,13 @@ def vocabulary(model: PreTrainedModel) -> int:
     return int(cast(torch.Tensor, model.get_input_embeddings().weight).shape[0])
 
 
+def _features(output: Any) -> torch.Tensor:
+    """Logits or hidden states of a batch of one, centred, float32 ``[T, X]``."""
+    logits = getattr(output, "logits", None)
+    values: torch.Tensor = (output.last_hidden_state if logits is None else logits)[0].float()
+    return values - values.mean(1, keepdim=True)
+
+
 def refuse_unsupported(model: PreTrainedModel, role: str) -> None:
     """Raise NotImplementedError, by name, for models that a tree of keys and values cannot represent."""
     config = model.config.get_text_config()
@@ -200,9 +247,15 @@ def refuse_unsupported(model: PreTrainedModel, role: str) -> None:
     if getattr(model, "_is_stateful", False) or stateful:
         what = f"layers of type {', '.join(stateful)}" if stateful else "a recurrent state"
         raise NotImplementedError(f"{name} with {what}: a state cannot be forked and rolled back token by token")
-    if any(_rope_type(rope) == "dynamic" for rope in _rope_parameters(config)):
+    refuse_dynamic_rope(model, role)
+
+
+def refuse_dynamic_rope(model: PreTrainedModel, role: str) -> None:
+    """Raise NotImplementedError for frequencies that depend on the longest row of a batch."""
+    if any(_rope_type(rope) == "dynamic" for rope in _rope_parameters(model.config.get_text_config())):
         raise NotImplementedError(
-            f"{name} with rope_type='dynamic': in a packed batch one long row would change every row's frequencies"
+            f"the {role} is a {type(model).__name__} (model_type={model.config.model_type!r}) with "
+            "rope_type='dynamic': one long row of a batch would change every row's frequencies"
         )
 
 

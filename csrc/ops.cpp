@@ -1,0 +1,107 @@
+#include "ops.h"
+
+#include <pybind11/stl.h>
+
+#include <cstdint>
+
+#include "philox.h"
+#include "row_math.h"
+#include "sample_step.h"
+#include "select_and_commit.h"
+#include "tree_attention.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace stars_fast;
+
+// Tensors come as addresses (tensor.data_ptr()): the Python side has checked dtype, shape and contiguity.
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void bind_random_numbers(py::module_& m) {
+    m.def("philox4x32", &philox4x32, py::arg("key"), py::arg("counter"));
+    m.def("gumbel", [](uint32_t bits) { return gumbel(bits); }, py::arg("bits"));
+}
+
+void bind_sampling(py::module_& m) {
+    m.def("sample_step",
+          [](uintptr_t logits, int type, int64_t rows, int64_t vocab, uintptr_t keys, uintptr_t segment,
+             uintptr_t attempt, uintptr_t position, uintptr_t alive, uintptr_t limit, uintptr_t temperature,
+             uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t repetition_penalty, uintptr_t seen,
+             uintptr_t eos, int64_t eos_count, uintptr_t token, uintptr_t logprob, uintptr_t sampling_logprob,
+             uintptr_t entropy, int threads) {
+              const py::gil_scoped_release release;
+              sample_step({at<void>(logits), static_cast<Float>(type), rows, vocab, at<int64_t>(keys),
+                           at<int32_t>(segment), at<int32_t>(attempt), at<int32_t>(position), at<bool>(alive),
+                           at<int32_t>(limit), at<float>(temperature), at<int32_t>(top_k), at<float>(top_p),
+                           at<float>(min_p), at<float>(repetition_penalty), at<bool>(seen), at<int64_t>(eos),
+                           eos_count, at<int64_t>(token), at<float>(logprob), at<float>(sampling_logprob),
+                           at<float>(entropy)},
+                          threads);
+          });
+    m.def("gather_logprobs", [](uintptr_t logits, int type, int64_t rows, int64_t vocab, uintptr_t tokens,
+                                uintptr_t out, int threads) {
+        const py::gil_scoped_release release;
+        gather_logprobs({at<void>(logits), static_cast<Float>(type), rows, vocab, at<int64_t>(tokens), at<float>(out)},
+                        threads);
+    });
+}
+
+void bind_selection(py::module_& m) {
+    m.def("select_and_commit",
+          [](int64_t rows, int64_t groups, int64_t branch_capacity, int64_t trunk_capacity, uintptr_t reward,
+             uintptr_t length, uintptr_t ended, uintptr_t group_indptr, uintptr_t keys, uintptr_t segment,
+             uintptr_t attempts, uintptr_t committed, uintptr_t max_new_tokens, uintptr_t max_attempts,
+             uintptr_t base, uintptr_t target, uintptr_t beta, bool finished_at_target, uintptr_t best_reward,
+             uintptr_t best_attempt, uintptr_t best_slots, uintptr_t best_len, uintptr_t trunk_slots,
+             uintptr_t trunk_len, uintptr_t branch_slots, uintptr_t branch_len, uintptr_t keep, uintptr_t winner,
+             uintptr_t accepted, uintptr_t threshold) {
+              const py::gil_scoped_release release;
+              select_and_commit({rows, groups, branch_capacity, trunk_capacity, at<float>(reward),
+                                 at<int32_t>(length), at<bool>(ended), at<int32_t>(group_indptr), at<int64_t>(keys),
+                                 at<int32_t>(segment), at<int32_t>(attempts), at<int32_t>(committed),
+                                 at<int32_t>(max_new_tokens), at<int32_t>(max_attempts), at<double>(base),
+                                 at<double>(target), at<double>(beta), finished_at_target, at<float>(best_reward),
+                                 at<int32_t>(best_attempt), at<int32_t>(best_slots), at<int32_t>(best_len),
+                                 at<int32_t>(trunk_slots), at<int32_t>(trunk_len), at<int32_t>(branch_slots),
+                                 at<int32_t>(branch_len), at<int32_t>(keep), at<int32_t>(winner),
+                                 at<bool>(accepted), at<float>(threshold)});
+          });
+}
+
+void bind_attention(py::module_& m) {
+    m.def("tree_attention",
+          [](uintptr_t q, int64_t q_token_stride, int64_t q_head_stride, uintptr_t k_pool, uintptr_t v_pool,
+             uintptr_t out, int type, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_size,
+             int64_t value_size, uintptr_t trunk_slots, uintptr_t trunk_len, int64_t groups, int64_t trunk_width,
+             uintptr_t branch_slots, uintptr_t branch_len, int64_t rows, int64_t branch_width, uintptr_t group_indptr,
+             uintptr_t query_indptr, double scale, int64_t window, double softcap, uintptr_t sinks, int threads) {
+              const py::gil_scoped_release release;
+              tree_attention({at<void>(q), q_token_stride, q_head_stride, at<void>(k_pool), at<void>(v_pool),
+                              at<float>(out), static_cast<Float>(type), tokens, heads, kv_heads, head_size, value_size,
+                              at<int32_t>(trunk_slots), at<int32_t>(trunk_len), groups, trunk_width,
+                              at<int32_t>(branch_slots), at<int32_t>(branch_len), rows, branch_width,
+                              at<int32_t>(group_indptr), at<int32_t>(query_indptr), static_cast<float>(scale), window,
+                              static_cast<float>(softcap), at<float>(sinks)},
+                             threads);
+          });
+    m.def("kv_append", [](uintptr_t source, int64_t token_stride, int64_t head_stride, uintptr_t pool, uintptr_t slots,
+                          int64_t tokens, int64_t heads, int64_t bytes) {
+        const py::gil_scoped_release release;
+        kv_append({at<char>(source), token_stride, head_stride, at<char>(pool), at<int32_t>(slots), tokens, heads,
+                   bytes});
+    });
+}
+
+}  // namespace
+
+void bind_ops(py::module_& m) {
+    bind_random_numbers(m);
+    bind_sampling(m);
+    bind_selection(m);
+    bind_attention(m);
+}

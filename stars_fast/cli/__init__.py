@@ -1,0 +1,32 @@
+"""The command ``stars-fast``. Heavy modules are imported by the commands that need them, not here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from stars_fast.cli import demo, doctor, generate
+from stars_fast.cli.console import print_version
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.run)
+app.command("generate")(generate.run)
+app.command("doctor")(doctor.run)
+
+__all__ = ["app"]
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Reward-guided generation for Hugging Face models: exact, many candidates at a time."""

@@ -1,0 +1,59 @@
+"""Where the commands print: results to stdout, everything about them to stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+BAD_USAGE = 2
+# What transformers and the engine raise for models that do not exist, do not load, or cannot be used.
+LOADING_ERRORS = (OSError, ValueError, TypeError, NotImplementedError, ImportError)
+
+
+def stdout() -> Console:
+    """A console for results; 80 columns wide where it is not a terminal."""
+    return Console(highlight=False)
+
+
+def stderr() -> Console:
+    """A console for progress and complaints. Long lines are left to the terminal, so that a pipe gets one."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """One line about what happens."""
+    stderr().print(Text(message, style="dim"))
+
+
+def fail(message: object, code: int = BAD_USAGE) -> NoReturn:
+    """Say in one line what is wrong, and leave."""
+    stderr().print(Text.assemble(("error: ", "bold red"), one_line(message)))
+    raise typer.Exit(code)
+
+
+def one_line(message: object) -> str:
+    """A message with its line breaks and runs of blanks squeezed."""
+    return " ".join(str(message).split()) or type(message).__name__
+
+
+@contextmanager
+def refusing(*errors: type[Exception]) -> Iterator[None]:
+    """Report these errors in one line, as bad usage, instead of a traceback."""
+    try:
+        yield
+    except errors as error:
+        fail(error)
+
+
+def print_version(wanted: bool) -> None:
+    """Callback of ``--version``."""
+    if wanted:
+        from stars_fast import __version__
+
+        typer.echo(f"stars-fast {__version__}")
+        raise typer.Exit

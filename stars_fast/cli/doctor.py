@@ -1,0 +1,235 @@
+"""``stars-fast doctor``: what this machine has, and which path given models take on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from stars_fast.cli.console import fail, one_line, refusing, stdout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stars_fast.tree.model import TreeModel
+
+TREE, IN_FULL, REFUSED = "tree plug-in", "scored in full", "refused"
+_MISSING = "not built: run `pip install .` in a checkout, with a C++17 compiler"
+
+Report = dict[str, Any]
+
+
+def run(
+    policy: Annotated[str | None, typer.Option(help="Causal LM to examine: folder, hub id or 'demo'.")] = None,
+    reward: Annotated[str | None, typer.Option(help="Reward model to examine: folder, hub id or 'demo'.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show versions, devices and kernels, and how given models would run. Exit code 1 if one is refused."""
+    from stars_fast.cli.models import quiet_transformers
+
+    quiet_transformers()
+    report = examine_machine()
+    if not report["extension"]["built"]:
+        _print(report, as_json)
+        fail(f"the C++ extension is {report['extension']['detail']}", 1)
+    with refusing(OSError):
+        if policy is not None:
+            report["models"]["policy"] = _examine("policy", policy)
+        if reward is not None:
+            report["models"]["reward"] = _examine("reward", reward)
+    _print(report, as_json)
+    if any(model["path"] == REFUSED for model in report["models"].values()):
+        raise typer.Exit(1)
+
+
+def examine_machine() -> Report:
+    """Versions, devices, the C++ extension, and the kernel of each operator per kind of device."""
+    import torch
+    import transformers
+
+    import stars_fast
+
+    versions = {
+        "stars_fast": stars_fast.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "triton": _version("triton"),
+    }
+    extension = _extension()
+    return {
+        "versions": versions,
+        "platform": platform.platform(),
+        "devices": _devices(),
+        "extension": extension,
+        "kernels_setting": os.environ.get("STARS_FAST_KERNELS"),
+        "kernels": _kernels() if extension["built"] else {},
+        "models": {},
+    }
+
+
+def _version(module: str) -> str | None:
+    try:
+        return str(import_module(module).__version__)
+    except (ImportError, AttributeError):
+        return None
+
+
+def _devices() -> list[Report]:
+    import torch
+
+    devices: list[Report] = [{"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append({"device": f"cuda:{index}", "name": properties.name, "memory_bytes": properties.total_memory})
+    return devices
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _extension() -> Report:
+    try:
+        module = import_module("stars_fast._C")
+    except ImportError as error:
+        return {"built": False, "detail": f"{_MISSING} ({error})"}
+    return {"built": True, "detail": str(module.__file__)}
+
+
+def _kernels() -> dict[str, dict[str, str]]:
+    import torch
+
+    import_module("stars_fast.ops")
+    from stars_fast.ops._library import operators
+
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {name: {kind: operator.kernel(kind) for kind in kinds} for name, operator in sorted(operators.items())}
+
+
+def _examine(role: str, name: str) -> Report:
+    """Load a model and say which path it takes. Raises OSError for a name that leads nowhere."""
+    from stars_fast.cli.models import classifier_named, policy_named
+
+    try:
+        named = policy_named if role == "policy" else classifier_named
+        model, _ = named(name, None, "auto", "auto")
+        described = _describe(model)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        return {"name": name, "path": REFUSED, "reason": one_line(error)}
+    try:
+        path = _policy_path(model) if role == "policy" else _reward_path(model)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        path = {"path": REFUSED, "reason": one_line(error)}
+    return {"name": name, **described, **path}
+
+
+def _describe(model: PreTrainedModel) -> Report:
+    parameter = next(model.parameters())
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(one.numel() for one in model.parameters()),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": str(parameter.device),
+    }
+
+
+def _policy_path(model: PreTrainedModel) -> Report:
+    from stars_fast.policy import Policy
+
+    return _tree_path(Policy(model), "its attention runs on the tree of slots")
+
+
+def _reward_path(model: PreTrainedModel) -> Report:
+    from stars_fast.rewards import ClassifierReward
+
+    scorer = ClassifierReward(model)
+    if scorer.tree_model is None:
+        return {"path": IN_FULL, "reason": scorer.reason}
+    return _tree_path(scorer.tree_model, "it is causal, and its attention runs on the tree of slots")
+
+
+def _tree_path(tree_model: TreeModel, reason: str) -> Report:
+    from stars_fast.tree.check import max_difference, tolerance
+
+    difference = max_difference(tree_model)
+    return {
+        "path": TREE,
+        "reason": reason,
+        "layers": len(tree_model.shapes),
+        "kv_bytes_per_token": tree_model.bytes_per_token,
+        "max_positions": tree_model.max_positions,
+        "max_difference": difference,
+        "agrees": difference <= tolerance(tree_model.dtype),
+    }
+
+
+def _print(report: Report, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    console = stdout()
+    _print_section(console, "versions", {name: version or "-" for name, version in report["versions"].items()})
+    _print_section(console, "machine", {device["device"]: _device_words(device) for device in report["devices"]})
+    extension = report["extension"]
+    _print_section(console, "extension", {"stars_fast._C": extension["detail"]})
+    setting = report["kernels_setting"]
+    _print_section(
+        console,
+        "kernels" + (f" (STARS_FAST_KERNELS={setting})" if setting else ""),
+        {
+            name: ", ".join(kernel if len(kinds) == 1 else f"{kind}: {kernel}" for kind, kernel in kinds.items())
+            for name, kinds in report["kernels"].items()
+        },
+    )
+    for role, model in report["models"].items():
+        _print_section(console, f"{role}: {model['name']}", _model_words(model))
+
+
+def _print_section(console: Console, title: str, lines: dict[str, Any]) -> None:
+    if not lines:
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_column(min_width=18, no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in lines.items():
+        table.add_row(f"  {name}", value if isinstance(value, Text) else str(value))
+    console.print(Text(title, style="bold"))
+    console.print(table)
+    console.print()
+
+
+def _device_words(device: Report) -> str:
+    if "threads" in device:
+        threads = device["threads"]
+        return f"{device['name']}, {threads} thread{'s' * (threads != 1)}"
+    return f"{device['name']}, {device['memory_bytes'] / 2**30:.0f} GiB"
+
+
+def _model_words(model: Report) -> dict[str, Any]:
+    colour = {TREE: "green", IN_FULL: "yellow", REFUSED: "red"}[model["path"]]
+    words: dict[str, Any] = {"path": Text.assemble((model["path"], colour), f": {model['reason']}")}
+    if "class" in model:
+        words["model"] = f"{model['class']}, {model['parameters']:,} parameters, {model['dtype']} on {model['device']}"
+    if model["path"] == TREE:
+        words["keys and values"] = f"{model['kv_bytes_per_token']:,} bytes a token in {model['layers']} layers"
+        words["positions"] = f"{model['max_positions']:,}" if model["max_positions"] else "no limit"
+        verdict = "agrees" if model["agrees"] else "MORE THAN ROUNDING EXPLAINS"
+        words["self-check"] = Text(
+            f"{verdict}: at most {model['max_difference']:.1e} from a plain forward pass",
+            style="" if model["agrees"] else "red",
+        )
+    return words

@@ -1,0 +1,219 @@
+"""``stars-fast generate``: prompts in, rewarded completions out, one JSON line each."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
+
+import typer
+from rich.padding import Padding
+from rich.text import Text
+
+from stars_fast.cli.console import LOADING_ERRORS, fail, note, one_line, refusing, stdout
+
+if TYPE_CHECKING:
+    from stars_fast.cli.rows import Row
+    from stars_fast.config import StarsConfig
+    from stars_fast.engine import StarsEngine
+
+Records = list[dict[str, Any]]
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def run(
+    policy: Annotated[str | None, typer.Option(help="Causal LM: folder, hub id or 'demo'.")] = None,
+    reward: Annotated[str | None, typer.Option(help="One-label sequence classifier: folder, hub id or 'demo'.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be repeated.")] = None,
+    input_: Annotated[
+        Path | None,
+        typer.Option("--input", help="JSON Lines with prompt, messages or prompt_ids, maybe id, seed. '-': stdin."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON Lines to write to, row by row; ids already in it are skipped.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML with fields of StarsConfig, and maybe policy and reward.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A field of StarsConfig; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Each row draws by this and its id.")] = 0,
+    tokenizer: Annotated[str | None, typer.Option(help="The policy's, where it is not beside it.")] = None,
+    reward_tokenizer: Annotated[str | None, typer.Option(help="The reward model's, where it is not beside it.")] = None,
+    reward_tail: Annotated[
+        str, typer.Option(help="What follows an answer when it is scored: auto, template, none, or ids: 5,6,7.")
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows calibrated and admitted together.")] = 128,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Most candidates side by side.")] = None,
+    kv_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Slots of each tree of keys and values.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Of both models: {', '.join(DTYPES)}.")] = "auto",
+    device: Annotated[str, typer.Option(help="Of both models; auto takes a GPU where there is one.")] = "auto",
+) -> None:
+    """Complete prompts under the guidance of a reward model.
+
+    Texts depend on the seed and a row's id only: not on the order of rows, on batches, or on an interruption.
+    Run the same command again to go on where it stopped.
+    """
+    from stars_fast.cli.settings import read_settings
+
+    with refusing(OSError, ValueError, TypeError):
+        settings = read_settings(config, set_ or ())
+    names = _Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
+    _check_usage(names, prompt, input_, output, dtype)
+    rows = _read_input(prompt, input_, seed)
+    todo = _todo(rows, output, settings.config.num_return_sequences)
+    if not todo:
+        note(f"nothing to do: {output} holds all {len(rows)} rows")
+        return
+    engine = _engine(names, dtype, device, max_rows, kv_cache_tokens)
+    failed = _run_all(engine, todo, settings.config, output, batch_size)
+    if output is not None:
+        skipped = f", {len(rows) - len(todo)} were there before" if len(todo) < len(rows) else ""
+        errors = f", {failed} with an error" if failed else ""
+        note(f"{len(todo)} rows written to {output}{errors}{skipped}")
+
+
+class _Names(NamedTuple):
+    """Models and tokenizers as the user named them."""
+
+    policy: str | None
+    reward: str | None
+    tokenizer: str | None
+    reward_tokenizer: str | None
+    reward_tail: str
+
+
+def _check_usage(names: _Names, prompt: list[str] | None, input_: Path | None, output: Path | None, dtype: str) -> None:
+    for name, value in (("policy", names.policy), ("reward", names.reward)):
+        if not value:
+            fail(f"no {name} model: give --{name} (a folder, a hub id or 'demo') or `{name}:` in --config")
+    if bool(prompt) == (input_ is not None):
+        fail("give either --prompt or --input" + (", not both" if prompt else ""))
+    if dtype not in DTYPES:
+        fail(f"--dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
+    if output is None:
+        return
+    if output.is_dir() or not output.parent.is_dir():
+        fail(f"--output {output}: " + ("is a folder" if output.is_dir() else f"there is no folder {output.parent}"))
+    if input_ is not None and output.exists() and input_.exists() and output.samefile(input_):
+        fail(f"--output {output} is also the input")
+
+
+def _read_input(prompt: list[str] | None, input_: Path | None, seed: int) -> list[Row]:
+    from stars_fast.cli.rows import Row, read_rows, row_seed
+
+    if prompt:
+        return [Row(number, text, row_seed(seed, number)) for number, text in enumerate(prompt, 1)]
+    assert input_ is not None
+    with refusing(OSError, ValueError):
+        if str(input_) == "-":
+            rows = read_rows(sys.stdin, seed)
+        else:
+            with input_.open("rb") as file:
+                rows = read_rows(file, seed)
+        if not rows:
+            raise ValueError(f"--input {input_} holds no rows")
+    return rows
+
+
+def _todo(rows: list[Row], output: Path | None, samples: int) -> list[Row]:
+    from stars_fast.cli.rows import resume
+
+    if output is None:
+        return rows
+    with refusing(OSError, ValueError):
+        done = resume(output, samples)
+    return [row for row in rows if row.id not in done]
+
+
+def _engine(names: _Names, dtype: str, device: str, max_rows: int | None, kv_cache_tokens: int | None) -> StarsEngine:
+    from stars_fast.cli.models import classifier_named, policy_named, quiet_transformers
+    from stars_fast.engine import StarsEngine
+
+    quiet_transformers()
+    assert names.policy is not None and names.reward is not None
+    with refusing(*LOADING_ERRORS):
+        policy, tokenizer = policy_named(names.policy, names.tokenizer, dtype, device)
+        classifier, reward_tokenizer = classifier_named(names.reward, names.reward_tokenizer, dtype, device)
+        return StarsEngine(
+            policy,
+            classifier,
+            tokenizer=tokenizer,
+            reward_tokenizer=reward_tokenizer,
+            reward_tail=_tail(names.reward_tail),
+            max_rows=max_rows,
+            kv_cache_tokens=kv_cache_tokens,
+        )
+
+
+def _tail(text: str) -> str | list[int]:
+    return [int(token) for token in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else text
+
+
+def _run_all(engine: StarsEngine, rows: list[Row], config: StarsConfig, output: Path | None, batch_size: int) -> int:
+    """Write every row as it is finished. Returns how many ended with an error."""
+    from stars_fast.cli.responses import finished_rows
+    from stars_fast.progress import progress_bar
+
+    again = "" if output is None else f"; {output} keeps what was written: run the same command again to go on"
+    reading = output is None and sys.stdout.isatty()
+    failed = 0
+    try:
+        with _sink(output) as write, progress_bar(not reading, len(rows) * config.num_return_sequences) as advance:
+            for records in finished_rows(engine, rows, config, batch_size, advance):
+                write(records)
+                failed += any(record["error"] is not None for record in records)
+    except KeyboardInterrupt:
+        fail(f"interrupted{again}", 130)
+    except (ValueError, NotImplementedError) as error:
+        fail(error)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not _is_shortage(error):
+            raise
+        fail(f"{one_line(error)}{again}", 1)
+    return failed
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Whether the machine, rather than the program, is at fault: memory or disk ran out."""
+    return isinstance(error, MemoryError) or "memory" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+
+
+@contextmanager
+def _sink(output: Path | None) -> Iterator[Callable[[Records], None]]:
+    """A function that writes the records of one row: to the file, or to stdout as text or as JSON Lines."""
+    if output is not None:
+        with output.open("a", encoding="utf-8", newline="\n") as file:
+            yield lambda records: _write_lines(file, records)
+    elif sys.stdout.isatty():
+        yield _print_text
+    else:
+        lines = sys.stdout
+        yield lambda records: _write_lines(lines, records)
+
+
+def _write_lines(file: TextIO, records: Records) -> None:
+    from stars_fast.cli.rows import to_line
+
+    file.write("".join(to_line(record) for record in records))
+    file.flush()
+
+
+def _print_text(records: Records) -> None:
+    console = stdout()
+    for record in records:
+        if record["error"] is not None:
+            console.print(Text.assemble((f"{record['id']}  ", "bold"), (f"error: {record['error']}", "red")))
+            continue
+        prompt = record["prompt"] if isinstance(record["prompt"], str) else ""
+        text = record["completion"]
+        if text is None:
+            text = " ".join(map(str, record["completion_ids"]))
+        reward = f"reward {record['reward']}, {record['tokens']} tokens, {record['finish_reason']}"
+        console.print(Text.assemble((f"{record['id']}  ", "bold"), (reward, "dim")))
+        console.print(Padding(Text.assemble((prompt, "bold"), text), (0, 0, 1, 2)))

@@ -1,0 +1,94 @@
+"""Runs rows through the engine, batch after batch, and gives back each as it is finished."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+from stars_fast.cli.rows import Row, record
+from stars_fast.config import StarsConfig
+from stars_fast.engine import StarsEngine
+from stars_fast.outputs import SegmentEvent, SegmentTrace
+
+Records = list[dict[str, Any]]
+
+
+def finished_rows(
+    engine: StarsEngine,
+    rows: Sequence[Row],
+    config: StarsConfig,
+    batch_size: int,
+    advance: Callable[[SegmentEvent], None],
+) -> Iterator[Records]:
+    """Records of one row at a time, one per sample. Rows that cannot be used come first, with their error.
+
+    Raises
+    ------
+    ValueError, TypeError, NotImplementedError
+        For what is wrong with every row: a setting, a missing tokenizer.
+    """
+    for row in rows:
+        if row.error is not None:
+            yield _rejected(row, row.error, config, advance)
+    sound = [row for row in rows if row.error is None]
+    for start in range(0, len(sound), batch_size):
+        yield from _finished_batch(engine, sound[start : start + batch_size], config, advance)
+
+
+def _finished_batch(
+    engine: StarsEngine, rows: list[Row], config: StarsConfig, advance: Callable[[SegmentEvent], None]
+) -> Iterator[Records]:
+    while rows:
+        events = None
+        try:
+            events = engine.stream([row.prompt for row in rows], config, seed=[row.seed for row in rows])
+            first = next(events)
+        except (ValueError, TypeError) as error:  # nothing has been generated yet
+            place = _culprit(error)
+            if place is None:
+                raise
+            row = rows[place]
+            rows = rows[:place] + rows[place + 1 :]
+            yield _rejected(row, str(error).replace(f"prompts[{place}]", "the prompt"), config, advance)
+            continue
+        yield from _gathered(engine, chain([first], events), rows, config, advance)
+        return
+
+
+def _culprit(error: Exception) -> int | None:
+    """The prompt that the engine complains about."""
+    named = re.match(r"prompts\[(\d+)\]", str(error))
+    return int(named[1]) if named else None
+
+
+def _gathered(
+    engine: StarsEngine,
+    events: Iterable[SegmentEvent],
+    rows: Sequence[Row],
+    config: StarsConfig,
+    advance: Callable[[SegmentEvent], None],
+) -> Iterator[Records]:
+    segments: dict[int, list[SegmentTrace]] = {}
+    records: dict[int, Records] = {}
+    for event in events:
+        advance(event)
+        own = segments.setdefault(event.index, [])
+        if event.segment is not None:
+            own.append(event.segment)
+        if event.finish_reason is None:
+            continue
+        tokens = [token for segment in segments.pop(event.index) for token in segment.tokens]
+        text = None if engine.tokenizer is None else engine.tokenizer.decode(tokens, skip_special_tokens=True)
+        row, done = rows[event.prompt_index], records.setdefault(event.prompt_index, [])
+        done.append(record(row, event.sample_index, tokens, text, own, event.finish_reason, event.error))
+        if len(done) == config.num_return_sequences:
+            yield sorted(records.pop(event.prompt_index), key=lambda one: one["sample"])
+
+
+def _rejected(row: Row, error: str, config: StarsConfig, advance: Callable[[SegmentEvent], None]) -> Records:
+    samples = range(config.num_return_sequences)
+    for sample in samples:
+        advance(SegmentEvent(-1, -1, sample, None, None, "error", error))
+    return [record(row, sample, error=error) for sample in samples]

@@ -1,0 +1,96 @@
+"""StarsConfig from a YAML file and from ``--set name=value``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from stars_fast.config import StarsConfig
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(StarsConfig))
+_MODELS = ("policy", "reward")
+_WORDS = ("finished_threshold", "method", "stop_strings")  # "1" means the text there, not the number
+
+
+class Settings(NamedTuple):
+    """What a configuration file and the command line say together."""
+
+    config: StarsConfig
+    policy: str | None
+    reward: str | None
+
+
+def read_settings(path: Path | None, assignments: Sequence[str] = ()) -> Settings:
+    """Read a YAML file of StarsConfig fields, ``policy`` and ``reward``; assignments win over it.
+
+    Raises
+    ------
+    OSError
+        For a file that cannot be read.
+    ValueError, TypeError
+        For unknown keys, naming them, and for values out of range.
+    """
+    values = {} if path is None else _read_file(path)
+    models = {name: values.pop(name, None) for name in _MODELS}
+    for name, model in models.items():
+        if model is not None and not isinstance(model, str):
+            raise TypeError(f"{path}: {name}={model!r}: give a folder or a hub id")
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--set {assignment!r}: write name=value")
+        _check_known({name}, "--set", _FIELDS)
+        values[name] = _parse(name, text)
+    config = StarsConfig(**{name: _numbers(name, value) for name, value in values.items()})
+    for name in ("target_reward", "base_reward"):
+        if isinstance(getattr(config, name), tuple):
+            raise ValueError(f"{name} is a list, one per prompt: give one number for all rows, or leave it out")
+    return Settings(config, **models)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}: write one `name: value` a line")
+    _check_known({str(name) for name in values}, str(path), (*_MODELS, *_FIELDS))
+    return values
+
+
+def _check_known(names: set[str], where: str, known: Sequence[str]) -> None:
+    unknown = sorted(names - set(known))
+    if unknown:
+        raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
+
+
+def _parse(name: str, text: str) -> Any:
+    """The value in ``name=value``: YAML, and ``none``."""
+    if text.lower() == "none":
+        return None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    taken = value is None or isinstance(value, (str, list))
+    return text if name in _WORDS and not taken else value
+
+
+def _numbers(name: str, value: Any) -> Any:
+    """Numbers that YAML takes for text, such as ``1e-3``, ``inf`` and ``-inf``."""
+    if isinstance(value, list) and name not in _WORDS:
+        return [_numbers(name, one) for one in value]
+    if isinstance(value, str) and name not in _WORDS:
+        for number in (int, float):
+            try:
+                return number(value)
+            except ValueError:
+                pass
+    return value

@@ -1,0 +1,327 @@
+"""What the command ``stars-fast`` promises."""
+
+import json
+import re
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from conftest import tiny_policy, tiny_reward
+from transformers import BertConfig, BertForSequenceClassification
+from typer.testing import CliRunner
+
+from stars_fast.cli import app, responses
+from stars_fast.cli.rows import read_rows, row_seed
+
+ROWS = [
+    {"id": "a", "prompt": "w3 w4"},
+    {"prompt": "w5"},
+    {"id": "chat", "messages": [{"role": "user", "content": "w6"}]},
+    {"id": 17, "prompt_ids": [7, 8, 9]},
+    {"id": "own seed", "prompt": "w3 w4", "seed": 5},
+]
+SETTINGS = ("max_new_tokens=14", "segment_length=4", "max_attempts=6", "beta=0.3")
+DEMO = ("demo", "--prompts", "1", "--max-new-tokens", "32")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tokenizer32) -> tuple[str, ...]:
+    """Options that name a tiny policy and a tiny reward model on disk."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, model in (("policy", tiny_policy(32)), ("reward", tiny_reward(32, scale=3.0))):
+        model.save_pretrained(folder / name)
+    tokenizer32.save_pretrained(folder / "policy")
+    return "--policy", str(folder / "policy"), "--reward", str(folder / "reward")
+
+
+@pytest.fixture
+def generate(models, tmp_path):
+    """Run ``generate`` on rows (or raw lines) into a file; returns the result and the records."""
+
+    def run(rows, *options, output="out.jsonl", settings=SETTINGS):
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+        chosen = [part for setting in settings for part in ("--set", setting)]
+        out = tmp_path / output
+        result = invoke("generate", *models, "--input", tmp_path / "in.jsonl", "--output", out, *chosen, *options)
+        return result, read(out) if out.exists() else []
+
+    return run
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_same(records, others) -> None:
+    """The same texts for the same ids; rewards up to what another batch rounds differently."""
+    key = lambda record: (str(record["id"]), record["sample"])  # noqa: E731
+    for one, other in zip(sorted(records, key=key), sorted(others, key=key), strict=True):
+        rewards = one.pop("reward"), other.pop("reward")
+        assert rewards == pytest.approx(rewards[::-1], abs=1e-4)
+        for a, b in zip(one.pop("segments"), other.pop("segments"), strict=True):
+            assert a == pytest.approx(b, abs=1e-4)
+        assert one == other
+
+
+# demo
+
+
+def test_demo_shows_both_texts_the_segments_and_the_figures_in_80_columns():
+    result = invoke(*DEMO)
+    assert result.exit_code == 0, result.stderr
+    shown = ["vanilla", "guided", "log-odds", "threshold", "acceptance rate", "accepted tokens/s", "discarded"]
+    assert [word for word in shown if word not in result.stdout] == []
+    assert result.stdout.count("reward ") >= 3
+    assert re.search(r"accepted|fallback", result.stdout)
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_demo_prints_python_that_does_the_same():
+    output = invoke(*DEMO, "--seed", "3").stdout
+    namespace = {}
+    exec(output.partition("The same in Python:")[2], namespace)
+    mean_reward = re.search(r"mean reward +(\S+) +(\S+)", output)[2]
+    assert float(mean_reward) == pytest.approx(fmean(namespace["out"].rewards), abs=0.011)
+
+
+@pytest.mark.parametrize("options", [("--prompts", 9), ("--candidates", "some"), ("--max-new-tokens", 5000)])
+def test_demo_refuses_what_it_cannot_do_in_one_line(options):
+    result = invoke("demo", *options)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert str(options[1]) in result.stderr
+
+
+# generate
+
+
+def test_every_row_of_the_input_has_a_row_in_the_output(generate):
+    result, records = generate(ROWS)
+    assert result.exit_code == 0, result.stderr
+    assert {record["id"] for record in records} == {"a", 2, "chat", 17, "own seed"}
+    assert result.stdout == "" and "5 rows written" in result.stderr
+    for record in records:
+        assert record["error"] is None and record["finish_reason"] in ("stop", "length")
+        assert record["tokens"] == len(record["completion_ids"]) == sum(s["tokens"] for s in record["segments"])
+        assert record["reward"] == record["segments"][-1]["reward"]
+        assert record["completion"].startswith("w")
+
+
+def test_a_row_gets_what_the_engine_gives_for_its_seed(generate, models):
+    from stars_fast import StarsEngine
+
+    _, records = generate(ROWS)
+    own = next(record for record in records if record["id"] == "own seed")
+    engine = StarsEngine(models[1], models[3])
+    config = {"max_new_tokens": 14, "segment_length": 4, "max_attempts": 6, "beta": 0.3}
+    assert own["seed"] == 5
+    assert engine.generate("w3 w4", seed=[5], **config).completions[0] == own["completion_ids"]
+
+
+def test_neither_order_nor_batches_change_a_text(generate):
+    _, records = generate(ROWS)
+    rows = [{"id": 2, **row} for row in reversed(ROWS)]  # the row that lived by its line number keeps it
+    _, others = generate(rows, "--batch-size", 2, "--max-rows", 3, output="other.jsonl")
+    assert_same(records, others)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.55, 0.999])
+def test_a_run_that_was_cut_off_ends_with_the_same_rows(generate, tmp_path, share):
+    _, whole = generate(ROWS)
+    contents = (tmp_path / "out.jsonl").read_bytes()
+    cut = contents[: int(share * len(contents))]
+    (tmp_path / "cut.jsonl").write_bytes(cut)
+    result, records = generate(ROWS, output="cut.jsonl")
+    assert result.exit_code == 0, result.stderr
+    kept = cut[: cut.rfind(b"\n") + 1]
+    assert (tmp_path / "cut.jsonl").read_bytes().startswith(kept)
+    assert_same(records, whole)
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(generate, monkeypatch):
+    _, whole = generate(ROWS, output="whole.jsonl")
+    true_record, calls = responses.record, iter(range(99))
+
+    def interrupted(*arguments, **fields):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return true_record(*arguments, **fields)
+
+    monkeypatch.setattr(responses, "record", interrupted)
+    result, records = generate(ROWS)
+    assert result.exit_code == 130 and "run the same command again" in result.stderr
+    assert len(records) == 2
+    result, records = generate(ROWS)
+    assert "3 rows written" in result.stderr and "2 were there before" in result.stderr
+    assert_same(records, whole)
+
+
+def test_a_finished_run_is_not_repeated(generate, tmp_path):
+    generate(ROWS)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    result, _ = generate(ROWS)
+    assert result.exit_code == 0 and "nothing to do" in result.stderr
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_samples_of_a_row_are_cut_and_redone_together(generate, tmp_path):
+    settings = (*SETTINGS, "num_return_sequences=3")
+    _, whole = generate(ROWS[:2], settings=settings)
+    assert [(record["id"], record["sample"]) for record in whole].count(("a", 2)) == 1
+    lines = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "cut.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    _, records = generate(ROWS[:2], output="cut.jsonl", settings=settings)
+    assert_same(records, whole)
+
+
+@pytest.mark.parametrize(
+    ("row", "cause"),
+    [
+        ("{not json", "not JSON"),
+        ('["a list"]', "a JSON list"),
+        (r'{"prompt": "\ud800"}', "surrogate"),
+        ({"id": "x"}, "none of prompt, messages, prompt_ids"),
+        ({"prompt": "w3", "prompt_ids": [3]}, "prompt and prompt_ids"),
+        ({"prompt": 3}, "prompt is a int"),
+        ({"prompt": ""}, "empty"),
+        ({"prompt_ids": [3, 77]}, "id 77"),
+        ({"prompt": "w3 " * 300}, "300 tokens"),
+        ({"messages": [{"role": "user", "content": "w3"}, 3]}, "messages"),
+        ({"prompt": "w3", "seed": "x"}, "seed='x'"),
+        ({"prompt": "w3", "id": [1]}, "id=[1]"),
+    ],
+)
+def test_a_bad_row_becomes_an_error_row_and_costs_no_other(generate, row, cause):
+    result, records = generate([ROWS[0], row, ROWS[3]])
+    assert result.exit_code == 0, result.stderr
+    bad = next(record for record in records if record["id"] not in ("a", 17))
+    assert cause in bad["error"] and bad["finish_reason"] == "error" and bad["reward"] is None
+    assert [record["error"] for record in records if record is not bad] == [None, None]
+    assert "1 with an error" in result.stderr
+
+
+def test_rows_with_one_id_are_refused(generate):
+    result, records = generate([ROWS[0], ROWS[0]])
+    assert (result.exit_code, records) == (2, [])
+    assert "lines 1 and 2 have the same id 'a'" in result.stderr
+
+
+def test_prompts_on_the_command_line_go_to_stdout_as_json_lines(models):
+    result = invoke("generate", *models, "--prompt", "w3", "--prompt", "w4", "--set", "target_reward=-inf")
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {record["prompt"] for record in records} == {"w3", "w4"}
+    assert records[0]["segments"][0]["threshold"] is None  # -inf, which JSON cannot say
+
+
+def test_the_shipped_models_are_called_demo():
+    result = invoke(
+        "generate", "--policy", "demo", "--reward", "demo", "--prompt", "The film", "--set", "max_new_tokens=8"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["tokens"] <= 8
+
+
+def test_a_yaml_file_sets_fields_and_models_and_the_command_line_wins(models, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"policy: {models[1]}\nreward: {models[3]}\nbeta: 1e-1\ntarget_reward: -.inf\nmax_new_tokens: 9\n")
+    options = ("--config", file, "--prompt", "w3", "--set", "ignore_eos=true")
+    assert json.loads(invoke("generate", *options).stdout)["tokens"] == 9
+    assert json.loads(invoke("generate", *options, "--set", "max_new_tokens=5").stdout)["tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--set", "max_new_tokns=9"), ["unknown 'max_new_tokns'", "max_new_tokens"]),
+        (("--set", "beta"), ["'beta'", "name=value"]),
+        (("--set", "beta=-1"), ["beta=-1"]),
+        (("--set", "target_reward=[1,2]"), ["target_reward is a list"]),
+        (("--set", "method=guess"), ["method='guess'"]),
+        (("--input", "in.jsonl"), ["not both"]),
+        (("--dtype", "int8"), ["'int8'", "bfloat16"]),
+        (("--output", "no/such/out.jsonl"), ["no/such"]),
+        (("--policy", "./no-such-model"), ["./no-such-model"]),
+        (("--device", "abacus"), ["abacus"]),
+    ],
+)
+def test_bad_usage_gets_one_line_and_exit_code_2(models, options, words):
+    result = invoke("generate", *models, "--prompt", "w3", *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert [word for word in words if word not in result.stderr] == []
+
+
+def test_unknown_keys_of_a_yaml_file_are_named(models, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("beta: 0.5\ntemprature: 1.0\nrewards: x\n")
+    result = invoke("generate", *models, "--prompt", "w3", "--config", file)
+    assert result.exit_code == 2
+    assert "unknown 'rewards', 'temprature'" in result.stderr and "run.yaml" in result.stderr
+
+
+def test_an_output_that_is_something_else_is_left_alone(models, tmp_path):
+    (tmp_path / "out.jsonl").write_text('{"precious": "data"}\n')
+    result = invoke("generate", *models, "--prompt", "w3", "--output", tmp_path / "out.jsonl")
+    assert result.exit_code == 2 and "line 1" in result.stderr
+    assert (tmp_path / "out.jsonl").read_text() == '{"precious": "data"}\n'
+
+
+def test_seeds_depend_on_the_seed_and_the_id_only():
+    lines = ['{"id": "a", "prompt": "x"}', '{"id": 1, "prompt": "x"}', '{"id": "1", "prompt": "x"}']
+    seeds = [row.seed for row in read_rows(lines, 0)]
+    assert [row.seed for row in read_rows(lines[::-1], 0)] == seeds[::-1]
+    assert len({*seeds, *(row.seed for row in read_rows(lines, 1))}) == 6
+    assert row_seed(0, "a") == 3241401261717813331  # files of earlier versions must stay resumable
+
+
+# doctor
+
+
+def test_doctor_reports_versions_kernels_and_both_demo_models():
+    result = invoke("doctor", "--policy", "demo", "--reward", "demo", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert {"python", "torch", "transformers", "triton", "stars_fast"} <= report["versions"].keys()
+    assert report["extension"]["built"] and report["devices"][0]["threads"] >= 1
+    assert {"tree_attention", "sample_step", "select_and_commit"} <= report["kernels"].keys()
+    for model in report["models"].values():
+        assert model["path"] == "tree plug-in" and model["agrees"]
+        assert model["max_difference"] < 1e-3
+        assert model["layers"] > 0 and model["kv_bytes_per_token"] > 0 and model["max_positions"] > 0
+
+
+def test_doctor_says_why_a_model_is_refused_and_exits_with_1(tmp_path):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    tiny_policy(32, rope_parameters=rope).save_pretrained(tmp_path)
+    result = invoke("doctor", "--policy", tmp_path, "--json")
+    assert result.exit_code == 1
+    model = json.loads(result.stdout)["models"]["policy"]
+    assert model["path"] == "refused" and "rope_type='dynamic'" in model["reason"]
+    assert "refused" in invoke("doctor", "--policy", tmp_path).stdout
+
+
+def test_doctor_says_why_a_reward_model_is_scored_in_full(tmp_path):
+    config = BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=1
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    result = invoke("doctor", "--reward", tmp_path, "--json")
+    assert result.exit_code == 0, result.stderr
+    model = json.loads(result.stdout)["models"]["reward"]
+    assert model["path"] == "scored in full" and model["reason"]
+
+
+def test_doctor_needs_a_model_that_exists():
+    result = invoke("doctor", "--policy", "./no-such-model")
+    assert result.exit_code == 2 and "./no-such-model" in result.stderr
+
+
+def test_version():
+    import stars_fast
+
+    assert invoke("--version").stdout == f"stars-fast {stars_fast.__version__}\n"

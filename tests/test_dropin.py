@@ -1,0 +1,507 @@
+"""``stars_fast.generate`` and ``custom_generate=stars_fast.decoding(...)`` take and honour what ``model.generate`` does."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from conftest import sum_reward, tiny_policy, tiny_reward, tiny_tokenizer
+from scipy.stats import chisquare
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
+
+import stars_fast
+from stars_fast import StarsConfig, StarsEngine
+from stars_fast.generate import StarsGenerateOutput
+
+VOCAB, EOS, PAD = 32, 31, 0
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
+CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14)
+ANYTHING = CONFIG.replace(target_reward=-math.inf)  # plain sampling
+
+
+@pytest.fixture(scope="module")
+def policy():
+    policy = tiny_policy(VOCAB, hidden=32)
+    policy.generation_config.pad_token_id = PAD
+    return policy
+
+
+def inputs(prompts=PROMPTS):
+    width = max(map(len, prompts))
+    ids = torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt in prompts])
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+
+
+def facade(policy, reward=sum_reward, config=CONFIG, prompts=PROMPTS, **kwargs):
+    return stars_fast.generate(policy, **inputs(prompts), reward_model=reward, stars_config=config, **kwargs)
+
+
+def callback(policy, reward=sum_reward, config=CONFIG, prompts=PROMPTS, **kwargs):
+    own = {name: kwargs.pop(name) for name in ("streamer", "tokenizer", "seed") if name in kwargs}
+    how = stars_fast.decoding(reward, config, **own)
+    return policy.generate(**inputs(prompts), custom_generate=how, **{"do_sample": True, **kwargs})
+
+
+both = pytest.mark.parametrize("generate", [facade, callback])
+
+
+def completions(out, width=5, pad=PAD):
+    """Rows without prompt and padding; PAD itself may be sampled, so only what follows an EOS is cut."""
+    rows = [row[width:] for row in out.tolist()]
+    return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
+
+
+# Shapes and fields
+
+
+@both
+def test_rows_are_prompts_as_they_came_and_then_the_text(policy, generate):
+    out = generate(policy, num_return_sequences=3, max_new_tokens=9)
+    assert out.shape[0] == 12 and out.shape[1] <= 14 and out.dtype == torch.int64
+    assert torch.equal(out[:, :5], inputs()["input_ids"].repeat_interleave(3, 0))
+
+
+@both
+def test_what_follows_an_eos_is_padding(policy, generate):
+    out = generate(policy, num_return_sequences=16, max_new_tokens=14)
+    ended = 0
+    for row, completion in zip(out.tolist(), completions(out), strict=True):
+        ended += completion[-1] == EOS
+        assert set(row[5 + len(completion) :]) <= {PAD}
+    assert 0 < ended < len(out)
+
+
+@both
+def test_left_padding_is_not_seen(policy, generate):
+    padded = generate(policy, seed=[1, 2, 3, 4])
+    for i, prompt in enumerate(PROMPTS):
+        alone = generate(policy, prompts=[prompt], seed=[i + 1])
+        assert completions(alone, len(prompt))[0] == completions(padded)[i]
+
+
+@both
+def test_the_rewards_come_with_the_output_object(policy, generate):
+    reward = tiny_reward(VOCAB, hidden=32)
+    out = generate(policy, reward, return_dict_in_generate=True, num_return_sequences=2, top_k=0)
+    assert isinstance(out, StarsGenerateOutput) and isinstance(out, GenerateDecoderOnlyOutput)
+    assert out.rewards.shape == (8,) and out["sequences"] is out.sequences
+    assert out.stats["committed_tokens"] > 0
+    for row, completion in enumerate(completions(out.sequences)):
+        with torch.no_grad():
+            fresh = reward(torch.tensor([PROMPTS[row // 2] + completion])).logits.item()
+        assert out.rewards[row].item() == pytest.approx(fresh, abs=1e-4)
+
+
+def test_inputs_may_be_positional_as_in_generate(policy):
+    ids = torch.tensor([[5, 6, 7]])
+    torch.manual_seed(0)
+    first = stars_fast.generate(policy, ids, reward_model=sum_reward, stars_config=CONFIG)
+    torch.manual_seed(0)
+    second = stars_fast.generate(policy, input_ids=ids, reward_model=sum_reward, stars_config=CONFIG)
+    assert torch.equal(first, second)
+    parameters = list(inspect.signature(stars_fast.generate).parameters)
+    assert parameters[:3] == ["model", "inputs", "generation_config"]
+
+
+@both
+def test_torch_manual_seed_reproduces(policy, generate):
+    outs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        outs.append(generate(policy, max_new_tokens=9))
+    assert torch.equal(outs[0], outs[1])
+    assert outs[0].shape != outs[2].shape or not torch.equal(outs[0], outs[2])
+
+
+def test_facade_and_callback_are_the_same(policy):
+    for kwargs in ({}, {"top_k": 4}, {"temperature": 0.5, "max_new_tokens": 6, "no_repeat_ngram_size": 2}):
+        outs = []
+        for generate in (facade, callback):
+            torch.manual_seed(5)
+            outs.append(generate(policy, num_return_sequences=2, **kwargs))
+        assert torch.equal(*outs)
+
+
+# Which setting holds: the call's, then StarsConfig's, then the model's, then transformers' default
+
+
+def used(monkeypatch, generate, policy, config=ANYTHING, **kwargs):
+    """The sampling settings and limits that the engine was run with."""
+    seen = {}
+    propose = stars_fast.policy.Policy.propose
+
+    def watch(self, leaves, sampling):
+        seen.update(vars(sampling), length=leaves[0].length, processor=leaves[0].processor)
+        return propose(self, leaves, sampling)
+
+    monkeypatch.setattr(stars_fast.policy.Policy, "propose", watch)
+    generate(policy, config=config, prompts=[[5, 6, 7]], **kwargs)
+    return seen
+
+
+@both
+@pytest.mark.parametrize(
+    "name, own, config, call",
+    [
+        ("temperature", 0.9, 0.8, 0.7),
+        ("top_k", 9, 8, 7),
+        ("top_p", 0.9, 0.8, 0.7),
+        ("repetition_penalty", 1.3, 1.2, 1.1),
+    ],
+)
+def test_the_call_wins_over_the_config_and_that_over_the_model(monkeypatch, generate, name, own, config, call):
+    policy = tiny_policy(VOCAB, hidden=32)
+    assert used(monkeypatch, generate, policy)["top_k"] == 50
+    setattr(policy.generation_config, name, own)
+    assert used(monkeypatch, generate, policy)[name] == own
+    configured = ANYTHING.replace(**{name: config})
+    assert used(monkeypatch, generate, policy, configured)[name] == config
+    assert used(monkeypatch, generate, policy, configured, **{name: call})[name] == call
+    theirs = GenerationConfig(**{name: call}, do_sample=True)
+    assert used(monkeypatch, generate, policy, configured, generation_config=theirs)[name] == call
+
+
+@both
+def test_eos_token_id_follows_the_same_order(monkeypatch, generate):
+    policy = tiny_policy(VOCAB, hidden=32)
+    assert used(monkeypatch, generate, policy)["eos_token_ids"] == (EOS,)
+    configured = ANYTHING.replace(eos_token_id=3)
+    assert used(monkeypatch, generate, policy, configured)["eos_token_ids"] == (3,)
+    assert used(monkeypatch, generate, policy, configured, eos_token_id=[4, 5])["eos_token_ids"] == (4, 5)
+
+
+@both
+@pytest.mark.parametrize(
+    "kwargs, length",
+    [({}, 14), ({"max_new_tokens": 6}, 6), ({"max_length": 10}, 5), ({"max_length": 30, "max_new_tokens": 7}, 7)],
+    ids=str,
+)
+def test_lengths_are_those_of_the_call_or_else_of_the_config(policy, generate, kwargs, length):
+    out = generate(policy, config=CONFIG.replace(ignore_eos=True), **kwargs)
+    assert out.shape[1] == 5 + length
+
+
+def test_num_return_sequences_of_the_config_holds_unless_the_call_says_otherwise(policy):
+    config = CONFIG.replace(num_return_sequences=3)
+    assert facade(policy, config=config).shape[0] == 12
+    assert facade(policy, config=config, num_return_sequences=2).shape[0] == 8
+    assert callback(policy, config=config, num_return_sequences=2).shape[0] == 8
+
+
+# The law
+
+
+@torch.no_grad()
+def first_token_law(policy, prompt, process):
+    ids = torch.tensor([prompt])
+    return process(ids, policy(ids).logits[:, -1].float()).softmax(-1)[0].double()
+
+
+def assert_law(out, law):
+    counts = torch.bincount(out[:, 5], minlength=len(law)).double()
+    assert counts[law == 0].sum() == 0
+    keep = law > 0
+    expected = law[keep] / law[keep].sum() * len(out)
+    common = expected > 5
+    observed = torch.cat([counts[keep][common], counts[keep][~common].sum()[None]])
+    expected = torch.cat([expected[common], expected[~common].sum()[None]])
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    assert chisquare(observed, expected).pvalue > 1e-4
+
+
+def sample_first(generate, policy, prompt=PROMPTS[2], **kwargs):
+    torch.manual_seed(0)
+    return generate(policy, config=ANYTHING, prompts=[prompt], num_return_sequences=1500, max_new_tokens=1, **kwargs)
+
+
+@both
+def test_transformers_default_of_top_k_50_is_in_the_law(generate):
+    policy = tiny_policy(80, hidden=32, scale=0.3)
+    law = first_token_law(policy, PROMPTS[2], TopKLogitsWarper(50))
+    assert (law == 0).sum() == 30
+    assert_law(sample_first(generate, policy), law)
+    everything = first_token_law(policy, PROMPTS[2], lambda ids, scores: scores)
+    out = sample_first(generate, policy, top_k=0)
+    assert_law(out, everything)
+    assert (law[out[:, 5]] == 0).any()
+
+
+@both
+@pytest.mark.parametrize("kwargs", [{"typical_p": 0.6}, {"temperature": 0.6, "top_k": 5}, {"min_p": 0.2}], ids=str)
+def test_the_law_is_that_of_transformers_own_processors(policy, generate, kwargs):
+    torch.manual_seed(0)
+    theirs = policy.generate(
+        **inputs(PROMPTS[2:3]), do_sample=True, num_return_sequences=1500, max_new_tokens=1, **kwargs
+    )
+    ours = sample_first(generate, policy, **kwargs)
+    a, b = (torch.bincount(out[:, 5], minlength=VOCAB).double() for out in (theirs, ours))
+    assert torch.equal(a > 25, (b > 0) & (a > 25)) and torch.equal(b > 25, (a > 0) & (b > 25))
+    both_seen = a + b > 20
+    statistic = ((a - b)[both_seen] ** 2 / (a + b)[both_seen]).sum().item()
+    assert statistic < both_seen.sum() + 5 * math.sqrt(2 * both_seen.sum())
+
+
+# Processors and criteria that the engine does not know
+
+
+def processed_scores(policy, reward=sum_reward, **kwargs):
+    """Per row, the logits that were sampled from at each step of the text that was returned."""
+    engine_runs = []
+    run = StarsEngine.run
+
+    def watch(self, arguments, streamer=None, progress=False):
+        out = run(self, arguments, streamer, progress)
+        engine_runs.append(out)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StarsEngine, "run", watch)
+        facade(policy, reward, **kwargs)
+    return engine_runs[0]
+
+
+@torch.no_grad()
+def assert_sampled_from(policy, out, processors_of, prompts=PROMPTS):
+    """``sampling_logprobs`` are those of transformers' own processors on the same unpadded text."""
+    for prompt, completion, logprobs in zip(prompts, out.completions, out.sampling_logprobs, strict=True):
+        logits = policy(torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        for t, token in enumerate(completion):
+            ids = torch.tensor([prompt + completion[:t]])
+            expected = processors_of(len(prompt))(ids, logits[t : t + 1].clone()).log_softmax(-1)[0, token]
+            assert logprobs[t] == pytest.approx(expected.item(), abs=1e-4)
+
+
+class OnlyEven(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores.masked_fill(torch.arange(scores.shape[-1]) % 2 == 1, -math.inf)
+
+
+def made_by_transformers(policy, **kwargs):
+    """The processor list that ``model.generate`` would build, for one row without padding."""
+    built = {}
+
+    def take(model, input_ids, logits_processor, stopping_criteria, generation_config, **_):
+        built["list"] = logits_processor
+        return input_ids
+
+    def of_length(length):
+        if length not in built:
+            policy.generate(torch.zeros(1, length, dtype=torch.long), do_sample=True, custom_generate=take, **kwargs)
+            built[length] = built["list"]
+        return built[length]
+
+    return of_length
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[4], [6, 7]]},
+        {"typical_p": 0.7, "temperature": 0.8},
+        {"repetition_penalty": 1.4},
+        {"repetition_penalty": 1.4, "no_repeat_ngram_size": 3, "top_p": 0.9},
+        {"logits_processor": LogitsProcessorList([OnlyEven()])},
+        {"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(0.3)])},
+        {"logits_processor": LogitsProcessorList([TopKLogitsWarper(3)]), "temperature": 0.7},
+        {"min_new_tokens": 9, "epsilon_cutoff": 0.02},
+        {"suppress_tokens": [1, 2, 3], "renormalize_logits": True},
+    ],
+    ids=str,
+)
+def test_processors_mean_what_they_mean_in_transformers(policy, kwargs):
+    """With a left-padded batch; so the pads may neither be penalised nor count as text."""
+    out = processed_scores(policy, max_new_tokens=12, **kwargs)
+    # A prompt-length criterion counts the padding, as transformers' own loop does.
+    make = made_by_transformers(policy, max_new_tokens=12, **kwargs)
+    assert_sampled_from(policy, out, make)
+
+
+def test_settings_of_the_config_join_processors_of_the_call(policy):
+    config = CONFIG.replace(temperature=0.4, top_k=6, repetition_penalty=1.3)
+    out = processed_scores(policy, config=config, no_repeat_ngram_size=2)
+    make = made_by_transformers(policy, temperature=0.4, top_k=6, repetition_penalty=1.3, no_repeat_ngram_size=2)
+    assert_sampled_from(policy, out, make)
+    with pytest.raises(ValueError, match=r"temperature=0\.4 of the StarsConfig.*pass temperature to model\.generate"):
+        callback(policy, config=config, no_repeat_ngram_size=2)
+
+
+def test_a_users_repetition_penalty_is_not_taken_for_transformers_own(policy):
+    """It leaves the prompt alone, which the engine's does not."""
+    prompts = [[5, 6, 7, 8]]
+    own = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.4, prompt_ignore_length=4)])
+    out = processed_scores(policy, prompts=prompts, logits_processor=own)
+    assert_sampled_from(policy, out, lambda length: LogitsProcessorList([*own, TopKLogitsWarper(VOCAB)]), prompts)
+
+
+def test_no_repeated_bigram_is_ever_returned(policy):
+    out = facade(policy, no_repeat_ngram_size=2, max_new_tokens=14, num_return_sequences=4)
+    for row, completion in enumerate(completions(out)):
+        text = PROMPTS[row // 4] + completion
+        bigrams = list(zip(text, text[1:], strict=False))
+        assert len(set(bigrams)) == len(bigrams)
+
+
+@both
+def test_allowed_tokens_are_asked_for_by_row(policy, generate):
+    def allowed(row, ids):
+        return [row + 1, row + 11]
+
+    out = generate(policy, prefix_allowed_tokens_fn=allowed, max_new_tokens=6)
+    for row, completion in enumerate(completions(out)):
+        assert set(completion) <= {row + 1, row + 11}
+
+
+@pytest.mark.parametrize("extra", [{"guidance_scale": 1.5}], ids=str)
+def test_processors_with_a_state_are_refused(policy, extra):
+    with pytest.raises(ValueError, match="keeps a state"):
+        facade(policy, **extra)
+
+
+class AfterToken(StoppingCriteria):
+    """Stops a row at a token."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.token
+
+
+@both
+@pytest.mark.parametrize(
+    "criterion", [AfterToken(9), EosTokenCriteria(torch.tensor([9]))], ids=["a user's own", "transformers' EOS"]
+)
+def test_stopping_criteria_end_a_text_before_it_is_scored(policy, generate, criterion):
+    scored = []
+
+    def reward(completions):
+        scored.extend(map(tuple, completions))
+        return sum_reward(completions)
+
+    criteria = StoppingCriteriaList([criterion])
+    out = generate(policy, reward, stopping_criteria=criteria, num_return_sequences=8, eos_token_id=30)
+    assert any(9 in text for text in scored)
+    assert all(9 not in text[:-1] for text in scored)
+    stopped = [row[5:] for row in out.tolist() if 9 in row[5:]]
+    assert stopped and all(set(row[row.index(9) + 1 :]) <= {30, PAD} for row in stopped)
+
+
+@both
+def test_a_length_criterion_of_the_user_holds(policy, generate):
+    criteria = StoppingCriteriaList([MaxLengthCriteria(8)])
+    out = generate(policy, config=CONFIG.replace(ignore_eos=True), stopping_criteria=criteria, max_new_tokens=12)
+    assert out.shape[1] == 8
+
+
+@both
+def test_stop_strings_end_a_text(policy, generate):
+    tokenizer = tiny_tokenizer(VOCAB)
+    scored = []
+
+    def reward(completion_ids):
+        scored.extend(map(tuple, completion_ids))
+        return sum_reward(completion_ids)
+
+    if generate is facade:
+        out = generate(policy, reward, tokenizer=tokenizer, stop_strings=["w9", "w12 w"], num_return_sequences=8)
+    else:
+        config = CONFIG.replace(stop_strings=["w9", "w12 w"])
+        out = generate(policy, reward, config, tokenizer=tokenizer, num_return_sequences=8)
+    assert {9, 12} <= {token for text in scored for token in text}
+    for text in scored:
+        assert 9 not in text[:-1] and 12 not in text[:-2]
+    assert len(out) == 32
+
+
+# Streaming
+
+
+class Recorder:
+    def __init__(self):
+        self.puts, self.ended = [], 0
+
+    def put(self, value):
+        assert not self.ended
+        if value.dim() > 1:
+            assert value.shape[0] == 1  # as transformers' TextStreamer demands
+            value = value[0]
+        self.puts.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+@both
+def test_a_streamer_gets_the_prompt_then_every_token_then_the_end(policy, generate):
+    streamer = Recorder()
+    out = generate(policy, prompts=PROMPTS[:1], streamer=streamer)
+    assert streamer.ended == 1 and streamer.puts[0] == PROMPTS[0]
+    assert len(streamer.puts) > 2
+    assert [token for put in streamer.puts[1:] for token in put] == out[0, 3:].tolist()
+
+
+def test_a_streamer_takes_one_row_only(policy):
+    streamer = Recorder()
+    with pytest.raises(ValueError, match="streamer"):
+        facade(policy, streamer=streamer)
+    assert not streamer.puts
+
+
+# What cannot be had
+
+
+@both
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"do_sample": False}, "do_sample=False"),
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+        ({"return_dict_in_generate": True, "output_logits": True}, "output_logits"),
+    ],
+    ids=str,
+)
+def test_modes_that_guidance_cannot_have_are_refused(policy, generate, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        generate(policy, **kwargs)
+    if "do_sample" not in kwargs:
+        with pytest.raises(ValueError, match=message):
+            generate(policy, generation_config=GenerationConfig(**kwargs, do_sample=True))
+
+
+def test_an_assistant_is_refused(policy):
+    with pytest.raises(ValueError, match="assistant_model"):
+        facade(policy, assistant_model=tiny_policy(VOCAB, hidden=32))
+
+
+def test_unknown_options_of_decoding_are_refused():
+    with pytest.raises(TypeError, match="max_row"):
+        stars_fast.decoding(sum_reward, CONFIG, max_row=3)
+
+
+def test_errors_are_raised_with_the_prompts_index(policy):
+    def fails(prompts):
+        return [None if prompt == [8] else 0.0 for prompt in prompts]
+
+    with pytest.raises(RuntimeError, match=r"prompts\[1\].*None"):
+        facade(policy, fails)
+
+
+def test_the_callers_generation_config_is_left_alone(policy):
+    theirs = GenerationConfig(max_new_tokens=6, top_k=5, stop_strings=["w9"])
+    before, models = theirs.to_dict(), policy.generation_config.to_dict()
+    facade(policy, tiny_reward(VOCAB, hidden=32), generation_config=theirs, tokenizer=tiny_tokenizer(VOCAB))
+    assert theirs.to_dict() == before and policy.generation_config.to_dict() == models

@@ -1,0 +1,32 @@
+"""The operators keep torch.library's contract, so that torch.compile and CUDA graphs see through them."""
+
+import pytest
+import torch
+from test_sample_step import arguments, random_logits
+from test_select_and_commit import tables
+from test_tree_attention import SHAPES, tree
+
+CASES = {
+    "kv_append": lambda: (
+        torch.randn(3, 2, 8),
+        torch.randn(3, 2, 4),
+        torch.zeros(9, 2, 8),
+        torch.zeros(9, 2, 4),
+        torch.tensor([4, 2, 8], dtype=torch.int32),
+    ),
+    "tree_attention": lambda: (*tree(**SHAPES["scoring"]).values(), 4, 2.0, torch.zeros(4)),
+    "sample_step": lambda: tuple(
+        arguments(random_logits(3, 50), top_k=5, seen=torch.zeros(3, 50, dtype=torch.bool), eos=(1,)).values()
+    ),
+    "select_and_commit": lambda: tuple(tables([2, 1], [0.1, -0.4, 0.3]).values()),
+    "gather_logprobs": lambda: (torch.randn(4, 30), torch.arange(4)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.stars_fast, name).default, CASES[name]())
+
+
+def test_opcheck_without_seen_tokens():
+    torch.library.opcheck(torch.ops.stars_fast.sample_step.default, tuple(arguments(random_logits(3, 50)).values()))
