@@ -417,7 +417,7 @@ def labelled_batches(docs: list[np.ndarray], labels: np.ndarray, teacher: Teache
             texts = [window(docs[i], rng.random() < 0.4) for i in chunk]
             texts = [t[:-1] if t[-1] == EOS and rng.random() < 0.5 else t for t in texts]
             by_length = np.argsort([len(t) for t in texts])
-            for g in rng.permutation(-(-len(texts) // 32)):
+            for g in rng.permutation(-(-len(texts) // 16)):
                 group = by_length[16 * g : 16 * g + 16]
                 part = [texts[i] for i in group]
                 goals = [0.5 * whole[chunk[i]] + 0.5 * expit(1.6 * teacher(texts[i])) for i in group]

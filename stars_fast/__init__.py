@@ -1,17 +1,15 @@
 """Exact, kernel-accelerated reward-guided generation for Hugging Face models."""
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from stars_fast import _source_tree
 
 if TYPE_CHECKING:
-    from stars_fast.calibrate import Calibration, calibrate
+    from stars_fast.calibration import Calibration, calibrate
     from stars_fast.config import StarsConfig
+    from stars_fast.dropin import StarsGenerateOutput, decoding, generate
     from stars_fast.engine import StarsEngine
-    from stars_fast.generate import StarsGenerateOutput, decoding, generate
     from stars_fast.outputs import SegmentEvent, SegmentTrace, StarsOutput
 
 _source_tree.install()
@@ -33,16 +31,16 @@ __all__ = [
 
 # Public name -> its module. Imported on first use: torch and transformers take seconds, `stars-fast --help` none.
 _HOMES = {
-    "Calibration": "calibrate",
+    "Calibration": "calibration",
     "SegmentEvent": "outputs",
     "SegmentTrace": "outputs",
     "StarsConfig": "config",
     "StarsEngine": "engine",
-    "StarsGenerateOutput": "generate",
+    "StarsGenerateOutput": "dropin",
     "StarsOutput": "outputs",
-    "calibrate": "calibrate",
-    "decoding": "generate",
-    "generate": "generate",
+    "calibrate": "calibration",
+    "decoding": "dropin",
+    "generate": "dropin",
 }
 
 
@@ -62,15 +60,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps ``stars_fast.calibrate`` and ``generate`` the functions, whoever imports the modules of those names."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOMES and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

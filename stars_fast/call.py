@@ -177,7 +177,7 @@ def _check_prompt(index: int, prompt: Prompt, config: StarsConfig, policy: Polic
     if positions is not None and length + config.max_new_tokens > positions:
         raise ValueError(
             f"prompts[{index}] has {length} tokens, which with max_new_tokens={config.max_new_tokens} exceeds the "
-            f"policy's {positions} positions; the limit for this prompt is {positions - config.max_new_tokens} tokens"
+            f"limit of the policy's {positions} positions"
         )
     slots = length + response_slots(config)
     if kv_cache_tokens is not None and slots > kv_cache_tokens:

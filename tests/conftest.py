@@ -1,5 +1,7 @@
 """Tiny random models: small enough to enumerate, large enough to have every part a real one has."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -56,6 +58,15 @@ def tiny_tokenizer(vocab: int = 32) -> PreTrainedTokenizerFast:
 def sum_reward(completions):
     """A callable reward over ids, in [-1, 1.7]."""
     return [((3 * sum(completion) + len(completion)) % 17) / 6 - 1 for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from a second thread, and on a busy machine they wait for it: ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ from transformers import (
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB, EOS = 32, 31
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14)
@@ -367,6 +369,12 @@ def test_max_new_tokens_is_never_exceeded(engine):
     for segment_length in (1, 3, 5, 50):
         out = engine.generate(PROMPTS, CONFIG, seed=1, segment_length=segment_length, max_new_tokens=7)
         assert max(map(len, out.completions)) == 7
+
+
+def test_a_segment_longer_than_the_answer_needs_no_more_room_than_the_answer(policy32):
+    engine = StarsEngine(policy32, sum_reward, kv_cache_tokens=40)
+    long, exact = (engine.generate(PROMPTS, CONFIG, seed=1, segment_length=n).completions for n in (10**9, 14))
+    assert long == exact
 
 
 def test_ignore_eos_goes_on_to_the_limit(engine):

@@ -1,6 +1,7 @@
-"""``stars_fast.generate`` and ``custom_generate=stars_fast.decoding(...)`` take and honour what ``model.generate`` does."""
+"""``stars_fast.generate`` and ``custom_generate=decoding(...)`` take and honour what ``model.generate`` does."""
 
 import inspect
+import itertools
 import math
 
 import pytest
@@ -21,8 +22,8 @@ from transformers import (
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
 
 import stars_fast
-from stars_fast import StarsConfig, StarsEngine
-from stars_fast.generate import StarsGenerateOutput
+from stars_fast import StarsConfig, StarsEngine, StarsGenerateOutput
+from stars_fast.policy import Policy
 
 VOCAB, EOS, PAD = 32, 31, 0
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
@@ -54,6 +55,8 @@ def callback(policy, reward=sum_reward, config=CONFIG, prompts=PROMPTS, **kwargs
 
 
 both = pytest.mark.parametrize("generate", [facade, callback])
+# transformers tells a call without max_new_tokens to set it; the length then comes from StarsConfig.
+pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 
 
 def completions(out, width=5, pad=PAD):
@@ -139,13 +142,13 @@ def test_facade_and_callback_are_the_same(policy):
 def used(monkeypatch, generate, policy, config=ANYTHING, **kwargs):
     """The sampling settings and limits that the engine was run with."""
     seen = {}
-    propose = stars_fast.policy.Policy.propose
+    propose = Policy.propose
 
     def watch(self, leaves, sampling):
         seen.update(vars(sampling), length=leaves[0].length, processor=leaves[0].processor)
         return propose(self, leaves, sampling)
 
-    monkeypatch.setattr(stars_fast.policy.Policy, "propose", watch)
+    monkeypatch.setattr(Policy, "propose", watch)
     generate(policy, config=config, prompts=[[5, 6, 7]], **kwargs)
     return seen
 
@@ -273,13 +276,14 @@ def processed_scores(policy, reward=sum_reward, **kwargs):
 
 @torch.no_grad()
 def assert_sampled_from(policy, out, processors_of, prompts=PROMPTS):
-    """``sampling_logprobs`` are those of transformers' own processors on the same unpadded text."""
-    for prompt, completion, logprobs in zip(prompts, out.completions, out.sampling_logprobs, strict=True):
+    """``sampling_logprobs`` are those of transformers' own processors on the same unpadded text, ``logprobs`` raw."""
+    for row, (prompt, completion) in enumerate(zip(prompts, out.completions, strict=True)):
         logits = policy(torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1].float()
         for t, token in enumerate(completion):
             ids = torch.tensor([prompt + completion[:t]])
             expected = processors_of(len(prompt))(ids, logits[t : t + 1].clone()).log_softmax(-1)[0, token]
-            assert logprobs[t] == pytest.approx(expected.item(), abs=1e-4)
+            assert out.sampling_logprobs[row][t] == pytest.approx(expected.item(), abs=1e-4)
+            assert out.logprobs[row][t] == pytest.approx(logits[t].log_softmax(-1)[token].item(), abs=1e-4)
 
 
 class OnlyEven(LogitsProcessor):
@@ -349,7 +353,7 @@ def test_no_repeated_bigram_is_ever_returned(policy):
     out = facade(policy, no_repeat_ngram_size=2, max_new_tokens=14, num_return_sequences=4)
     for row, completion in enumerate(completions(out)):
         text = PROMPTS[row // 4] + completion
-        bigrams = list(zip(text, text[1:], strict=False))
+        bigrams = list(itertools.pairwise(text))
         assert len(set(bigrams)) == len(bigrams)
 
 

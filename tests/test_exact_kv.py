@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from conftest import sum_reward, tiny_policy, tiny_reward
+from conftest import tiny_policy, tiny_reward
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 import stars_fast.tree.model
@@ -219,22 +219,26 @@ def test_all_slots_are_free_after_an_error_that_is_raised(policy32, reward32):
     assert_untouched(policy32, reward32)
 
 
+class Failing:
+    """A function that works a number of times."""
+
+    def __init__(self, function, healthy):
+        self.function, self.healthy = function, healthy
+
+    def __call__(self, *args, **kwargs):
+        self.healthy -= 1
+        if self.healthy < 0:
+            raise MemoryError("no room")
+        return self.function(*args, **kwargs)
+
+
 @pytest.mark.parametrize("model", ["policy", "reward"])
 def test_all_slots_are_free_after_a_failure_in_a_forward_pass(policy32, reward32, model, monkeypatch):
     """Such as a lack of memory, at any call."""
     engine = StarsEngine(policy32, reward32)
     tree_model = engine.policy if model == "policy" else engine.reward.tree_model
     for healthy in (0, 1, 3):
-        calls = 0
-
-        def forward(*args, forward=type(tree_model).forward, healthy=healthy, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls > healthy:
-                raise MemoryError("no room")
-            return forward(tree_model, *args, **kwargs)
-
-        monkeypatch.setattr(tree_model, "forward", forward)
+        monkeypatch.setattr(tree_model, "forward", Failing(tree_model.forward, healthy))
         try:
             out = engine.generate(PROMPTS, CONFIG, seed=0)
         except MemoryError:
@@ -242,7 +246,7 @@ def test_all_slots_are_free_after_a_failure_in_a_forward_pass(policy32, reward32
         else:
             assert any("no room" in error for error in out.errors if error)
         assert_all_free(engine)
-    monkeypatch.undo()
+        monkeypatch.undo()
     assert_fresh(engine.generate(PROMPTS, CONFIG, seed=0), policy32, reward32)
 
 

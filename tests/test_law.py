@@ -19,13 +19,17 @@ from oracle import (
 
 from stars_fast import StarsEngine
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB, EOS = 4, 3
 RULE = Rule(
     segment_length=2, max_attempts=4, max_new_tokens=5, target_reward=1.2, alpha=0.5, beta=0.6, eos=EOS
 )  # two whole segments and a short one; about a fifth of the segments are fallbacks
 PROMPT = [0, 1]
 PROMPTS = [[0], [1], [2], [0, 1], [1, 2, 0], [2, 2], [0, 0, 1], [2, 1, 1, 0, 2]]
-SAMPLES = 2000
+SAMPLES = 3000
+ROWS = 50_000  # enough for all candidates of all samples: with fewer, every sample would be drawn one at a time
+FEW = 8  # samples at once where candidates="auto", which has no use for further candidates in a large batch
 
 
 def wave(prompt, completion) -> float:
@@ -55,13 +59,24 @@ def oracle(policy, prompt, rule=RULE, classifier=None, **sampling) -> Oracle:
     return Oracle(next_token_probabilities(policy, prompt, rule, **sampling), reward, rule)
 
 
-def run(policy, reward, prompts, samples, rule=RULE, seed=0, **overrides):
+def run(policy, reward, prompts, samples, rule=RULE, at_once=None, **overrides):
     """``samples`` runs of each prompt: prompt index -> list of runs, each a tuple of (tokens, attempts, accepted)."""
-    engine = StarsEngine(policy, reward, max_rows=256)
-    out = engine.generate(prompts, seed=seed, num_return_sequences=samples, **rule.stars_config(), **overrides)
-    runs = [tuple((tuple(s.tokens), s.attempts, s.accepted) for s in segments) for segments in out.segments]
-    assert [list(text(r)) for r in runs] == out.completions
-    return {i: runs[i * samples : (i + 1) * samples] for i in range(len(prompts))}
+    drawn = []
+
+    def counted(prompts, completions):
+        drawn.append(len(completions))
+        return reward(prompts, completions)
+
+    engine = StarsEngine(policy, counted if reward is wave_reward else reward, max_rows=ROWS)
+    runs, at_once = {i: [] for i in range(len(prompts))}, at_once or samples
+    for seed in range(samples // at_once):
+        out = engine.generate(prompts, seed=seed, num_return_sequences=at_once, **rule.stars_config(), **overrides)
+        for row, segments in enumerate(out.segments):
+            runs[row // at_once].append(tuple((tuple(s.tokens), s.attempts, s.accepted) for s in segments))
+            assert list(text(runs[row // at_once][-1])) == out.completions[row]
+    if overrides["candidates"] != 1 and drawn:
+        assert max(drawn) > 1.5 * at_once * len(prompts), "the candidates were not drawn side by side"
+    return runs
 
 
 def p_text(runs, oracles) -> float:
@@ -82,26 +97,26 @@ def test_the_enumeration_agrees_with_an_independent_sampler(policy, changed):
 
 
 @pytest.mark.parametrize("finished_threshold", ["target", "ramp"])
-@pytest.mark.parametrize("candidates", [1, 3, 4, "auto"])
-def test_text_and_attempts_follow_the_enumerated_law(policy, candidates, finished_threshold):
+@pytest.mark.parametrize("candidates, at_once", [(1, None), (3, None), (4, None), ("auto", FEW)])
+def test_text_and_attempts_follow_the_enumerated_law(policy, candidates, at_once, finished_threshold):
     rule = replace(RULE, finished_threshold=finished_threshold)
-    runs = run(policy, wave_reward, [PROMPT], SAMPLES, rule, candidates=candidates)
+    runs = run(policy, wave_reward, [PROMPT], SAMPLES, rule, at_once, candidates=candidates)
     oracles = {0: oracle(policy, PROMPT, rule)}
     assert p_text(runs, oracles) > 1e-3
     assert p_attempts(runs, oracles) > 1e-3
 
 
-@pytest.mark.parametrize("candidates", [1, 4, "auto"])
-def test_the_law_holds_for_each_of_eight_prompts_in_one_call(policy, candidates):
-    runs = run(policy, wave_reward, PROMPTS, SAMPLES // 4, candidates=candidates)
+@pytest.mark.parametrize("candidates, at_once", [(1, None), (4, None), ("auto", 1)])
+def test_the_law_holds_for_each_of_eight_prompts_in_one_call(policy, candidates, at_once):
+    runs = run(policy, wave_reward, PROMPTS, SAMPLES // 6, at_once=at_once, candidates=candidates)
     oracles = {i: oracle(policy, prompt) for i, prompt in enumerate(PROMPTS)}
     assert p_text(runs, oracles) > 1e-3
     assert p_attempts(runs, oracles) > 1e-3
 
 
-@pytest.mark.parametrize("candidates", [1, 3, "auto"])
-def test_the_law_holds_with_a_classifier_as_reward(policy, classifier, candidates):
-    runs = run(policy, classifier, PROMPTS, SAMPLES // 4, candidates=candidates)
+@pytest.mark.parametrize("candidates, at_once", [(1, None), (3, None), ("auto", 1)])
+def test_the_law_holds_with_a_classifier_as_reward(policy, classifier, candidates, at_once):
+    runs = run(policy, classifier, PROMPTS, SAMPLES // 6, at_once=at_once, candidates=candidates)
     oracles = {i: oracle(policy, prompt, classifier=classifier) for i, prompt in enumerate(PROMPTS)}
     assert p_text(runs, oracles) > 1e-3
     assert p_attempts(runs, oracles) > 1e-3
@@ -122,7 +137,7 @@ def test_the_law_is_that_of_the_tempered_and_filtered_policy(policy, sampling):
 
 
 def test_the_law_holds_over_consecutive_seeds_of_a_list(policy):
-    engine = StarsEngine(policy, wave_reward, max_rows=256)
+    engine = StarsEngine(policy, wave_reward, max_rows=ROWS)
     out = engine.generate([PROMPT] * SAMPLES, seed=list(range(SAMPLES)), candidates=2, **RULE.stars_config())
     exact = oracle(policy, PROMPT)
     assert p_value({0: [tuple(c) for c in out.completions]}, {0: exact.law(text)}) > 1e-3

@@ -101,7 +101,7 @@ def test_admission_counts_a_shared_prompt_once():
     enough = 100 + 4 * response_slots(CONFIG)
     assert Scheduler(CONFIG, 64, enough).admit(waiting, []) == 4
     assert Scheduler(CONFIG, 64, enough - 1).admit(waiting, []) == 3
-    assert Scheduler(CONFIG, 64, enough).admit(waiting[1:], waiting[:1]) == 3
+    assert Scheduler(CONFIG, 64, enough).admit(waiting[2:], waiting[:2]) == 2
 
 
 def test_admission_keeps_the_order():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,14 +51,29 @@ def run(
     with stderr().status("loading the demo models"):
         engine, openings = _load(prompts)
     config = _config(max_new_tokens, candidates)
-    with refusing(ValueError), stderr().status("writing without guidance"):
-        vanilla = engine.generate(openings, config, seed=seed, target_reward=-math.inf, max_attempts=1)
-    with stderr().status("calibrating on unguided responses, then writing with guidance"):
-        guided = engine.generate(openings, config, seed=seed)
+    with refusing(ValueError), _one_thread():
+        with stderr().status("writing without guidance"):
+            vanilla = engine.generate(openings, config, seed=seed, target_reward=-math.inf, max_attempts=1)
+        with stderr().status("calibrating on unguided responses, then writing with guidance"):
+            guided = engine.generate(openings, config, seed=seed)
+    console.print("A small model continues film reviews; a smaller one, its critic, guides it towards praise.")
     _show_texts(console, openings, vanilla, guided)
     _show_segments(console, openings[0], guided.segments[0], engine)
     _show_summary(console, vanilla, guided)
     _show_python(console, prompts, config, seed)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models this small gain little from more threads, and lose a great deal where the cores are busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _load(count: int) -> tuple[StarsEngine, list[str]]:

@@ -11,6 +11,9 @@ import torch
 
 from stars_fast.prompts import Messages
 
+# Enough of a prompt's end to see how the answer joins on.
+_CONTEXT_TOKENS = 4
+
 
 @dataclass(eq=False)
 class RewardPrompt:
@@ -56,7 +59,20 @@ class Completion:
     @property
     def text(self) -> str:
         """The response's text, special tokens left out. An unfinished character at the end is held back."""
-        text: str = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        return self._held_back(self._decode(self.tokens))
+
+    @property
+    def continuation(self) -> str:
+        """The text as it goes on from the prompt's: some tokenizers drop the space in front when decoding it alone."""
+        context = self.response.prompt.ids[-_CONTEXT_TOKENS:]
+        before, whole = self._decode(context), self._decode(context + self.tokens)
+        return self._held_back(whole[len(before) :]) if whole.startswith(before) else self.text
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def _held_back(self, text: str) -> str:
         return text if self.finished else text.rstrip("\ufffd")
 
 

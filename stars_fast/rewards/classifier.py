@@ -103,12 +103,12 @@ class ClassifierReward(Reward):
             return None, "it has no base model"
         with torch.no_grad(), evaluating(self.model):
             self.causal = is_causal(base, self.vocab_size, self.device)
+        if not self.causal:
+            return None, "its attention is bidirectional"
         head = getattr(self.model, "score", None)
         if not isinstance(head, nn.Module):
             return None, "it has no `score` head"
         self.head = head
-        if not self.causal:
-            return None, "its attention is bidirectional"
         try:
             return TreeModel(self.model, base, "reward"), "it is causal"
         except NotImplementedError as error:
@@ -182,9 +182,7 @@ class ClassifierReward(Reward):
             try:
                 prefix, rendered = chat_prefix_and_tail(self.tokenizer, messages)
             except Exception as error:  # a template raises what it likes
-                raise ValueError(
-                    f"{prompt.name} does not fit the reward tokenizer's chat template: {error}"
-                ) from error
+                raise ValueError(f"{prompt.name} does not fit the reward tokenizer's chat template: {error}") from error
             return _Context(prefix, rendered if self.tail in ("auto", "template") else tail)
         if self.shared_ids:
             return _Context(list(prompt.ids), tail)
@@ -215,8 +213,8 @@ class ClassifierReward(Reward):
             return context.prefix + (tokens[:-1] if completion.eos and context.tail else tokens)
         if self.templated:
             return context.prefix + encode(self.tokenizer, completion.text)
-        text = context.text + completion.text
-        if self.tree_model is None:
+        text = context.text + completion.continuation
+        if not self.causal:
             return list(self.tokenizer(text)["input_ids"])
         eos = self.tokenizer.eos_token_id
         return encode_start(self.tokenizer, text) + ([eos] if completion.eos and eos is not None else [])
@@ -225,6 +223,9 @@ class ClassifierReward(Reward):
 
     def score(self, completions: Sequence[Completion]) -> list[float]:
         targets = [self._target(completion) for completion in completions]
+        for completion, ids in zip(completions, targets, strict=True):
+            if not ids and not self._contexts[completion.response.prompt].tail:
+                raise ValueError("prompt and answer are empty in the reward model's tokens: there is nothing to score")
         if self.tree_model is None:
             tails = [self._contexts[completion.response.prompt].tail for completion in completions]
             return self._score_in_full([ids + tail for ids, tail in zip(targets, tails, strict=True)])

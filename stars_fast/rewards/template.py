@@ -14,8 +14,7 @@ _SENTINEL = "STARSFASTANSWER"
 def chat_prefix_and_tail(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int]]:
     """Token ids before and after the assistant's answer under the tokenizer's chat template.
 
-    A second beginning-of-sequence token is avoided: the rendered text loses its own, the tokenizer adds one where it
-    was configured to.
+    There is one beginning-of-sequence token: the template's, else the tokenizer's where it was configured to add one.
 
     Raises
     ------
@@ -27,9 +26,10 @@ def chat_prefix_and_tail(tokenizer: Any, messages: Messages) -> tuple[list[int],
     before, found, after = rendered.partition(_SENTINEL)
     if not found:
         raise ValueError("the reward tokenizer's chat template does not contain the assistant's content verbatim")
-    if tokenizer.bos_token and before.startswith(tokenizer.bos_token):
-        before = before[len(tokenizer.bos_token) :]
-    return encode_start(tokenizer, before), encode(tokenizer, after)
+    # A template that writes the token itself is what decides; the tokenizer would add another, or none.
+    own = bool(tokenizer.bos_token) and before.startswith(tokenizer.bos_token)
+    prefix = encode(tokenizer, before) if own else encode_start(tokenizer, before)
+    return prefix, encode(tokenizer, after)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -39,11 +39,11 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 def encode_start(tokenizer: Any, text: str) -> list[int]:
     """Ids of the text with the special tokens the tokenizer puts in front, without those it puts behind."""
-    body = encode(tokenizer, text)
-    whole = list(tokenizer(text)["input_ids"])
-    for lead in range(len(whole) - len(body) + 1):
-        if whole[lead : lead + len(body)] == body:
-            return whole[: lead + len(body)]
+    body, probe = encode(tokenizer, text), text or "a"
+    inner, whole = encode(tokenizer, probe), list(tokenizer(probe)["input_ids"])
+    for lead in range(len(whole) - len(inner) + 1):
+        if whole[lead : lead + len(inner)] == inner:
+            return whole[:lead] + body
     return body
 
 

@@ -1,0 +1,490 @@
+"""Templates, tails, tokenizers and functions between policy and reward: the score is the plain one all the same."""
+
+import asyncio
+import random
+import threading
+
+import pytest
+import torch
+from conftest import sum_reward, tiny_policy, tiny_reward, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from stars_fast import StarsConfig, StarsEngine
+from stars_fast.rewards import ClassifierReward, Completion, Response, Reward, RewardPrompt
+
+CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<bos>", "<eos>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
+CORPUS = [
+    "the cat sat on the mat and the dog sat on the cat",
+    "user assistant hello there, how are you today? I am fine; thank you.",
+    "über naïve café — “quoted” text, 漢字 and 😀😀 faces",
+    "a  b   c\n\nd e f  tion ation nation national internationalisation",
+]
+
+
+def byte_bpe(size, *, corpus=CORPUS, template=None, add_bos=False, eos="<eos>"):
+    """A byte-level BPE tokenizer; how it merges depends on its size and corpus."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus * 4, trainer)
+    if add_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token=eos, additional_special_tokens=SPECIAL[2:]
+    )
+    fast.chat_template = template
+    return fast
+
+
+def models_for(policy_tokenizer, reward_tokenizer=None, **fields):
+    policy = tiny_policy(len(policy_tokenizer), hidden=32, eos_token_id=policy_tokenizer.eos_token_id, positions=512)
+    size = len(reward_tokenizer or policy_tokenizer)
+    return policy, tiny_reward(size, hidden=32, positions=512, scale=0.7, **fields)
+
+
+@torch.no_grad()
+def fresh(reward, ids):
+    """The head at the last token of a full forward pass."""
+    return reward.score(reward.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]).item()
+
+
+def assert_scores(out, expected, samples=1):
+    """``expected(prompt index, tokens, finished)`` of every prefix that was committed."""
+    assert out.errors == [None] * len(out.errors)
+    assert any(segment.attempts > 1 for row in out.segments for segment in row)
+    for row, segments in enumerate(out.segments):
+        tokens = []
+        for k, segment in enumerate(segments):
+            tokens += segment.tokens
+            finished = k + 1 == len(segments)
+            assert segment.reward == pytest.approx(expected(row // samples, list(tokens), finished), abs=1e-4)
+
+
+# The policy's ids, no template
+
+
+@pytest.mark.parametrize("tail", ["auto", "none", [3, 4, 5]], ids=str)
+def test_shared_ids_are_scored_as_they_are_with_the_tail_behind_them(policy32, reward32, tail):
+    prompts = [[5, 6, 7], [8]]
+    out = StarsEngine(policy32, reward32, reward_tail=tail).generate(prompts, CONFIG, seed=0, num_return_sequences=4)
+    assert "stop" in out.finish_reasons
+    after = tail if isinstance(tail, list) else []
+
+    def expected(i, tokens, finished):
+        ended = after and tokens[-1] == 31  # an EOS gives way to the tail
+        return fresh(reward32, prompts[i] + (tokens[:-1] if ended else tokens) + after)
+
+    assert_scores(out, expected, samples=4)
+
+
+def test_the_same_tokenizer_given_twice_is_shared(policy32, reward32, tokenizer32):
+    other = tiny_tokenizer(32)
+    other.chat_template = None
+    engine = StarsEngine(policy32, reward32, tokenizer=tokenizer32, reward_tokenizer=other)
+    assert engine.reward.shared_ids
+    out = engine.generate(["w5 w6", "w7"], CONFIG, seed=0)
+    assert_scores(out, lambda i, tokens, _: fresh(reward32, [[5, 6], [7]][i] + tokens))
+
+
+# Chat templates
+
+CHAT = [{"role": "system", "content": "the cat sat"}, {"role": "user", "content": "hello there, how are you?"}]
+
+
+def chat_prefix(tokenizer, messages):
+    """transformers' own rendering up to the answer: one beginning-of-sequence token at most."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize(
+    "template, tail", [(LLAMA3, "<|eot_id|>"), (CHATML, "<|im_end|>\n")], ids=["llama-3", "chatml"]
+)
+@pytest.mark.parametrize("reward_tail", ["auto", "template", "none", [9, 10]], ids=str)
+def test_a_chat_is_scored_as_its_template_renders_it(template, tail, add_bos, reward_tail):
+    tokenizer = byte_bpe(300, template=template, add_bos=add_bos)
+    policy, reward = models_for(tokenizer)
+    engine = StarsEngine(policy, reward, tokenizer=tokenizer, reward_tokenizer=tokenizer, reward_tail=reward_tail)
+    out = engine.generate([CHAT, CHAT[1:]], CONFIG, seed=1, num_return_sequences=3, eos_token_id=list(range(100, 130)))
+    after = {"none": [], "auto": None, "template": None}.get(str(reward_tail), reward_tail)
+    if after is None:
+        after = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    assert "stop" in out.finish_reasons
+    bos = tokenizer.bos_token_id
+    if add_bos and template is CHATML:
+        return  # whether a template that writes no bos wants one is the tokenizer's business; see the next test
+
+    def expected(i, tokens, finished):
+        prefix = chat_prefix(tokenizer, CHAT[i:])
+        assert prefix.count(bos) == (template is LLAMA3)
+        ended = after and 100 <= tokens[-1] < 130
+        return fresh(reward, prefix + (tokens[:-1] if ended else tokens) + after)
+
+    assert_scores(out, expected, samples=3)
+
+
+@pytest.mark.parametrize("template", [LLAMA3, CHATML], ids=["llama-3", "chatml"])
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_there_is_exactly_one_bos_where_template_or_tokenizer_want_one(template, add_bos):
+    tokenizer = byte_bpe(300, template=template, add_bos=add_bos)
+    reward = models_for(tokenizer)[1]
+    scorer = ClassifierReward(reward, tokenizer, tokenizer)
+    scorer.begin([prompt := RewardPrompt(0, CHAT, [1])], 8, 2, None)
+    prefix = scorer._contexts[prompt].prefix
+    assert prefix.count(tokenizer.bos_token_id) == (add_bos or template is LLAMA3)
+    assert (prefix[0] == tokenizer.bos_token_id) == (add_bos or template is LLAMA3)
+    scorer.end()
+
+
+def test_text_prompts_become_a_user_turn():
+    tokenizer = byte_bpe(300, template=CHATML)
+    policy, reward = models_for(tokenizer)
+    engine = StarsEngine(policy, reward, tokenizer=tokenizer, reward_tokenizer=tokenizer)
+    out = engine.generate(["the cat sat"], CONFIG, seed=0, ignore_eos=True)
+    prefix = chat_prefix(tokenizer, [{"role": "user", "content": "the cat sat"}])
+    tail = tokenizer("<|im_end|>\n")["input_ids"]
+    assert_scores(out, lambda i, tokens, _: fresh(reward, prefix + tokens + tail))
+
+
+def test_the_answer_is_not_rendered_again():
+    """Templates such as Llama 3's strip the answer; its ids are scored as they were drawn, white space included."""
+    tokenizer = byte_bpe(300, template=LLAMA3)
+    _, reward = models_for(tokenizer)
+    scorer = ClassifierReward(reward, tokenizer, tokenizer)
+    scorer.begin([prompt := RewardPrompt(0, CHAT, [1])], 8, 2, None)
+    answer = tokenizer("  the cat  ", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        (score,) = scorer.score([Completion(Response(prompt), answer, tokenizer=tokenizer)])
+    tail = tokenizer("<|eot_id|>", add_special_tokens=False)["input_ids"]
+    assert score == pytest.approx(fresh(reward, chat_prefix(tokenizer, CHAT) + answer + tail), abs=1e-4)
+    scorer.end()
+
+
+def test_a_template_that_does_not_show_the_answer_is_refused(tokenizer32, policy32, reward32):
+    other = tiny_tokenizer(32)
+    other.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
+    engine = StarsEngine(policy32, reward32, tokenizer=tokenizer32, reward_tokenizer=other)
+    with pytest.raises(ValueError, match="verbatim"):
+        engine.generate(["w1"], CONFIG)
+
+
+# Another tokenizer than the policy's
+
+
+def rescored(policy_tokenizer, reward_tokenizer, reward, prompt_text, tokens, finished, eos):
+    """Tokenise the whole text afresh and score all of it."""
+    text = policy_tokenizer.decode(tokens, skip_special_tokens=True)
+    if not finished:
+        text = text.rstrip("\ufffd")
+    ids = reward_tokenizer(prompt_text + text)["input_ids"]
+    if tokens[-1] == eos and reward_tokenizer.eos_token_id is not None:
+        ids.append(reward_tokenizer.eos_token_id)
+    return fresh(reward, ids)
+
+
+def letters(alphabet="abc "):
+    """A policy's tokenizer that spells."""
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(alphabet)} | {"<eos>": len(alphabet)}, "a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("max_rows, slots", [(64, None), (3, 40)])
+def test_a_foreign_tokenizer_scores_the_text_not_the_ids(add_bos, max_rows, slots):
+    """The reward's merges cross the policy's segments, so its last tokens change as the text grows."""
+    chance = random.Random(0)
+    corpus = ["".join(chance.choice("abc ") for _ in range(400)) for _ in range(4)]
+    ours, theirs = letters(), byte_bpe(263 + 60, corpus=corpus, add_bos=add_bos)
+    policy, reward = models_for(ours, theirs)
+    prompts = ["abc cab", "a"]
+    engine = StarsEngine(
+        policy, reward, tokenizer=ours, reward_tokenizer=theirs, max_rows=max_rows, kv_cache_tokens=slots
+    )
+    assert not engine.reward.shared_ids
+    out = engine.generate(prompts, CONFIG, seed=0, num_return_sequences=6)
+    assert set(out.finish_reasons) == {"stop", "length"}
+    merged = 0
+    for row, segments in enumerate(out.segments):
+        text, before = prompts[row // 6], []
+        for segment in segments:
+            text += ours.decode(segment.tokens, skip_special_tokens=True)
+            ids = theirs(text)["input_ids"]
+            merged += ids[: len(before)] != before
+            before = ids
+    assert merged > 5  # otherwise this test proves little
+
+    def expected(i, tokens, finished):
+        return rescored(ours, theirs, reward, prompts[i], tokens, finished, ours.eos_token_id)
+
+    assert_scores(out, expected, samples=6)
+    tree = engine.reward.tree_model.tree
+    assert tree.free_slots == tree.capacity - 1
+
+
+def test_a_character_split_between_segments_is_held_back():
+    """Bytes of one character drawn one by one: the unfinished one is not scored as a replacement character."""
+    ours, theirs = byte_bpe(263), byte_bpe(263 + 80)
+    _, reward = models_for(ours, theirs)
+    face = ours("😀", add_special_tokens=False)["input_ids"]
+    assert len(face) == 4
+    scorer = ClassifierReward(reward, theirs, ours)
+    scorer.begin([prompt := RewardPrompt(0, "the cat ", [1])], 20, 4, None)
+    response = Response(prompt)
+    before = fresh(reward, theirs("the cat ")["input_ids"])
+    whole = fresh(reward, theirs("the cat 😀")["input_ids"])
+    with torch.no_grad():
+        for k in range(4):
+            completion = Completion(response, face[k : k + 1], tokenizer=ours)
+            (score,) = scorer.score([completion])
+            assert score == pytest.approx(whole if k == 3 else before, abs=1e-4)
+            scorer.commit(completion)
+            response.tokens = completion.tokens
+    scorer.end()
+
+
+def test_a_chat_under_a_foreign_tokenizer_is_rendered_in_the_rewards_own_template():
+    ours, theirs = byte_bpe(263 + 40, template=CHATML), byte_bpe(263 + 100, template=LLAMA3, add_bos=True)
+    policy, reward = models_for(ours, theirs)
+    engine = StarsEngine(policy, reward, tokenizer=ours, reward_tokenizer=theirs)
+    out = engine.generate([CHAT], CONFIG, seed=0, num_return_sequences=4)
+    prefix, tail = chat_prefix(theirs, CHAT), theirs.convert_tokens_to_ids(["<|eot_id|>"])
+
+    def expected(i, tokens, finished):
+        text = ours.decode(tokens, skip_special_tokens=True)
+        text = text if finished else text.rstrip("\ufffd")
+        return fresh(reward, prefix + theirs(text, add_special_tokens=False)["input_ids"] + tail)
+
+    assert_scores(out, expected, samples=4)
+
+
+def metaspace(words):
+    """Like SentencePiece's: a word's leading space belongs to it, and decoding drops the one at the very front."""
+    vocabulary = {"<unk>": 0, "</s>": 1} | {f"▁{word}": i + 2 for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+def test_the_space_between_prompt_and_answer_is_kept():
+    ours, theirs = metaspace(["cat", "dog", "mat", "sat", "the", "on"]), byte_bpe(263 + 60)
+    policy, reward = models_for(ours, theirs)
+    engine = StarsEngine(policy, reward, tokenizer=ours, reward_tokenizer=theirs)
+    out = engine.generate(["the cat"], CONFIG, seed=0, ignore_eos=True)
+    prompt = ours("the cat")["input_ids"]
+
+    def expected(i, tokens, finished):
+        return fresh(reward, theirs(ours.decode(prompt + tokens, skip_special_tokens=True))["input_ids"])
+
+    assert ours.decode(prompt + out.completions[0][:1], skip_special_tokens=True).count(" ") >= 2
+    assert_scores(out, expected)
+
+
+def test_a_prompt_of_nothing_but_special_tokens_can_be_scored_under_a_foreign_tokenizer():
+    ours, theirs = byte_bpe(263 + 40), byte_bpe(263 + 90, add_bos=True)
+    policy, reward = models_for(ours, theirs)
+    engine = StarsEngine(policy, reward, tokenizer=ours, reward_tokenizer=theirs)
+    out = engine.generate([[ours.bos_token_id]], CONFIG, seed=0, ignore_eos=True)
+
+    def expected(i, tokens, finished):
+        return rescored(ours, theirs, reward, "", tokens, finished, None)
+
+    assert_scores(out, expected)
+
+
+# Bidirectional
+
+
+def test_a_bidirectional_reward_reads_the_whole_text_every_time():
+    ours, theirs = byte_bpe(263 + 40), byte_bpe(263 + 90, add_bos=True)
+    policy, _ = models_for(ours)
+    config = BertConfig(
+        vocab_size=len(theirs),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        num_labels=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        reward = BertForSequenceClassification(config).train()  # dropout must be off while scoring
+    engine = StarsEngine(policy, reward, tokenizer=ours, reward_tokenizer=theirs)
+    with pytest.warns(UserWarning, match=r"BertForSequenceClassification is scored in full .* bidirectional"):
+        out = engine.generate(["the cat", "a dog sat on"], CONFIG, seed=0, ignore_eos=True, target_reward=3.0)
+    assert reward.training
+    reward.eval()
+
+    @torch.no_grad()
+    def expected(i, tokens, finished):
+        text = ours.decode(tokens, skip_special_tokens=True)
+        text = ["the cat", "a dog sat on"][i] + (text if finished else text.rstrip("\ufffd"))
+        return reward(**theirs(text, return_tensors="pt", return_token_type_ids=False)).logits.item()
+
+    assert_scores(out, expected)
+
+
+# Functions
+
+PROMPTS = [[5, 6, 7], [8]]
+
+
+def expect_same_text(policy, reward, **kwargs):
+    plain = StarsEngine(policy, sum_reward).generate(PROMPTS, CONFIG, seed=0)
+    out = StarsEngine(policy, reward).generate(PROMPTS, CONFIG, seed=0, **kwargs)
+    assert out.completions == plain.completions
+
+
+def of(completions):
+    return sum_reward(completions)
+
+
+SIGNATURES = {
+    "completions": lambda completions: of(completions),
+    "prompts, completions": lambda prompts, completions: of(completions),
+    "completion_ids": lambda completion_ids: of(completion_ids),
+    "prompts, **kwargs": lambda prompts, **kwargs: of(kwargs["completions"]),
+    "positional only": lambda prompts, completions, /: of(completions),
+    "keyword only": lambda *, completion_ids, prompts: of(completion_ids),
+    "defaults": lambda completions, trainer_state=None, log_extra=None: of(completions),
+    "a column": lambda completions, bonus: [r + b for r, b in zip(of(completions), bonus, strict=True)],
+}
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_a_function_is_called_with_what_it_takes(policy32, signature):
+    expect_same_text(policy32, SIGNATURES[signature], columns={"bonus": [0.0, 0.0], "unused": ["a", "b"]})
+
+
+def test_columns_reach_the_completions_of_their_prompt(policy32):
+    seen = set()
+
+    def reward(prompts, completions, answer):
+        seen.update((tuple(prompt), value) for prompt, value in zip(prompts, answer, strict=True))
+        return sum_reward(completions)
+
+    expect_same_text(policy32, reward, columns={"answer": ["x", "y"]})
+    assert seen == {((5, 6, 7), "x"), ((8,), "y")}
+
+
+def test_an_async_function_is_awaited_with_and_without_a_running_loop(policy32):
+    threads = set()
+
+    async def reward(completions):
+        await asyncio.sleep(0)
+        threads.add(threading.get_ident())
+        return sum_reward(completions)
+
+    expect_same_text(policy32, reward)
+
+    async def notebook():
+        expect_same_text(policy32, reward)
+
+    asyncio.run(notebook())
+    assert len(threads) > 1
+
+
+def test_chats_arrive_as_message_lists(policy32, tokenizer32):
+    chats = [[{"role": "user", "content": "w5 w6"}], [{"role": "user", "content": "w7"}]]
+    calls = []
+
+    def reward(prompts, completions, completion_ids):
+        calls.append((prompts, completions, completion_ids))
+        return sum_reward(completion_ids)
+
+    StarsEngine(policy32, reward, tokenizer=tokenizer32).generate(chats, CONFIG, seed=0)
+    for prompts, completions, ids in calls:
+        assert all(prompt in chats for prompt in prompts)
+        for completion, tokens in zip(completions, ids, strict=True):
+            text = tokenizer32.decode(tokens, skip_special_tokens=True)
+            assert completion == [{"role": "assistant", "content": text}]
+
+
+def test_reward_prompts_stand_in_for_the_prompts(policy32, tokenizer32, reward32):
+    seen = []
+
+    def reward(prompts, completion_ids):
+        seen.extend(prompts)
+        return sum_reward(completion_ids)
+
+    StarsEngine(policy32, reward, tokenizer=tokenizer32).generate(
+        ["w1", "w2"], CONFIG, seed=0, reward_prompts=["w8 w9", [{"role": "user", "content": "w3"}]]
+    )
+    assert all(prompt in ("w8 w9", [{"role": "user", "content": "w3"}]) for prompt in seen) and len(seen) > 2
+    out = StarsEngine(policy32, reward32).generate(PROMPTS, CONFIG, seed=0, reward_prompts=[[1], [2, 3]])
+    assert_scores(out, lambda i, tokens, _: fresh(reward32, [[1], [2, 3]][i] + tokens))
+
+
+def test_a_function_may_reject_for_good_and_fail_for_some(policy32):
+    def reward(prompts, completions):
+        if [8] in prompts:
+            raise KeyError("eight")
+        return [-float("inf") if 9 in c else r for c, r in zip(completions, sum_reward(completions), strict=True)]
+
+    out = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=0, num_return_sequences=4)
+    assert out.errors[:4] == [None] * 4
+    assert all("KeyError" in error and "eight" in error for error in out.errors[4:])
+    accepted = [segment for row in out.segments for segment in row if segment.accepted]
+    assert all(9 not in segment.tokens for segment in accepted)
+
+
+def test_a_reward_of_the_users_own_keeps_state_through_the_protocol(policy32):
+    """Every completion that was scored is committed or discarded, and every response closed."""
+
+    class Counting(Reward):
+        def begin(self, prompts, max_new_tokens, rows, kv_cache_tokens):
+            self.open, self.closed, self.ended = set(), 0, 0
+
+        def score(self, completions):
+            self.open.update(completions)
+            return sum_reward([completion.tokens for completion in completions])
+
+        def commit(self, completion):
+            self.open.remove(completion)
+
+        def discard(self, completion):
+            self.open.remove(completion)
+
+        def close(self, response):
+            self.closed += bool(response.tokens)
+
+        def end(self):
+            self.ended += 1
+
+    reward = Counting()
+    expect_same_text(policy32, reward)
+    assert not reward.open and reward.closed == len(PROMPTS) and reward.ended == 1
+
+
+def test_a_reward_for_finished_answers_only_is_refused(policy32):
+    class Final(Reward):
+        partial = False
+
+        def score(self, completions):
+            return [0.0] * len(completions)
+
+    with pytest.raises(ValueError, match=r"Final \(partial=False\)"):
+        StarsEngine(policy32, Final()).generate(PROMPTS, CONFIG)
