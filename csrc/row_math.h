@@ -60,7 +60,8 @@ STARS_FAST_INLINE float exp_nonpositive(float x) {
 // log(x) for normal x > 0, error about 1 ulp. (Cephes' polynomial.)
 STARS_FAST_INLINE float log_positive(float x) {
     const int32_t bits = bit_cast<int32_t>(x);
-    const int32_t above = ((bits & 0x007FFFFF) >= 0x003504F3) ? 1 : 0;  // mantissa at or above sqrt(2)
+    // 1 for a mantissa at or above sqrt(2). A comparison would keep GCC from vectorising.
+    const int32_t above = ((bits & 0x007FFFFF) + (0x00800000 - 0x003504F3)) >> 23;
     const float exponent = static_cast<float>(((bits >> 23) - 127) + above);
     const float m = bit_cast<float>((bits & 0x007FFFFF) | ((127 - above) << 23)) - 1.0f;
     const float z = m * m;
@@ -83,7 +84,7 @@ STARS_FAST_INLINE float gumbel(uint32_t bits) {
     const float high = static_cast<float>(static_cast<int32_t>(bits >> 16)) * 65536.0f;
     const float x = high + static_cast<float>(static_cast<int32_t>(bits & 0xFFFF));
     const float sum = x * 0x1p-32f + 0x1p-33f;
-    const float v = sum < 1 - 0x1p-24f ? sum : 1 - 0x1p-24f;
+    const float v = sum - static_cast<float>(static_cast<int32_t>(sum)) * 0x1p-24f;  // 1 becomes the float below it
     const float u = 1.0f - v;
     const float log1p = log_positive(u) - ((u - 1.0f) + v) / u;  // the second term is what rounding took from u
     return -log_positive(-log1p);
