@@ -1,4 +1,4 @@
-"""Exact, kernel-accelerated reward-guided generation for Hugging Face models."""
+"""Exact reward-guided generation for Hugging Face models, many candidates at a time."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

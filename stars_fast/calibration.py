@@ -64,7 +64,9 @@ class Calibration:
         by_position = [fmean(row[k] for row in rows if len(row) > k) for k in range(max(len(row) for row in rows))]
         correlation = self._rank_correlation()
         warnings = []
-        if not correlation >= _GUIDABLE_CORRELATION:
+        if math.isnan(correlation):
+            warnings.append("too few segments, or rewards too alike, to tell if partial rewards predict final ones")
+        elif correlation < _GUIDABLE_CORRELATION:
             warnings.append(
                 f"partial rewards hardly predict final ones (rank correlation {correlation:.2f}, below "
                 f"{_GUIDABLE_CORRELATION}): this reward model cannot guide partial text; consider best-of-N"

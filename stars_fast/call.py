@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -192,19 +193,19 @@ def _check_per_prompt(name: str, values: Sequence[Any], prompts: int) -> None:
         raise ValueError(f"{name} has {len(values)} entries for {prompts} prompts")
 
 
-def _keys(seed: int | Sequence[int] | None, prompts: int, samples: int) -> list[int]:
+def _keys(seed: Any, prompts: int, samples: int) -> list[int]:
     """Key of each output row's random numbers."""
     if seed is None:
         seed = int(torch.randint(0, 2**63 - 1, ()))
-    if isinstance(seed, (bool, str)) or not isinstance(seed, (int, Sequence)):
+    if isinstance(seed, (bool, str)) or not isinstance(seed, (Integral, Sequence)):
         raise TypeError(f"seed={seed!r}: must be an integer, or one integer per prompt")
-    if isinstance(seed, int):
-        return [philox_key(seed, i, j) for i in range(prompts) for j in range(samples)]
+    if isinstance(seed, Integral):
+        return [philox_key(int(seed), i, j) for i in range(prompts) for j in range(samples)]
     _check_per_prompt("seed", seed, prompts)
     for i, one in enumerate(seed):
-        if isinstance(one, bool) or not isinstance(one, int):
+        if isinstance(one, bool) or not isinstance(one, Integral):
             raise TypeError(f"seed[{i}]={one!r}: must be an integer")
-    return [philox_key(one, 0, j) for one in seed for j in range(samples)]
+    return [philox_key(int(one), 0, j) for one in seed for j in range(samples)]
 
 
 def _explicit_rule(config: StarsConfig, prompt: int) -> Rule:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,15 @@ class StarsConfig:
 
     def __post_init__(self) -> None:
         for name in ("segment_length", "max_attempts", "max_new_tokens", "num_return_sequences"):
-            _check_integer(name, getattr(self, name), 1)
+            self._put(name, _integer(name, getattr(self, name), 1))
         if self.candidates != "auto":
             if isinstance(self.candidates, str):
                 raise ValueError(f"candidates={self.candidates!r}: give an integer of at least 1, or 'auto'")
-            _check_integer("candidates", self.candidates, 1)
-        _check_real("alpha", self.alpha, 0.0, 1.0)
-        _check_real("beta", self.beta, 0.0, math.inf, open_below=True, open_above=True)
+            self._put("candidates", _integer("candidates", self.candidates, 1))
+        self._put("alpha", _real("alpha", self.alpha, 0.0, 1.0))
+        self._put("beta", _real("beta", self.beta, 0.0, math.inf, open_below=True, open_above=True))
         for name in ("target_reward", "base_reward"):
-            object.__setattr__(self, name, _check_rewards(name, getattr(self, name)))
+            self._put(name, _rewards(name, getattr(self, name)))
         if self.finished_threshold not in ("target", "ramp"):
             raise ValueError(f"finished_threshold={self.finished_threshold!r}: must be 'target' or 'ramp'")
         if self.method not in METHODS:
@@ -105,39 +106,37 @@ class StarsConfig:
         self._check_sampling()
         self._check_stopping()
 
+    def _put(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
     def _check_sampling(self) -> None:
+        greedy = "; greedy decoding (0) leaves nothing to sample from"
         if self.temperature is not None:
-            _check_real(
-                "temperature",
-                self.temperature,
-                0.0,
-                math.inf,
-                open_below=True,
-                open_above=True,
-                hint="; greedy decoding (0) leaves nothing to sample from",
-            )
+            value = _real("temperature", self.temperature, 0.0, math.inf, open_below=True, open_above=True, hint=greedy)
+            self._put("temperature", value)
         if self.top_k is not None:
-            _check_integer("top_k", self.top_k, 0)
+            self._put("top_k", _integer("top_k", self.top_k, 0))
         if self.top_p is not None:
-            _check_real("top_p", self.top_p, 0.0, 1.0, open_below=True)
+            self._put("top_p", _real("top_p", self.top_p, 0.0, 1.0, open_below=True))
         if self.min_p is not None:
-            _check_real("min_p", self.min_p, 0.0, 1.0)
+            self._put("min_p", _real("min_p", self.min_p, 0.0, 1.0))
         if self.repetition_penalty is not None:
-            _check_real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_below=True, open_above=True)
+            name = "repetition_penalty"
+            self._put(name, _real(name, self.repetition_penalty, 0.0, math.inf, open_below=True, open_above=True))
 
     def _check_stopping(self) -> None:
-        if self.eos_token_id is not None:
-            ids = [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)
-            for token in ids:
-                _check_integer("eos_token_id", token, 0)
-            if not isinstance(self.eos_token_id, int):
-                object.__setattr__(self, "eos_token_id", tuple(ids))
+        if not isinstance(self.ignore_eos, bool):
+            raise TypeError(f"ignore_eos={self.ignore_eos!r}: must be True or False")
+        if isinstance(self.eos_token_id, Sequence):
+            self._put("eos_token_id", tuple(_integer("eos_token_id", token, 0) for token in self.eos_token_id))
+        elif self.eos_token_id is not None:
+            self._put("eos_token_id", _integer("eos_token_id", self.eos_token_id, 0))
         if self.stop_strings is not None:
             strings = (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
             for string in strings:
                 if not isinstance(string, str) or not string:
                     raise ValueError(f"stop_strings: {string!r} is not a non-empty string")
-            object.__setattr__(self, "stop_strings", strings)
+            self._put("stop_strings", strings)
 
     def replace(self, **overrides: Any) -> StarsConfig:
         """A copy with some fields changed. Raises TypeError for a field that does not exist, naming it."""
@@ -169,14 +168,15 @@ class StarsConfig:
         return cls().replace(**{**json.loads(path.read_text()), **overrides})
 
 
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _integer(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={value!r}: must be an integer of at least {least}")
     if value < least:
         raise ValueError(f"{name}={value}: must be at least {least}")
+    return int(value)
 
 
-def _check_real(
+def _real(
     name: str,
     value: Any,
     low: float,
@@ -185,25 +185,27 @@ def _check_real(
     open_below: bool = False,
     open_above: bool = False,
     hint: str = "",
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r}: must be a number")
-    above = value > low if open_below else value >= low
-    below = value < high if open_above else value <= high
+    number = float(value)
+    above = number > low if open_below else number >= low
+    below = number < high if open_above else number <= high
     if not (above and below):
         interval = f"{'(' if open_below else '['}{low:g}, {high:g}{')' if open_above else ']'}"
         raise ValueError(f"{name}={value}: must lie in {interval}{hint}")
+    return number
 
 
-def _check_rewards(name: str, value: Any) -> float | tuple[float, ...] | None:
+def _rewards(name: str, value: Any) -> float | tuple[float, ...] | None:
     if value is None:
         return None
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (str, bytes, bool)) or (not isinstance(value, Real) and not hasattr(value, "__iter__")):
+        raise TypeError(f"{name}={value!r}: must be a number, or a sequence of one number per prompt")
+    if isinstance(value, Real):
         if math.isnan(value):
             raise ValueError(f"{name}={value}: must not be NaN")
         return float(value)
-    if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__iter__"):
-        raise TypeError(f"{name}={value!r}: must be a number, or a sequence of one number per prompt")
     values = tuple(float(v) for v in value)
     for index, v in enumerate(values):
         if math.isnan(v):

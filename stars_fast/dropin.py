@@ -19,6 +19,8 @@ from stars_fast.outputs import StarsOutput
 from stars_fast.processors import foreign_processors, row_processor, row_stop
 from stars_fast.sampling import NEUTRAL, SAMPLING_FIELDS
 
+# What transformers hands to every decoding loop.
+_PREPARED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
 _ENGINE_ARGUMENTS = ("reward_tokenizer", "reward_tail", "max_rows", "kv_cache_tokens")
 
 
@@ -63,7 +65,8 @@ def generate(
     model : transformers causal LM
     inputs, generation_config, **kwargs
         As for ``model.generate``. Its generation_config is honoured, transformers' default of ``top_k=50`` included.
-        ``do_sample`` unset means True. What is set here wins over ``stars_config``.
+        ``do_sample`` unset means True. What is set here wins over ``stars_config``, which wins over what the model
+        brings. Ids and their mask only: no embeddings, no cache, no images.
     reward_model : as ``reward`` of :class:`StarsEngine`
     stars_config : StarsConfig, optional
     streamer : transformers streamer, optional
@@ -92,10 +95,14 @@ def generate(
             raise ValueError(f"{name} is set: assisted decoding and reward-guided decoding cannot be combined")
     if explicit.get("do_sample") is None:
         kwargs["do_sample"] = True
+    explicit |= _models_own(model, config)
     if explicit.get("max_new_tokens") is None and explicit.get("max_length") is None:
         kwargs["max_new_tokens"] = config.max_new_tokens
     if explicit.get("num_return_sequences") is None:
         kwargs["num_return_sequences"] = config.num_return_sequences
+    for name in ("inputs_embeds", "position_ids", "past_key_values"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} is given: reward-guided decoding starts from token ids alone")
     for name in (*SAMPLING_FIELDS, "eos_token_id"):
         value = getattr(config, name)
         if explicit.get(name) is None and value is not None:
@@ -137,7 +144,8 @@ def decoding(
     ----------
     reward_model, stars_config : as for :func:`generate`
     tokenizer, streamer : optional
-        transformers does not hand its own to a custom method: pass them here.
+        transformers hands neither its tokenizer nor its streamer to a custom method: pass them here, and stop strings
+        in ``stars_config``.
     **options
         ``reward_tokenizer``, ``reward_tail``, ``max_rows``, ``kv_cache_tokens`` of :class:`StarsEngine`; ``seed``,
         ``reward_prompts``, ``columns`` of :meth:`StarsEngine.generate`.
@@ -161,6 +169,18 @@ def _explicit_settings(generation_config: GenerationConfig | None, kwargs: dict[
     """What the transformers call itself sets, by keyword or by a generation_config of its own."""
     given = {} if generation_config is None else generation_config.to_dict()
     return {name: value for name, value in {**given, **kwargs}.items() if value is not None}
+
+
+def _models_own(model: PreTrainedModel, config: StarsConfig) -> dict[str, Any]:
+    """Lengths and counts that the model's generation_config sets, where the StarsConfig leaves its defaults."""
+    own, default = model.generation_config, StarsConfig()
+    names = []
+    if config.max_new_tokens == default.max_new_tokens:
+        names += ["max_new_tokens", "max_length"]
+    if config.num_return_sequences == default.num_return_sequences:
+        names.append("num_return_sequences")
+    values = {name: getattr(own, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _without_stop_strings(generation_config: GenerationConfig) -> GenerationConfig:
@@ -198,7 +218,10 @@ class _Decoder:
         assert generation_config is not None
         _refuse(generation_config)
         samples = generation_config.num_return_sequences or 1
-        explicit = _differing(model, generation_config, input_ids.shape[1]) if self.explicit is None else self.explicit
+        _refuse_inputs(model_kwargs)
+        explicit = self.explicit
+        if explicit is None:
+            explicit = _differing(model, generation_config, input_ids.shape[1]) | _models_own(model, self.config).keys()
         config = self._merge(generation_config, explicit, input_ids.shape[1])
         mask = model_kwargs.get("attention_mask")
         processors = foreign_processors(logits_processor, generation_config)
@@ -264,12 +287,21 @@ def _refuse(generation_config: GenerationConfig) -> None:
         raise ValueError("prompt_lookup_num_tokens is set: assisted decoding cannot be combined with guidance")
     if not generation_config.do_sample:
         raise ValueError("do_sample=False: reward-guided decoding samples; pass do_sample=True")
-    for name in ("penalty_alpha", "dola_layers", "constraints", "force_words_ids"):
+    for name in ("dola_layers", "constraints", "force_words_ids"):
         if getattr(generation_config, name, None) is not None:
             raise ValueError(f"{name} asks for another way of decoding: it cannot be combined with guidance")
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(generation_config, name, False):
             raise ValueError(f"{name}=True is not supported: use StarsEngine, whose output has log-probabilities")
+
+
+def _refuse_inputs(model_kwargs: dict[str, Any]) -> None:
+    """Anything to start from besides ids and their mask. transformers itself adds what is let through here."""
+    if model_kwargs.get("past_key_values") is not None and model_kwargs["past_key_values"].get_seq_length():
+        raise ValueError("past_key_values holds tokens: reward-guided decoding starts from token ids alone")
+    for name, value in model_kwargs.items():
+        if value is not None and name not in _PREPARED:
+            raise ValueError(f"{name} is given: reward-guided decoding starts from token ids alone")
 
 
 def _check_in_force(config: StarsConfig, generation_config: GenerationConfig) -> None:

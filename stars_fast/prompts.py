@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 
 Messages = list[dict[str, str]]
@@ -81,12 +83,13 @@ def _read_one(name: str, prompt: Any, tokenizer: Any) -> Prompt:
         except Exception as error:  # a template raises what it likes
             raise ValueError(f"{name} does not fit the tokenizer's chat template: {error}") from error
         return Prompt([dict(turn) for turn in prompt], _not_empty(name, list(ids)))
-    if isinstance(prompt, torch.Tensor) and prompt.dim() == 1:
+    if isinstance(prompt, (torch.Tensor, np.ndarray)) and prompt.ndim == 1:
         prompt = prompt.tolist()
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
-        if any(isinstance(token, bool) or not isinstance(token, int) for token in prompt):
+        if any(isinstance(token, bool) or not isinstance(token, Integral) for token in prompt):
             raise TypeError(f"{name} is neither text, nor chat messages, nor a list of token ids: {prompt!r:.80}")
-        return Prompt(list(prompt), _not_empty(name, list(prompt)))
+        ids = [int(token) for token in prompt]
+        return Prompt(ids, _not_empty(name, ids))
     raise TypeError(f"{name} is a {type(prompt).__name__}: give text, chat messages or token ids")
 
 

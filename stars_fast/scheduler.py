@@ -60,7 +60,7 @@ class Scheduler:
 
     def candidates(self, running: Sequence[Request]) -> list[int]:
         """Candidates per request: at least 1, at most the attempts left; rows and slots are shared out by value."""
-        spare = (self.kv_cache_tokens - self.reserved(running)) // self.config.segment_length
+        spare = (self.kv_cache_tokens - self.reserved(running)) // candidate_slots(self.config)
         rows = min(self.max_rows, len(running) + max(spare, 0))
         limits = [self.config.max_attempts - request.attempts for request in running]
         if self.config.candidates != "auto":
@@ -70,7 +70,12 @@ class Scheduler:
 
 def response_slots(config: StarsConfig) -> int:
     """Slots a response may take: its tokens, and a waiting best candidate beside the one being drawn."""
-    return config.max_new_tokens + config.segment_length
+    return config.max_new_tokens + candidate_slots(config)
+
+
+def candidate_slots(config: StarsConfig) -> int:
+    """Slots a candidate may take."""
+    return min(config.segment_length, config.max_new_tokens)
 
 
 def acceptance_estimates(running: Sequence[Request]) -> list[float]:

@@ -60,7 +60,7 @@ def sum_reward(completions):
     return [((3 * sum(completion) + len(completion)) % 17) / 6 - 1 for completion in completions]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny matrices gain nothing from a second thread, and on a busy machine they wait for it: ten times slower."""
     threads = torch.get_num_threads()

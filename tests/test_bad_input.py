@@ -19,8 +19,6 @@ from transformers import (
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 VOCAB = 32
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11], [14, 15]]
 SEEDS = [1, 2, 3, 4]

@@ -22,8 +22,6 @@ from transformers import (
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 VOCAB, EOS = 32, 31
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14)

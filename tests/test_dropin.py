@@ -9,6 +9,7 @@ import torch
 from conftest import sum_reward, tiny_policy, tiny_reward, tiny_tokenizer
 from scipy.stats import chisquare
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -193,6 +194,16 @@ def test_eos_token_id_follows_the_same_order(monkeypatch, generate):
 def test_lengths_are_those_of_the_call_or_else_of_the_config(policy, generate, kwargs, length):
     out = generate(policy, config=CONFIG.replace(ignore_eos=True), **kwargs)
     assert out.shape[1] == 5 + length
+
+
+@both
+def test_lengths_and_counts_of_the_model_hold_where_nobody_else_sets_them(monkeypatch, policy, generate):
+    monkeypatch.setattr(policy.generation_config, "max_new_tokens", 4)
+    monkeypatch.setattr(policy.generation_config, "num_return_sequences", 3)
+    monkeypatch.setattr(policy.generation_config, "do_sample", True)
+    config = StarsConfig(target_reward=0.0, segment_length=4, ignore_eos=True)
+    rows, width = inputs()["input_ids"].shape
+    assert generate(policy, config=config).shape == (3 * rows, width + 4)
 
 
 def test_num_return_sequences_of_the_config_holds_unless_the_call_says_otherwise(policy):
@@ -484,6 +495,15 @@ def test_modes_that_guidance_cannot_have_are_refused(policy, generate, kwargs, m
     if "do_sample" not in kwargs:
         with pytest.raises(ValueError, match=message):
             generate(policy, generation_config=GenerationConfig(**kwargs, do_sample=True))
+
+
+@both
+@pytest.mark.parametrize("name", ["inputs_embeds", "past_key_values"])
+def test_anything_to_start_from_besides_ids_is_refused(policy, generate, name):
+    cache = DynamicCache()
+    embeds = policy.get_input_embeddings()(policy(inputs()["input_ids"], past_key_values=cache).logits.argmax(-1))
+    with pytest.raises(ValueError, match=name):
+        generate(policy, max_new_tokens=3, **{name: embeds if name == "inputs_embeds" else cache})
 
 
 def test_an_assistant_is_refused(policy):

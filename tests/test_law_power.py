@@ -11,11 +11,11 @@ from test_law import PROMPT, RULE, SAMPLES, VOCAB, oracle, p_attempts, p_text, r
 from stars_fast import engine, heartbeat, policy
 from stars_fast.ops.philox import acceptance_uniform
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Faults of the fallback show where most segments need it; those of the choice among accepted ones where most rounds
-# have several; those of the noise where the first attempt often wins.
+# have several; those of the noise where the first attempt often wins; those of the acceptance test where few candidates
+# are certain of it.
 HARD, EASY = replace(RULE, target_reward=1.8), replace(RULE, target_reward=0.6)
+SOFT = replace(HARD, beta=2.0)
 
 
 def wrap(monkeypatch, module, name, change):
@@ -85,7 +85,7 @@ FAULTS = [
     (best_accepted_instead_of_first, 4, EASY),
     (attempts_counted_in_rounds, 2, HARD),
     (noise_without_the_segment_index, 1, EASY),
-    (acceptance_without_the_segment_index, 1, EASY),
+    (acceptance_without_the_segment_index, 1, SOFT),
     (fallback_forgets_earlier_rounds, 2, HARD),
 ]
 
@@ -100,7 +100,7 @@ def p_values(candidates, rule):
     return p_text(runs, oracles), p_attempts(runs, oracles)
 
 
-@pytest.mark.parametrize("candidates, rule", [(1, EASY), (4, EASY), (2, HARD)], ids=str)
+@pytest.mark.parametrize("candidates, rule", [(1, EASY), (4, EASY), (2, HARD), (1, SOFT)], ids=str)
 def test_the_engine_as_it_is_passes(candidates, rule):
     assert min(p_values(candidates, rule)) > 1e-3
 

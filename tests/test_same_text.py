@@ -15,8 +15,6 @@ from conftest import sum_reward, tiny_policy, tiny_reward
 
 from stars_fast import StarsConfig, StarsEngine
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 VOCAB = 32
 PROMPTS = [[(5 * i + j * j) % (VOCAB - 1) for j in range(1 + i % 7)] for i in range(16)]
 SEEDS = [100 + 7 * i for i in range(16)]

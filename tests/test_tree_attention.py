@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stars_fast.ops import tree_attention
+from stars_fast.ops.tree_attention import tree_attention_reference
 
 
 def tree(group_rows, trunk_lens, branch_lens, queries, *, heads=4, kv_heads=2, d=8, dv=8, dtype=torch.float32, seed=0):
@@ -84,59 +85,73 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(params=["operator", "reference"])
+def attention(request):
+    """What a CPU tensor gets, and the plain torch that is the oracle of the kernels and runs on CUDA."""
+    return tree_attention if request.param == "operator" else tree_attention_reference
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("option", OPTIONS)
-def test_a_query_sees_its_trunk_and_the_past_of_its_branch(shape, option):
+def test_a_query_sees_its_trunk_and_the_past_of_its_branch(attention, shape, option):
     case = tree(**SHAPES[shape])
-    tree_attention(**case, **OPTIONS[option])
+    attention(**case, **OPTIONS[option])
     torch.testing.assert_close(case["out"].double(), naive(case, **OPTIONS[option]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "d", "dv"), [(4, 4, 8, 8), (6, 1, 16, 5), (8, 2, 5, 16)])
-def test_heads_share_keys_and_values_may_have_another_size(heads, kv_heads, d, dv):
+def test_heads_share_keys_and_values_may_have_another_size(attention, heads, kv_heads, d, dv):
     for shape in ("decode", "scoring"):
         case = tree(**SHAPES[shape], heads=heads, kv_heads=kv_heads, d=d, dv=dv)
-        tree_attention(**case)
+        attention(**case)
         torch.testing.assert_close(case["out"].double(), naive(case), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_pools_are_accumulated_in_float32(dtype):
+def test_half_precision_pools_are_accumulated_in_float32(attention, dtype):
     case = tree(**SHAPES["scoring"], dtype=dtype)
-    tree_attention(**case)
+    attention(**case)
     torch.testing.assert_close(case["out"], naive(case).to(dtype), rtol=1e-2, atol=1e-3)
 
 
-def test_strided_queries_are_taken_as_transformers_gives_them():
+def test_strided_queries_are_taken_as_transformers_gives_them(attention):
     case = tree(**SHAPES["scoring"])
     expected = naive(case)
     case["q"] = case["q"].transpose(0, 1).contiguous().transpose(0, 1)
-    tree_attention(**case)
+    attention(**case)
     torch.testing.assert_close(case["out"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_candidate_does_not_see_its_siblings():
+def test_a_candidate_does_not_see_its_siblings(attention):
     case = tree(**SHAPES["decode"])
-    tree_attention(**case)
+    attention(**case)
     before = case["out"].clone()
     slots = case["branch_slots"][1, :2].long()
     case["k_pool"][slots] += 10
     case["v_pool"][slots] += 10
-    tree_attention(**case)
+    attention(**case)
     changed = (case["out"] != before).flatten(1).any(1).tolist()
     assert changed == [False, True, False, False, False, False, False]
 
 
-def test_padding_and_queries_that_see_nothing_give_zero():
+def test_padding_and_queries_that_see_nothing_give_zero(attention):
     case = tree(group_rows=[1], trunk_lens=[2], branch_lens=[0], queries=[1])
-    tree_attention(**case, window=1)  # branch index -1: a row that is padding in every respect
+    attention(**case, window=1)  # branch index -1: a row that is padding in every respect
     assert case["out"][1].eq(0).all()
     assert case["out"].isfinite().all()
 
 
-def test_scores_far_from_zero_do_not_overflow():
+def test_scores_far_from_zero_do_not_overflow(attention):
     case = tree(**SHAPES["scoring"])
     case["q"] *= 1e3
-    tree_attention(**case)
+    attention(**case)
     assert math.isfinite(case["out"].abs().sum())
     torch.testing.assert_close(case["out"].double(), naive(case), rtol=1e-3, atol=1e-3)
+
+
+def test_what_rows_that_ended_leave_in_slot_0_harms_nobody(attention):
+    case = tree(**SHAPES["scoring"])
+    expected = naive(case)
+    case["k_pool"][0] = case["v_pool"][0] = math.nan
+    attention(**case)
+    torch.testing.assert_close(case["out"].double(), expected, rtol=1e-5, atol=1e-6)

@@ -146,6 +146,10 @@ def to_line(one: dict[str, Any]) -> str:
     return json.dumps(one, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+# How a record begins, whatever the interruption left of it.
+_TORN_START = b'{"id": '
+
+
 def resume(path: Path, samples: int) -> set[Id]:
     """Ids that an output file holds in full. A torn last line, and an id short of samples at the end, are cut off.
 
@@ -160,6 +164,8 @@ def resume(path: Path, samples: int) -> set[Id]:
     with path.open("r+b") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
+                if not ids and line[: len(_TORN_START)] != _TORN_START[: len(line)]:
+                    raise _not_ours(path, number)
                 break
             row_id = _written_id(path, number, line)
             if not ids or ids[-1] != row_id:
@@ -182,4 +188,8 @@ def _written_id(path: Path, number: int, line: bytes) -> Id:
             return row_id
     except (ValueError, AttributeError):
         pass
-    raise ValueError(f"{path}, line {number}, is not a row that this command wrote: name another output, or remove it")
+    raise _not_ours(path, number)
+
+
+def _not_ours(path: Path, number: int) -> ValueError:
+    return ValueError(f"{path}, line {number}, is not a row that this command wrote: name another output, or remove it")

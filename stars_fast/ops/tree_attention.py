@@ -40,7 +40,7 @@ def tree_attention(
         ``[T, Hq, D]``, any strides.
     k_pool, v_pool
         ``[N, Hkv, D]`` and ``[N, Hkv, Dv]``, contiguous: one layer's slots, new tokens already appended. Query head h
-        reads key-value head ``h // (Hq // Hkv)``. Slot 0 must be finite.
+        reads key-value head ``h // (Hq // Hkv)``. Slot 0, which absorbs padding, may hold anything.
     out
         ``[T, Hq, Dv]``, written; 0 for queries after the last row's (padding) and those that see nothing.
     trunk_slots, trunk_len
@@ -161,14 +161,17 @@ _Part = tuple[torch.Tensor, ...]  # weighted values, maximum of the scores, sum 
 def _gather(
     k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values float32 ``[N, Hkv, L, D]`` of slots ``[N, L]``; slot 0, which is finite, past each length."""
+    """Keys and values float32 ``[N, Hkv, L, D]`` of slots ``[N, L]``; past each length slot 0, and a value of 0."""
     kv_heads = k_pool.shape[1]
-    slots = slots.masked_fill(torch.arange(slots.shape[1], device=slots.device) >= lengths[:, None], 0).long()
+    unused = torch.arange(slots.shape[1], device=slots.device) >= lengths[:, None]  # [N, L]
+    slots = slots.masked_fill(unused, 0).long()
     head = torch.arange(kv_heads, device=slots.device)
     index = slots[:, None] * kv_heads + head[:, None]  # [N, Hkv, L]: gathered in the order the products want
     flat = index.flatten()
     keys, values = k_pool.flatten(0, 1).index_select(0, flat), v_pool.flatten(0, 1).index_select(0, flat)
-    return keys.float().view(*index.shape, -1), values.float().view(*index.shape, -1)
+    values = values.float().view(*index.shape, -1)
+    # Slot 0 absorbs what rows that ended write, a NaN perhaps, which a weight of zero would pass on.
+    return keys.float().view(*index.shape, -1), values.masked_fill(unused[:, None, :, None], 0)
 
 
 def _attend(
