@@ -513,6 +513,7 @@ def write_card(args: argparse.Namespace, corpus: Corpus) -> None:
     reward: Any = LlamaForSequenceClassification.from_pretrained(reward_dir, dtype=torch.float32)
     policy, reward = policy.to(DEVICE).eval(), reward.to(DEVICE).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(policy_dir)
+    tokenizer.save_pretrained(reward_dir)  # so that each folder is complete
     held = judge_all(reward, corpus.held_train, corpus.held_train_labels)
     test = judge_all(reward, corpus.test, corpus.test_labels)
     table = "\n".join(f"| {name} | {held[name][0]:.3f} | {held[name][1]:.3f} | {test[name][0]:.3f} |" for name in held)
@@ -559,20 +560,20 @@ go much beyond that many positions. The weights are stored as float16.
 
 ## Data and licence
 
-Large Movie Review Dataset v1.0 (hub id `stanfordnlp/imdb`): the unlabelled split for the tokenizer, the
-unlabelled and the training split for both models. The reward also learns from the
-opinions that a bag-of-n-grams logistic model, fitted to the labelled reviews, has of the unlabelled
-and of the unfinished ones, and starts from the principal components of the policy's embeddings. The
-data come without a stated licence and are offered for research; please cite
+Large Movie Review Dataset v1.0 (hub id `stanfordnlp/imdb`): the unlabelled split for the tokenizer,
+the unlabelled and the training split for both models. The reward also learns from the opinions that
+a bag-of-n-grams logistic model, fitted to the labelled reviews, has of the unlabelled and of the
+unfinished ones, and starts from the principal components of the policy's embeddings. The data come
+without a stated licence and are offered for research; please cite
 
 > Andrew L. Maas, Raymond E. Daly, Peter T. Pham, Dan Huang, Andrew Y. Ng and Christopher Potts.
 > *Learning Word Vectors for Sentiment Analysis.* ACL 2011.
 
 ## Policy
 
-Next-token loss (nats per token): {p_train:.3f} in training (running mean at the end), {p_held:.3f}
-on {held_docs} reviews set aside. Three of its texts (temperature 1.0, top-k 50, opening in bold,
-not selected):
+Next-token loss (nats per token): {p_train:.3f} in training (running mean at the end), {p_held:.3f} on
+{held_docs} reviews set aside. Three of its texts (temperature 1.0, top-k 50, opening in bold, not
+selected):
 
 {samples}
 
@@ -585,8 +586,8 @@ Test: {test_docs} reviews of the test split, whose films are new.
 |---|---|---|---|
 {table}
 
-For text longer than {length} tokens, score the first and the last {length} tokens and take the
-mean, or truncate.
+For text longer than {length} tokens, score the first and the last {length} tokens and take the mean,
+or truncate.
 
 ## Limits
 

@@ -148,25 +148,47 @@ def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
     for name in ("target_reward", "base_reward"):
         if isinstance(value := getattr(config, name), tuple):
             _check_per_prompt(name, value, len(prompts))
-    rewarded, argument = prompts, "prompts"
-    if arguments.reward_prompts is not None:
-        argument = "reward_prompts"
-        rewarded = read_prompts(arguments.reward_prompts, tokenizer, name=argument)
-        _check_per_prompt(argument, rewarded, len(prompts))
     return Call(
         arguments=arguments,
         config=config,
         sampling=sampling,
         prompts=prompts,
-        reward_prompts=[
-            RewardPrompt(
-                index, prompt.source, prompt.ids, {name: values[index] for name, values in columns.items()}, argument
-            )
-            for index, prompt in enumerate(rewarded)
-        ],
+        reward_prompts=_reward_prompts(arguments.reward_prompts, prompts, columns, tokenizer),
         keys=_keys(arguments.seed, len(prompts), config.num_return_sequences),
         stop=stop_test(config.stop_strings, tokenizer),
     )
+
+
+class _Unread:
+    """Stands in for the policy's tokenizer: text and chats are checked for their form, and keep it."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [0]}
+
+    def apply_chat_template(self, messages: Any, **kwargs: Any) -> list[int]:
+        return [0]
+
+
+def _reward_prompts(
+    given: Any, prompts: Sequence[Prompt], columns: dict[str, Sequence[Any]], tokenizer: Any
+) -> list[RewardPrompt]:
+    """The prompts as the reward sees them. What is given for it alone need not suit the policy's tokenizer."""
+    argument = "prompts" if given is None else "reward_prompts"
+    rewarded = prompts if given is None else read_prompts(given, _Unread(), name=argument)
+    _check_per_prompt(argument, rewarded, len(prompts))
+    warned: set[str] = set()
+    return [
+        RewardPrompt(
+            index=index,
+            source=prompt.source,
+            given_ids=prompt.ids if given is None or prompt.source == prompt.ids else None,
+            columns={name: values[index] for name, values in columns.items()},
+            argument=argument,
+            tokenizer=tokenizer,
+            warned=warned,
+        )
+        for index, prompt in enumerate(rewarded)
+    ]
 
 
 def _check_prompt(index: int, prompt: Prompt, config: StarsConfig, policy: Policy, kv_cache_tokens: int | None) -> None:

@@ -35,7 +35,8 @@ def load_reward(
 ) -> Reward:
     """A :class:`Reward` from a Reward, a sequence classifier, a path or hub id, or a plain function.
 
-    ``policy_ids`` is how many ids the policy can produce: a classifier that reads them must have an embedding for each.
+    ``policy_ids`` is how many ids the policy is expected to produce (its tokenizer's, where there is one): a classifier
+    that reads them must have an embedding for each. A padded vocabulary's further ids are caught when they are scored.
     """
     if isinstance(reward_tokenizer, (str, os.PathLike)):
         from transformers import AutoTokenizer

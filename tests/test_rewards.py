@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.rewards import ClassifierReward, Completion, Response, Reward, RewardPrompt
+from stars_fast.rewards import CallableReward, ClassifierReward, Completion, Response, Reward, RewardPrompt
+from stars_fast.rewards.rendering import Rendering
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14)
 LLAMA3 = (
@@ -313,6 +315,101 @@ def test_a_prompt_of_nothing_but_special_tokens_can_be_scored_under_a_foreign_to
     assert_scores(out, expected)
 
 
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+PLAIN = "{% for m in messages %}{{ 'Q:' if m['role'] == 'user' else 'A:' }}{{ m['content'] }}\n{% endfor %}"
+
+
+def sentencepiece(template):
+    """SentencePiece's way: the first word of a text gets a space, words carry theirs in front."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=["<s>", "</s>"], show_progress=False)
+    corpus = ["[INST] the film is good [/INST] I like it very much abcdefgh .,? QA: \n STARFASTANSWER"]
+    tokenizer.train_from_iterator(corpus * 5, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = template
+    return fast
+
+
+FILM = [{"role": "user", "content": "the film is good"}]
+
+
+@pytest.mark.parametrize("template", [MISTRAL, PLAIN], ids=["mistral", "plain"])
+@pytest.mark.parametrize("answer", ["I like it", "abc", "the film. I"])
+def test_a_foreign_chat_and_its_answer_are_tokenised_in_one_piece(template, answer):
+    """Apart, a SentencePiece tokenizer would put a space of its own in front of the answer, or of what follows it."""
+    ours, theirs = byte_bpe(263), sentencepiece(template)
+    scorer = ClassifierReward(reward := models_for(ours, theirs)[1], theirs, ours)
+    scorer.begin([prompt := RewardPrompt(0, FILM, [1])], 40, 2, None)
+    response = Response(prompt)
+    drawn = ours(answer, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        for length in (len(drawn) // 2, len(drawn)):
+            completion = Completion(
+                response, drawn[len(response.tokens) : length], length == len(drawn), tokenizer=ours
+            )
+            (score,) = scorer.score([completion])
+            text = ours.decode(drawn[:length])
+            whole = [*FILM, {"role": "assistant", "content": text}]
+            ids = theirs.apply_chat_template(whole, tokenize=True, return_dict=False)
+            assert score == pytest.approx(fresh(reward, ids), abs=1e-4)
+            scorer.commit(completion)
+            response.tokens = completion.tokens
+    scorer.end()
+
+
+def test_shared_answers_bring_the_space_behind_the_prompt_along():
+    tokenizer = sentencepiece(MISTRAL)
+    rendering = Rendering(tokenizer, tokenizer, "auto")
+    context = rendering.context(RewardPrompt(0, FILM, [1]))
+    whole = [*FILM, {"role": "assistant", "content": "I like it"}]
+    expected = tokenizer.apply_chat_template(whole, tokenize=True, return_dict=False)
+    answer = expected[len(context.prefix) : -1]
+    assert tokenizer.decode(answer) == "I like it"
+    completion = Completion(Response(RewardPrompt(0, FILM, [1])), answer, tokenizer=tokenizer)
+    assert rendering.target(context, completion, causal=True) + context.tail == expected
+
+
+# Prompts given as ids
+
+
+def test_ids_of_a_rendered_chat_are_not_rendered_again():
+    tokenizer = byte_bpe(300, template=CHATML, eos="<|im_end|>")
+    policy, reward = models_for(tokenizer)
+    engine = StarsEngine(policy, reward, tokenizer=tokenizer, reward_tokenizer=tokenizer)
+    ids = chat_prefix(tokenizer, CHAT)
+    tail = tokenizer("<|im_end|>\n")["input_ids"]
+    out = engine.generate([ids], CONFIG, seed=0, ignore_eos=True)
+    assert_scores(out, lambda i, tokens, _: fresh(reward, ids + tokens + tail))
+    chat = engine.generate([CHAT], CONFIG, seed=0, ignore_eos=True)
+    assert out.completions == chat.completions and out.rewards == pytest.approx(chat.rewards)
+
+
+def test_ids_of_plain_text_become_a_user_turn():
+    tokenizer = byte_bpe(300, template=CHATML, add_bos=True)
+    rendering = Rendering(tokenizer, tokenizer, "auto")
+    ids = tokenizer("the cat sat")["input_ids"]
+    expected = rendering.context(RewardPrompt(0, "the cat sat", ids)).prefix
+    for given in (ids, [tokenizer.eos_token_id, *ids], [*ids, tokenizer.eos_token_id]):
+        assert rendering.context(RewardPrompt(0, given, given)).prefix == expected
+
+
+def test_ids_of_a_rendered_chat_are_refused_where_the_reward_has_its_own_template():
+    ours, theirs = byte_bpe(263 + 40, template=CHATML), byte_bpe(263 + 100, template=LLAMA3)
+    policy, reward = models_for(ours, theirs)
+    engine = StarsEngine(policy, reward, tokenizer=ours, reward_tokenizer=theirs)
+    ids = chat_prefix(ours, CHAT)
+    with pytest.raises(ValueError, match=r"prompts\[1\].*<\|im_start\|>.*reward_prompts="):
+        engine.generate([[1], ids], CONFIG)
+    out = engine.generate([ids], CONFIG, seed=0, reward_prompts=[CHAT])
+    assert out.errors == [None]
+    assert out.rewards == pytest.approx(engine.generate([CHAT], CONFIG, seed=0).rewards)
+
+
 # Bidirectional
 
 
@@ -391,20 +488,116 @@ def test_columns_reach_the_completions_of_their_prompt(policy32):
 
 
 def test_an_async_function_is_awaited_with_and_without_a_running_loop(policy32):
-    threads = set()
+    """One event loop for a whole call of the engine, so that what is bound to a loop stays good; then it is gone."""
+    loops, threads = [], []
 
     async def reward(completions):
         await asyncio.sleep(0)
-        threads.add(threading.get_ident())
+        if asyncio.get_running_loop() not in loops:
+            loops.append(asyncio.get_running_loop())
+            threads.append(threading.current_thread())
+        assert not torch.is_grad_enabled()
         return sum_reward(completions)
 
     expect_same_text(policy32, reward)
+    assert len(loops) == 1
 
     async def notebook():
         expect_same_text(policy32, reward)
 
     asyncio.run(notebook())
-    assert len(threads) > 1
+    assert len(loops) == 2
+    assert all(loop.is_closed() for loop in loops) and not any(thread.is_alive() for thread in threads)
+
+
+def test_an_async_function_can_be_scored_outside_a_call_of_the_engine():
+    async def reward(completions):
+        await asyncio.sleep(0)
+        return sum_reward(completions)
+
+    scorer = CallableReward(reward)
+    for _ in range(2):
+        assert scorer.score([Completion(Response(RewardPrompt(0, [1], [1])), [2, 3])]) == sum_reward([[2, 3]])
+    assert not [thread for thread in threading.enumerate() if thread.name == "stars-fast-reward"]
+
+
+def test_a_task_left_behind_by_an_async_function_ends_with_the_call(policy32):
+    cancelled = []
+
+    async def forever():
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    async def reward(completions):
+        if not cancelled:
+            tasks.append(asyncio.ensure_future(forever()))
+            await asyncio.sleep(0)
+        return sum_reward(completions)
+
+    tasks = []
+    expect_same_text(policy32, reward)
+    assert tasks and len(cancelled) == len(tasks)
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [lambda completions, answer: 0, lambda completions, answer, /: 0, lambda completions, *, answer, extra=1: 0],
+    ids=["by name or place", "by place", "by name"],
+)
+def test_a_function_that_needs_what_nobody_gives_is_refused_before_work_starts(policy32, reward):
+    engine = StarsEngine(policy32, reward)
+    with pytest.raises(ValueError, match=r"'answer'.*columns="):
+        engine.generate(PROMPTS, CONFIG, seed=0, columns={"other": [1, 2]})
+
+
+def test_optional_parameters_by_place_keep_their_places(policy32):
+    def reward(prompts, bonus=0.5, completions=(), /):
+        assert bonus == 0.5
+        return sum_reward(completions)
+
+    expect_same_text(policy32, reward)
+
+
+def test_a_batch_that_fails_where_each_alone_does_not_is_told_once_a_call(policy32):
+    def reward(completions):
+        if len(completions) > 1:
+            raise MemoryError("too many at once")
+        return sum_reward(completions)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        expect_same_text(policy32, reward)
+        told = [str(w.message) for w in caught]
+        assert len(told) == 1 and "MemoryError: too many at once" in told[0] and "one by one" in told[0]
+        expect_same_text(policy32, reward)
+    assert len(caught) == 2
+
+
+def test_a_failure_that_ends_its_request_is_told_there_alone(policy32, recwarn):
+    def reward(prompts, completions):
+        if [8] in prompts:
+            raise KeyError("eight")
+        return sum_reward(completions)
+
+    out = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=0)
+    assert out.errors[0] is None and "eight" in out.errors[1]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["classifier", "function"])
+def test_a_scorer_at_work_for_one_engine_is_refused_to_another(policy32, reward32, kind):
+    scorer = ClassifierReward(reward32) if kind == "classifier" else CallableReward(sum_reward)
+    first, second = StarsEngine(policy32, scorer), StarsEngine(policy32, scorer)
+    whole = first.generate(PROMPTS, CONFIG, seed=0)
+    stream = first.stream(PROMPTS, CONFIG, seed=0)
+    next(stream)
+    with pytest.raises(RuntimeError, match="is scoring for another call"):
+        second.generate(PROMPTS, CONFIG, seed=0)
+    assert all(event.error is None for event in stream)
+    assert second.generate(PROMPTS, CONFIG, seed=0).rewards == pytest.approx(whole.rewards)
 
 
 def test_chats_arrive_as_message_lists(policy32, tokenizer32):
@@ -436,6 +629,41 @@ def test_reward_prompts_stand_in_for_the_prompts(policy32, tokenizer32, reward32
     assert all(prompt in ("w8 w9", [{"role": "user", "content": "w3"}]) for prompt in seen) and len(seen) > 2
     out = StarsEngine(policy32, reward32).generate(PROMPTS, CONFIG, seed=0, reward_prompts=[[1], [2, 3]])
     assert_scores(out, lambda i, tokens, _: fresh(reward32, [[1], [2, 3]][i] + tokens))
+
+
+def test_reward_prompts_need_not_suit_the_policys_tokenizer():
+    """A base model's tokenizer has no chat template; whoever reads messages or text does without one."""
+    ours, theirs = byte_bpe(263 + 40), byte_bpe(263 + 100, template=LLAMA3)
+    policy, reward = models_for(ours, theirs)
+    seen = []
+
+    def function(prompts, completion_ids):
+        seen.extend(prompts)
+        return sum_reward(completion_ids)
+
+    StarsEngine(policy, function, tokenizer=ours).generate(["a"], CONFIG, seed=0, reward_prompts=[CHAT])
+    assert seen[0] == CHAT
+    StarsEngine(policy, function).generate([[9]], CONFIG, seed=0, reward_prompts=["the cat"])
+    assert seen[-1] == "the cat"
+    engine = StarsEngine(policy, reward, tokenizer=ours, reward_tokenizer=theirs)
+    out = engine.generate(["a"], CONFIG, seed=0, reward_prompts=[CHAT])
+    prefix, tail = chat_prefix(theirs, CHAT), theirs.convert_tokens_to_ids(["<|eot_id|>"])
+
+    def expected(i, tokens, finished):
+        text = ours.decode(tokens, skip_special_tokens=True)
+        text = text if finished else text.rstrip("\ufffd")
+        return fresh(reward, prefix + theirs(text, add_special_tokens=False)["input_ids"] + tail)
+
+    assert_scores(out, expected)
+
+
+def test_a_reward_prompt_whose_ids_nobody_can_tell_is_named(policy32, reward32, tokenizer32):
+    with pytest.raises(ValueError, match=r"reward_prompts\[1\] is text, but there is no tokenizer"):
+        StarsEngine(policy32, reward32).generate(PROMPTS, CONFIG, reward_prompts=[[1], "w2"])
+    bare = tiny_tokenizer(32)
+    bare.chat_template = None
+    with pytest.raises(ValueError, match=r"reward_prompts\[1\] does not fit the tokenizer's chat template"):
+        StarsEngine(policy32, reward32, tokenizer=bare).generate(PROMPTS, CONFIG, reward_prompts=["w1", CHAT])
 
 
 def test_a_function_may_reject_for_good_and_fail_for_some(policy32):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from stars_fast.prompts import Messages
+from stars_fast.prompts import Messages, read_prompts
 
 # Enough of a prompt's end to see how the answer joins on.
 _CONTEXT_TOKENS = 4
@@ -21,14 +22,33 @@ class RewardPrompt:
 
     index: int
     source: str | Messages | list[int]  # as the caller wrote it (``reward_prompts`` where given)
-    ids: list[int]  # in the policy's tokenizer
+    given_ids: list[int] | None  # in the policy's tokenizer; None: read from ``source`` by whoever needs them
     columns: dict[str, Any] = field(default_factory=dict)
     argument: str = "prompts"  # or "reward_prompts": where it came from
+    tokenizer: Any = None  # the policy's, for ids that were not given
+    warned: set[str] = field(default_factory=set)  # shared by the prompts of a call: what is warned of once in each
 
     @property
     def name(self) -> str:
         """What error messages call it."""
         return f"{self.argument}[{self.index}]"
+
+    @property
+    def ids(self) -> list[int]:
+        """Token ids in the policy's tokenizer.
+
+        Raises
+        ------
+        ValueError
+            If there is no such tokenizer, or it has no template for a chat.
+        """
+        if self.given_ids is None:
+            try:
+                (prompt,) = read_prompts([self.source], self.tokenizer, name=self.argument)
+            except ValueError as error:  # it was read alone, as the first
+                raise ValueError(str(error).replace(f"{self.argument}[0]", self.name, 1)) from error
+            self.given_ids = prompt.ids
+        return self.given_ids
 
 
 @dataclass(eq=False)
@@ -89,11 +109,13 @@ class Reward(abc.ABC):
 
     partial: bool = True
     tokens: int = 0
+    _calls: int = 0  # that began and have not ended, refused ones included
 
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
     ) -> None:
-        """A call of the engine starts: at most ``rows`` responses grow at once.
+        """A call of the engine starts: at most ``rows`` responses grow at once. One :meth:`end` follows, whatever
+        happens, even where this raises.
 
         Raises ValueError for prompts that cannot be scored, naming the prompt's index and the limit.
         """
@@ -114,6 +136,20 @@ class Reward(abc.ABC):
     def end(self) -> None:
         """The call of the engine is over, normally or not: free everything."""
 
+    def _enter_call(self) -> None:
+        """For scorers that serve one call at a time: refuse a second one. First thing in :meth:`begin`."""
+        self._calls += 1
+        if self._calls > 1:
+            raise RuntimeError(
+                f"this {type(self).__name__} is scoring for another call of an engine: let that finish (exhaust or "
+                "close its stream), or give each engine a scorer of its own"
+            )
+
+    def _leave_call(self) -> bool:
+        """Whether the call that ends is the one that was let in. First thing in :meth:`end`."""
+        self._calls = max(self._calls - 1, 0)
+        return not self._calls
+
 
 def score_each(reward: Reward, completions: Sequence[Completion]) -> list[tuple[float, str | None]]:
     """Score all; where that fails, one by one, so that one bad completion does not cost the others theirs.
@@ -125,15 +161,35 @@ def score_each(reward: Reward, completions: Sequence[Completion]) -> list[tuple[
     """
     try:
         return [_as_float(value) for value in _checked(reward, completions)]
-    except Exception:
-        return [_score_alone(reward, completion) for completion in completions]
+    except Exception as error:
+        scores = [_score_alone(reward, completion) for completion in completions]
+        kind = _raised(error).partition(":")[0]
+        if not any(message is not None and message.startswith(kind) for _, message in scores):
+            _warn_of_lost_batch(completions, _raised(error))
+        return scores
+
+
+def _warn_of_lost_batch(completions: Sequence[Completion], cause: str) -> None:
+    """Nobody's error tells it, so say once a call of the engine that its rewards came one at a time."""
+    warned = completions[0].response.prompt.warned
+    if "batch" not in warned:
+        warned.add("batch")
+        warnings.warn(
+            f"{cause}, for {len(completions)} completions at once but not for each alone: they are scored one by one, "
+            "which is slow",
+            stacklevel=4,
+        )
 
 
 def _score_alone(reward: Reward, completion: Completion) -> tuple[float, str | None]:
     try:
         return _as_float(_checked(reward, [completion])[0])
     except Exception as error:
-        return float("nan"), f"the reward raised {type(error).__name__}: {error}"
+        return float("nan"), _raised(error)
+
+
+def _raised(error: Exception) -> str:
+    return f"the reward raised {type(error).__name__}: {error}"
 
 
 def _checked(reward: Reward, completions: Sequence[Completion]) -> list[Any]:

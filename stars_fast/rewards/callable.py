@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from stars_fast.rewards.base import Completion, Reward
+import torch
+
+from stars_fast.rewards.base import Completion, Reward, RewardPrompt
+
+_OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 
 class CallableReward(Reward):
@@ -18,7 +22,8 @@ class CallableReward(Reward):
     ----------
     function : callable
         Called by keyword with those of ``prompts``, ``completions``, ``completion_ids`` and the columns that it can
-        take. Chats arrive as message lists, their completions as ``[{"role": "assistant", "content": text}]``.
+        take. Chats arrive as message lists, their completions as ``[{"role": "assistant", "content": text}]``. What an
+        async one keeps between calls (clients, locks) stays good: a call of the engine has one event loop.
     tokenizer : transformers tokenizer, optional
         The policy's. Without one, prompts and completions are lists of ids.
     """
@@ -27,9 +32,29 @@ class CallableReward(Reward):
         self.function = function
         self.tokenizer = tokenizer
         parameters = inspect.signature(function).parameters.values()
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        self._positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
+        self._names = {p.name for p in parameters if p.kind in named}
+        self._positional = [p for p in parameters if p.kind is p.POSITIONAL_ONLY]
+        self._required = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, *named)]
+        self._loop: _LoopThread | None = None
+
+    def begin(
+        self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
+    ) -> None:
+        self._enter_call()
+        columns = prompts[0].columns if prompts else {}
+        for name in self._required:
+            if name not in _OWN_ARGUMENTS and name not in columns:
+                raise ValueError(
+                    f"the reward function needs {name!r}, which is neither prompts, completions or completion_ids nor "
+                    f"a column: pass columns={{{name!r}: one value per prompt}}, or give the parameter a default"
+                )
+
+    def end(self) -> None:
+        if self._leave_call() and self._loop is not None:
+            self._loop.close()
+            self._loop = None
 
     def score(self, completions: Sequence[Completion]) -> Sequence[float | None]:
         arguments: dict[str, Any] = {
@@ -39,10 +64,20 @@ class CallableReward(Reward):
         }
         for name in completions[0].response.prompt.columns:
             arguments[name] = [c.response.prompt.columns[name] for c in completions]
-        positional = [arguments.pop(name) for name in self._positional if name in arguments]
+        positional = [arguments.pop(p.name, p.default) for p in self._positional]
         keywords = arguments if self._takes_all else {k: v for k, v in arguments.items() if k in self._names}
         result = self.function(*positional, **keywords)
-        return _wait(result) if inspect.isawaitable(result) else result
+        return self._wait(result) if inspect.isawaitable(result) else result
+
+    def _wait(self, awaitable: Awaitable[Any]) -> Any:
+        if self._calls:  # from begin to end: one loop for all
+            self._loop = self._loop or _LoopThread()
+            return self._loop.wait(awaitable)
+        loop = _LoopThread()
+        try:
+            return loop.wait(awaitable)
+        finally:
+            loop.close()
 
     def _prompt(self, completion: Completion) -> Any:
         source = completion.response.prompt.source
@@ -62,32 +97,42 @@ def _is_messages(source: Any) -> bool:
     return isinstance(source, list) and bool(source) and isinstance(source[0], dict)
 
 
-def _wait(awaitable: Any) -> Any:
-    """The result of an awaitable, also where an event loop already runs on this thread (a notebook)."""
+class _LoopThread:
+    """An event loop on a thread of its own, so that one may already run on the caller's (a notebook)."""
 
-    async def result() -> Any:
-        return await awaitable
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="stars-fast-reward", daemon=True)
+        self._thread.start()
 
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(result())
-    return _in_thread(result())
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        with torch.no_grad():  # torch keeps this per thread
+            self._loop.run_forever()
 
+    def wait(self, awaitable: Awaitable[Any]) -> Any:
+        """The awaitable's result; it is cancelled where waiting is interrupted."""
 
-def _in_thread(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    outcome: list[Any] = []
-    failure: list[BaseException] = []
+        async def result() -> Any:
+            return await awaitable
 
-    def run() -> None:
+        future = asyncio.run_coroutine_threadsafe(result(), self._loop)
         try:
-            outcome.append(asyncio.run(coroutine))
-        except BaseException as error:
-            failure.append(error)
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
+    def close(self) -> None:
+        """Cancel what still runs, and end the thread."""
+        asyncio.run_coroutine_threadsafe(self._wind_up(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _wind_up(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stars_fast.prompts import Messages
 from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt
-from stars_fast.rewards.template import chat_prefix_and_tail, common_prefix, encode, encode_start
+from stars_fast.rewards.full import most_tokens, score_in_full
+from stars_fast.rewards.rendering import Context, Rendering
+from stars_fast.rewards.template import common_prefix
 from stars_fast.tree.attention import evaluating, is_causal, plugged
 from stars_fast.tree.memory import default_tokens
 from stars_fast.tree.model import TreeModel, refuse_dynamic_rope, vocabulary
@@ -31,22 +32,13 @@ class _Encoded:
     ids: list[int] = field(default_factory=list)
 
 
-@dataclass(eq=False)
-class _Context:
-    """A prompt in the reward model's own tokens."""
-
-    prefix: list[int]  # everything in front of the answer
-    tail: list[int]  # what follows the answer whenever it is scored
-    text: str = ""  # the prompt's text, where prompt and answer are tokenised together
-    encoded: _Encoded = field(default_factory=_Encoded)
-
-
 class ClassifierReward(Reward):
     """A transformers sequence-classification model with one label.
 
     Causal models are scored incrementally: prompt and accepted text are encoded once, a candidate costs its own tokens
     and the tail. The score is the head's value at the last token, found by length and never by looking for padding.
-    Bidirectional models, and families the attention interface does not reach, are scored in full, with one warning.
+    Bidirectional models, those that make more of their head's value, and families the attention interface does not
+    reach are scored in full, with one warning.
 
     Parameters
     ----------
@@ -75,94 +67,120 @@ class ClassifierReward(Reward):
         labels = model.config.num_labels
         if labels != 1:
             raise ValueError(f"reward: {type(model).__name__} has num_labels={labels}; a reward model has exactly 1")
-        self.templated = bool(getattr(tokenizer, "chat_template", None))
-        if isinstance(tail, str) and tail not in ("auto", "template", "none"):
-            raise ValueError(f"reward_tail={tail!r}: must be 'auto', 'template', 'none' or token ids")
-        if tail == "template" and not self.templated:
-            raise ValueError("reward_tail='template', but the reward tokenizer has no chat template")
-        self.tail = tail
+        self.rendering = Rendering(tokenizer, policy_tokenizer, tail)
+        self.shared_ids = self.rendering.shared_ids
         self.model = model
-        self.tokenizer = tokenizer
-        self.policy_tokenizer = policy_tokenizer
-        self.shared_ids = tokenizer is None or _same_vocabulary(tokenizer, policy_tokenizer)
         refuse_dynamic_rope(model, "reward")
         self.device = next(model.parameters()).device
         self.vocab_size = vocabulary(model)
         self.causal = False
         self.tree_model, self.reason = self._tree_model()
+        self.max_positions = self._max_positions()
         self._warned = False
-        self._contexts: dict[RewardPrompt, _Context] = {}
+        self._contexts: dict[RewardPrompt, Context] = {}
+        self._prefixes: dict[RewardPrompt, _Encoded] = {}
         self._responses: set[Response] = set()  # those with something in the tree
         self._completions: set[Completion] = set()
         self._plugged = ExitStack()
 
     def _tree_model(self) -> tuple[TreeModel | None, str]:
         """The incremental path, or None and why this model cannot take it."""
-        base = getattr(self.model, self.model.base_model_prefix, None)
+        # PEFT wraps a model whose layers it has changed in place: base model and head are the inner one's.
+        inner: PreTrainedModel = getattr(self.model, "get_base_model", lambda: self.model)()
+        base = getattr(inner, inner.base_model_prefix, None)
         if base is None:
             return None, "it has no base model"
         with torch.no_grad(), evaluating(self.model):
             self.causal = is_causal(base, self.vocab_size, self.device)
-        if not self.causal:
-            return None, "its attention is bidirectional"
-        head = getattr(self.model, "score", None)
-        if not isinstance(head, nn.Module):
-            return None, "it has no `score` head"
+            if not self.causal:
+                return None, "its attention is bidirectional"
+            head = getattr(inner, "score", None)
+            if not isinstance(head, nn.Module):
+                return None, "it has no `score` head"
+            if not _scores_last_token(self.model, base, head, self.vocab_size, self.device):
+                return None, "its logits are not its head's value at the last token"
         self.head = head
         try:
-            return TreeModel(self.model, base, "reward"), "it is causal"
+            return TreeModel(inner, base, "reward"), "it is causal"
         except NotImplementedError as error:
             return None, str(error)
+
+    def _max_positions(self) -> int | None:
+        if self.tree_model is not None:
+            return self.tree_model.max_positions
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return most_tokens(self.model, limit)
 
     # One call of the engine
 
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
     ) -> None:
+        self._enter_call()
         self.tokens = 0
-        self._contexts = {prompt: self._context(prompt) for prompt in prompts}
+        self._contexts = {prompt: self.rendering.context(prompt) for prompt in prompts}
         for prompt, context in self._contexts.items():
-            self._check(prompt, context, max_new_tokens, kv_cache_tokens)
+            self._check_prompt(prompt, context, max_new_tokens, kv_cache_tokens)
         if self.tree_model is None:
             self._warn_once()
             self._plugged.enter_context(evaluating(self.model))
             return
+        self._prefixes = {prompt: _Encoded() for prompt in prompts}
         longest = max(len(context.prefix) + len(context.tail) for context in self._contexts.values())
         self.tree_model.allocate(kv_cache_tokens or default_tokens(self.tree_model, rows, longest + 2 * max_new_tokens))
-        self._plugged.enter_context(plugged(self.model))
+        self._plugged.enter_context(plugged(self.tree_model.model))
 
     def end(self) -> None:
+        if not self._leave_call():
+            return
         for completion in list(self._completions):
             self.discard(completion)
         for response in list(self._responses):
             self.close(response)
-        for context in self._contexts.values():
-            self._drop(context.encoded)
-        self._contexts = {}
+        for encoded in self._prefixes.values():
+            self._drop(encoded)
+        self._contexts, self._prefixes = {}, {}
         self._plugged.close()
 
-    def _check(self, prompt: RewardPrompt, context: _Context, max_new_tokens: int, kv_cache_tokens: int | None) -> None:
-        bad = [token for token in context.prefix if not 0 <= token < self.vocab_size]
-        if bad:
-            raise ValueError(
-                f"{prompt.name} holds id {bad[0]}, outside the reward model's vocabulary of {self.vocab_size}"
-            )
-        if not self.shared_ids:
-            return  # the length in the other tokenizer is known only once the text is
-        limits = {"positions": self._max_positions(), "kv_cache_tokens": kv_cache_tokens if self.tree_model else None}
-        needed = len(context.prefix) + max_new_tokens + len(context.tail)
+    def _check_prompt(
+        self, prompt: RewardPrompt, context: Context, max_new_tokens: int, kv_cache_tokens: int | None
+    ) -> None:
+        if bad := self._outside(context.prefix):
+            raise ValueError(f"{prompt.name} holds id {bad[0]}, {self._vocabulary}")
+        if bad := self._outside(context.tail):
+            raise ValueError(f"reward_tail holds id {bad[0]}, {self._vocabulary}")
+        # An answer's length in another tokenizer is known only once its text is.
+        new = max_new_tokens if self.shared_ids else 0
+        limits = {"positions": self.max_positions, "kv_cache_tokens": kv_cache_tokens if self.tree_model else None}
+        needed = len(context.prefix) + new + len(context.tail)
         for name, limit in limits.items():
             if limit is not None and needed > limit:
                 raise ValueError(
                     f"{prompt.name} has {len(context.prefix)} tokens for the reward model; with "
-                    f"max_new_tokens={max_new_tokens} and a tail of {len(context.tail)} that is {needed}, "
-                    f"more than its {name} limit of {limit}"
+                    + (f"max_new_tokens={new} and " if new else "")
+                    + f"a tail of {len(context.tail)} that is {needed}, more than its {name} limit of {limit}"
                 )
 
-    def _max_positions(self) -> int | None:
-        if self.tree_model is not None:
-            return self.tree_model.max_positions
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+    def _check_target(self, ids: Sequence[int], tail: Sequence[int]) -> None:
+        """What a device would answer with an assertion that ends the process."""
+        if not ids and not tail:
+            raise ValueError("prompt and answer are empty in the reward model's tokens: there is nothing to score")
+        if bad := self._outside(ids):
+            raise ValueError(f"the answer holds id {bad[0]}, {self._vocabulary}")
+        if self.max_positions is not None and len(ids) + len(tail) > self.max_positions:
+            raise ValueError(
+                f"prompt and answer have {len(ids)} tokens for the reward model; with a tail of {len(tail)} that is "
+                f"more than its {self.max_positions} positions"
+            )
+
+    def _outside(self, ids: Sequence[int]) -> list[int]:
+        if not ids or (min(ids) >= 0 and max(ids) < self.vocab_size):  # every candidate comes here: no slow loop
+            return []
+        return [token for token in ids if not 0 <= token < self.vocab_size]
+
+    @property
+    def _vocabulary(self) -> str:
+        return f"outside the reward model's vocabulary of {self.vocab_size}"
 
     def _warn_once(self) -> None:
         if not self._warned:
@@ -173,62 +191,18 @@ class ClassifierReward(Reward):
             )
             self._warned = True
 
-    # What is scored
-
-    def _context(self, prompt: RewardPrompt) -> _Context:
-        tail = [] if isinstance(self.tail, str) else list(self.tail)
-        if self.templated:
-            messages = self._messages(prompt)
-            try:
-                prefix, rendered = chat_prefix_and_tail(self.tokenizer, messages)
-            except Exception as error:  # a template raises what it likes
-                raise ValueError(f"{prompt.name} does not fit the reward tokenizer's chat template: {error}") from error
-            return _Context(prefix, rendered if self.tail in ("auto", "template") else tail)
-        if self.shared_ids:
-            return _Context(list(prompt.ids), tail)
-        text = self._prompt_text(prompt)
-        return _Context(encode_start(self.tokenizer, text), tail, text)
-
-    def _messages(self, prompt: RewardPrompt) -> Messages:
-        source = prompt.source
-        if isinstance(source, list) and source and isinstance(source[0], dict):
-            return [turn for turn in source if isinstance(turn, dict)]
-        return [{"role": "user", "content": self._prompt_text(prompt)}]
-
-    def _prompt_text(self, prompt: RewardPrompt) -> str:
-        if isinstance(prompt.source, str):
-            return prompt.source
-        if self.policy_tokenizer is None:
-            raise ValueError(
-                f"{prompt.name} is given as ids, and the reward model has its own tokenizer: "
-                "pass the policy's as tokenizer="
-            )
-        return str(self.policy_tokenizer.decode(prompt.ids, skip_special_tokens=True))
-
-    def _target(self, completion: Completion) -> list[int]:
-        """The reward model's ids up to and including the answer, without the tail."""
-        context = self._contexts[completion.response.prompt]
-        if self.shared_ids:
-            tokens = completion.tokens
-            return context.prefix + (tokens[:-1] if completion.eos and context.tail else tokens)
-        if self.templated:
-            return context.prefix + encode(self.tokenizer, completion.text)
-        text = context.text + completion.continuation
-        if not self.causal:
-            return list(self.tokenizer(text)["input_ids"])
-        eos = self.tokenizer.eos_token_id
-        return encode_start(self.tokenizer, text) + ([eos] if completion.eos and eos is not None else [])
-
     # Scoring
 
     def score(self, completions: Sequence[Completion]) -> list[float]:
-        targets = [self._target(completion) for completion in completions]
-        for completion, ids in zip(completions, targets, strict=True):
-            if not ids and not self._contexts[completion.response.prompt].tail:
-                raise ValueError("prompt and answer are empty in the reward model's tokens: there is nothing to score")
+        contexts = [self._contexts[completion.response.prompt] for completion in completions]
+        targets = []
+        for completion, context in zip(completions, contexts, strict=True):
+            targets.append(self.rendering.target(context, completion, self.causal))
+            self._check_target(targets[-1], context.tail)
         if self.tree_model is None:
-            tails = [self._contexts[completion.response.prompt].tail for completion in completions]
-            return self._score_in_full([ids + tail for ids, tail in zip(targets, tails, strict=True)])
+            rows = [ids + context.tail for ids, context in zip(targets, contexts, strict=True)]
+            self.tokens += sum(len(row) for row in rows)
+            return score_in_full(self.model, rows)
         self._open([completion.response for completion in completions])
         rewards: list[float] = []
         for start, stop in self._batches(completions, targets):
@@ -239,26 +213,28 @@ class ClassifierReward(Reward):
         """Give each new response the node of its prompt, encoding prompts that are not in the tree."""
         assert self.tree_model is not None
         fresh = [response for response in dict.fromkeys(responses) if response.state is None]
-        contexts = {self._contexts[response.prompt] for response in fresh}
-        missing = [c for c in contexts if c.encoded.node < 0 and c.prefix]
-        missing = sorted(missing, key=lambda c: len(c.prefix))
+        prompts = dict.fromkeys(response.prompt for response in fresh)
+        missing = [prompt for prompt in prompts if self._prefixes[prompt].node < 0 and self._contexts[prompt].prefix]
+        missing = sorted(missing, key=lambda prompt: len(self._contexts[prompt].prefix))
         while missing:
             batch = [missing.pop()]
-            room = self.tree_model.tree.free_slots - len(batch[0].prefix)
-            while missing and room >= len(missing[-1].prefix):
-                room -= len(missing[-1].prefix)
+            runs = [self._contexts[batch[0]].prefix]
+            room = self.tree_model.tree.free_slots - len(runs[0])
+            while missing and room >= len(self._contexts[missing[-1]].prefix):
                 batch.append(missing.pop())
-            self._make_room(len(batch[0].prefix), keep=set())
-            nodes, _ = self.tree_model.extend([-1] * len(batch), [c.prefix for c in batch])
-            for context, node in zip(batch, nodes, strict=True):
-                self.tokens += len(context.prefix)
-                context.encoded = _Encoded(node, context.prefix)
+                runs.append(self._contexts[batch[-1]].prefix)
+                room -= len(runs[-1])
+            self._make_room(len(runs[0]), keep=set())
+            nodes, _ = self.tree_model.extend([-1] * len(batch), runs)
+            for prompt, node, run in zip(batch, nodes, runs, strict=True):
+                self.tokens += len(run)
+                self._prefixes[prompt] = _Encoded(node, run)
         for response in fresh:
             self._share(response)
 
     def _share(self, response: Response) -> None:
         assert self.tree_model is not None
-        encoded = self._contexts[response.prompt].encoded
+        encoded = self._prefixes[response.prompt]
         if encoded.node >= 0:
             self.tree_model.tree.retain(encoded.node)
         response.state = _Encoded(encoded.node, encoded.ids)
@@ -338,7 +314,7 @@ class ClassifierReward(Reward):
             return
         for completion in list(self._completions):
             self.discard(completion)
-        idle = [c.encoded for c in self._contexts.values() if c.encoded.node >= 0]
+        idle = [encoded for encoded in self._prefixes.values() if encoded.node >= 0]
         others = [response for response in self._responses if response not in keep]
         for encoded in idle + [response.state for response in others]:
             if tree.free_slots >= slots:
@@ -371,29 +347,15 @@ class ClassifierReward(Reward):
             self.tree_model.tree.release(encoded.node)
         encoded.node, encoded.ids = -1, []
 
-    def _score_in_full(self, rows: Sequence[list[int]]) -> list[float]:
-        """Every row from its first token. Causal rows are grouped by length: padding would move their pooling."""
-        self.tokens += sum(len(row) for row in rows)
-        rewards = [0.0] * len(rows)
-        if not self.causal:
-            longest = max(len(row) for row in rows)
-            ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
-            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.device)
-            scores: list[float] = self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
-            return scores
-        lengths: dict[int, list[int]] = {}
-        for place, row in enumerate(rows):
-            lengths.setdefault(len(row), []).append(place)
-        embed = self.model.get_input_embeddings()
-        for places in lengths.values():
-            ids = torch.tensor([rows[place] for place in places], device=self.device)
-            # From embeddings the model pools its last position, whatever the pad id is.
-            for place, score in zip(
-                places, self.model(inputs_embeds=embed(ids)).logits[:, 0].float().tolist(), strict=True
-            ):
-                rewards[place] = score
-        return rewards
 
-
-def _same_vocabulary(a: Any, b: Any) -> bool:
-    return b is not None and (a is b or a.get_vocab() == b.get_vocab())
+def _scores_last_token(
+    model: PreTrainedModel, base: nn.Module, head: nn.Module, vocab_size: int, device: torch.device
+) -> bool:
+    """Whether the model's own reward of a few tokens is its head's value at the last: it may do more than that."""
+    pad = model.config.get_text_config().pad_token_id
+    probe = [token for token in range(min(6, vocab_size)) if token != pad][:5]
+    ids = torch.tensor([probe], device=device)
+    values = head(base(input_ids=ids).last_hidden_state[0])[:, 0]  # [T]
+    own = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.flatten().float()  # [1]
+    tolerance = 2 * torch.finfo(values.dtype).eps ** 0.5 * float(values.abs().max())
+    return own.numel() == 1 and float((own[0] - values[-1].float()).abs()) <= tolerance

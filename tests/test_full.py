@@ -1,0 +1,226 @@
+"""Reward models that make more of a row than their head's value at its last token, and rows they cannot take."""
+
+import warnings
+
+import pytest
+import torch
+from conftest import tiny_policy, tiny_reward, tiny_tokenizer
+from transformers import (
+    Gemma3TextConfig,
+    Gemma3TextForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from stars_fast import StarsConfig, StarsEngine
+from stars_fast.rewards import ClassifierReward, Completion, Response, RewardPrompt
+from stars_fast.rewards.full import score_in_full
+
+VOCAB = 32
+PROMPTS = [[1, 2, 3], [4, 5]]
+CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=0.5, beta=0.6, max_new_tokens=16)
+
+
+def seeded(make, config):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make(config).eval()
+
+
+@torch.no_grad()
+def own(model, ids):
+    return model(input_ids=torch.tensor([ids])).logits.item()
+
+
+def assert_own_values(model, **kwargs):
+    """Every committed prefix has the reward that the model itself gives it."""
+    engine = StarsEngine(tiny_policy(VOCAB, hidden=32), model, **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = engine.generate(PROMPTS, CONFIG, seed=0, num_return_sequences=3)
+    assert out.errors == [None] * 6
+    for row, segments in enumerate(out.segments):
+        ids = list(PROMPTS[row // 3])
+        for segment in segments:
+            ids += segment.tokens
+            assert segment.reward == pytest.approx(own(model, ids), abs=1e-4)
+    return engine.reward
+
+
+# Pooling
+
+
+def test_a_bidirectional_model_that_pools_by_its_pad_id_is_scored_at_the_last_token():
+    config = Gemma3TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        pad_token_id=VOCAB - 2,  # never at the end of a committed segment below
+        eos_token_id=VOCAB - 1,
+        bos_token_id=2,
+        num_labels=1,
+        use_bidirectional_attention=True,
+    )
+    model = seeded(Gemma3TextForSequenceClassification, config)
+    with torch.no_grad():
+        model.score.weight.normal_(generator=torch.Generator().manual_seed(0))
+    reward = ClassifierReward(model)
+    assert reward.tree_model is None and "bidirectional" in reward.reason
+    rows = [[3, 4, 5], [6], [7, 8, 9, 10], [11, 12, 13]]
+    with torch.no_grad():
+        assert score_in_full(model, rows) == pytest.approx([own(model, row) for row in rows], abs=1e-5)
+        # A pad id at the end is a token like others.
+        model.config.pad_token_id = None
+        expected = own(model, [3, 4, VOCAB - 2])
+        model.config.pad_token_id = VOCAB - 2
+        assert score_in_full(model, [[3, 4, VOCAB - 2]]) == pytest.approx([expected], abs=1e-5)
+
+
+def test_a_model_without_a_pad_id_is_scored_in_full_without_losing_batches():
+    model = tiny_reward(VOCAB, hidden=32)
+    assert model.config.pad_token_id is None
+    rows = [[1, 2, 3], [4, 5, 6], [7, 8]]
+    with torch.no_grad():
+        assert score_in_full(model, rows) == pytest.approx([own(model, row) for row in rows], abs=1e-5)
+
+
+class Squashed(LlamaForSequenceClassification):
+    """Makes more of its head's value."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = torch.sigmoid(-output.logits)
+        return output
+
+
+def test_a_model_that_makes_more_of_its_heads_value_is_scored_in_full():
+    plain = tiny_reward(VOCAB, hidden=32)
+    model = Squashed(plain.config).eval()
+    model.load_state_dict(plain.state_dict())
+    reward = assert_own_values(model)
+    assert reward.tree_model is None and "its logits are not its head's value" in reward.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pad", [None, 0, 4])
+def test_a_plain_head_is_scored_on_the_tree_whatever_its_pad_id_and_dtype(dtype, pad):
+    assert ClassifierReward(tiny_reward(VOCAB, hidden=32, pad_token_id=pad).to(dtype)).tree_model is not None
+
+
+# PEFT
+
+
+@pytest.fixture
+def adapted():
+    """A tiny reward model, wrapped."""
+    peft = pytest.importorskip("peft")
+
+    def adapt(config):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return peft.get_peft_model(tiny_reward(VOCAB, hidden=32), config(peft)).eval()
+
+    return adapt
+
+
+def test_a_reward_model_with_lora_is_scored_on_the_tree_with_its_adapters(adapted):
+    model = adapted(
+        lambda peft: peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    )
+    assert abs(own(model, [1, 2, 3]) - own(tiny_reward(VOCAB, hidden=32), [1, 2, 3])) > 1e-3
+    assert assert_own_values(model).tree_model is not None
+
+
+def test_a_reward_model_with_a_learned_prompt_is_scored_in_full(adapted):
+    """Its virtual tokens belong to the wrapper: the model inside does not see them."""
+    model = adapted(lambda peft: peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3))
+    assert assert_own_values(model).tree_model is None
+
+
+# Rows that do not fit
+
+
+def gpt2(positions):
+    return seeded(
+        GPT2ForSequenceClassification,
+        GPT2Config(
+            vocab_size=40,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            n_positions=positions,
+            num_labels=1,
+            pad_token_id=0,
+            eos_token_id=39,
+            bos_token_id=None,
+        ),
+    )
+
+
+def roberta(positions):
+    return seeded(
+        RobertaForSequenceClassification,
+        RobertaConfig(
+            vocab_size=40,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=positions + 2,  # the padding's own, and one that is never used
+            num_labels=1,
+        ),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*scored in full")
+@pytest.mark.parametrize("model", [gpt2, roberta])
+def test_positions_are_checked_before_anything_runs_and_before_each_score(model):
+    """A foreign tokenizer's lengths: the prompt's is known at once, the answer's when it is drawn."""
+    ours, theirs = tiny_tokenizer(VOCAB), tiny_tokenizer(40)
+    theirs.chat_template = None
+    engine = StarsEngine(tiny_policy(VOCAB), model(24), tokenizer=ours, reward_tokenizer=theirs)
+    assert engine.reward.max_positions == 24
+    options = {"seed": 0, "base_reward": 0.0, "max_new_tokens": 16, "ignore_eos": True}
+    with pytest.raises(ValueError, match=r"prompts\[1\] has 30 tokens for the reward model.*positions limit of 24"):
+        engine.generate(["w2", " ".join(["w1"] * 30)], CONFIG, **options)
+    out = engine.generate(["w2", " ".join(["w1"] * 20)], CONFIG, **options)
+    assert out.errors[0] is None
+    assert "for the reward model" in out.errors[1] and "24 positions" in out.errors[1]
+
+
+@pytest.mark.parametrize("tail", ["none", [3, 4]], ids=str)
+def test_shared_ids_must_leave_room_for_the_answer_and_the_tail(tail):
+    reward = ClassifierReward(tiny_reward(VOCAB, positions=24), tail=tail)
+    fits = 24 - 16 - (2 if tail != "none" else 0)
+    reward.begin([RewardPrompt(0, [1] * fits, [1] * fits)], 16, 2, None)
+    reward.end()
+    with pytest.raises(ValueError, match=r"prompts\[0\].*positions limit of 24"):
+        reward.begin([RewardPrompt(0, [1] * (fits + 1), [1] * (fits + 1))], 16, 2, None)
+    reward.end()
+
+
+def test_an_id_the_reward_has_no_embedding_for_ends_that_request_alone():
+    """A policy may have more logits than its tokenizer has words."""
+    policy, reward = tiny_policy(64, eos_token_id=31), tiny_reward(VOCAB)
+    engine = StarsEngine(policy, reward, tokenizer=tiny_tokenizer(VOCAB))
+    out = engine.generate([[1, 2]], CONFIG, seed=0)
+    assert "outside the reward model's vocabulary of 32" in out.errors[0]
+    scorer = ClassifierReward(reward)
+    scorer.begin([prompt := RewardPrompt(0, [1], [1])], 8, 2, None)
+    with pytest.raises(ValueError, match="holds id 32, outside"):
+        scorer.score([Completion(Response(prompt), [5, 32])])
+    scorer.end()
+
+
+def test_a_tail_outside_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="reward_tail holds id 99"):
+        StarsEngine(tiny_policy(VOCAB), tiny_reward(VOCAB), reward_tail=[99]).generate(PROMPTS, CONFIG)
