@@ -264,7 +264,9 @@ def test_unknown_keys_of_a_yaml_file_are_named(models, tmp_path):
     assert "unknown 'rewards', 'temprature'" in result.stderr and "run.yaml" in result.stderr
 
 
-@pytest.mark.parametrize("content", ['{"precious": "data"}\n', '{"my": "only copy"}'], ids=["a line", "a line without an end"])
+@pytest.mark.parametrize(
+    "content", ['{"precious": "data"}\n', '{"my": "only copy"}'], ids=["a line", "a line without an end"]
+)
 def test_an_output_that_is_something_else_is_left_alone(models, tmp_path, content):
     (tmp_path / "out.jsonl").write_text(content)
     result = invoke("generate", *models, "--prompt", "w3", "--output", tmp_path / "out.jsonl")
