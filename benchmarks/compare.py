@@ -1,9 +1,10 @@
-"""Accepted tokens per second of the engine beside baselines, on the models that ship with the package.
+"""Accepted tokens per second of the engine beside baselines, on a CPU.
 
     python benchmarks/compare.py --batch 1 16 --json out.json
 
-All contestants run in one process, alternating, and only ratios are to be trusted. The target reward is set so that
-about one candidate in six is accepted, which is what CARDS' published call counts imply.
+Policy and reward model are Llamas of 27M parameters with random weights (speed does not depend on the weights). The
+target reward is set so that about one candidate in six is accepted, which is what CARDS' published call counts imply.
+All contestants run in one process, alternating, and only ratios are to be trusted.
 """
 
 from __future__ import annotations
@@ -18,9 +19,24 @@ from collections.abc import Callable
 import torch
 import transformers
 from baselines import plain
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-import stars_fast
-from stars_fast import StarsConfig, StarsEngine, demo
+from stars_fast import StarsConfig, StarsEngine
+from stars_fast.call import Arguments
+from stars_fast.methods.calibration import expected_acceptance, set_target, spread
+
+SHAPE = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+}
+PROMPT_LENGTH = 32
 
 
 def main() -> None:
@@ -31,8 +47,10 @@ def main() -> None:
     parser.add_argument("--acceptance", type=float, default=1 / 6)
     parser.add_argument("--json", help="write the figures here")
     args = parser.parse_args()
-    policy, reward, tokenizer = demo.load()
-    results = [measure(policy, reward, tokenizer, batch, args) for batch in args.batch]
+    torch.manual_seed(0)
+    policy = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    reward = LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_labels=1)).eval()
+    results = [measure(policy, reward, batch, args) for batch in args.batch]
     for result in results:
         report(result)
     if args.json:
@@ -42,14 +60,13 @@ def main() -> None:
             json.dump({"machine": machine, "results": results}, file, indent=2)
 
 
-def measure(policy, reward, tokenizer, batch: int, args: argparse.Namespace) -> dict:  # type: ignore[no-untyped-def]
+def measure(policy, reward, batch: int, args: argparse.Namespace) -> dict:  # type: ignore[no-untyped-def]
     """Run every contestant ``rounds`` times on the same prompts, alternating."""
-    prompts = [tokenizer(demo.PROMPTS[i % len(demo.PROMPTS)])["input_ids"] for i in range(batch)]
-    engine = StarsEngine(policy, reward, tokenizer=tokenizer)
-    config = StarsConfig(max_new_tokens=args.max_new_tokens, top_k=50, ignore_eos=True)
-    config = stars_fast.calibrate(engine, prompts[:1], args.acceptance, config=config, seed=0).config
-    # One target for all prompts, and r(x) from the reward model: what every contestant can do.
-    config = config.replace(target_reward=config.target_reward[0], base_reward=None)  # type: ignore[index]
+    prompts = torch.randint(1, SHAPE["vocab_size"], (batch, PROMPT_LENGTH)).tolist()
+    engine = StarsEngine(policy, reward)
+    # With alpha = 1 the threshold is the target at every length, so one number sets the acceptance.
+    config = StarsConfig(max_new_tokens=args.max_new_tokens, alpha=1.0, top_k=50, ignore_eos=True)
+    config = with_acceptance(engine, prompts, config, args.acceptance)
 
     def run_plain(seed: int) -> tuple[int, int, int]:
         torch.manual_seed(seed)
@@ -84,6 +101,17 @@ def measure(policy, reward, tokenizer, batch: int, args: argparse.Namespace) -> 
             for name in contestants
         },
     }
+
+
+def with_acceptance(engine: StarsEngine, prompts: list[list[int]], config: StarsConfig, wanted: float) -> StarsConfig:
+    """Target and beta with which unguided segments would be accepted with probability ``wanted``."""
+    _, (pilot, *_) = engine.run_pilots(Arguments(prompts[:1], config, seed=0), 32)
+    pilot.beta = config.beta * spread(pilot)
+    low, high = min(pilot.finals) - 40 * pilot.beta, max(pilot.finals) + 40 * pilot.beta
+    for _ in range(60):
+        set_target(pilot, config, (low + high) / 2)
+        low, high = (pilot.target, high) if expected_acceptance(pilot, config) > wanted else (low, pilot.target)
+    return config.replace(target_reward=pilot.target, beta=pilot.beta)
 
 
 def report(result: dict) -> None:  # type: ignore[type-arg]
