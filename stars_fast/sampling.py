@@ -17,11 +17,14 @@ SAMPLING_FIELDS = tuple(NEUTRAL)
 def resolve_sampling(config: StarsConfig, model: PreTrainedModel, tokenizer: Any) -> Sampling:
     """Settings for one call. Of the model's own generation_config only what it sets counts, no defaults."""
     own = getattr(model, "generation_config", None)
+    models = {name: getattr(own, name, None) for name in SAMPLING_FIELDS if getattr(config, name) is None}
+    try:
+        config = config.replace(**models)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the model's generation_config: {error}") from error
     values: dict[str, Any] = {}
     for name, neutral in NEUTRAL.items():
         value = getattr(config, name)
-        if value is None:
-            value = getattr(own, name, None)
         values[name] = neutral if value is None else value
     return Sampling(**values, eos_token_ids=_eos_token_ids(config, model, tokenizer))
 

@@ -202,6 +202,26 @@ def assert_scored_in_full(model, fresh):
             assert segment.reward == pytest.approx(fresh(model, ids), abs=1e-4)
 
 
+def test_a_window_that_lives_in_the_mask_alone_bounds_the_texts():
+    """Qwen2-MoE tells its mask of the window but not the attention interface; up to the window both are the same."""
+    window = 16
+    fields = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0, "num_experts": 4}
+    policy = causal_lm("qwen2_moe", {**fields, "layer_types": ["sliding_attention"] * SIZES["num_hidden_layers"]})
+    engine = StarsEngine(policy, sum_reward)
+    out = engine.generate([[5, 6, 7]], CONFIG, max_new_tokens=window - 3, seed=0)
+    expected = fresh_logprobs(policy, [5, 6, 7], out.completions[0])
+    torch.testing.assert_close(torch.tensor(out.logprobs[0]), expected, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=rf"prompts\[0\].* {window} positions"):
+        engine.generate([[5, 6, 7]], CONFIG, max_new_tokens=window - 2, seed=0)
+
+
+def test_a_model_spread_over_devices_is_refused():
+    policy = causal_lm("llama", {})
+    policy.lm_head = policy.lm_head.to("meta")
+    with pytest.raises(NotImplementedError, match=r"Llama.*cpu, meta"):
+        StarsEngine(policy, sum_reward)
+
+
 def test_dynamic_rotary_scaling_is_refused():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = causal_lm("llama", {"rope_parameters": rope})

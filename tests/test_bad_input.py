@@ -100,6 +100,13 @@ def test_an_eos_outside_the_vocabulary_is_refused(engine):
         engine.generate(PROMPTS, CONFIG, eos_token_id=99)
 
 
+@pytest.mark.parametrize("name, value", [("temperature", 0.0), ("top_k", -1), ("top_p", 1.5)])
+def test_the_models_own_settings_are_checked_too(monkeypatch, engine, policy32, name, value):
+    monkeypatch.setattr(policy32.generation_config, name, value)
+    with refused("generation_config", name, str(value)):
+        engine.generate(PROMPTS, CONFIG.replace(**{name: None}))
+
+
 def test_the_config_must_be_a_config(engine):
     with refused("config"):
         engine.generate(PROMPTS, {"beta": 0.5})

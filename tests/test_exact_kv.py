@@ -16,6 +16,7 @@ import stars_fast.tree.model
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.policy import Leaf, Policy, Sampling
 from stars_fast.rewards import ClassifierReward, Completion, Response, RewardPrompt
+from stars_fast.tree import memory
 from stars_fast.tree.attention import plugged
 
 VOCAB, EOS = 32, 31
@@ -336,6 +337,35 @@ def test_dropout_is_off_while_generating_and_back_on_afterwards(reward32):
     assert not policy.model.layers[0].training and policy.model.layers[1].training
     policy.eval()
     assert_fresh(out, policy, reward32)
+
+
+def test_a_stream_that_ends_does_not_turn_dropout_on_for_another(reward32):
+    policy = tiny_policy(VOCAB, hidden=32).train()
+    first, second = (StarsEngine(policy, reward32).stream([[5, 6]], CONFIG, seed=0) for _ in range(2))
+    next(first), next(second)
+    first.close()
+    assert not policy.training
+    second.close()
+    assert policy.training
+
+
+def test_a_pool_that_is_large_enough_is_kept(policy32, reward32):
+    engine = StarsEngine(policy32, reward32)
+    engine.generate(PROMPTS, CONFIG, seed=0)
+    pools = engine.policy.pool, engine.reward.tree_model.pool
+    engine.generate(PROMPTS[:2], CONFIG, seed=0)
+    assert (engine.policy.pool, engine.reward.tree_model.pool) == pools
+
+
+def test_what_a_pool_holds_counts_as_free_for_the_next(policy32, monkeypatch):
+    policy = Policy(policy32)
+    total = 1000 * policy.bytes_per_token
+    monkeypatch.setattr(memory, "free_bytes", lambda device: total - policy.pool.slots * policy.bytes_per_token)
+    sizes = []
+    for _ in range(4):
+        sizes.append(memory.default_tokens(policy, rows=100, tokens_per_row=50))
+        policy.allocate(sizes[-1])
+    assert sizes == sorted(sizes) and sizes[-1] < 1000
 
 
 def test_weights_may_change_between_calls(reward32):

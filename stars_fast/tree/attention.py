@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
@@ -84,6 +84,7 @@ class ShapeRecorder:
     """Learns which layers reach the attention interface, and the shape of their keys and values."""
 
     shapes: dict[int, tuple[int, int, int]]  # layer -> (kv heads, key head size, value head size)
+    windows: dict[int, int] = field(default_factory=dict)  # layer -> sliding window it asks for, 0 for none
     dtype: torch.dtype = torch.float32
 
     def attend(
@@ -93,6 +94,7 @@ class ShapeRecorder:
         if layer is None:
             raise NotImplementedError(f"{type(module).__name__} has no layer_idx: its keys cannot be told apart")
         self.dtype = k.dtype
+        self.windows[layer] = options["window"]
         self.shapes[layer] = (k.shape[1], k.shape[2], v.shape[2])
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
 
@@ -164,16 +166,33 @@ AttentionInterface.register(NAME, stars_attention)
 AttentionMaskInterface.register(NAME, _ordinary_mask)
 
 
+@dataclass
+class _Evaluating:
+    """A model in eval mode: the modules to put back into training, and how many calls rely on it."""
+
+    training: list[nn.Module]
+    depth: int = 0
+
+
+_evaluated: dict[int, _Evaluating] = {}
+
+
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode inside, every module's own mode restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    """Eval mode inside; every module's own mode is restored by the last to leave. May be nested and shared."""
+    with _plugged_lock:
+        if id(model) not in _evaluated:
+            _evaluated[id(model)] = _Evaluating([module for module in model.modules() if module.training])
+        _evaluated[id(model)].depth += 1
     try:
+        model.eval()
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _plugged_lock:
+            _evaluated[id(model)].depth -= 1
+            if not _evaluated[id(model)].depth:
+                for module in _evaluated.pop(id(model)).training:
+                    module.training = True
 
 
 @dataclass

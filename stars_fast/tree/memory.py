@@ -13,14 +13,16 @@ _SHARE_OF_FREE_MEMORY = 0.4
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a CUDA device, or of the machine."""
+    """Free memory of a CUDA device, what torch's allocator keeps in reserve included, or of the machine."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserve
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4 << 30
 
 
 def default_tokens(model: TreeModel, rows: int, tokens_per_row: int) -> int:
     """Tokens that ``rows`` rows want, or as many as a share of the free memory holds if that is less."""
     wanted = rows * tokens_per_row
-    affordable = int(free_bytes(model.device) * _SHARE_OF_FREE_MEMORY / model.bytes_per_token)
+    held = model.pool.slots * model.bytes_per_token  # is kept, or freed before a larger pool is made
+    affordable = int((free_bytes(model.device) * _SHARE_OF_FREE_MEMORY + held) / model.bytes_per_token)
     return max(min(wanted, affordable), tokens_per_row)

@@ -50,7 +50,12 @@ class TreeModel:
         self.text_config = model.config.get_text_config()
         self.vocab_size = vocabulary(model)
         self.max_positions = _max_positions(self.text_config)
-        self.shapes, self.dtype = self._record_shapes()
+        recorder = self._record_shapes()
+        self.shapes, self.dtype = recorder.shapes, recorder.dtype
+        # A window that lives in the mask alone does not reach the plug-in: texts no longer than it are the same.
+        hidden = hidden_window(self.text_config, recorder.windows)
+        if hidden is not None:
+            self.max_positions = min(self.max_positions or hidden, hidden)
         self.pool = SlotPool({}, 1, self.dtype, self.device)
         self.tree = SegmentTree(1)
         # transformers returns a 4-D mask as it is: no mask is built, and nothing waits for the device.
@@ -59,7 +64,7 @@ class TreeModel:
             self._compare_with_plain()
             _compared.add(model)
 
-    def _record_shapes(self) -> tuple[dict[int, tuple[int, int, int]], torch.dtype]:
+    def _record_shapes(self) -> ShapeRecorder:
         recorder = ShapeRecorder({})
         with torch.no_grad(), plugged(self.model):
             if self.model.config._attn_implementation == NAME:
@@ -73,7 +78,7 @@ class TreeModel:
                 f"{len(recorder.shapes)} of its {expected} layers reach transformers' attention interface, so its "
                 "keys and values cannot be kept in a tree"
             )
-        return recorder.shapes, recorder.dtype
+        return recorder
 
     @torch.no_grad()
     def _compare_with_plain(self) -> None:
@@ -102,15 +107,15 @@ class TreeModel:
         return SlotPool.bytes_per_slot(self.shapes, self.dtype)
 
     def allocate(self, tokens: int) -> None:
-        """An empty tree over ``tokens`` slots (and slot 0); the pool is kept where it already has that size."""
-        if self.pool.slots != tokens + 1:
+        """An empty tree over ``tokens`` slots (and slot 0); a pool that is large enough is kept."""
+        if self.pool.slots < tokens + 1:
             self.pool = SlotPool({}, 1, self.dtype, self.device)  # free the old one before making the new
             self.pool = SlotPool(self.shapes, tokens + 1, self.dtype, self.device)
         self.tree = SegmentTree(tokens + 1)
 
     def clear(self) -> None:
         """Drop everything the tree holds, whoever holds it."""
-        self.tree = SegmentTree(self.pool.slots)
+        self.tree = SegmentTree(self.tree.capacity)
 
     def plan(self, leaves: Sequence[int], rows: Sequence[int], new_slots: Sequence[int]) -> TreePlan:
         """Fork ``rows[g]`` branches of ``leaves[g]`` (-1: from nothing), branch b with ``new_slots[b]`` slots."""
@@ -245,6 +250,10 @@ def refuse_unsupported(model: PreTrainedModel, role: str) -> None:
     """Raise NotImplementedError, by name, for models that a tree of keys and values cannot represent."""
     config = model.config.get_text_config()
     name = f"the {role} is a {type(model).__name__} (model_type={model.config.model_type!r})"
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        where = ", ".join(sorted(str(device) for device in devices))
+        raise NotImplementedError(f"{name} spread over devices ({where}): keys and values lie on one device")
     if getattr(model.config, "is_encoder_decoder", False):
         raise NotImplementedError(f"{name}, an encoder-decoder: only decoder-only models are supported")
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -262,6 +271,16 @@ def refuse_dynamic_rope(model: PreTrainedModel, role: str) -> None:
             f"the {role} is a {type(model).__name__} (model_type={model.config.model_type!r}) with "
             "rope_type='dynamic': one long row of a batch would change every row's frequencies"
         )
+
+
+def hidden_window(config: Any, seen: dict[int, int]) -> int | None:
+    """The config's sliding window, where some layer it applies to did not ask for one."""
+    window = getattr(config, "sliding_window", None)
+    if not window or getattr(config, "use_sliding_window", True) is False:
+        return None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(seen)
+    slides = (layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+    return window if any(not seen.get(layer) for layer in slides) else None
 
 
 def _max_positions(config: Any) -> int | None:
