@@ -96,10 +96,8 @@ def measure(policy, reward, batch: int, args: argparse.Namespace) -> dict:  # ty
         "batch": batch,
         "tokens_per_second": speeds,
         "attempts_per_segment": {name: statistics.fmean(values) for name, values in attempts.items()},
-        "ratio": {
-            name: statistics.median(a / b for a, b in zip(speeds["engine"], speeds[name], strict=True))
-            for name in contestants
-        },
+        # Of all rounds together: with few prompts the attempts of one round vary too much to stand alone.
+        "ratio": {name: total(speeds["engine"]) / total(speeds[name]) for name in contestants},
     }
 
 
@@ -114,11 +112,16 @@ def with_acceptance(engine: StarsEngine, prompts: list[list[int]], config: Stars
     return config.replace(target_reward=pilot.target, beta=pilot.beta)
 
 
+def total(speeds: list[float]) -> float:
+    """Tokens per second over rounds of equally many tokens."""
+    return statistics.harmonic_mean(speeds)
+
+
 def report(result: dict) -> None:  # type: ignore[type-arg]
     """Print one batch size, ratios first."""
     print(f"batch {result['batch']}")
     for name, ratio in result["ratio"].items():
-        speed = statistics.median(result["tokens_per_second"][name])
+        speed = total(result["tokens_per_second"][name])
         attempts = result["attempts_per_segment"][name]
         print(f"  engine is {ratio:5.1f}x {name:22} ({speed:7.1f} accepted tokens/s, {attempts:.1f} attempts/segment)")
 

@@ -430,7 +430,8 @@ def test_a_reward_that_fails_once_is_retried(policy32):
         return sum_reward(completions)
 
     good = StarsEngine(policy32, sum_reward).generate(PROMPTS, CONFIG, seed=SEEDS)
-    out = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=SEEDS)
+    with pytest.warns(UserWarning, match=r"try again.*one by one"):
+        out = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=SEEDS)
     assert out.errors == [None] * 4
     assert out.completions == good.completions
 

