@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,7 +11,8 @@ from transformers import PreTrainedModel
 from stars_fast.config import StarsConfig
 from stars_fast.policy import Sampling
 
-NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+# Field -> the value that switches it off.
+NEUTRAL: dict[str, Any] = {field.name: field.default for field in fields(Sampling) if field.name != "eos_token_ids"}
 SAMPLING_FIELDS = tuple(NEUTRAL)
 
 

@@ -66,9 +66,10 @@ def _outputs(tree_model: TreeModel) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _probe(tree_model: TreeModel) -> tuple[list[int], list[list[int]]]:
     """Ids of a trunk and of branches that differ from their first token on, within the model's positions."""
-    trunk_length, branch_lengths = _TRUNK, _BRANCHES
-    if tree_model.max_positions is not None and tree_model.max_positions < _TRUNK + max(_BRANCHES):
-        trunk_length, branch_lengths = 1, (1, 1)
+    room = tree_model.max_positions or _TRUNK + max(_BRANCHES)
+    longest = min(max(_BRANCHES), max(room // 2, 1))
+    branch_lengths = [min(length, longest) for length in _BRANCHES]
+    trunk_length = min(_TRUNK, max(room - longest, 1))
     ids = causal_probe(trunk_length + sum(branch_lengths), tree_model.vocab_size, torch.device("cpu")).tolist()
     trunk, rest = ids[:trunk_length], ids[trunk_length:]
     return trunk, [rest[: branch_lengths[0]], rest[branch_lengths[0] :]]

@@ -24,5 +24,6 @@ def default_tokens(model: TreeModel, rows: int, tokens_per_row: int) -> int:
     """Tokens that ``rows`` rows want, or as many as a share of the free memory holds if that is less."""
     wanted = rows * tokens_per_row
     held = model.pool.slots * model.bytes_per_token  # is kept, or freed before a larger pool is made
-    affordable = int((free_bytes(model.device) * _SHARE_OF_FREE_MEMORY + held) / model.bytes_per_token)
+    affordable = int((free_bytes(model.device) + held) * _SHARE_OF_FREE_MEMORY / model.bytes_per_token)
+    affordable = max(affordable, model.pool.slots - 1)
     return max(min(wanted, affordable), tokens_per_row)
