@@ -26,7 +26,10 @@ with ParallelCompile(default=0):
         package_dir={"stars_fast": "stars_fast", "stars_fast.kernels": "triton_kernels"},
         include_package_data=False,  # what is in the sdist for building is not all meant for installing
         package_data={
-            "stars_fast": ["py.typed", "*.pyi", *(f"demo/**/*.{end}" for end in ("safetensors", "json", "jinja", "md"))]
+            "stars_fast": [
+                *("py.typed", "*.pyi", "roofline/configs/*.json"),
+                *(f"demo/**/*.{end}" for end in ("safetensors", "json", "jinja", "md")),
+            ]
         },
         ext_modules=[extension],
         cmdclass={"build_ext": build_ext},

@@ -1,0 +1,196 @@
+"""``stars-fast roofline``: how fast the loop can be on a GPU, on paper."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from stars_fast.cli.console import LOADING_ERRORS, refusing, stdout
+
+if TYPE_CHECKING:
+    from stars_fast.roofline import Gpu, Heartbeat, ModelCost, Stage
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# Numbers of candidates in the table, beside the best.
+_SHOWN = (1, 2, 3, 4, 6, 8, 12, 16, 20)
+
+
+def run(
+    policy: Annotated[str, typer.Option(help="Config of the policy: folder, config.json, hub id or short name.")],
+    reward: Annotated[str, typer.Option(help="Config of the reward model, named likewise.")],
+    gpu: Annotated[str, typer.Option(help="a100-80gb, b200, h100-sxm, h200 or l40s.")] = "h200",
+    batch: Annotated[int, typer.Option(help="Running requests.")] = 64,
+    segment: Annotated[int, typer.Option(help="Tokens of a segment.")] = 16,
+    acceptance: Annotated[float, typer.Option(help="P(accept) of a candidate.")] = 0.3,
+    context: Annotated[float, typer.Option(help="Mean tokens of prompt and accepted text.")] = 256,
+    response: Annotated[int, typer.Option(help="Tokens of a whole response; each costs a prefill.")] = 128,
+    max_attempts: Annotated[int, typer.Option(help="Candidates per segment before the best is kept.")] = 20,
+    tail: Annotated[int, typer.Option(help="Template tokens the reward model reads behind each candidate.")] = 0,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    bandwidth: Annotated[float | None, typer.Option(help="TB/s, instead of the GPU's.")] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="Dense TFLOP/s of matrix products, instead of the GPU's 16-bit rate.")
+    ] = None,
+    bandwidth_fraction: Annotated[float, typer.Option(help="Achievable share of the bandwidth.")] = 0.85,
+    matrix_fraction: Annotated[float, typer.Option(help="Achievable share of the matrix rate.")] = 0.6067,
+    kernels_per_layer: Annotated[int, typer.Option(help="Launches a layer.")] = 9,
+    launch_us: Annotated[float, typer.Option(help="Microseconds a launch, in a CUDA graph.")] = 1.3,
+    host_us: Annotated[float, typer.Option(help="Microseconds of the host per heartbeat.")] = 100.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a heartbeat must move and compute, how long that takes, and the best number of candidates."""
+    from stars_fast.cli.models import quiet_transformers
+    from stars_fast.roofline import Achievable, Workload, best_candidates, gpu_named, heartbeats
+
+    quiet_transformers()
+    with refusing(*LOADING_ERRORS):
+        device = _overridden(gpu_named(gpu), bandwidth, tflops)
+        achievable = Achievable(
+            bandwidth_fraction, matrix_fraction, launch_us * 1e-6, kernels_per_layer, host_us * 1e-6
+        )
+        workload = Workload(batch, segment, acceptance, context, response, max_attempts, tail)
+        costs = _cost(policy, "policy", dtype, tflops), _cost(reward, "reward", dtype, tflops)
+    best = best_candidates(*costs, workload, device, achievable)
+    shown = sorted({m for m in _SHOWN if m <= max_attempts} | {best.candidates})
+    rows = heartbeats(*costs, workload, shown, device, achievable)
+    report = {
+        "gpu": asdict(device),
+        "achievable": asdict(achievable),
+        "workload": {**asdict(workload), "prompt": workload.prompt},
+        "policy": _model_record(policy, costs[0]),
+        "reward": _model_record(reward, costs[1]),
+        "best_candidates": best.candidates,
+        "heartbeats": [_record(row) for row in rows],
+    }
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _print(report, best, rows)
+
+
+def _overridden(gpu: Gpu, bandwidth: float | None, tflops: float | None) -> Gpu:
+    for name, value in (("bandwidth", bandwidth), ("tflops", tflops)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}={value}: above 0")
+    changes: dict[str, Any] = {}
+    if bandwidth is not None:
+        changes["bandwidth"] = bandwidth * 1e12
+    if tflops is not None:
+        changes["matrix_rate"] = tflops * 1e12
+    return replace(gpu, **changes, source=f"{gpu.source}; as overridden") if changes else gpu
+
+
+def _cost(name: str, role: str, dtype: str, tflops: float | None) -> ModelCost:
+    import torch
+
+    from stars_fast.roofline import ModelCost, config_named
+
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r}: choose from {', '.join(_DTYPES)}")
+    if dtype == "fp32" and tflops is None:
+        raise ValueError("dtype='fp32': the table holds 16-bit matrix rates, so say --tflops")
+    return ModelCost.from_config(config_named(name), role, getattr(torch, _DTYPES[dtype]))
+
+
+def _model_record(name: str, cost: ModelCost) -> dict[str, Any]:
+    counts = {field: getattr(cost, field) for field in ("parameters", "body", "active", "head")}
+    return {
+        "name": name,
+        "class": cost.name,
+        **counts,
+        "dtype": str(cost.dtype).removeprefix("torch."),
+        "kv_bytes_per_token": cost.kv_bytes_per_token,
+        "experts_read_in_full": cost.experts > 0,
+    }
+
+
+def _record(row: Heartbeat) -> dict[str, Any]:
+    return {
+        **asdict(row),
+        "stages": [asdict(stage) for stage in row.stages],
+        "total": asdict(row.total),
+        "tokens_per_second": row.tokens_per_second,
+        "floor_tokens_per_second": row.floor_tokens_per_second,
+    }
+
+
+def _print(report: dict[str, Any], best: Heartbeat, rows: list[Heartbeat]) -> None:
+    console = stdout()
+    console.print(_assumptions(report))
+    console.print()
+    console.print(_stage_table(best))
+    console.print()
+    console.print(_candidates_table(best, rows))
+    if not best.fits:
+        console.print(Text(f"needs {best.memory / 1e9:.0f} GB: more than this GPU has", style="red"))
+
+
+def _assumptions(report: dict[str, Any]) -> Table:
+    gpu, achievable, work = report["gpu"], report["achievable"], report["workload"]
+    lines = {
+        role: f"{report[role]['name']}: {report[role]['parameters'] / 1e9:.2f} B parameters, "
+        f"{report[role]['kv_bytes_per_token']:,} bytes of keys and values a token"
+        + (", all experts read" if report[role]["experts_read_in_full"] else "")
+        for role in ("policy", "reward")
+    }
+    lines["gpu"] = (
+        f"{gpu['name']}: {gpu['bandwidth'] / 1e12:.3g} TB/s, {gpu['matrix_rate'] / 1e12:.4g} TFLOP/s; achievable "
+        f"{achievable['bandwidth']:.0%} and {achievable['matrix'] * gpu['matrix_rate'] / 1e12:.0f} TFLOP/s"
+    )
+    lines["work"] = (
+        f"batch {work['batch']}, segments of {work['segment']}, acceptance {work['acceptance']:g}, "
+        f"{work['max_attempts']} attempts, context {work['context']:g}, {work['response']} tokens a response"
+    )
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, line in lines.items():
+        table.add_row(name, line)
+    return table
+
+
+def _stage_table(best: Heartbeat) -> Table:
+    table = Table(title=f"A heartbeat with the best M = {best.candidates}", title_justify="left", box=None)
+    table.add_column("stage")
+    for heading in ("GB", "attn GB", "per row", "TFLOP", "floor ms", "ms", "launches"):
+        table.add_column(heading, justify="right")
+    for stage in best.stages:
+        table.add_row(*_cells(stage))
+    table.add_row(*_cells(best.total), style="bold")
+    return table
+
+
+def _cells(stage: Stage) -> list[str]:
+    gigabytes = (stage.bytes / 1e9, stage.attention_bytes / 1e9, stage.per_row_attention_bytes / 1e9)
+    work = (f"{amount:.2f}" for amount in (*gigabytes, stage.operations / 1e12))
+    return [stage.name, *work, *map(_ms, (stage.floor_s, stage.achievable_s, stage.launch_s))]
+
+
+def _candidates_table(best: Heartbeat, rows: list[Heartbeat]) -> Table:
+    table = Table(title="Candidates per request", title_justify="left", box=None)
+    for heading in ("M", "rows", "commit", "tokens", "floor ms", "ms", "floor tok/s", "tok/s", "x M=1", "GB"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.candidates),
+            f"{row.rows:.0f}",
+            f"{row.commit_probability:.0%}",
+            f"{row.committed_tokens:.0f}",
+            _ms(row.total.floor_s),
+            _ms(row.total.achievable_s),
+            f"{row.floor_tokens_per_second:,.0f}",
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.tokens_per_second / rows[0].tokens_per_second:.2f}",
+            f"{row.memory / 1e9:.0f}" + ("" if row.fits else "!"),
+            style="bold" if row.candidates == best.candidates else None,
+        )
+    return table
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}"

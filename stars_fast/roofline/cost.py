@@ -1,0 +1,210 @@
+"""What a forward pass of a model reads and computes, counted from its config without its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+_CONFIGS = Path(__file__).parent / "configs"
+_ROLES: dict[str, tuple[Any, str]] = {
+    "policy": (AutoModelForCausalLM, "a causal language model"),
+    "reward": (AutoModelForSequenceClassification, "a sequence classifier"),
+}
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """Shapes of one attention layer; ``window`` is the number of keys a query sees, itself included."""
+
+    query_heads: int
+    kv_heads: int
+    key_size: int
+    value_size: int
+    window: int | None = None
+
+    @property
+    def kv_elements(self) -> int:
+        """Numbers that one token leaves in the cache."""
+        return self.kv_heads * (self.key_size + self.value_size)
+
+    @property
+    def operations_per_key(self) -> int:
+        """Operations of one query token, all heads, with one key and its value."""
+        return 2 * self.query_heads * (self.key_size + self.value_size)
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Weights of a model, by when they are read. All counts are numbers, not bytes.
+
+    Parameters
+    ----------
+    name : str
+        Class of the model.
+    parameters : int
+        All weights, tied ones once.
+    body : int
+        Weights every forward pass reads: all but embedding tables and head. Of a mixture of experts all experts, an
+        upper bound that few rows do not reach.
+    active : int
+        Matrix weights of ``body`` that one token is multiplied with: of the experts, those it is routed to.
+    experts : int
+        Weights of experts, in ``body``.
+    head : int
+        Weights read for rows that sample or are scored: a policy's output embedding, tied or not.
+    hidden, vocab : int
+        Numbers gathered per token from the embedding table, and numbers the head leaves per row.
+    layers : tuple of AttentionLayer
+    dtype : torch.dtype
+        Of weights, keys and values, and logits.
+    """
+
+    name: str
+    parameters: int
+    body: int
+    active: int
+    experts: int
+    head: int
+    hidden: int
+    vocab: int
+    layers: tuple[AttentionLayer, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def from_config(
+        cls, config: PreTrainedConfig, role: str = "policy", dtype: torch.dtype = torch.bfloat16
+    ) -> ModelCost:
+        """Build the model on the ``meta`` device, where weights have shapes and no storage, and count.
+
+        Parameters
+        ----------
+        config : transformers config
+            Of a multimodal model the text part is counted.
+        role : str
+            "policy" (with its output embedding) or "reward" (with a head of one score).
+        dtype : torch.dtype
+
+        Raises
+        ------
+        ValueError
+            For a config that has no causal model of this role, or keeps a state other than keys and values.
+        """
+        config = _text_config(config, role)
+        with torch.device("meta"):
+            model = _ROLES[role][0].from_config(config)
+        _refuse_bidirectional(model, role)
+        head = model.get_output_embeddings() if role == "policy" else None
+        in_head = {id(head.weight)} if head is not None else set()
+        in_head |= {id(p) for p in model.parameters()} - {id(p) for p in model.base_model.parameters()}
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        named = list(model.named_parameters())
+        body = [(name, p) for name, p in named if id(p) not in in_head | tables]
+        heads = [p for _, p in named if id(p) in in_head]
+        share = _routed_share(config)
+        return cls(
+            name=type(model).__name__,
+            parameters=sum(p.numel() for _, p in named),
+            body=sum(p.numel() for _, p in body),
+            active=round(sum(p.numel() * (share if ".experts." in name else 1) for name, p in body if p.ndim > 1)),
+            experts=sum(p.numel() for name, p in body if ".experts." in name),
+            head=sum(p.numel() for p in heads),
+            hidden=int(model.get_input_embeddings().weight.shape[1]),
+            vocab=max((int(p.shape[0]) for p in heads), default=0),
+            layers=_attention_layers(config),
+            dtype=dtype,
+        )
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token takes, all layers, whatever their windows."""
+        return sum(layer.kv_elements for layer in self.layers) * self.dtype.itemsize
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.parameters * self.dtype.itemsize
+
+
+def short_names() -> list[str]:
+    """Names of the configs that come with the package."""
+    return sorted(path.stem for path in _CONFIGS.glob("*.json"))
+
+
+def config_named(name: str) -> PreTrainedConfig:
+    """The config behind a short name, a folder, a ``config.json`` or a hub id.
+
+    Raises
+    ------
+    OSError, ValueError
+        As transformers says, or for a path that does not exist.
+    """
+    if name in short_names():
+        return AutoConfig.from_pretrained(_CONFIGS / f"{name}.json")
+    if name.startswith((".", "/", "~")) or name.endswith(".json"):
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"there is no {name}: give a folder, a config.json, a hub id or a short name")
+        return AutoConfig.from_pretrained(path)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise OSError(f"{error} (short names: {', '.join(short_names())})") from error
+
+
+def _text_config(config: PreTrainedConfig, role: str) -> PreTrainedConfig:
+    """The config of the decoder, or ValueError for what is none."""
+    if role not in _ROLES:
+        raise ValueError(f"role={role!r}: choose from {', '.join(_ROLES)}")
+    named = f"the {role}'s config (model_type={config.model_type!r})"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{named} is an encoder-decoder: only decoder-only models are supported")
+    text = config.get_text_config()
+    auto, what = _ROLES[role]
+    if type(text) not in auto._model_mapping:
+        raise ValueError(f"{named} is not the config of {what} that transformers knows")
+    stateful = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if stateful or not getattr(text, "num_attention_heads", None):
+        what = f"layers of type {', '.join(sorted(stateful))}" if stateful else "no attention heads"
+        raise ValueError(f"{named} has {what}: only keys and values are counted, no other state")
+    return text
+
+
+def _refuse_bidirectional(model: PreTrainedModel, role: str) -> None:
+    if not all(getattr(module, "is_causal", True) for module in model.modules()):
+        raise ValueError(
+            f"the {role}'s config (model_type={model.config.model_type!r}) makes a {type(model).__name__} that is not "
+            "causal: it reads a text in full each time, and this model counts new tokens only"
+        )
+
+
+def _routed_share(config: Any) -> float:
+    """Share of the experts that one token is routed to."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((value for name in names if (value := getattr(config, name, None))), None)
+    routed = getattr(config, "num_experts_per_tok", None)
+    return routed / experts if experts and routed else 1.0
+
+
+def _attention_layers(config: Any) -> tuple[AttentionLayer, ...]:
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if getattr(config, "kv_lora_rank", None):  # transformers caches latent attention expanded, per query head
+        shapes = heads, heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    else:
+        shapes = heads, getattr(config, "num_key_value_heads", None) or heads, size, size
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(AttentionLayer(*shapes, window=window if kind == "sliding_attention" else None) for kind in kinds)

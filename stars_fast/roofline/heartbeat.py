@@ -1,0 +1,271 @@
+"""Accepted tokens per second of the whole loop, and the best number of candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from stars_fast.roofline.cost import ModelCost
+from stars_fast.roofline.gpus import Achievable, Gpu
+from stars_fast.roofline.stages import Part, Stage, decode_step, draw, prefill, score_pass
+
+# Per row a reward, a length, flags, a uniform, and a slot per token of a winner: next to nothing.
+_SELECT_BYTES_PER_ROW = 128
+_SELECT_KERNELS = 2
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked of the engine, in a steady state: a request that ends is replaced at once.
+
+    Parameters
+    ----------
+    batch : int
+        Running requests.
+    segment : int
+        Tokens of a segment; all are assumed to be this long.
+    acceptance : float
+        P(accept) of a candidate, independent of all others.
+    context : float
+        Mean tokens before the segment: the prompt and half of the response.
+    response : int
+        Tokens of a whole response. Each costs one prefill of its prompt, by both models.
+    max_attempts : int
+        Candidates per segment, after which the best rejected one is committed.
+    tail : int
+        Tokens of a chat template behind the segment that the reward model reads anew for each row.
+
+    Raises
+    ------
+    ValueError
+        For values out of range, by name.
+    """
+
+    batch: int = 64
+    segment: int = 16
+    acceptance: float = 0.3
+    context: float = 256
+    response: int = 128
+    max_attempts: int = 20
+    tail: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.acceptance <= 1:
+            raise ValueError(f"acceptance={self.acceptance}: a probability, above 0 and at most 1")
+        for name, least in (("batch", 1), ("segment", 1), ("response", 1), ("max_attempts", 1), ("tail", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: at least {least}")
+        if self.prompt < 1:
+            raise ValueError(
+                f"context={self.context} leaves no prompt before half of response={self.response}: raise the one or "
+                "lower the other"
+            )
+
+    @property
+    def prompt(self) -> float:
+        """Mean tokens of a prompt."""
+        return self.context - self.response / 2
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """One segment of one request, from its first candidate to its commit (:func:`renewal`)."""
+
+    heartbeats: float
+    candidates: float
+    fallback: float
+
+
+def renewal(acceptance: float, candidates: int, max_attempts: int) -> Renewal:
+    """Expected cost of one committed segment, with ``candidates`` M side by side and at most N attempts.
+
+    The request is still without a winner after h heartbeats with probability ``(1 - a)^(h M)``, and heartbeat h draws
+    ``m_h = min(M, N - h M)`` candidates. A segment ends with an acceptance or after its N-th candidate, so::
+
+        E[heartbeats] = sum over h < ceil(N / M) of (1 - a)^(h M)
+        E[candidates] = sum over h < ceil(N / M) of (1 - a)^(h M) m_h
+        P(fallback)   = (1 - a)^N
+
+    Segments are independent, so each starts the process anew, and by the renewal theorem a heartbeat commits with
+    long-run probability ``1 / E[heartbeats]`` and draws ``E[candidates] / E[heartbeats]`` candidates. As N grows that
+    is ``1 - (1 - a)^M`` and M.
+
+    Raises
+    ------
+    ValueError
+        Unless 1 <= candidates <= max_attempts.
+    """
+    if not 1 <= candidates <= max_attempts:
+        raise ValueError(f"candidates={candidates}: at least 1 and at most max_attempts={max_attempts}")
+    starts = range(0, max_attempts, candidates)
+    alive = [(1 - acceptance) ** start for start in starts]
+    return Renewal(
+        heartbeats=sum(alive),
+        candidates=sum(p * min(candidates, max_attempts - start) for p, start in zip(alive, starts, strict=True)),
+        fallback=(1 - acceptance) ** max_attempts,
+    )
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The mean heartbeat with a number of candidates per request.
+
+    Parameters
+    ----------
+    candidates : int
+        M; a request with fewer attempts left draws those.
+    rows : float
+        Mean candidates of all requests.
+    commit_probability : float
+        P(a request commits a segment), fallbacks included.
+    fallback_share : float
+        Share of committed segments that were not accepted.
+    committed_tokens : float
+        By all requests together.
+    memory : float
+        Bytes of both models' weights, and of the keys and values the scheduler reserves.
+    fits : bool
+        Whether that is less than the GPU has.
+    stages : tuple of Stage
+        propose, score, select, host, refill.
+    """
+
+    candidates: int
+    rows: float
+    commit_probability: float
+    fallback_share: float
+    committed_tokens: float
+    memory: float
+    fits: bool
+    stages: tuple[Stage, ...]
+
+    @property
+    def total(self) -> Stage:
+        """All stages, one after another."""
+        return Stage.total("heartbeat", ((1, stage) for stage in self.stages))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Committed tokens per second of all requests together, achievable."""
+        return self.committed_tokens / self.total.achievable_s
+
+    @property
+    def floor_tokens_per_second(self) -> float:
+        """The same at the peaks, one pass after another."""
+        return self.committed_tokens / self.total.floor_s
+
+
+def heartbeat(
+    policy: ModelCost,
+    reward: ModelCost,
+    workload: Workload,
+    candidates: int,
+    gpu: Gpu,
+    achievable: Achievable | None = None,
+) -> Heartbeat:
+    """Model the mean heartbeat.
+
+    propose
+        Requests that committed encode their last token (its logits are the new leaf's; a retry has them already); all
+        rows draw their first token from the leaf's logits; then K - 1 decode steps of all rows.
+    score
+        One packed pass of the reward model over the K new tokens of every row.
+    select, host
+        One kernel and a copy; the plan.
+    refill
+        One prefill per response that ended, by both models.
+
+    Raises
+    ------
+    ValueError
+        Unless 1 <= candidates <= workload.max_attempts.
+    """
+    achievable = achievable or Achievable()
+    cycle = renewal(workload.acceptance, candidates, workload.max_attempts)
+    commit, rows = 1 / cycle.heartbeats, workload.batch * cycle.candidates / cycle.heartbeats
+    committed = workload.batch * commit * workload.segment
+    memory = _memory(policy, reward, workload, candidates)
+    return Heartbeat(
+        candidates=candidates,
+        rows=rows,
+        commit_probability=commit,
+        fallback_share=cycle.fallback,
+        committed_tokens=committed,
+        memory=memory,
+        fits=memory <= gpu.memory,
+        stages=(
+            _propose(policy, workload, rows, commit, gpu, achievable),
+            score_pass(
+                reward, rows, workload.batch, workload.context, workload.segment, gpu, achievable, workload.tail
+            ),
+            Stage.of("select", [Part(rows * _SELECT_BYTES_PER_ROW, 0)], gpu, achievable, kernels=_SELECT_KERNELS),
+            Stage("host", achievable_s=achievable.host_s),
+            _refill(policy, reward, workload, committed / workload.response, gpu, achievable),
+        ),
+    )
+
+
+def best_candidates(
+    policy: ModelCost, reward: ModelCost, workload: Workload, gpu: Gpu, achievable: Achievable | None = None
+) -> Heartbeat:
+    """The heartbeat with the most achievable tokens per second among those that fit; M = 1 if none does."""
+    first, *others = heartbeats(policy, reward, workload, range(1, workload.max_attempts + 1), gpu, achievable)
+    return max([first, *(one for one in others if one.fits)], key=lambda one: one.tokens_per_second)
+
+
+def heartbeats(
+    policy: ModelCost,
+    reward: ModelCost,
+    workload: Workload,
+    candidates: Iterable[int],
+    gpu: Gpu,
+    achievable: Achievable | None = None,
+) -> list[Heartbeat]:
+    """:func:`heartbeat` for each number of candidates."""
+    return [heartbeat(policy, reward, workload, m, gpu, achievable) for m in candidates]
+
+
+def accepted_tokens_per_second(
+    policy: ModelCost,
+    reward: ModelCost,
+    workload: Workload,
+    candidates: int,
+    gpu: Gpu,
+    achievable: Achievable | None = None,
+) -> float:
+    """Achievable committed tokens per second of all requests together."""
+    return heartbeat(policy, reward, workload, candidates, gpu, achievable).tokens_per_second
+
+
+def _propose(
+    policy: ModelCost, workload: Workload, rows: float, commit: float, gpu: Gpu, achievable: Achievable
+) -> Stage:
+    # A heartbeat after which nobody committed needs no extension; otherwise it holds those who did.
+    extends = 1 - (1 - commit) ** workload.batch
+    behind = workload.batch * commit / extends
+    extension = decode_step(policy, behind, behind, workload.context - 1, 0, gpu, achievable)
+    step = decode_step(
+        policy, rows, workload.batch, workload.context, max(workload.segment / 2 - 1, 0), gpu, achievable
+    )
+    stages = [(extends, extension), (1.0, draw(policy, rows, gpu, achievable)), (workload.segment - 1.0, step)]
+    return Stage.total("propose", stages)
+
+
+def _refill(
+    policy: ModelCost, reward: ModelCost, workload: Workload, prompts: float, gpu: Gpu, achievable: Achievable
+) -> Stage:
+    # Prompts admitted together share a pass; with fewer than one a heartbeat, most heartbeats have none.
+    passes = min(prompts, 1.0)
+    return Stage.total(
+        "refill",
+        [(passes, prefill(cost, prompts / passes, workload.prompt, gpu, achievable)) for cost in (policy, reward)],
+    )
+
+
+def _memory(policy: ModelCost, reward: ModelCost, workload: Workload, candidates: int) -> float:
+    """Weights, each request's prompt, response and best candidate so far, and the candidates being drawn."""
+    response = workload.response + workload.segment
+    drawn = candidates * (workload.segment + workload.tail)
+    slots = workload.batch * (workload.prompt + response + drawn)
+    kv_bytes = policy.kv_bytes_per_token + reward.kv_bytes_per_token
+    return policy.weight_bytes + reward.weight_bytes + slots * kv_bytes
