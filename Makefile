@@ -1,14 +1,16 @@
 PYTHON ?= python3
 VENV := .venv
 VENV_OLDEST := .venv-transformers-5.17
+TRITON_OLDEST := 'triton==3.6.*'
 # Installed first and by itself, so that nothing which needs torch can pull in another build of it.
 TORCH ?= torch==2.13.0
 
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-OLDEST_TESTS := tests/test_architectures.py tests/test_contract.py tests/test_dropin.py
+# What depends on transformers, and on Triton's compiler.
+OLDEST_TESTS := tests/test_architectures.py tests/test_contract.py tests/test_dropin.py tests/test_kernels_compile.py
 
-.PHONY: demo test test-oldest lint wheel clean
+.PHONY: demo test test-oldest bench lint wheel clean
 .NOTPARALLEL: # both environments build the extension into the same folder
 
 demo: $(VENV)/.ready
@@ -19,6 +21,9 @@ test: $(VENV)/.ready
 
 test-oldest: $(VENV_OLDEST)/.ready
 	$(VENV_OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+
+bench: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest benchmarks/micro
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check
@@ -46,4 +51,4 @@ $(VENV)/.ready: $(SOURCES)
 	$(call set_up,$(VENV))
 
 $(VENV_OLDEST)/.ready: $(SOURCES)
-	$(call set_up,$(VENV_OLDEST),'transformers==5.17.*')
+	$(call set_up,$(VENV_OLDEST),'transformers==5.17.*' $(TRITON_OLDEST))

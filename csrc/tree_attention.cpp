@@ -212,7 +212,7 @@ STARS_FAST_CLONES void attend_group(const TreeAttention& call, Queries& state, i
 }  // namespace
 
 void tree_attention(const TreeAttention& call, int threads) {
-    const int64_t used = call.rows ? call.query_indptr[call.rows] : 0;
+    const int64_t used = call.query_indptr[call.group_indptr[call.groups]];
     std::fill_n(call.out + used * call.heads * call.value_size, (call.tokens - used) * call.heads * call.value_size,
                 0.0f);
     int64_t keys = 0;

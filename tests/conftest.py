@@ -1,11 +1,25 @@
 """Tiny random models: small enough to enumerate, large enough to have every part a real one has."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+# Without a GPU the kernels' tests run them in Triton's interpreter, which Triton must know before it is imported.
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if KERNEL_DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+# The interpreter computes bfloat16 wrongly without an error.
+KERNEL_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if KERNEL_DEVICE == "cuda" else [])]
+
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 
 def tiny_config(vocab: int, *, hidden: int = 16, layers: int = 2, positions: int = 256, **fields) -> LlamaConfig:
@@ -58,6 +72,14 @@ def tiny_tokenizer(vocab: int = 32) -> PreTrainedTokenizerFast:
 def sum_reward(completions):
     """A callable reward over ids, in [-1, 1.7]."""
     return [((3 * sum(completion) + len(completion)) % 17) / 6 - 1 for completion in completions]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if KERNEL_DEVICE == "cpu":
+        skip = pytest.mark.skip(reason="needs a CUDA or ROCm device")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
 
 
 @pytest.fixture(scope="module", autouse=True)

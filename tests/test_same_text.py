@@ -18,6 +18,7 @@ from stars_fast import StarsConfig, StarsEngine
 VOCAB = 32
 PROMPTS = [[(5 * i + j * j) % (VOCAB - 1) for j in range(1 + i % 7)] for i in range(16)]
 SEEDS = [100 + 7 * i for i in range(16)]
+FILTERED = dict(top_k=12, top_p=0.95, min_p=0.01, repetition_penalty=1.1, temperature=1.3)
 CONFIG = StarsConfig(segment_length=4, max_attempts=6, target_reward=1.5, beta=0.6, max_new_tokens=18)
 
 
@@ -25,9 +26,12 @@ def reward_of(kind):
     return sum_reward if kind == "callable" else tiny_reward(VOCAB, hidden=32)
 
 
-def generate(kind="classifier", prompts=PROMPTS, seed=SEEDS, max_rows=1024, kv_cache_tokens=None, **overrides):
+def generate(
+    kind="classifier", prompts=PROMPTS, seed=SEEDS, max_rows=1024, kv_cache_tokens=None, padded=False, **overrides
+):
     policy = tiny_policy(VOCAB, hidden=32)
     engine = StarsEngine(policy, reward_of(kind), max_rows=max_rows, kv_cache_tokens=kv_cache_tokens)
+    engine.policy.padded = padded
     return engine.generate(prompts, CONFIG, seed=seed, **overrides)
 
 
@@ -98,6 +102,13 @@ def test_scarce_slots_do_not_change_the_text(kind, one_at_a_time, kv_cache_token
     assert flips(one_at_a_time.completions, out.completions) <= 1
 
 
+@pytest.mark.parametrize("overrides", [{}, dict(candidates=3), dict(candidates=3, **FILTERED)], ids=str)
+def test_rows_padded_for_graphs_do_not_change_the_text(kind, overrides):
+    prompts, seeds = PROMPTS[:11], SEEDS[:11]
+    plain, padded = (generate(kind, prompts, seeds, padded=padded, **overrides) for padded in (False, True))
+    assert flips(plain.completions, padded.completions) <= 1
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_do_not_change_the_text(kind, one_at_a_time, threads):
     before = torch.get_num_threads()
@@ -109,18 +120,25 @@ def test_threads_do_not_change_the_text(kind, one_at_a_time, threads):
     assert flips(one_at_a_time.completions, out.completions) <= 1
 
 
-def test_the_reference_kernels_give_the_same_text(kind, one_at_a_time):
+@pytest.mark.parametrize("kernels", ["reference", "interpret"])
+def test_the_text_is_the_same_on_every_set_of_kernels(kind, kernels):
+    if kernels == "interpret":
+        pytest.importorskip("triton")
+    prompts, seeds = PROMPTS[:3], SEEDS[:3]
     program = (
-        "import json, test_same_text as t;"
-        f"print(json.dumps(t.generate({kind!r}, candidates=3, num_return_sequences=4).completions))"
+        "import json, torch, test_same_text as t; torch.set_num_threads(1);"
+        f"print(json.dumps(t.generate({kind!r}, {prompts}, {seeds}, candidates=3, **t.FILTERED).completions))"
     )
     environment = os.environ | {
-        "STARS_FAST_KERNELS": "reference",
+        "STARS_FAST_KERNELS": kernels,
+        "TRITON_INTERPRET": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert flips(one_at_a_time.completions, json.loads(done.stdout.splitlines()[-1])) <= 1
+    native = generate(kind, prompts, seeds, candidates=3, **FILTERED).completions
+    assert json.loads(done.stdout.splitlines()[-1]) == native
+    assert len({tuple(completion) for completion in native}) == 3
 
 
 def test_one_engine_gives_the_same_text_again_and_sees_new_weights(kind):

@@ -141,6 +141,17 @@ def test_padding_and_queries_that_see_nothing_give_zero(attention):
     assert case["out"].isfinite().all()
 
 
+def test_rows_after_the_last_group_are_padding(attention):
+    case = tree(**SHAPES["decode"])
+    expected = naive(case)
+    expected[4:] = 0  # the last group's two rows
+    for name in ("trunk_slots", "trunk_len"):
+        case[name] = case[name][:-1].contiguous()
+    case["group_indptr"] = case["group_indptr"][:-1].contiguous()
+    attention(**case)
+    torch.testing.assert_close(case["out"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_scores_far_from_zero_do_not_overflow(attention):
     case = tree(**SHAPES["scoring"])
     case["q"] *= 1e3

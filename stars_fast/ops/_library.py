@@ -1,15 +1,35 @@
-"""The ``torch.library`` namespace of the operators, and which implementation a CPU tensor gets."""
+"""The ``torch.library`` namespace of the operators, and which implementation a tensor's device gets.
+
+=====================  ==================  ==============
+STARS_FAST_KERNELS     CPU                 CUDA and ROCm
+=====================  ==================  ==============
+not set                C++                 Triton
+``reference``          torch reference     torch reference
+``interpret``          Triton interpreter  Triton interpreter
+=====================  ==================  ==============
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 
 library = torch.library.Library("stars_fast", "DEF")
+
+_SETTING = "STARS_FAST_KERNELS"
+_MODE = os.environ.get(_SETTING, "")
+if _MODE not in ("", "reference", "interpret"):
+    raise ValueError(f"{_SETTING} must be 'reference' or 'interpret' or not set, got {_MODE!r}")
+if _MODE == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
+    # Triton asks when its own functions are defined, and other libraries may have imported it already.
+    raise RuntimeError(f"{_SETTING}=interpret needs TRITON_INTERPRET=1 in the environment too")
 
 
 class Operator(NamedTuple):
@@ -19,11 +39,13 @@ class Operator(NamedTuple):
     cuda: Callable[..., Any]
 
     def kernel(self, device_type: str) -> str:
-        """In words. References are named ``..._reference`` throughout."""
+        """In words. References are named ``..._reference``, launchers of Triton kernels ``..._triton`` throughout."""
         function = self.cpu if device_type == "cpu" else self.cuda
         if function.__name__.endswith("_reference"):
             return "torch reference"
-        return "C++" if device_type == "cpu" else "Triton"
+        if function.__name__.endswith("_triton"):
+            return "Triton interpreter" if _MODE == "interpret" else "Triton"
+        return "C++"
 
 
 operators: dict[str, Operator] = {}  # by name, as far as their modules are imported
@@ -32,8 +54,8 @@ FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in c
 
 
 def native(name: str) -> Any:
-    """The C++ function of that name, or None if it was not built or ``STARS_FAST_KERNELS=reference`` asks for torch."""
-    if os.environ.get("STARS_FAST_KERNELS") == "reference":
+    """The C++ function of that name, or None if it was not built or the kernels are set to others."""
+    if _MODE:
         return None
     try:
         return getattr(importlib.import_module("stars_fast._C"), name, None)
@@ -42,20 +64,77 @@ def native(name: str) -> Any:
 
 
 def define(
-    name: str,
-    schema: str,
-    *,
-    cpu: Callable[..., Any],
-    cuda: Callable[..., Any],
-    fake: Callable[..., Any],
+    name: str, schema: str, *, reference: Callable[..., Any], cpu: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Define ``stars_fast::name`` and return its overload, which costs less to call than the packet."""
-    operators[name] = Operator(cpu, cuda)
+    """Define ``stars_fast::name`` and return its overload, which costs less to call than the packet.
+
+    Parameters
+    ----------
+    name
+        Of the operator, of its C++ function, and of the function in ``stars_fast.kernels.<name>`` that launches its
+        Triton kernels on the same arguments.
+    schema
+        In torch's notation, from the first parenthesis on.
+    reference
+        In plain torch.
+    cpu
+        Calls the C++ function.
+    fake
+        Shapes and dtypes of what is returned.
+    """
+    triton = _triton(name)
+    operator = {
+        "": Operator(cpu if native(name) else reference, triton),
+        "reference": Operator(reference, reference),
+        "interpret": Operator(triton, triton),
+    }[_MODE]
+    operators[name] = operator
     library.define(name + schema)
-    library.impl(name, cpu, "CPU")
-    library.impl(name, cuda, "CUDA")
+    library.impl(name, operator.cpu, "CPU")
+    library.impl(name, operator.cuda, "CUDA")
     torch.library.register_fake(f"stars_fast::{name}", fake, lib=library)
     return getattr(torch.ops.stars_fast, name).default
+
+
+def triton_kernel(name: str) -> Any:
+    """The module ``stars_fast.kernels.<name>``.
+
+    Raises
+    ------
+    RuntimeError
+        If Triton cannot be imported.
+    """
+    try:
+        return importlib.import_module(f"stars_fast.kernels.{name}")
+    except ImportError as error:
+        if not (error.name or "").startswith("triton"):
+            raise
+        raise RuntimeError(
+            f"the kernel of {name} needs Triton, which comes with torch's builds for GPUs ({error}); "
+            f"{_SETTING}=reference runs slow torch code instead"
+        ) from error
+
+
+def _triton(name: str) -> Callable[..., Any]:
+    """A launcher that imports Triton when it is first called."""
+
+    @functools.cache
+    def launcher() -> Callable[..., Any]:
+        return getattr(triton_kernel(name), name)
+
+    def launch(*args: Any) -> Any:
+        with _on(args[0].device):
+            return launcher()(*args)
+
+    launch.__name__ = f"{name}_triton"
+    return launch
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever the tensors are."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def address(tensor: torch.Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -56,7 +56,7 @@ def _fake(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 _operator = define(
     "gather_logprobs",
     "(Tensor logits, Tensor tokens) -> Tensor",
-    cpu=_cpu if _native else gather_logprobs_reference,
-    cuda=gather_logprobs_reference,
+    reference=gather_logprobs_reference,
+    cpu=_cpu,
     fake=_fake,
 )

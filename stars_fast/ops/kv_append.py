@@ -62,7 +62,7 @@ def _fake(k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.
 _operator = define(
     "kv_append",
     "(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slots) -> ()",
-    cpu=_cpu if _native else kv_append_reference,
-    cuda=kv_append_reference,
+    reference=kv_append_reference,
+    cpu=_cpu,
     fake=_fake,
 )

@@ -247,7 +247,7 @@ _operator = define(
     "(Tensor logits, Tensor keys, Tensor segment, Tensor attempt, Tensor(a!) position, Tensor(b!) alive, Tensor limit,"
     " Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor repetition_penalty, Tensor(c!)? seen,"
     " Tensor eos) -> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=_cpu if _native else sample_step_reference,
-    cuda=sample_step_reference,
+    reference=sample_step_reference,
+    cpu=_cpu,
     fake=_fake,
 )

@@ -314,7 +314,7 @@ _operator = define(
     " Tensor beta, bool finished_at_target, Tensor(b!) best_reward, Tensor(c!) best_attempt, Tensor(d!) best_slots,"
     " Tensor(e!) best_len, Tensor(f!) trunk_slots, Tensor(g!) trunk_len, Tensor branch_slots, Tensor(h!) branch_len,"
     " Tensor keep) -> (Tensor, Tensor, Tensor)",
-    cpu=_cpu if _native else select_and_commit_reference,
-    cuda=select_and_commit_reference,
+    reference=select_and_commit_reference,
+    cpu=_cpu,
     fake=_fake,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from stars_fast.ops._library import FLOAT_CODES, address, define, native
+from stars_fast.ops._library import FLOAT_CODES, address, define, native, operators, triton_kernel
 
 _native = native("tree_attention")
 
@@ -42,13 +42,14 @@ def tree_attention(
         ``[N, Hkv, D]`` and ``[N, Hkv, Dv]``, contiguous: one layer's slots, new tokens already appended. Query head h
         reads key-value head ``h // (Hq // Hkv)``. Slot 0, which absorbs padding, may hold anything.
     out
-        ``[T, Hq, Dv]``, written; 0 for queries after the last row's (padding) and those that see nothing.
+        ``[T, Hq, Dv]``, written; 0 for queries after those of the last group (padding) and those that see nothing.
     trunk_slots, trunk_len
         int32 ``[G, P]`` and ``[G]``.
     branch_slots, branch_len
         int32 ``[B, S]`` and ``[B]``, the new tokens included; S is at least 1.
     group_indptr
-        int32 ``[G + 1]``: group g has rows ``group_indptr[g]:group_indptr[g + 1]``.
+        int32 ``[G + 1]``: group g has rows ``group_indptr[g]:group_indptr[g + 1]``. Rows after the last group are
+        padding.
     query_indptr
         int32 ``[B + 1]``.
     max_rows, max_queries
@@ -80,6 +81,22 @@ def tree_attention(
         softcap,
         sinks,
     )
+
+
+def check_supported(key_size: int, value_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse keys and values that the kernel of this device does not support, before any work is planned.
+
+    Raises
+    ------
+    ValueError
+        Naming the head size or dtype, and what is supported.
+    RuntimeError
+        If the device's kernels need Triton and it cannot be imported.
+    """
+    if operators["tree_attention"].kernel(device.type).startswith("Triton"):
+        triton_kernel("tiles").check(key_size, value_size, dtype)
+    elif dtype not in FLOAT_CODES:
+        raise ValueError(f"tree_attention: keys and values must be float32, float16 or bfloat16, got {dtype}")
 
 
 def tree_attention_reference(
@@ -149,10 +166,10 @@ def tree_attention_reference(
 
     merged = _merge(parts).view(rows, kv_heads, max_queries, folded_heads, -1).transpose(1, 2).flatten(2, 3)
     token = torch.arange(tokens, device=device)
-    owner = torch.bucketize(token, query_indptr[1:], right=True)  # [T]; B for padding
-    last = owner.clamp(max=rows - 1)
-    merged = merged[last, (token - query_indptr[last]).clamp(max=max_queries - 1)]  # [T, Hq, Dv]
-    out.copy_(merged.masked_fill_((owner == rows)[:, None, None], 0))
+    owner = torch.bucketize(token, query_indptr[1:], right=True).clamp(max=rows - 1)  # [T]
+    merged = merged[owner, (token - query_indptr[owner]).clamp(max=max_queries - 1)]  # [T, Hq, Dv]
+    padding = token >= query_indptr.index_select(0, group_indptr[-1:])
+    out.copy_(merged.masked_fill_(padding[:, None, None], 0))
 
 
 _Part = tuple[torch.Tensor, ...]  # weighted values, maximum of the scores, sum of the weights
@@ -274,7 +291,7 @@ _operator = define(
     "(Tensor q, Tensor k_pool, Tensor v_pool, Tensor(a!) out, Tensor trunk_slots, Tensor trunk_len,"
     " Tensor branch_slots, Tensor branch_len, Tensor group_indptr, Tensor query_indptr, int max_rows, int max_queries,"
     " float scale, int window=0, float softcap=0.0, Tensor? sinks=None) -> ()",
-    cpu=_cpu if _native else tree_attention_reference,
-    cuda=tree_attention_reference,
+    reference=tree_attention_reference,
+    cpu=_cpu,
     fake=_fake,
 )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from stars_fast.ops import check_supported
 from stars_fast.tree.attention import NAME, ShapeRecorder, TreeContext, active, causal_probe, plugged
 from stars_fast.tree.check import median_difference
 from stars_fast.tree.segment_tree import SegmentTree, TreePlan, plan
@@ -53,6 +54,13 @@ class TreeModel:
         self.max_positions = _max_positions(self.text_config)
         recorder = self._record_shapes()
         self.shapes, self.dtype = recorder.shapes, recorder.dtype
+        for _, key_size, value_size in sorted(set(self.shapes.values())):
+            try:
+                check_supported(key_size, value_size, self.dtype, self.device)
+            except ValueError as error:
+                raise NotImplementedError(
+                    f"the {role} is a {type(model).__name__} (model_type={model.config.model_type!r}): {error}"
+                ) from error
         # A window that lives in the mask alone does not reach the plug-in: texts no longer than it are the same.
         hidden = hidden_window(self.text_config, recorder.windows)
         if hidden is not None:

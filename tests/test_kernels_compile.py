@@ -1,0 +1,103 @@
+"""Every kernel compiles for every target, without spills and with matrix instructions where it needs them."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from stars_fast.cli import app
+
+aot = pytest.importorskip("stars_fast.kernels.aot", exc_type=ImportError)
+GOOD = aot.Record("select_and_commit", "sm_90", 40, 0, 0, None, 0.5)
+FIELDS = ["kernel", "target", "registers", "shared_bytes", "spill_bytes", "matrix_instruction", "seconds"]
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_target_and_passes_the_gate():
+    jobs = aot.jobs_for()
+    records = aot.compile_all(jobs)
+    assert [(record.target, record.kernel) for record in records] == jobs
+    assert aot.failures(records) == []
+    assert {target for target, _ in jobs} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+
+
+def test_every_operator_with_a_triton_kernel_is_compiled():
+    families = {re.split(r"\W", job.kernel)[0] for job in aot.jobs_for(["sm_90"])}
+    launched = {"draw", "gather_logprobs", "kv_append", "select_and_commit", "tile_sums", "tree_attention"}
+    assert families == launched | {"tree_attention_merge"}
+
+
+@pytest.mark.parametrize(
+    ("record", "wrong"),
+    [
+        (GOOD._replace(spill_bytes=33), "select_and_commit on sm_90 spills 33 bytes a thread, at most 32 are allowed"),
+        (GOOD._replace(shared_bytes=300000), "select_and_commit on sm_90 needs 300000 bytes of shared memory"),
+    ],
+)
+def test_the_gate_names_what_spills_or_does_not_fit(record, wrong):
+    assert aot.failures([GOOD, GOOD._replace(spill_bytes=32)]) == []
+    (failure,) = aot.failures([GOOD, record])
+    assert failure.startswith(wrong)
+
+
+def test_the_gate_names_a_kernel_without_its_matrix_instruction(monkeypatch):
+    variant = aot.variants_for("sm_90")["select_and_commit"]._replace(needs_matrix=True)
+    monkeypatch.setattr(aot, "variants_for", lambda target: {"select_and_commit": variant})
+    assert aot.failures([GOOD]) == ["select_and_commit on sm_90 uses no matrix instruction"]
+    assert aot.failures([GOOD._replace(matrix_instruction="wgmma")]) == []
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_the_command_prints_a_record_of_a_compiled_kernel(target, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # what this process is set to does not reach the compiler
+    result = CliRunner().invoke(app, ["kernels", "--json", "--kernel", "select_and_commit", "--target", target])
+    assert result.exit_code == 0, result.output
+    (record,) = json.loads(result.stdout)
+    assert list(record) == FIELDS
+    assert (record["kernel"], record["target"], record["matrix_instruction"]) == ("select_and_commit", target, None)
+    assert 8 < record["registers"] < 256 and record["spill_bytes"] == 0 and record["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--target", "sm_20"], "no target 'sm_20'; there are sm_80, sm_90, sm_100, gfx942"),
+        (["--kernel", "matmul"], "no kernel 'matmul'; there are"),
+    ],
+)
+def test_what_does_not_exist_is_refused_with_what_does(option, message):
+    result = CliRunner().invoke(app, ["kernels", *option])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_the_command_fails_and_names_the_offender(monkeypatch):
+    monkeypatch.setattr(aot, "compile_all", lambda jobs, done: [GOOD._replace(spill_bytes=344)])
+    result = CliRunner().invoke(app, ["kernels", "--kernel", "select_and_commit", "--target", "sm_90"])
+    assert result.exit_code == 1
+    assert "344" in result.stdout
+    assert "error: select_and_commit on sm_90 spills 344 bytes" in result.stderr
+
+
+def test_without_triton_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "triton", None)
+    result = CliRunner().invoke(app, ["kernels"])
+    assert result.exit_code == 1
+    assert "pip install triton" in result.stderr
+
+
+def test_a_kernel_that_does_not_compile_is_named_and_the_rest_is_compiled():
+    done = []
+    jobs = [aot.Job("sm_90", "no_such_kernel"), aot.Job("sm_90", "select_and_commit")]
+    with pytest.raises(RuntimeError, match=r"^no_such_kernel does not compile for sm_90: KeyError"):
+        aot.compile_all(jobs, processes=1, done=done.append)
+    assert [record.kernel for record in done] == ["select_and_commit"]
+
+
+def test_a_compiler_that_crashes_is_named_with_its_last_words(monkeypatch):
+    monkeypatch.setattr(aot.sys, "executable", "/bin/false")
+    with pytest.raises(
+        RuntimeError, match="select_and_commit does not compile for sm_90: the compiler ended with code 1"
+    ):
+        aot.compile_all([aot.Job("sm_90", "select_and_commit")])

@@ -1,0 +1,150 @@
+"""The Triton kernel computes what the reference computes, for any tree, tile and split."""
+
+import pytest
+import torch
+from conftest import KERNEL_DEVICE, KERNEL_DTYPES, tiny_policy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tree_attention import OPTIONS, SHAPES, naive, tree
+
+from stars_fast.ops import _library
+from stars_fast.ops.tree_attention import tree_attention_reference
+from stars_fast.policy import Policy
+
+kernel = pytest.importorskip("stars_fast.kernels.tree_attention", exc_type=ImportError)
+tiles = pytest.importorskip("stars_fast.kernels.tiles")
+
+# Values are averages of standard normal ones. Float16 rounds its weights before they meet the values, and the result.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def on_device(case):
+    return {name: x.to(KERNEL_DEVICE) if torch.is_tensor(x) else x for name, x in case.items()}
+
+
+def assert_like_reference(case, parts=None, **options):
+    """Runs the kernel on a copy whose output is NaN, so that an element it leaves out shows."""
+    case = on_device(case)
+    options = on_device(options)
+    expected = torch.full_like(case["out"], torch.nan, dtype=torch.float32)
+    tree_attention_reference(**(case | {"out": expected}), **options)
+    case["out"].fill_(torch.nan)
+    kernel.tree_attention(**case, **options, parts=parts)
+    tolerance = TOLERANCES[case["q"].dtype]
+    torch.testing.assert_close(case["out"].float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@st.composite
+def trees(draw):
+    group_rows = draw(st.lists(st.integers(0, 3), min_size=1, max_size=3).filter(any))
+    rows = sum(group_rows)
+    trunk_lens = [draw(st.sampled_from([0, 1, 5, 64, 131, 300])) for _ in group_rows]
+    # A decode step, the scoring of a segment, or a prefill.
+    most = draw(st.sampled_from([1, 5, 20]))
+    queries = [draw(st.integers(0, most)) for _ in range(rows - 1)] + [draw(st.integers(1, most))]
+    branch_lens = [n + draw(st.integers(0, 6)) for n in queries]
+    kv_heads = draw(st.sampled_from([1, 2]))
+    d = draw(st.sampled_from([8, 24, 64, 80, 96, 128, 192, 256]))
+    return tree(
+        group_rows,
+        trunk_lens,
+        branch_lens,
+        queries,
+        heads=kv_heads * draw(st.sampled_from([1, 4, 7, 8])),
+        kv_heads=kv_heads,
+        d=d,
+        dv=draw(st.sampled_from([d, d, 40, 128])),
+        dtype=draw(st.sampled_from(KERNEL_DTYPES)),
+        seed=draw(st.integers(0, 999)),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    case=trees(),
+    parts=st.sampled_from([None, 1, 2, 5]),
+    window=st.sampled_from([0, 0, 1, 3, 70]),
+    softcap=st.sampled_from([0.0, 0.0, 1.5]),
+    sinks=st.booleans(),
+)
+def test_any_tree_gives_the_references_numbers(case, parts, window, softcap, sinks):
+    sink = torch.linspace(-2, 2, case["q"].shape[1]) if sinks else None
+    assert_like_reference(case, parts, window=window, softcap=softcap, sinks=sink)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_small_trees_give_the_numbers_of_a_dense_softmax(shape, option):
+    case = tree(**SHAPES[shape])
+    expected = naive(case, **OPTIONS[option])
+    case = on_device(case)
+    kernel.tree_attention(**case, **on_device(OPTIONS[option]))
+    torch.testing.assert_close(case["out"].double().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_many_groups_and_many_rows_are_found():
+    many = tree([1] * 150, [3] * 150, [2] * 150, [1] * 150, heads=1, kv_heads=1)
+    assert_like_reference(many)
+    assert_like_reference(tree([70, 40], [9, 0], [3] * 110, [2, 1] * 55, heads=2, kv_heads=1))
+
+
+def test_rows_after_the_last_group_are_padding():
+    case = tree(**SHAPES["decode"])
+    for name in ("trunk_slots", "trunk_len", "group_indptr"):
+        case[name] = case[name][:-1].contiguous()
+    for parts in (1, 2):
+        assert_like_reference(case, parts)
+
+
+def test_what_rows_that_ended_leave_in_slot_0_harms_nobody():
+    case = on_device(tree(**SHAPES["scoring"]))
+    expected = naive(case)
+    case["k_pool"][0] = case["v_pool"][0] = torch.nan
+    kernel.tree_attention(**case)
+    torch.testing.assert_close(case["out"].double().cpu(), expected.cpu(), rtol=1e-5, atol=1e-5)
+
+
+def test_strided_queries_are_taken_as_transformers_gives_them():
+    case = tree(**SHAPES["scoring"])
+    case["q"] = case["q"].transpose(0, 1).contiguous().transpose(0, 1)
+    assert_like_reference(case)
+
+
+def test_scores_far_from_zero_do_not_overflow():
+    for option in ({}, {"softcap": 50.0}):
+        case = on_device(tree(**SHAPES["scoring"]))
+        case["q"] *= 1e3
+        kernel.tree_attention(**case, **option)
+        torch.testing.assert_close(case["out"].double().cpu(), naive(case, **option).cpu(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((288, 64, torch.float16), "head_size must be from 1 to 256, got 288"),
+        ((64, 512, torch.float16), "value_size must be from 1 to 256, got 512"),
+        ((64, 64, torch.float64), "must be float32, float16 or bfloat16, got torch.float64"),
+    ],
+)
+def test_what_there_is_no_tile_for_is_refused_by_name(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        tiles.check(*sizes)
+
+
+def test_a_list_is_split_only_where_processors_would_idle():
+    tile = tiles.choose_tile(128, 128, torch.bfloat16, 32)
+    assert tiles.choose_parts(tile, programs=512, longest=4096, processors=132) == 1
+    assert tiles.choose_parts(tile, programs=8, longest=4096, processors=132) == 16
+    assert tiles.choose_parts(tile, programs=8, longest=200, processors=132) == 2
+    assert tiles.choose_parts(tile, programs=8, longest=0, processors=132) == 1
+
+
+def test_a_model_is_refused_when_it_is_planned_not_when_it_runs(monkeypatch):
+    operator = _library.operators["tree_attention"]
+    monkeypatch.setitem(_library.operators, "tree_attention", operator._replace(cpu=operator.cuda))
+    model = tiny_policy(head_dim=288)
+    with pytest.raises(
+        NotImplementedError, match=r"the policy is a LlamaForCausalLM .* head_size must be from 1 to 256, got 288"
+    ):
+        Policy(model)
+    Policy(tiny_policy())
