@@ -1,0 +1,8 @@
+"""Microbenchmarks: every operator on every backend that the machine has, beside what else does the same work.
+
+    python -m pytest benchmarks/micro            # -k cuda, -k tree_attention; --benchmark-json FILE writes it all down
+
+A result is compared with the operator's reference before it is timed. Times are quoted with the bandwidth reached, as a
+share of what a plain copy reaches in the same run. Only :mod:`conftest` and ``test_contenders`` know of pytest:
+:mod:`cases` and :mod:`timing` serve any other program.
+"""

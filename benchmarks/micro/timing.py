@@ -1,0 +1,157 @@
+"""How long calls take, and how fast the device copies and multiplies: the yardsticks of the same run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from stars_fast.roofline import GPUS, Gpu
+
+from .refcheck import Case, Prepared
+
+_ROUND = 2e-3  # seconds that a round lasts at least, so that the clock, the launch and the wait do not count
+_ROTATION = 40e-3  # and at most, for the sake of visiting all sets
+_TOTAL = 0.15  # of all rounds of a contender
+_ROUNDS = (5, 50)
+
+
+class Round(NamedTuple):
+    """Calls that are timed together."""
+
+    reset: Callable[[], None]  # before each round: restores what was written, and waits
+    run: Callable[[], None]  # and waits
+    calls: int
+    rounds: int  # worth measuring
+    graph: bool  # whether a CUDA graph holds the calls
+
+
+class Rates(NamedTuple):
+    """What the device reaches on plain work."""
+
+    copy: float  # bytes/s, read and written both counted
+    matrix: float  # operations/s of a large product: bfloat16 on a GPU, float32 on a CPU
+
+
+def rates(device: torch.device) -> Rates:
+    """Measure both yardsticks: a copy far larger than the caches, and a large product."""
+    on_gpu = device.type == "cuda"
+    source = torch.ones((2**30 if on_gpu else 2**27) // 4, device=device)
+    target = torch.empty_like(source)
+    copy_seconds = seconds(lambda: target.copy_(source), device)
+    n, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    return Rates(2 * source.nbytes / copy_seconds, 2 * n**3 / seconds(lambda: a @ b, device))
+
+
+def seconds(call: Callable[[], Any], device: torch.device, rounds: int = 9) -> float:
+    """Median of single calls, each waited for, after one that is not counted."""
+    taken = []
+    for _ in range(rounds + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def round_of(case: Case, prepared: Prepared) -> Round:
+    """As many calls as make a round worth timing, over as many sets of inputs as time allows; captured on a GPU.
+
+    The contender must have run once before: a kernel may be compiled then.
+    """
+
+    def reset() -> None:
+        case.restore()
+        synchronize(case.device)
+
+    def timed(run: Callable[[], None]) -> float:
+        times = []
+        for _ in range(2):  # the first replay of a graph also moves it to the device
+            reset()
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return max(times[1], 1e-7)
+
+    run, graph = _run(case, prepared, 1)
+    taken, calls = timed(run), 1
+    for _ in range(2):  # with more calls in it, a round tells more exactly what one takes
+        once = taken / calls
+        wanted = 1 + int(max(_ROUND / once, min(prepared.sets, _ROTATION / once)))
+        if taken >= _ROUND and calls >= min(prepared.sets, _ROTATION / once):
+            break
+        calls = min(wanted, case.most_calls)
+        run, graph = _run(case, prepared, calls)
+        taken = timed(run)
+    rounds = min(max(int(_TOTAL / taken), _ROUNDS[0]), _ROUNDS[1])
+    return Round(reset, run, calls, rounds, graph)
+
+
+def _run(case: Case, prepared: Prepared, calls: int) -> tuple[Callable[[], None], bool]:
+    """What makes that many calls and waits for them, and whether a CUDA graph holds them."""
+    if case.device.type == "cuda":
+        try:
+            replay = captured(prepared.call, calls)
+        except RuntimeError:  # what waits for the device cannot be captured, and pays for its launches
+            synchronize(case.device)
+        else:
+
+            def replayed() -> None:
+                replay()
+                synchronize(case.device)
+
+            return replayed, True
+
+    def eager() -> None:
+        for i in range(calls):
+            prepared.call(i)
+        synchronize(case.device)
+
+    return eager, False
+
+
+def captured(call: Callable[[int], Any], calls: int = 1) -> Callable[[], None]:
+    """A function that replays ``call(0)`` to ``call(calls - 1)`` from a CUDA graph, and does not wait.
+
+    They must have run once before, outside: kernels are compiled then.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i)
+    return graph.replay
+
+
+def median_seconds(case: Case, prepared: Prepared) -> float:
+    """Seconds of one call, for programs without pytest."""
+    one, taken = round_of(case, prepared), []
+    for _ in range(one.rounds):
+        one.reset()
+        start = time.perf_counter()
+        one.run()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken) / one.calls
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; a CPU is always done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def floor_seconds(case: Case, reached: Rates) -> float:
+    """No kernel is faster that reaches what a copy and a large product reach: the larger of the two times."""
+    return max(case.bytes / reached.copy, case.operations / reached.matrix)
+
+
+def in_table(device: torch.device) -> Gpu | None:
+    """The data sheet of this GPU, if the roofline knows it."""
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).lower().replace("-", " ").split()
+    return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in words), None)
