@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 
 from stars_fast.config import StarsConfig
+from stars_fast.decode import RowProcessor, Sampling
 from stars_fast.methods.calibration import Pilot
 from stars_fast.methods.stars import base_reward
 from stars_fast.ops.philox import philox_key
 from stars_fast.outputs import Stats
-from stars_fast.policy import Policy, RowProcessor, Sampling
+from stars_fast.policy import Policy
 from stars_fast.prompts import Prompt, read_prompts
 from stars_fast.request import PromptNode, Request, StopTest
 from stars_fast.rewards import Response, Reward, RewardPrompt

@@ -21,7 +21,7 @@ from stars_fast.policy import Policy
 from stars_fast.progress import progress_bar
 from stars_fast.request import Request
 from stars_fast.rewards import Reward
-from stars_fast.scheduler import Scheduler, response_slots
+from stars_fast.scheduler import Scheduler, candidate_slots, response_slots
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.memory import default_tokens
 
@@ -228,7 +228,7 @@ class StarsEngine:
         tokens = self.kv_cache_tokens or default_tokens(self.policy, rows, longest)
         prompts = list(dict.fromkeys(request.prompt.reward_prompt for request in live))
         with ExitStack() as stack:
-            self.policy.allocate(tokens)
+            self.policy.begin(tokens, longest, candidate_slots(config))
             stack.enter_context(plugged(self.policy.model))
             stack.callback(self.reward.end)
             self.reward.begin(prompts, config.max_new_tokens, rows, self.kv_cache_tokens)

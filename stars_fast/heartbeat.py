@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 
 from stars_fast.config import StarsConfig
+from stars_fast.decode import Leaf, RowProcessor, Sampling
 from stars_fast.methods.stars import acceptance_probability, base_reward
 from stars_fast.ops.select_and_commit import EARLIER, INVALID, select_and_commit
 from stars_fast.outputs import SegmentTrace, Stats
-from stars_fast.policy import Draw, Leaf, Policy, Sampling
+from stars_fast.policy import Draw, Policy
 from stars_fast.request import Candidate, PromptNode, Request
 from stars_fast.rewards.base import Completion, Response, Reward, score_each
 from stars_fast.scheduler import Scheduler
@@ -148,7 +149,7 @@ class Generation:
             candidates=candidates,
             length=min(self.config.segment_length, self.config.max_new_tokens - len(request.tokens)),
             seen=self._seen(request),
-            processor=request.processor and (lambda drawn, logits: request.processor(request.tokens + drawn, logits)),  # type: ignore[misc]
+            processor=_after(request),
         )
 
     def _seen(self, request: Request) -> torch.Tensor | None:
@@ -299,6 +300,12 @@ class Generation:
         self.policy.tree.release(request.leaf)
         request.leaf, request.leaf_logits, request.pending = -1, None, []
         self.reward.close(request.response)
+
+
+def _after(request: Request) -> RowProcessor | None:
+    """The request's logits processor, on top of what it has committed."""
+    processor = request.processor
+    return processor and (lambda drawn, logits: processor(request.tokens + drawn, logits))
 
 
 class _Verdict(NamedTuple):

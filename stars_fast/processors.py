@@ -28,7 +28,7 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from stars_fast.policy import RowProcessor
+from stars_fast.decode import RowProcessor
 from stars_fast.request import StopTest
 
 # Class -> the attribute that holds its setting, which is the generation_config's field of the same meaning.

@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_policy
 from test_law import PROMPT, RULE, SAMPLES, VOCAB, oracle, p_attempts, p_text, run, wave_reward
 
-from stars_fast import engine, heartbeat, policy
+from stars_fast import decode, engine, heartbeat
 from stars_fast.ops.philox import acceptance_uniform
 
 # Faults of the fallback show where most segments need it; those of the choice among accepted ones where most rounds
@@ -63,7 +63,7 @@ def noise_without_the_segment_index(monkeypatch, candidates):
     def without_segment(operator, a):
         return operator(**a | {"segment": torch.zeros_like(a["segment"])})
 
-    wrap(monkeypatch, policy, "sample_step", without_segment)
+    wrap(monkeypatch, decode, "sample_step", without_segment)
 
 
 def acceptance_without_the_segment_index(monkeypatch, candidates):

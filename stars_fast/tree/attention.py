@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stars_fast.ops import kv_append, tree_attention
+from stars_fast.ops._library import library
 from stars_fast.tree.segment_tree import TreePlan
 from stars_fast.tree.slots import SlotPool
 
@@ -36,9 +37,7 @@ _plugged_lock = threading.RLock()
 class AttentionContext(Protocol):
     """What stands in for a model's attention while it is active on this thread."""
 
-    def attend(
-        self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
         """q ``[T, Hq, D]``, k ``[T, Hkv, D]``, v ``[T, Hkv, Dv]`` -> ``[T, Hq, Dv]``."""
         ...
 
@@ -55,10 +54,8 @@ class TreeContext:
     max_rows: int  # most rows of one group
     max_queries: int  # most new tokens of one row
 
-    def attend(
-        self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
-    ) -> torch.Tensor:
-        k_pool, v_pool = self.pool.layer(cast(int, module.layer_idx))
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        k_pool, v_pool = self.pool.layer(layer)
         kv_append(k, v, k_pool, v_pool, self.write_slots)
         out = torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device)
         tree_attention(
@@ -87,12 +84,7 @@ class ShapeRecorder:
     windows: dict[int, int] = field(default_factory=dict)  # layer -> sliding window it asks for, 0 for none
     dtype: torch.dtype = torch.float32
 
-    def attend(
-        self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
-    ) -> torch.Tensor:
-        layer = getattr(module, "layer_idx", None)
-        if layer is None:
-            raise NotImplementedError(f"{type(module).__name__} has no layer_idx: its keys cannot be told apart")
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
         self.dtype = k.dtype
         self.windows[layer] = options["window"]
         self.shapes[layer] = (k.shape[1], k.shape[2], v.shape[2])
@@ -121,21 +113,51 @@ def stars_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention signature: query ``[1, Hq, T, D]`` -> ``([1, T, Hq, Dv], None)``."""
-    context = getattr(_active, "context", None)
-    if context is None:
+    compiling = torch.compiler.is_compiling()
+    context = None if compiling else getattr(_active, "context", None)
+    if context is None and not compiling:
         ordinary = _ordinary_attention(module)
         return ordinary(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    out = context.attend(
-        module,
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise NotImplementedError(f"{type(module).__name__} has no layer_idx: its keys cannot be told apart")
+    attend = torch.ops.stars_fast.attend.default if compiling else _attend
+    out = attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        window=kwargs.get("sliding_window") or 0,
-        softcap=kwargs.get("softcap") or 0.0,
-        sinks=kwargs.get("s_aux"),
+        layer,
+        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        kwargs.get("sliding_window") or 0,
+        kwargs.get("softcap") or 0.0,
+        kwargs.get("s_aux"),
     )
     return out[None], None
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """The active context's attention. To compiled code it is one operator: what the context holds changes from pass to
+    pass, and pools that were arguments would be copied, because compiled code is made free of writes first."""
+    return _active.context.attend(layer, q, k, v, scale=scale, window=window, softcap=softcap, sinks=sinks)
+
+
+library.define(
+    "attend(Tensor q, Tensor k, Tensor v, SymInt layer, float scale, SymInt window, float softcap, Tensor? sinks)"
+    " -> Tensor"
+)
+library.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "stars_fast::attend", lambda q, k, v, *options: q.new_empty(*q.shape[:2], v.shape[2]), lib=library
+)
 
 
 def _ordinary_attention(module: nn.Module) -> Callable[..., Any]:

@@ -1,0 +1,259 @@
+"""K decode steps of all candidates, over tensors that stay where they are, so that a CUDA graph can hold a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from stars_fast.ops import gather_logprobs, sample_step
+from stars_fast.tree.attention import TreeContext
+from stars_fast.tree.segment_tree import TreePlan
+
+if TYPE_CHECKING:
+    from stars_fast.policy import Policy
+
+# Called once per row with the candidate's ids so far and its logits [1, V]; returns the processed logits [1, V].
+RowProcessor = Callable[[list[int], torch.Tensor], torch.Tensor]
+
+_SMALL_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128)
+_BUCKET_STEP = 64
+
+
+def bucket(rows: int) -> int:
+    """The number of rows that ``rows`` are padded to, so that few graphs serve all: 1, 2, 4 to 64, 96, 128, 192 ..."""
+    for size in _SMALL_BUCKETS:
+        if rows <= size:
+            return size
+    return math.ceil(rows / _BUCKET_STEP) * _BUCKET_STEP
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the policy is sampled. Neutral values switch a filter off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass
+class Leaf:
+    """What a request contributes to a proposal."""
+
+    node: int
+    logits: torch.Tensor  # [V], of the next token
+    key: int
+    segment: int
+    first_attempt: int
+    candidates: int
+    length: int  # tokens to draw per candidate
+    seen: torch.Tensor | None = None  # [V] bool, ids in prompt and response; for the repetition penalty
+    processor: RowProcessor | None = None
+
+
+class Shape(NamedTuple):
+    """Sizes of the tensors of a proposal, and what else a captured step depends on."""
+
+    rows: int
+    groups: int
+    most_rows: int  # of a group
+    trunk: int  # tokens that a trunk has room for
+    length: int  # tokens of a segment
+    sampling: Sampling
+
+    @classmethod
+    def of(cls, leaves: Sequence[Leaf], plan: TreePlan, sampling: Sampling) -> Shape:
+        """Exactly what these need."""
+        candidates, length = [leaf.candidates for leaf in leaves], max(leaf.length for leaf in leaves)
+        return cls(sum(candidates), len(leaves), max(candidates), plan.trunk_slots.shape[1], length, sampling)
+
+    def padded(self, trunk: int, length: int) -> Shape:
+        """A shape that many others share. ``trunk`` and ``length`` are the largest of the whole call."""
+        most_rows = 1 << (self.most_rows - 1).bit_length()
+        return Shape(bucket(self.rows), bucket(self.groups), most_rows, trunk, length, self.sampling)
+
+
+class Steps:
+    """The tensors of a proposal, and what a decode step does to them. Padding rows are not alive.
+
+    Attributes
+    ----------
+    tokens : torch.Tensor
+        int64 ``[rows, length]``.
+    logprobs, sampling_logprobs : torch.Tensor
+        float32 ``[rows, length]``, nats; NaN where the policy's logits were not finite.
+    position : torch.Tensor
+        int32 ``[rows]``: how many tokens each row has drawn.
+    alive : torch.Tensor
+        bool ``[rows]``.
+    """
+
+    def __init__(self, policy: Policy, shape: Shape) -> None:
+        self.policy, self.shape = policy, shape
+        rows, groups, device, int32 = shape.rows, shape.groups, policy.device, torch.int32
+
+        def zeros(*size: int, dtype: torch.dtype = int32) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self.plan = TreePlan(
+            trunk_slots=zeros(groups, shape.trunk),
+            trunk_len=zeros(groups),
+            branch_slots=zeros(rows, max(1, shape.length - 1)),
+            branch_len=zeros(rows),
+            group_indptr=zeros(groups + 1),
+            branches=[],
+        )
+        self.row_state = zeros(4, rows)
+        self.segment, self.attempt, self.limit, self.first_position = self.row_state  # first_position: after the trunk
+        self.keys = zeros(rows, dtype=torch.int64)
+        self.position, self.alive = zeros(rows), zeros(rows, dtype=torch.bool)
+        self.step = zeros(1, dtype=torch.int64)  # tokens drawn by rows that go on
+        self.tokens = zeros(rows, shape.length, dtype=torch.int64)
+        self.logprobs, self.sampling_logprobs = zeros(2, rows, shape.length, dtype=torch.float32)
+        self.query_indptr = torch.arange(rows + 1, dtype=int32, device=device)
+        self.every_row = torch.arange(rows, device=device)
+        sampling = shape.sampling
+        self.eos = torch.tensor(sampling.eos_token_ids, dtype=torch.int64, device=device)
+        self.filters = (
+            torch.full((rows,), sampling.temperature, device=device),
+            torch.full((rows,), sampling.top_k, dtype=int32, device=device),
+            torch.full((rows,), sampling.top_p, device=device),
+            torch.full((rows,), sampling.min_p, device=device),
+            torch.full((rows,), sampling.repetition_penalty, device=device),
+        )
+        penalised = sampling.repetition_penalty != 1.0
+        self.seen = zeros(rows, policy.vocab_size, dtype=torch.bool) if penalised else None
+        self.processors: list[RowProcessor | None] = []
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def load(self, leaves: Sequence[Leaf], plan: TreePlan) -> None:
+        """Start a proposal, and draw the first token of every row from its leaf's logits."""
+        groups, rows = len(leaves), len(plan.branches)
+        group = [g for g, leaf in enumerate(leaves) for _ in range(leaf.candidates)]
+        rank = [i for leaf in leaves for i in range(leaf.candidates)]
+        state = torch.tensor(
+            [
+                [leaves[g].segment for g in group],
+                [leaves[g].first_attempt + i for g, i in zip(group, rank, strict=True)],
+                [leaves[g].length for g in group],
+            ],
+            dtype=torch.int32,
+        )
+        self.groups = torch.tensor(group).to(self.policy.device, non_blocking=True)  # [rows in use]
+        self._copy_plan(plan)
+        self.row_state[:3, :rows].copy_(state, non_blocking=True)
+        self.keys[:rows].copy_(torch.tensor([leaves[g].key for g in group]), non_blocking=True)
+        torch.index_select(plan.trunk_len, 0, self.groups, out=self.first_position[:rows])
+        self.position.zero_()
+        self.alive.zero_()
+        self.alive[:rows] = True
+        self.step.zero_()
+        self.sampling_logprobs.zero_()  # what an earlier proposal left there is not this one's
+        if self.seen is not None:
+            self.seen[:rows] = torch.stack([_seen(leaf) for leaf in leaves])[self.groups]
+        self.processors = [leaves[g].processor for g in group]
+        logits = torch.stack([leaf.logits for leaf in leaves])[self.groups]  # [rows in use, V]
+        if rows < self.shape.rows:
+            logits = torch.cat((logits, logits.new_zeros(self.shape.rows - rows, logits.shape[1])))
+        assert groups <= self.shape.groups and rows <= self.shape.rows
+        self.draw(logits)
+
+    def _copy_plan(self, plan: TreePlan) -> None:
+        """Into the tensors that a graph has seen; what is behind the plan's own sizes is padding."""
+        own, rows = self.plan, len(plan.branches)
+        groups, trunk = plan.trunk_slots.shape
+        own.trunk_slots[:groups, :trunk].copy_(plan.trunk_slots)
+        own.trunk_len[:groups].copy_(plan.trunk_len)
+        own.branch_slots.zero_()
+        width = min(plan.branch_slots.shape[1], own.branch_slots.shape[1])
+        own.branch_slots[:rows, :width].copy_(plan.branch_slots[:, :width])
+        own.group_indptr.fill_(rows)
+        own.group_indptr[: groups + 1].copy_(plan.group_indptr)
+
+    def advance(self) -> None:
+        """Encode the token drawn last, of every row, and draw the next."""
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.draw(self.forward())
+
+    def capture(self) -> None:
+        """Let :meth:`advance` replay a CUDA graph from now on. Call it before :meth:`load`: it runs dead rows."""
+        self.alive.zero_()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles kernels, and lets libraries allocate what they keep
+                self.step.fill_(1)
+                self.draw(self.forward())
+        torch.cuda.current_stream().wait_stream(stream)
+        self.step.fill_(1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.policy.graph_pool()):
+            self.draw(self.forward())
+        self.graph = graph
+
+    def forward(self) -> torch.Tensor:
+        """Logits ``[rows, V]`` after the token drawn last, of every row."""
+        last = self.step - 1
+        slots = self.plan.branch_slots.index_select(1, last)[:, 0]
+        context = TreeContext(
+            pool=self.policy.pool,
+            plan=self.plan,
+            write_slots=torch.where(self.alive, slots, 0),  # rows that ended write to slot 0
+            branch_len=self.step.int().expand(self.shape.rows).contiguous(),
+            query_indptr=self.query_indptr,
+            max_rows=self.shape.most_rows,
+            max_queries=1,
+        )
+        tokens = self.tokens.index_select(1, last)[:, 0]
+        positions = self.first_position + last
+        return self.policy.forward(tokens, positions, context, logits_to_keep=self.every_row).logits[0]
+
+    def draw(self, logits: torch.Tensor) -> None:
+        """Sample one token per row from logits ``[rows, V]``."""
+        raw = logits
+        processed = self.graph is None and any(self.processors)
+        if processed:
+            logits = self._process(logits.float())
+        token, logprob, sampling_logprob, _ = sample_step(
+            logits,
+            self.keys,
+            self.segment,
+            self.attempt,
+            self.position,
+            self.alive,
+            self.limit,
+            *self.filters,
+            self.seen,
+            self.eos,
+        )
+        if processed:
+            logprob = gather_logprobs(raw, token)
+        for column, value in (
+            (self.tokens, token),
+            (self.logprobs, logprob),
+            (self.sampling_logprobs, sampling_logprob),
+        ):
+            column.index_copy_(1, self.step, value[:, None])
+        self.step += 1
+
+    def _process(self, logits: torch.Tensor) -> torch.Tensor:
+        out, drawn = logits.clone(), self.tokens[:, : int(self.step)].tolist()
+        for row, (processor, alive) in enumerate(zip(self.processors, self.alive.tolist(), strict=False)):
+            if alive and processor is not None:
+                out[row] = processor(drawn[row], logits[row : row + 1])[0]
+        return out
+
+
+def _seen(leaf: Leaf) -> torch.Tensor:
+    if leaf.seen is None:
+        raise ValueError("a repetition penalty needs the ids seen so far")
+    return leaf.seen

@@ -1,0 +1,51 @@
+"""Decoder layers compile whole, once for all layers of a kind and all numbers of rows, and compute the same."""
+
+import pytest
+import torch
+from conftest import sum_reward, tiny_policy
+from test_architectures import CONFIG, FAMILIES, PROMPTS, causal_lm
+from torch._dynamo.testing import CompileCounter
+
+from stars_fast import StarsEngine
+from stars_fast.tree.compiled import compiled_layers
+
+# A router that sends tokens to experts asks how many each has got, which no whole graph can hold.
+COMPILED = [family for family in FAMILIES if family not in ("mixtral", "gpt_oss", "deepseek_v3")]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", COMPILED)
+def test_layers_compile_whole_and_compute_the_same(family):
+    model = causal_lm(family, FAMILIES[family])
+    plain = StarsEngine(model, sum_reward).generate(PROMPTS, CONFIG, seed=0)
+    engine, counter = StarsEngine(model, sum_reward), CompileCounter()
+    with compiled_layers(model, backend=counter) as layers:
+        compiled = engine.generate(PROMPTS, CONFIG, seed=0)
+    assert layers == model.config.num_hidden_layers
+    assert counter.frame_count > 0
+    assert compiled.completions == plain.completions
+    for ours, theirs in zip(compiled.logprobs, plain.logprobs, strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=0)
+
+
+def test_layers_and_numbers_of_rows_share_their_code():
+    model, counter = tiny_policy(64, hidden=32, layers=12), CompileCounter()
+    engine = StarsEngine(model, sum_reward)
+    with compiled_layers(model, backend=counter):
+        for prompts in (PROMPTS, PROMPTS * 3, PROMPTS * 7):
+            engine.generate(prompts, CONFIG, seed=0)
+    assert counter.frame_count <= 2  # one row, and any other number
+
+
+def test_the_model_has_its_own_forward_again():
+    model = tiny_policy()
+    before = [module.forward.__func__ for module in model.modules()]
+    with pytest.raises(RuntimeError, match="on purpose"), compiled_layers(model, backend="eager"):
+        raise RuntimeError("on purpose")
+    assert [module.forward.__func__ for module in model.modules()] == before
