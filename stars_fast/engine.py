@@ -50,6 +50,10 @@ class StarsEngine:
         Most candidates side by side. Default 64 on a CPU, 256 on a GPU.
     kv_cache_tokens : int, optional
         Slots of each tree. Default: what the call wants, bounded by free memory.
+    cuda_graphs : bool
+        Whether the policy's decode steps on a CUDA device are captured; the first call of a size takes longer then.
+    torch_compile : bool
+        Whether the decoder layers in captured steps are compiled.
 
     Raises
     ------
@@ -69,12 +73,14 @@ class StarsEngine:
         reward_tail: str | Sequence[int] = "auto",
         max_rows: int | None = None,
         kv_cache_tokens: int | None = None,
+        cuda_graphs: bool = True,
+        torch_compile: bool = True,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("kv_cache_tokens", kv_cache_tokens)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
         model, self.tokenizer = load_policy(policy, tokenizer)
-        self.policy = Policy(model)
+        self.policy = Policy(model, cuda_graphs, torch_compile)
         self.reward: Reward = load_reward(
             reward,
             self.tokenizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,11 +44,14 @@ class Policy(TreeModel):
     cuda_graphs : bool
         Whether decode steps on a CUDA device are captured: once for every number of rows that they are padded to
         (:func:`stars_fast.decode.bucket`), kept until the pool or the weights move.
+    torch_compile : bool
+        Whether the decoder layers of a captured step are compiled.
     """
 
-    def __init__(self, model: PreTrainedModel, cuda_graphs: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, cuda_graphs: bool = True, torch_compile: bool = True) -> None:
         super().__init__(model, model, "policy")
         self.padded = cuda_graphs and self.device.type == "cuda"
+        self.torch_compile = torch_compile
         self._room = (0, 0)  # largest trunk and segment of this call
         self._steps: dict[Shape, Steps] = {}
         self._seen_by_graphs: tuple[Any, ...] = ()
@@ -97,11 +101,29 @@ class Policy(TreeModel):
             return Steps(self, shape)
         shape = shape.padded(*self._room)
         if shape not in self._steps:
-            steps = Steps(self, shape)
-            if self.device.type == "cuda":
-                steps.capture()
-            self._steps[shape] = steps
+            self._steps[shape] = self._captured(shape)
         return self._steps[shape]
+
+    def _captured(self, shape: Shape) -> Steps:
+        steps = Steps(self, shape)
+        if self.device.type != "cuda":
+            return steps
+        if self.torch_compile:
+            from stars_fast.tree.compiled import CompilationError, compiled_layers  # imports torch's compiler: a second
+
+            try:
+                with compiled_layers(self.model):
+                    steps.capture()
+                return steps
+            except CompilationError as error:
+                self.torch_compile = False
+                warnings.warn(
+                    f"the layers of {type(self.model).__name__} do not compile, so decode steps run without: {error}",
+                    stacklevel=2,
+                )
+                steps = Steps(self, shape)
+        steps.capture()
+        return steps
 
 
 def _addresses(model: PreTrainedModel) -> tuple[Any, ...]:

@@ -9,9 +9,6 @@ from torch._dynamo.testing import CompileCounter
 from stars_fast import StarsEngine
 from stars_fast.tree.compiled import compiled_layers
 
-# A router that sends tokens to experts asks how many each has got, which no whole graph can hold.
-COMPILED = [family for family in FAMILIES if family not in ("mixtral", "gpt_oss", "deepseek_v3")]
-
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():
@@ -20,7 +17,7 @@ def nothing_compiled_before():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("family", COMPILED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_layers_compile_whole_and_compute_the_same(family):
     model = causal_lm(family, FAMILIES[family])
     plain = StarsEngine(model, sum_reward).generate(PROMPTS, CONFIG, seed=0)

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException as CompilationError
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+__all__ = ["CompilationError", "compiled_layers"]
 
 
 @contextmanager

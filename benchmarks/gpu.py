@@ -1,0 +1,262 @@
+"""Everything about speed that only a GPU can show, in one command of less than nine minutes.
+
+    python benchmarks/gpu.py --out gpu.json                # --list; --only llama-2-7b --only operators; --seconds 300
+    python benchmarks/gpu.py --tiny --out tiny.json        # toy models, on a CPU too: shows that the program works
+
+Models have real shapes and random weights; nothing is downloaded. The extension is built in place if it is missing.
+The parts run in a process of their own, started again where one of them has broken it; each figure is in the JSON file
+as soon as it is measured, and the table at the end is made from that file and written beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+for folder in (ROOT, ROOT / "benchmarks"):
+    sys.path.insert(0, str(folder))
+
+from gpu_parts.report import lines  # noqa: E402
+from gpu_parts.runner import DEVICE_BROKEN, Part, Record, Runner, chosen  # noqa: E402
+
+_GRACE = 15.0  # seconds that a part may run past the limit before its process is ended
+
+
+def device(runner: Runner) -> None:
+    """Copy bandwidth and matrix rate of this device."""
+    from gpu_parts.compare import machine
+
+    machine(runner)
+
+
+def compare(runner: Runner, name: str, batches: tuple[int, ...], acceptances: tuple[float, ...]) -> None:
+    """Heartbeats against one candidate, plain, strong and generate."""
+    from gpu_parts.compare import compare_pair
+
+    if runner.tiny:
+        compare_pair(runner, name, 4, (4, 1), (0.3,))
+    else:
+        compare_pair(runner, name, 16, batches, acceptances)
+
+
+def segments(runner: Runner) -> None:
+    """Segments of 32, 15 and 30 tokens."""
+    from gpu_parts.compare import compare_segments
+
+    compare_segments(runner, "llama-2-7b", (3,) if runner.tiny else (32, 15, 30), 4 if runner.tiny else 64, 0.3)
+
+
+def tests(runner: Runner) -> None:
+    """pytest -m gpu: what only a GPU can show."""
+    from gpu_parts.operators import run_tests
+
+    run_tests(runner, "tests", "-m", "gpu")
+
+
+def kernel_tests(runner: Runner) -> None:
+    """The tests of the Triton kernels, which run compiled where there is a GPU."""
+    from gpu_parts.operators import run_tests
+
+    files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_triton_*.py"))
+    run_tests(runner, "-m", "not gpu", *files)
+
+
+def split(runner: Runner) -> None:
+    """Where the time of a heartbeat goes (a profiling pass)."""
+    from gpu_parts.steps import split as split_heartbeat
+
+    split_heartbeat(runner, "llama-2-7b", 4 if runner.tiny else 64, 4 if runner.tiny else 16, 0.3)
+
+
+def steps(runner: Runner, names: tuple[str, ...]) -> None:
+    """Decode steps against their floor, captured and eager."""
+    from gpu_parts.models import pair
+    from gpu_parts.steps import ROWS, time_steps
+
+    for name in names[: 1 if runner.tiny else None]:
+        models = pair(runner, name)
+        for mode in ("captured", "eager") if runner.on_gpu else ("eager",):
+            shapes = ROWS if mode == "captured" else ROWS[::2]
+            with runner.guarded(f"{name}, {mode}"):
+                time_steps(runner, models, ((1, 1), (2, 2)) if runner.tiny else shapes, mode)
+
+
+def compiled(runner: Runner) -> None:
+    """Decode steps and heartbeats with compiled layers."""
+    from gpu_parts.steps import time_compiled
+
+    time_compiled(runner, "llama-2-7b", 4 if runner.tiny else 64, 4 if runner.tiny else 16, 0.3)
+
+
+def operators(runner: Runner) -> None:
+    """Each operator against its floor."""
+    from gpu_parts.operators import measure_operators
+
+    measure_operators(runner)
+
+
+# The most valuable first. Seconds are estimates for an H200.
+PARTS = [
+    Part("device", 5, device),
+    Part("llama-2-7b", 105, partial(compare, name="llama-2-7b", batches=(64, 1, 16), acceptances=(0.3, 0.15, 0.5))),
+    Part("split", 18, split),
+    Part("tests", 65, tests, needs_gpu=True),
+    Part("steps", 35, partial(steps, names=("llama-2-7b",))),
+    Part("operators", 50, operators),
+    Part("compiled", 55, compiled, needs_gpu=True),
+    Part("qwen2.5-7b", 75, partial(compare, name="qwen2.5-7b", batches=(64, 1), acceptances=(0.3, 0.15, 0.5))),
+    Part("steps-qwen", 25, partial(steps, names=("qwen2.5-7b",)), needs_gpu=True),
+    Part("segments", 30, segments),
+    Part("llama-3.2-1b", 35, partial(compare, name="llama-3.2-1b", batches=(64, 1, 16), acceptances=(0.3,))),
+    Part("kernel-tests", 30, kernel_tests, needs_gpu=True),
+]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the record (default: %(default)s)")
+    parser.add_argument("--only", action="append", metavar="NAME", help="run this part; may be repeated")
+    parser.add_argument("--list", action="store_true", help="name the parts")
+    parser.add_argument("--seconds", type=float, default=520, help="start nothing new after these (default: 520)")
+    parser.add_argument("--tiny", action="store_true", help="toy models, few figures")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    try:
+        parts = chosen(PARTS, args.only)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.list:
+        print("\n".join(f"{part.name:14}{part.seconds:5.0f} s  {part.about}" for part in parts))
+        return 0
+    return work(args, parts) if args.worker else supervise(args, parts)
+
+
+def supervise(args: argparse.Namespace, parts: list[Part]) -> int:
+    """Build what is missing, run the parts in another process, start it again where it died, print the table."""
+    started = time.time()
+    record = Record(args.out, {"started": started, "seconds": args.seconds, "tiny": args.tiny, "parts": {}})
+    record.content["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    record.content["build"] = build()
+    record.content["commit"] = commit(ROOT)
+    record.save()
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--out", str(args.out)]
+    command += ["--tiny"] * args.tiny + [word for name in args.only or () for word in ("--only", name)]
+    while True:
+        before = len(record.content["parts"])
+        cause = _one_worker(command, started + args.seconds + _GRACE, args.out)
+        record = Record.of(args.out)
+        record.bury(cause)
+        if not cause or not before < len(record.content["parts"]) < len(parts):
+            break
+        print(f"the process has ended ({cause}): starting it again for the parts behind", flush=True)
+    record.content["ended"] = cause
+    record.content["total_seconds"] = time.time() - started
+    record.save()
+    table = "\n".join(lines(record.content))
+    args.out.with_suffix(".txt").write_text(table + "\n")
+    print(table)
+    failed = any(entry["status"] == "failed" for entry in record.content["parts"].values())
+    return 1 if failed or cause else 0
+
+
+def _one_worker(command: list[str], ends: float, out: Path) -> str:
+    """Run it to its end; why it ended, or nothing where it has done its work."""
+    process = subprocess.Popen(command)
+    while True:
+        try:
+            code = process.wait(timeout=1.0)
+            break
+        except subprocess.TimeoutExpired:
+            part = Record.of(out).overdue()
+            if part or time.time() > ends:
+                process.kill()
+                process.wait()
+                return f"{part} hangs" if part else "the time is up"
+    if code == DEVICE_BROKEN:
+        return "the device no longer answers after an error"
+    return f"exit status {code}" if code else ""
+
+
+def work(args: argparse.Namespace, parts: list[Part]) -> int:
+    """Run the parts that the record does not hold yet."""
+    import torch
+
+    record = Record.of(args.out)
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if where.type == "cpu" and not args.tiny:
+        print("there is no GPU: --tiny shows on a CPU that the program works", file=sys.stderr)
+        return 2
+    record.content["machine"] = about(where)
+    runner = Runner(record, record.content["started"] + record.content["seconds"], where, args.tiny)
+    if runner.run(parts):
+        return 0
+    sys.stdout.flush()
+    os._exit(DEVICE_BROKEN)  # what would be cleaned up here waits for the device
+
+
+def build() -> dict[str, Any]:
+    """Build the extension in place unless it is there."""
+    if list((ROOT / "stars_fast").glob(f"_C.cpython-{sys.version_info.major}{sys.version_info.minor}-*")):
+        return {"built": False, "seconds": 0.0}
+    print("building the extension", flush=True)
+    started = time.time()
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, capture_output=True, text=True
+    )
+    if result.returncode:
+        print(result.stdout[-2000:] + result.stderr[-4000:], flush=True)
+    return {"built": True, "seconds": time.time() - started, "exit": result.returncode, "errors": result.stderr[-4000:]}
+
+
+def about(where: Any) -> dict[str, Any]:
+    """Versions and hardware."""
+    import torch
+    import transformers
+
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+    }
+    if where.type == "cuda":
+        import triton
+
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found |= {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__, "cuda": torch.version.cuda}
+        found["memory"] = torch.cuda.get_device_properties(where).total_memory
+        try:
+            found["driver"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            found["driver"] = None
+    return found
+
+
+def commit(root: Path) -> str | None:
+    """The commit that is checked out, read from git's files."""
+    try:
+        head = (root / ".git" / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        name = head.removeprefix("ref: ")
+        loose = root / ".git" / name
+        if loose.exists():
+            return loose.read_text().strip()
+        packed = (root / ".git" / "packed-refs").read_text().splitlines()
+        return next((line.split()[0] for line in packed if line.endswith(f" {name}")), None)
+    except OSError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
