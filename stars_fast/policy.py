@@ -62,7 +62,7 @@ class Policy(TreeModel):
         self.allocate(tokens)
         self._room = (math.ceil(longest / _TRUNK_STEP) * _TRUNK_STEP, segment_length)
         if self.padded:
-            now = (id(self.pool), *_addresses(self.model))
+            now = (self.pools_made, *_addresses(self.model))
             if now != self._seen_by_graphs:
                 self._steps.clear()
             self._seen_by_graphs = now

@@ -67,6 +67,7 @@ class TreeModel:
             self.max_positions = min(self.max_positions or hidden, hidden)
         self.pool = SlotPool({}, 1, self.dtype, self.device)
         self.tree = SegmentTree(1)
+        self.pools_made = 0
         # transformers returns a 4-D mask as it is: no mask is built, and nothing waits for the device.
         self._mask = torch.zeros(1, 1, 1, 1, device=self.device)
         if model not in _compared:
@@ -109,6 +110,7 @@ class TreeModel:
         if self.pool.slots < tokens + 1:
             self.pool = SlotPool({}, 1, self.dtype, self.device)  # free the old one before making the new
             self.pool = SlotPool(self.shapes, tokens + 1, self.dtype, self.device)
+            self.pools_made += 1
         self.tree = SegmentTree(tokens + 1)
 
     def clear(self) -> None:
