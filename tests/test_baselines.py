@@ -1,8 +1,6 @@
 """What the engine's speed is compared with does the same: both baselines sample the enumerated law."""
 
-import sys
-from pathlib import Path
-
+import baselines
 import pytest
 import torch
 from conftest import tiny_policy, tiny_reward
@@ -10,10 +8,6 @@ from oracle import attempts, p_value, text
 from test_law import EOS, PROMPTS, RULE, VOCAB, oracle
 
 from stars_fast import StarsConfig
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-import baselines
 
 SAMPLES = 400
 CONFIG = StarsConfig(**RULE.stars_config())

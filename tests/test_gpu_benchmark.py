@@ -5,14 +5,10 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu
+import pytest
+import torch
 from gpu_parts import heartbeats as gpu_heartbeats
 from gpu_parts import models as gpu_models
 from gpu_parts.runner import Part, Record, Runner, chosen

@@ -1,13 +1,7 @@
 """The cases of benchmarks/micro: tiny ones of each operator go through the same check, which can fail."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 from micro.attention import Tree
 from micro.cases import OPERATORS, Absent, Case, Prepared, contenders, refcheck
 from micro.sampling import FILTERS, Draw, Gather
