@@ -91,9 +91,11 @@ STARS_FAST_INLINE void weigh(const TreeAttention& call, Queries& state, int64_t 
         for (int64_t n = 0; n < kKeys; ++n) scores[n] = call.softcap * std::tanh(scores[n] / call.softcap);
     }
     float maximum = state.maximum[query];
+    bool bad = false;  // NaN or +inf, which the exponential below would take for a weight of 0
     for (int64_t n = 0; n < kKeys; ++n) {
         const bool visible = n >= seen.first && n < seen.last;
         scores[n] = visible ? scores[n] : -HUGE_VALF;
+        bad |= !(scores[n] < HUGE_VALF);
         maximum = scores[n] > maximum ? scores[n] : maximum;
     }
     float sum = 0.0f;
@@ -102,7 +104,7 @@ STARS_FAST_INLINE void weigh(const TreeAttention& call, Queries& state, int64_t 
         sum += scores[n];
     }
     const float factor = exp_nonpositive(state.maximum[query] - maximum);
-    state.sum[query] = state.sum[query] * factor + sum;
+    state.sum[query] = bad ? NAN : state.sum[query] * factor + sum;
     state.maximum[query] = maximum;
     float* weighted = state.weighted.data() + query * state.padded_values;
     for (int64_t d = 0; d < state.padded_values; ++d) weighted[d] *= factor;
@@ -185,7 +187,7 @@ STARS_FAST_INLINE void store(const TreeAttention& call, const Queries& state, in
         for (int64_t f = 0; f < fold; ++f, ++m) {
             float* out = call.out + (token * call.heads + head * fold + f) * call.value_size;
             const float* weighted = state.weighted.data() + m * state.padded_values;
-            const float inverse = state.sum[m] > 0.0f ? 1.0f / state.sum[m] : 0.0f;
+            const float inverse = state.sum[m] != 0.0f ? 1.0f / state.sum[m] : 0.0f;
             for (int64_t d = 0; d < call.value_size; ++d) out[d] = weighted[d] * inverse;
         }
     }

@@ -59,25 +59,27 @@ class Leaf:
 
 
 class Shape(NamedTuple):
-    """Sizes of the tensors of a proposal, and what else a captured step depends on."""
+    """Sizes of the tensors of a proposal: what a captured step depends on."""
 
     rows: int
     groups: int
     most_rows: int  # of a group
     trunk: int  # tokens that a trunk has room for
     length: int  # tokens of a segment
-    sampling: Sampling
+    eos: int  # ids that end a text
+    penalised: bool  # by what has been seen
 
     @classmethod
     def of(cls, leaves: Sequence[Leaf], plan: TreePlan, sampling: Sampling) -> Shape:
         """Exactly what these need."""
         candidates, length = [leaf.candidates for leaf in leaves], max(leaf.length for leaf in leaves)
-        return cls(sum(candidates), len(leaves), max(candidates), plan.trunk_slots.shape[1], length, sampling)
+        eos, penalised = len(sampling.eos_token_ids), sampling.repetition_penalty != 1.0
+        return cls(sum(candidates), len(leaves), max(candidates), plan.trunk_slots.shape[1], length, eos, penalised)
 
     def padded(self, trunk: int, length: int) -> Shape:
-        """A shape that many others share. ``trunk`` and ``length`` are the largest of the whole call."""
-        most_rows = 1 << (self.most_rows - 1).bit_length()
-        return Shape(bucket(self.rows), bucket(self.groups), most_rows, trunk, length, self.sampling)
+        """A shape that many others share, with room for trunks and segments of up to these lengths."""
+        most_rows, eos = 1 << (self.most_rows - 1).bit_length(), 4 * math.ceil(self.eos / 4)
+        return Shape(bucket(self.rows), bucket(self.groups), most_rows, trunk, length, eos, self.penalised)
 
 
 class Steps:
@@ -119,23 +121,17 @@ class Steps:
         self.logprobs, self.sampling_logprobs = zeros(2, rows, shape.length, dtype=torch.float32)
         self.query_indptr = torch.arange(rows + 1, dtype=int32, device=device)
         self.every_row = torch.arange(rows, device=device)
-        sampling = shape.sampling
-        self.eos = torch.tensor(sampling.eos_token_ids, dtype=torch.int64, device=device)
-        self.filters = (
-            torch.full((rows,), sampling.temperature, device=device),
-            torch.full((rows,), sampling.top_k, dtype=int32, device=device),
-            torch.full((rows,), sampling.top_p, device=device),
-            torch.full((rows,), sampling.min_p, device=device),
-            torch.full((rows,), sampling.repetition_penalty, device=device),
-        )
-        penalised = sampling.repetition_penalty != 1.0
-        self.seen = zeros(rows, policy.vocab_size, dtype=torch.bool) if penalised else None
+        self.eos = zeros(shape.eos, dtype=torch.int64)
+        self.temperature, self.top_p, self.min_p, self.penalty = zeros(4, rows, dtype=torch.float32)
+        self.top_k = zeros(rows)
+        self.seen = zeros(rows, policy.vocab_size, dtype=torch.bool) if shape.penalised else None
         self.processors: list[RowProcessor | None] = []
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def load(self, leaves: Sequence[Leaf], plan: TreePlan) -> None:
+    def load(self, leaves: Sequence[Leaf], plan: TreePlan, sampling: Sampling) -> None:
         """Start a proposal, and draw the first token of every row from its leaf's logits."""
-        groups, rows = len(leaves), len(plan.branches)
+        rows = len(plan.branches)
+        assert len(leaves) <= self.shape.groups and rows <= self.shape.rows
         group = [g for g, leaf in enumerate(leaves) for _ in range(leaf.candidates)]
         rank = [i for leaf in leaves for i in range(leaf.candidates)]
         state = torch.tensor(
@@ -148,6 +144,7 @@ class Steps:
         )
         self.groups = torch.tensor(group).to(self.policy.device, non_blocking=True)  # [rows in use]
         self._copy_plan(plan)
+        self._set(sampling)
         self.row_state[:3, :rows].copy_(state, non_blocking=True)
         self.keys[:rows].copy_(torch.tensor([leaves[g].key for g in group]), non_blocking=True)
         torch.index_select(plan.trunk_len, 0, self.groups, out=self.first_position[:rows])
@@ -162,8 +159,17 @@ class Steps:
         logits = torch.stack([leaf.logits for leaf in leaves])[self.groups]  # [rows in use, V]
         if rows < self.shape.rows:
             logits = torch.cat((logits, logits.new_zeros(self.shape.rows - rows, logits.shape[1])))
-        assert groups <= self.shape.groups and rows <= self.shape.rows
         self.draw(logits)
+
+    def _set(self, sampling: Sampling) -> None:
+        self.temperature.fill_(sampling.temperature)
+        self.top_k.fill_(sampling.top_k)
+        self.top_p.fill_(sampling.top_p)
+        self.min_p.fill_(sampling.min_p)
+        self.penalty.fill_(sampling.repetition_penalty)
+        self.eos.fill_(-1)  # no token
+        for place, token in enumerate(sampling.eos_token_ids):
+            self.eos[place] = token
 
     def _copy_plan(self, plan: TreePlan) -> None:
         """Into the tensors that a graph has seen; what is behind the plan's own sizes is padding."""
@@ -172,8 +178,7 @@ class Steps:
         own.trunk_slots[:groups, :trunk].copy_(plan.trunk_slots)
         own.trunk_len[:groups].copy_(plan.trunk_len)
         own.branch_slots.zero_()
-        width = min(plan.branch_slots.shape[1], own.branch_slots.shape[1])
-        own.branch_slots[:rows, :width].copy_(plan.branch_slots[:, :width])
+        own.branch_slots[:rows, : plan.branch_slots.shape[1]].copy_(plan.branch_slots)
         own.group_indptr.fill_(rows)
         own.group_indptr[: groups + 1].copy_(plan.group_indptr)
 
@@ -187,34 +192,39 @@ class Steps:
     def capture(self) -> None:
         """Let :meth:`advance` replay a CUDA graph from now on. Call it before :meth:`load`: it runs dead rows."""
         self.alive.zero_()
+        self._set(Sampling())
+        graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles kernels, and lets libraries allocate what they keep
-                self.step.fill_(1)
-                self.draw(self.forward())
-        torch.cuda.current_stream().wait_stream(stream)
-        self.step.fill_(1)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.policy.graph_pool()):
+                self.rehearse()
+            self.step.fill_(1)
+        with torch.cuda.graph(graph, pool=self.policy.graph_pool(), stream=stream):
             self.draw(self.forward())
+        torch.cuda.current_stream().wait_stream(stream)
         self.graph = graph
+
+    def rehearse(self) -> None:
+        """One step of rows that are all dead: what a graph is captured from."""
+        self.step.fill_(1)
+        self.draw(self.forward())
 
     def forward(self) -> torch.Tensor:
         """Logits ``[rows, V]`` after the token drawn last, of every row."""
         last = self.step - 1
-        slots = self.plan.branch_slots.index_select(1, last)[:, 0]
         context = TreeContext(
             pool=self.policy.pool,
             plan=self.plan,
-            write_slots=torch.where(self.alive, slots, 0),  # rows that ended write to slot 0
+            write_slots=self.plan.branch_slots.index_select(1, last)[:, 0],  # of padding rows slot 0
             branch_len=self.step.int().expand(self.shape.rows).contiguous(),
             query_indptr=self.query_indptr,
             max_rows=self.shape.most_rows,
             max_queries=1,
         )
         tokens = self.tokens.index_select(1, last)[:, 0]
-        positions = self.first_position + last
+        # Rows that ended would walk past the last position, which a table of positions does not forgive.
+        positions = torch.where(self.alive, self.first_position + last, 0)
         return self.policy.forward(tokens, positions, context, logits_to_keep=self.every_row).logits[0]
 
     def draw(self, logits: torch.Tensor) -> None:
@@ -231,7 +241,11 @@ class Steps:
             self.position,
             self.alive,
             self.limit,
-            *self.filters,
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            self.penalty,
             self.seen,
             self.eos,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from stars_fast.decode import Leaf, Sampling, Shape, Steps
 from stars_fast.tree.model import TreeModel
 
 _TRUNK_STEP = 256  # trunks have room for a multiple of it, so that calls share graphs
+_MOST_GRAPHS = 64
 
 
 @dataclass
@@ -42,8 +44,8 @@ class Policy(TreeModel):
     ----------
     model : transformers causal LM
     cuda_graphs : bool
-        Whether decode steps on a CUDA device are captured: once for every number of rows that they are padded to
-        (:func:`stars_fast.decode.bucket`), kept until the pool or the weights move.
+        Whether decode steps on a CUDA device are captured: once for every padded shape
+        (:meth:`stars_fast.decode.Shape.padded`), kept until the pool or the weights move.
     torch_compile : bool
         Whether the decoder layers of a captured step are compiled.
     """
@@ -52,7 +54,7 @@ class Policy(TreeModel):
         super().__init__(model, model, "policy")
         self.padded = cuda_graphs and self.device.type == "cuda"
         self.torch_compile = torch_compile
-        self._room = (0, 0)  # largest trunk and segment of this call
+        self._room = (0, 0)  # for the largest trunk and segment
         self._steps: dict[Shape, Steps] = {}
         self._seen_by_graphs: tuple[Any, ...] = ()
         self._graph_pool: Any = None
@@ -60,12 +62,17 @@ class Policy(TreeModel):
     def begin(self, tokens: int, longest: int, segment_length: int) -> None:
         """Make room for ``tokens`` slots, trunks of up to ``longest`` tokens and segments of ``segment_length``."""
         self.allocate(tokens)
-        self._room = (math.ceil(longest / _TRUNK_STEP) * _TRUNK_STEP, segment_length)
+        trunk, length = self._room  # never smaller again, so that later calls find graphs that fit
+        self._room = (max(trunk, math.ceil(longest / _TRUNK_STEP) * _TRUNK_STEP), max(length, segment_length))
         if self.padded:
             now = (self.pools_made, *_addresses(self.model))
             if now != self._seen_by_graphs:
-                self._steps.clear()
+                self._drop_graphs()
             self._seen_by_graphs = now
+
+    def _drop_graphs(self) -> None:
+        self._steps.clear()
+        self._graph_pool = None  # memory that no graph uses is gone, and its handle with it
 
     def graph_pool(self) -> Any:
         """The memory that all graphs share: one runs at a time."""
@@ -83,16 +90,20 @@ class Policy(TreeModel):
 
         The first token comes from the leaf's logits; a segment of K tokens costs K - 1 forward passes.
         """
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():  # graphs run on it
+            return self._propose(leaves, sampling)
+
+    def _propose(self, leaves: Sequence[Leaf], sampling: Sampling) -> list[list[Draw]]:
         rows = [leaf.candidates for leaf in leaves]
         lengths = [leaf.length for leaf in leaves for _ in range(leaf.candidates)]
         plan = self.plan([leaf.node for leaf in leaves], rows, [length - 1 for length in lengths])
         steps = self._prepared(Shape.of(leaves, plan, sampling), any(leaf.processor for leaf in leaves))
-        steps.load(leaves, plan)
+        steps.load(leaves, plan, sampling)
         for _ in range(1, max(lengths)):
             if self.device.type == "cpu" and not steps.alive.any():
                 break
             steps.advance()
-        draws = iter(_draws(steps, plan.branches))
+        draws = iter(_draws(steps, plan.branches, sampling))
         return [[next(draws) for _ in range(n)] for n in rows]
 
     def _prepared(self, shape: Shape, processed: bool) -> Steps:
@@ -100,13 +111,16 @@ class Policy(TreeModel):
         if processed or not self.padded:
             return Steps(self, shape)
         shape = shape.padded(*self._room)
-        if shape not in self._steps:
-            self._steps[shape] = self._captured(shape)
-        return self._steps[shape]
+        steps = self._steps.pop(shape, None) or self._captured(shape)
+        if len(self._steps) == _MOST_GRAPHS:
+            del self._steps[next(iter(self._steps))]  # the one that was not used for longest
+        self._steps[shape] = steps
+        return steps
 
     def _captured(self, shape: Shape) -> Steps:
+        """Steps whose graph is ready; without one where a segment is a single token, or where it cannot be captured."""
         steps = Steps(self, shape)
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or shape.length == 1:
             return steps
         if self.torch_compile:
             from stars_fast.tree.compiled import CompilationError, compiled_layers  # imports torch's compiler: a second
@@ -117,13 +131,20 @@ class Policy(TreeModel):
                 return steps
             except CompilationError as error:
                 self.torch_compile = False
-                warnings.warn(
-                    f"the layers of {type(self.model).__name__} do not compile, so decode steps run without: {error}",
-                    stacklevel=2,
-                )
-                steps = Steps(self, shape)
-        steps.capture()
+                self._warn("do not compile, so decode steps run without", error)
+        try:
+            steps.capture()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.padded = False
+            self._drop_graphs()
+            self._warn("cannot be captured in a CUDA graph, so decode steps are launched one by one", error)
+            return Steps(self, shape)
         return steps
+
+    def _warn(self, what: str, error: Exception) -> None:
+        warnings.warn(f"the layers of {type(self.model).__name__} {what}: {error}", stacklevel=2)
 
 
 def _addresses(model: PreTrainedModel) -> tuple[Any, ...]:
@@ -133,28 +154,31 @@ def _addresses(model: PreTrainedModel) -> tuple[Any, ...]:
         for module in model.modules()
         if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters") and hasattr(module, "merged")
     )
-    return (*(parameter.data_ptr() for parameter in model.parameters()), adapters)
+    return (*(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())), adapters)
 
 
-def _draws(steps: Steps, branches: Sequence[int]) -> list[Draw]:
-    """Copy what was drawn to the host: the one look per heartbeat."""
-    rows, eos = len(branches), set(steps.shape.sampling.eos_token_ids)
-    lengths = steps.position[:rows].tolist()
-    tokens, logprobs, sampling_logprobs = (
-        column[:rows].tolist() for column in (steps.tokens, steps.logprobs, steps.sampling_logprobs)
-    )
+def _draws(steps: Steps, branches: Sequence[int], sampling: Sampling) -> list[Draw]:
+    """Copy what was drawn to the host in one piece: the one look per heartbeat."""
+    rows, eos = len(branches), set(sampling.eos_token_ids)
+    position, tokens = steps.position[:rows, None], steps.tokens[:rows].int()
+    floats = [column[:rows].view(torch.int32) for column in (steps.logprobs, steps.sampling_logprobs)]
+    packed = torch.cat((position, tokens, *floats), 1).cpu()
+    lengths, length = packed[:, 0].tolist(), steps.shape.length
+    ids, logprobs, sampling_logprobs = packed[:, 1:].split(length, 1)
+    logprobs, sampling_logprobs = (column.contiguous().view(torch.float32) for column in (logprobs, sampling_logprobs))
     draws = []
-    for row, (node, length) in enumerate(zip(branches, lengths, strict=True)):
-        ids = tokens[row][:length]
+    for node, count, row, row_logprobs, row_sampling in zip(
+        branches, lengths, ids.tolist(), logprobs.tolist(), sampling_logprobs.tolist(), strict=True
+    ):
         draws.append(
             Draw(
                 node=node,
-                tokens=ids,
-                logprobs=logprobs[row][:length],
-                sampling_logprobs=sampling_logprobs[row][:length],
-                ended=bool(ids) and ids[-1] in eos,
+                tokens=row[:count],
+                logprobs=row_logprobs[:count],
+                sampling_logprobs=row_sampling[:count],
+                ended=count > 0 and row[count - 1] in eos,
                 # Logits that are not finite end a row with a NaN log-probability.
-                finite=not any(math.isnan(value) for value in sampling_logprobs[row][: length + 1]),
+                finite=not any(math.isnan(value) for value in row_sampling[: count + 1]),
             )
         )
     return draws

@@ -40,6 +40,14 @@ def test_layers_and_numbers_of_rows_share_their_code():
     assert counter.frame_count <= 2  # one row, and any other number
 
 
+def test_many_models_compile_in_one_process():
+    """Their layers share one function in transformers, and so its limit of compilations."""
+    for family in ("llama", "qwen2", "gemma", "olmo2", "phi3", "granite"):
+        model = causal_lm(family, FAMILIES[family])
+        with compiled_layers(model, backend="eager"):
+            StarsEngine(model, sum_reward).generate(PROMPTS, CONFIG, seed=0)
+
+
 def test_the_model_has_its_own_forward_again():
     model = tiny_policy()
     before = [module.forward.__func__ for module in model.modules()]

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_policy, tiny_reward
+from conftest import sum_reward, tiny_policy, tiny_reward
+from test_architectures import GPT, causal_lm
 from test_same_text import CONFIG, PROMPTS, SEEDS, VOCAB
 
-from stars_fast import StarsEngine
-from stars_fast.decode import Sampling, Shape, bucket
+from stars_fast import StarsConfig, StarsEngine
+from stars_fast.decode import Shape, Steps, bucket
 
 
 def test_buckets_are_few_and_large_enough():
@@ -23,16 +24,22 @@ def test_buckets_are_few_and_large_enough():
 
 
 def test_shapes_of_a_call_share_buckets():
-    one, other = (Shape(rows, 9, 3, trunk, length, Sampling()).padded(512, 16) for rows, trunk, length in
-                  ((33, 40, 16), (60, 90, 7)))  # fmt: skip
-    assert one == other == Shape(64, 16, 4, 512, 16, Sampling())
+    one, other = (
+        Shape(rows, 9, 3, trunk, length, eos, True).padded(512, 16)
+        for rows, trunk, length, eos in ((33, 40, 16, 1), (60, 90, 7, 3))
+    )
+    assert one == other == Shape(64, 16, 4, 512, 16, 4, True)
+
+
+def engine():
+    return StarsEngine(tiny_policy(VOCAB, hidden=32), tiny_reward(VOCAB, hidden=32))
 
 
 @pytest.fixture
 def padded():
-    engine = StarsEngine(tiny_policy(VOCAB, hidden=32), tiny_reward(VOCAB, hidden=32))
-    engine.policy.padded = True
-    return engine
+    guided = engine()
+    guided.policy.padded = True
+    return guided
 
 
 def test_tensors_are_reused_until_the_pool_or_the_weights_move(padded):
@@ -47,8 +54,67 @@ def test_tensors_are_reused_until_the_pool_or_the_weights_move(padded):
     padded.generate(PROMPTS, CONFIG, seed=SEEDS)
     assert all(policy._steps.get(shape) is not steps for shape, steps in kept.items())
     kept = dict(policy._steps)
-    padded.generate([[1] * 100] * 8, CONFIG, seed=0)  # needs a larger pool
-    assert all(policy._steps.get(shape) is not steps for shape, steps in kept.items())
+    for length in (40, 80, 120):  # each needs a larger pool
+        padded.generate([[1] * length] * 8, CONFIG, seed=0)
+        assert all(policy._steps.get(shape) is not steps for shape, steps in kept.items())
+        kept = dict(policy._steps)
+
+
+def test_other_settings_and_lengths_find_the_same_tensors(padded):
+    policy = padded.policy
+    for settings in ({}, dict(temperature=0.7, top_k=9), dict(top_p=0.8, min_p=0.02, eos_token_id=[3, 9])):
+        ours = padded.generate(PROMPTS, CONFIG, seed=SEEDS, **settings)
+        if not settings:
+            kept = set(policy._steps)
+        assert ours.completions == engine().generate(PROMPTS, CONFIG, seed=SEEDS, **settings).completions
+    padded.generate([prompt[:2] for prompt in PROMPTS], CONFIG, seed=SEEDS, max_new_tokens=9, segment_length=3)
+    # Only numbers of rows that did not occur before are new.
+    assert {shape[3:] for shape in policy._steps} == {shape[3:] for shape in kept}
+
+
+def test_few_tensors_are_kept(padded, monkeypatch):
+    monkeypatch.setattr("stars_fast.policy._MOST_GRAPHS", 2)
+    out = padded.generate(PROMPTS, CONFIG, seed=SEEDS, candidates=3)
+    assert len(padded.policy._steps) == 2
+    assert out.completions == engine().generate(PROMPTS, CONFIG, seed=SEEDS, candidates=3).completions
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_rows_that_ended_stay_inside_the_table_of_positions(pad):
+    """GPT-2 looks positions up: one too many is an error on a CPU, and the end of the process on a GPU."""
+    policy = causal_lm("gpt2", GPT | dict(n_positions=24))
+    engine = StarsEngine(policy, sum_reward)
+    engine.policy.padded = pad
+    config = StarsConfig(segment_length=5, target_reward=1.5, candidates=3, max_new_tokens=20)
+    out = engine.generate([[1, 2, 3, 4]] * 6, config, seed=1)
+    assert out.errors == [None] * 6
+    assert "length" in out.finish_reasons
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_a_segment_of_one_token_needs_no_step(pad):
+    guided = engine()
+    guided.policy.padded = pad
+    assert guided.generate(PROMPTS, CONFIG, seed=SEEDS, segment_length=1, max_new_tokens=3).errors == [None] * 16
+
+
+def test_padding_rows_are_dead_and_write_to_slot_0(padded):
+    padded.generate(PROMPTS, CONFIG, seed=SEEDS, candidates=4)
+    loaded = []
+    original = Steps.load
+
+    def load(steps, leaves, plan, sampling):
+        steps.alive.fill_(True)  # as a larger proposal leaves them
+        steps.plan.branch_slots.fill_(7)
+        original(steps, leaves, plan, sampling)
+        rows = len(plan.branches)
+        assert not steps.alive[rows:].any() and not steps.plan.branch_slots[rows:].any()
+        loaded.append(steps.shape.rows - rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Steps, "load", load)
+        padded.generate(PROMPTS[:5], CONFIG, seed=SEEDS[:5], candidates=4)
+    assert max(loaded) > 2
 
 
 def test_what_a_bad_row_left_behind_does_not_fail_the_next(padded):

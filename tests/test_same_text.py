@@ -123,7 +123,7 @@ def test_threads_do_not_change_the_text(kind, one_at_a_time, threads):
 @pytest.mark.parametrize("kernels", ["reference", "interpret"])
 def test_the_text_is_the_same_on_every_set_of_kernels(kind, kernels):
     if kernels == "interpret":
-        pytest.importorskip("triton")
+        pytest.importorskip("triton", minversion="3.7", reason="the interpreter of older ones fails on NumPy 2.4")
     prompts, seeds = PROMPTS[:3], SEEDS[:3]
     program = (
         "import json, torch, test_same_text as t; torch.set_num_threads(1);"

@@ -166,3 +166,13 @@ def test_what_rows_that_ended_leave_in_slot_0_harms_nobody(attention):
     case["k_pool"][0] = case["v_pool"][0] = math.nan
     attention(**case)
     torch.testing.assert_close(case["out"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_key_that_is_not_a_number_is_noticed_by_those_that_see_it_and_by_no_others(attention):
+    for bad in (math.nan, math.inf):
+        case = tree(**SHAPES["decode"])
+        case["k_pool"][case["trunk_slots"][1, 4].long()] = bad  # the trunk of row 3
+        case["k_pool"][case["branch_slots"][1, 0].long()] = bad
+        case["q"] = case["q"].abs()  # so that an infinite key gives an infinite score
+        attention(**case)
+        assert case["out"].flatten(1).isnan().any(1).tolist() == [False, True, False, True, False, False, False]

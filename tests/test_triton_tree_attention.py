@@ -12,6 +12,7 @@ from stars_fast.ops.tree_attention import tree_attention_reference
 from stars_fast.policy import Policy
 
 kernel = pytest.importorskip("stars_fast.kernels.tree_attention", exc_type=ImportError)
+append = pytest.importorskip("stars_fast.kernels.kv_append")
 tiles = pytest.importorskip("stars_fast.kernels.tiles")
 
 # Values are averages of standard normal ones. Float16 rounds its weights before they meet the values, and the result.
@@ -102,6 +103,31 @@ def test_what_rows_that_ended_leave_in_slot_0_harms_nobody():
     case["k_pool"][0] = case["v_pool"][0] = torch.nan
     kernel.tree_attention(**case)
     torch.testing.assert_close(case["out"].double().cpu(), expected.cpu(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_a_number_reaches_those_that_see_it_and_no_others(parts, bad):
+    """Siblings share a tile, where a weight of 0 times a NaN is NaN: the append makes values finite, keys NaN."""
+    case = on_device(tree(**SHAPES["decode"] | dict(trunk_lens=[200, 12, 150])))
+    q = case["q"] = case["q"].abs()  # so that an infinite key gives an infinite score
+    slots = torch.stack((case["trunk_slots"][1, 4], case["branch_slots"][1, 1], case["branch_slots"][4, 0]))
+    k, v = (pool[slots.long()].clone() for pool in (case["k_pool"], case["v_pool"]))
+    k[0], v[1, 0, 3], v[2] = bad, bad, -bad
+    append.kv_append(k, v, case["k_pool"], case["v_pool"], slots)
+    kernel.tree_attention(**case, parts=parts)
+    wrong = case["out"].isnan().any(-1)  # [T, Hq]
+    assert wrong.any(1).tolist() == [False, True, False, True, True, False, False]
+    assert wrong[1].tolist() == [True, True, False, False]  # the heads of the one key-value head
+    assert case["out"][~wrong].isfinite().all() and q.isfinite().all()
+
+
+def test_a_table_that_is_not_what_its_shape_says_is_refused():
+    case = on_device(tree(**SHAPES["decode"]))
+    with pytest.raises(ValueError, match="trunk_slots must be contiguous"):
+        kernel.tree_attention(**case | {"trunk_slots": case["trunk_slots"][:, :-1]})
+    with pytest.raises(ValueError, match=r"branch_len must be torch.int32 \[6\], got torch.int64"):
+        kernel.tree_attention(**case | {"branch_len": case["branch_len"].long()})
 
 
 def test_strided_queries_are_taken_as_transformers_gives_them():

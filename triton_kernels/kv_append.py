@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
+from stars_fast.ops._library import address
+
 from .variant import Variant
 
 _MOST_ELEMENTS = 4096  # of one program
@@ -28,17 +30,25 @@ def kv_append_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Some heads of one token. Tokens of slot 0 (padding) may write it at once: it is never read."""
+    """Some heads of one token. Tokens of slot 0 (padding) may write it at once: it is never read.
+
+    In attention a weight of 0 times a NaN is NaN, so a value that is not finite would reach queries that share a tile
+    with those that see it. It is written as 0, and the key as NaN, which only those that see it notice.
+    """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
     d, dv = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
+    here = (head < heads) & (dv < VALUE_SIZE)
+    values = tl.load(v + token * v_token_stride + head.to(tl.int64) * v_head_stride + dv, here, other=0.0)
+    rounded = values.to(v_pool.dtype.element_ty)
+    magnitude = tl.abs(rounded.to(tl.float32))
+    finite = tl.min((magnitude < float("inf")).to(tl.int32), 1, keep_dims=True) != 0  # a NaN is not less
+    tl.store(v_pool + (slot * heads + head) * VALUE_SIZE + dv, tl.where(finite, rounded, 0.0), here)
     here = (head < heads) & (d < HEAD_SIZE)
     keys = tl.load(k + token * k_token_stride + head.to(tl.int64) * k_head_stride + d, here)
-    tl.store(k_pool + (slot * heads + head) * HEAD_SIZE + d, keys.to(k_pool.dtype.element_ty), here)
-    here = (head < heads) & (dv < VALUE_SIZE)
-    values = tl.load(v + token * v_token_stride + head.to(tl.int64) * v_head_stride + dv, here)
-    tl.store(v_pool + (slot * heads + head) * VALUE_SIZE + dv, values.to(v_pool.dtype.element_ty), here)
+    keys = tl.where(finite, keys.to(tl.float32), float("nan")).to(k_pool.dtype.element_ty)
+    tl.store(k_pool + (slot * heads + head) * HEAD_SIZE + d, keys, here)
 
 
 def kv_append(
@@ -52,6 +62,7 @@ def kv_append(
                 f"kv_append: {name} must be contiguous [slots, {heads}, {size}], got {list(pool.shape)} with strides "
                 f"{pool.stride()}"
             )
+    address(slots, "slots", torch.int32, (tokens,))
     if tokens == 0:
         return
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
@@ -74,6 +85,7 @@ def kv_append(
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
         num_warps=4,
+        enable_fp_fusion=False,
     )
 
 

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
+from stars_fast.ops._library import address
+
 from .tiles import DTYPES, LEAST_BLOCKS, Tile, check, choose_parts, choose_tile
 from .variant import Variant
 
@@ -200,7 +202,7 @@ def tree_attention_kernel(
         tl.store(part_max + place, maximum, valid)
         tl.store(part_sum + place, total, valid)
     else:
-        values = values / tl.where(total > 0, total, 1.0)[:, None]
+        values = values / tl.where(total != 0, total, 1.0)[:, None]
     if (begin < stop) | (part == 0):  # part 0 may have a sum without keys, of the sink
         tl.store(
             out + place[:, None] * VALUE_SIZE + dv[None, :],
@@ -234,13 +236,15 @@ def merge_parts_kernel(
     total = tl.load(part_sum + place, present, other=0.0)
     maximum = tl.load(part_max + place, present, other=float("-inf"))
     top = tl.max(maximum)
-    factor = tl.where(total > 0, tl.exp2(maximum - tl.where(top == float("-inf"), 0.0, top)), 0.0)
+    factor = tl.where(total != 0, tl.exp2(maximum - tl.where(top == float("-inf"), 0.0, top)), 0.0)  # NaN stays
     weighted = tl.load(  # parts without keys have stored nothing
-        values + place[:, None] * VALUE_SIZE + dv[None, :], (total > 0)[:, None] & (dv[None, :] < VALUE_SIZE), other=0.0
+        values + place[:, None] * VALUE_SIZE + dv[None, :],
+        (total != 0)[:, None] & (dv[None, :] < VALUE_SIZE),
+        other=0.0,
     )
     result = tl.sum(weighted * factor[:, None], 0)
     total = tl.sum(total * factor)
-    result = result / tl.where(total > 0, total, 1.0)
+    result = result / tl.where(total != 0, total, 1.0)
     offset = (token.to(tl.int64) * heads + head) * VALUE_SIZE
     tl.store(out + offset + dv, result.to(out.dtype.element_ty), dv < VALUE_SIZE)
 
@@ -303,9 +307,19 @@ def tree_attention(
             raise ValueError(f"tree_attention: {name} must be contiguous, got strides {tensor.stride()}")
     if not out.is_contiguous():
         raise ValueError(f"tree_attention: out must be contiguous, got strides {out.stride()}")
+    groups, rows = trunk_len.shape[0], branch_len.shape[0]
+    for name, table, shape in (
+        ("trunk_slots", trunk_slots, (groups, trunk_slots.shape[1])),
+        ("trunk_len", trunk_len, (groups,)),
+        ("branch_slots", branch_slots, (rows, branch_slots.shape[1])),
+        ("branch_len", branch_len, (rows,)),
+        ("group_indptr", group_indptr, (groups + 1,)),
+        ("query_indptr", query_indptr, (rows + 1,)),
+    ):
+        address(table, name, torch.int32, shape)
     if q.stride(-1) != 1:
         q = q.contiguous()
-    groups, fold = trunk_len.shape[0], heads // kv_heads
+    fold = heads // kv_heads
     if tokens == 0:
         return
     hip = torch.version.hip is not None
@@ -377,6 +391,7 @@ def tree_attention(
             BLOCK_DV=constants["BLOCK_DV"],
             BLOCK_PARTS=triton.next_power_of_2(parts),
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
 

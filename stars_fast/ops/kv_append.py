@@ -22,6 +22,11 @@ def kv_append(
         ``[N, Hkv, D]`` and ``[N, Hkv, Dv]``: one layer's storage, written in place, rounded to its dtype.
     slots
         int32 ``[T]``. Slot 0 absorbs padding; the others must differ from one another.
+
+    Notes
+    -----
+    Where a token's value is not finite, attention gives NaN to the queries that see it, and to no others; an
+    implementation may write another value and a key of NaN to that end.
     """
     _operator(k, v, k_pool, v_pool, slots)
 

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException as CompilationError
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 __all__ = ["CompilationError", "compiled_layers"]
+
+CompilationError = (TorchDynamoException, FailOnRecompileLimitHit)
+_MOST_COMPILATIONS = 256  # all families share one function in transformers, and so one limit
 
 
 @contextmanager
@@ -31,7 +34,11 @@ def compiled_layers(model: PreTrainedModel, backend: str | Callable[..., Any] = 
     try:
         for layer in layers:
             layer.forward = partial(compiled[type(layer)], layer)
-        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+        with torch._dynamo.config.patch(
+            allow_unspec_int_on_nn_module=True,
+            recompile_limit=_MOST_COMPILATIONS,
+            accumulated_recompile_limit=4 * _MOST_COMPILATIONS,
+        ):
             yield len(layers)
     finally:
         for layer in layers:
