@@ -32,20 +32,22 @@ if _MODE == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError(f"{_SETTING}=interpret needs TRITON_INTERPRET=1 in the environment too")
 
 
+class Kernel(NamedTuple):
+    """A function, and in words what it runs."""
+
+    function: Callable[..., Any]
+    name: str
+
+
 class Operator(NamedTuple):
     """What runs on which kind of device."""
 
-    cpu: Callable[..., Any]
-    cuda: Callable[..., Any]
+    cpu: Kernel
+    cuda: Kernel
 
     def kernel(self, device_type: str) -> str:
-        """In words. References are named ``..._reference``, launchers of Triton kernels ``..._triton`` throughout."""
-        function = self.cpu if device_type == "cpu" else self.cuda
-        if function.__name__.endswith("_reference"):
-            return "torch reference"
-        if function.__name__.endswith("_triton"):
-            return "Triton interpreter" if _MODE == "interpret" else "Triton"
-        return "C++"
+        """In words."""
+        return (self.cpu if device_type == "cpu" else self.cuda).name
 
 
 operators: dict[str, Operator] = {}  # by name, as far as their modules are imported
@@ -82,16 +84,18 @@ def define(
     fake
         Shapes and dtypes of what is returned.
     """
-    triton = _triton(name)
+    in_torch = Kernel(reference, "torch reference")
+    compiled = Kernel(cpu, "C++") if native(name) else in_torch
+    triton = Kernel(_triton(name), "Triton interpreter" if _MODE == "interpret" else "Triton")
     operator = {
-        "": Operator(cpu if native(name) else reference, triton),
-        "reference": Operator(reference, reference),
+        "": Operator(compiled, triton),
+        "reference": Operator(in_torch, in_torch),
         "interpret": Operator(triton, triton),
     }[_MODE]
     operators[name] = operator
     library.define(name + schema)
-    library.impl(name, operator.cpu, "CPU")
-    library.impl(name, operator.cuda, "CUDA")
+    library.impl(name, operator.cpu.function, "CPU")
+    library.impl(name, operator.cuda.function, "CUDA")
     torch.library.register_fake(f"stars_fast::{name}", fake, lib=library)
     return getattr(torch.ops.stars_fast, name).default
 
@@ -126,7 +130,6 @@ def _triton(name: str) -> Callable[..., Any]:
         with _on(args[0].device):
             return launcher()(*args)
 
-    launch.__name__ = f"{name}_triton"
     return launch
 
 
