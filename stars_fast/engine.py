@@ -23,7 +23,8 @@ from stars_fast.request import Request
 from stars_fast.rewards import Reward
 from stars_fast.scheduler import Scheduler, candidate_slots, response_slots
 from stars_fast.tree.attention import plugged
-from stars_fast.tree.memory import default_tokens
+from stars_fast.tree.memory import default_tokens, divide_devices
+from stars_fast.tree.model import TreeModel
 
 # Expected share of candidates accepted where targets are calibrated per prompt.
 _DEFAULT_ACCEPTANCE = 0.3
@@ -49,7 +50,11 @@ class StarsEngine:
     max_rows : int, optional
         Most candidates side by side. Default 64 on a CPU, 256 on a GPU.
     kv_cache_tokens : int, optional
-        Slots of each tree. Default: what the call wants, bounded by free memory.
+        Slots of each tree. Default: what the call wants, bounded by free memory. Where requests outgrow them, some wait
+        or are encoded again; no text changes.
+    gpu_memory_utilization : float
+        On a CUDA device, the share of its memory that weights, both trees and forward passes may take together, where
+        ``kv_cache_tokens`` is not given. In (0, 1].
     cuda_graphs : bool
         Whether the policy's decode steps on a CUDA device are captured; the first call of a size takes longer then.
     torch_compile : bool
@@ -73,12 +78,15 @@ class StarsEngine:
         reward_tail: str | Sequence[int] = "auto",
         max_rows: int | None = None,
         kv_cache_tokens: int | None = None,
+        gpu_memory_utilization: float = 0.9,
         cuda_graphs: bool = True,
         torch_compile: bool = True,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("kv_cache_tokens", kv_cache_tokens)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
+        if type(gpu_memory_utilization) not in (int, float) or not 0 < gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization!r}: must be in (0, 1]")
         model, self.tokenizer = load_policy(policy, tokenizer)
         self.policy = Policy(model, cuda_graphs, torch_compile)
         self.reward: Reward = load_reward(
@@ -90,6 +98,7 @@ class StarsEngine:
         )
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)
         self.kv_cache_tokens = kv_cache_tokens
+        self.gpu_memory_utilization = gpu_memory_utilization
         self._busy = False
 
     def generate(
@@ -231,6 +240,9 @@ class StarsEngine:
             return
         rows = min(self.max_rows, len(live) * config.max_attempts)
         longest = max(len(request.prompt.ids) for request in live) + response_slots(config)
+        reward_tree = getattr(self.reward, "tree_model", None)
+        trees = [self.policy, reward_tree] if isinstance(reward_tree, TreeModel) else [self.policy]
+        divide_devices(trees, rows, self.gpu_memory_utilization)
         tokens = self.kv_cache_tokens or default_tokens(self.policy, rows, longest)
         prompts = list(dict.fromkeys(request.prompt.reward_prompt for request in live))
         with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The loop: admit, extend, propose, score, select, commit. One call of the engine is one :class:`Generation`."""
+"""The loop: make room, admit, extend, propose, score, select, commit. A call of the engine is a :class:`Generation`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from stars_fast.policy import Draw, Policy
 from stars_fast.request import Candidate, PromptNode, Request
 from stars_fast.rewards.base import Completion, Response, Reward, score_each
 from stars_fast.scheduler import Scheduler
+from stars_fast.tree.segment_tree import SlotsExhausted
 
 
 class Generation:
@@ -49,57 +50,139 @@ class Generation:
         self.policy, self.reward, self.scheduler = policy, reward, scheduler
         self.config, self.sampling, self.tokenizer, self.stats = config, sampling, tokenizer, stats
         self.waiting = deque(requests)
-        self.running: list[Request] = []
-        for request in requests:
-            request.prompt.waiting += 1
+        self.running: list[Request] = []  # the oldest first
+        self.packed = 0  # tokens of the forward pass that runs
+        self._encoded: set[PromptNode] = set()  # prompts in the tree
 
     def run(self) -> Iterator[Request]:
         """Yield a request whenever it has committed a segment (its last trace is new) or has failed."""
         while self.waiting or self.running:
             yield from self.heartbeat()
+        self._release_idle_prompts()
 
     @torch.no_grad()
     def heartbeat(self) -> list[Request]:
         """One round for every running request. Returns those that committed a segment or failed."""
-        admitted = self.admit()
-        self.extend(admitted)
-        failed = self.set_base_rewards(admitted)
-        self.running = [request for request in self.running if request.finish_reason is None]
-        candidates = self.propose()
-        self.score(candidates)
-        return failed + self.select_and_commit(candidates)
+        self.make_room()
+        admitted, failed = self.admit(), list[Request]()
+        try:
+            self.extend()
+            failed = self.set_base_rewards(admitted)
+            self.running = [request for request in self.running if request.finish_reason is None]
+            candidates = self.propose()
+        except (torch.OutOfMemoryError, SlotsExhausted) as error:
+            cause = f"{type(error).__name__}: {error}"
+        else:
+            self.score(candidates)
+            return failed + self.select_and_commit(candidates)
+        # Out here nothing of the failed pass is alive: an exception holds its frames, and they their tensors.
+        return failed + self.retreat(cause)
+
+    def make_room(self) -> None:
+        """Where the running requests have outgrown the slots, the youngest give way: first waiting best candidates."""
+        lacking = -self.scheduler.spare(self.running)
+        for request in reversed(self.running):
+            if lacking <= 0:
+                return
+            lacking -= self._release_best(request)
+        while len(self.running) > 1 and self.scheduler.spare(self.running) < 0:
+            self.preempt(self.running[-1])
+
+    def preempt(self, request: Request) -> None:
+        """Give all the request's slots back. It waits at the front of the queue, and goes on where it was."""
+        self._release_best(request)
+        if request.leaf >= 0:
+            self.policy.tree.release(request.leaf)
+        request.leaf, request.leaf_logits, request.pending = -1, None, list(request.tokens)
+        # The scorer forgets it too: a response that waits does not grow.
+        self.reward.close(request.response)
+        request.response = Response(request.prompt.reward_prompt, request.tokens)
+        if request.best is not None:
+            request.best.completion.response = request.response
+        self.running.remove(request)
+        self.waiting.appendleft(request)
+        self.stats.preemptions += 1
+
+    def _release_best(self, request: Request) -> int:
+        """Forget the keys and values of the best candidate so far, not its tokens: a fallback encodes them again.
+
+        Returns the slots that this frees.
+        """
+        if request.best is None or request.best.draw.node < 0:
+            return 0
+        self.policy.tree.release(request.best.draw.node)
+        request.best.draw.node = -1
+        return self.scheduler.branch_slots(request)
+
+    def retreat(self, cause: str) -> list[Request]:
+        """After a forward pass that ran out of memory: from an empty tree, with half the tokens. Returns who failed."""
+        for request in self.running[::-1]:
+            self.preempt(request)
+        self._release_idle_prompts()
+        self.policy.clear()  # the failed pass may have left branches
+        if self.scheduler.shrink(self.packed // 2):
+            return []
+        request = self.waiting.popleft()
+        self.fail(request, f"too little memory for this request alone, a token at a time: {cause}")
+        return [request]
 
     def admit(self) -> list[Request]:
         """Move waiting requests into free rows."""
         count = self.scheduler.admit(self.waiting, self.running)
         admitted = [self.waiting.popleft() for _ in range(count)]
         self.running += admitted
+        self._release_idle_prompts()
         return admitted
 
-    def extend(self, admitted: Sequence[Request]) -> None:
-        """Encode what is not in the tree: prompts of new requests, the last token of segments just committed."""
-        tree = self.policy.tree
-        prompts = [p for p in dict.fromkeys(request.prompt for request in admitted) if p.node < 0]
-        behind = [request for request in self.running if request.pending]
-        if prompts or behind:
-            leaves = [-1] * len(prompts) + [request.leaf for request in behind]
-            tokens = [prompt.ids for prompt in prompts] + [request.pending for request in behind]
-            nodes, logits = self.policy.prefill(leaves, tokens)
-            for prompt, node, row in zip(prompts, nodes, logits, strict=False):
-                prompt.node, prompt.logits = node, row
-            for request, node, row in zip(behind, nodes[len(prompts) :], logits[len(prompts) :], strict=True):
-                tree.release(request.leaf)
-                request.leaf, request.leaf_logits, request.pending = node, row, []
-        for request in admitted:
-            tree.retain(request.prompt.node)
-            request.leaf, request.leaf_logits = request.prompt.node, request.prompt.logits
-            self._left_queue(request.prompt)
-
-    def _left_queue(self, prompt: PromptNode) -> None:
-        prompt.waiting -= 1
-        if not prompt.waiting:
+    def _release_idle_prompts(self) -> None:
+        for prompt in self._encoded - {request.prompt for request in self.running}:
             self.policy.tree.release(prompt.node)
             prompt.node, prompt.logits = -1, None
+            self._encoded.remove(prompt)
+
+    def extend(self) -> None:
+        """Encode what is not in the tree: prompts, last tokens of segments just committed, all of who was preempted."""
+        while True:
+            for request in self.running:
+                if request.leaf < 0 and request.prompt.node >= 0:
+                    self.policy.tree.retain(request.prompt.node)
+                    request.leaf, request.leaf_logits = request.prompt.node, request.prompt.logits
+            prompts = [p for p in dict.fromkeys(request.prompt for request in self.running) if p.node < 0]
+            behind = [request for request in self.running if request.leaf >= 0 and request.pending]
+            if not prompts and not behind:
+                return
+            self._encode(prompts, behind)
+
+    def _encode(self, prompts: Sequence[PromptNode], behind: Sequence[Request]) -> None:
+        """Encode prompts, and what requests have committed since their leaf."""
+        leaves = [-1] * len(prompts) + [request.leaf for request in behind]
+        nodes, logits = self._prefill(leaves, [p.ids for p in prompts] + [request.pending for request in behind])
+        for prompt, node, row in zip(prompts, nodes, logits, strict=False):
+            prompt.node, prompt.logits = node, row
+        self._encoded.update(prompts)
+        for request, node, row in zip(behind, nodes[len(prompts) :], logits[len(prompts) :], strict=True):
+            self.policy.tree.release(request.leaf)
+            request.leaf, request.leaf_logits, request.pending = node, row, []
+
+    def _prefill(self, leaves: Sequence[int], runs: Sequence[list[int]]) -> tuple[list[int], list[torch.Tensor]]:
+        """:meth:`Policy.prefill` in as many passes as the scheduler's limit asks for: one, unless memory ran out."""
+        nodes, logits = list(leaves), [torch.empty(0)] * len(leaves)
+        begun, done = [False] * len(runs), [0] * len(runs)
+        while True:
+            pieces: dict[int, list[int]] = {}
+            self.packed = 0
+            for i, run in enumerate(runs):
+                if done[i] < len(run) and self.packed < self.scheduler.prefill_tokens:
+                    pieces[i] = run[done[i] : done[i] + self.scheduler.prefill_tokens - self.packed]
+                    self.packed += len(pieces[i])
+            if not pieces:
+                return nodes, logits
+            new, rows = self.policy.prefill([nodes[i] for i in pieces], list(pieces.values()))
+            for (i, piece), node, row in zip(pieces.items(), new, rows, strict=True):
+                if begun[i]:
+                    self.policy.tree.release(nodes[i])
+                nodes[i], logits[i], begun[i] = node, row, True
+                done[i] += len(piece)
 
     def set_base_rewards(self, admitted: Sequence[Request]) -> list[Request]:
         """``r0`` of new requests that need r(x), the reward of the empty answer. Returns those it failed for."""
@@ -128,10 +211,9 @@ class Generation:
         """Draw candidates for every running request, side by side."""
         if not self.running:
             return []
-        leaves = [
-            self._leaf(request, candidates)
-            for request, candidates in zip(self.running, self.scheduler.candidates(self.running), strict=True)
-        ]
+        shares = self.scheduler.candidates(self.running)
+        self.packed = sum(shares)
+        leaves = [self._leaf(request, share) for request, share in zip(self.running, shares, strict=True)]
         self.stats.heartbeats += 1
         return [
             [self._candidate(request, draw) for draw in draws]
@@ -263,18 +345,26 @@ class Generation:
         """Release the branches of all but one."""
         for candidate in candidates:
             if candidate is not keep:
-                self.policy.tree.release(candidate.draw.node)
+                if candidate.draw.node >= 0:
+                    self.policy.tree.release(candidate.draw.node)
                 self.reward.discard(candidate.completion)
 
     def _commit(self, request: Request, chosen: Candidate, accepted: bool) -> None:
-        """The chosen branch becomes the request's leaf; its last token waits for the next heartbeat's forward pass."""
+        """The chosen branch becomes the request's leaf; its last token waits for the next heartbeat's forward pass.
+
+        All its tokens do where the branch was given up for room.
+        """
         draw = chosen.draw
         request.segments.append(
             SegmentTrace(draw.tokens, chosen.reward, chosen.threshold, request.attempts, accepted, sum(draw.logprobs))
         )
-        self.policy.tree.release(request.leaf)
         self.reward.commit(chosen.completion)
-        request.leaf, request.leaf_logits, request.pending = draw.node, None, draw.tokens[-1:]
+        if draw.node >= 0:
+            self.policy.tree.release(request.leaf)
+            request.leaf, request.pending = draw.node, draw.tokens[-1:]
+        else:
+            request.pending = list(draw.tokens)
+        request.leaf_logits = None
         request.tokens += draw.tokens
         request.logprobs += draw.logprobs
         request.sampling_logprobs += draw.sampling_logprobs
@@ -297,7 +387,8 @@ class Generation:
 
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
-        self.policy.tree.release(request.leaf)
+        if request.leaf >= 0:
+            self.policy.tree.release(request.leaf)
         request.leaf, request.leaf_logits, request.pending = -1, None, []
         self.reward.close(request.response)
 

@@ -41,6 +41,7 @@ class Stats:
     committed_tokens: int = 0
     discarded_tokens: int = 0
     heartbeats: int = 0
+    preemptions: int = 0  # requests that gave their slots back for a while, and were encoded again
     seconds: float = 0.0
     calibration_tokens: int = 0  # of the discarded ones, those of the pilot responses
     calibration_seconds: float = 0.0  # of the seconds

@@ -22,8 +22,7 @@ class PromptNode:
 
     ids: list[int]
     reward_prompt: RewardPrompt
-    waiting: int = 0  # samples not yet admitted; the last one drops this object's reference
-    node: int = -1
+    node: int = -1  # in the tree as long as a sample runs
     logits: torch.Tensor | None = None  # [V]
     empty_reward: float | None = None  # r(x), once scored
 
@@ -58,7 +57,7 @@ class Request:
     # Progress
     leaf: int = -1
     leaf_logits: torch.Tensor | None = None  # [V]
-    pending: list[int] = field(default_factory=list)  # committed tokens that are not in the tree yet
+    pending: list[int] = field(default_factory=list)  # committed tokens that are not in the tree (yet, or any more)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)

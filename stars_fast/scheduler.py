@@ -14,15 +14,17 @@ _ROW_COST = 0.06
 # Acceptance of a request is shrunk to the batch's by this many imaginary candidates.
 _PRIOR_WEIGHT = 4.0
 _PRIOR_ACCEPTANCE = 0.3
-# Prompt tokens admitted in one heartbeat, so that prefill does not stall the requests that decode.
+# Tokens to encode of requests admitted in one heartbeat, so that prefill does not stall the requests that decode.
 _PREFILL_TOKENS = 4096
+# Share of the slots that admission leaves free for the requests that run to grow into.
+_WATERMARK = 0.01
 
 
 class Scheduler:
     """Divides rows and slots among requests. Nothing it decides can change a text.
 
-    Every running request has its whole future reserved (prompt, ``max_new_tokens``, and one segment for the best
-    candidate so far), so it always goes on with at least one candidate; further candidates use what is left.
+    Admission counts what requests hold now, not how long they may become: more of them run, and where they outgrow the
+    slots, the youngest has to give way. Further candidates use what is left.
 
     Parameters
     ----------
@@ -30,46 +32,72 @@ class Scheduler:
     max_rows : int
         Most candidates in one heartbeat, and most running requests.
     kv_cache_tokens : int
-        Slots of the policy's tree.
+        Slots of the policy's tree. One request alone always fits (:func:`response_slots`).
     """
 
     def __init__(self, config: StarsConfig, max_rows: int, kv_cache_tokens: int) -> None:
         self.config = config
         self.max_rows = max_rows
         self.kv_cache_tokens = kv_cache_tokens
+        self.prefill_tokens = _PREFILL_TOKENS
 
-    def reserved(self, running: Iterable[Request]) -> int:
-        """Slots spoken for: each prompt once, and each request's response."""
+    def held(self, running: Iterable[Request]) -> int:
+        """Slots of what is committed, each prompt once, and of waiting best candidates."""
         running = list(running)
         prompts = {request.prompt for request in running}
-        return sum(len(prompt.ids) for prompt in prompts) + len(running) * response_slots(self.config)
+        best = sum(self.branch_slots(r) for r in running if r.best is not None and r.best.draw.node >= 0)
+        return sum(len(prompt.ids) for prompt in prompts) + sum(len(r.tokens) for r in running) + best
+
+    def branch_slots(self, request: Request) -> int:
+        """Slots of one candidate. Its last token is encoded once it is committed."""
+        return min(self.config.segment_length, self.config.max_new_tokens - len(request.tokens)) - 1
+
+    def spare(self, running: Sequence[Request]) -> int:
+        """Slots left in this heartbeat when each running request draws one candidate; negative where they lack."""
+        return self.kv_cache_tokens - self.held(running) - sum(map(self.branch_slots, running))
 
     def admit(self, waiting: Sequence[Request], running: Sequence[Request]) -> int:
-        """How many of the waiting requests, from the first, may join the running ones."""
+        """How many of the waiting requests, from the first, may join the running ones.
+
+        They may if the next heartbeat will fit too, whether this one's candidates are committed or wait as the best.
+        """
         prompts: Counter[PromptNode] = Counter(request.prompt for request in running)
-        reserved, prefill = self.reserved(running), 0
+        wanted = sum(len(prompt.ids) for prompt in prompts) + sum(map(self._two_heartbeats, running))
+        prefill = 0
         for count, request in enumerate(waiting):
             fresh = 0 if prompts[request.prompt] else len(request.prompt.ids)
-            reserved += fresh + response_slots(self.config)
-            prefill += fresh
-            too_long = prefill > _PREFILL_TOKENS and count > 0
-            if len(running) + count >= self.max_rows or reserved > self.kv_cache_tokens or too_long:
+            wanted += fresh + self._two_heartbeats(request)
+            prefill += fresh + len(request.tokens)
+            joins = len(running) + count
+            spared = int(_WATERMARK * self.kv_cache_tokens) if joins else 0
+            too_long = prefill > self.prefill_tokens and count > 0
+            if joins >= self.max_rows or wanted + spared > self.kv_cache_tokens or too_long:
                 return count
             prompts[request.prompt] += 1
         return len(waiting)
 
+    def _two_heartbeats(self, request: Request) -> int:
+        return len(request.tokens) + 2 * self.branch_slots(request) + 1
+
     def candidates(self, running: Sequence[Request]) -> list[int]:
         """Candidates per request: at least 1, at most the attempts left; rows and slots are shared out by value."""
-        spare = (self.kv_cache_tokens - self.reserved(running)) // candidate_slots(self.config)
-        rows = min(self.max_rows, len(running) + max(spare, 0))
+        further = max(self.spare(running), 0) // candidate_slots(self.config)
+        rows = min(self.max_rows, len(running) + further)
         limits = [self.config.max_attempts - request.attempts for request in running]
         if self.config.candidates != "auto":
             limits = [min(limit, int(self.config.candidates)) for limit in limits]
         return share_rows(acceptance_estimates(running), limits, rows, adaptive=self.config.candidates == "auto")
 
+    def shrink(self, tokens: int) -> bool:
+        """From now on no forward pass may take more than ``tokens`` tokens, or one. Returns whether that is news."""
+        before = self.max_rows, self.prefill_tokens
+        self.max_rows = min(self.max_rows, max(tokens, 1))
+        self.prefill_tokens = min(self.prefill_tokens, max(tokens, 1))
+        return (self.max_rows, self.prefill_tokens) != before
+
 
 def response_slots(config: StarsConfig) -> int:
-    """Slots a response may take: its tokens, and a waiting best candidate beside the one being drawn."""
+    """Most slots a response takes: its tokens, and a waiting best candidate beside the one being drawn."""
     return config.max_new_tokens + candidate_slots(config)
 
 

@@ -1,4 +1,7 @@
-"""Rows and slots are never exceeded, are given to whom they help most, and waiting is the last resort."""
+"""Rows and slots are never exceeded, are given to whom they help most, and waiting is the last resort.
+
+What happens where requests outgrow the slots stands in test_memory.py.
+"""
 
 import itertools
 
@@ -8,7 +11,7 @@ from conftest import sum_reward, tiny_policy
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.request import PromptNode, Request
 from stars_fast.rewards import Response, RewardPrompt
-from stars_fast.scheduler import Scheduler, acceptance_estimates, response_slots, share_rows
+from stars_fast.scheduler import Scheduler, acceptance_estimates, share_rows
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=6, target_reward=1.5, beta=0.6, max_new_tokens=12)
 
@@ -72,16 +75,15 @@ def test_requests_that_were_accepted_more_often_are_expected_to_be_again():
 
 @pytest.mark.parametrize("candidates", ["auto", 1, 3, 50])
 def test_candidates_stay_within_rows_slots_attempts_and_the_setting(candidates):
-    for max_rows, slots in itertools.product([3, 5, 100], [60, 66, 80, 1000]):
+    for max_rows, slots in itertools.product([3, 5, 100], [21, 26, 40, 1000]):
         running = requests(3, 4, 5)
         running[1].attempts = CONFIG.max_attempts - 1
         scheduler = Scheduler(CONFIG.replace(candidates=candidates), max_rows, slots)
-        assert scheduler.reserved(running) == 12 + 3 * response_slots(CONFIG)
+        assert scheduler.held(running) == 12 and scheduler.spare(running) == slots - 21
         shares = scheduler.candidates(running)
         assert min(shares) >= 1 and shares[1] == 1 and max(shares) <= CONFIG.max_attempts
         assert sum(shares) <= max_rows
-        extra = (sum(shares) - 3) * CONFIG.segment_length
-        assert scheduler.reserved(running) + extra <= max(slots, scheduler.reserved(running))
+        assert scheduler.held(running) + sum(shares) * (CONFIG.segment_length - 1) <= slots
         if candidates != "auto":
             assert max(shares) <= candidates
 
@@ -98,10 +100,20 @@ def test_admission_stops_at_the_last_row():
 
 def test_admission_counts_a_shared_prompt_once():
     waiting = requests(100, samples=4)
-    enough = 100 + 4 * response_slots(CONFIG)
+    two_heartbeats = 2 * CONFIG.segment_length - 1
+    enough = 100 + 4 * two_heartbeats + 1  # and a slot in a hundred to spare
     assert Scheduler(CONFIG, 64, enough).admit(waiting, []) == 4
     assert Scheduler(CONFIG, 64, enough - 1).admit(waiting, []) == 3
     assert Scheduler(CONFIG, 64, enough).admit(waiting[2:], waiting[:2]) == 2
+
+
+def test_admission_counts_what_a_request_had_before_it_was_preempted():
+    scheduler, waiting = Scheduler(CONFIG, 64, 55), requests(10, 10, 10)
+    assert scheduler.admit(waiting, []) == 3
+    waiting[1].tokens = [1] * 8
+    assert scheduler.admit(waiting, []) == 2
+    scheduler.prefill_tokens = 20
+    assert scheduler.admit(waiting, []) == 1
 
 
 def test_admission_keeps_the_order():
@@ -161,12 +173,11 @@ def test_the_engine_never_holds_more_tokens_than_kv_cache_tokens(monkeypatch, sl
 
 
 def test_candidates_shrink_before_requests_wait(monkeypatch):
-    """With room for eight rows, eight requests run side by side with one candidate each."""
+    """With room for eight rows, eight requests run side by side with one candidate each; with room for 16, with two."""
     narrow = watched(monkeypatch, CONFIG.replace(candidates=6), max_rows=8)
     assert narrow.requests[0] == 8 and narrow.rows[0] == 8
     wide = watched(monkeypatch, CONFIG.replace(candidates=6), max_rows=64)
     assert wide.requests[0] == 8 and wide.rows[0] == 48
-    tight = watched(
-        monkeypatch, CONFIG.replace(candidates=6), kv_cache_tokens=sum(map(len, PROMPTS)) + 8 * response_slots(CONFIG)
-    )
-    assert tight.requests[0] == 8 and tight.rows[0] == 8
+    slots = sum(map(len, PROMPTS)) + 8 * (2 * CONFIG.segment_length - 1)  # two candidates, or one and what it committed
+    tight = watched(monkeypatch, CONFIG.replace(candidates=6), kv_cache_tokens=slots)
+    assert tight.requests[0] == 8 and tight.rows[0] == 16

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 
 from stars_fast.tree.model import TreeModel
 
-# Of the memory that is free when the pool is made; the rest is for activations and for everybody else.
+# Of the memory that is free when the pool is made, where no engine has divided the device; the rest is for activations
+# and for everybody else.
 _SHARE_OF_FREE_MEMORY = 0.4
+# Tokens of the largest forward pass: a scoring pass of a reward model, a prefill is smaller.
+_PACKED_TOKENS = 16384
+# Of a token a layer holds at once: residual, norms in float32, queries, keys, values, attention; gate, up, product.
+_HIDDEN_COPIES, _INTERMEDIATE_COPIES = 8, 4
+
+# Most tokens of a model's pool, where an engine has divided its device.
+_bounds: WeakKeyDictionary[TreeModel, int] = WeakKeyDictionary()
 
 
 def free_bytes(device: torch.device) -> int:
@@ -21,9 +31,60 @@ def free_bytes(device: torch.device) -> int:
 
 
 def default_tokens(model: TreeModel, rows: int, tokens_per_row: int) -> int:
-    """Tokens that ``rows`` rows want, or as many as a share of the free memory holds if that is less."""
+    """Tokens that ``rows`` rows want, or as many as memory holds if that is less.
+
+    That is the model's part of a divided CUDA device (:func:`divide_devices`), else a share of the free memory.
+    """
     wanted = rows * tokens_per_row
-    held = model.pool.slots * model.bytes_per_token  # is kept, or freed before a larger pool is made
-    affordable = int((free_bytes(model.device) + held) * _SHARE_OF_FREE_MEMORY / model.bytes_per_token)
+    affordable = _bounds.get(model)
+    if affordable is None:
+        held = model.pool.slots * model.bytes_per_token  # is kept, or freed before a larger pool is made
+        affordable = int((free_bytes(model.device) + held) * _SHARE_OF_FREE_MEMORY / model.bytes_per_token)
     affordable = max(affordable, model.pool.slots - 1)
     return max(min(wanted, affordable), tokens_per_row)
+
+
+def divide_devices(models: Sequence[TreeModel], rows: int, utilization: float) -> None:
+    """Bound the pools of these models so that they keep to ``utilization`` of each CUDA device's memory, all in all.
+
+    Models on one device get pools of equally many tokens. Call it before any of them allocates; other devices are left
+    alone.
+    """
+    for device in {model.device for model in models if model.device.type == "cuda"}:
+        here = [model for model in models if model.device == device]
+        free, total = free_bytes(device), torch.cuda.mem_get_info(device)[1]
+        held = sum(model.pool.slots * model.bytes_per_token for model in here)  # kept, or freed before the new is made
+        workspace = sum(_workspace(model, rows) for model in here)
+        tokens = pool_tokens(total, total - free - held, workspace, [m.bytes_per_token for m in here], utilization)
+        for model in here:
+            _bounds[model] = tokens
+
+
+def pool_tokens(total: int, in_use: int, workspace: int, bytes_per_token: Sequence[int], utilization: float) -> int:
+    """Tokens that each of several pools on one device can hold.
+
+    Parameters
+    ----------
+    total, in_use : int
+        Bytes of the device, and those that weights and others take.
+    workspace : int
+        Bytes that forward passes need (:func:`workspace_bytes`).
+    bytes_per_token : sequence of int
+        Of each pool.
+    utilization : float
+        Share of ``total`` that may be used, all in all.
+    """
+    return max(0, int(utilization * total - in_use - workspace) // sum(bytes_per_token))
+
+
+def workspace_bytes(rows: int, vocab: int, hidden: int, intermediate: int, itemsize: int) -> int:
+    """Bytes of a forward pass's logits (``rows``, twice in float32) and of a layer's activations (16384 tokens)."""
+    logits = 2 * rows * vocab * torch.float32.itemsize
+    return logits + _PACKED_TOKENS * (_HIDDEN_COPIES * hidden + _INTERMEDIATE_COPIES * intermediate) * itemsize
+
+
+def _workspace(model: TreeModel, rows: int) -> int:
+    hidden = int(model.text_config.hidden_size)
+    intermediate = int(getattr(model.text_config, "intermediate_size", None) or 4 * hidden)
+    vocab = model.vocab_size if model.body is model.model else 0  # a reward model's body has no logits
+    return workspace_bytes(rows, vocab, hidden, intermediate, model.dtype.itemsize)
