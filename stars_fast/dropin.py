@@ -21,7 +21,15 @@ from stars_fast.sampling import NEUTRAL, SAMPLING_FIELDS
 
 # What transformers hands to every decoding loop.
 _PREPARED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
-_ENGINE_ARGUMENTS = ("reward_tokenizer", "reward_tail", "max_rows", "kv_cache_tokens")
+_ENGINE_ARGUMENTS = (
+    "reward_tokenizer",
+    "reward_tail",
+    "max_rows",
+    "kv_cache_tokens",
+    "gpu_memory_utilization",
+    "cuda_graphs",
+    "torch_compile",
+)
 
 
 @dataclass
@@ -73,6 +81,7 @@ def generate(
     tokenizer : transformers tokenizer, optional
         For stop strings and for rewards of text.
     reward_tokenizer, reward_tail, max_rows, kv_cache_tokens : as in :class:`StarsEngine`
+        So are ``gpu_memory_utilization``, ``cuda_graphs`` and ``torch_compile`` (here False by default).
     reward_prompts, columns, seed : as in :meth:`StarsEngine.generate`
 
     Returns
@@ -87,6 +96,7 @@ def generate(
         For greedy decoding, beams, assistants, and whatever :meth:`StarsEngine.generate` refuses.
     """
     config = stars_config or StarsConfig()
+    engine = {name: kwargs.pop(name) for name in _ENGINE_ARGUMENTS if name in kwargs}
     explicit = _explicit_settings(generation_config, kwargs)
     if explicit.get("do_sample") is False:
         raise ValueError("do_sample=False: reward-guided decoding samples; leave do_sample unset or pass True")
@@ -123,6 +133,7 @@ def generate(
             "reward_tail": reward_tail,
             "max_rows": max_rows,
             "kv_cache_tokens": kv_cache_tokens,
+            **engine,
         },
         call={"reward_prompts": reward_prompts, "columns": columns, "seed": seed},
     )
@@ -147,7 +158,8 @@ def decoding(
         transformers hands neither its tokenizer nor its streamer to a custom method: pass them here, and stop strings
         in ``stars_config``.
     **options
-        ``reward_tokenizer``, ``reward_tail``, ``max_rows``, ``kv_cache_tokens`` of :class:`StarsEngine`; ``seed``,
+        ``reward_tokenizer``, ``reward_tail``, ``max_rows``, ``kv_cache_tokens``, ``gpu_memory_utilization``,
+        ``cuda_graphs``, ``torch_compile`` (here False by default) of :class:`StarsEngine`; ``seed``,
         ``reward_prompts``, ``columns`` of :meth:`StarsEngine.generate`.
 
     Notes
@@ -237,7 +249,10 @@ class _Decoder:
             stop=lambda row: row_stop(stopping_criteria, generation_config, input_ids[row]),
             **self.call,
         )
-        engine = StarsEngine(model, self.reward_model, tokenizer=self.tokenizer, **self.engine)
+        # An engine of one call: what compiling costs, it would not earn back.
+        engine = StarsEngine(
+            model, self.reward_model, tokenizer=self.tokenizer, **{"torch_compile": False, **self.engine}
+        )
         out = engine.run(arguments, self.streamer)
         return self._as_transformers(out, input_ids, model, generation_config)
 

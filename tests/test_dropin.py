@@ -529,3 +529,21 @@ def test_the_callers_generation_config_is_left_alone(policy):
     before, models = theirs.to_dict(), policy.generation_config.to_dict()
     facade(policy, tiny_reward(VOCAB, hidden=32), generation_config=theirs, tokenizer=tiny_tokenizer(VOCAB))
     assert theirs.to_dict() == before and policy.generation_config.to_dict() == models
+
+
+def test_settings_of_the_engine_reach_it(policy32, reward32, monkeypatch):
+    given = []
+    original = StarsEngine.__init__
+
+    def init(self, *args, **options):
+        given.append(options)
+        original(self, *args, **options)
+
+    monkeypatch.setattr(StarsEngine, "__init__", init)
+    ids, settings = torch.tensor([[1, 2, 3]]), dict(gpu_memory_utilization=0.5, cuda_graphs=False, max_rows=3)
+    stars_fast.generate(policy32, ids, reward_model=reward32, max_new_tokens=4, **settings)
+    policy32.generate(ids, do_sample=True, max_new_tokens=4, custom_generate=stars_fast.decoding(reward32, **settings))
+    for options in given:
+        assert options.items() >= settings.items()
+        assert options["torch_compile"] is False
+    assert len(given) == 2
