@@ -155,7 +155,7 @@ def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
         sampling=sampling,
         prompts=prompts,
         reward_prompts=_reward_prompts(arguments.reward_prompts, prompts, columns, tokenizer),
-        keys=_keys(arguments.seed, len(prompts), config.num_return_sequences),
+        keys=_keys(_shared(arguments.seed, policy), len(prompts), config.num_return_sequences),
         stop=stop_test(config.stop_strings, tokenizer),
     )
 
@@ -214,6 +214,12 @@ def _check_prompt(index: int, prompt: Prompt, config: StarsConfig, policy: Polic
 def _check_per_prompt(name: str, values: Sequence[Any], prompts: int) -> None:
     if isinstance(values, str) or len(values) != prompts:
         raise ValueError(f"{name} has {len(values)} entries for {prompts} prompts")
+
+
+def _shared(seed: Any, policy: Policy) -> Any:
+    if seed is None and policy.sharded:
+        raise ValueError("seed is None: a policy that is sharded over processes needs a seed that all of them share")
+    return seed
 
 
 def _keys(seed: Any, prompts: int, samples: int) -> list[int]:

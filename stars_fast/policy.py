@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from stars_fast.decode import Leaf, Sampling, Shape, Steps
@@ -54,6 +55,7 @@ class Policy(TreeModel):
         super().__init__(model, model, "policy")
         self.padded = cuda_graphs and self.device.type == "cuda"
         self.torch_compile = torch_compile
+        self.sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
         self._room = (0, 0)  # for the largest trunk and segment
         self._steps: dict[Shape, Steps] = {}
         self._seen_by_graphs: tuple[Any, ...] = ()
@@ -148,13 +150,24 @@ class Policy(TreeModel):
 
 
 def _addresses(model: PreTrainedModel) -> tuple[Any, ...]:
-    """What a captured graph takes for granted: where weights lie, and which adapters are on."""
+    """What a captured graph takes for granted: where weights lie, and which adapters are on and how much they count."""
     adapters = tuple(
-        (str(module.active_adapters), module.disable_adapters, module.merged)
+        (str(module.active_adapters), module.disable_adapters, module.merged, str(getattr(module, "scaling", None)))
         for module in model.modules()
         if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters") and hasattr(module, "merged")
     )
-    return (*(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())), adapters)
+    tensors = (*model.parameters(), *model.buffers())
+    return (*(address for tensor in tensors for address in _storage(tensor)), adapters)
+
+
+def _storage(tensor: Any) -> Iterator[int]:
+    """Where the numbers lie. Sharded and quantised weights are wrappers, whose own address says nothing."""
+    if is_traceable_wrapper_subclass(tensor):
+        parts, _ = tensor.__tensor_flatten__()
+        for part in parts:
+            yield from _storage(getattr(tensor, part))
+    elif isinstance(tensor, torch.Tensor):  # a shard's mesh is none
+        yield tensor.data_ptr()
 
 
 def _draws(steps: Steps, branches: Sequence[int], sampling: Sampling) -> list[Draw]:

@@ -41,6 +41,12 @@ def engine(policy32):
     return StarsEngine(policy32, unreachable)
 
 
+def test_a_policy_on_several_processes_needs_a_seed(engine, monkeypatch):
+    monkeypatch.setattr(engine.policy, "sharded", True)
+    with pytest.raises(ValueError, match=r"seed is None.* sharded over processes"):
+        engine.generate(PROMPTS, CONFIG)
+
+
 # Configuration
 
 

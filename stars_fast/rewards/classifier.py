@@ -18,7 +18,7 @@ from stars_fast.rewards.rendering import Context, Rendering
 from stars_fast.rewards.template import common_prefix
 from stars_fast.tree.attention import evaluating, is_causal, plugged
 from stars_fast.tree.memory import default_tokens
-from stars_fast.tree.model import TreeModel, refuse_dynamic_rope, vocabulary
+from stars_fast.tree.model import TreeModel, refuse_dynamic_rope, refuse_offloaded, vocabulary
 
 # Tokens of one packed scoring pass; more are scored in several.
 _MAX_PACKED = 16384
@@ -71,6 +71,7 @@ class ClassifierReward(Reward):
         self.shared_ids = self.rendering.shared_ids
         self.model = model
         refuse_dynamic_rope(model, "reward")
+        refuse_offloaded(model, "reward")
         self.device = next(model.parameters()).device
         self.vocab_size = vocabulary(model)
         self.causal = False

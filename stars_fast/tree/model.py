@@ -243,6 +243,12 @@ def refuse_unsupported(model: PreTrainedModel, role: str) -> None:
     """Raise NotImplementedError, by name, for models that a tree of keys and values cannot represent."""
     config = model.config.get_text_config()
     name = f"the {role} is a {type(model).__name__} (model_type={model.config.model_type!r})"
+    refuse_offloaded(model, role)
+    adapter = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise NotImplementedError(
+            f"{name} with a learned prompt ({type(adapter).__name__}): its virtual tokens are outside the tree"
+        )
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or torch.device("meta") in devices:
         where = ", ".join(sorted(str(device) for device in devices))
@@ -255,6 +261,22 @@ def refuse_unsupported(model: PreTrainedModel, role: str) -> None:
         what = f"layers of type {', '.join(stateful)}" if stateful else "a recurrent state"
         raise NotImplementedError(f"{name} with {what}: a state cannot be forked and rolled back token by token")
     refuse_dynamic_rope(model, role)
+
+
+def refuse_offloaded(model: PreTrainedModel, role: str) -> None:
+    """Raise NotImplementedError for weights that accelerate's hooks fetch for each forward pass."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            runs_on = getattr(one, "execution_device", None)
+            lies_on = next((parameter.device for parameter in module.parameters()), None)
+            moved = runs_on is not None and lies_on is not None and torch.device(runs_on).type != lies_on.type
+            if moved or getattr(one, "offload", False):
+                raise NotImplementedError(
+                    f"the {role} is a {type(model).__name__} (model_type={model.config.model_type!r}) with weights "
+                    f"that accelerate offloads from {runs_on}: load it whole onto one device (device_map='auto' "
+                    "offloads what does not fit)"
+                )
 
 
 def refuse_dynamic_rope(model: PreTrainedModel, role: str) -> None:
