@@ -140,9 +140,18 @@ def main(arguments: list[str] | None = None) -> int:
     return work(args, parts) if args.worker else supervise(args, parts)
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def supervise(args: argparse.Namespace, parts: list[Part]) -> int:
     """Build what is missing, run the parts in another process, start it again where it died, print the table."""
     started = time.time()
+    if not args.tiny and not _has_gpu():
+        print("there is no GPU: --tiny shows on a CPU that the program works", file=sys.stderr)
+        return 2
     record = Record(args.out, {"started": started, "seconds": args.seconds, "tiny": args.tiny, "parts": {}})
     record.content["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     record.content["build"] = build()
@@ -192,9 +201,6 @@ def work(args: argparse.Namespace, parts: list[Part]) -> int:
 
     record = Record.of(args.out)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if where.type == "cpu" and not args.tiny:
-        print("there is no GPU: --tiny shows on a CPU that the program works", file=sys.stderr)
-        return 2
     record.content["machine"] = about(where)
     runner = Runner(record, record.content["started"] + record.content["seconds"], where, args.tiny)
     if runner.run(parts):

@@ -255,3 +255,12 @@ def test_steady_heartbeats_are_those_in_which_all_requests_ran(runner):
     assert watch.acceptance == 1
     figures = gpu_heartbeats.figures(watch, 3, 4)
     assert figures["tokens_per_second"] == pytest.approx(figures["counted_tokens_per_second"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_an_earlier_record_is_left_alone(tmp_path, capsys):
+    out = tmp_path / "gpu.json"
+    out.write_text("figures")
+    assert gpu.main(["--out", str(out)]) == 2
+    assert out.read_text() == "figures"
+    assert "--tiny" in capsys.readouterr().err

@@ -340,7 +340,7 @@ def test_a_folder_and_a_file_name_a_config(tmp_path):
         (("--batch", 0), "batch=0"),
         (("--context", 50), "context=50.0"),
         (("--bandwidth", 0), "bandwidth=0.0"),
-        (("--matrix-fraction", 2), "matrix=2.0"),
+        (("--matrix-fraction", 2), "fraction of matrix is 2.0"),
         (("--dtype", "int3"), "dtype='int3'"),
         (("--dtype", "fp32"), "--tflops"),
         (("--policy", "./nowhere"), "nowhere"),

@@ -97,7 +97,7 @@ def jobs_for(targets: Collection[str] = (), kernels: Collection[str] = ()) -> li
     targets
         Keys of :data:`TARGETS`.
     kernels
-        Names of variants, with or without what stands in brackets.
+        Names of variants, with or without what stands in brackets, or of operators.
 
     Raises
     ------
@@ -109,9 +109,15 @@ def jobs_for(targets: Collection[str] = (), kernels: Collection[str] = ()) -> li
             raise ValueError(f"no target {target!r}; there are {', '.join(TARGETS)}")
     every = [Job(target, name) for target in targets or TARGETS for name in variants_for(target)]
     families = {job.kernel.partition("[")[0] for job in every}
-    for kernel in set(kernels) - {job.kernel for job in every} - families:
+    for kernel in set(kernels).difference(*(_names(job.kernel) for job in every)):
         raise ValueError(f"no kernel {kernel!r}; there are {', '.join(sorted(families))}, and their variants in full")
-    return [job for job in every if not kernels or {job.kernel, job.kernel.partition("[")[0]} & set(kernels)]
+    return [job for job in every if not kernels or _names(job.kernel) & set(kernels)]
+
+
+def _names(kernel: str) -> set[str]:
+    """``sample_step.draw[bf16]`` is also a ``sample_step.draw`` and a ``sample_step``."""
+    family = kernel.partition("[")[0]
+    return {kernel, family, family.partition(".")[0]}
 
 
 def compile_all(

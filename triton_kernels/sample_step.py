@@ -321,8 +321,8 @@ def variants(target: GPUTarget) -> list[Variant]:
         label = f"[{dtype},v{vocab}{',seen' if with_seen else ''}]"
         most = None if target.backend == "hip" else DRAW_REGISTERS
         for name, kernel, warps, registers, more in (
-            ("tile_sums", tile_sums_kernel, TILE_WARPS, None, {"TILE_SIZE": TILE_SIZE}),
-            ("draw", draw_kernel, DRAW_WARPS, most, _constants(vocab)),
+            ("sample_step.tile_sums", tile_sums_kernel, TILE_WARPS, None, {"TILE_SIZE": TILE_SIZE}),
+            ("sample_step.draw", draw_kernel, DRAW_WARPS, most, _constants(vocab)),
         ):
             kernel_constants = {key: value for key, value in constants.items() if key in kernel.arg_names} | more
             run_time = [key for key in kernel.arg_names if key not in kernel_constants]

@@ -414,7 +414,7 @@ def variants(target: GPUTarget) -> list[Variant]:
     merge |= dict.fromkeys(("group_indptr", "query_indptr"), "*i32")
     constants = {"VALUE_SIZE": 128, "BLOCK_DV": 128, "BLOCK_PARTS": 16}
     types = {name: kind for name, kind in merge.items() if kind != "constexpr"}
-    return [*found.values(), Variant("tree_attention_merge", merge_parts_kernel, types, constants)]
+    return [*found.values(), Variant("tree_attention.merge", merge_parts_kernel, types, constants)]
 
 
 def _variant(

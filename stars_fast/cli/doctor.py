@@ -36,7 +36,8 @@ def run(
     from stars_fast.cli.models import quiet_transformers
 
     quiet_transformers()
-    report = examine_machine()
+    with refusing(RuntimeError, ValueError):  # a setting of the kernels that does not exist
+        report = examine_machine()
     if not report["extension"]["built"]:
         _print(report, as_json)
         fail(f"the C++ extension is {report['extension']['detail']}", 1)

@@ -20,11 +20,14 @@ def run(
     ] = None,
     kernel: Annotated[
         list[str] | None,
-        typer.Option(help="Name, with or without what stands in brackets; all if not given. Repeatable."),
+        typer.Option(help="Operator, kernel or variant; all if not given. Repeatable."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """Compile the Triton kernels, without a GPU. Exit code 1 if one spills or misses the matrix instructions."""
+    """Compile the Triton kernels, without a GPU.
+
+    Exit code 1 if one spills over 32 bytes, misses the matrix instructions, or needs more shared memory than there is.
+    """
     try:
         import_module("triton")
     except ImportError as error:

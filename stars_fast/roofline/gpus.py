@@ -84,7 +84,7 @@ class Achievable:
     def __post_init__(self) -> None:
         for name in ("bandwidth", "matrix"):
             if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a fraction of the peak, above 0 and at most 1")
+                raise ValueError(f"the fraction of {name} is {getattr(self, name)}: above 0 and at most 1, the peak")
         for name in ("launch_s", "kernels_per_layer", "host_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative")
