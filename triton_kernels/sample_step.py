@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from stars_fast.ops._library import FLOAT_CODES, address
+from stars_fast.ops._library import FLOAT_CODES
 from stars_fast.ops.philox import TILE, TOKEN
-from stars_fast.ops.sample_step import TILE_SIZE
+from stars_fast.ops.sample_step import TILE_SIZE, state_addresses
 
 from .filters import processed_logits, rank_threshold
 from .philox import gumbel_noise
@@ -184,44 +184,15 @@ def draw_kernel(
         tl.store(seen_row + drawn, 1)
 
 
-def check(
-    logits: torch.Tensor,
-    keys: torch.Tensor,
-    segment: torch.Tensor,
-    attempt: torch.Tensor,
-    position: torch.Tensor,
-    alive: torch.Tensor,
-    limit: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    repetition_penalty: torch.Tensor,
-    seen: torch.Tensor | None,
-    eos: torch.Tensor,
-) -> None:
-    """Raise a ValueError for arguments that the kernels would misread."""
+def check(logits: torch.Tensor, *state: torch.Tensor | None) -> None:
+    """Raise a ValueError for arguments of :func:`sample_step` that the kernels would misread."""
     if logits.ndim != 2 or logits.dtype not in FLOAT_CODES:
         got = f"{logits.dtype} {list(logits.shape)}"
         raise ValueError(f"logits must be float32, float16 or bfloat16 [rows, vocabulary], got {got}")
     rows, vocab = logits.shape
     if not 1 <= vocab <= _LARGEST_VOCABULARY:
         raise ValueError(f"the vocabulary must have 1 to {_LARGEST_VOCABULARY} tokens, got {vocab}")
-    i32, f32 = torch.int32, torch.float32
-    address(keys, "keys", torch.int64, (rows,))
-    address(segment, "segment", i32, (rows,))
-    address(attempt, "attempt", i32, (rows,))
-    address(position, "position", i32, (rows,))
-    address(alive, "alive", torch.bool, (rows,))
-    address(limit, "limit", i32, (rows,))
-    address(temperature, "temperature", f32, (rows,))
-    address(top_k, "top_k", i32, (rows,))
-    address(top_p, "top_p", f32, (rows,))
-    address(min_p, "min_p", f32, (rows,))
-    address(repetition_penalty, "repetition_penalty", f32, (rows,))
-    if seen is not None:
-        address(seen, "seen", torch.bool, (rows, vocab))
-    address(eos, "eos", torch.int64, (eos.numel(),))
+    state_addresses(rows, vocab, *state)
 
 
 def sample_step(

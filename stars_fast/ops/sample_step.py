@@ -184,6 +184,48 @@ def _draw(
     return first + (inside + gumbel_noise(*counter, TOKEN, first, TILE_SIZE)).argmax(1)
 
 
+def state_addresses(
+    rows: int,
+    vocab: int,
+    keys: torch.Tensor,
+    segment: torch.Tensor,
+    attempt: torch.Tensor,
+    position: torch.Tensor,
+    alive: torch.Tensor,
+    limit: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    repetition_penalty: torch.Tensor,
+    seen: torch.Tensor | None,
+    eos: torch.Tensor,
+) -> tuple[int, ...]:
+    """Where the arguments after the logits lie, in their order; 0 for ``seen`` where there is none.
+
+    Raises
+    ------
+    ValueError
+        For a dtype, shape or strides that a kernel would misread.
+    """
+    i32, i64, f32, row = torch.int32, torch.int64, torch.float32, (rows,)
+    return (
+        address(keys, "keys", i64, row),
+        address(segment, "segment", i32, row),
+        address(attempt, "attempt", i32, row),
+        address(position, "position", i32, row),
+        address(alive, "alive", torch.bool, row),
+        address(limit, "limit", i32, row),
+        address(temperature, "temperature", f32, row),
+        address(top_k, "top_k", i32, row),
+        address(top_p, "top_p", f32, row),
+        address(min_p, "min_p", f32, row),
+        address(repetition_penalty, "repetition_penalty", f32, row),
+        0 if seen is None else address(seen, "seen", torch.bool, (rows, vocab)),
+        address(eos, "eos", i64, (eos.numel(),)),
+    )
+
+
 def _cpu(
     logits: torch.Tensor,
     keys: torch.Tensor,
@@ -206,25 +248,28 @@ def _cpu(
     logits = logits.contiguous()
     token = torch.empty(rows, dtype=torch.int64)
     logprob, sampling_logprob, entropy = torch.empty(rows), torch.empty(rows), torch.empty(rows)
-    i32, i64, f32, row = torch.int32, torch.int64, torch.float32, (rows,)
     _native(
         address(logits, "logits", logits.dtype, (rows, vocab)),
         FLOAT_CODES[logits.dtype],
         rows,
         vocab,
-        address(keys, "keys", i64, row),
-        address(segment, "segment", i32, row),
-        address(attempt, "attempt", i32, row),
-        address(position, "position", i32, row),
-        address(alive, "alive", torch.bool, row),
-        address(limit, "limit", i32, row),
-        address(temperature, "temperature", f32, row),
-        address(top_k, "top_k", i32, row),
-        address(top_p, "top_p", f32, row),
-        address(min_p, "min_p", f32, row),
-        address(repetition_penalty, "repetition_penalty", f32, row),
-        0 if seen is None else address(seen, "seen", torch.bool, (rows, vocab)),
-        address(eos, "eos", i64, (eos.numel(),)),
+        *state_addresses(
+            rows,
+            vocab,
+            keys,
+            segment,
+            attempt,
+            position,
+            alive,
+            limit,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            seen,
+            eos,
+        ),
         eos.numel(),
         token.data_ptr(),
         logprob.data_ptr(),

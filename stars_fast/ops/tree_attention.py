@@ -94,7 +94,7 @@ def check_supported(key_size: int, value_size: int, dtype: torch.dtype, device: 
         If the device's kernels need Triton and it cannot be imported.
     """
     if operators["tree_attention"].kernel(device.type).startswith("Triton"):
-        triton_kernel("tiles").check(key_size, value_size, dtype)
+        triton_kernel("tree_attention").check(key_size, value_size, dtype)
     elif dtype not in FLOAT_CODES:
         raise ValueError(f"tree_attention: keys and values must be float32, float16 or bfloat16, got {dtype}")
 
