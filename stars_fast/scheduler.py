@@ -40,6 +40,7 @@ class Scheduler:
         self.max_rows = max_rows
         self.kv_cache_tokens = kv_cache_tokens
         self.prefill_tokens = _PREFILL_TOKENS
+        self.packed = 0  # tokens of the forward pass that runs
 
     def held(self, running: Iterable[Request]) -> int:
         """Slots of what is committed, each prompt once, and of waiting best candidates."""
