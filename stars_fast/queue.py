@@ -30,6 +30,7 @@ class Queue:
         self, requests: Sequence[Request], trunks: Trunks, reward: Reward, scheduler: Scheduler, stats: Stats
     ) -> None:
         self.trunks, self.reward, self.scheduler, self.stats = trunks, reward, scheduler, stats
+        self.trees = [trunks]  # all that a method uses
         self.waiting = deque(requests)
         self.running: list[Request] = []  # the oldest first
 
@@ -38,7 +39,8 @@ class Queue:
         count = self.scheduler.admit(self.waiting, self.running)
         admitted = [self.waiting.popleft() for _ in range(count)]
         self.running += admitted
-        self.trunks.keep_prompts(self.running)
+        for trunks in self.trees:
+            trunks.keep_prompts(self.running)
         return admitted
 
     def make_room(self) -> None:
@@ -54,10 +56,12 @@ class Queue:
     def preempt(self, request: Request) -> None:
         """Give all the request's slots back. It waits at the front of the queue, and goes on where it was."""
         self._release_best(request)
-        self.trunks.give_back(request)
-        # The scorer forgets it too: a response that waits does not grow.
-        self.reward.close(request.response)
-        request.response = Response(request.prompt.reward_prompt, request.tokens)
+        for leaf in request.leaves:
+            for trunks in self.trees:
+                trunks.give_back(leaf)
+            # The scorer forgets it too: a response that waits does not grow.
+            self.reward.close(leaf.response)
+            leaf.response = Response(leaf.prompt.reward_prompt, leaf.tokens, ends=leaf.response.ends)
         if request.best is not None:
             request.best.completion.response = request.response
         self.running.remove(request)
@@ -79,8 +83,9 @@ class Queue:
         """After a forward pass that ran out of memory: from an empty tree, with half the tokens. Returns who failed."""
         for request in self.running[::-1]:
             self.preempt(request)
-        self.trunks.keep_prompts([])
-        self.trunks.policy.clear()  # the failed pass may have left branches
+        for trunks in self.trees:
+            trunks.keep_prompts([])
+            trunks.policy.clear()  # the failed pass may have left branches
         if self.scheduler.shrink(self.scheduler.packed // 2):
             return []
         request = self.waiting.popleft()
@@ -97,7 +102,9 @@ class Queue:
         self.finish(request, "error")
 
     def finish(self, request: Request, reason: str) -> None:
-        """End a request, and free what it holds."""
-        request.finish_reason = reason
-        self.trunks.give_back(request)
-        self.reward.close(request.response)
+        """End a request, and free what it and its members hold."""
+        for member in dict.fromkeys([*request.leaves, request]):
+            member.finish_reason = reason
+            for trunks in self.trees:
+                trunks.give_back(member)
+            self.reward.close(member.response)

@@ -79,15 +79,32 @@ class Trunks:
                 nodes[i], logits[i], begun[i] = node, row, True
                 done[i] += len(piece)
 
-    def append(self, request: Request, tokens: Sequence[int], node: int) -> None:
-        """The request goes on with ``tokens``: ``node`` holds all but the last, or -1 where none is in this tree."""
+    def append(self, request: Request, tokens: Sequence[int], node: int, logits: torch.Tensor | None = None) -> None:
+        """The request goes on with ``tokens``.
+
+        ``node`` holds all but the last; all of them where ``logits`` are those that follow. It is -1 where none is in
+        this tree.
+        """
         trunk = self.of(request)
         if node >= 0:
             self._release(trunk)
-            trunk.leaf, trunk.pending = node, list(tokens[-1:])
+            trunk.leaf, trunk.pending = node, [] if logits is not None else list(tokens[-1:])
         else:
             trunk.pending = [*trunk.pending, *tokens]
-        trunk.logits = None
+        trunk.logits = logits if node >= 0 else None
+
+    def advance(self, request: Request, node: int) -> None:
+        """``node`` holds all that is pending but the last token."""
+        trunk = self.of(request)
+        self._release(trunk)
+        trunk.leaf, trunk.pending = node, trunk.pending[-1:]
+
+    def fork(self, request: Request) -> Trunk:
+        """Another trunk that goes on from the request's."""
+        trunk = self.of(request)
+        if trunk.leaf >= 0:
+            self.policy.tree.retain(trunk.leaf)
+        return Trunk(trunk.prompt, trunk.leaf, trunk.logits, list(trunk.pending))
 
     def give_back(self, request: Request) -> None:
         """Release the request's slots. All that it has is to be encoded again if it goes on."""

@@ -58,6 +58,7 @@ class Response:
     prompt: RewardPrompt
     tokens: list[int] = field(default_factory=list)  # committed, policy ids
     state: Any = None
+    ends: list[int] = field(default_factory=list)  # tokens up to the end of each committed segment
 
 
 @dataclass(eq=False)
@@ -140,6 +141,10 @@ class Reward(abc.ABC):
 
     def close(self, response: Response) -> None:
         """The response is finished: forget it."""
+
+    def fork(self, response: Response) -> Response:
+        """A second response that goes on from this one."""
+        return Response(response.prompt, list(response.tokens), ends=list(response.ends))
 
     def end(self) -> None:
         """The call of the engine is over, normally or not: free everything."""
