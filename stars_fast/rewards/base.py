@@ -70,6 +70,7 @@ class Completion:
     eos: bool = False  # the segment's last token is the EOS that ended it
     tokenizer: Any = None  # the policy's
     state: Any = None
+    hidden: torch.Tensor | None = None  # [H], the policy's last hidden state at the last token, for who needs it
 
     @property
     def tokens(self) -> list[int]:
@@ -103,11 +104,14 @@ class Reward(abc.ABC):
     ----------
     partial : bool
         Whether the reward makes sense on an unfinished answer. Segment-level methods refuse a scorer without it.
+    needs_hidden_state : bool
+        Whether the engine sets ``Completion.hidden`` before :meth:`score`.
     tokens : int
         Tokens encoded since :meth:`begin`, for ``stats["reward_tokens"]``.
     """
 
     partial: bool = True
+    needs_hidden_state: bool = False
     tokens: int = 0
     _calls: int = 0  # that began and have not ended, refused ones included
 
@@ -123,6 +127,10 @@ class Reward(abc.ABC):
     @abc.abstractmethod
     def score(self, completions: Sequence[Completion]) -> Sequence[float | None]:
         """One reward per completion; ``-inf`` rejects for good. Whatever raises here is tried again one by one."""
+
+    def parts(self, completion: Completion) -> dict[str, float] | None:
+        """What the reward of the completion just scored is made of, by name; None for a scorer without parts."""
+        return None
 
     def commit(self, completion: Completion) -> None:
         """The completion's segment joins its response (whose ``tokens`` the caller extends afterwards)."""
