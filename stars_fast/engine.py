@@ -24,7 +24,6 @@ from stars_fast.rewards import Reward
 from stars_fast.scheduler import Scheduler, candidate_slots, response_slots
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.memory import default_tokens, divide_devices
-from stars_fast.tree.model import TreeModel
 
 # Expected share of candidates accepted where targets are calibrated per prompt.
 _DEFAULT_ACCEPTANCE = 0.3
@@ -240,9 +239,7 @@ class StarsEngine:
             return
         rows = min(self.max_rows, len(live) * config.max_attempts)
         longest = max(len(request.prompt.ids) for request in live) + response_slots(config)
-        reward_tree = getattr(self.reward, "tree_model", None)
-        trees = [self.policy, reward_tree] if isinstance(reward_tree, TreeModel) else [self.policy]
-        divide_devices(trees, rows, self.gpu_memory_utilization)
+        divide_devices([self.policy, *self.reward.tree_models], rows, self.gpu_memory_utilization)
         tokens = self.kv_cache_tokens or default_tokens(self.policy, rows, longest)
         prompts = list(dict.fromkeys(request.prompt.reward_prompt for request in live))
         with ExitStack() as stack:

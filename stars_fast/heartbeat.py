@@ -96,7 +96,7 @@ class Generation:
         request.leaf, request.leaf_logits, request.pending = -1, None, list(request.tokens)
         # The scorer forgets it too: a response that waits does not grow.
         self.reward.close(request.response)
-        request.response = Response(request.prompt.reward_prompt, request.tokens)
+        request.response = Response(request.prompt.reward_prompt, request.tokens, ends=request.response.ends)
         if request.best is not None:
             request.best.completion.response = request.response
         self.running.remove(request)
@@ -369,6 +369,7 @@ class Generation:
         request.logprobs += draw.logprobs
         request.sampling_logprobs += draw.sampling_logprobs
         request.response.tokens = request.tokens
+        request.response.ends.append(len(request.tokens))
         request.reward = chosen.reward
         request.attempts, request.best, request.best_attempt = 0, None, -1
         self.stats.committed_tokens += len(draw.tokens)

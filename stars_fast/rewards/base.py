@@ -6,11 +6,14 @@ import abc
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stars_fast.prompts import Messages, read_prompts
+
+if TYPE_CHECKING:
+    from stars_fast.tree.model import TreeModel
 
 # Enough of a prompt's end to see how the answer joins on.
 _CONTEXT_TOKENS = 4
@@ -58,6 +61,7 @@ class Response:
     prompt: RewardPrompt
     tokens: list[int] = field(default_factory=list)  # committed, policy ids
     state: Any = None
+    ends: list[int] = field(default_factory=list)  # tokens up to the end of each committed segment
 
 
 @dataclass(eq=False)
@@ -141,8 +145,20 @@ class Reward(abc.ABC):
     def close(self, response: Response) -> None:
         """The response is finished: forget it."""
 
+    def fork(self, response: Response) -> Response:
+        """A second response that goes on from this one."""
+        return Response(response.prompt, list(response.tokens), ends=list(response.ends))
+
     def end(self) -> None:
         """The call of the engine is over, normally or not: free everything."""
+
+    def check_vocabulary(self, policy_ids: int) -> None:
+        """An engine whose policy produces ``policy_ids`` ids was made: ValueError if they cannot be read."""
+
+    @property
+    def tree_models(self) -> list[TreeModel]:
+        """Models that keep keys and values on their device, which the engine divides among them and the policy."""
+        return []
 
     def _enter_call(self) -> None:
         """For scorers that serve one call at a time: refuse a second one. First thing in :meth:`begin`."""
