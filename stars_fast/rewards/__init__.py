@@ -4,12 +4,14 @@ from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt
 from stars_fast.rewards.callable import CallableReward
 from stars_fast.rewards.classifier import ClassifierReward
 from stars_fast.rewards.implicit import ImplicitReward
+from stars_fast.rewards.judge import JudgeReward
 
 __all__ = [
     "CallableReward",
     "ClassifierReward",
     "Completion",
     "ImplicitReward",
+    "JudgeReward",
     "Response",
     "Reward",
     "RewardPrompt",

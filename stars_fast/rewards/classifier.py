@@ -126,20 +126,14 @@ class ClassifierReward(RenderedReward):
             self._warned = True
 
     def score(self, completions: Sequence[Completion]) -> list[float]:
-        texts = self.texts(completions)
-        if self.tree_model is None:
-            full = [text.ids + text.tail for text in texts]
-            self.tokens += sum(len(ids) for ids in full)
-            return score_in_full(self.model, full)
-        rewards = [0.0] * len(texts)
-        for rows, hidden in self.encode(self.caches[0], texts):
-            for row, reward in zip(rows, self.read(texts, rows, hidden), strict=True):
-                rewards[row.place] = reward
-        return rewards
+        if self.tree_model is not None:
+            return super().score(completions)
+        texts = [text.ids + text.tail for text in self.texts(completions)]
+        self.tokens += sum(len(ids) for ids in texts)
+        return score_in_full(self.model, texts)
 
-    def read(self, texts: Sequence[Text], rows: Sequence[Row], hidden: torch.Tensor) -> list[float]:
-        """Rewards of a packed pass, from the hidden states ``[R, H]`` at each row's last token."""
-        rewards: list[float] = self.head(hidden)[:, 0].float().tolist()
+    def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> list[float]:
+        rewards: list[float] = self.head(features)[:, 0].float().tolist()
         return rewards
 
 

@@ -121,6 +121,18 @@ class RenderedReward(Reward):
             self.tokens = sum(cache.tokens for cache in self.caches)
             yield encoded
 
+    def score(self, completions: Sequence[Completion]) -> list[float]:
+        texts = self.texts(completions)
+        rewards = [0.0] * len(texts)
+        for rows, features in self.encode(self.caches[0], texts):
+            for row, reward in zip(rows, self.read(texts, rows, features), strict=True):
+                rewards[row.place] = reward
+        return rewards
+
+    def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> list[float]:
+        """Rewards of a packed pass of the only model, from the features ``[R, X]`` at each row's last token."""
+        raise NotImplementedError
+
     # Checks
 
     def _check_prompt(
