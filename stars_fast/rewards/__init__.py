@@ -5,6 +5,7 @@ from stars_fast.rewards.callable import CallableReward
 from stars_fast.rewards.classifier import ClassifierReward
 from stars_fast.rewards.implicit import ImplicitReward
 from stars_fast.rewards.judge import JudgeReward
+from stars_fast.rewards.process import ProcessReward
 
 __all__ = [
     "CallableReward",
@@ -12,6 +13,7 @@ __all__ = [
     "Completion",
     "ImplicitReward",
     "JudgeReward",
+    "ProcessReward",
     "Response",
     "Reward",
     "RewardPrompt",

@@ -70,8 +70,7 @@ class ClassifierReward(RenderedReward):
 
     def _tree_model(self) -> tuple[TreeModel | None, str]:
         """The incremental path, or None and why this model cannot take it."""
-        # PEFT wraps a model whose layers it has changed in place: base model and head are the inner one's.
-        inner: PreTrainedModel = getattr(self.model, "get_base_model", lambda: self.model)()
+        inner = unwrapped(self.model)
         base = getattr(inner, inner.base_model_prefix, None)
         if base is None:
             return None, "it has no base model"
@@ -135,6 +134,12 @@ class ClassifierReward(RenderedReward):
     def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> list[float]:
         rewards: list[float] = self.head(features)[:, 0].float().tolist()
         return rewards
+
+
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model whose parts are base model and head: PEFT wraps one whose layers it has changed in place."""
+    inner: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
+    return inner
 
 
 def _scores_last_token(

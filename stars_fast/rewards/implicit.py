@@ -81,18 +81,18 @@ class ImplicitReward(RenderedReward):
 
     def text(self, completion: Completion) -> Text:
         text = super().text(completion)
+        ids = text.ids
         if completion.eos and self.rendering.templated and not self.shared_ids:
             # An answer that ends is worth something else than one that stops: the models are asked for its end too.
-            return text._replace(ids=[*text.ids, self.tokenizer.eos_token_id])
-        return text
+            ids = [*ids, self.tokenizer.eos_token_id]
+        start = common_prefix(self._contexts[completion.response.prompt].prefix, ids)
+        # Where nothing stands in front of the answer, its first token is not predicted.
+        return text._replace(ids=ids, wanted=range(max(start, 1) - 1, len(ids) - 1))
 
     def score(self, completions: Sequence[Completion]) -> list[float]:
         texts = self.texts(completions)
-        begins = [common_prefix(self._contexts[t.completion.response.prompt].prefix, t.ids) for t in texts]
-        # Without an answer, or with nothing in front of its only token, there is nothing to predict.
-        places = [i for i, text in enumerate(texts) if len(text.ids) > max(begins[i], 1)]
-        asked, starts = [texts[i] for i in places], [begins[i] for i in places]
-        ratios = [self._logprobs(cache, asked, starts) for cache in self.caches]
+        places = [i for i, text in enumerate(texts) if text.wanted]  # the others have no answer
+        ratios = [self._logprobs(cache, [texts[i] for i in places]) for cache in self.caches]
         rewards = [0.0] * len(texts)
         for i, ours, reference in zip(places, *ratios, strict=True):
             rewards[i] = self.beta * sum(
@@ -101,21 +101,17 @@ class ImplicitReward(RenderedReward):
             )
         return rewards
 
-    def _logprobs(self, cache: TreeCache, texts: Sequence[Text], starts: Sequence[int]) -> list[list[float]]:
-        """Log-probabilities of each text's ids from ``starts`` on."""
-
-        def predictors(place: int, known: int) -> range:
-            return range(max(known, starts[place], 1) - 1, len(texts[place].ids) - 1)
-
+    def _logprobs(self, cache: TreeCache, texts: Sequence[Text]) -> list[list[float]]:
+        """Log-probabilities of each text's ids behind the wanted positions."""
         logprobs: list[list[float]] = [[] for _ in texts]
-        for rows, logits in self.encode(cache, texts, predictors):
+        for rows, logits in self.encode(cache, texts):
             following = [texts[row.place].ids[position + 1] for row in rows for position in row.positions]
             new = iter(gather_logprobs(logits, torch.tensor(following, device=logits.device)).tolist())
             for row in rows:
                 values = row.encoded.values
                 values += [0.0] * (row.positions[0] + 1 - len(values))  # of the prompt, where it was encoded again
                 values += [next(new) for _ in row.positions]
-                logprobs[row.place] = values[starts[row.place] :]
+                logprobs[row.place] = values[texts[row.place].wanted[0] + 1 :]
         return logprobs
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -34,6 +34,7 @@ class Text(NamedTuple):
     completion: Completion
     ids: list[int]  # up to and including the answer
     tail: list[int]  # encoded behind it and rolled back
+    wanted: Sequence[int] = ()  # positions whose features are read; none: the last, tail included
 
 
 class Row(NamedTuple):
@@ -41,7 +42,7 @@ class Row(NamedTuple):
 
     place: int  # among the texts asked for
     known: int  # how many of its ids the tree held: the others are new
-    positions: Sequence[int]  # in ids + tail, whose features were asked for
+    positions: list[int]  # those wanted that were not known, in the order of their features
     encoded: Encoded  # of its ids; ``values`` are those of the known ones, for the scorer to extend
 
 
@@ -115,17 +116,8 @@ class TreeCache:
         if response in self._responses:
             self._share(self._responses[response], twin)
 
-    def encode(
-        self, texts: Sequence[Text], positions: Callable[[int, int], Sequence[int]] | None = None
-    ) -> Iterator[tuple[list[Row], torch.Tensor]]:
+    def encode(self, texts: Sequence[Text]) -> Iterator[tuple[list[Row], torch.Tensor]]:
         """Encode what is new of each text, in as many packed passes as tokens and slots ask for.
-
-        Parameters
-        ----------
-        texts : sequence of Text
-        positions : callable, optional
-            ``positions(place, known)``: those in ids + tail whose features the scorer reads, none before
-            ``known - lag``. Without it the last one.
 
         Yields
         ------
@@ -134,7 +126,7 @@ class TreeCache:
         """
         self._open([text.completion.response for text in texts])
         for start, stop in self._batches(texts):
-            yield self._pass(texts, range(start, stop), positions)
+            yield self._pass(texts, range(start, stop))
 
     def _open(self, responses: Sequence[Response]) -> None:
         """Give each new response the node of its prompt, encoding prompts that are not in the tree."""
@@ -170,7 +162,7 @@ class TreeCache:
         while start < len(texts):
             stop, new = start, 0
             while stop < len(texts):
-                completion, ids, tail = texts[stop]
+                completion, ids, tail, _ = texts[stop]
                 known = common_prefix(self._responses[completion.response].ids, ids)
                 new += len(ids) - min(known, len(ids) - 1) + len(tail)
                 if stop > start and new > min(limit, self.model.tree.free_slots):
@@ -180,23 +172,21 @@ class TreeCache:
             yield start, stop
             start = stop
 
-    def _pass(
-        self, texts: Sequence[Text], places: Sequence[int], positions: Callable[[int, int], Sequence[int]] | None
-    ) -> tuple[list[Row], torch.Tensor]:
+    def _pass(self, texts: Sequence[Text], places: Sequence[int]) -> tuple[list[Row], torch.Tensor]:
         groups: dict[Response, list[int]] = {}
         for place in places:
             groups.setdefault(texts[place].completion.response, []).append(place)
         order = [(place, response) for response, group in groups.items() for place in group]
         known = {response: self._rewind(response, [texts[i] for i in group]) for response, group in groups.items()}
-        branches, asked, wanted, packed = [], [], [], 0
+        branches, asked, index, packed = [], [], [], 0
         for place, response in order:
-            _, ids, tail = texts[place]
+            _, ids, tail, wanted = texts[place]
             first = max(known[response] - self.lag, 0)
             branches.append(ids[first : len(ids) - self.lag] + tail)
-            asked.append(positions(place, known[response]) if positions else [len(ids) + len(tail) - 1])
-            wanted += [packed + position - first for position in asked[-1]]
+            asked.append([at for at in wanted or (len(ids) + len(tail) - 1,) if at >= first])
+            index += [packed + at - first for at in asked[-1]]
             packed += len(branches[-1])
-        features, nodes = self._forward(groups, branches, wanted)
+        features, nodes = self._forward(groups, branches, index)
         rows = []
         for (place, response), node, read in zip(order, nodes, asked, strict=True):
             values = self._responses[response].values[: known[response]]
@@ -204,13 +194,13 @@ class TreeCache:
         return rows, features
 
     def _forward(
-        self, groups: Mapping[Response, list[int]], branches: list[list[int]], wanted: list[int]
+        self, groups: Mapping[Response, list[int]], branches: list[list[int]], places: list[int]
     ) -> tuple[torch.Tensor, list[int]]:
-        """Features at the places ``wanted`` of the packed row, and the branches' nodes."""
+        """Features at these places of the packed row, and the branches' nodes."""
         rows = [len(group) for group in groups.values()]
         leaves = [self._responses[response].node for response in groups]
         plan = self.model.plan(leaves, rows, [len(branch) for branch in branches])
-        index = torch.tensor(wanted, dtype=torch.int64, device=self.model.device)
+        index = torch.tensor(places, dtype=torch.int64, device=self.model.device)
         logits = {"logits_to_keep": index} if self._has_logits else {}
         output, _ = self.model.encode(plan, branches, max(rows), **logits)
         self.tokens += sum(len(branch) for branch in branches)
@@ -219,7 +209,7 @@ class TreeCache:
     def _rewind(self, response: Response, texts: Sequence[Text]) -> int:
         """Shorten what is in the tree to what all texts share; without a tail, leave each a token to encode."""
         encoded = self._responses[response]
-        known = min(min(common_prefix(encoded.ids, ids), len(ids) - (not tail)) for _, ids, tail in texts)
+        known = min(min(common_prefix(encoded.ids, ids), len(ids) - (not tail)) for _, ids, tail, _ in texts)
         if known < len(encoded.ids):
             kept = max(known - self.lag, 0)
             node = self.model.tree.cut(encoded.node, kept) if kept else -1

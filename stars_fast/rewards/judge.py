@@ -99,7 +99,7 @@ class _Question(Rendering):
         return Context(frame.prefix, frame.tail, "" if self.shared_ids else before, frame.own_start)
 
     def _shown(self, prompt: RewardPrompt) -> str:
-        turns = self._messages(prompt)
+        turns = self.messages(prompt)
         if len(turns) == 1:
             return turns[0]["content"]
         return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -113,11 +113,9 @@ class RenderedReward(Reward):
             self._check_text(text)
         return texts
 
-    def encode(
-        self, cache: TreeCache, texts: Sequence[Text], positions: Callable[[int, int], Sequence[int]] | None = None
-    ) -> Iterator[tuple[list[Row], torch.Tensor]]:
+    def encode(self, cache: TreeCache, texts: Sequence[Text]) -> Iterator[tuple[list[Row], torch.Tensor]]:
         """:meth:`TreeCache.encode`, and the balance of tokens."""
-        for encoded in cache.encode(texts, positions):
+        for encoded in cache.encode(texts):
             self.tokens = sum(cache.tokens for cache in self.caches)
             yield encoded
 
