@@ -34,8 +34,8 @@ class ClassifierReward(RenderedReward):
     tokenizer : transformers tokenizer, optional
         The reward model's. None: it reads the policy's ids. With a chat template, prompts are rendered with it.
     policy_tokenizer : transformers tokenizer, optional
-        Where its vocabulary differs from ``tokenizer``'s, answers are re-tokenised, and what is in the tree is kept up
-        to the longest common token prefix.
+        None: the engine's. Where its vocabulary differs from ``tokenizer``'s, answers are re-tokenised, and what is in
+        the tree is kept up to the longest common token prefix.
     tail : "auto", "template", "none" or sequence of int
         What follows the answer when it is scored: the chat template's ("auto": if there is one), nothing, or these ids.
 
@@ -52,9 +52,7 @@ class ClassifierReward(RenderedReward):
         policy_tokenizer: Any = None,
         tail: str | Sequence[int] = "auto",
     ) -> None:
-        labels = model.config.num_labels
-        if labels != 1:
-            raise ValueError(f"reward: {type(model).__name__} has num_labels={labels}; a reward model has exactly 1")
+        self._check_labels(model)
         self.rendering = Rendering(tokenizer, policy_tokenizer, tail)
         self.model = model
         refuse_dynamic_rope(model, "reward")
@@ -68,6 +66,20 @@ class ClassifierReward(RenderedReward):
         self._warned = False
         self._evaluating = ExitStack()
 
+    # What differs in reward models of other classes
+
+    head_name = "score"
+
+    def _check_labels(self, model: PreTrainedModel) -> None:
+        labels = model.config.num_labels
+        if labels != 1:
+            raise ValueError(f"reward: {type(model).__name__} has num_labels={labels}; a reward model has exactly 1")
+
+    def _probe(self) -> list[int]:
+        """A few ids, for comparing the model's own reward with its head's value."""
+        pad = self.model.config.get_text_config().pad_token_id
+        return [token for token in range(min(6, self.vocab_size)) if token != pad][:5]
+
     def _tree_model(self) -> tuple[TreeModel | None, str]:
         """The incremental path, or None and why this model cannot take it."""
         inner = unwrapped(self.model)
@@ -78,10 +90,10 @@ class ClassifierReward(RenderedReward):
             self.causal = is_causal(base, self.vocab_size, self.device)
             if not self.causal:
                 return None, "its attention is bidirectional"
-            head = getattr(inner, "score", None)
+            head = getattr(inner, self.head_name, None)
             if not isinstance(head, nn.Module):
-                return None, "it has no `score` head"
-            if not _scores_last_token(self.model, base, head, self.vocab_size, self.device):
+                return None, f"it has no `{self.head_name}` head"
+            if not _scores_last_token(self.model, base, head, torch.tensor([self._probe()], device=self.device)):
                 return None, "its logits are not its head's value at the last token"
         self.head = head
         try:
@@ -94,6 +106,11 @@ class ClassifierReward(RenderedReward):
             return self.tree_model.max_positions
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return most_tokens(self.model, limit)
+
+    def prepare(self, policy_tokenizer: Any) -> None:
+        given = self.rendering
+        if given.policy_tokenizer is None and policy_tokenizer is not None:
+            self.rendering = Rendering(given.tokenizer, policy_tokenizer, given.tail)
 
     def check_vocabulary(self, policy_ids: int) -> None:
         if self.rendering.tokenizer is None and self.vocab_size < policy_ids:
@@ -142,13 +159,8 @@ def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     return inner
 
 
-def _scores_last_token(
-    model: PreTrainedModel, base: nn.Module, head: nn.Module, vocab_size: int, device: torch.device
-) -> bool:
-    """Whether the model's own reward of a few tokens is its head's value at the last: it may do more than that."""
-    pad = model.config.get_text_config().pad_token_id
-    probe = [token for token in range(min(6, vocab_size)) if token != pad][:5]
-    ids = torch.tensor([probe], device=device)
+def _scores_last_token(model: PreTrainedModel, base: nn.Module, head: nn.Module, ids: torch.Tensor) -> bool:
+    """Whether the model's own reward of ids ``[1, T]`` is its head's value at the last: it may do more than that."""
     values = head(base(input_ids=ids).last_hidden_state[0])[:, 0]  # [T]
     own = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.flatten().float()  # [1]
     tolerance = 2 * torch.finfo(values.dtype).eps ** 0.5 * float(values.abs().max())

@@ -61,6 +61,10 @@ class RenderedReward(Reward):
         """The prompt's ids, and the tail of its answers."""
         return self.rendering.context(prompt)
 
+    def trunk(self, context: Context) -> list[int]:
+        """What is encoded once for all answers to a prompt."""
+        return context.prefix
+
     def text(self, completion: Completion) -> Text:
         """The completion in the models' ids."""
         context = self._contexts[completion.response.prompt]
@@ -77,7 +81,7 @@ class RenderedReward(Reward):
         self._contexts = {prompt: self.context(prompt) for prompt in prompts}
         for prompt, context in self._contexts.items():
             self._check_prompt(prompt, context, max_new_tokens, kv_cache_tokens)
-        prefixes = {prompt: context.prefix for prompt, context in self._contexts.items()}
+        prefixes = {prompt: self.trunk(context) for prompt, context in self._contexts.items()}
         longest = max((len(c.prefix) + len(c.tail) for c in self._contexts.values()), default=0) + 2 * max_new_tokens
         for cache in self.caches:
             cache.begin(prefixes, rows, longest, kv_cache_tokens)
