@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from stars_fast.bench.yardsticks import Rates, rates
+
 from .refcheck import OURS
-from .timing import Rates, in_table, rates
+from .timing import in_table
 
 
 class Row(NamedTuple):
