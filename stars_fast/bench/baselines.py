@@ -7,8 +7,10 @@ models are; the tests hold each to its enumerated law.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -183,7 +185,13 @@ def targets(config: StarsConfig, prompts: int) -> list[float]:
 def _encode(policy: PreTrainedModel, cache: DynamicCache, tokens: list[int]) -> torch.Tensor:
     """Append tokens to the cache; the next token's logits ``[V]``."""
     ids = torch.tensor([tokens], device=policy.device)
-    return policy(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    return policy(ids, **{_cache_argument(type(policy).forward): cache}, logits_to_keep=1).logits[0, -1]
+
+
+@functools.lru_cache
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    """transformers 5.23 calls it ``cache``, and complains about the name it had before."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def draw_segment(
@@ -202,7 +210,7 @@ def sample(logits: torch.Tensor, config: StarsConfig) -> int:
     """One token id from logits ``[V]`` under temperature and top-k."""
     logits = logits.float() / (config.temperature or 1.0)
     if config.top_k:
-        values, ids = logits.topk(config.top_k)
+        values, ids = logits.topk(min(config.top_k, logits.shape[-1]))
         return int(ids[torch.multinomial(values.softmax(-1), 1)])
     return int(torch.multinomial(logits.softmax(-1), 1))
 

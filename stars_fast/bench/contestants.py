@@ -31,7 +31,7 @@ ABOUT = {
     ACCEPTING: "the engine with a callable that accepts everything",
     GENERATE: "model.generate of the policy alone",
 }
-PLAIN_PROMPTS = 4  # in a round: its speed does not depend on how many there are, and all of them would take minutes
+PLAIN_PROMPTS = 2  # in a round: its speed does not depend on how many there are, and all of them would take minutes
 _REWARDS = 32  # texts of the engine from which its mean reward is taken
 
 

@@ -37,7 +37,7 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch on the CPU. Default: torch's own.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Prompts of a call; 1 and 16. Repeatable.")] = None,
     prompt_length: Annotated[int | None, typer.Option(min=1, help="Random ids a prompt; 32.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a text.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a text.")] = 32,
     segment_length: Annotated[int, typer.Option(min=1, help="Tokens of a segment.")] = 16,
     acceptance: Annotated[float, typer.Option(help="Share of candidates that the target lets pass.")] = 1 / 6,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each contestant that count.")] = 2,
