@@ -1,13 +1,16 @@
-"""What the engine's speed is compared with does the same: both baselines sample the enumerated law."""
+"""What the engine's speed is compared with does what it says: each baseline samples its enumerated law."""
 
-import baselines
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny_policy, tiny_reward
-from oracle import attempts, p_value, text
+from oracle import Rule, attempts, p_value, text
 from test_law import EOS, PROMPTS, RULE, VOCAB, oracle
 
 from stars_fast import StarsConfig
+from stars_fast.bench import baselines
 
 SAMPLES = 400
 CONFIG = StarsConfig(**RULE.stars_config())
@@ -55,6 +58,25 @@ def test_temperature_and_top_k_are_those_of_the_law(models):
     config = CONFIG.replace(**sampling)
     for run, samples in ((one_at_a_time, SAMPLES // 2), (baselines.strong, SAMPLES)):
         assert min(p_values(models, PROMPTS[-1:], run, samples, config, **sampling)) > 1e-3
+
+
+def test_the_best_of_n_texts_has_its_enumerated_law(models):
+    """Best of N whole texts: one segment as long as the text, which nothing is good enough for, and N attempts."""
+    n, prompts = 3, PROMPTS[-3:]
+    whole = Rule(RULE.max_new_tokens, n, RULE.max_new_tokens, math.inf, RULE.alpha, RULE.beta, EOS)
+    torch.manual_seed(0)
+    repeated = [prompt for prompt in prompts for _ in range(SAMPLES)]
+    texts = baselines.best_of_n(*models, repeated, CONFIG, {EOS}, n, rows=400)  # which n does not divide
+    samples = {i: [tuple(one.tokens) for one in texts[i * SAMPLES :][:SAMPLES]] for i in range(len(prompts))}
+
+    def p(rule):
+        exact = {i: oracle(models[0], prompt, rule, models[1]) for i, prompt in enumerate(prompts)}
+        return p_value(samples, {i: exact[i].law(text) for i in exact})
+
+    assert p(whole) > 1e-3
+    assert p(replace(whole, max_attempts=n + 1)) < 1e-3  # one more is told apart
+    for one, prompt in zip(texts[:5], repeated, strict=False):
+        assert one.reward == pytest.approx(baselines.score(models[1], prompt + one.tokens), abs=1e-5)
 
 
 def test_a_wrong_rule_is_found(models, monkeypatch):

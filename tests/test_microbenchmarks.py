@@ -4,9 +4,11 @@ import pytest
 import torch
 from micro.attention import Tree
 from micro.cases import OPERATORS, Absent, Case, Prepared, contenders, refcheck
+from micro.limits import alternating
 from micro.sampling import FILTERS, Draw, Gather
 from micro.tables import Append, Select
 from micro.timing import Rates, floor_seconds, median_seconds
+from micro.trees import Forest, tables_of_lists
 
 CPU = torch.device("cpu")
 TINY = [
@@ -78,3 +80,28 @@ def test_a_nan_does_not_pass():
     case = Case("none", "nan", CPU, 1, 0, {}, {"x": torch.ones(1)}, {"x": 1.0})
     with pytest.raises(AssertionError, match="deviates"):
         refcheck(case, "nan", nan)
+
+
+def test_limits_are_ratios_of_medians_that_alternate():
+    order = []
+
+    def clock(name, times):
+        rest = iter(times)
+        return name, lambda: order.append(name) or next(rest)
+
+    limit = alternating(clock("a", [9, 1, 2, 5]), clock("b", [9, 8, 6, 7]), at_least=3.0, rounds=3)
+    assert order == ["a", "b"] * 4
+    assert (limit.ratio, limit.seconds) == (3.5, 2)  # the first of each does not count
+    assert "ok" in str(limit) and "BROKEN" in str(limit._replace(at_least=4.0))
+
+
+def test_a_tree_is_as_before_when_its_heartbeat_is_over():
+    forest = Forest(groups=3, rows=2, segment=4, trunk=5)
+    before = forest.tree.free_slots, forest.tree.nodes
+    nodes, packed = forest.plan()
+    assert len(nodes) == 6 and forest.tree.free_slots == before[0] - 6 * 3
+    forest.commit(nodes.tolist())
+    forest.release(forest.fork())
+    assert (forest.tree.free_slots, forest.tree.nodes) == before
+    paths = [forest.tree.slots(leaf).tolist() for leaf in forest.leaves]
+    assert len(tables_of_lists(paths, list(range(18)), 6, 3)) <= len(packed)

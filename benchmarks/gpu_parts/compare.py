@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from baselines import plain, strong
-from micro.timing import in_table, rates
+from micro.timing import in_table
 from transformers import GenerationConfig
 
 from gpu_parts.heartbeats import PROMPT, RESPONSE, engine, figures, guided, pilot, run_engine, synchronize
 from gpu_parts.models import Pair, pair
 from gpu_parts.runner import Runner
+from stars_fast.bench.yardsticks import rates
 from stars_fast.roofline import GPUS, Achievable, Gpu, Workload, best_candidates, heartbeat, renewal
 
 # Of a copy's bandwidth and a large product's rate, as measured here. On an H200 these are the 0.85 of its data sheet's

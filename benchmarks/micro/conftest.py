@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from stars_fast.bench.yardsticks import Rates, rates
+
+from .limits import Limit
 from .refcheck import OURS
-from .timing import Rates, in_table, rates
+from .timing import in_table
 
 
 class Row(NamedTuple):
@@ -32,6 +35,7 @@ class Report:
     def __init__(self) -> None:
         self.rates: dict[str, Rates] = {}
         self.rows: list[Row] = []
+        self.limits: list[Limit] = []
         self.absent: dict[tuple[str, str], set[str]] = defaultdict(set)  # who, by reason and operator
 
     def rates_of(self, device: torch.device) -> Rates:
@@ -39,6 +43,11 @@ class Report:
         if device.type not in self.rates:
             self.rates[device.type] = rates(device)
         return self.rates[device.type]
+
+    def require(self, limit: Limit) -> None:
+        """Note a ratio, and raise AssertionError where it is under its limit."""
+        self.limits.append(limit)
+        assert limit.ratio >= limit.at_least, str(limit)
 
 
 REPORT = pytest.StashKey[Report]()
@@ -63,7 +72,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    output_json["rates"] = {device: found._asdict() for device, found in config.stash[REPORT].rates.items()}
+    report = config.stash[REPORT]
+    output_json["rates"] = {device: found._asdict() for device, found in report.rates.items()}
+    output_json["limits"] = [limit._asdict() for limit in report.limits]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -74,6 +85,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             rows = [row for row in report.rows if (row.device, row.operator) == (device, operator)]
             for line in table(operator, rows):
                 terminalreporter.write_line(line)
+    for limit in report.limits:
+        terminalreporter.write_line(str(limit))
     for (reason, operator), who in report.absent.items():
         terminalreporter.write_line(f"not measured, {reason}: {operator} by {', '.join(sorted(who))}")
 

@@ -1,4 +1,4 @@
-"""How long calls take, and how fast the device copies and multiplies: the yardsticks of the same run."""
+"""How long calls take, beside the yardsticks of the same run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from stars_fast.bench.yardsticks import Rates, synchronize
 from stars_fast.roofline import GPUS, Gpu
 
 from .refcheck import Case, Prepared
@@ -27,36 +28,6 @@ class Round(NamedTuple):
     calls: int
     rounds: int  # worth measuring
     graph: bool  # whether a CUDA graph holds the calls
-
-
-class Rates(NamedTuple):
-    """What the device reaches on plain work."""
-
-    copy: float  # bytes/s, read and written both counted
-    matrix: float  # operations/s of a large product: bfloat16 on a GPU, float32 on a CPU
-
-
-def rates(device: torch.device) -> Rates:
-    """Measure both yardsticks: a copy far larger than the caches, and a large product."""
-    on_gpu = device.type == "cuda"
-    source = torch.ones((2**30 if on_gpu else 2**27) // 4, device=device)
-    target = torch.empty_like(source)
-    copy_seconds = seconds(lambda: target.copy_(source), device)
-    n, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-    return Rates(2 * source.nbytes / copy_seconds, 2 * n**3 / seconds(lambda: a @ b, device))
-
-
-def seconds(call: Callable[[], Any], device: torch.device, rounds: int = 9) -> float:
-    """Median of single calls, each waited for, after one that is not counted."""
-    taken = []
-    for _ in range(rounds + 1):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
 
 
 def round_of(case: Case, prepared: Prepared) -> Round:
@@ -136,12 +107,6 @@ def median_seconds(case: Case, prepared: Prepared) -> float:
         one.run()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken) / one.calls
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU; a CPU is always done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def floor_seconds(case: Case, reached: Rates) -> float:

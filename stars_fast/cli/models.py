@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 DEMO = "demo"
@@ -63,13 +64,18 @@ def _demo() -> tuple[Any, Any, Any]:
         raise OSError(f"the demo models are missing here; examples/train_demo.py makes them ({error})") from error
 
 
+def placement(device: str) -> torch.device:
+    """The device of that name; ``auto`` is a GPU where there is one. Raises RuntimeError for a name torch lacks."""
+    import torch
+
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
 def _placed(model: Any, dtype: str, device: str) -> PreTrainedModel:
     import torch
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        place = torch.device(device)
+        place = placement(device)
         placed: PreTrainedModel = model.to(place) if dtype == "auto" else model.to(place, getattr(torch, dtype))
         return placed
     except (RuntimeError, AssertionError) as error:

@@ -1,0 +1,83 @@
+"""A whole benchmark: prepared, measured, and written down as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from stars_fast.bench.measure import measure, number_of_runs, summary
+from stars_fast.bench.models import Pair
+from stars_fast.bench.sweeps import SIDE_BY_SIDE, prepared, sweep_named, workloads
+from stars_fast.bench.workload import Workload
+from stars_fast.bench.yardsticks import rates
+from stars_fast.engine import StarsEngine
+
+Series = tuple[str | None, Sequence[Workload], Sequence[str]]  # name of the sweep, points, contestants
+
+
+def side_by_side(base: Sequence[Workload]) -> list[Series]:
+    """Every contestant at each of these workloads."""
+    return [(None, base, SIDE_BY_SIDE)]
+
+
+def swept(base: Workload, names: Sequence[str]) -> list[Series]:
+    """The sweeps of these names around a workload. Raises ValueError for a name that is not there."""
+    sweeps = {name: sweep_named(name) for name in names}
+    return [(name, workloads(base, sweep), sweep.contestants) for name, sweep in sweeps.items()]
+
+
+def steps(series: Sequence[Series], rounds: int) -> int:
+    """How often :func:`run` calls ``done``."""
+    return sum(len(loads) + number_of_runs(len(loads), len(names), rounds) for _, loads, names in series)
+
+
+def run(pair: Pair, series: Sequence[Series], rounds: int, done: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Measure everything.
+
+    Returns
+    -------
+    dict
+        ``models``, ``weight_bytes``, ``dtype``, ``device``, ``threads``, ``rounds``; ``yardsticks``, what a copy and a
+        large product reach here; ``sweeps``, which field each varies; ``points``, each with ``sweep``, ``workload``,
+        ``target_reward`` (one per prompt), ``beta``, ``equal_reward`` and ``contestants``, as
+        :func:`stars_fast.bench.measure.summary` describes them.
+
+    Raises
+    ------
+    ValueError
+        For a workload that the engine refuses.
+    """
+    engine = StarsEngine(pair.policy, pair.reward)
+    reached = rates(pair.device, pair.policy.dtype)
+    return {
+        "models": pair.name,
+        "weight_bytes": {role: cost.weight_bytes for role, cost in pair.costs.items()},
+        "dtype": str(pair.policy.dtype).removeprefix("torch."),
+        "device": str(pair.device),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "yardsticks": {"copy_bytes_per_second": reached.copy, "product_operations_per_second": reached.matrix},
+        "sweeps": {name: sweep_named(name).field for name, _, _ in series if name is not None},
+        "points": [point for one in series for point in _measured(pair, engine, one, rounds, done)],
+    }
+
+
+def _measured(
+    pair: Pair, engine: StarsEngine, series: Series, rounds: int, done: Callable[[], None]
+) -> list[dict[str, Any]]:
+    sweep, loads, names = series
+    points = prepared(pair, engine, loads, names, done)
+    return [
+        {
+            "sweep": sweep,
+            "workload": asdict(point.workload),
+            "target_reward": point.config.target_reward,
+            "beta": point.config.beta,
+            "equal_reward": point.equal_reward._asdict() if point.equal_reward else None,
+            "contestants": summary(runs),
+        }
+        for point, runs in zip(points, measure(pair, points, rounds, done), strict=True)
+    ]

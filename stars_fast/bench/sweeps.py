@@ -1,0 +1,78 @@
+"""What is varied, over which values, and who runs there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from stars_fast.bench.contestants import ACCEPTING, BEST, ENGINE, GENERATE, ONE, PLAIN, STRONG, Point, point
+from stars_fast.bench.models import Pair
+from stars_fast.bench.workload import Pilots, Workload
+from stars_fast.engine import StarsEngine
+
+SIDE_BY_SIDE = (ENGINE, ONE, PLAIN, STRONG, BEST, ACCEPTING, GENERATE)
+
+
+class Sweep(NamedTuple):
+    """One field of the workload over some values; ``fixed`` are other fields that this asks for."""
+
+    field: str
+    values: tuple[Any, ...]
+    contestants: tuple[str, ...]
+    about: str
+    fixed: dict[str, Any] = {}  # noqa: RUF012 (a NamedTuple's default is never written to)
+
+
+SWEEPS = {
+    "batch": Sweep("batch", (1, 2, 4, 8, 16), (ENGINE, ONE, STRONG, PLAIN), "accepted tokens/s against batch"),
+    "candidates": Sweep(
+        "candidates",
+        (1, 2, 4, 8, 16, 32, 64),
+        (ENGINE,),
+        "accepted tokens/s and seconds against candidates",
+        {"max_attempts": 64},
+    ),
+    "acceptance": Sweep(
+        "acceptance", (0.1, 1 / 6, 0.3, 0.5, 0.8), (ENGINE, ONE, STRONG), "accepted tokens/s against acceptance"
+    ),
+    "segment-length": Sweep(
+        "segment_length", (4, 8, 16, 32, 64), (ENGINE, ONE, STRONG), "accepted tokens/s against segment length"
+    ),
+    "prompts": Sweep(
+        "batch", (1, 4, 16, 64, 256), (ENGINE,), "seconds of a call of 1 to 256 prompts", {"max_new_tokens": 32}
+    ),
+    "prompt-length": Sweep(
+        "prompt_length", (16, 64, 256, 1024, 2048), (ENGINE,), "seconds of a call with prompts of 16 to 2048 tokens"
+    ),
+    "new-tokens": Sweep(
+        "max_new_tokens", (32, 64, 128, 256, 512, 1024), (ENGINE,), "seconds of a call of 32 to 1024 new tokens"
+    ),
+}
+
+
+def sweep_named(name: str) -> Sweep:
+    """Raises ValueError for one that is not there."""
+    if name not in SWEEPS:
+        raise ValueError(f"sweep={name!r}: choose from {', '.join(SWEEPS)}")
+    return SWEEPS[name]
+
+
+def workloads(base: Workload, sweep: Sweep) -> list[Workload]:
+    """The points of a sweep around a workload."""
+    return [replace(base, **{**sweep.fixed, sweep.field: value}) for value in sweep.values]
+
+
+def prepared(
+    pair: Pair,
+    engine: StarsEngine,
+    loads: Sequence[Workload],
+    names: Sequence[str],
+    done: Callable[[], None] = lambda: None,
+) -> list[Point]:
+    """Points ready to be measured: targets set, N found. ``done`` is called after each."""
+    pilots, points = Pilots(pair, engine), list[Point]()
+    for load in loads:
+        points.append(point(pair, engine, load, pilots.config(load), names))
+        done()
+    return points

@@ -1,0 +1,97 @@
+"""What is generated in a measurement, and the target that makes its acceptance what was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from stars_fast.bench.models import Pair
+from stars_fast.call import Arguments
+from stars_fast.config import StarsConfig
+from stars_fast.engine import StarsEngine
+from stars_fast.methods.calibration import Pilot, expected_acceptance, set_target, spread
+
+_PILOT_SEGMENTS = 4
+_PILOT_RESPONSES = 128  # of all prompts together
+_FEWEST, _MOST = 2, 32  # of one
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One point of a benchmark.
+
+    Parameters
+    ----------
+    batch : int
+        Prompts of one call.
+    prompt_length : int, optional
+        Tokens of each prompt, random ids; None: the models' own openings.
+    max_new_tokens, segment_length, max_attempts, candidates
+        As in :class:`stars_fast.StarsConfig`.
+    acceptance : float
+        Share of candidates to be accepted. 1/6: CARDS' published call counts imply about six attempts a segment.
+    """
+
+    batch: int = 1
+    prompt_length: int | None = 32
+    max_new_tokens: int = 64
+    segment_length: int = 16
+    acceptance: float = 1 / 6
+    max_attempts: int = 20
+    candidates: int | str = "auto"
+
+    def config(self) -> StarsConfig:
+        """Settings without a target. With alpha = 1 the threshold is the target at every length, so that one number
+        sets the acceptance.
+        """
+        return StarsConfig(
+            max_new_tokens=self.max_new_tokens,
+            segment_length=self.segment_length,
+            max_attempts=self.max_attempts,
+            candidates=self.candidates,
+            alpha=1.0,
+            top_k=50,
+            ignore_eos=True,
+        )
+
+
+class Pilots:
+    """Rewards of unguided segments, kept by workload: a target for another acceptance needs no new ones."""
+
+    def __init__(self, pair: Pair, engine: StarsEngine) -> None:
+        self.pair, self.engine = pair, engine
+        self._kept: dict[Workload, list[Pilot]] = {}
+
+    def config(self, workload: Workload) -> StarsConfig:
+        """The workload's settings, with beta, and a target for each prompt by which its unguided segments pass as often
+        as asked for: rewards of different prompts have different means.
+
+        Raises
+        ------
+        ValueError
+            For an acceptance outside (0, 1), and for what the engine refuses.
+        """
+        if not 0 < workload.acceptance < 1:
+            raise ValueError(f"acceptance={workload.acceptance}: must lie in (0, 1)")
+        config, pilots = workload.config(), self._pilots(workload)
+        config = config.replace(beta=config.beta * fmean(map(spread, pilots)))
+        return config.replace(target_reward=tuple(_target(pilot, config, workload.acceptance) for pilot in pilots))
+
+    def _pilots(self, workload: Workload) -> list[Pilot]:
+        """The first segments of a text stand for all of them."""
+        length = min(workload.max_new_tokens, _PILOT_SEGMENTS * workload.segment_length)
+        key = replace(workload, max_new_tokens=length, acceptance=0.5, candidates=1, max_attempts=1)
+        if key not in self._kept:
+            prompts = self.pair.prompts(key.batch, key.prompt_length)
+            samples = min(max(_PILOT_RESPONSES // key.batch, _FEWEST), _MOST)
+            _, self._kept[key] = self.engine.run_pilots(Arguments(prompts, key.config(), seed=0), samples)
+        return self._kept[key]
+
+
+def _target(pilot: Pilot, config: StarsConfig, acceptance: float) -> float:
+    pilot.beta = config.beta
+    low, high = min(pilot.finals) - 40 * pilot.beta, max(pilot.finals) + 40 * pilot.beta
+    for _ in range(60):
+        set_target(pilot, config, (low + high) / 2)
+        low, high = (pilot.target, high) if expected_acceptance(pilot, config) > acceptance else (low, pilot.target)
+    return pilot.target

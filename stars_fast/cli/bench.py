@@ -1,0 +1,210 @@
+"""``stars-fast bench``: the engine beside what else does the same work, and how cost grows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from stars_fast.cli.console import LOADING_ERRORS, fail, note, refusing, stderr, stdout
+
+if TYPE_CHECKING:
+    from stars_fast.bench.models import Pair
+
+_DTYPES = ("float32", "bfloat16")
+_BATCHES = (1, 16)
+_SWEEP_BATCH = 4
+_PROMPT_LENGTH = 32
+_WIDTH = 110  # columns that the tables need
+
+Record = dict[str, Any]
+
+
+def run(
+    policy: Annotated[str | None, typer.Option(help="Policy: folder or hub id. Default: random weights.")] = None,
+    reward: Annotated[str | None, typer.Option(help="Reward model that reads the policy's ids.")] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Measure the demo models on their openings.")] = False,
+    size: Annotated[str, typer.Option(help="Of the random Llamas: 27m, or 1m to try this command.")] = "27m",
+    dtype: Annotated[str, typer.Option(help=f"Of both models: {' or '.join(_DTYPES)}.")] = "float32",
+    device: Annotated[str, typer.Option(help="Of both models; auto takes a GPU where there is one.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch on the CPU. Default: torch's own.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Prompts of a call; 1 and 16. Repeatable.")] = None,
+    prompt_length: Annotated[int | None, typer.Option(min=1, help="Random ids a prompt; 32.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a text.")] = 32,
+    segment_length: Annotated[int, typer.Option(min=1, help="Tokens of a segment.")] = 16,
+    acceptance: Annotated[float, typer.Option(help="Share of candidates that the target lets pass.")] = 1 / 6,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each contestant that count.")] = 2,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Vary instead: batch, candidates, acceptance, segment-length, prompts, prompt-length or new-tokens. "
+            "Repeatable."
+        ),
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for a PNG and an SVG of each sweep.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; tables go to stderr.")] = False,
+) -> None:
+    """Measure accepted tokens/s beside baselines in one run, alternating: ratios first. Minutes on a CPU.
+
+    plain: one prompt and one attempt at a time. strong: batched generate and reward passes. best of N: with N as small
+    as equals the engine's mean reward. generate: the policy alone, beside an engine that accepts everything.
+    """
+    from stars_fast.bench import record
+    from stars_fast.bench.workload import Workload
+    from stars_fast.cli.doctor import examine_machine
+    from stars_fast.cli.models import quiet_transformers
+
+    quiet_transformers()
+    with refusing(ImportError):
+        _check_plots(plots, sweep)
+    with refusing(*LOADING_ERRORS), _threads(threads):
+        if not 0 < acceptance < 1:
+            raise ValueError(f"--acceptance {acceptance}: must lie strictly between 0 and 1")
+        batches = batch or (_BATCHES if not sweep else (_SWEEP_BATCH,))
+        length = prompt_length or (None if demo else _PROMPT_LENGTH)
+        loads = [Workload(one, length, max_new_tokens, segment_length, acceptance) for one in batches]
+        series = record.swept(loads[0], sweep) if sweep else record.side_by_side(loads)
+        pair = _pair(policy, reward, demo, size, dtype, device)
+        with _progress(record.steps(series, rounds)) as done:
+            found = record.run(pair, series, rounds, done)
+    machine = examine_machine()
+    found["machine"] = {name: machine[name] for name in ("versions", "platform", "devices", "kernels")}
+    _show(stderr() if as_json else stdout(), found)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    if plots is not None:
+        from stars_fast.report.plots import draw
+
+        note("plots: " + " ".join(str(path) for path in draw(found, plots)))
+
+
+def _check_plots(plots: Path | None, sweep: list[str] | None) -> None:
+    """Before minutes of measuring."""
+    if plots is None:
+        return
+    if not sweep:
+        fail(f"--plots {plots}: there is nothing to draw without a --sweep")
+    from stars_fast.report.figures import require_matplotlib
+
+    require_matplotlib()
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("measuring"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=stderr(), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
+
+
+def _pair(policy: str | None, reward: str | None, demo: bool, size: str, dtype: str, device: str) -> Pair:
+    import torch
+
+    from stars_fast.bench.models import Pair, random_pair
+    from stars_fast.cli.models import DEMO, classifier_named, placement, policy_named
+
+    if dtype not in _DTYPES:
+        raise ValueError(f"--dtype {dtype!r}: must be one of {', '.join(_DTYPES)}")
+    if (policy is None) != (reward is None):
+        raise ValueError("give both --policy and --reward, or neither")
+    if policy is None and not demo:
+        return random_pair(size, getattr(torch, dtype), placement(device))
+    if policy is not None and demo:
+        raise ValueError(f"--policy {policy!r} and --demo: give one of them")
+    names = (policy or DEMO, reward or DEMO)
+    causal, tokenizer = policy_named(names[0], None, dtype, device)
+    classifier, _ = classifier_named(names[1], None, dtype, device)
+    openings = _openings(tokenizer) if demo else []
+    return Pair(DEMO if demo else " and ".join(names), causal, classifier, openings)
+
+
+def _openings(tokenizer: Any) -> list[list[int]]:
+    from stars_fast.demo import PROMPTS
+
+    return [list(tokenizer(opening)["input_ids"]) for opening in PROMPTS]
+
+
+def _show(console: Console, found: Record) -> None:
+    console.width = max(console.width, _WIDTH)
+    yard = found["yardsticks"]
+    amounts = f"{found['threads']} threads", f"{found['rounds']} rounds"
+    about = (found["models"], found["dtype"], found["device"], *amounts)
+    console.print(
+        f"{', '.join(about)}. A copy moves {yard['copy_bytes_per_second'] / 1e9:.3g} GB/s, a large product takes "
+        f"{yard['product_operations_per_second'] / 1e9:.4g} GFLOP/s."
+    )
+    for point in found["points"]:
+        console.print()
+        console.print(_table(point, found))
+        if point["equal_reward"]:
+            console.print(Text(_about_n(point["equal_reward"]), style="dim"))
+    console.print(Text(_LEGEND, style="dim"))
+
+
+_LEGEND = (
+    "x: how many times as fast the engine is (generate: the accepting engine), median and range over the rounds; all: "
+    "all tokens over all seconds; per attempt: candidates looked at per second. tok/s: accepted tokens. GB/s: weights "
+    "read by forward passes; GFLOP/s: products with them."
+)
+
+
+def _table(point: Record, found: Record) -> Table:
+    load = point["workload"]
+    prompts = "own prompts" if load["prompt_length"] is None else f"{load['prompt_length']}-token prompts"
+    title = (
+        f"batch {load['batch']}, {prompts}, {load['max_new_tokens']} new tokens, segments of {load['segment_length']}, "
+        f"acceptance {load['acceptance']:.2g}, candidates {load['candidates']}"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    table.add_column("", no_wrap=True)
+    for heading in ("x", "range", "all", "per attempt", "tok/s", "range", "attempts", "reward", "GB/s", "GFLOP/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, one in point["contestants"].items():
+        ratio, speed = one["ratio"], one["tokens_per_second"]
+        label = f"best of {point['equal_reward']['n']}" if name == "best of N" else name
+        table.add_row(
+            label,
+            *(_number(ratio["median"], 2), f"{ratio['min']:.2f}-{ratio['max']:.2f}"),
+            *(_number(ratio["all_rounds"], 2), _number(ratio["per_attempt"], 2)),
+            *(_number(speed["median"], 1), f"{speed['min']:.0f}-{speed['max']:.0f}"),
+            *(_number(one["attempts_per_segment"], 1), _number(one["mean_reward"], 2)),
+            *(_number(one[f"{what}_per_second"] / 1e9, 1) for what in ("weight_bytes", "operations")),
+        )
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _about_n(equal: Record) -> str:
+    found = f"best of {equal['n']}: expected reward {equal['reward']:.3f}, the engine's {equal['wanted']:.3f}"
+    return found if equal["reached"] else f"{found}: not even that many texts are enough"
