@@ -162,9 +162,21 @@ class Policy(TreeModel):
                 [draw.node for draw in draws], [draw.tokens[-1:] for draw in draws], logits_to_keep=0
             )
         for draw, node, (output, _, place) in zip(draws, nodes, outputs, strict=True):
-            self.tree.release(draw.node)
+            self._release(draw.node)
             draw.node, draw.logits = node, output.logits[0, place]
         return seen[-1][0]
+
+    def hidden_at_end(self, nodes: Sequence[int], last_tokens: Sequence[int]) -> torch.Tensor:
+        """What the output embedding reads at the last token of each node ``[B, H]``, by encoding it once more."""
+        lengths = [self.tree.length(node) - 1 for node in nodes]
+        before = [self.tree.cut(node, length) if length else -1 for node, length in zip(nodes, lengths, strict=True)]
+        draws = [
+            Draw(node, [token], [0.0], [0.0], False, True) for node, token in zip(before, last_tokens, strict=True)
+        ]
+        hidden = self.finish_branches(draws)
+        for draw in draws:
+            self.tree.release(draw.node)
+        return hidden
 
     @contextmanager
     def _head_inputs(self) -> Iterator[list[torch.Tensor]]:

@@ -262,6 +262,12 @@ def test_a_reward_sees_the_policys_hidden_state_and_may_tell_its_parts(name):
     assert all(segment.parts is None for segments in plain.segments for segment in segments)
 
 
+@pytest.mark.parametrize("name", ["rsd", "persona_judge"])
+def test_a_reward_of_hidden_states_is_refused_where_the_policy_has_not_read_what_is_scored(name):
+    with pytest.raises(ValueError, match=f"method='{name}' .*Hidden needs the policy's hidden state"):
+        generate(make_engine(Hidden()), EVERY[name])
+
+
 def test_steps_end_with_the_delimiter():
     engine = StarsEngine(tiny_policy(VOCAB, hidden=32), Sums(), tokenizer=tiny_tokenizer(VOCAB))
     out = generate(engine, ParticleFilter(particles=2, delimiter="w1"), segment_length=11)

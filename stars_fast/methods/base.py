@@ -41,12 +41,15 @@ class Method:
         Whether r_star matters: calibrated from pilot responses where ``target_reward`` is None.
     needs_hidden_state : bool
         Whether :meth:`values` reads ``Completion.hidden``.
+    gives_hidden_state : bool
+        Whether the policy reads every candidate that is scored, so that it has a hidden state.
     """
 
     name: ClassVar[str]
     scores_unfinished: ClassVar[bool] = True
     has_target: ClassVar[bool] = True
     needs_hidden_state: ClassVar[bool] = False
+    gives_hidden_state: ClassVar[bool] = True
 
     def rule(self, config: StarsConfig) -> StarsConfig:
         """The call's settings with what this method decides itself."""
@@ -66,6 +69,11 @@ class Method:
             raise ValueError(
                 f"method={self.name!r} scores unfinished answers, which {type(reward).__name__} (partial=False) cannot "
                 "do; vanilla, best_of_n and rejection_sampling score finished ones only"
+            )
+        if reward.needs_hidden_state and not self.gives_hidden_state:
+            raise ValueError(
+                f"method={self.name!r} scores text that the policy has not read, and {type(reward).__name__} needs the "
+                "policy's hidden state there"
             )
 
     def values(self, candidates: Sequence[Candidate]) -> list[float]:
