@@ -167,7 +167,7 @@ def refuse(*_):
 
 
 def test_models_of_another_shape_are_refused(gated, llama3):
-    with pytest.raises(ValueError, match="has no config.reward_token_id"):
+    with pytest.raises(ValueError, match=r"has no config\.reward_token_id"):
         InternLM2Reward(tiny_reward(VOCAB))
     with pytest.raises(ValueError, match=r"lacks regression_layer, gating, reward_transform_matrix"):
         ArmoRMReward(tiny_reward(VOCAB))

@@ -157,3 +157,13 @@ def test_sums_that_cannot_be_are_refused(policy32, reward32):
         WeightedSum([(1.0, scorer), (2.0, scorer)])
     with pytest.raises(ValueError, match=r"32 embeddings, fewer than the 40 ids"):
         StarsEngine(tiny_policy(40), WeightedSum([(1.0, ClassifierReward(reward32))]))
+
+
+def test_a_candidate_whose_response_came_back_without_its_state_is_committed_to_it():
+    """That is how a request gives its memory back while its best candidate waits."""
+    scorer, completion = WeightedSum([(1.0, Counted())]), one()
+    scorer.score([completion])
+    scorer.close(completion.response)
+    completion.response = Response(completion.response.prompt)
+    scorer.commit(completion)
+    assert scorer.score([Completion(completion.response, [3])]) == [2.0]
