@@ -328,7 +328,7 @@ void tree_attention(const TreeAttention& call, int threads) {
     std::memset(static_cast<char*>(call.out) + used * token_bytes, 0, (call.tokens - used) * token_bytes);
     int64_t keys = 0;
     for (int64_t g = 0; g < call.groups; ++g) keys = std::max<int64_t>(keys, call.trunk_len[g]);
-    const int64_t work = used * call.heads * (keys + call.branch_width) * call.head_size / 16;
+    const int64_t work = used * call.heads * (keys + call.branch_width) * call.head_size / 4;
     parallel_for(call.groups * call.kv_heads, work, threads, [&](int64_t item) {
         static thread_local Queries state;  // its buffers outlive the call: a decode step allocates nothing
         attend(call, state, item / call.kv_heads, item % call.kv_heads);
