@@ -97,9 +97,21 @@ void bind_attention(py::module_& m) {
     });
 }
 
+void bind_machine(py::module_& m) {
+    m.def("cpu_is_amd", [] {
+#if defined(__x86_64__) && defined(__GNUC__)
+        __builtin_cpu_init();
+        return __builtin_cpu_is("amd") != 0;
+#else
+        return false;
+#endif
+    });
+}
+
 }  // namespace
 
 void bind_ops(py::module_& m) {
+    bind_machine(m);
     bind_random_numbers(m);
     bind_sampling(m);
     bind_selection(m);
