@@ -23,7 +23,8 @@ def onednn_linears(model: nn.Module) -> Iterator[None]:
     Layers of other classes (quantised ones), with weights elsewhere or in another dtype, and those whose ``forward``
     somebody has replaced are left alone. On other machines nothing is changed.
     """
-    layers = [module for module in model.modules() if _WORTHWHILE and _is_plain(module)]
+    linears = (module for module in model.modules() if type(module) is nn.Linear) if _WORTHWHILE else ()
+    layers = [layer for layer in linears if _is_plain(layer)]
     for layer in layers:
         layer.forward = partial(_forward, layer)
     try:
@@ -33,11 +34,10 @@ def onednn_linears(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _is_plain(module: nn.Module) -> bool:
-    if type(module) is not nn.Linear or "forward" in vars(module):
-        return False
-    weight = module.weight
-    return type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.device.type == "cpu"
+def _is_plain(layer: nn.Linear) -> bool:
+    weight = layer.weight
+    ours = type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return ours and "forward" not in vars(layer)
 
 
 def _forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
