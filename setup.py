@@ -9,7 +9,8 @@ from setuptools import find_packages, setup
 kernels = ["stars_fast.kernels", *(f"stars_fast.kernels.{name}" for name in find_packages("triton_kernels"))]
 
 # No -march=native: a wheel runs on every machine of its architecture, and the kernels choose by themselves.
-# No contraction to fused multiply-add: all machines must round alike, so that a seed gives the same text.
+# No contraction to fused multiply-add: the draw must round alike everywhere, so that a seed gives the same text. Only
+# attention, whose logits differ from machine to machine anyway, switches it on for itself.
 extension = Pybind11Extension(
     "stars_fast._C",
     sorted(glob("csrc/*.cpp")),

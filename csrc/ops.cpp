@@ -82,7 +82,7 @@ void bind_attention(py::module_& m) {
              uintptr_t query_indptr, double scale, int64_t window, double softcap, uintptr_t sinks, int threads) {
               const py::gil_scoped_release release;
               tree_attention({at<void>(q), q_token_stride, q_head_stride, at<void>(k_pool), at<void>(v_pool),
-                              at<float>(out), static_cast<Float>(type), tokens, heads, kv_heads, head_size, value_size,
+                              at<void>(out), static_cast<Float>(type), tokens, heads, kv_heads, head_size, value_size,
                               at<int32_t>(trunk_slots), at<int32_t>(trunk_len), groups, trunk_width,
                               at<int32_t>(branch_slots), at<int32_t>(branch_len), rows, branch_width,
                               at<int32_t>(group_indptr), at<int32_t>(query_indptr), static_cast<float>(scale), window,
@@ -97,9 +97,21 @@ void bind_attention(py::module_& m) {
     });
 }
 
+void bind_machine(py::module_& m) {
+    m.def("cpu_is_amd", [] {
+#if defined(__x86_64__) && defined(__GNUC__)
+        __builtin_cpu_init();
+        return __builtin_cpu_is("amd") != 0;
+#else
+        return false;
+#endif
+    });
+}
+
 }  // namespace
 
 void bind_ops(py::module_& m) {
+    bind_machine(m);
     bind_random_numbers(m);
     bind_sampling(m);
     bind_selection(m);

@@ -1,6 +1,7 @@
 // A loop over rows on a few threads that stay alive between calls.
 #pragma once
 
+#include <dlfcn.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -92,6 +93,17 @@ private:
     uint64_t generation_ = 0;
 };
 
+// The threads on which torch has just run a matrix product: they are awake, and wait for more with all their might, so
+// that threads of our own would have to share the cores with them. Found by name in the process, as nothing here is
+// compiled against torch; where its OpenMP has another interface, the pool above steps in.
+using Team = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+
+inline Team team_of_torch() {
+    static const Team team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    static const pid_t owner = getpid();
+    return owner == getpid() ? team : nullptr;  // a team does not survive a fork
+}
+
 // body(i) for every i in [0, count). `work` is the number of elements touched in all: small loops stay on this thread.
 // The body must not throw.
 template <class Body>
@@ -99,10 +111,24 @@ void parallel_for(int64_t count, int64_t work, int threads, const Body& body) {
     constexpr int64_t kWorthWaking = 1 << 16;  // elements; about the time that waking a thread takes
     if (threads <= 1 || count <= 1 || work < kWorthWaking) {
         for (int64_t i = 0; i < count; ++i) body(i);
-        return;
+    } else if (const Team team = team_of_torch()) {
+        struct Loop {
+            const Body& body;
+            const int64_t count;
+            std::atomic<int64_t> next{0};
+        } loop{body, count};
+        team(
+            [](void* context) {
+                Loop& shared = *static_cast<Loop*>(context);
+                for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.count;) {
+                    shared.body(i);
+                }
+            },
+            &loop, static_cast<unsigned>(threads), 0);
+    } else {
+        ThreadPool::instance().run(
+            count, threads, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); }, &body);
     }
-    ThreadPool::instance().run(
-        count, threads, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); }, &body);
 }
 
 }  // namespace stars_fast

@@ -1,32 +1,28 @@
 // Attention over a tree: per request and key-value head one list of keys, the trunk's and then each branch's own.
 //
-// The queries of all rows of a request that share a head are one matrix, so a trunk's key is loaded once for all of
-// them. Keys come in tiles, with a running maximum and sum per query, as in flash attention.
+// The queries of all rows of a request that share a head are one matrix, so a trunk's key is loaded once for a block of
+// them. Keys come in tiles, with a running maximum and sum per query, as in flash attention; keys and values are read
+// where they lie. What a query gets does not depend on the queries beside it, not even in its rounding.
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=fast")  // elsewhere it is off: the draw must round alike everywhere, this need not
+#endif
 #include "tree_attention.h"
 
 #include <algorithm>
 #include <vector>
 
 #include "parallel.h"
+#include "vector.h"
 
 namespace stars_fast {
 
 namespace {
 
-constexpr int64_t kKeys = 32;    // keys of a tile
-constexpr int64_t kBlock = 4;    // queries that share the loads of a tile
-constexpr int64_t kVector = 16;  // floats of a Vector; compilers split it where registers are narrower
-
-typedef float Vector __attribute__((vector_size(kVector * sizeof(float)), aligned(4), may_alias));
-
-STARS_FAST_INLINE const Vector* vectors(const float* x) { return reinterpret_cast<const Vector*>(x); }
-STARS_FAST_INLINE Vector* vectors(float* x) { return reinterpret_cast<Vector*>(x); }
-
-STARS_FAST_INLINE float load(const void* data, Float type, int64_t i) {
-    if (type == Float::k32) return static_cast<const float*>(data)[i];
-    const uint16_t bits = static_cast<const uint16_t*>(data)[i];
-    return type == Float::kBf16 ? from_bf16(bits) : from_half(bits);
-}
+constexpr int64_t kKeys = 64;   // keys of a tile
+constexpr int kMostQueries = 4;  // of a block, which share what is loaded
+constexpr int kChunk = 4;       // vectors of a value that are added up at once
 
 // Keys that a query may see: [first, last) of the list it is attending to.
 struct Span {
@@ -35,194 +31,307 @@ struct Span {
 
 // The queries of one request and key-value head, and what has been summed up for each so far.
 struct Queries {
-    int64_t head_size, padded_values;
-    std::vector<float> q, weighted, maximum, sum;  // [M, D], [M, Dv padded], [M], [M]
+    int64_t query_stride, value_stride;            // floats; whole vectors
+    std::vector<float> q, weighted, maximum, sum;  // [M, D padded], [M, Dv padded], [M], [M]
     std::vector<Span> trunk, branch;               // [M]
-    std::vector<float> keys, values;               // a tile: [D, kKeys], [kKeys, Dv padded]
 
     void resize(int64_t count, const TreeAttention& call) {
-        head_size = call.head_size;
-        padded_values = (call.value_size + kVector - 1) / kVector * kVector;
-        // Padded to whole blocks: a block reads, and never uses, what lies behind the last query.
-        const int64_t padded = (count + kBlock - 1) / kBlock * kBlock;
-        q.assign(padded * head_size, 0.0f);
-        weighted.assign(padded * padded_values, 0.0f);
-        maximum.assign(padded, -HUGE_VALF);
-        sum.assign(padded, 0.0f);
-        trunk.assign(padded, {0, 0});
-        branch.assign(padded, {0, 0});
-        keys.assign(head_size * kKeys, 0.0f);
-        values.assign(kKeys * padded_values, 0.0f);
+        query_stride = (call.head_size + kWidest - 1) / kWidest * kWidest;
+        value_stride = (call.value_size + kWidest - 1) / kWidest * kWidest;
+        count += kMostQueries - 1;  // a block reads, and never uses, what lies behind the last query
+        q.assign(count * query_stride, 0.0f);
+        weighted.assign(count * value_stride, 0.0f);
+        maximum.assign(count, -HUGE_VALF);
+        sum.assign(count, 0.0f);
+        trunk.assign(count, {0, 0});
+        branch.assign(count, {0, 0});
     }
 };
 
-STARS_FAST_INLINE void load_tile_of(const TreeAttention& call, Queries& state, const int32_t* slots, int64_t count,
-                                    int64_t head) {
-    for (int64_t n = 0; n < count; ++n) {
-        const int64_t row = static_cast<int64_t>(slots[n]) * call.kv_heads + head;
-        const int64_t key = row * call.head_size, value = row * call.value_size;
-        for (int64_t d = 0; d < call.head_size; ++d) state.keys[d * kKeys + n] = load(call.k_pool, call.type, key + d);
-        float* values = state.values.data() + n * state.padded_values;
-        for (int64_t d = 0; d < call.value_size; ++d) values[d] = load(call.v_pool, call.type, value + d);
-    }
-}
+// One list of keys and values, a tile at a time.
+template <class Element>
+struct Tile {
+    const Element* keys[kKeys];
+    const Element* values[kKeys];
+    int64_t count;
 
-// Scores [kBlock, kKeys] of a block of queries against the tile.
-STARS_FAST_INLINE void score_block(const Queries& state, int64_t first, float (*scores)[kKeys]) {
-    Vector low[kBlock] = {}, high[kBlock] = {};
-    const float* q = state.q.data() + first * state.head_size;
-    for (int64_t d = 0; d < state.head_size; ++d) {
-        const Vector* keys = vectors(state.keys.data() + d * kKeys);
-        for (int64_t m = 0; m < kBlock; ++m) {
-            const float x = q[m * state.head_size + d];
-            low[m] += x * keys[0];
-            high[m] += x * keys[1];
+    STARS_FAST_INLINE void point_at(const TreeAttention& call, const int32_t* slots, int64_t size, int64_t head) {
+        count = size;
+        for (int64_t n = 0; n < kKeys; ++n) {  // past the last key the first one is read, and not used
+            const int64_t row = static_cast<int64_t>(slots[n < size ? n : 0]) * call.kv_heads + head;
+            keys[n] = static_cast<const Element*>(call.k_pool) + row * call.head_size;
+            values[n] = static_cast<const Element*>(call.v_pool) + row * call.value_size;
         }
     }
-    for (int64_t m = 0; m < kBlock; ++m) {
-        vectors(scores[m])[0] = low[m];
-        vectors(scores[m])[1] = high[m];
-    }
-}
+};
 
-// Turns a query's scores into weights relative to its new maximum, and rescales what it has summed up.
-STARS_FAST_INLINE void weigh(const TreeAttention& call, Queries& state, int64_t query, Span seen, float* scores) {
-    if (call.softcap != 0.0f) {
-        for (int64_t n = 0; n < kKeys; ++n) scores[n] = call.softcap * std::tanh(scores[n] / call.softcap);
-    }
-    float maximum = state.maximum[query];
-    bool bad = false;  // NaN or +inf, which the exponential below would take for a weight of 0
-    for (int64_t n = 0; n < kKeys; ++n) {
-        const bool visible = n >= seen.first && n < seen.last;
-        scores[n] = visible ? scores[n] : -HUGE_VALF;
-        bad |= !(scores[n] < HUGE_VALF);
-        maximum = scores[n] > maximum ? scores[n] : maximum;
-    }
-    float sum = 0.0f;
-    for (int64_t n = 0; n < kKeys; ++n) {
-        scores[n] = exp_nonpositive(scores[n] - maximum);
-        sum += scores[n];
-    }
-    const float factor = exp_nonpositive(state.maximum[query] - maximum);
-    state.sum[query] = bad ? NAN : state.sum[query] * factor + sum;
-    state.maximum[query] = maximum;
-    float* weighted = state.weighted.data() + query * state.padded_values;
-    for (int64_t d = 0; d < state.padded_values; ++d) weighted[d] *= factor;
-}
+template <class Element, int kWidth>
+struct Attention {
+    using Lanes = Vector<kWidth>;
+    using Floats = typename Lanes::Floats;
+    static constexpr int kPairs = std::max(kWidth, 8);  // of a query and a key: products that are summed up at once
 
-STARS_FAST_INLINE void add_values(Queries& state, int64_t first, int64_t count, const float (*weights)[kKeys]) {
-    for (int64_t d = 0; d < state.padded_values; d += kVector) {
-        Vector sums[kBlock];
-        float* weighted = state.weighted.data() + first * state.padded_values + d;
-        for (int64_t m = 0; m < kBlock; ++m) sums[m] = *vectors(weighted + m * state.padded_values);
-        for (int64_t n = 0; n < count; ++n) {
-            const Vector value = *vectors(state.values.data() + n * state.padded_values + d);
-            for (int64_t m = 0; m < kBlock; ++m) sums[m] += weights[m][n] * value;
-        }
-        for (int64_t m = 0; m < kBlock; ++m) *vectors(weighted + m * state.padded_values) = sums[m];
-    }
-}
+    const TreeAttention& call;
+    Queries& state;
+    int64_t head;
 
-// Queries [begin, end) attend to a list of keys, each to its own span of it.
-STARS_FAST_INLINE void attend(const TreeAttention& call, Queries& state, const std::vector<Span>& spans, int64_t begin,
-                              int64_t end, const int32_t* slots, int64_t length, int64_t head) {
-    for (int64_t start = 0; start < length; start += kKeys) {
-        const int64_t count = std::min(kKeys, length - start);
-        bool loaded = false;
-        for (int64_t first = begin; first < end; first += kBlock) {
-            const int64_t queries = std::min(kBlock, end - first);
-            bool any = false;
-            for (int64_t m = first; m < first + queries; ++m) {
-                any |= spans[m].first < start + count && spans[m].last > start;
+    // Scores of kQueries queries and the tile's keys.
+    template <int kQueries>
+    STARS_FAST_INLINE void score(const Tile<Element>& tile, int64_t first, float (*scores)[kKeys]) const {
+        constexpr int kSide = kPairs / kQueries;  // keys
+        const float* q = state.q.data() + first * state.query_stride;
+        for (int64_t n = 0; n < tile.count; n += kSide) {
+            Floats products[kPairs] = {};
+            int64_t d = 0;
+            for (; d + kWidth <= call.head_size; d += kWidth) {
+                Floats queries[kQueries], key;
+                for (int m = 0; m < kQueries; ++m) Lanes::load(q + m * state.query_stride + d, queries[m]);
+                for (int i = 0; i < kSide; ++i) {
+                    Lanes::load(tile.keys[n + i] + d, key);
+                    for (int m = 0; m < kQueries; ++m) products[m * kSide + i] += queries[m] * key;
+                }
             }
-            if (!any) continue;
-            if (!loaded) load_tile_of(call, state, slots + start, count, head);
-            loaded = true;
-            alignas(64) float weights[kBlock][kKeys] = {};
-            score_block(state, first, weights);
-            for (int64_t m = 0; m < kBlock; ++m) {
-                const Span seen = m < queries ? spans[first + m] : Span{0, 0};
-                const Span here{seen.first - start, std::min(seen.last - start, count)};
-                if (here.last > std::max<int64_t>(here.first, 0)) {
-                    weigh(call, state, first + m, here, weights[m]);
+            if (d < call.head_size) {
+                Floats query, key;
+                for (int i = 0; i < kSide; ++i) {
+                    Lanes::load_some(tile.keys[n + i] + d, call.head_size - d, key);
+                    for (int m = 0; m < kQueries; ++m) {
+                        Lanes::load(q + m * state.query_stride + d, query);
+                        products[m * kSide + i] += query * key;
+                    }
+                }
+            }
+            float sums[kPairs];
+            for (int i = 0; i < kPairs; i += kWidth) {
+                Floats some;
+                sums_of(products + i, some);
+                Lanes::store(some, sums + i);
+            }
+            for (int m = 0; m < kQueries; ++m) std::memcpy(scores[m] + n, sums + m * kSide, kSide * sizeof(float));
+        }
+    }
+
+    // Turns a query's scores into weights relative to its new maximum, and rescales what it has summed up.
+    STARS_FAST_INLINE void weigh(int64_t query, Span seen, int64_t count, float* scores) const {
+        if (call.softcap != 0.0f) {
+            for (int64_t n = 0; n < count; ++n) scores[n] = call.softcap * std::tanh(scores[n] / call.softcap);
+        }
+        typename Lanes::Integers place, bad = {};
+        for (int lane = 0; lane < kWidth; ++lane) place[lane] = lane;
+        const Floats nothing = Floats{} - HUGE_VALF;
+        Floats x, top = Floats{} + state.maximum[query];
+        for (int64_t n = 0; n < count; n += kWidth, place += kWidth) {
+            Lanes::load(scores + n, x);
+            const auto visible = (place >= static_cast<int32_t>(seen.first)) & (place < static_cast<int32_t>(seen.last));
+            x = visible ? x : nothing;
+            bad |= ~(x < HUGE_VALF);  // NaN or +inf, which the exponential below would take for a weight of 0
+            top = x > top ? x : top;
+            Lanes::store(x, scores + n);
+        }
+        const float maximum = Lanes::max(top);
+        Floats sums = {};
+        for (int64_t n = 0; n < count; n += kWidth) {
+            Lanes::load(scores + n, x);
+            x -= maximum;
+            Lanes::exp_nonpositive(x);
+            sums += x;
+            Lanes::store(x, scores + n);
+        }
+        const float factor = stars_fast::exp_nonpositive(state.maximum[query] - maximum);
+        state.sum[query] = Lanes::any(bad) ? NAN : state.sum[query] * factor + Lanes::sum(sums);
+        state.maximum[query] = maximum;
+        float* weighted = state.weighted.data() + query * state.value_stride;
+        for (int64_t d = 0; d < state.value_stride; d += kWidth) {
+            Lanes::load(weighted + d, x);
+            x *= factor;
+            Lanes::store(x, weighted + d);
+        }
+    }
+
+    // Adds kVectors vectors from element d on of the tile's values; `rest` > 0: of which there are only so many elements.
+    template <int kQueries, int kVectors>
+    STARS_FAST_INLINE void add_chunk(const Tile<Element>& tile, int64_t first, int64_t count,
+                                     const float (*weights)[kKeys], int64_t d, int64_t rest) const {
+        float* weighted = state.weighted.data() + first * state.value_stride + d;
+        Floats sums[kQueries][kVectors], value;
+        for (int m = 0; m < kQueries; ++m) {
+            for (int v = 0; v < kVectors; ++v) Lanes::load(weighted + m * state.value_stride + v * kWidth, sums[m][v]);
+        }
+        for (int64_t n = 0; n < tile.count; ++n) {
+            for (int v = 0; v < kVectors; ++v) {
+                if (rest > 0) {
+                    Lanes::load_some(tile.values[n] + d, rest, value);
                 } else {
-                    std::fill_n(weights[m], kKeys, 0.0f);
+                    Lanes::load(tile.values[n] + d + v * kWidth, value);
                 }
+                for (int m = 0; m < kQueries; ++m) sums[m][v] += weights[m][n] * value;
             }
-            add_values(state, first, count, weights);
         }
-    }
-}
-
-STARS_FAST_INLINE void load_queries(const TreeAttention& call, Queries& state, int64_t group, int64_t head) {
-    const int64_t fold = call.heads / call.kv_heads, trunk = call.trunk_len[group];
-    int64_t m = 0;
-    for (int64_t row = call.group_indptr[group]; row < call.group_indptr[group + 1]; ++row) {
-        const int64_t count = call.query_indptr[row + 1] - call.query_indptr[row];
-        for (int64_t j = 0; j < count; ++j) {
-            const int64_t index = call.branch_len[row] - count + j;
-            const int64_t oldest = call.window ? trunk + index - call.window + 1 : 0;  // position
-            const int64_t token = (call.query_indptr[row] + j) * call.q_token_stride;
-            for (int64_t f = 0; f < fold; ++f, ++m) {
-                const int64_t q = token + (head * fold + f) * call.q_head_stride;
-                float* out = state.q.data() + m * call.head_size;
-                for (int64_t d = 0; d < call.head_size; ++d) out[d] = load(call.q, call.type, q + d) * call.scale;
-                state.trunk[m] = {oldest, trunk};
-                state.branch[m] = {oldest - trunk, index + 1};
-                if (call.sinks != nullptr) {
-                    state.maximum[m] = call.sinks[head * fold + f];
-                    state.sum[m] = 1.0f;
-                }
+        for (int m = 0; m < kQueries; ++m) {
+            for (int v = 0; v < kVectors && m < count; ++v) {
+                Lanes::store(sums[m][v], weighted + m * state.value_stride + v * kWidth);
             }
         }
     }
-}
 
-STARS_FAST_INLINE void store(const TreeAttention& call, const Queries& state, int64_t group, int64_t head) {
-    const int64_t fold = call.heads / call.kv_heads;
-    const int64_t first = call.query_indptr[call.group_indptr[group]];
-    const int64_t last = call.query_indptr[call.group_indptr[group + 1]];
-    int64_t m = 0;
-    for (int64_t token = first; token < last; ++token) {
-        for (int64_t f = 0; f < fold; ++f, ++m) {
-            float* out = call.out + (token * call.heads + head * fold + f) * call.value_size;
-            const float* weighted = state.weighted.data() + m * state.padded_values;
-            const float inverse = state.sum[m] != 0.0f ? 1.0f / state.sum[m] : 0.0f;
-            for (int64_t d = 0; d < call.value_size; ++d) out[d] = weighted[d] * inverse;
+    // The first `count` of kQueries queries attend to a tile that begins at place `start` of their list.
+    template <int kQueries>
+    STARS_FAST_INLINE void attend_block(const Tile<Element>& tile, const Span* spans, int64_t first, int64_t count,
+                                        int64_t start) const {
+        bool any = false;
+        for (int m = 0; m < count; ++m) any |= spans[first + m].first < start + tile.count && spans[first + m].last > start;
+        if (!any) return;
+        alignas(64) float weights[kQueries][kKeys];
+        score<kQueries>(tile, first, weights);
+        for (int m = 0; m < kQueries; ++m) {
+            const Span seen = m < count ? spans[first + m] : Span{0, 0};
+            const Span here{std::max<int64_t>(seen.first - start, 0), std::min(seen.last - start, tile.count)};
+            if (here.last > here.first) {
+                weigh(first + m, here, tile.count, weights[m]);
+            } else {
+                std::fill_n(weights[m], kKeys, 0.0f);
+            }
+        }
+        int64_t d = 0;
+        for (; d + kChunk * kWidth <= call.value_size; d += kChunk * kWidth) {
+            add_chunk<kQueries, kChunk>(tile, first, count, weights, d, 0);
+        }
+        for (; d + kWidth <= call.value_size; d += kWidth) add_chunk<kQueries, 1>(tile, first, count, weights, d, 0);
+        if (d < call.value_size) add_chunk<kQueries, 1>(tile, first, count, weights, d, call.value_size - d);
+    }
+
+    // Queries [begin, end) attend to a list of keys, each to its own span of it.
+    STARS_FAST_INLINE void attend(const std::vector<Span>& spans, int64_t begin, int64_t end, const int32_t* slots,
+                                  int64_t length) const {
+        Tile<Element> tile;
+        for (int64_t start = 0; start < length; start += kKeys) {
+            tile.point_at(call, slots + start, std::min(kKeys, length - start), head);
+            int64_t first = begin;
+            if constexpr (kWidth >= 16) {  // where registers are fewer, or narrower, there is no room for four
+                for (; end - first > 2; first += 4) {
+                    attend_block<4>(tile, spans.data(), first, std::min<int64_t>(end - first, 4), start);
+                }
+            }
+            for (; end - first > 1; first += 2) attend_block<2>(tile, spans.data(), first, 2, start);
+            if (first < end) attend_block<1>(tile, spans.data(), first, 1, start);
         }
     }
+
+    STARS_FAST_INLINE void load_query(const Element* from, float* to) const {
+        Floats x;
+        int64_t d = 0;
+        for (; d + kWidth <= call.head_size; d += kWidth) {
+            Lanes::load(from + d, x);
+            x *= call.scale;
+            Lanes::store(x, to + d);
+        }
+        if (d == call.head_size) return;
+        Lanes::load_some(from + d, call.head_size - d, x);
+        x *= call.scale;
+        Lanes::store(x, to + d);
+    }
+
+    STARS_FAST_INLINE void load_queries(int64_t group) const {
+        const int64_t fold = call.heads / call.kv_heads, trunk = call.trunk_len[group];
+        int64_t m = 0;
+        for (int64_t row = call.group_indptr[group]; row < call.group_indptr[group + 1]; ++row) {
+            const int64_t count = call.query_indptr[row + 1] - call.query_indptr[row];
+            for (int64_t j = 0; j < count; ++j) {
+                const int64_t index = call.branch_len[row] - count + j;
+                const int64_t oldest = call.window ? trunk + index - call.window + 1 : 0;  // position
+                const int64_t token = (call.query_indptr[row] + j) * call.q_token_stride;
+                for (int64_t h = head * fold; h < (head + 1) * fold; ++h, ++m) {
+                    load_query(static_cast<const Element*>(call.q) + token + h * call.q_head_stride,
+                               state.q.data() + m * state.query_stride);
+                    state.trunk[m] = {oldest, trunk};
+                    state.branch[m] = {oldest - trunk, index + 1};
+                    if (call.sinks != nullptr) {
+                        state.maximum[m] = call.sinks[h];
+                        state.sum[m] = 1.0f;
+                    }
+                }
+            }
+        }
+    }
+
+    STARS_FAST_INLINE void store(int64_t first, int64_t last) const {
+        const int64_t fold = call.heads / call.kv_heads;
+        int64_t m = 0;
+        for (int64_t token = first; token < last; ++token) {
+            for (int64_t h = head * fold; h < (head + 1) * fold; ++h, ++m) {
+                Element* out = static_cast<Element*>(call.out) + (token * call.heads + h) * call.value_size;
+                const float* weighted = state.weighted.data() + m * state.value_stride;
+                const float inverse = state.sum[m] != 0.0f ? 1.0f / state.sum[m] : 0.0f;
+                for (int64_t d = 0; d < call.value_size; ++d) round_to(weighted[d] * inverse, out[d]);
+            }
+        }
+    }
+
+    STARS_FAST_INLINE void run(int64_t group) const {
+        const int64_t fold = call.heads / call.kv_heads;
+        const int64_t first_row = call.group_indptr[group], last_row = call.group_indptr[group + 1];
+        const int64_t first = call.query_indptr[first_row], last = call.query_indptr[last_row];
+        if (first == last) return;
+        state.resize((last - first) * fold, call);
+        load_queries(group);
+        attend(state.trunk, 0, (last - first) * fold, call.trunk_slots + group * call.trunk_width,
+               call.trunk_len[group]);
+        for (int64_t row = first_row; row < last_row; ++row) {
+            attend(state.branch, (call.query_indptr[row] - first) * fold, (call.query_indptr[row + 1] - first) * fold,
+                   call.branch_slots + row * call.branch_width, call.branch_len[row]);
+        }
+        store(first, last);
+    }
+};
+
+template <int kWidth>
+STARS_FAST_INLINE void attend_group(const TreeAttention& call, Queries& state, int64_t group, int64_t head) {
+    if (call.type == Float::k32) return Attention<float, kWidth>{call, state, head}.run(group);
+    if (call.type == Float::kBf16) return Attention<Bf16, kWidth>{call, state, head}.run(group);
+    Attention<Half, kWidth>{call, state, head}.run(group);
 }
 
-STARS_FAST_CLONES void attend_group(const TreeAttention& call, Queries& state, int64_t group, int64_t head) {
-    const int64_t fold = call.heads / call.kv_heads;
-    const int64_t first_row = call.group_indptr[group], last_row = call.group_indptr[group + 1];
-    const int64_t first_query = call.query_indptr[first_row];
-    const int64_t queries = (call.query_indptr[last_row] - first_query) * fold;
-    if (queries == 0) return;
-    state.resize(queries, call);
-    load_queries(call, state, group, head);
-    attend(call, state, state.trunk, 0, queries, call.trunk_slots + group * call.trunk_width, call.trunk_len[group],
-           head);
-    for (int64_t row = first_row; row < last_row; ++row) {
-        attend(call, state, state.branch, (call.query_indptr[row] - first_query) * fold,
-               (call.query_indptr[row + 1] - first_query) * fold, call.branch_slots + row * call.branch_width,
-               call.branch_len[row], head);
-    }
-    store(call, state, group, head);
+using AttendGroup = void (*)(const TreeAttention&, Queries&, int64_t, int64_t);
+
+void attend_group_any(const TreeAttention& call, Queries& state, int64_t group, int64_t head) {
+    attend_group<4>(call, state, group, head);  // NEON's and SSE's registers hold four floats
 }
+
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("avx2,fma"))) void attend_group_avx2(const TreeAttention& call, Queries& state, int64_t group,
+                                                           int64_t head) {
+    attend_group<8>(call, state, group, head);
+}
+
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void attend_group_avx512(
+    const TreeAttention& call, Queries& state, int64_t group, int64_t head) {
+    attend_group<16>(call, state, group, head);
+}
+
+AttendGroup widest() {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx2 && avx512 ? attend_group_avx512 : avx2 ? attend_group_avx2 : attend_group_any;
+}
+#else
+AttendGroup widest() { return attend_group_any; }
+#endif
 
 }  // namespace
 
 void tree_attention(const TreeAttention& call, int threads) {
+    static const AttendGroup attend = widest();
     const int64_t used = call.query_indptr[call.group_indptr[call.groups]];
-    std::fill_n(call.out + used * call.heads * call.value_size, (call.tokens - used) * call.heads * call.value_size,
-                0.0f);
+    const int64_t token_bytes = call.heads * call.value_size * (call.type == Float::k32 ? 4 : 2);
+    std::memset(static_cast<char*>(call.out) + used * token_bytes, 0, (call.tokens - used) * token_bytes);
     int64_t keys = 0;
     for (int64_t g = 0; g < call.groups; ++g) keys = std::max<int64_t>(keys, call.trunk_len[g]);
-    const int64_t work = used * call.heads * (keys + call.branch_width) * call.head_size / 16;
+    const int64_t work = used * call.heads * (keys + call.branch_width) * call.head_size / 4;
     parallel_for(call.groups * call.kv_heads, work, threads, [&](int64_t item) {
         static thread_local Queries state;  // its buffers outlive the call: a decode step allocates nothing
-        attend_group(call, state, item / call.kv_heads, item % call.kv_heads);
+        attend(call, state, item / call.kv_heads, item % call.kv_heads);
     });
 }
 

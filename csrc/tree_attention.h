@@ -12,8 +12,8 @@ struct TreeAttention {
     int64_t q_token_stride, q_head_stride;
     const void* k_pool;  // [N, Hkv, D]
     const void* v_pool;  // [N, Hkv, Dv]
-    float* out;          // [T, Hq, Dv]
-    Float type;          // of q, k_pool and v_pool
+    void* out;           // [T, Hq, Dv]
+    Float type;          // of q, k_pool, v_pool and out
     int64_t tokens, heads, kv_heads, head_size, value_size;
     const int32_t* trunk_slots;  // [G, P]
     const int32_t* trunk_len;    // [G]

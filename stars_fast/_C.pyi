@@ -146,3 +146,6 @@ def select_and_commit(
     /,
 ) -> None:
     """Raises ValueError where a trunk would outgrow its capacity; nothing has been written then."""
+
+def cpu_is_amd() -> bool:
+    """Whether this is an x86 processor of AMD's."""

@@ -176,3 +176,44 @@ def test_a_key_that_is_not_a_number_is_noticed_by_those_that_see_it_and_by_no_ot
         case["q"] = case["q"].abs()  # so that an infinite key gives an infinite score
         attention(**case)
         assert case["out"].flatten(1).isnan().any(1).tolist() == [False, True, False, True, False, False, False]
+
+
+def only_row(case, b):
+    """The case without the other rows of row b's group, and without the other groups."""
+    g = int((case["group_indptr"] <= b).sum()) - 1
+    first, last = case["query_indptr"][b : b + 2].tolist()
+    parts = {"trunk_slots": slice(g, g + 1), "trunk_len": slice(g, g + 1), "q": slice(first, last)}
+    parts |= {"branch_slots": slice(b, b + 1), "branch_len": slice(b, b + 1), "out": slice(first, last)}
+    one = {name: case[name][part].clone() for name, part in parts.items()}
+    ends = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, last - first], dtype=torch.int32)
+    return case | one | dict(group_indptr=ends[0], query_indptr=ends[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_candidate_rounds_alike_alone_and_beside_others(dtype):
+    shape = dict(
+        group_rows=[5, 2], trunk_lens=[70, 9], branch_lens=[3, 9, 2, 66, 1, 4, 1], queries=[1, 2, 1, 3, 1, 4, 1]
+    )
+    case = tree(**shape, d=40, dv=72, heads=6, dtype=dtype)
+    tree_attention(**case)
+    for b in range(7):
+        alone = only_row(case, b)
+        tree_attention(**alone)
+        first, last = case["query_indptr"][b : b + 2].tolist()
+        assert torch.equal(alone["out"], case["out"][first:last])
+
+
+def test_threads_share_the_work_and_change_nothing():
+    case = tree(
+        group_rows=[3] * 8, trunk_lens=[90] * 8, branch_lens=[9] * 24, queries=[1] * 24, heads=8, kv_heads=8, d=64
+    )
+    tree_attention(**case)
+    before = case["out"].clone()
+    threads = torch.get_num_threads()
+    try:
+        for _ in range(20):
+            torch.set_num_threads(3)
+            tree_attention(**case)
+            assert torch.equal(case["out"], before)
+    finally:
+        torch.set_num_threads(threads)

@@ -245,7 +245,7 @@ def _cpu(
         raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
     if q.stride(-1) != 1:
         q = q.contiguous()
-    result = out if out.dtype == torch.float32 and out.is_contiguous() else torch.empty(out.shape)
+    result = out if out.dtype == q.dtype and out.is_contiguous() else torch.empty_like(out, dtype=q.dtype)
     sinks = None if sinks is None else sinks.float().contiguous()
     int32 = torch.int32
     assert _native is not None
@@ -255,7 +255,7 @@ def _cpu(
         q.stride(1),
         address(k_pool, "k_pool", q.dtype, (slots, kv_heads, head_size)),
         address(v_pool, "v_pool", q.dtype, (slots, kv_heads, value_size)),
-        address(result, "out", torch.float32, (tokens, heads, value_size)),
+        address(result, "out", q.dtype, (tokens, heads, value_size)),
         FLOAT_CODES[q.dtype],
         tokens,
         heads,

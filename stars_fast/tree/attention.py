@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stars_fast.ops import kv_append, tree_attention
 from stars_fast.ops._library import library
+from stars_fast.tree.linear import onednn_linears
 from stars_fast.tree.segment_tree import TreePlan
 from stars_fast.tree.slots import SlotPool
 
@@ -190,9 +191,10 @@ AttentionMaskInterface.register(NAME, _ordinary_mask)
 
 @dataclass
 class _Evaluating:
-    """A model in eval mode: the modules to put back into training, and how many calls rely on it."""
+    """A model in eval mode: the modules to put back into training, what else to undo, and how many calls rely on it."""
 
     training: list[nn.Module]
+    undo: ExitStack
     depth: int = 0
 
 
@@ -201,10 +203,15 @@ _evaluated: dict[int, _Evaluating] = {}
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's own mode is restored by the last to leave. May be nested and shared."""
+    """Eval mode inside, on the machine's faster linear layers; the last to leave restores every module's own mode.
+
+    May be nested and shared.
+    """
     with _plugged_lock:
         if id(model) not in _evaluated:
-            _evaluated[id(model)] = _Evaluating([module for module in model.modules() if module.training])
+            undo = ExitStack()
+            undo.enter_context(onednn_linears(model))
+            _evaluated[id(model)] = _Evaluating([module for module in model.modules() if module.training], undo)
         _evaluated[id(model)].depth += 1
     try:
         model.eval()
@@ -213,7 +220,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         with _plugged_lock:
             _evaluated[id(model)].depth -= 1
             if not _evaluated[id(model)].depth:
-                for module in _evaluated.pop(id(model)).training:
+                evaluated = _evaluated.pop(id(model))
+                evaluated.undo.close()
+                for module in evaluated.training:
                     module.training = True
 
 
