@@ -261,6 +261,7 @@ def test_the_demo_models_are_measured_on_their_openings(monkeypatch):
         (("--demo", "--policy", "a", "--reward", "b"), "--policy 'a' and --demo"),
         (("--acceptance", 1.5), "--acceptance 1.5"),
         (("--plots", "folder"), "--plots folder"),
+        (("--sweep", "prompts", "--batch", 1, "--batch", 2), "--batch 1 --batch 2: a sweep"),
         (("--size", "1m", "--batch", 1, "--prompt-length", 9000), "positions"),
     ],
 )

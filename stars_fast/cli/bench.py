@@ -67,6 +67,8 @@ def run(
     with refusing(*LOADING_ERRORS), _threads(threads):
         if not 0 < acceptance < 1:
             raise ValueError(f"--acceptance {acceptance}: must lie strictly between 0 and 1")
+        if sweep and batch and len(batch) > 1:
+            raise ValueError(f"--batch {' --batch '.join(map(str, batch))}: a sweep is taken around one workload")
         batches = batch or (_BATCHES if not sweep else (_SWEEP_BATCH,))
         length = prompt_length or (None if demo else _PROMPT_LENGTH)
         loads = [Workload(one, length, max_new_tokens, segment_length, acceptance) for one in batches]

@@ -27,14 +27,20 @@ class _Plot(NamedTuple):
 _PLOTS = (
     _Plot("batch", "speed-by-batch", "tokens_per_second", "prompts in the batch"),
     _Plot("candidates", "speed-by-candidates", "tokens_per_second", "candidates drawn side by side, per prompt"),
-    _Plot("acceptance", "speed-by-acceptance", "tokens_per_second", "candidates accepted (share)", log=False),
+    _Plot(
+        "acceptance",
+        "speed-by-acceptance",
+        "tokens_per_second",
+        "candidates that the target lets pass (share)",
+        log=False,
+    ),
     _Plot("segment-length", "speed-by-segment-length", "tokens_per_second", "segment length (tokens)"),
     _Plot("prompts", "cost-by-prompts", "seconds", "prompts in one call"),
     _Plot("prompt-length", "cost-by-prompt-length", "seconds", "prompt length (tokens)"),
     _Plot("new-tokens", "cost-by-new-tokens", "seconds", "new tokens per prompt (max_new_tokens)"),
     _Plot("candidates", "cost-by-candidates", "seconds", "candidates drawn side by side, per prompt"),
 )
-_Y = {"tokens_per_second": "accepted tokens/s", "seconds": "seconds per call"}
+_Y = {"tokens_per_second": "accepted tokens/s (median, range)", "seconds": "seconds per call (median, range)"}
 _MARKERS = "osD^v*x"
 
 
