@@ -97,6 +97,17 @@ def compiled(runner: Runner) -> None:
     time_compiled(runner, "llama-2-7b", 4 if runner.tiny else 64, 4 if runner.tiny else 16, 0.3)
 
 
+def choices(runner: Runner) -> None:
+    """What fused weights and overlapped scoring would gain."""
+    from gpu_parts.choices import fused_weights, overlapped_scoring
+
+    with runner.guarded("overlapped scoring"):
+        overlapped_scoring(runner, "llama-2-7b", *((4, 2, 4) if runner.tiny else (64, 3, 16)))
+    for name in ("llama-2-7b", "qwen2.5-7b"):
+        with runner.guarded(f"fused weights, {name}"):
+            fused_weights(runner, name, (1, 2) if runner.tiny else (1, 64, 192))
+
+
 def operators(runner: Runner) -> None:
     """Each operator against its floor."""
     from gpu_parts.operators import measure_operators
@@ -113,7 +124,8 @@ PARTS = [
     Part("steps", 35, partial(steps, names=("llama-2-7b",))),
     Part("operators", 50, operators),
     Part("compiled", 55, compiled, needs_gpu=True),
-    Part("qwen2.5-7b", 75, partial(compare, name="qwen2.5-7b", batches=(64, 1), acceptances=(0.3, 0.15, 0.5))),
+    Part("choices", 15, choices),
+    Part("qwen2.5-7b", 70, partial(compare, name="qwen2.5-7b", batches=(64, 1), acceptances=(0.3, 0.15, 0.5))),
     Part("steps-qwen", 25, partial(steps, names=("qwen2.5-7b",)), needs_gpu=True),
     Part("segments", 30, segments),
     Part("llama-3.2-1b", 35, partial(compare, name="llama-3.2-1b", batches=(64, 1, 16), acceptances=(0.3,))),

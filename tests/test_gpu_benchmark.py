@@ -66,9 +66,12 @@ def test_the_whole_program_runs_on_toy_models(tmp_path):
         assert row["expected"]["tokens_per_second"] > 0
     assert parts["split"]["rows"][0]["stages_milliseconds"]["propose"] > 0
     assert [row["kind"] for row in parts["split"]["rows"]] == ["split", "kernels"]
+    choices = parts["choices"]["rows"]
+    assert [row["kind"] for row in choices] == ["overlap"] + 4 * ["fused_weights"]
+    assert choices[0]["serial_milliseconds"] > 0
     table = out.with_suffix(".txt").read_text()
     assert table.strip() in result.stdout
-    for word in ("x strong", "decode step", "tree_attention", "roofline: propose"):
+    for word in ("x strong", "decode step", "tree_attention", "roofline: propose", "on two streams", "fused"):
         assert word in table
 
 

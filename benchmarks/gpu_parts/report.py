@@ -15,6 +15,7 @@ def lines(content: dict[str, Any]) -> list[str]:
         *_others(rows),
         *_split(rows),
         *_steps(rows),
+        *_choices(rows),
         *_operators(rows),
         *_tests(rows),
         *_parts(content),
@@ -94,6 +95,22 @@ def _steps(rows: list[dict[str, Any]]) -> Iterable[str]:
             f"{row['pair']:13}{row['mode']:>10}{row['rows']:6}{row['milliseconds']:8.2f}"
             f"{row['floor_milliseconds']:8.2f}{row['expected_milliseconds']:8.2f}{row['over_floor']:9.2f}"
             f"{row['gigabytes_per_second']:8.0f}"
+        )
+
+
+def _choices(rows: list[dict[str, Any]]) -> Iterable[str]:
+    for row in _of(rows, "overlap"):
+        yield ""
+        yield (
+            f"{row['pair']}, {row['rows']} rows: {row['tokens']} decode steps {row['decode_milliseconds']:.2f} ms, "
+            f"scoring as many tokens {row['score_milliseconds']:.2f} ms; one after the other "
+            f"{row['serial_milliseconds']:.2f} ms, on two streams {row['concurrent_milliseconds']:.2f} ms: "
+            f"{row['saved_milliseconds']:.2f} ms saved"
+        )
+    for row in _of(rows, "fused_weights"):
+        yield (
+            f"{row['pair']}, {row['rows']} rows: q/k/v and gate/up of a layer {row['separate_microseconds']:.1f} us, "
+            f"fused {row['fused_microseconds']:.1f} us ({row['gain']:.2f}x, {row['gigabytes_per_second']:.0f} GB/s)"
         )
 
 
