@@ -238,7 +238,8 @@ def test_a_sweep_is_measured_and_drawn(models, tmp_path, monkeypatch):
     monkeypatch.setitem(sweeps.SWEEPS, "candidates", two)
     result = invoke(*models, *TINY, "--sweep", "candidates", "--plots", tmp_path / "plots")
     assert result.exit_code == 0, result.stderr
-    assert "candidates 1" in result.stdout and "candidates 2" in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines() if " engine " in line]
+    assert rows[0][:3] == ["1", "engine", "1.00"] and rows[1][:2] == ["2", "engine"]
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
         f"{measure}-by-candidates.{kind}" for measure in ("cost", "speed") for kind in ("png", "svg")
     ]
@@ -261,6 +262,7 @@ def test_the_demo_models_are_measured_on_their_openings(monkeypatch):
         (("--demo", "--policy", "a", "--reward", "b"), "--policy 'a' and --demo"),
         (("--acceptance", 1.5), "--acceptance 1.5"),
         (("--plots", "folder"), "--plots folder"),
+        (("--sweep", "prompts", "--batch", 1, "--batch", 2), "--batch 1 --batch 2: a sweep"),
         (("--size", "1m", "--batch", 1, "--prompt-length", 9000), "positions"),
     ],
 )

@@ -101,7 +101,7 @@ def test_a_tree_is_as_before_when_its_heartbeat_is_over():
     nodes, packed = forest.plan()
     assert len(nodes) == 6 and forest.tree.free_slots == before[0] - 6 * 3
     forest.commit(nodes.tolist())
-    forest.release(forest.fork())
+    forest.commit(forest.fork())
     assert (forest.tree.free_slots, forest.tree.nodes) == before
     paths = [forest.tree.slots(leaf).tolist() for leaf in forest.leaves]
     assert len(tables_of_lists(paths, list(range(18)), 6, 3)) <= len(packed)

@@ -1,4 +1,4 @@
-"""The tree of slots, 64 requests with 8 candidates of 16 tokens each: fork, plan, commit, release."""
+"""The tree of slots, 64 requests with 8 candidates of 16 tokens each: fork, plan, commit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _timed(benchmark: BenchmarkFixture, target: Callable[..., Any], setup: Any, 
 
 def test_plan(benchmark: BenchmarkFixture, forest: Forest) -> None:
     last: list[Any] = []
-    _timed(benchmark, lambda: last.append(forest.plan()[0]), None, lambda: forest.release(last.pop().tolist()))
+    _timed(benchmark, lambda: last.append(forest.plan()[0]), None, lambda: forest.commit(last.pop().tolist()))
 
 
 def test_plan_as_tensors(benchmark: BenchmarkFixture, forest: Forest) -> None:
@@ -37,17 +37,16 @@ def test_plan_as_tensors(benchmark: BenchmarkFixture, forest: Forest) -> None:
     def call() -> None:
         last.append(plan(forest.tree, forest.named, forest.rows, forest.new_slots, "cpu").branches)
 
-    _timed(benchmark, call, None, lambda: forest.release(last.pop()))
+    _timed(benchmark, call, None, lambda: forest.commit(last.pop()))
 
 
 def test_fork_one_by_one(benchmark: BenchmarkFixture, forest: Forest) -> None:
     last: list[Any] = []
-    _timed(benchmark, lambda: last.append(forest.fork()), None, lambda: forest.release(last.pop()))
+    _timed(benchmark, lambda: last.append(forest.fork()), None, lambda: forest.commit(last.pop()))
 
 
-@pytest.mark.parametrize("what", ["commit", "release"])
-def test_what_ends_a_heartbeat(benchmark: BenchmarkFixture, forest: Forest, what: str) -> None:
-    _timed(benchmark, getattr(forest, what), lambda: ((forest.plan()[0].tolist(),), {}), None)
+def test_commit(benchmark: BenchmarkFixture, forest: Forest) -> None:
+    _timed(benchmark, forest.commit, lambda: ((forest.plan()[0].tolist(),), {}), None)
 
 
 def _plan_seconds(forest: Forest, commit: bool = False) -> float:
@@ -56,14 +55,14 @@ def _plan_seconds(forest: Forest, commit: bool = False) -> float:
     planned = time.perf_counter()
     names = nodes.tolist()
     begun = time.perf_counter()
-    (forest.commit if commit else forest.release)(names)
+    forest.commit(names)
     return planned - start + (time.perf_counter() - begun if commit else 0)
 
 
 def test_a_plan_costs_no_more_than_a_few_copies_of_its_tables(forest: Forest, report: Report) -> None:
     """50 us for 64 requests with 8 candidates, said as a ratio, so that it holds on any machine."""
     nodes, packed = forest.plan()
-    forest.release(nodes.tolist())
+    forest.commit(nodes.tolist())
     # The copy is the faster one: "at least 1/25" reads: a plan takes at most 25 copies.
     report.require(
         alternating(

@@ -38,23 +38,14 @@ class Forest:
             self.tree.extend(node, self.segment - 1)
         return nodes
 
-    def release(self, nodes: Sequence[int]) -> None:
-        """Roll all of them back."""
+    def commit(self, nodes: Sequence[int]) -> None:
+        """As many references given back as by a heartbeat that accepts everywhere.
+
+        That keeps one candidate of each request and releases the leaf it hangs on; here the candidate goes instead, so
+        that trunks do not grow from one call to the next.
+        """
         for node in nodes:
             self.tree.release(node)
-
-    def commit(self, nodes: Sequence[int]) -> None:
-        """As a heartbeat that accepts everywhere does: the first candidate lives on, everything else is released.
-
-        What becomes the leaf is cut off again, so that trunks do not grow from one call to the next.
-        """
-        for g, leaf in enumerate(self.leaves):
-            first, *others = nodes[g * self.rows_of_one : (g + 1) * self.rows_of_one]
-            for node in others:
-                self.tree.release(node)
-            self.tree.retain(leaf)
-            self.tree.release(leaf)
-            self.tree.release(first)
 
 
 def tables_of_lists(

@@ -22,7 +22,7 @@ _DTYPES = ("float32", "bfloat16")
 _BATCHES = (1, 16)
 _SWEEP_BATCH = 4
 _PROMPT_LENGTH = 32
-_WIDTH = 110  # columns that the tables need
+_WIDTH = 120  # columns that the tables need
 
 Record = dict[str, Any]
 
@@ -67,6 +67,8 @@ def run(
     with refusing(*LOADING_ERRORS), _threads(threads):
         if not 0 < acceptance < 1:
             raise ValueError(f"--acceptance {acceptance}: must lie strictly between 0 and 1")
+        if sweep and batch and len(batch) > 1:
+            raise ValueError(f"--batch {' --batch '.join(map(str, batch))}: a sweep is taken around one workload")
         batches = batch or (_BATCHES if not sweep else (_SWEEP_BATCH,))
         length = prompt_length or (None if demo else _PROMPT_LENGTH)
         loads = [Workload(one, length, max_new_tokens, segment_length, acceptance) for one in batches]
@@ -161,44 +163,69 @@ def _show(console: Console, found: Record) -> None:
         f"{', '.join(about)}. A copy moves {yard['copy_bytes_per_second'] / 1e9:.3g} GB/s, a large product takes "
         f"{yard['product_operations_per_second'] / 1e9:.4g} GFLOP/s."
     )
-    for point in found["points"]:
+    side_by_side = [point for point in found["points"] if point["sweep"] is None]
+    for point in side_by_side:
         console.print()
-        console.print(_table(point, found))
-        if point["equal_reward"]:
-            console.print(Text(_about_n(point["equal_reward"]), style="dim"))
+        console.print(_table([point], None))
+        console.print(Text(_about_n(point["equal_reward"]), style="dim"))
+    for name, field in found["sweeps"].items():
+        console.print()
+        console.print(_table([point for point in found["points"] if point["sweep"] == name], field))
     console.print(Text(_LEGEND, style="dim"))
 
 
 _LEGEND = (
     "x: how many times as fast the engine is (generate: the accepting engine), median and range over the rounds; all: "
-    "all tokens over all seconds; per attempt: candidates looked at per second. tok/s: accepted tokens. GB/s: weights "
-    "read by forward passes; GFLOP/s: products with them."
+    "all tokens over all seconds; per attempt: candidates looked at per second. x first: seconds of a call over those "
+    "of the first value. tok/s: accepted tokens. GB/s: weights read by forward passes; GFLOP/s: products with them."
 )
 
 
-def _table(point: Record, found: Record) -> Table:
-    load = point["workload"]
-    prompts = "own prompts" if load["prompt_length"] is None else f"{load['prompt_length']}-token prompts"
-    title = (
-        f"batch {load['batch']}, {prompts}, {load['max_new_tokens']} new tokens, segments of {load['segment_length']}, "
-        f"acceptance {load['acceptance']:.2g}, candidates {load['candidates']}"
-    )
-    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+_HEADINGS = ("x", "range", "all", "per attempt", "tok/s", "range", "attempts", "reward", "GB/s", "GFLOP/s")
+
+
+def _table(points: list[Record], field: str | None) -> Table:
+    """Of one workload, or of a sweep over ``field``: then with seconds, and how many times those of the first value."""
+    table = Table(title=_title(points[0]["workload"], field), title_justify="left", title_style="bold", box=None)
+    if field is not None:
+        table.add_column(field.replace("_", " "), justify="right")
     table.add_column("", no_wrap=True)
-    for heading in ("x", "range", "all", "per attempt", "tok/s", "range", "attempts", "reward", "GB/s", "GFLOP/s"):
+    for heading in (*(("x first", "seconds") if field is not None else ()), *_HEADINGS):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, one in point["contestants"].items():
-        ratio, speed = one["ratio"], one["tokens_per_second"]
-        label = f"best of {point['equal_reward']['n']}" if name == "best of N" else name
-        table.add_row(
-            label,
-            *(_number(ratio["median"], 2), f"{ratio['min']:.2f}-{ratio['max']:.2f}"),
-            *(_number(ratio["all_rounds"], 2), _number(ratio["per_attempt"], 2)),
-            *(_number(speed["median"], 1), f"{speed['min']:.0f}-{speed['max']:.0f}"),
-            *(_number(one["attempts_per_segment"], 1), _number(one["mean_reward"], 2)),
-            *(_number(one[f"{what}_per_second"] / 1e9, 1) for what in ("weight_bytes", "operations")),
-        )
+    for point in points:
+        for name, one in point["contestants"].items():
+            label = f"best of {point['equal_reward']['n']}" if name == "best of N" else name
+            cells = [label, *_cells(one)]
+            if field is not None:
+                first, own = points[0]["contestants"][name]["seconds"]["median"], one["seconds"]["median"]
+                value = f"{point['workload'][field]:.3g}" if field == "acceptance" else str(point["workload"][field])
+                cells = [value, label, _number(own / first, 2), _number(own, 2), *cells[1:]]
+            table.add_row(*cells)
     return table
+
+
+def _title(load: Record, field: str | None) -> str:
+    prompts = "own prompts" if load["prompt_length"] is None else f"{load['prompt_length']}-token prompts"
+    parts = {
+        "batch": f"batch {load['batch']}",
+        "prompt_length": prompts,
+        "max_new_tokens": f"{load['max_new_tokens']} new tokens",
+        "segment_length": f"segments of {load['segment_length']}",
+        "acceptance": f"acceptance {load['acceptance']:.2g}",
+        "candidates": f"candidates {load['candidates']}",
+    }
+    return ", ".join(text for name, text in parts.items() if name != field)
+
+
+def _cells(one: Record) -> list[str]:
+    ratio, speed = one["ratio"], one["tokens_per_second"]
+    return [
+        *(_number(ratio["median"], 2), f"{ratio['min']:.2f}-{ratio['max']:.2f}"),
+        *(_number(ratio["all_rounds"], 2), _number(ratio["per_attempt"], 2)),
+        *(_number(speed["median"], 1), f"{speed['min']:.0f}-{speed['max']:.0f}"),
+        *(_number(one["attempts_per_segment"], 1), _number(one["mean_reward"], 2)),
+        *(_number(one[f"{what}_per_second"] / 1e9, 1) for what in ("weight_bytes", "operations")),
+    ]
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -27,14 +27,20 @@ class _Plot(NamedTuple):
 _PLOTS = (
     _Plot("batch", "speed-by-batch", "tokens_per_second", "prompts in the batch"),
     _Plot("candidates", "speed-by-candidates", "tokens_per_second", "candidates drawn side by side, per prompt"),
-    _Plot("acceptance", "speed-by-acceptance", "tokens_per_second", "candidates accepted (share)", log=False),
+    _Plot(
+        "acceptance",
+        "speed-by-acceptance",
+        "tokens_per_second",
+        "candidates that the target lets pass (share)",
+        log=False,
+    ),
     _Plot("segment-length", "speed-by-segment-length", "tokens_per_second", "segment length (tokens)"),
     _Plot("prompts", "cost-by-prompts", "seconds", "prompts in one call"),
     _Plot("prompt-length", "cost-by-prompt-length", "seconds", "prompt length (tokens)"),
     _Plot("new-tokens", "cost-by-new-tokens", "seconds", "new tokens per prompt (max_new_tokens)"),
     _Plot("candidates", "cost-by-candidates", "seconds", "candidates drawn side by side, per prompt"),
 )
-_Y = {"tokens_per_second": "accepted tokens/s", "seconds": "seconds per call"}
+_Y = {"tokens_per_second": "accepted tokens/s (median, range)", "seconds": "seconds per call (median, range)"}
 _MARKERS = "osD^v*x"
 
 
@@ -86,15 +92,14 @@ def _title(plot: _Plot, point: Record, record: Record) -> str:
 
 
 def _scale_y(axes: Axes, plot: _Plot, x: list[float], points: list[Record]) -> None:
-    """From zero; logarithmic where the values span a decade, for seconds with the line of proportional cost."""
+    """Speed from zero, unless it spans a decade. Cost on a logarithmic axis, beside the line of proportional cost."""
     values = [one[plot.measure]["median"] for point in points for one in point["contestants"].values()]
-    if max(values) < 10 * min(values):
+    if plot.measure == "seconds":
+        first = next(iter(points[0]["contestants"].values()))["seconds"]["median"]
+        axes.plot(x, [first * value / x[0] for value in x], color="0.6", linestyle=":", label="proportional")
+    elif max(values) < 10 * min(values):
         axes.set_ylim(bottom=0)
         return
-    if plot.measure == "seconds":
-        first = points[0]["contestants"]
-        start = next(iter(first.values()))["seconds"]["median"]
-        axes.plot(x, [start * value / x[0] for value in x], color="0.6", linestyle=":", label="proportional")
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     log_axis(axes, "y", [step * 10.0**power for power in range(low, high + 1) for step in (1, 2, 5)])
-    axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
+    axes.set_ylim(min(values) / 2, max(values) * 2)
