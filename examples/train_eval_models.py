@@ -7,7 +7,8 @@ policy that is fine-tuned from it, on safe and unsafe answers alike.  For each t
   of another size, so that a judge never saw what taught the guide;
 * ``good``: the policy after a little supervised fine-tuning on what is good in the guide's half.  Against the policy
   it gives the implicit reward log(good / policy), standing in for a model trained with DPO;
-* ``draft``: the policy's embeddings and first layer, fine-tuned, for methods with a cheaper proposer.
+* ``draft``: the policy's embeddings and first layer, fine-tuned, for methods with a cheaper proposer;
+* ``probe``: a small network on the policy's hidden states, taught by the guide, for methods that accept tokens by it.
 
 All start from the demonstration policy in ``stars_fast.demo``.  About half an hour on one CPU core::
 
@@ -39,6 +40,8 @@ from critics import (
     padded,
     reward_loss,
 )
+from probes import train_probe
+from safetensors.torch import save_file
 from training import (
     EOS,
     Batch,
@@ -60,6 +63,7 @@ from stars_fast import demo
 
 GUIDE, JUDGE, HELD = 0, 1, 2  # who learns from a row; nobody learns from the held ones
 HELD_REVIEWS = 2000
+LONGEST = 160  # tokens of a message with its answer
 ROW = 255  # tokens of a packed row, less one
 Critic = LlamaForSequenceClassification
 
@@ -90,11 +94,13 @@ def reviews(args: argparse.Namespace, tokenizer: Any) -> Labelled:
 
 
 def answers(args: argparse.Namespace, tokenizer: Any) -> Labelled:
-    """DiaSafety's answers. All answers to one message have one owner."""
+    """DiaSafety's answers, a few long ones left out. All answers to one message have one owner."""
     rows = read_rows(args.diasafety, "train", args.seed)
-    texts = [exchange(row["context"], row["response"]) for row in rows]
+    docs = encode(tokenizer, [exchange(row["context"], row["response"]) for row in rows])
+    kept = [i for i, doc in enumerate(docs) if len(doc) <= LONGEST]
+    rows = [rows[i] for i in kept]
     return Labelled(
-        encode(tokenizer, texts),
+        [docs[i] for i in kept],
         np.array([row["label"] == "Safe" for row in rows], int),
         np.array([owner_of(row["context"]) for row in rows]),
     )
@@ -146,7 +152,10 @@ def answer_batches(docs: list[np.ndarray], labels: np.ndarray, seed: int) -> Ite
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(docs))
-        for chunk in np.array_split(order, max(1, len(docs) // 32)):
+        # Neighbours in length share a batch, for little padding; a little noise keeps them from always being the same.
+        by_length = sorted(order, key=lambda i: len(docs[i]) + rng.integers(4))
+        chunks = np.array_split(by_length, max(1, len(docs) // 32))
+        for chunk in [chunks[i] for i in rng.permutation(len(chunks))]:
             texts = [docs[i][:-1] if docs[i][-1] == EOS and rng.random() < 0.5 else docs[i] for i in chunk]
             goals = [np.full(len(text), 0.03 + 0.94 * labels[i]) for i, text in zip(chunk, texts, strict=True)]
             yield tensor(padded(texts)), tensor(padded(goals, 0), np.float32), tensor([len(text) for text in texts])
@@ -176,6 +185,14 @@ class Workshop:
         found = {"parameters": size, "steps": state["steps"], "tokens": state["tokens"], **check(model)}
         (target / "training.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         return model
+
+    def probe(self, name: str, policy: Any, guide: Any, docs: list[np.ndarray], held: list[np.ndarray]) -> None:
+        """Train and save the network that accepts or rejects tokens, unless it is there."""
+        target = self.args.out / f"{name}.safetensors"
+        if not target.exists():
+            probe, found = train_probe(policy.eval(), guide.eval(), docs, held, 3, self.args.seed)
+            save_file(probe.state_dict(), target)
+            target.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     def tune(self, name: str, model: Any, docs: list[np.ndarray], held: list[np.ndarray], steps: int) -> Any:
         """Next-token training."""
@@ -208,7 +225,7 @@ def sentiment(shop: Workshop) -> None:
     unlabelled = encode(shop.tokenizer, [text for text, _ in read_reviews(args.unlabelled, "unsupervised", args.seed)])
     check = lambda model: prefix_accuracy(model, held[0][:600], held[1][:600])  # noqa: E731
 
-    def train_critic(name: str, owner: int, model: Critic, steps: int, lr: float) -> None:
+    def train_critic(name: str, owner: int, model: Critic, steps: int, lr: float) -> Critic:
         docs, labels = data.of(owner)
         teacher = fit_teacher(docs, labels)
         if owner == GUIDE:
@@ -216,15 +233,16 @@ def sentiment(shop: Workshop) -> None:
         extra = unlabelled[owner::2]
         both = np.concatenate([labels, np.full(len(extra), -1)])
         batches = lambda seed: partial(next, labelled_batches(docs + extra, both, teacher, seed + owner))  # noqa: E731
-        shop.train(name, model, batches, reward_loss, steps, lr, check)
+        return shop.train(name, model, batches, reward_loss, steps, lr, check)
 
     torch.manual_seed(args.seed)
-    train_critic("sentiment/guide", GUIDE, new_reward(), 500, 3e-3)
+    guide = train_critic("sentiment/guide", GUIDE, new_reward(), 500, 3e-3)
     torch.manual_seed(args.seed + 1)
     train_critic("sentiment/judge", JUDGE, first_layers(shop.policy, 3, Critic), 250, 1e-3)
     good = first_layers(shop.policy, shop.policy.config.num_hidden_layers, LlamaForCausalLM)
     shop.tune("sentiment/good", good, data.good(GUIDE), [d for d, y in zip(*held, strict=True) if y], 120)
     shop.tune("sentiment/draft", first_layers(shop.policy, 1, LlamaForCausalLM), unlabelled, held[0], 150)
+    shop.probe("sentiment/probe", shop.policy, guide, data.of(GUIDE)[0][:1200], held[0][:200])
 
 
 def harmlessness(shop: Workshop) -> None:
@@ -232,21 +250,22 @@ def harmlessness(shop: Workshop) -> None:
     args = shop.args
     data = answers(args, shop.tokenizer)
     held = data.of(HELD)
-    spoken = data.of(GUIDE)[0] + data.of(JUDGE)[0] + [doc[:160] for doc in dialogues(args, shop.tokenizer)]
+    spoken = data.of(GUIDE)[0] + data.of(JUDGE)[0] + [doc[:LONGEST] for doc in dialogues(args, shop.tokenizer)]
     whole = first_layers(shop.policy, shop.policy.config.num_hidden_layers, LlamaForCausalLM)
     policy = shop.tune("harmlessness/policy", whole, spoken, held[0], 550)
 
-    def train_critic(name: str, owner: int, layers: int, steps: int) -> None:
+    def train_critic(name: str, owner: int, layers: int, steps: int) -> Critic:
         torch.manual_seed(args.seed + owner)
         batches = lambda seed: partial(next, answer_batches(*data.of(owner), seed + owner))  # noqa: E731
         model = first_layers(policy, layers, Critic)
-        shop.train(name, model, batches, reward_loss, steps, 1e-3, lambda model: accuracy(model, *held))
+        return shop.train(name, model, batches, reward_loss, steps, 1e-3, lambda model: accuracy(model, *held))
 
-    train_critic("harmlessness/guide", GUIDE, 2, 400)
+    guide = train_critic("harmlessness/guide", GUIDE, 2, 400)
     train_critic("harmlessness/judge", JUDGE, 3, 400)
     good = first_layers(policy, policy.config.num_hidden_layers, LlamaForCausalLM)
     shop.tune("harmlessness/good", good, data.good(GUIDE), [d for d, y in zip(*held, strict=True) if y], 120)
     shop.tune("harmlessness/draft", first_layers(policy, 1, LlamaForCausalLM), spoken, held[0], 150)
+    shop.probe("harmlessness/probe", policy, guide, data.of(GUIDE)[0][:3000], held[0][:400])
 
 
 def main() -> None:
