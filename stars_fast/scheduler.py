@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from stars_fast.config import StarsConfig
+from stars_fast.methods.base import Population
 from stars_fast.request import PromptNode, Request
 
 # Cost of one more row relative to the fixed cost of a heartbeat (measured: linear layers on a CPU, 1 to 64 rows).
@@ -33,24 +34,31 @@ class Scheduler:
         Most candidates in one heartbeat, and most running requests.
     kv_cache_tokens : int
         Slots of the policy's tree. One request alone always fits (:func:`response_slots`).
+    whole : bool
+        Whether a candidate's last token is encoded with it.
     """
 
-    def __init__(self, config: StarsConfig, max_rows: int, kv_cache_tokens: int) -> None:
+    def __init__(self, config: StarsConfig, max_rows: int, kv_cache_tokens: int, whole: bool = False) -> None:
         self.config = config
+        self.whole = whole
         self.max_rows = max_rows
         self.kv_cache_tokens = kv_cache_tokens
         self.prefill_tokens = _PREFILL_TOKENS
+        self.packed = 0  # tokens of the forward pass that runs
 
     def held(self, running: Iterable[Request]) -> int:
         """Slots of what is committed, each prompt once, and of waiting best candidates."""
         running = list(running)
         prompts = {request.prompt for request in running}
         best = sum(self.branch_slots(r) for r in running if r.best is not None and r.best.draw.node >= 0)
-        return sum(len(prompt.ids) for prompt in prompts) + sum(len(r.tokens) for r in running) + best
+        own = sum(len(r.tokens) if r.reserve is None else r.reserve for r in running)
+        return sum(len(prompt.ids) for prompt in prompts) + own + best
 
     def branch_slots(self, request: Request) -> int:
-        """Slots of one candidate. Its last token is encoded once it is committed."""
-        return min(self.config.segment_length, self.config.max_new_tokens - len(request.tokens)) - 1
+        """Slots of one candidate. Its last token is encoded once it is committed, unless its hidden state is needed."""
+        if request.reserve is not None:
+            return 0
+        return min(self.config.segment_length, self.config.max_new_tokens - len(request.tokens)) - (not self.whole)
 
     def spare(self, running: Sequence[Request]) -> int:
         """Slots left in this heartbeat when each running request draws one candidate; negative where they lack."""
@@ -63,27 +71,29 @@ class Scheduler:
         """
         prompts: Counter[PromptNode] = Counter(request.prompt for request in running)
         wanted = sum(len(prompt.ids) for prompt in prompts) + sum(map(self._two_heartbeats, running))
+        rows = sum(request.width for request in running)
         prefill = 0
         for count, request in enumerate(waiting):
             fresh = 0 if prompts[request.prompt] else len(request.prompt.ids)
             wanted += fresh + self._two_heartbeats(request)
             prefill += fresh + len(request.tokens)
             joins = len(running) + count
+            rows += request.width
             spared = int(_WATERMARK * self.kv_cache_tokens) if joins else 0
             too_long = prefill > self.prefill_tokens and count > 0
-            if joins >= self.max_rows or wanted + spared > self.kv_cache_tokens or too_long:
+            if (joins and rows > self.max_rows) or wanted + spared > self.kv_cache_tokens or too_long:
                 return count
             prompts[request.prompt] += 1
         return len(waiting)
 
     def _two_heartbeats(self, request: Request) -> int:
-        return len(request.tokens) + 2 * self.branch_slots(request) + 1
+        return len(request.tokens) + 2 * self.branch_slots(request) + 1 if request.reserve is None else request.reserve
 
     def candidates(self, running: Sequence[Request]) -> list[int]:
         """Candidates per request: at least 1, at most the attempts left; rows and slots are shared out by value."""
         further = max(self.spare(running), 0) // candidate_slots(self.config)
         rows = min(self.max_rows, len(running) + further)
-        limits = [self.config.max_attempts - request.attempts for request in running]
+        limits = [most_attempts(request, self.config) - request.attempts for request in running]
         if self.config.candidates != "auto":
             limits = [min(limit, int(self.config.candidates)) for limit in limits]
         return share_rows(acceptance_estimates(running), limits, rows, adaptive=self.config.candidates == "auto")
@@ -96,9 +106,25 @@ class Scheduler:
         return (self.max_rows, self.prefill_tokens) != before
 
 
+def most_attempts(request: Request, config: StarsConfig) -> int:
+    """Candidates of the segment being drawn, at most."""
+    return config.max_attempts if request.limit is None else min(request.limit, config.max_attempts)
+
+
 def response_slots(config: StarsConfig) -> int:
-    """Most slots a response takes: its tokens, and a waiting best candidate beside the one being drawn."""
+    """Most slots a response takes: its tokens, and a waiting best candidate beside the one being drawn.
+
+    Of a population, all of its answers.
+    """
+    method = config.chosen_method
+    if isinstance(method, Population):
+        return method.slots(config)
     return config.max_new_tokens + candidate_slots(config)
+
+
+def persona_slots(personas: Sequence[Sequence[int]], config: StarsConfig) -> int:
+    """Most slots of a request with two prompts: these, the answer below each, and the block that is being drafted."""
+    return sum(map(len, personas)) + 2 * config.max_new_tokens + config.segment_length
 
 
 def candidate_slots(config: StarsConfig) -> int:
