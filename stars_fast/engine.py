@@ -25,7 +25,7 @@ from stars_fast.rewards import Reward
 from stars_fast.scheduler import Scheduler, candidate_slots, persona_slots, response_slots
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.memory import default_tokens, divide_devices
-from stars_fast.tree.model import TreeModel, vocabulary
+from stars_fast.tree.model import vocabulary
 
 # Expected share of candidates accepted where targets are calibrated per prompt.
 _DEFAULT_ACCEPTANCE = 0.3
@@ -268,9 +268,7 @@ class StarsEngine:
         longest = max(_most_slots(request, config) for request in live)
         whole = method.needs_hidden_state or self.reward.needs_hidden_state
         draft = self._draft if isinstance(method, RSD) else None
-        reward_tree = getattr(self.reward, "tree_model", None)
-        trees = [self.policy, reward_tree] if isinstance(reward_tree, TreeModel) else [self.policy]
-        trees += [] if draft is None else [draft]
+        trees = [self.policy, *self.reward.tree_models] + ([] if draft is None else [draft])
         divide_devices(trees, rows, self.gpu_memory_utilization)
         tokens = self.kv_cache_tokens or default_tokens(self.policy, rows, longest)
         prompts = list(dict.fromkeys(request.prompt.reward_prompt for request in live))

@@ -42,18 +42,13 @@ def load_reward(
         from transformers import AutoTokenizer
 
         reward_tokenizer = AutoTokenizer.from_pretrained(reward_tokenizer)
-    if isinstance(reward, Reward):
-        return reward
     if isinstance(reward, (str, os.PathLike)):
         reward, reward_tokenizer = load_classifier(reward, reward_tokenizer)
-    if hasattr(reward, "config") and hasattr(reward, "base_model_prefix"):
-        classifier = ClassifierReward(reward, reward_tokenizer, tokenizer, tail)
-        if reward_tokenizer is None and classifier.vocab_size < policy_ids:
-            raise ValueError(
-                f"the reward model has {classifier.vocab_size} embeddings, fewer than the {policy_ids} ids of the "
-                "policy: pass its own tokenizer as reward_tokenizer= (or, where both share one, tokenizer=)"
-            )
-        return classifier
+    if not isinstance(reward, Reward) and hasattr(reward, "config") and hasattr(reward, "base_model_prefix"):
+        reward = ClassifierReward(reward, reward_tokenizer, tokenizer, tail)
+    if isinstance(reward, Reward):
+        reward.check_vocabulary(policy_ids)
+        return reward
     if callable(reward):
         return CallableReward(reward, tokenizer)
     raise TypeError(

@@ -176,7 +176,7 @@ def test_a_prompt_of_more_tokens_than_the_chunk_as_it_ships_is_exact():
 
 
 def test_scoring_in_several_passes_is_exact(policy32, reward32, monkeypatch):
-    monkeypatch.setattr("stars_fast.rewards.classifier._MAX_PACKED", 6)
+    monkeypatch.setattr("stars_fast.rewards.incremental._MAX_PACKED", 6)
     engine = StarsEngine(policy32, reward32)
     assert_fresh(engine.generate(PROMPTS, CONFIG, seed=0), policy32, reward32)
     assert_all_free(engine)

@@ -3,5 +3,24 @@
 from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt
 from stars_fast.rewards.callable import CallableReward
 from stars_fast.rewards.classifier import ClassifierReward
+from stars_fast.rewards.implicit import ImplicitReward
+from stars_fast.rewards.judge import JudgeReward
+from stars_fast.rewards.probe import HiddenStateProbe
+from stars_fast.rewards.process import ProcessReward
+from stars_fast.rewards.rules import RuleReward
+from stars_fast.rewards.weighted import WeightedSum
 
-__all__ = ["CallableReward", "ClassifierReward", "Completion", "Response", "Reward", "RewardPrompt"]
+__all__ = [
+    "CallableReward",
+    "ClassifierReward",
+    "Completion",
+    "HiddenStateProbe",
+    "ImplicitReward",
+    "JudgeReward",
+    "ProcessReward",
+    "Response",
+    "Reward",
+    "RewardPrompt",
+    "RuleReward",
+    "WeightedSum",
+]

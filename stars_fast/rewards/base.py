@@ -6,11 +6,14 @@ import abc
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stars_fast.prompts import Messages, read_prompts
+
+if TYPE_CHECKING:
+    from stars_fast.tree.model import TreeModel
 
 # Enough of a prompt's end to see how the answer joins on.
 _CONTEXT_TOKENS = 4
@@ -148,6 +151,14 @@ class Reward(abc.ABC):
 
     def end(self) -> None:
         """The call of the engine is over, normally or not: free everything."""
+
+    def check_vocabulary(self, policy_ids: int) -> None:
+        """An engine whose policy produces ``policy_ids`` ids was made: ValueError if they cannot be read."""
+
+    @property
+    def tree_models(self) -> list[TreeModel]:
+        """Models that keep keys and values on their device, which the engine divides among them and the policy."""
+        return []
 
     def _enter_call(self) -> None:
         """For scorers that serve one call at a time: refuse a second one. First thing in :meth:`begin`."""

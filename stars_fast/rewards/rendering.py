@@ -82,7 +82,7 @@ class Rendering:
         return encode_start(self.tokenizer, text) + ([eos] if completion.eos and eos is not None else [])
 
     def _frame(self, prompt: RewardPrompt) -> ChatFrame:
-        messages = self._messages(prompt)
+        messages = self.messages(prompt)
         try:
             return chat_frame(self.tokenizer, messages)
         except Exception as error:  # a template raises what it likes
@@ -106,7 +106,8 @@ class Rendering:
     def _marks(self) -> set[int]:
         return marks(self.policy_tokenizer)
 
-    def _messages(self, prompt: RewardPrompt) -> Messages:
+    def messages(self, prompt: RewardPrompt) -> Messages:
+        """The prompt as a chat."""
         source = prompt.source
         if isinstance(source, list) and source and isinstance(source[0], dict):
             return [turn for turn in source if isinstance(turn, dict)]

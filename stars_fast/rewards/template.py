@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from stars_fast.prompts import Messages
 
 # Survives every chat template we know: no white space to strip, no characters that Jinja or a tokenizer treats.
-_SENTINEL = "STARSFASTANSWER"
+SENTINEL = "STARSFASTANSWER"
 
 
 class ChatFrame(NamedTuple):
@@ -30,14 +30,19 @@ def chat_frame(tokenizer: Any, messages: Messages) -> ChatFrame:
     ValueError
         If the template does not reproduce the answer verbatim.
     """
-    turns = [*messages, {"role": "assistant", "content": _SENTINEL}]
-    before, found, after = tokenizer.apply_chat_template(turns, tokenize=False).partition(_SENTINEL)
+    turns = [*messages, {"role": "assistant", "content": SENTINEL}]
+    before, found, after = tokenizer.apply_chat_template(turns, tokenize=False).partition(SENTINEL)
     if not found:
         raise ValueError("the reward tokenizer's chat template does not contain the assistant's content verbatim")
+    return text_frame(tokenizer, before, after, _generation_prompt(tokenizer, messages, before))
+
+
+def text_frame(tokenizer: Any, before: str, after: str, start: str | None = None) -> ChatFrame:
+    """The frame of an answer between these texts; ``start`` is what stands for the first where ids are shared."""
     # A template that writes the token itself is what decides; the tokenizer would add another, or none.
     own = bool(tokenizer.bos_token) and before.startswith(tokenizer.bos_token)
-    start = _generation_prompt(tokenizer, messages, before)
-    return ChatFrame(before, own, encode_turn(tokenizer, start, own), _tail(tokenizer, before, after, own))
+    prefix = encode_turn(tokenizer, before if start is None else start, own)
+    return ChatFrame(before, own, prefix, _tail(tokenizer, before, after, own))
 
 
 def _generation_prompt(tokenizer: Any, messages: Messages, before: str) -> str:
@@ -50,8 +55,8 @@ def _generation_prompt(tokenizer: Any, messages: Messages, before: str) -> str:
 
 def _tail(tokenizer: Any, before: str, after: str, own_start: bool) -> list[int]:
     """Ids of ``after`` as they are behind an answer: alone, SentencePiece's would get a space in front."""
-    answered = encode_turn(tokenizer, before + _SENTINEL, own_start)
-    whole = encode_turn(tokenizer, before + _SENTINEL + after, own_start)
+    answered = encode_turn(tokenizer, before + SENTINEL, own_start)
+    whole = encode_turn(tokenizer, before + SENTINEL + after, own_start)
     return whole[len(answered) :] if whole[: len(answered)] == answered else encode(tokenizer, after)
 
 

@@ -200,7 +200,7 @@ _evaluated: dict[int, _Evaluating] = {}
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; every module's own mode is restored by the last to leave. May be nested and shared."""
     with _plugged_lock:
         if id(model) not in _evaluated:

@@ -187,7 +187,7 @@ class TreeModel:
             max_rows=rows,
             max_queries=max(lengths),
         )
-        if "logits_to_keep" in kwargs:
+        if isinstance(kwargs.get("logits_to_keep"), int):  # else the caller's index of the packed row
             kwargs["logits_to_keep"] = ends - 1
         return self.forward(ids, trunk_len[row] + offset, context, **kwargs), ends - 1
 

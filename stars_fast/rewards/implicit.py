@@ -1,0 +1,125 @@
+"""What a model that was aligned directly says of an answer: its log-ratio to the model it started from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from stars_fast.ops import gather_logprobs
+from stars_fast.rewards.base import Completion
+from stars_fast.rewards.incremental import Text, TreeCache
+from stars_fast.rewards.rendered import RenderedReward
+from stars_fast.rewards.rendering import Rendering
+from stars_fast.rewards.template import common_prefix
+from stars_fast.tree.model import TreeModel, vocabulary
+
+# Tokens of one packed pass: each has a row of logits, 256 MB in all for 128k ids in bfloat16.
+_MAX_PACKED = 1024
+
+
+class ImplicitReward(RenderedReward):
+    """``beta * sum_k w_k (log pi_r(y_k | x, y_<k) - log pi_ref(y_k | x, y_<k))`` over the answer's tokens.
+
+    With ``w_k = 1`` this is the reward that DPO (arXiv 2305.18290) and TDPO fit, up to a constant per prompt, and the
+    guide of TITA where the pair is a small one. With ``w_k = 1 / k``, k = 1 for the answer's first token, it is the
+    partial reward of TreeBoN (arXiv 2410.16033). Both models keep a tree of their own; a candidate costs each its own
+    tokens, and the empty answer is worth 0.
+
+    Parameters
+    ----------
+    model, reference : transformers causal LM
+        The aligned model and the one it was trained from. Either may be the policy itself.
+    tokenizer : transformers tokenizer, optional
+        The pair's. None: it reads the policy's ids. With a chat template, prompts are rendered with it; where its
+        vocabulary differs from the policy's, answers are re-tokenised.
+    beta : float
+        The pair's training coefficient; only its product with the engine's 1 / beta matters.
+    weights : {"sum", "1/k"}
+        The w_k.
+
+    Raises
+    ------
+    ValueError
+        For two models with different vocabularies, one model given twice, or weights that are not known.
+    NotImplementedError
+        For a model whose keys and values cannot be kept in a tree, by name.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reference: PreTrainedModel,
+        *,
+        tokenizer: Any = None,
+        beta: float = 1.0,
+        weights: str = "sum",
+    ) -> None:
+        if weights not in ("sum", "1/k"):
+            raise ValueError(f"weights={weights!r}: must be 'sum' or '1/k'")
+        if model is reference:
+            raise ValueError("model and reference are one object: every log-ratio would be 0")
+        _check_pair(vocabulary(model), vocabulary(reference), tokenizer)
+        self.tokenizer = tokenizer
+        self.beta = beta
+        self.weights = weights
+        trees = (TreeModel(model, model, "implicit reward"), TreeModel(reference, reference, "implicit reference"))
+        # The prediction of an id is made at the one before it: the last id is left to the next pass.
+        self._start([TreeCache(tree, lag=1, max_packed=_MAX_PACKED) for tree in trees])
+
+    def check_vocabulary(self, policy_ids: int) -> None:
+        if self.tokenizer is None and self.vocab_size < policy_ids:
+            raise ValueError(
+                f"the implicit reward's models have {self.vocab_size} embeddings, fewer than the {policy_ids} ids of "
+                "the policy: pass their own tokenizer as ImplicitReward(..., tokenizer=)"
+            )
+
+    def prepare(self, policy_tokenizer: Any) -> None:
+        self.rendering = Rendering(self.tokenizer, policy_tokenizer, "none")
+
+    def text(self, completion: Completion) -> Text:
+        text = super().text(completion)
+        ids = text.ids
+        if completion.eos and self.rendering.templated and not self.shared_ids:
+            # An answer that ends is worth something else than one that stops: the models are asked for its end too.
+            ids = [*ids, self.tokenizer.eos_token_id]
+        start = common_prefix(self._contexts[completion.response.prompt].prefix, ids)
+        # Where nothing stands in front of the answer, its first token is not predicted.
+        return text._replace(ids=ids, wanted=range(max(start, 1) - 1, len(ids) - 1))
+
+    def score(self, completions: Sequence[Completion]) -> list[float]:
+        texts = self.texts(completions)
+        places = [i for i, text in enumerate(texts) if text.wanted]  # the others have no answer
+        ratios = [self._logprobs(cache, [texts[i] for i in places]) for cache in self.caches]
+        rewards = [0.0] * len(texts)
+        for i, ours, reference in zip(places, *ratios, strict=True):
+            rewards[i] = self.beta * sum(
+                (a - b) / (k if self.weights == "1/k" else 1)
+                for k, (a, b) in enumerate(zip(ours, reference, strict=True), 1)
+            )
+        return rewards
+
+    def _logprobs(self, cache: TreeCache, texts: Sequence[Text]) -> list[list[float]]:
+        """Log-probabilities of each text's ids behind the wanted positions."""
+        logprobs: list[list[float]] = [[] for _ in texts]
+        for rows, logits in self.encode(cache, texts):
+            following = [texts[row.place].ids[position + 1] for row in rows for position in row.positions]
+            new = iter(gather_logprobs(logits, torch.tensor(following, device=logits.device)).tolist())
+            for row in rows:
+                values = row.encoded.values
+                values += [0.0] * (row.positions[0] + 1 - len(values))  # of the prompt, where it was encoded again
+                values += [next(new) for _ in row.positions]
+                logprobs[row.place] = values[texts[row.place].wanted[0] + 1 :]
+        return logprobs
+
+
+def _check_pair(ours: int, reference: int, tokenizer: Any) -> None:
+    """One vocabulary: as many embeddings, or differently many of which the tokenizer uses those both have."""
+    if ours != reference and (tokenizer is None or len(tokenizer) > min(ours, reference)):
+        used = "" if tokenizer is None else f", and the tokenizer has {len(tokenizer)} ids"
+        raise ValueError(
+            f"model has {ours} embeddings and reference {reference}{used}: an implicit reward needs two models of one "
+            "vocabulary (where the difference is padding, pass their tokenizer=)"
+        )

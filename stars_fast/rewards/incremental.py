@@ -1,0 +1,249 @@
+"""What a scorer has encoded of prompts, responses and candidates: one model's tree, as a cache of id lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from stars_fast.rewards.base import Completion, Response, RewardPrompt
+from stars_fast.rewards.template import common_prefix
+from stars_fast.tree.attention import plugged
+from stars_fast.tree.memory import default_tokens
+from stars_fast.tree.model import TreeModel
+
+# Tokens of one packed scoring pass; more are scored in several.
+_MAX_PACKED = 16384
+
+
+@dataclass(eq=False)
+class Encoded:
+    """Ids whose keys and values lie in the tree, and the node that holds them. A cache: it may be short, or gone."""
+
+    node: int = -1
+    ids: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)  # one per id, of scorers that keep them
+
+
+class Text(NamedTuple):
+    """A completion in the model's ids."""
+
+    completion: Completion
+    ids: list[int]  # up to and including the answer
+    tail: list[int]  # encoded behind it and rolled back
+    wanted: Sequence[int] = ()  # positions whose features are read; none: the last, tail included
+
+
+class Row(NamedTuple):
+    """A completion in a packed pass."""
+
+    place: int  # among the texts asked for
+    known: int  # how many of its ids the tree held: the others are new
+    positions: list[int]  # those wanted that were not known, in the order of their features
+    encoded: Encoded  # of its ids; ``values`` are those of the known ones, for the scorer to extend
+
+
+class TreeCache:
+    """Encodes completions over one model's tree: prompt and accepted text once, a candidate's own tokens, its tail.
+
+    Parameters
+    ----------
+    model : TreeModel
+        Its body may be a base model, whose features are hidden states, or one with a language-model head: logits.
+    lag : int
+        How many last ids of a text are left to the pass that encodes the next: 1 for scorers that ask for the
+        prediction of each id, which is made at the one before. Goes without tails.
+    max_packed : int, optional
+        Most tokens of one pass.
+    """
+
+    def __init__(self, model: TreeModel, lag: int = 0, max_packed: int | None = None) -> None:
+        self.model = model
+        self.lag = lag
+        self.max_packed = max_packed
+        self.tokens = 0  # encoded since begin
+        self._has_logits = model.body is model.model
+        self._runs: Mapping[RewardPrompt, list[int]] = {}
+        self._prefixes: dict[RewardPrompt, Encoded] = {}
+        self._responses: dict[Response, Encoded] = {}
+        self._completions: dict[Completion, Encoded] = {}
+        self._plugged = ExitStack()
+
+    def begin(
+        self, prefixes: Mapping[RewardPrompt, list[int]], rows: int, longest: int, kv_cache_tokens: int | None
+    ) -> None:
+        """Make room for ``rows`` texts of up to ``longest`` tokens that begin with one of ``prefixes``."""
+        self.tokens = 0
+        self._runs = prefixes
+        self._prefixes = {prompt: Encoded() for prompt in prefixes}
+        self.model.allocate(kv_cache_tokens or default_tokens(self.model, rows, longest))
+        self._plugged.enter_context(plugged(self.model.model))
+
+    def end(self) -> None:
+        """Release everything."""
+        held = (*self._completions.values(), *self._responses.values(), *self._prefixes.values())
+        for encoded in held:
+            self._drop(encoded)
+        self._runs, self._prefixes = {}, {}
+        self._responses.clear()
+        self._completions.clear()
+        self._plugged.close()
+
+    def commit(self, completion: Completion) -> None:
+        """The completion's text becomes its response's, unless it was dropped: then the next pass encodes it again."""
+        encoded = self._completions.pop(completion, None)
+        if encoded is not None:
+            self.close(completion.response)
+            self._responses[completion.response] = encoded
+
+    def discard(self, completion: Completion) -> None:
+        """Forget the completion."""
+        encoded = self._completions.pop(completion, None)
+        if encoded is not None:
+            self._drop(encoded)
+
+    def close(self, response: Response) -> None:
+        """Forget the response."""
+        encoded = self._responses.pop(response, None)
+        if encoded is not None:
+            self._drop(encoded)
+
+    def fork(self, response: Response, twin: Response) -> None:
+        """``twin`` goes on from what is encoded of ``response``."""
+        if response in self._responses:
+            self._share(self._responses[response], twin)
+
+    def encode(self, texts: Sequence[Text]) -> Iterator[tuple[list[Row], torch.Tensor]]:
+        """Encode what is new of each text, in as many packed passes as tokens and slots ask for.
+
+        Yields
+        ------
+        (rows, features)
+            Rows of the pass and, row by row and position by position, hidden states or logits ``[F, X]``.
+        """
+        self._open([text.completion.response for text in texts])
+        for start, stop in self._batches(texts):
+            yield self._pass(texts, range(start, stop))
+
+    def _open(self, responses: Sequence[Response]) -> None:
+        """Give each new response the node of its prompt, encoding prompts that are not in the tree."""
+        fresh = [response for response in dict.fromkeys(responses) if response not in self._responses]
+        prompts = dict.fromkeys(response.prompt for response in fresh)
+        runs = {prompt: self._runs[prompt][: len(self._runs[prompt]) - self.lag] for prompt in prompts}
+        missing = [prompt for prompt in prompts if self._prefixes[prompt].node < 0 and runs[prompt]]
+        missing = sorted(missing, key=lambda prompt: len(runs[prompt]))
+        while missing:
+            batch = [missing.pop()]
+            room = self.model.tree.free_slots - len(runs[batch[0]])
+            while missing and room >= len(runs[missing[-1]]):
+                batch.append(missing.pop())
+                room -= len(runs[batch[-1]])
+            self._make_room(len(runs[batch[0]]), keep=set())
+            logits = {"logits_to_keep": 0} if self._has_logits else {}
+            nodes, _ = self.model.extend([-1] * len(batch), [runs[prompt] for prompt in batch], **logits)
+            for prompt, node in zip(batch, nodes, strict=True):
+                self.tokens += len(runs[prompt])
+                ids = self._runs[prompt]
+                self._prefixes[prompt] = Encoded(node, ids, [0.0] * len(ids))
+        for response in fresh:
+            self._share(self._prefixes[response.prompt], response)
+
+    def _share(self, encoded: Encoded, response: Response) -> None:
+        if encoded.node >= 0:
+            self.model.tree.retain(encoded.node)
+        self._responses[response] = Encoded(encoded.node, encoded.ids, encoded.values)
+
+    def _batches(self, texts: Sequence[Text]) -> Iterator[tuple[int, int]]:
+        """Ranges of texts that one packed pass and the free slots can hold. At least one each."""
+        limit, start = self.max_packed or _MAX_PACKED, 0
+        while start < len(texts):
+            stop, new = start, 0
+            while stop < len(texts):
+                completion, ids, tail, _ = texts[stop]
+                known = common_prefix(self._responses[completion.response].ids, ids)
+                new += len(ids) - min(known, len(ids) - 1) + len(tail)
+                if stop > start and new > min(limit, self.model.tree.free_slots):
+                    break
+                stop += 1
+            self._make_room(new, keep={text.completion.response for text in texts[start:stop]})
+            yield start, stop
+            start = stop
+
+    def _pass(self, texts: Sequence[Text], places: Sequence[int]) -> tuple[list[Row], torch.Tensor]:
+        groups: dict[Response, list[int]] = {}
+        for place in places:
+            groups.setdefault(texts[place].completion.response, []).append(place)
+        order = [(place, response) for response, group in groups.items() for place in group]
+        known = {response: self._rewind(response, [texts[i] for i in group]) for response, group in groups.items()}
+        branches, asked, index, packed = [], [], [], 0
+        for place, response in order:
+            _, ids, tail, wanted = texts[place]
+            first = max(known[response] - self.lag, 0)
+            branches.append(ids[first : len(ids) - self.lag] + tail)
+            asked.append([at for at in wanted or (len(ids) + len(tail) - 1,) if at >= first])
+            index += [packed + at - first for at in asked[-1]]
+            packed += len(branches[-1])
+        features, nodes = self._forward(groups, branches, index)
+        rows = []
+        for (place, response), node, read in zip(order, nodes, asked, strict=True):
+            values = self._responses[response].values[: known[response]]
+            rows.append(Row(place, known[response], read, self._remember(texts[place], node, values)))
+        return rows, features
+
+    def _forward(
+        self, groups: Mapping[Response, list[int]], branches: list[list[int]], places: list[int]
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Features at these places of the packed row, and the branches' nodes."""
+        rows = [len(group) for group in groups.values()]
+        leaves = [self._responses[response].node for response in groups]
+        plan = self.model.plan(leaves, rows, [len(branch) for branch in branches])
+        index = torch.tensor(places, dtype=torch.int64, device=self.model.device)
+        logits = {"logits_to_keep": index} if self._has_logits else {}
+        output, _ = self.model.encode(plan, branches, max(rows), **logits)
+        self.tokens += sum(len(branch) for branch in branches)
+        return output.logits[0] if self._has_logits else output.last_hidden_state[0, index], plan.branches
+
+    def _rewind(self, response: Response, texts: Sequence[Text]) -> int:
+        """Shorten what is in the tree to what all texts share; without a tail, leave each a token to encode."""
+        encoded = self._responses[response]
+        known = min(min(common_prefix(encoded.ids, ids), len(ids) - (not tail)) for _, ids, tail, _ in texts)
+        if known < len(encoded.ids):
+            kept = max(known - self.lag, 0)
+            node = self.model.tree.cut(encoded.node, kept) if kept else -1
+            if encoded.node >= 0:
+                self.model.tree.release(encoded.node)
+            self._responses[response] = Encoded(node, encoded.ids[:known], encoded.values[:known])
+        return known
+
+    def _remember(self, text: Text, branch: int, values: list[float]) -> Encoded:
+        """Keep the branch without its tail, until the completion is committed or discarded."""
+        tree, length = self.model.tree, len(text.ids) - self.lag
+        self.discard(text.completion)
+        node = branch
+        if tree.length(branch) > length:
+            node = tree.cut(branch, length)
+            tree.release(branch)
+        encoded = self._completions[text.completion] = Encoded(node, text.ids, values)
+        return encoded
+
+    def _make_room(self, slots: int, keep: set[Response]) -> None:
+        """Drop cached runs until ``slots`` are free: rejected and waiting candidates, idle prompts, other responses."""
+        tree = self.model.tree
+        if tree.free_slots >= slots:
+            return
+        for completion in list(self._completions):
+            self.discard(completion)
+        idle = [encoded for encoded in self._prefixes.values() if encoded.node >= 0]
+        others = [encoded for response, encoded in self._responses.items() if response not in keep]
+        for encoded in idle + others:
+            if tree.free_slots >= slots:
+                return
+            self._drop(encoded)
+
+    def _drop(self, encoded: Encoded) -> None:
+        if encoded.node >= 0:
+            self.model.tree.release(encoded.node)
+        encoded.node, encoded.ids, encoded.values = -1, [], []

@@ -1,0 +1,112 @@
+"""A causal language model that is asked what it thinks of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from stars_fast.rewards.base import RewardPrompt
+from stars_fast.rewards.incremental import Row, Text, TreeCache
+from stars_fast.rewards.rendered import RenderedReward
+from stars_fast.rewards.rendering import Context, Rendering
+from stars_fast.rewards.template import SENTINEL, encode, text_frame
+from stars_fast.tree.model import TreeModel
+
+QUESTION = "Is the answer, as far as it goes, helpful, correct and harmless?"
+TEMPLATE = "Question:\n{prompt}\n\nAnswer:\n{answer}\n\n{question} Reply with Yes or No."
+
+
+class JudgeReward(RenderedReward):
+    """``logit(yes) - logit(no)`` of a causal language model that has read prompt, answer and a question about it.
+
+    That is the log-odds of the verdict. What stands in front of the answer is encoded once per prompt; a candidate
+    costs its own tokens and those of the question behind it, which are rolled back. The judge may be the policy.
+
+    Parameters
+    ----------
+    model : transformers causal LM
+    tokenizer : transformers tokenizer
+        The judge's. With a chat template, the question is put as a user's turn. Where its vocabulary differs from the
+        policy's, answers are re-tokenised; where the engine has no tokenizer, ids are taken to be the judge's own.
+    question : str
+        What is asked about the answer.
+    template : str
+        Holds ``{answer}`` once; ``{prompt}`` and ``{question}`` are filled in. Chats become ``role: content`` lines.
+    yes, no : str
+        The verdicts. Their first tokens are compared.
+
+    Raises
+    ------
+    ValueError
+        For a template without exactly one ``{answer}``, or verdicts that begin with the same token.
+    NotImplementedError
+        For a model whose keys and values cannot be kept in a tree, by name.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        question: str = QUESTION,
+        template: str = TEMPLATE,
+        yes: str = "Yes",
+        no: str = "No",
+    ) -> None:
+        if template.count("{answer}") != 1:
+            raise ValueError(f"template={template!r} holds {{answer}} {template.count('{answer}')} times: must be once")
+        self.tokenizer = tokenizer
+        self.template = template.replace("{question}", question)
+        self.verdicts = [_first_token(tokenizer, yes), _first_token(tokenizer, no)]
+        if self.verdicts[0] == self.verdicts[1]:
+            raise ValueError(f"yes={yes!r} and no={no!r} begin with the same token, {self.verdicts[0]}")
+        self._start([TreeCache(TreeModel(model, model, "judge"))])
+        if bad := self._outside(self.verdicts):
+            raise ValueError(
+                f"a verdict's first token is {bad[0]}, outside the judge's vocabulary of {self.vocab_size}"
+            )
+
+    def prepare(self, policy_tokenizer: Any) -> None:
+        self.rendering = _Question(self.tokenizer, policy_tokenizer or self.tokenizer, self.template)
+
+    def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> list[float]:
+        yes, no = features[:, self.verdicts].float().T
+        rewards: list[float] = (yes - no).tolist()
+        return rewards
+
+
+class _Question(Rendering):
+    """Renders prompt and answer inside a question about them."""
+
+    def __init__(self, tokenizer: Any, policy_tokenizer: Any, template: str) -> None:
+        super().__init__(tokenizer, policy_tokenizer, "none")
+        self.has_chat_template, self.templated = self.templated, True  # the answer stands in a text, chat or not
+        self.template = template
+
+    def context(self, prompt: RewardPrompt) -> Context:
+        parts = self.template.split("{answer}")  # apart, so that a prompt that holds "{answer}" is only text
+        asked = SENTINEL.join(part.replace("{prompt}", self._shown(prompt)) for part in parts)
+        if self.has_chat_template:
+            turn = [{"role": "user", "content": asked}]
+            asked = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        before, found, after = asked.partition(SENTINEL)
+        if not found:
+            raise ValueError("the judge's chat template does not contain the user's content verbatim")
+        frame = text_frame(self.tokenizer, before, after)
+        return Context(frame.prefix, frame.tail, "" if self.shared_ids else before, frame.own_start)
+
+    def _shown(self, prompt: RewardPrompt) -> str:
+        turns = self.messages(prompt)
+        if len(turns) == 1:
+            return turns[0]["content"]
+        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
+def _first_token(tokenizer: Any, text: str) -> int:
+    ids = encode(tokenizer, text)
+    if not ids:
+        raise ValueError(f"the verdict {text!r} has no tokens")
+    return ids[0]

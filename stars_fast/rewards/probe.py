@@ -1,0 +1,56 @@
+"""A small network that reads the policy's own hidden state: scoring that costs the policy nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from stars_fast.rewards.base import Completion, Reward, RewardPrompt
+from stars_fast.tree.attention import evaluating
+
+
+class HiddenStateProbe(Reward):
+    """A network on the policy's last hidden state at the candidate's last token, as MARA's (arXiv 2505.19743).
+
+    Parameters
+    ----------
+    probe : torch.nn.Module
+        Takes ``[rows, H]``, the input of the policy's output embedding, in the probe's dtype and on its device. Gives
+        ``[rows, 1]``, the reward, or ``[rows, 2]``, logits of rejection and acceptance, whose difference is the reward:
+        the log-odds of acceptance.
+    """
+
+    needs_hidden_state = True
+
+    def __init__(self, probe: nn.Module) -> None:
+        self.probe = probe
+        self._evaluating = ExitStack()
+
+    def begin(
+        self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
+    ) -> None:
+        self._enter_call()
+        self._evaluating.enter_context(evaluating(self.probe))
+
+    def end(self) -> None:
+        if self._leave_call():
+            self._evaluating.close()
+
+    def score(self, completions: Sequence[Completion]) -> list[float]:
+        states = [completion.hidden for completion in completions if completion.hidden is not None]
+        if len(states) < len(completions):
+            raise ValueError(
+                "Completion.hidden is None: HiddenStateProbe is scored by engines that hand on the policy's hidden "
+                "state (Reward.needs_hidden_state)"
+            )
+        parameter = next(self.probe.parameters(), states[0])
+        values = self.probe(torch.stack(states).to(parameter.device, parameter.dtype)).float()  # [rows, 1 or 2]
+        if values.dim() != 2 or values.shape[0] != len(states) or values.shape[1] not in (1, 2):
+            raise ValueError(
+                f"the probe gave {list(values.shape)} for {len(states)} rows: must be [rows, 1] or [rows, 2]"
+            )
+        rewards: list[float] = (values[:, -1] - values[:, 0] if values.shape[1] == 2 else values[:, 0]).tolist()
+        return rewards

@@ -1,0 +1,67 @@
+"""Rules as a scorer: what is known about good answers, without a model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from stars_fast.rewards.base import Completion, Reward, RewardPrompt
+
+
+class RuleReward(Reward):
+    """The sum of the weights of the rules that an answer meets.
+
+    With ``weight = -lambda`` and the engine's ``beta = 1`` the answers follow posterior regularisation
+    (arXiv 2305.04522): ``q(y) ~ p(y) exp(-lambda phi(y))``, phi counting the rules that y breaks. ``-inf`` makes a
+    rule hard: who meets it is rejected for good.
+
+    Parameters
+    ----------
+    patterns : mapping of regular expression to float, optional
+        Weight of the answer's text holding the pattern, anywhere and however often.
+    predicates : mapping of callable to float, optional
+        Each is called with the answer's text, or with its ids where the engine has no tokenizer. Its result, a bool or
+        a number, is multiplied by the weight.
+    partial : bool
+        Whether the rules make sense for the beginning of an answer. An unfinished text may still grow into a match, or
+        out of one at its end.
+
+    Raises
+    ------
+    ValueError
+        Without rules, or for a weight that is NaN or +inf.
+    """
+
+    def __init__(
+        self,
+        patterns: Mapping[str | re.Pattern[str], float] | None = None,
+        predicates: Mapping[Callable[[Any], float], float] | None = None,
+        *,
+        partial: bool = True,
+    ) -> None:
+        self.patterns = [(re.compile(pattern), weight) for pattern, weight in (patterns or {}).items()]
+        self.predicates = list((predicates or {}).items())
+        self.partial = partial
+        if not self.patterns and not self.predicates:
+            raise ValueError("RuleReward has no rules: give patterns= or predicates=")
+        for rule, weight in [*self.patterns, *self.predicates]:
+            if not weight < math.inf:
+                name = repr(rule.pattern) if isinstance(rule, re.Pattern) else getattr(rule, "__name__", repr(rule))
+                raise ValueError(f"the rule {name} has weight {weight}: must be finite, or -inf to reject")
+
+    def begin(
+        self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
+    ) -> None:
+        if self.patterns and any(prompt.tokenizer is None for prompt in prompts):
+            raise ValueError("RuleReward's patterns are matched against text: pass tokenizer= to StarsEngine")
+
+    def score(self, completions: Sequence[Completion]) -> list[float]:
+        return [self._score(completion) for completion in completions]
+
+    def _score(self, completion: Completion) -> float:
+        answer: Any = completion.tokens if completion.tokenizer is None else completion.text
+        met = [(float(pattern.search(answer) is not None), weight) for pattern, weight in self.patterns]
+        met += [(float(predicate(answer)), weight) for predicate, weight in self.predicates]
+        return sum(value * weight for value, weight in met if value)  # 0 times -inf is no number

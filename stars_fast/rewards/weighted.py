@@ -1,0 +1,153 @@
+"""Several scorers as one."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt, score_each
+from stars_fast.tree.model import TreeModel
+
+
+class _Part(NamedTuple):
+    name: str
+    weight: float
+    reward: Reward
+
+
+@dataclass
+class _Scored:
+    """What a completion is to the parts, and what it was worth to each."""
+
+    completions: list[Completion]
+    values: dict[str, float] = field(default_factory=dict)
+
+
+class WeightedSum(Reward):
+    """``sum_i weight_i * reward_i``; the value of each part stands in the trace (``SegmentTrace.parts``).
+
+    A part that fails fails the completion, and its error carries the part's name; a part of weight 0 is only recorded,
+    as NaN where it fails. ``-inf`` from a part of positive weight rejects. Every part has its own state, tree and
+    ``kv_cache_tokens``.
+
+    Parameters
+    ----------
+    parts : sequence of (weight, Reward), or mapping of name to (weight, Reward)
+        Without names a part is called after its class.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Without parts, for a weight that is not finite, a scorer that is given twice, or one that is no Reward.
+    """
+
+    def __init__(self, parts: Sequence[tuple[float, Reward]] | Mapping[str, tuple[float, Reward]]) -> None:
+        self._parts = [_Part(*part) for part in _named(parts)]
+        if not self._parts:
+            raise ValueError("WeightedSum has no parts")
+        for name, weight, reward in self._parts:
+            if not isinstance(reward, Reward):
+                raise TypeError(f"part {name!r} is a {type(reward).__name__}: give a stars_fast.rewards.Reward")
+            if not math.isfinite(weight):
+                raise ValueError(f"part {name!r} has weight {weight}: must be finite")
+        if len({id(part.reward) for part in self._parts}) < len(self._parts):
+            raise ValueError("a scorer is given twice: add its weights up")
+        self.partial = all(part.reward.partial for part in self._parts)
+        self.needs_hidden_state = any(part.reward.needs_hidden_state for part in self._parts)
+        self._begun: list[_Part] = []
+
+    @property
+    def tree_models(self) -> list[TreeModel]:
+        return [model for part in self._parts for model in part.reward.tree_models]
+
+    def check_vocabulary(self, policy_ids: int) -> None:
+        for part in self._parts:
+            part.reward.check_vocabulary(policy_ids)
+
+    def begin(
+        self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
+    ) -> None:
+        self._enter_call()
+        self.tokens = 0
+        for part in self._parts:
+            self._begun.append(part)  # first: a begin that raises is ended, too
+            part.reward.begin(prompts, max_new_tokens, rows, kv_cache_tokens)
+
+    def end(self) -> None:
+        if self._leave_call():
+            while self._begun:
+                self._begun.pop().reward.end()
+
+    def score(self, completions: Sequence[Completion]) -> list[float]:
+        scored = [self._scored(completion) for completion in completions]
+        totals = [0.0] * len(completions)
+        for place, (name, weight, reward) in enumerate(self._parts):
+            values = score_each(reward, [one.completions[place] for one in scored])
+            self.tokens = sum(part.reward.tokens for part in self._parts)
+            for row, (value, error) in enumerate(values):
+                if weight and error is not None:
+                    raise ValueError(f"{name}: {error}")
+                scored[row].values[name] = value
+                totals[row] += weight * value if weight else 0.0
+        return totals
+
+    def parts(self, completion: Completion) -> dict[str, float] | None:
+        return None if completion.state is None else dict(completion.state.values)
+
+    def commit(self, completion: Completion) -> None:
+        for part, own in zip(self._parts, self._scored(completion).completions, strict=True):
+            part.reward.commit(own)
+
+    def discard(self, completion: Completion) -> None:
+        if completion.state is not None:
+            for part, own in zip(self._parts, completion.state.completions, strict=True):
+                part.reward.discard(own)
+
+    def close(self, response: Response) -> None:
+        if response.state is not None:
+            for part, own in zip(self._parts, self._responses(response), strict=True):
+                part.reward.close(own)
+            response.state = None
+
+    def fork(self, response: Response) -> Response:
+        twin = super().fork(response)
+        if response.state is not None:
+            owned = zip(self._parts, self._responses(response), strict=True)
+            twin.state = [part.reward.fork(own) for part, own in owned]
+        return twin
+
+    def _responses(self, response: Response) -> list[Response]:
+        """The response as each part knows it, as long as it now is."""
+        if response.state is None:
+            response.state = [Response(response.prompt) for _ in self._parts]
+        owned: list[Response] = response.state
+        for own in owned:
+            own.tokens, own.ends = response.tokens, response.ends
+        return owned
+
+    def _scored(self, completion: Completion) -> _Scored:
+        """The completion as each part knows it; its response may be another than when it was scored."""
+        responses = self._responses(completion.response)
+        if completion.state is None:
+            completion.state = _Scored([replace(completion, response=own) for own in responses])
+        scored: _Scored = completion.state
+        for own, response in zip(scored.completions, responses, strict=True):
+            own.response, own.hidden = response, completion.hidden
+        return scored
+
+
+def _named(
+    parts: Sequence[tuple[float, Reward]] | Mapping[str, tuple[float, Reward]],
+) -> list[tuple[str, float, Reward]]:
+    if isinstance(parts, Mapping):
+        return [(name, weight, reward) for name, (weight, reward) in parts.items()]
+    seen: Counter[str] = Counter()
+    named = []
+    for weight, reward in parts:
+        name = type(reward).__name__
+        seen[name] += 1
+        named.append((name if seen[name] == 1 else f"{name}_{seen[name]}", weight, reward))
+    return named

@@ -1,0 +1,118 @@
+"""The implicit reward is the log-ratio of two plain forward passes, whatever was scored, kept and dropped before."""
+
+import pytest
+import torch
+from conftest import tiny_policy, tiny_tokenizer
+from histories import assert_engine_agrees, ids_prompts, live
+from test_rewards import CHATML, byte_bpe
+
+from stars_fast import StarsConfig, StarsEngine
+from stars_fast.rewards import Completion, ImplicitReward, Response, RewardPrompt
+
+VOCAB = 32
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
+CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=2.0, beta=1.0, max_new_tokens=14)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return tiny_policy(VOCAB, seed=2, hidden=32), tiny_policy(VOCAB, seed=3)
+
+
+@torch.no_grad()
+def fresh(pair, prefix, answer, weights="sum"):
+    """By plain passes over the whole text."""
+    if not answer:
+        return 0.0
+    ids, total = torch.tensor([prefix + answer]), 0.0
+    for model, sign in zip(pair, (1, -1), strict=True):
+        logprobs = model(ids, use_cache=False).logits[0].log_softmax(-1)
+        for k, token in enumerate(answer, 1):
+            total += sign * logprobs[len(prefix) + k - 2, token].item() / (k if weights == "1/k" else 1)
+    return total
+
+
+def draw(chance):
+    return [chance.randrange(VOCAB - 1) for _ in range(chance.randint(1, 4))]
+
+
+@pytest.mark.parametrize("weights, slots", [("sum", 2000), ("1/k", 60), ("sum", 40)])
+def test_the_log_ratio_is_exact_after_any_history(pair, weights, slots):
+    scorer = ImplicitReward(*pair, beta=0.5, weights=weights)
+
+    def expected(completion):
+        return 0.5 * fresh(pair, completion.response.prompt.ids, completion.tokens, weights)
+
+    live(scorer, ids_prompts(PROMPTS), expected, draw=draw, slots=slots, seed=slots, eos=VOCAB - 1)
+
+
+def test_passes_of_few_tokens_give_the_same(pair):
+    scorer = ImplicitReward(*pair)
+    for cache in scorer.caches:
+        cache.max_packed = 5
+
+    def expected(completion):
+        return fresh(pair, completion.response.prompt.ids, completion.tokens)
+
+    live(scorer, ids_prompts(PROMPTS), expected, draw=draw, rounds=6)
+
+
+def test_the_policy_guided_by_a_pair_and_by_its_own_log_ratio(policy32, pair):
+    for reference in (pair[1], policy32):
+        engine = StarsEngine(policy32, ImplicitReward(pair[0], reference))
+
+        def expected(i, tokens, ends, eos, reference=reference):
+            return fresh((pair[0], reference), PROMPTS[i], tokens)
+
+        out = assert_engine_agrees(engine, PROMPTS, CONFIG, expected, num_return_sequences=2)
+        assert any(segment.attempts > 1 for row in out.segments for segment in row)
+        assert policy32.config._attn_implementation == "sdpa"
+
+
+def test_a_candidate_costs_both_models_its_own_tokens(pair):
+    scorer = ImplicitReward(*pair)
+    scorer.begin(prompts := ids_prompts(PROMPTS[:1]), 24, 8, None)
+    response = Response(prompts[0])
+    with torch.no_grad():
+        for _ in range(3):
+            before = scorer.tokens
+            completion = Completion(response, [3, 1, 4, 1, 5])
+            scorer.score([completion])
+            if response.tokens:
+                assert scorer.tokens - before == 2 * 5
+            scorer.commit(completion)
+            response.tokens = completion.tokens
+    scorer.end()
+
+
+def test_a_foreign_pair_reads_the_text_in_its_own_template():
+    ours, theirs = byte_bpe(263 + 40), byte_bpe(263 + 90, template=CHATML)
+    pair = [tiny_policy(len(theirs), seed=seed, positions=512) for seed in (2, 3)]
+    scorer = ImplicitReward(*pair, tokenizer=theirs)
+    question = [{"role": "user", "content": "the cat sat"}]
+    prompts = [RewardPrompt(0, question, [1], tokenizer=ours)]
+    before = theirs.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    prefix = theirs(before, add_special_tokens=False)["input_ids"]
+
+    def expected(completion):
+        ids = theirs(before + completion.text, add_special_tokens=False)["input_ids"]
+        assert ids[: len(prefix)] == prefix
+        return fresh(pair, prefix, ids[len(prefix) :] + [theirs.eos_token_id] * completion.eos)
+
+    words = [ours(text)["input_ids"] for text in ("the dog ", "sat", "he", "re, you", " 😀")]
+    live(scorer, prompts, expected, draw=lambda chance: list(chance.choice(words)), tokenizer=ours, eos=1)
+
+
+def test_different_vocabularies_are_refused_with_both_sizes(pair):
+    small = tiny_policy(20)
+    with pytest.raises(ValueError, match=r"32 embeddings and reference 20.*one vocabulary"):
+        ImplicitReward(pair[0], small)
+    with pytest.raises(ValueError, match=r"32 embeddings and reference 20, and the tokenizer has 32"):
+        ImplicitReward(pair[0], small, tokenizer=tiny_tokenizer(32))
+    ImplicitReward(pair[0], small, tokenizer=tiny_tokenizer(20))  # of 32 embeddings, 12 are padding
+    with pytest.raises(ValueError, match=r"32 embeddings, fewer than the 40 ids of the policy.*tokenizer="):
+        StarsEngine(tiny_policy(40), ImplicitReward(*pair))
+    with pytest.raises(ValueError, match="one object"):
+        ImplicitReward(pair[0], pair[0])
+    with pytest.raises(ValueError, match=r"weights='mean'"):
+        ImplicitReward(*pair, weights="mean")

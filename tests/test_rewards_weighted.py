@@ -1,0 +1,159 @@
+"""A weighted sum is the sum of its parts, each of which lives as if it were alone."""
+
+import math
+
+import pytest
+import torch
+from conftest import sum_reward, tiny_policy, tiny_reward
+from histories import assert_engine_agrees, ids_prompts, live
+
+from stars_fast import StarsConfig, StarsEngine
+from stars_fast.rewards import (
+    CallableReward,
+    ClassifierReward,
+    Completion,
+    HiddenStateProbe,
+    ImplicitReward,
+    Response,
+    Reward,
+    RewardPrompt,
+    RuleReward,
+    WeightedSum,
+)
+
+VOCAB = 32
+PROMPTS = [[5, 6, 7, 8, 9], [12]]
+CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.0, beta=0.6, max_new_tokens=12)
+
+
+@torch.no_grad()
+def fresh(reward, ids):
+    return reward.score(reward.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]).item()
+
+
+@torch.no_grad()
+def log_ratio(pair, prompt, answer):
+    logprobs = [m(torch.tensor([prompt + answer]), use_cache=False).logits[0].log_softmax(-1) for m in pair]
+    return sum((logprobs[0] - logprobs[1])[len(prompt) + k - 1, token].item() for k, token in enumerate(answer))
+
+
+class Counted(Reward):
+    """Counts segments in the state that the protocol lets it keep."""
+
+    def score(self, completions):
+        for completion in completions:
+            completion.state = (completion.response.state or 0) + 1
+        return [float(completion.state) for completion in completions]
+
+    def commit(self, completion):
+        completion.response.state = completion.state
+
+    def fork(self, response):
+        twin = super().fork(response)
+        twin.state = response.state
+        return twin
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return tiny_policy(VOCAB, seed=2), tiny_policy(VOCAB, seed=3)
+
+
+def test_every_part_is_exact_after_any_history(reward32, pair):
+    other = tiny_reward(VOCAB, seed=7)
+    parts = [
+        (1.0, ClassifierReward(reward32)),
+        (-0.5, ClassifierReward(other, tail=[3, 4])),
+        (0.3, ImplicitReward(*pair)),
+        (0.1, Counted()),
+    ]
+    scorer = WeightedSum(parts)
+
+    def expected(completion):
+        prompt, tokens = completion.response.prompt.ids, completion.tokens
+        ended = tokens[:-1] if completion.eos else tokens
+        values = {
+            "ClassifierReward": fresh(reward32, prompt + tokens),
+            "ClassifierReward_2": fresh(other, prompt + ended + [3, 4]),
+            "ImplicitReward": log_ratio(pair, prompt, tokens),
+            "Counted": len(completion.response.ends) + 1,
+        }
+        assert scorer.parts(completion) == pytest.approx(values, abs=1e-4)
+        return sum(weight * value for (weight, _), value in zip(parts, values.values(), strict=True))
+
+    def draw(chance):
+        return [chance.randrange(VOCAB - 1) for _ in range(chance.randint(1, 4))]
+
+    live(scorer, ids_prompts(PROMPTS), expected, draw=draw, eos=VOCAB - 1, rounds=8)
+    assert len(scorer.tree_models) == 4
+
+
+@pytest.mark.parametrize("slots", [None, 40])
+def test_the_engine_is_guided_by_the_sum(policy32, reward32, pair, slots):
+    scorer = WeightedSum({"liked": (0.5, ClassifierReward(reward32)), "aligned": (0.2, ImplicitReward(*pair))})
+    engine = StarsEngine(policy32, scorer, kv_cache_tokens=slots)
+
+    def expected(i, tokens, ends, eos):
+        return 0.5 * fresh(reward32, PROMPTS[i] + tokens) + 0.2 * log_ratio(pair, PROMPTS[i], tokens)
+
+    out = assert_engine_agrees(engine, PROMPTS, CONFIG, expected, num_return_sequences=4)
+    assert out.stats["reward_tokens"] == scorer.tokens > 0
+    assert bool(out.stats["preemptions"]) == (slots is not None)
+
+
+def one(tokens=(1, 2)):
+    return Completion(Response(RewardPrompt(0, [1], [1])), list(tokens))
+
+
+class Returns(Reward):
+    def __init__(self, value):
+        self.value = value
+
+    def score(self, completions):
+        return [self.value] * len(completions)
+
+
+def test_a_part_that_fails_fails_the_completion_by_name_unless_it_only_records():
+    for value, said in ((None, "returned None"), (math.nan, "returned nan"), (math.inf, "returned inf")):
+        with pytest.raises(ValueError, match=f"good: the reward {said}"):
+            WeightedSum({"bad": (0.0, Returns(1.0)), "good": (2.0, Returns(value))}).score([one()])
+        scorer = WeightedSum({"good": (2.0, Returns(1.5)), "bad": (0.0, Returns(value))})
+        assert scorer.score([completion := one()]) == [3.0]
+        assert math.isnan(scorer.parts(completion)["bad"])
+    assert WeightedSum([(2.0, Returns(-math.inf)), (1.0, Returns(5.0))]).score([one()]) == [-math.inf]
+
+
+def test_it_asks_for_what_its_parts_ask_for():
+    final = RuleReward(predicates={len: 1.0}, partial=False)
+    probe = HiddenStateProbe(torch.nn.Linear(4, 1))
+    assert WeightedSum([(1.0, Returns(0))]).partial and not WeightedSum([(1.0, Returns(0)), (1.0, final)]).partial
+    assert WeightedSum([(1.0, probe), (1.0, Returns(0))]).needs_hidden_state
+    completion = one()
+    completion.hidden = torch.ones(4)
+    scorer = WeightedSum([(1.0, probe)])
+    with torch.no_grad():
+        assert scorer.score([completion]) == pytest.approx(probe.probe(torch.ones(1, 4))[0].tolist())
+
+
+def test_parts_that_began_are_ended_where_another_cannot_begin(policy32, reward32):
+    tail = [3] * 300
+    first, second = CallableReward(sum_reward), ClassifierReward(reward32, tail=tail)
+    last = ClassifierReward(tiny_reward(VOCAB, seed=7))
+    engine = StarsEngine(policy32, WeightedSum([(1.0, first), (1.0, second), (1.0, last)]))
+    with pytest.raises(ValueError, match=r"prompts\[0\].*positions limit"):
+        engine.generate(PROMPTS, CONFIG)
+    assert [part._calls for part in (first, second, last)] == [0, 0, 0]
+
+
+def test_sums_that_cannot_be_are_refused(policy32, reward32):
+    scorer = Returns(1.0)
+    with pytest.raises(ValueError, match="no parts"):
+        WeightedSum([])
+    with pytest.raises(TypeError, match="part 'a' is a function"):
+        WeightedSum({"a": (1.0, sum_reward)})
+    with pytest.raises(ValueError, match="part 'Returns' has weight nan"):
+        WeightedSum([(math.nan, scorer)])
+    with pytest.raises(ValueError, match="given twice"):
+        WeightedSum([(1.0, scorer), (2.0, scorer)])
+    with pytest.raises(ValueError, match=r"32 embeddings, fewer than the 40 ids"):
+        StarsEngine(tiny_policy(40), WeightedSum([(1.0, ClassifierReward(reward32))]))
