@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.cli import app
 from stars_fast.evaluation.cells import cells
+from stars_fast.evaluation.compute import multiplied_parameters
 from stars_fast.evaluation.judging import judged
 from stars_fast.evaluation.metrics import (
     bootstrap,
     compute_per_token,
     distinct,
-    multiplied_parameters,
     outcomes,
     perplexity,
 )
@@ -67,10 +67,9 @@ def test_distinct_counts_ngrams_of_all_texts_together():
     assert math.isnan(distinct([[1], []], 2))
 
 
-def test_compute_weighs_the_rewards_tokens_by_its_size():
-    assert compute_per_token({"policy_tokens": 40, "reward_tokens": 20, "committed_tokens": 10}, 0.5) == 5.0
-    spent = {"policy_tokens": 40, "reward_tokens": 20, "committed_tokens": 10, "draft_tokens": 10}
-    assert compute_per_token(spent, 0.5, 0.25) == 5.25
+def test_compute_is_all_passes_over_committed_tokens():
+    totals = {"policy_passes": 40, "reward_passes": 10, "draft_passes": 2.5, "committed_tokens": 10}
+    assert compute_per_token(totals) == 5.25
 
 
 def test_an_embedding_table_that_is_only_looked_up_multiplies_nothing():

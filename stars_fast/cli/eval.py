@@ -11,12 +11,10 @@ import typer
 from stars_fast.cli.console import LOADING_ERRORS, fail, note, refusing
 
 if TYPE_CHECKING:
-    from stars_fast.engine import StarsEngine
     from stars_fast.evaluation.cells import Cell
     from stars_fast.evaluation.recipe import Recipe
     from stars_fast.evaluation.records import Records
     from stars_fast.evaluation.runner import Evaluation
-    from stars_fast.rewards import Reward
 
 CALIBRATION_PROMPTS = 16
 
@@ -71,12 +69,11 @@ def run(
     }
     with refusing(OSError, ValueError, TypeError):
         task = read_recipe(recipe, given)
-        made = _cells(task, set_ or ())
     for name in ("policy", "guide", "judge", "prompts"):
         if not getattr(task, name):
             fail(f"nothing for {name}: give --{name}, or `{name}:` in --recipe")
     with refusing(*LOADING_ERRORS):
-        evaluation, records = _prepare(task, made, output, dtype, device)
+        evaluation, made, records = _prepare(task, set_ or (), output, dtype, device)
     try:
         evaluation.run(made, records, progress=True)
     except KeyboardInterrupt:
@@ -86,58 +83,39 @@ def run(
     _report(records, output, tie)
 
 
-def _cells(task: Recipe, assignments: Sequence[str]) -> list[Cell]:
+def _prepare(
+    task: Recipe, assignments: Sequence[str], output: Path, dtype: str, device: str
+) -> tuple[Evaluation, list[Cell], Records]:
+    """Read settings and prompts, load the models, open the folder."""
+    from stars_fast.cli.models import quiet_transformers
     from stars_fast.cli.settings import read_settings
     from stars_fast.evaluation.cells import cells
-
-    given = [f"{name}={value}" for name, value in (task.settings or {}).items()]
-    return cells(task.methods, task.budgets, read_settings(None, [*given, *assignments]).config)
-
-
-def _prepare(task: Recipe, made: list[Cell], output: Path, dtype: str, device: str) -> tuple[Evaluation, Records]:
-    """Load the models and open the folder."""
-    from stars_fast.cli.models import quiet_transformers
+    from stars_fast.evaluation.models import Models
     from stars_fast.evaluation.prompts import PromptSource
     from stars_fast.evaluation.records import Records
     from stars_fast.evaluation.runner import Evaluation
 
     quiet_transformers()
     assert task.prompts is not None
+    settings = [f"{name}={value}" for name, value in (task.settings or {}).items()]
+    config = read_settings(None, [*settings, *assignments]).config
     source = PromptSource(task.prompts, task.field, task.words, task.template, task.where)
     prompts = source.read(task.count + CALIBRATION_PROMPTS, task.seed)
-    config = made[0].config
-    records = Records(
-        output,
-        {
-            **{name: getattr(task, name) for name in ("policy", "guide", "judge", "batch_size", "seed")},
-            "prompts": prompts,
-            "max_new_tokens": config.max_new_tokens,
-        },
-    )
-    engine, judge = _models(task, dtype, device)
+    models = Models(task, dtype, device)
+    made = cells(task.methods, task.budgets, config, models.parameters(task.methods))
+    # Methods and budgets may be added to a run, what they share may not change.
+    shared = {name: getattr(task, name) for name in ("policy", "guide", "judge", "batch_size", "seed")}
+    records = Records(output, {**shared, "prompts": prompts, "settings": config.to_dict()})
     evaluation = Evaluation(
         prompts=prompts[: task.count],
         calibration_prompts=prompts[task.count :],
-        engine=lambda method: engine,
-        guide=engine.reward,
-        judge=judge,
+        engine=models.engine,
+        guide=models.guide,
+        judge=models.judge,
         batch_size=task.batch_size,
         seed=task.seed,
     )
-    return evaluation, records
-
-
-def _models(task: Recipe, dtype: str, device: str) -> tuple[StarsEngine, Reward]:
-    from stars_fast.cli.models import classifier_named, policy_named
-    from stars_fast.engine import StarsEngine
-    from stars_fast.loading import load_reward
-
-    assert task.policy is not None and task.guide is not None and task.judge is not None
-    policy, tokenizer = policy_named(task.policy, None, dtype, device)
-    guide, guide_tokenizer = classifier_named(task.guide, None, dtype, device)
-    judge, judge_tokenizer = classifier_named(task.judge, None, dtype, device)
-    engine = StarsEngine(policy, guide, tokenizer=tokenizer, reward_tokenizer=guide_tokenizer)
-    return engine, load_reward(judge, tokenizer, judge_tokenizer, "auto", len(tokenizer))
+    return evaluation, made, records
 
 
 def _report(records: Records, output: Path, tie: float) -> None:

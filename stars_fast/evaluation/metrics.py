@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
-from torch import nn
 
 RESAMPLES = 2000
 _BOOTSTRAP_SEED = 0
@@ -74,32 +73,14 @@ def distinct(texts: Iterable[Sequence[Hashable]], n: int) -> float:
     return len(seen) / total if total else math.nan
 
 
-def multiplied_parameters(model: nn.Module) -> int:
-    """Parameters that one token's forward pass multiplies: all but an input embedding table that is only looked up.
-
-    Twice this number is the usual estimate of a forward pass's operations per token, attention left out.
-    """
-    total = sum(parameter.numel() for parameter in model.parameters())
-    embed: Callable[[], nn.Module] | None = getattr(model, "get_input_embeddings", None)
-    head: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
-    if embed is None:
-        return total
-    table, projection = embed().weight, head() if head is not None else None
-    tied = projection is not None and projection.weight is table
-    return total if tied else total - int(table.numel())  # type: ignore[operator]
-
-
-def compute_per_token(stats: dict[str, float], reward_weight: float, draft_weight: float = 0.0) -> float:
+def compute_per_token(totals: Mapping[str, float]) -> float:
     """What a committed token cost, in forward passes of the policy over one token.
 
     Parameters
     ----------
-    stats : dict
-        ``policy_tokens``, ``reward_tokens``, ``committed_tokens`` and maybe ``draft_tokens``, summed over calls.
-    reward_weight, draft_weight : float
-        Parameters of the reward model and of the second policy, in units of the policy's
-        (:func:`multiplied_parameters`).
+    totals : mapping
+        Sums over calls: ``policy_passes``, ``draft_passes`` and ``reward_passes`` (tokens that went through each
+        model, the latter two times its parameters over the policy's) and ``committed_tokens``.
     """
-    spent = stats["policy_tokens"] + reward_weight * stats["reward_tokens"]
-    spent += draft_weight * stats.get("draft_tokens", 0)
-    return spent / stats["committed_tokens"] if stats["committed_tokens"] else math.nan
+    spent = totals["policy_passes"] + totals["draft_passes"] + totals["reward_passes"]
+    return spent / totals["committed_tokens"] if totals["committed_tokens"] else math.nan

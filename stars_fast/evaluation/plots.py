@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stars_fast.evaluation.tables import BASELINE, Row, budget_text
+from stars_fast.evaluation.cells import BASELINE
+from stars_fast.evaluation.tables import Row, budget_text
 
 _MARKERS = "osD^vPX*<>ph"
 

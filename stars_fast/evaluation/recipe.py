@@ -18,6 +18,9 @@ class Recipe:
     ----------
     policy, guide, judge : str, optional
         The model that writes; the reward that methods follow; the reward that decides who wins.
+    aligned, draft, probe : str, optional
+        Models that some methods want: a causal LM that was aligned, of which TreeBoN takes the log-ratio to the policy;
+        RSD's draft model; MARA's network, as safetensors.
     prompts, field, words, template, where
         As in :class:`stars_fast.evaluation.prompts.PromptSource`.
     count : int
@@ -28,12 +31,17 @@ class Recipe:
         As in :func:`stars_fast.evaluation.cells.cells`.
     settings : dict, optional
         Fields of StarsConfig for all methods.
+    parameters : dict, optional
+        By method, its own parameters.
     batch_size, seed : int
     """
 
     policy: str | None = None
     guide: str | None = None
     judge: str | None = None
+    aligned: str | None = None
+    draft: str | None = None
+    probe: str | None = None
     prompts: str | None = None
     field: str = "prompt"
     words: int | None = None
@@ -43,6 +51,7 @@ class Recipe:
     methods: tuple[str, ...] = ("stars", "best_of_n")
     budgets: tuple[float, ...] = (2, 4, 8)
     settings: dict[str, Any] | None = None
+    parameters: dict[str, dict[str, Any]] | None = None
     batch_size: int = 16
     seed: int = 0
 

@@ -13,9 +13,10 @@ from stars_fast.call import Arguments
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.evaluation.cells import Cell
+from stars_fast.evaluation.compute import multiplied_parameters, passes, reward_parameters
 from stars_fast.evaluation.judging import judged
-from stars_fast.evaluation.metrics import multiplied_parameters
 from stars_fast.evaluation.records import Record, Records, rounded
+from stars_fast.methods import RSD
 from stars_fast.methods.calibration import Pilot, solve, spread
 from stars_fast.ops.philox import philox_key
 from stars_fast.outputs import SegmentTrace, StarsOutput
@@ -92,7 +93,7 @@ class Evaluation:
             {**label, "place": place, "prompt": prompt, **_generation(out, i, *(score[i] for score in scores))}
             for i, (place, prompt) in enumerate(zip(places, prompts, strict=True))
         ]
-        return rows, {**label, "target": _number(config.target_reward), **out.stats, **_weights(engine)}
+        return rows, {**label, "target": _number(config.target_reward), **out.stats, **_spent(out, config, engine)}
 
 
 def shared_target(config: StarsConfig, pilots: Sequence[Pilot], acceptance: float) -> StarsConfig:
@@ -150,11 +151,17 @@ def _number(target: Any) -> float | None:
     return rounded(target) if isinstance(target, float) else None
 
 
-def _weights(engine: StarsEngine) -> Record:
-    """Parameters per token of the reward model, in units of the policy's."""
+def _spent(out: StarsOutput, config: StarsConfig, engine: StarsEngine) -> Record:
+    """Tokens through each model, in units of the policy's parameters."""
+    method = config.chosen_method
     policy = multiplied_parameters(engine.policy.model)
-    model = getattr(engine.reward, "model", None)
-    return {"reward_weight": 0.0 if model is None else multiplied_parameters(model) / policy}
+    own, drafted = passes(method, out.stats, out.segments)
+    draft = multiplied_parameters(method.draft) if isinstance(method, RSD) else 0
+    return {
+        "policy_passes": own,
+        "draft_passes": drafted * draft / policy,
+        "reward_passes": out.stats["reward_tokens"] * reward_parameters(engine.reward) / policy,
+    }
 
 
 @contextmanager

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from stars_fast.evaluation.cells import BASELINE
 from stars_fast.evaluation.metrics import Interval, bootstrap, compute_per_token, distinct, outcomes, perplexity
 from stars_fast.evaluation.records import Record
 
-BASELINE = "vanilla"
+_TOKENS = ("policy_tokens", "reward_tokens", "committed_tokens")
+_PASSES = ("policy_passes", "draft_passes", "reward_passes")
 # Farther from a budget than this factor, a cell does not stand for its method there.
 _NEAR = 1.5
 
@@ -74,10 +76,7 @@ def _row(rows: Sequence[Record], batches: Sequence[Record], baseline: Mapping[in
     if not sound:
         raise ValueError(f"{rows[0]['cell']}: all {len(rows)} responses failed, the first with {rows[0]['error']!r}")
     wins = outcomes([row["judge"] for row in sound], [baseline[row["place"]] for row in sound], tie)
-    totals = {
-        name: sum(batch[name] for batch in batches)
-        for name in ("policy_tokens", "reward_tokens", "committed_tokens", "seconds")
-    }
+    totals = {name: sum(batch[name] for batch in batches) for name in (*_TOKENS, *_PASSES, "seconds")}
     committed = totals["committed_tokens"]
     segments = [segment for row in sound for segment in row["segments"]]
     attempts = sum(segment["attempts"] for segment in segments)
@@ -98,7 +97,7 @@ def _row(rows: Sequence[Record], batches: Sequence[Record], baseline: Mapping[in
         length=fmean(map(len, texts)),
         policy_tokens=totals["policy_tokens"] / committed,
         reward_tokens=totals["reward_tokens"] / committed,
-        compute=compute_per_token(totals, batches[0]["reward_weight"]),
+        compute=compute_per_token(totals),
         acceptance=sum(segment["accepted"] for segment in segments) / attempts if attempts else math.nan,
         tokens_per_second=committed / totals["seconds"],
     )

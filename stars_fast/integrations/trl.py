@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 Rollouts = dict[str, list[Any]]
-UNGUIDED = StarsConfig(target_reward=-math.inf, max_attempts=1)
 
 
 def rollout_func(
@@ -76,7 +74,7 @@ def _settings(config: StarsConfig | None, args: Any) -> StarsConfig:
         "repetition_penalty": args.repetition_penalty,
     }
     if config is None:
-        return UNGUIDED.replace(max_new_tokens=args.max_completion_length, **trainers)
+        return StarsConfig(method="vanilla").replace(max_new_tokens=args.max_completion_length, **trainers)
     return config.replace(**{name: value for name, value in trainers.items() if getattr(config, name) is None})
 
 
