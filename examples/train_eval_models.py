@@ -172,10 +172,11 @@ class Workshop:
         """Train up to a number of steps, export, and note what ``check`` finds. Returns the model, in float32."""
         checkpoint = self.args.work / f"{name.replace('/', '-')}.pt"
         target = self.args.out / name
-        # A resumed run must not meet the same rows in the same order again.
-        seed = self.args.seed + steps_done(checkpoint, True)
-        draw = batches(seed=seed)
-        if steps_done(checkpoint, True) < steps:
+        if (target / "training.json").exists():
+            return type(model).from_pretrained(target, dtype=torch.float32)
+        if (done := steps_done(checkpoint, True)) < steps:
+            # A resumed run must not meet the same rows in the same order again.
+            draw = batches(seed=self.args.seed + done)
             report = lambda: json.dumps(check(model))  # noqa: E731
             fit(model, draw, partial(loss, model), report, by_steps(steps), lr, checkpoint, True)
         state = export(model, checkpoint, target, torch.float32)
@@ -225,20 +226,22 @@ def sentiment(shop: Workshop) -> None:
     unlabelled = encode(shop.tokenizer, [text for text, _ in read_reviews(args.unlabelled, "unsupervised", args.seed)])
     check = lambda model: prefix_accuracy(model, held[0][:600], held[1][:600])  # noqa: E731
 
-    def train_critic(name: str, owner: int, model: Critic, steps: int, lr: float) -> Critic:
-        docs, labels = data.of(owner)
-        teacher = fit_teacher(docs, labels)
-        if owner == GUIDE:
-            give_vocabulary(model, shop.policy, teacher)
-        extra = unlabelled[owner::2]
-        both = np.concatenate([labels, np.full(len(extra), -1)])
-        batches = lambda seed: partial(next, labelled_batches(docs + extra, both, teacher, seed + owner))  # noqa: E731
+    def train_critic(name: str, owner: int, model: Critic, longest: int | None, steps: int, lr: float) -> Critic:
+        def batches(seed: int) -> Callable[[], Batch]:
+            docs, labels = data.of(owner)
+            teacher = fit_teacher(docs, labels)
+            if owner == GUIDE:
+                give_vocabulary(model, shop.policy, teacher)
+            docs = [doc[:longest] for doc in docs + unlabelled[owner::2]]
+            labels = np.concatenate([labels, np.full(len(docs) - len(labels), -1)])
+            return partial(next, labelled_batches(docs, labels, teacher, seed + owner))
+
         return shop.train(name, model, batches, reward_loss, steps, lr, check)
 
     torch.manual_seed(args.seed)
-    guide = train_critic("sentiment/guide", GUIDE, new_reward(), 500, 3e-3)
+    guide = train_critic("sentiment/guide", GUIDE, new_reward(), None, 500, 3e-3)
     torch.manual_seed(args.seed + 1)
-    train_critic("sentiment/judge", JUDGE, first_layers(shop.policy, 3, Critic), 250, 1e-3)
+    train_critic("sentiment/judge", JUDGE, first_layers(shop.policy, 3, Critic), LONGEST, 250, 1e-3)
     good = first_layers(shop.policy, shop.policy.config.num_hidden_layers, LlamaForCausalLM)
     shop.tune("sentiment/good", good, data.good(GUIDE), [d for d, y in zip(*held, strict=True) if y], 120)
     shop.tune("sentiment/draft", first_layers(shop.policy, 1, LlamaForCausalLM), unlabelled, held[0], 150)

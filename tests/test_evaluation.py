@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.cli import app
 from stars_fast.evaluation.cells import cells
-from stars_fast.evaluation.compute import multiplied_parameters
+from stars_fast.evaluation.compute import multiplied_parameters, passes
 from stars_fast.evaluation.judging import judged
 from stars_fast.evaluation.metrics import (
     bootstrap,
@@ -28,6 +28,7 @@ from stars_fast.evaluation.recipe import read_recipe
 from stars_fast.evaluation.records import Records
 from stars_fast.evaluation.runner import Evaluation
 from stars_fast.evaluation.tables import at_compute, markdown, summarise, to_csv
+from stars_fast.methods import METHODS
 from stars_fast.rewards import ClassifierReward
 
 PROMPTS = [f"{a} {b}" for a in "abc" for b in "defg"]
@@ -77,6 +78,37 @@ def test_an_embedding_table_that_is_only_looked_up_multiplies_nothing():
     assert multiplied_parameters(tied) == multiplied_parameters(untied)
     layers = sum(p.numel() for p in tied.model.layers.parameters()) + tied.model.norm.weight.numel()
     assert multiplied_parameters(tiny_reward(32)) == layers + tiny_reward(32).score.weight.numel()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_passes_are_about_the_tokens_that_the_models_read(name):
+    policy, draft, tokenizer = tiny_policy(32), tiny_policy(32, seed=7), tiny_tokenizer(32)
+    needs = {
+        "rsd": {"draft": draft, "threshold": 0.0, "delimiter": None, "longest": 8},
+        "mara": {"mlp": torch.nn.Linear(16, 2), "top_k": 4},
+        "persona_judge": {"draft_prompt": "a b", "judge_prompt": "c d"},
+        "cards": {"entropy": 2.0},
+        "treebon": {"n": 4, "branching": 2},
+        "args": {"top_k": 4},
+    }
+    method = METHODS[name](**needs.get(name, {}))
+    config = StarsConfig(method=method, max_new_tokens=32, segment_length=8, candidates=1, ignore_eos=True)
+    config = config.replace(target_reward=0.0) if method.has_target else config
+    engine = StarsEngine(policy, tiny_reward(32), tokenizer=tokenizer)
+    engine.generate(["a"], config)  # the models are checked when they are first used
+    read = {policy: 0, draft: 0}
+    for model in read:
+        model.model.register_forward_hook(
+            lambda module, args, inputs, out, model=model: read.__setitem__(
+                model, read[model] + inputs["input_ids"].numel()
+            ),
+            with_kwargs=True,
+        )
+    out = engine.generate(["a b c d", "d e f"], config, seed=0)
+    policy_passes, draft_passes = passes(method, out.stats)
+    prompts = len(tokenizer("a b c d")["input_ids"]) + len(tokenizer("d e f")["input_ids"])
+    assert 0.7 < policy_passes / (read[policy] - prompts) < 1.4
+    assert draft_passes == 0 or 0.7 < draft_passes / (read[draft] - prompts) < 1.4
 
 
 # ---------------------------------------------------------------------------------------- parts

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from stars_fast.methods import RSD, Args, Method, PersonaJudge
-from stars_fast.outputs import SegmentTrace
 from stars_fast.rewards import Reward
 
 
@@ -34,19 +33,18 @@ def reward_parameters(reward: Reward) -> float:
     return sum(sizes) / len(sizes) if sizes else 0.0
 
 
-def passes(method: Method, stats: Mapping[str, Any], segments: Sequence[Sequence[SegmentTrace]]) -> tuple[float, float]:
-    """Tokens that went through the policy and through a draft model, prompts left out.
+def passes(method: Method, stats: Mapping[str, Any]) -> tuple[float, float]:
+    """Tokens that went through the policy and through a draft model, about, prompts left out.
 
     For most methods the policy's are the tokens drawn from it. ARGS looks at likely tokens without running the policy
-    over them. RSD's draft model writes every segment first, and the policy reads or writes what is committed. Persona-
-    judge runs the policy twice, under two prompts.
+    over them. RSD's draft model writes every segment and reads what the policy writes instead; the policy reads or
+    writes what is committed. Persona-judge drafts, reads the draft under the other prompt, and catches up.
     """
-    drawn = stats["policy_tokens"]
+    drawn, committed = stats["policy_tokens"], stats["committed_tokens"]
     if isinstance(method, Args):
-        return stats["committed_tokens"], 0
+        return committed, 0
     if isinstance(method, PersonaJudge):
-        return 2 * drawn, 0
+        return 3 * drawn, 0
     if isinstance(method, RSD):
-        written = sum(len(segment.tokens) for row in segments for segment in row if not segment.accepted)
-        return stats["committed_tokens"], drawn - written
+        return committed, drawn
     return drawn, 0

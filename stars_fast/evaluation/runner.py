@@ -155,7 +155,7 @@ def _spent(out: StarsOutput, config: StarsConfig, engine: StarsEngine) -> Record
     """Tokens through each model, in units of the policy's parameters."""
     method = config.chosen_method
     policy = multiplied_parameters(engine.policy.model)
-    own, drafted = passes(method, out.stats, out.segments)
+    own, drafted = passes(method, out.stats)
     draft = multiplied_parameters(method.draft) if isinstance(method, RSD) else 0
     return {
         "policy_passes": own,

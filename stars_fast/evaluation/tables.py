@@ -15,6 +15,8 @@ from stars_fast.evaluation.records import Record
 
 _TOKENS = ("policy_tokens", "reward_tokens", "committed_tokens")
 _PASSES = ("policy_passes", "draft_passes", "reward_passes")
+# Methods whose candidates pass or fail a test; of others an acceptance says nothing.
+_TESTING = ("stars", "cards", "rejection_sampling", "rsd", "mara")
 # Farther from a budget than this factor, a cell does not stand for its method there.
 _NEAR = 1.5
 
@@ -139,7 +141,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.length:.0f}",
         f"{row.policy_tokens:.2f}",
         f"{row.reward_tokens:.2f}",
-        f"{row.acceptance:.2f}",
+        f"{row.acceptance:.2f}" if row.method in _TESTING else "",
         f"{row.tokens_per_second:.0f}",
     )
 
