@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_policy, tiny_reward, tiny_tokenizer
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from stars_fast import StarsConfig, StarsEngine
@@ -23,14 +25,16 @@ from stars_fast.evaluation.metrics import (
     outcomes,
     perplexity,
 )
+from stars_fast.evaluation.models import load_probe
 from stars_fast.evaluation.prompts import PromptSource
 from stars_fast.evaluation.recipe import read_recipe
 from stars_fast.evaluation.records import Records
 from stars_fast.evaluation.runner import Evaluation
-from stars_fast.evaluation.tables import at_compute, markdown, summarise, to_csv
+from stars_fast.evaluation.tables import at_compute, equal_compute, markdown, summarise, to_csv
 from stars_fast.methods import METHODS
 from stars_fast.rewards import ClassifierReward
 
+RECIPES = Path(__file__).parents[1] / "benchmarks" / "eval"
 PROMPTS = [f"{a} {b}" for a in "abc" for b in "defg"]
 
 
@@ -136,6 +140,21 @@ def test_a_recipe_names_what_it_does_not_know(tmp_path):
         read_recipe(None, {"budgets": "2,x"})
 
 
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_name_every_method_and_make_cells(path):
+    recipe = read_recipe(path, {})
+    assert {"vanilla", *recipe.methods} == set(METHODS)
+    made = cells(recipe.methods, recipe.budgets, StarsConfig(**recipe.settings), recipe.parameters)
+    assert len({cell.name for cell in made}) == len(made)
+
+
+def test_a_probe_is_read_as_it_was_saved(tmp_path):
+    probe = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    save_file(probe.state_dict(), tmp_path / "probe.safetensors")
+    states = torch.randn(3, 4)
+    assert torch.equal(load_probe(tmp_path / "probe.safetensors")(states), probe(states))
+
+
 def test_judged_is_the_models_own_score_of_the_finished_text():
     tokenizer, model = tiny_tokenizer(32), tiny_reward(32)
     prompt = tokenizer("a b")["input_ids"]
@@ -205,6 +224,7 @@ def test_the_baseline_ties_with_itself_and_best_of_n_earns_more_for_its_tokens(e
     assert other.guide.value > baseline.guide.value
     assert other.policy_tokens > 2 * baseline.policy_tokens == 2.0
     assert at_compute([baseline, other], other.compute) == [other]
+    assert equal_compute([baseline, other]).count("| best_of_n | 4 |") == 1
 
 
 def test_the_table_has_a_line_per_cell_and_the_csv_its_intervals(evaluation, tmp_path):

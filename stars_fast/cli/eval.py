@@ -120,10 +120,10 @@ def _prepare(
 
 def _report(records: Records, output: Path, tie: float) -> None:
     from stars_fast.evaluation.plots import plot
-    from stars_fast.evaluation.tables import markdown, summarise, to_csv
+    from stars_fast.evaluation.tables import equal_compute, markdown, summarise, to_csv
 
     rows = summarise(records.generations, records.batches, tie)
-    table = markdown(rows)
+    table = markdown(rows) + equal_compute(rows)
     (output / "table.md").write_text(table, encoding="utf-8")
     (output / "table.csv").write_text(to_csv(rows), encoding="utf-8")
     typer.echo(table, nl=False)

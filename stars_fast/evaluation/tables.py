@@ -15,6 +15,7 @@ from stars_fast.evaluation.records import Record
 
 _TOKENS = ("policy_tokens", "reward_tokens", "committed_tokens")
 _PASSES = ("policy_passes", "draft_passes", "reward_passes")
+YARDSTICK = "best_of_n"
 # Methods whose candidates pass or fail a test; of others an acceptance says nothing.
 _TESTING = ("stars", "cards", "rejection_sampling", "rsd", "mara")
 # Farther from a budget than this factor, a cell does not stand for its method there.
@@ -182,3 +183,13 @@ def at_compute(rows: Sequence[Row], compute: float) -> list[Row]:
         if off <= math.log(_NEAR) and (held is None or off < abs(math.log(held.compute / compute))):
             nearest[row.method] = row
     return sorted(nearest.values(), key=lambda row: -row.win.value)
+
+
+def equal_compute(rows: Sequence[Row]) -> str:
+    """Markdown tables at the compute of each cell of best-of-N, the best judged first."""
+    sections = []
+    for yardstick in rows:
+        if yardstick.method == YARDSTICK:
+            title = f"At the compute of {YARDSTICK} with n = {budget_text(yardstick.budget)} ({yardstick.compute:.1f})"
+            sections.append(f"\n{title}:\n\n{markdown(at_compute(rows, yardstick.compute))}")
+    return "".join(sections)
