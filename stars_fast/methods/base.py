@@ -72,6 +72,12 @@ class Method:
         """What the selection compares, one number per scored candidate: the reward, 0 where none was asked for."""
         return [0.0 if candidate.unscored else candidate.reward for candidate in candidates]
 
+    @property
+    def changed(self) -> dict[str, Any]:
+        """Parameters that are not the defaults."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return {name: value for name, (value, default) in values.items() if value is not default and value != default}
+
     def to_dict(self) -> str | dict[str, Any]:
         """The name where all parameters are the defaults, else the name and those that are not.
 
@@ -80,19 +86,13 @@ class Method:
         ValueError
             For a parameter that is an object, such as a model.
         """
-        changed = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is field.default:
-                continue
+        for name, value in self.changed.items():
             if not all(isinstance(v, _PLAIN) for v in (value if isinstance(value, (list, tuple)) else [value])):
                 raise ValueError(
-                    f"method={self.name!r}: {field.name} is a {type(value).__name__}, which cannot be saved: give a "
-                    "path or hub id, or leave it out and set it after loading"
+                    f"method={self.name!r}: {name} is a {type(value).__name__}, which cannot be saved: give a path or "
+                    "hub id, or leave it out and set it after loading"
                 )
-            if value != field.default:
-                changed[field.name] = value
-        return {"name": self.name, **changed} if changed else self.name
+        return {"name": self.name, **self.changed} if self.changed else self.name
 
     def _check_least(self, name: str, least: float) -> None:
         value = getattr(self, name)
