@@ -1,0 +1,133 @@
+"""``stars-fast eval``: decoding methods on the same prompts, judged by a reward that guided none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stars_fast.cli.console import LOADING_ERRORS, fail, note, refusing
+
+if TYPE_CHECKING:
+    from stars_fast.evaluation.cells import Cell
+    from stars_fast.evaluation.recipe import Recipe
+    from stars_fast.evaluation.records import Records
+    from stars_fast.evaluation.runner import Evaluation
+
+CALIBRATION_PROMPTS = 16
+
+
+def run(
+    recipe: Annotated[Path | None, typer.Option(help="YAML with these options by name, and settings.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Causal LM: folder, hub id or 'demo'.")] = None,
+    guide: Annotated[str | None, typer.Option(help="The reward that methods follow: folder, hub id or 'demo'.")] = None,
+    judge: Annotated[str | None, typer.Option(help="The reward that decides who wins; trained on other data.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="JSON Lines, .xz or plain, or a hub id with its split: stanfordnlp/imdb:test.")
+    ] = None,
+    field_: Annotated[str | None, typer.Option("--field", help="Of a row, what becomes the prompt.")] = None,
+    words: Annotated[int | None, typer.Option(min=1, help="Only the field's first words.")] = None,
+    template: Annotated[str | None, typer.Option(help="The prompt, with {} for the field.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Prompts, drawn by the seed.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Names, with commas. vanilla always runs.")] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Numbers, with commas: about how many unguided responses' work may be spent.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A field of StarsConfig; may be repeated.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts of one call.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of prompts and random numbers.")] = None,
+    tie: Annotated[float, typer.Option(min=0.0, help="Largest difference of judged rewards that is a tie.")] = 0.0,
+    output: Annotated[Path, typer.Option(help="Folder: generations and batches as JSON Lines, table, plot.")] = Path(
+        "evaluation"
+    ),
+    dtype: Annotated[str, typer.Option(help="Of all models: auto, float32, float16, bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="Of all models; auto takes a GPU where there is one.")] = "auto",
+) -> None:
+    """Compare decoding methods at equal compute.
+
+    Run the same command again to go on where it stopped; with more methods or budgets to add them.
+    """
+    from stars_fast.evaluation.recipe import read_recipe
+
+    given = {
+        "policy": policy,
+        "guide": guide,
+        "judge": judge,
+        "prompts": prompts,
+        "field": field_,
+        "words": words,
+        "template": template,
+        "count": count,
+        "methods": methods,
+        "budgets": budgets,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    with refusing(OSError, ValueError, TypeError):
+        task = read_recipe(recipe, given)
+    for name in ("policy", "guide", "judge", "prompts"):
+        if not getattr(task, name):
+            fail(f"nothing for {name}: give --{name}, or `{name}:` in --recipe")
+    with refusing(*LOADING_ERRORS):
+        evaluation, made, records = _prepare(task, set_ or (), output, dtype, device)
+    try:
+        evaluation.run(made, records, progress=True)
+    except KeyboardInterrupt:
+        fail(f"interrupted; {output} keeps the finished batches: run the same command again to go on", 130)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        fail(error, 1)
+    _report(records, output, tie)
+
+
+def _prepare(
+    task: Recipe, assignments: Sequence[str], output: Path, dtype: str, device: str
+) -> tuple[Evaluation, list[Cell], Records]:
+    """Read settings and prompts, load the models, open the folder."""
+    from stars_fast.cli.models import quiet_transformers
+    from stars_fast.cli.settings import read_settings
+    from stars_fast.evaluation.cells import cells
+    from stars_fast.evaluation.models import Models
+    from stars_fast.evaluation.prompts import PromptSource
+    from stars_fast.evaluation.records import Records
+    from stars_fast.evaluation.runner import Evaluation
+
+    quiet_transformers()
+    assert task.prompts is not None
+    settings = [f"{name}={value}" for name, value in (task.settings or {}).items()]
+    config = read_settings(None, [*settings, *assignments]).config
+    source = PromptSource(task.prompts, task.field, task.words, task.template, task.where)
+    prompts = source.read(task.count + CALIBRATION_PROMPTS, task.seed)
+    models = Models(task, dtype, device)
+    made = cells(task.methods, task.budgets, config, models.parameters(task.methods))
+    # Methods and budgets may be added to a run, what they share may not change.
+    shared = {name: getattr(task, name) for name in ("policy", "guide", "judge", "batch_size", "seed")}
+    records = Records(output, {**shared, "prompts": prompts, "settings": config.to_dict()})
+    evaluation = Evaluation(
+        prompts=prompts[: task.count],
+        calibration_prompts=prompts[task.count :],
+        engine=models.engine,
+        guide=models.guide,
+        judge=models.judge,
+        batch_size=task.batch_size,
+        seed=task.seed,
+    )
+    return evaluation, made, records
+
+
+def _report(records: Records, output: Path, tie: float) -> None:
+    from stars_fast.evaluation.plots import plot
+    from stars_fast.evaluation.tables import equal_compute, markdown, summarise, to_csv
+
+    rows = summarise(records.generations, records.batches, tie)
+    table = markdown(rows) + equal_compute(rows)
+    (output / "table.md").write_text(table, encoding="utf-8")
+    (output / "table.csv").write_text(to_csv(rows), encoding="utf-8")
+    typer.echo(table, nl=False)
+    try:
+        plot(rows, output / "quality_against_compute.png", output.name)
+    except ImportError as error:
+        note(f"no plot: {error}; it needs matplotlib")

@@ -1,0 +1,1 @@
+"""Evaluation of decoding methods: the same prompts, a judge that guided nothing, and what it all cost."""

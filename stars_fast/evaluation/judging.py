@@ -1,0 +1,42 @@
+"""Scores of finished responses by a reward that did not guide them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt, score_each
+
+
+def judged(
+    judge: Reward, tokenizer: Any, prompts: Sequence[str], completions: Sequence[Sequence[int]], eos: Sequence[bool]
+) -> list[tuple[float, str | None]]:
+    """Reward, or NaN and the cause, of each finished response.
+
+    Parameters
+    ----------
+    judge : Reward
+        Need not share the policy's tokenizer, nor make sense of unfinished text.
+    tokenizer : transformers tokenizer
+        The policy's.
+    prompts : sequence of str
+    completions : sequence of sequence of int
+        Policy ids, without the prompt.
+    eos : sequence of bool
+        Whether a completion's last id is the EOS that ended it.
+    """
+    asked = [RewardPrompt(i, prompt, None, tokenizer=tokenizer) for i, prompt in enumerate(prompts)]
+    answers = [
+        Completion(Response(prompt), list(tokens), finished=True, eos=ended, tokenizer=tokenizer)
+        for prompt, tokens, ended in zip(asked, completions, eos, strict=True)
+    ]
+    longest = max((len(tokens) for tokens in completions), default=1)
+    try:
+        judge.begin(asked, max(longest, 1), len(asked), None)
+        scores = score_each(judge, answers)
+        for answer in answers:
+            judge.discard(answer)
+            judge.close(answer.response)
+        return scores
+    finally:
+        judge.end()

@@ -1,0 +1,179 @@
+"""Runs every cell (a method at a budget) over the same prompts, batch by batch, and keeps what came out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from stars_fast.call import Arguments
+from stars_fast.config import StarsConfig
+from stars_fast.engine import StarsEngine
+from stars_fast.evaluation.cells import Cell
+from stars_fast.evaluation.compute import multiplied_parameters, passes, reward_parameters
+from stars_fast.evaluation.judging import judged
+from stars_fast.evaluation.records import Record, Records, rounded
+from stars_fast.methods import RSD
+from stars_fast.methods.calibration import Pilot, solve, spread
+from stars_fast.ops.philox import philox_key
+from stars_fast.outputs import SegmentTrace, StarsOutput
+from stars_fast.rewards import Reward
+
+PILOTS = 8  # responses to each calibration prompt
+_CALIBRATION = 1 << 32  # index of the first calibration prompt: its random numbers are nobody else's
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What all cells share.
+
+    Parameters
+    ----------
+    prompts : sequence of str
+    calibration_prompts : sequence of str
+        Others, from whose pilot responses one target for all prompts is taken.
+    engine : callable
+        The engine that runs a method, by the method's name: they may want other rewards, or a second policy.
+    guide, judge : Reward
+        Score every finished response: the reward that most methods follow, and one that guided nothing.
+    batch_size : int
+        Prompts of one call. Part of what a run is: how much is drawn in vain depends on the neighbours.
+    seed : int
+        A prompt's random numbers depend on it and the prompt's place, and are the same in every cell.
+    """
+
+    prompts: Sequence[str]
+    calibration_prompts: Sequence[str]
+    engine: Callable[[str], StarsEngine]
+    guide: Reward
+    judge: Reward
+    batch_size: int
+    seed: int
+
+    def run(self, cells: Sequence[Cell], records: Records, progress: bool = False) -> None:
+        """Run what ``records`` does not hold yet. Safe to interrupt, and to call again."""
+        with _bar(progress, len(cells) * len(self.prompts)) as advance:
+            for cell in cells:
+                todo = [batch for batch in range(self.batches) if (cell.name, batch) not in records.done]
+                advance(cell.name, len(self.prompts) - sum(len(self._places(batch)) for batch in todo))
+                config = self._calibrated(cell) if todo else cell.config
+                for batch in todo:
+                    records.add(*self._run_batch(cell, config, batch))
+                    advance(cell.name, len(self._places(batch)))
+
+    @property
+    def batches(self) -> int:
+        return -(-len(self.prompts) // self.batch_size)
+
+    def _places(self, batch: int) -> range:
+        return range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.prompts)))
+
+    def _calibrated(self, cell: Cell) -> StarsConfig:
+        """The cell's settings; with one target for all prompts where it asks for an acceptance."""
+        if cell.acceptance is None:
+            return cell.config
+        seeds = [philox_key(self.seed, _CALIBRATION + i, 0) for i in range(len(self.calibration_prompts))]
+        arguments = Arguments(list(self.calibration_prompts), cell.config, seed=seeds)
+        config, pilots = self.engine(cell.method).run_pilots(arguments, PILOTS)
+        return shared_target(config, pilots, cell.acceptance)
+
+    def _run_batch(self, cell: Cell, config: StarsConfig, batch: int) -> tuple[list[Record], Record]:
+        places, engine = self._places(batch), self.engine(cell.method)
+        prompts = [self.prompts[place] for place in places]
+        out = engine.generate(prompts, config, seed=[philox_key(self.seed, place, 0) for place in places])
+        eos = _ended_by_eos(out, engine)
+        scores = [
+            judged(reward, engine.tokenizer, prompts, out.completions, eos) for reward in (self.guide, self.judge)
+        ]
+        label: Record = {"cell": cell.name, "method": cell.method, "budget": cell.budget, "batch": batch}
+        rows = [
+            {**label, "place": place, "prompt": prompt, **_generation(out, i, *(score[i] for score in scores))}
+            for i, (place, prompt) in enumerate(zip(places, prompts, strict=True))
+        ]
+        return rows, {**label, "target": _number(config.target_reward), **out.stats, **_spent(out, config, engine)}
+
+
+def shared_target(config: StarsConfig, pilots: Sequence[Pilot], acceptance: float) -> StarsConfig:
+    """Settings with one r_star, r0 and beta for all prompts, from the pilots of some of them.
+
+    The target is solved for on all pilots together; beta is in units of the median spread within a prompt, as in
+    :func:`stars_fast.calibrate`.
+
+    Raises
+    ------
+    RuntimeError
+        If a pilot failed, with the cause.
+    """
+    failed = next((pilot.error for pilot in pilots if pilot.error is not None), None)
+    if failed is not None:
+        raise RuntimeError(failed)
+    pooled = Pilot([run for pilot in pilots for run in pilot.responses])
+    solve(pooled, config, acceptance, config.beta * median(spread(pilot) for pilot in pilots))
+    return config.replace(target_reward=pooled.target, base_reward=pooled.empty, beta=pooled.beta)
+
+
+def _ended_by_eos(out: StarsOutput, engine: StarsEngine) -> list[bool]:
+    ends = engine.policy.model.generation_config.eos_token_id
+    ids = ends if isinstance(ends, list) else [ends]
+    return [
+        reason == "stop" and tokens[-1] in ids
+        for reason, tokens in zip(out.finish_reasons, out.completions, strict=True)
+    ]
+
+
+def _generation(out: StarsOutput, i: int, guide: tuple[float, str | None], judge: tuple[float, str | None]) -> Record:
+    return {
+        "completion": None if out.texts is None else out.texts[i],
+        "completion_ids": list(out.completions[i]),
+        "finish_reason": out.finish_reasons[i],
+        "error": out.errors[i] or guide[1] or judge[1],
+        "guide": rounded(guide[0]),
+        "judge": rounded(judge[0]),
+        "logprobs": [rounded(logprob) for logprob in out.logprobs[i]],
+        "segments": [_summary(segment) for segment in out.segments[i]],
+    }
+
+
+def _summary(segment: SegmentTrace) -> Record:
+    return {
+        "tokens": len(segment.tokens),
+        "reward": rounded(segment.reward),
+        "threshold": rounded(segment.threshold),
+        "attempts": segment.attempts,
+        "accepted": segment.accepted,
+    }
+
+
+def _number(target: Any) -> float | None:
+    return rounded(target) if isinstance(target, float) else None
+
+
+def _spent(out: StarsOutput, config: StarsConfig, engine: StarsEngine) -> Record:
+    """Tokens through each model, in units of the policy's parameters."""
+    method = config.chosen_method
+    policy = multiplied_parameters(engine.policy.model)
+    own, drafted = passes(method, out.stats)
+    draft = multiplied_parameters(method.draft) if isinstance(method, RSD) else 0
+    return {
+        "policy_passes": own,
+        "draft_passes": drafted * draft / policy,
+        "reward_passes": out.stats["reward_tokens"] * reward_parameters(engine.reward) / policy,
+    }
+
+
+@contextmanager
+def _bar(show: bool, total: int) -> Iterator[Callable[[str, int], None]]:
+    """Yield a function that takes the cell that runs and how many generations were added."""
+    if not show:
+        yield lambda cell, count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), redirect_stdout=False) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda cell, count: bar.update(task, description=cell, advance=count)

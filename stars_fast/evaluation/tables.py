@@ -1,0 +1,195 @@
+"""From a run's records to one row per method and budget, and from there to Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from stars_fast.evaluation.cells import BASELINE
+from stars_fast.evaluation.metrics import Interval, bootstrap, compute_per_token, distinct, outcomes, perplexity
+from stars_fast.evaluation.records import Record
+
+_TOKENS = ("policy_tokens", "reward_tokens", "committed_tokens")
+_PASSES = ("policy_passes", "draft_passes", "reward_passes")
+YARDSTICK = "best_of_n"
+# Methods whose candidates pass or fail a test; of others an acceptance says nothing.
+_TESTING = ("stars", "cards", "rejection_sampling", "rsd", "mara")
+# Farther from a budget than this factor, a cell does not stand for its method there.
+_NEAR = 1.5
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures of one cell. Prompts that failed in the cell or in the baseline are left out of what is paired."""
+
+    method: str
+    budget: float | None
+    prompts: int
+    errors: int
+    guide: Interval
+    judge: Interval
+    win: Interval  # against the baseline on the judge's reward, ties counting half
+    ties: float
+    perplexity: float
+    distinct_1: float
+    distinct_2: float
+    distinct_3: float
+    length: float  # tokens
+    policy_tokens: float  # these three per committed token
+    reward_tokens: float
+    compute: float  # forward passes of the policy over one token
+    acceptance: float  # segments accepted over candidates looked at
+    tokens_per_second: float
+
+
+def summarise(generations: Sequence[Record], batches: Sequence[Record], tie: float = 0.0) -> list[Row]:
+    """One row per cell, in the order they were run.
+
+    Parameters
+    ----------
+    generations, batches : sequence of dict
+        What :class:`stars_fast.evaluation.records.Records` holds.
+    tie : float
+        Largest difference of the judge's rewards that counts as a tie.
+
+    Raises
+    ------
+    ValueError
+        If the baseline was not run.
+    """
+    names = list(dict.fromkeys(row["cell"] for row in generations))
+    cells = {name: [row for row in generations if row["cell"] == name] for name in names}
+    baseline = next((rows for rows in cells.values() if rows[0]["method"] == BASELINE), None)
+    if baseline is None:
+        raise ValueError(
+            f"no cell of method {BASELINE!r} among {', '.join(names) or 'none'}: wins are counted against it"
+        )
+    judged = {row["place"]: row["judge"] for row in baseline if row["error"] is None}
+    return [
+        _row(rows, [batch for batch in batches if batch["cell"] == name], judged, tie) for name, rows in cells.items()
+    ]
+
+
+def _row(rows: Sequence[Record], batches: Sequence[Record], baseline: Mapping[int, float], tie: float) -> Row:
+    sound = [row for row in rows if row["error"] is None and row["place"] in baseline]
+    if not sound:
+        raise ValueError(f"{rows[0]['cell']}: all {len(rows)} responses failed, the first with {rows[0]['error']!r}")
+    wins = outcomes([row["judge"] for row in sound], [baseline[row["place"]] for row in sound], tie)
+    totals = {name: sum(batch[name] for batch in batches) for name in (*_TOKENS, *_PASSES, "seconds")}
+    committed = totals["committed_tokens"]
+    segments = [segment for row in sound for segment in row["segments"]]
+    attempts = sum(segment["attempts"] for segment in segments)
+    texts = [row["completion_ids"] for row in sound]
+    return Row(
+        method=rows[0]["method"],
+        budget=rows[0]["budget"],
+        prompts=len(sound),
+        errors=sum(row["error"] is not None for row in rows),
+        guide=bootstrap([row["guide"] for row in sound]),
+        judge=bootstrap([row["judge"] for row in sound]),
+        win=bootstrap(wins),
+        ties=fmean(win == 0.5 for win in wins),
+        perplexity=perplexity(row["logprobs"] for row in sound),
+        distinct_1=distinct(texts, 1),
+        distinct_2=distinct(texts, 2),
+        distinct_3=distinct(texts, 3),
+        length=fmean(map(len, texts)),
+        policy_tokens=totals["policy_tokens"] / committed,
+        reward_tokens=totals["reward_tokens"] / committed,
+        compute=compute_per_token(totals),
+        acceptance=sum(segment["accepted"] for segment in segments) / attempts if attempts else math.nan,
+        tokens_per_second=committed / totals["seconds"],
+    )
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table for people: intervals in brackets."""
+    head = (
+        "method",
+        "budget",
+        "compute",
+        "guide",
+        "judge [95 %]",
+        "win % [95 %]",
+        "ties %",
+        "perplexity",
+        "distinct-2",
+        "tokens",
+        "policy tok",
+        "reward tok",
+        "acceptance",
+        "tok/s",
+    )
+    lines = [head, ("---",) * len(head), *map(_cells, rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.method,
+        budget_text(row.budget),
+        f"{row.compute:.2f}",
+        f"{row.guide.value:+.2f}",
+        f"{row.judge.value:+.2f} [{row.judge.low:+.2f}, {row.judge.high:+.2f}]",
+        f"{100 * row.win.value:.1f} [{100 * row.win.low:.0f}, {100 * row.win.high:.0f}]",
+        f"{100 * row.ties:.0f}",
+        f"{row.perplexity:.1f}",
+        f"{row.distinct_2:.3f}",
+        f"{row.length:.0f}",
+        f"{row.policy_tokens:.2f}",
+        f"{row.reward_tokens:.2f}",
+        f"{row.acceptance:.2f}" if row.method in _TESTING else "",
+        f"{row.tokens_per_second:.0f}",
+    )
+
+
+def budget_text(budget: float | None) -> str:
+    """A budget as a table shows it."""
+    return "" if budget is None else f"{budget:g}"
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """All figures, an interval in three columns."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    for number, row in enumerate(rows):
+        flat = dict(_flat(row))
+        if number == 0:
+            writer.writerow(flat)
+        writer.writerow(flat.values())
+    return out.getvalue()
+
+
+def _flat(row: Row) -> list[tuple[str, object]]:
+    pairs: list[tuple[str, object]] = []
+    for name, value in vars(row).items():
+        if isinstance(value, Interval):
+            pairs += [(name, value.value), (f"{name}_low", value.low), (f"{name}_high", value.high)]
+        else:
+            pairs.append((name, value))
+    return pairs
+
+
+def at_compute(rows: Sequence[Row], compute: float) -> list[Row]:
+    """Per method the cell whose compute is nearest, on a log scale; methods without one within a factor 1.5 lack."""
+    nearest: dict[str, Row] = {}
+    for row in rows:
+        off = abs(math.log(row.compute / compute))
+        held = nearest.get(row.method)
+        if off <= math.log(_NEAR) and (held is None or off < abs(math.log(held.compute / compute))):
+            nearest[row.method] = row
+    return sorted(nearest.values(), key=lambda row: -row.win.value)
+
+
+def equal_compute(rows: Sequence[Row]) -> str:
+    """Markdown tables at the compute of each cell of best-of-N, the best judged first."""
+    sections = []
+    for yardstick in rows:
+        if yardstick.method == YARDSTICK:
+            title = f"At the compute of {YARDSTICK} with n = {budget_text(yardstick.budget)} ({yardstick.compute:.1f})"
+            sections.append(f"\n{title}:\n\n{markdown(at_compute(rows, yardstick.compute))}")
+    return "".join(sections)

@@ -1,0 +1,260 @@
+"""Evaluation: figures against hand-computed ones, records that survive a kill, tables, and the command."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_policy, tiny_reward, tiny_tokenizer
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from stars_fast import StarsConfig, StarsEngine
+from stars_fast.cli import app
+from stars_fast.evaluation.cells import cells
+from stars_fast.evaluation.compute import multiplied_parameters, passes
+from stars_fast.evaluation.judging import judged
+from stars_fast.evaluation.metrics import (
+    bootstrap,
+    compute_per_token,
+    distinct,
+    outcomes,
+    perplexity,
+)
+from stars_fast.evaluation.models import load_probe
+from stars_fast.evaluation.prompts import PromptSource
+from stars_fast.evaluation.recipe import read_recipe
+from stars_fast.evaluation.records import Records
+from stars_fast.evaluation.runner import Evaluation
+from stars_fast.evaluation.tables import at_compute, equal_compute, markdown, summarise, to_csv
+from stars_fast.methods import METHODS
+from stars_fast.rewards import ClassifierReward
+
+RECIPES = Path(__file__).parents[1] / "benchmarks" / "eval"
+PROMPTS = [f"{a} {b}" for a in "abc" for b in "defg"]
+
+
+# ---------------------------------------------------------------------------------------- metrics
+def test_outcomes_count_wins_one_and_ties_half():
+    assert outcomes([2.0, 1.0, 0.0, 1.3], [1.0, 1.0, 1.0, 1.0]) == [1.0, 0.5, 0.0, 1.0]
+    assert outcomes([2.0, 1.0, 0.0, 1.3], [1.0, 1.0, 1.0, 1.0], tie=0.5) == [1.0, 0.5, 0.0, 0.5]
+    with pytest.raises(ValueError, match="rewards has 1 entries, baseline 2"):
+        outcomes([1.0], [1.0, 2.0])
+
+
+def test_bootstrap_is_the_mean_with_a_percentile_interval_that_repeats():
+    values = [0.0] * 50 + [1.0] * 50
+    first, second = bootstrap(values), bootstrap(values)
+    assert first == second
+    assert first.value == 0.5
+    # Normal approximation: 0.5 -+ 1.96 * sqrt(0.25 / 100).
+    assert first.low == pytest.approx(0.402, abs=0.02) and first.high == pytest.approx(0.598, abs=0.02)
+    assert bootstrap([3.0, 3.0]) == (3.0, 3.0, 3.0)
+    with pytest.raises(ValueError, match="NaN"):
+        bootstrap([1.0, math.nan])
+    with pytest.raises(ValueError, match="0 entries"):
+        bootstrap([])
+
+
+def test_perplexity_is_over_tokens_and_not_over_texts():
+    assert perplexity([[math.log(0.5)], [math.log(0.25)] * 3]) == pytest.approx((2 * 4**3) ** (1 / 4))
+    assert math.isnan(perplexity([[], []]))
+
+
+def test_distinct_counts_ngrams_of_all_texts_together():
+    texts = [[1, 2, 1, 2], [1, 2, 3]]
+    assert distinct(texts, 1) == 3 / 7
+    assert distinct(texts, 2) == 3 / 5  # 12 21 12, 12 23
+    assert math.isnan(distinct([[1], []], 2))
+
+
+def test_compute_is_all_passes_over_committed_tokens():
+    totals = {"policy_passes": 40, "reward_passes": 10, "draft_passes": 2.5, "committed_tokens": 10}
+    assert compute_per_token(totals) == 5.25
+
+
+def test_an_embedding_table_that_is_only_looked_up_multiplies_nothing():
+    tied, untied = tiny_policy(32, tie_word_embeddings=True), tiny_policy(32, tie_word_embeddings=False)
+    assert multiplied_parameters(tied) == multiplied_parameters(untied)
+    layers = sum(p.numel() for p in tied.model.layers.parameters()) + tied.model.norm.weight.numel()
+    assert multiplied_parameters(tiny_reward(32)) == layers + tiny_reward(32).score.weight.numel()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_passes_are_about_the_tokens_that_the_models_read(name):
+    policy, draft, tokenizer = tiny_policy(32), tiny_policy(32, seed=7), tiny_tokenizer(32)
+    needs = {
+        "rsd": {"draft": draft, "threshold": 0.0, "delimiter": None, "longest": 8},
+        "mara": {"mlp": torch.nn.Linear(16, 2), "top_k": 4},
+        "persona_judge": {"draft_prompt": "a b", "judge_prompt": "c d"},
+        "cards": {"entropy": 2.0},
+        "treebon": {"n": 4, "branching": 2},
+        "args": {"top_k": 4},
+    }
+    method = METHODS[name](**needs.get(name, {}))
+    config = StarsConfig(method=method, max_new_tokens=32, segment_length=8, candidates=1, ignore_eos=True)
+    config = config.replace(target_reward=0.0) if method.has_target else config
+    engine = StarsEngine(policy, tiny_reward(32), tokenizer=tokenizer)
+    engine.generate(["a b c d", "d e f"], config)  # the models are checked when they are first used
+    read = {policy: 0, draft: 0}
+    for model in read:
+        model.model.register_forward_hook(
+            lambda module, args, inputs, out, model=model: read.__setitem__(
+                model, read[model] + inputs["input_ids"].numel()
+            ),
+            with_kwargs=True,
+        )
+    out = engine.generate(["a b c d", "d e f"], config, seed=0)
+    policy_passes, draft_passes = passes(method, out.stats)
+    prompts = len(tokenizer("a b c d")["input_ids"]) + len(tokenizer("d e f")["input_ids"])
+    assert 0.7 < policy_passes / (read[policy] - prompts) < 1.4
+    assert draft_passes == 0 or 0.7 < draft_passes / (read[draft] - prompts) < 1.4
+
+
+# ---------------------------------------------------------------------------------------- parts
+def test_prompts_are_fields_cut_and_put_into_a_template(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": f"word{i} two  three", "kind": "ab"[i % 2]} for i in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = PromptSource(str(path), "text", words=2, template="Q: {}\n", where={"kind": "b"})
+    assert sorted(source.read(3, seed=0)) == [f"Q: word{i} two\n" for i in (1, 3, 5)]
+    with pytest.raises(ValueError, match="3 different prompts, fewer than the 4"):
+        source.read(4, seed=0)
+    with pytest.raises(ValueError, match="row 1: prompt=None"):
+        PromptSource(str(path)).read(1, seed=0)
+
+
+def test_a_recipe_names_what_it_does_not_know(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("policy: demo\nbudgets: [2, 4]\n")
+    recipe = read_recipe(path, {"judge": "demo", "policy": None, "budgets": "8"})
+    assert (recipe.policy, recipe.judge, recipe.budgets) == ("demo", "demo", (8.0,))
+    path.write_text("polcy: demo\n")
+    with pytest.raises(ValueError, match="unknown 'polcy'"):
+        read_recipe(path, {})
+    with pytest.raises(ValueError, match="budgets: 'x' is no number"):
+        read_recipe(None, {"budgets": "2,x"})
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_name_every_method_and_make_cells(path):
+    recipe = read_recipe(path, {})
+    assert {"vanilla", *recipe.methods} == set(METHODS)
+    made = cells(recipe.methods, recipe.budgets, StarsConfig(**recipe.settings), recipe.parameters)
+    assert len({cell.name for cell in made}) == len(made)
+
+
+def test_a_probe_is_read_as_it_was_saved(tmp_path):
+    probe = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    save_file(probe.state_dict(), tmp_path / "probe.safetensors")
+    states = torch.randn(3, 4)
+    assert torch.equal(load_probe(tmp_path / "probe.safetensors")(states), probe(states))
+
+
+def test_judged_is_the_models_own_score_of_the_finished_text():
+    tokenizer, model = tiny_tokenizer(32), tiny_reward(32)
+    prompt = tokenizer("a b")["input_ids"]
+    ((score, error),) = judged(ClassifierReward(model), tokenizer, ["a b"], [[3, 4, 5]], [False])
+    with torch.no_grad():
+        expected = model(torch.tensor([[*prompt, 3, 4, 5]])).logits.item()
+    assert error is None and score == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_interrupted_batch_is_dropped_and_other_settings_are_refused(tmp_path):
+    records = Records(tmp_path, {"seed": 0})
+    one = {"cell": "vanilla", "batch": 0, "place": 0, "text": "\u2028 kept"}
+    records.add([one], {"cell": "vanilla", "batch": 0})
+    with (tmp_path / "generations.jsonl").open("a") as file:
+        file.write('{"cell": "vanilla", "batch": 1, "place": 1}\n{"cell": "van')
+    again = Records(tmp_path, {"seed": 0})
+    assert again.generations == [one] and again.done == {("vanilla", 0)}
+    with pytest.raises(ValueError, match="other seed"):
+        Records(tmp_path, {"seed": 1})
+
+
+# ------------------------------------------------------------------------------------------- runs
+@pytest.fixture(scope="module")
+def evaluation():
+    tokenizer = tiny_tokenizer(32)
+    engine = StarsEngine(tiny_policy(32), tiny_reward(32, scale=4.0), tokenizer=tokenizer)
+    judge = ClassifierReward(tiny_reward(32, seed=5))
+    return Evaluation(PROMPTS[:6], PROMPTS[6:8], lambda method: engine, engine.reward, judge, batch_size=2, seed=0)
+
+
+CONFIG = StarsConfig(max_new_tokens=8, segment_length=4, candidates=1)
+
+
+def figures(folder):
+    """What a run found, without how long it took."""
+    records = Records(folder, {})
+    timeless = [{**batch, "seconds": 1.0} for batch in records.batches]
+    return to_csv(summarise(records.generations, timeless))
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_a_run_killed_half_way_ends_with_the_same_table(evaluation, tmp_path, monkeypatch):
+    made = cells(["best_of_n", "stars"], [2, 3], CONFIG)
+    evaluation.run(made, Records(tmp_path / "whole", {}))
+    records, add = Records(tmp_path / "killed", {}), Records.add
+
+    def add_until_killed(self, generations, batch):
+        if len(self.batches) == 7:
+            raise _Killed
+        add(self, generations, batch)
+
+    monkeypatch.setattr(Records, "add", add_until_killed)
+    with pytest.raises(_Killed):
+        evaluation.run(made, records)
+    monkeypatch.setattr(Records, "add", add)
+    evaluation.run(made, Records(tmp_path / "killed", {}))
+    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
+
+
+def test_the_baseline_ties_with_itself_and_best_of_n_earns_more_for_its_tokens(evaluation, tmp_path):
+    evaluation.run(cells(["best_of_n"], [4], CONFIG), records := Records(tmp_path, {}))
+    baseline, other = summarise(records.generations, records.batches)
+    assert baseline.win == (0.5, 0.5, 0.5) and baseline.ties == 1.0
+    assert other.guide.value > baseline.guide.value
+    assert other.policy_tokens > 2 * baseline.policy_tokens == 2.0
+    assert at_compute([baseline, other], other.compute) == [other]
+    assert equal_compute([baseline, other]).count("| best_of_n | 4 |") == 1
+
+
+def test_the_table_has_a_line_per_cell_and_the_csv_its_intervals(evaluation, tmp_path):
+    evaluation.run(cells(["stars"], [2], CONFIG), records := Records(tmp_path, {}))
+    rows = summarise(records.generations, records.batches)
+    assert [line.split("|")[1].strip() for line in markdown(rows).splitlines()[2:]] == ["vanilla", "stars"]
+    read = list(csv.DictReader(to_csv(rows).splitlines()))
+    assert float(read[1]["judge_low"]) <= float(read[1]["judge"]) <= float(read[1]["judge_high"])
+
+
+def test_cells_refuse_unknown_methods_and_budgets_below_one():
+    with pytest.raises(ValueError, match="'starz' is unknown; known are vanilla"):
+        cells(["starz"], [2], CONFIG)
+    with pytest.raises(ValueError, match=r"budgets: 0.5 is below 1"):
+        cells(["stars"], [0.5], CONFIG)
+
+
+def test_the_command_writes_table_and_plot_and_has_nothing_to_do_twice(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"This film number {i}"}) + "\n" for i in range(20)))
+    command = f"eval --policy demo --guide demo --judge demo --prompts {prompts} --count 4 --methods best_of_n"
+    command += f" --budgets 2 --set max_new_tokens=4 --batch-size 4 --output {tmp_path / 'out'}"
+    first = CliRunner().invoke(app, command.split())
+    assert first.exit_code == 0, first.output
+    assert "| best_of_n | 2 |" in first.stdout
+    lines = (tmp_path / "out" / "generations.jsonl").read_text()
+    again = CliRunner().invoke(app, command.split())
+    assert again.stdout == first.stdout
+    assert (tmp_path / "out" / "generations.jsonl").read_text() == lines
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "out" / "quality_against_compute.png").stat().st_size > 1000
+    other = CliRunner().invoke(app, [*command.split(), "--seed", "1"])
+    assert other.exit_code == 2 and "other" in other.stderr
