@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+
+import numpy as np
 
 from stars_fast.config import StarsConfig
+from stars_fast.decode import bucket
 from stars_fast.request import PromptNode, Request
+from stars_fast.row_cost import HeartbeatCost, Timing
 
-# Cost of one more row relative to the fixed cost of a heartbeat (measured: linear layers on a CPU, 1 to 64 rows).
-_ROW_COST = 0.06
 # Acceptance of a request is shrunk to the batch's by this many imaginary candidates.
 _PRIOR_WEIGHT = 4.0
 _PRIOR_ACCEPTANCE = 0.3
@@ -33,12 +36,25 @@ class Scheduler:
         Most candidates in one heartbeat, and most running requests.
     kv_cache_tokens : int
         Slots of the policy's tree. One request alone always fits (:func:`response_slots`).
+    cost : HeartbeatCost, optional
+        What is known of this machine and pair of models; goes on learning. Default: nothing yet.
+    padded : bool
+        Whether decode steps run in buckets of rows (:func:`stars_fast.decode.bucket`).
     """
 
-    def __init__(self, config: StarsConfig, max_rows: int, kv_cache_tokens: int) -> None:
+    def __init__(
+        self,
+        config: StarsConfig,
+        max_rows: int,
+        kv_cache_tokens: int,
+        cost: HeartbeatCost | None = None,
+        padded: bool = False,
+    ) -> None:
         self.config = config
         self.max_rows = max_rows
         self.kv_cache_tokens = kv_cache_tokens
+        self.cost = cost or HeartbeatCost()
+        self.padded = padded
         self.prefill_tokens = _PREFILL_TOKENS
 
     def held(self, running: Iterable[Request]) -> int:
@@ -86,7 +102,20 @@ class Scheduler:
         limits = [self.config.max_attempts - request.attempts for request in running]
         if self.config.candidates != "auto":
             limits = [min(limit, int(self.config.candidates)) for limit in limits]
-        return share_rows(acceptance_estimates(running), limits, rows, adaptive=self.config.candidates == "auto")
+        if self.config.candidates != "auto":
+            return share_rows([], limits, rows)
+        return share_rows(self.acceptance(running), limits, rows, self._cost)
+
+    def acceptance(self, running: Sequence[Request]) -> list[float]:
+        """P(accept) of a candidate of each request, as far as is known."""
+        return acceptance_estimates(running)
+
+    def observe(self, timing: Timing) -> None:
+        """Learn what rows cost. No text depends on it."""
+        self.cost.observe(timing, bucket(timing.rows) if self.padded else timing.rows)
+
+    def _cost(self, rows: np.ndarray) -> np.ndarray:
+        return self.cost.per_token(_buckets(int(rows[-1]))[rows] if self.padded else rows, rows)
 
     def shrink(self, tokens: int) -> bool:
         """From now on no forward pass may take more than ``tokens`` tokens, or one. Returns whether that is news."""
@@ -115,31 +144,67 @@ def acceptance_estimates(running: Sequence[Request]) -> list[float]:
     return [min(max(estimate, 0.02), 0.98) for estimate in estimates]
 
 
-def share_rows(acceptance: Sequence[float], limits: Sequence[int], rows: int, adaptive: bool) -> list[int]:
-    """Give each request one row, then row after row to whoever gains most: the m-th is worth ``a (1 - a)^m``.
+def share_rows(
+    acceptance: Sequence[float],
+    limits: Sequence[int],
+    rows: int,
+    cost: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> list[int]:
+    """Give each request one row, then row after row to whoever gains most: the m-th further one is worth ``a (1-a)^m``.
 
-    With ``adaptive``, stop where a further row no longer raises expected acceptances per unit of cost
-    ``1 + _ROW_COST * rows``; else go on until limits or rows are used up, evenly.
+    Parameters
+    ----------
+    acceptance : sequence of float
+        P(accept) of a candidate of each request.
+    limits : sequence of int
+        Most rows of each.
+    rows : int
+        Most rows of all; each request has one even where they are fewer.
+    cost : callable, optional
+        Of a heartbeat, for each of several numbers of rows ``[n]``. Given, as many rows are shared out as bring most
+        expected acceptances per cost: that fills a bucket whose padding would cost the same. Else all rows are, evenly.
+
+    Returns
+    -------
+    list of int
+        Rows per request.
     """
-    shares = [1] * len(limits)
-    used = len(limits)
-    value, cost = sum(acceptance), 1 + _ROW_COST * used
-    gains = [
-        (_gain(a, 1, adaptive), i) for i, (a, limit) in enumerate(zip(acceptance, limits, strict=True)) if limit > 1
-    ]
+    if cost is None:
+        return _share_evenly(limits, rows)
+    rows = max(rows, len(limits))
+    costs = cost(np.arange(len(limits), rows + 1))  # [1 + further rows]
+    least = float(np.diff(costs).min(initial=np.inf))  # that one row adds
+    gains = [(-a * (1 - a), i) for i, (a, limit) in enumerate(zip(acceptance, limits, strict=True)) if limit > 1]
     heapq.heapify(gains)
-    while gains and used < rows:
-        gain, i = heapq.heappop(gains)
-        if adaptive and -gain / _ROW_COST <= value / cost:
+    taken, drawn, value = list[int](), [1] * len(limits), sum(acceptance)
+    best, rate = 0, value / float(costs[0])
+    for number, total in enumerate(costs[1:].tolist(), 1):
+        # Later rows gain no more than this one, and cost no less than the least.
+        if not gains or -gains[0][0] <= rate * least:
             break
+        gain, i = gains[0]
+        drawn[i] += 1
+        if drawn[i] < limits[i]:
+            heapq.heapreplace(gains, (gain * (1 - acceptance[i]), i))
+        else:
+            heapq.heappop(gains)
+        taken.append(i)
+        value -= gain
+        if value > rate * total:
+            best, rate = number, value / total
+    shares = [1] * len(limits)
+    for i in taken[:best]:
         shares[i] += 1
-        used += 1
-        value, cost = value - gain, cost + _ROW_COST
-        if shares[i] < limits[i]:
-            heapq.heappush(gains, (_gain(acceptance[i], shares[i], adaptive), i))
     return shares
 
 
-def _gain(acceptance: float, rows: int, adaptive: bool) -> float:
-    """Minus what the next row is worth (heapq pops the smallest); evenly, rows already had count instead."""
-    return -(acceptance * (1 - acceptance) ** rows) if adaptive else float(rows)
+def _share_evenly(limits: Sequence[int], rows: int) -> list[int]:
+    allowed = np.asarray(limits)[:, None] > np.arange(1, max(limits))  # [requests, most - 1]
+    further = np.nonzero(allowed.T)[1][: max(rows - len(limits), 0)]  # whose row is next, all second ones first
+    return (1 + np.bincount(further, minlength=len(limits))).tolist()
+
+
+@lru_cache(maxsize=8)
+def _buckets(most: int) -> np.ndarray:
+    """What each number of rows up to ``most`` is padded to."""
+    return np.array([bucket(rows) for rows in range(most + 1)])
