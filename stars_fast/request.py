@@ -28,6 +28,16 @@ class PromptNode:
 
 
 @dataclass(eq=False)
+class Trunk:
+    """What a request holds of a policy's tree: the leaf its answer has grown to."""
+
+    prompt: PromptNode
+    leaf: int = -1
+    logits: torch.Tensor | None = None  # [V], after the leaf
+    pending: list[int] = field(default_factory=list)  # committed tokens that are not in the tree (yet, or any more)
+
+
+@dataclass(eq=False)
 class Candidate:
     """A drawn segment of a request, while it is being judged."""
 
@@ -55,9 +65,7 @@ class Request:
     processor: RowProcessor | None = None
     stop: StopTest | None = None
     # Progress
-    leaf: int = -1
-    leaf_logits: torch.Tensor | None = None  # [V]
-    pending: list[int] = field(default_factory=list)  # committed tokens that are not in the tree (yet, or any more)
+    trunks: list[Trunk] = field(init=False)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
@@ -74,3 +82,6 @@ class Request:
     reward: float = float("nan")
     finish_reason: str | None = None
     error: str | None = None
+
+    def __post_init__(self) -> None:
+        self.trunks = [Trunk(self.prompt)]

@@ -56,6 +56,7 @@ class Scheduler:
         self.cost = cost or HeartbeatCost()
         self.padded = padded
         self.prefill_tokens = _PREFILL_TOKENS
+        self.packed = 0  # tokens of the forward pass that runs
 
     def held(self, running: Iterable[Request]) -> int:
         """Slots of what is committed, each prompt once, and of waiting best candidates."""

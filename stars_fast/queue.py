@@ -1,0 +1,103 @@
+"""Who runs and who waits: admission, and what gives way where the running requests have outgrown the slots."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from stars_fast.outputs import Stats
+from stars_fast.request import Request
+from stars_fast.rewards.base import Response, Reward
+from stars_fast.scheduler import Scheduler
+from stars_fast.trunks import Trunks
+
+
+class Queue:
+    """The requests of a call. Whoever gives its slots back goes on where it was: nothing here changes a text.
+
+    Parameters
+    ----------
+    requests : sequence of Request
+        Admitted in this order.
+    trunks : Trunks
+        Of the policy's tree.
+    reward : Reward
+        Forgets the responses that wait.
+    scheduler, stats
+    """
+
+    def __init__(
+        self, requests: Sequence[Request], trunks: Trunks, reward: Reward, scheduler: Scheduler, stats: Stats
+    ) -> None:
+        self.trunks, self.reward, self.scheduler, self.stats = trunks, reward, scheduler, stats
+        self.waiting = deque(requests)
+        self.running: list[Request] = []  # the oldest first
+
+    def admit(self) -> list[Request]:
+        """Move waiting requests into free rows."""
+        count = self.scheduler.admit(self.waiting, self.running)
+        admitted = [self.waiting.popleft() for _ in range(count)]
+        self.running += admitted
+        self.trunks.keep_prompts(self.running)
+        return admitted
+
+    def make_room(self) -> None:
+        """Where the running requests have outgrown the slots, the youngest give way: first waiting best candidates."""
+        lacking = -self.scheduler.spare(self.running)
+        for request in reversed(self.running):
+            if lacking <= 0:
+                return
+            lacking -= self._release_best(request)
+        while len(self.running) > 1 and self.scheduler.spare(self.running) < 0:
+            self.preempt(self.running[-1])
+
+    def preempt(self, request: Request) -> None:
+        """Give all the request's slots back. It waits at the front of the queue, and goes on where it was."""
+        self._release_best(request)
+        self.trunks.give_back(request)
+        # The scorer forgets it too: a response that waits does not grow.
+        self.reward.close(request.response)
+        request.response = Response(request.prompt.reward_prompt, request.tokens)
+        if request.best is not None:
+            request.best.completion.response = request.response
+        self.running.remove(request)
+        self.waiting.appendleft(request)
+        self.stats.preemptions += 1
+
+    def _release_best(self, request: Request) -> int:
+        """Forget the keys and values of the best candidate so far, not its tokens: a fallback encodes them again.
+
+        Returns the slots that this frees.
+        """
+        if request.best is None or request.best.draw.node < 0:
+            return 0
+        self.trunks.policy.tree.release(request.best.draw.node)
+        request.best.draw.node = -1
+        return self.scheduler.branch_slots(request)
+
+    def retreat(self, cause: str) -> list[Request]:
+        """After a forward pass that ran out of memory: from an empty tree, with half the tokens. Returns who failed."""
+        for request in self.running[::-1]:
+            self.preempt(request)
+        self.trunks.keep_prompts([])
+        self.trunks.policy.clear()  # the failed pass may have left branches
+        if self.scheduler.shrink(self.scheduler.packed // 2):
+            return []
+        request = self.waiting.popleft()
+        self.fail(request, f"too little memory for this request alone, a token at a time: {cause}")
+        return [request]
+
+    def fail(self, request: Request, cause: str) -> None:
+        """End a request with an error; what it has committed is kept."""
+        if request.best is not None:
+            self._release_best(request)
+            self.reward.discard(request.best.completion)
+            request.best = None
+        request.error, request.reward = cause, float("nan")
+        self.finish(request, "error")
+
+    def finish(self, request: Request, reason: str) -> None:
+        """End a request, and free what it holds."""
+        request.finish_reason = reason
+        self.trunks.give_back(request)
+        self.reward.close(request.response)

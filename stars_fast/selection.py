@@ -1,0 +1,83 @@
+"""Which candidate of each request is committed: what the selection operator is asked, and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from stars_fast.config import StarsConfig
+from stars_fast.methods.stars import acceptance_probability
+from stars_fast.ops.select_and_commit import select_and_commit
+from stars_fast.request import Candidate, Request
+
+
+class Verdict(NamedTuple):
+    """What the selection operator says of one request."""
+
+    winner: int  # place in the request's group, or NONE, EARLIER, INVALID
+    accepted: bool
+    attempts: int
+    best_attempt: int
+
+
+def first_accepted(
+    requests: Sequence[Request], candidates: Sequence[Sequence[Candidate]], config: StarsConfig
+) -> list[Verdict]:
+    """Ask the operator, and note thresholds and acceptance."""
+    drawn = [candidate for group in candidates for candidate in group]
+    counts = [0, *(len(group) for group in candidates)]
+    int32, float64 = torch.int32, torch.float64
+    attempts = torch.tensor([request.attempts for request in requests], dtype=int32)
+    best_attempt = torch.tensor([request.best_attempt for request in requests], dtype=int32)
+    first_row = torch.tensor(counts).cumsum(0, dtype=int32)
+    groups, rows = len(requests), len(drawn)
+    winner, accepted, thresholds = select_and_commit(
+        torch.tensor([candidate.reward for candidate in drawn], dtype=torch.float32),
+        torch.tensor([len(candidate.draw.tokens) for candidate in drawn], dtype=int32),
+        torch.tensor([candidate.ended for candidate in drawn]),
+        first_row,
+        torch.tensor([request.key for request in requests]),
+        torch.tensor([len(request.segments) for request in requests], dtype=int32),
+        attempts,
+        torch.tensor([len(request.tokens) for request in requests], dtype=int32),
+        torch.full((groups,), config.max_new_tokens, dtype=int32),
+        torch.full((groups,), config.max_attempts, dtype=int32),
+        torch.tensor([_known(request.base) for request in requests], dtype=float64),
+        torch.tensor([request.target for request in requests], dtype=float64),
+        torch.tensor([request.beta for request in requests], dtype=float64),
+        config.finished_threshold == "target",
+        torch.tensor([request.best.reward if request.best else 0.0 for request in requests], dtype=torch.float32),
+        best_attempt,
+        # The tree writes the slot tables anew in its next plan: nothing to keep in the operator's.
+        *_empty_tables(groups, rows),
+    )
+    for candidate, tau in zip(drawn, thresholds.tolist(), strict=True):
+        candidate.threshold = tau
+    for request, group in zip(requests, candidates, strict=True):
+        for candidate in group:
+            if candidate.error is None:
+                request.acceptance_sum += acceptance_probability(candidate.reward, candidate.threshold, request.beta)
+                request.scored += 1
+    starts = first_row.tolist()
+    return [
+        Verdict(row - start if row >= 0 else row, won, looked, best)
+        for row, start, won, looked, best in zip(
+            winner.tolist(), starts, accepted.tolist(), attempts.tolist(), best_attempt.tolist(), strict=False
+        )
+    ]
+
+
+def _known(base: float | None) -> float:
+    assert base is not None, "r0 is set when a request is admitted"
+    return base
+
+
+def _empty_tables(groups: int, rows: int) -> tuple[torch.Tensor, ...]:
+    """best_slots, best_len, trunk_slots, trunk_len, branch_slots, branch_len, keep: all without width."""
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    return zeros(groups, 0), zeros(groups), zeros(groups, 0), zeros(groups), zeros(rows, 0), zeros(rows), zeros(rows)
