@@ -99,5 +99,6 @@ class Queue:
     def finish(self, request: Request, reason: str) -> None:
         """End a request, and free what it holds."""
         request.finish_reason = reason
+        self.scheduler.retire(request)
         self.trunks.give_back(request)
         self.reward.close(request.response)

@@ -19,7 +19,7 @@ _WINDOW = 64
 _REFIT_EVERY = 8
 # Residuals beyond this many standard deviations pull no harder (Huber's estimate).
 _HUBER = 1.5
-_LEAST_SCATTER = 1e-3  # of the mean cost: no clock is better
+_LEAST_SCATTER = 0.02  # of the mean cost: a straight line is no better
 _PASSES = 10
 
 
@@ -102,6 +102,10 @@ class HeartbeatCost:
     def per_token(self, padded_rows: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Expected seconds per token of the segments, for each number of rows ``[...]`` and what it is padded to."""
         return self.propose(padded_rows) + self.score(rows)
+
+    def line(self) -> tuple[float, float]:
+        """What is fixed in it, and what a row adds."""
+        return self.propose.fixed + self.score.fixed, self.propose.slope + self.score.slope
 
     def encoding_worth(self, rows: int) -> float:
         """Tokens that are encoded in the time of one decode step of so many rows."""

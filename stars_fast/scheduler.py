@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -13,6 +12,7 @@ from stars_fast.config import StarsConfig
 from stars_fast.decode import bucket
 from stars_fast.request import PromptNode, Request
 from stars_fast.row_cost import HeartbeatCost, Timing
+from stars_fast.sharing import row_values, share_evenly, share_rows
 
 # Acceptance of a request is shrunk to the batch's by this many imaginary candidates.
 _PRIOR_WEIGHT = 4.0
@@ -56,6 +56,7 @@ class Scheduler:
         self.cost = cost or HeartbeatCost()
         self.padded = padded
         self.prefill_tokens = _PREFILL_TOKENS
+        self.past = (0.0, 0)  # of requests that have ended: acceptance probabilities, added up, and candidates
         self.packed = 0  # tokens of the forward pass that runs
 
     def held(self, running: Iterable[Request]) -> int:
@@ -103,19 +104,31 @@ class Scheduler:
         limits = [self.config.max_attempts - request.attempts for request in running]
         if self.config.candidates != "auto":
             limits = [min(limit, int(self.config.candidates)) for limit in limits]
-        if self.config.candidates != "auto":
-            return share_rows([], limits, rows)
-        return share_rows(self.acceptance(running), limits, rows, self._cost)
+            return share_evenly(limits, rows)
+        fixed, row = self.row_price(len(running))
+        costs = self.costs(np.arange(len(running), max(rows, len(running)) + 1)) / row
+        share = fixed / row / len(running)
+        values = [row_values(a, left, share) for a, left in zip(self.acceptance(running), limits, strict=True)]
+        return share_rows(values, costs)
+
+    def row_price(self, requests: int) -> tuple[float, float]:
+        """What a heartbeat of so many requests costs without rows, and what a row adds."""
+        return self.cost.line()
 
     def acceptance(self, running: Sequence[Request]) -> list[float]:
         """P(accept) of a candidate of each request, as far as is known."""
-        return acceptance_estimates(running)
+        return acceptance_estimates(running, self.past)
+
+    def retire(self, request: Request) -> None:
+        """The request has ended: what is known of its candidates is all that is known of those to come."""
+        self.past = self.past[0] + request.acceptance_sum, self.past[1] + request.scored
 
     def observe(self, timing: Timing) -> None:
         """Learn what rows cost. No text depends on it."""
         self.cost.observe(timing, bucket(timing.rows) if self.padded else timing.rows)
 
-    def _cost(self, rows: np.ndarray) -> np.ndarray:
+    def costs(self, rows: np.ndarray) -> np.ndarray:
+        """Of a heartbeat, for each of several numbers of rows ``[n]``, growing by one."""
         return self.cost.per_token(_buckets(int(rows[-1]))[rows] if self.padded else rows, rows)
 
     def shrink(self, tokens: int) -> bool:
@@ -136,73 +149,20 @@ def candidate_slots(config: StarsConfig) -> int:
     return min(config.segment_length, config.max_new_tokens)
 
 
-def acceptance_estimates(running: Sequence[Request]) -> list[float]:
-    """P(accept) per request from all candidates it has scored, shrunk to the batch's mean."""
-    scored = sum(request.scored for request in running)
-    total = sum(request.acceptance_sum for request in running)
-    mean = (total + _PRIOR_WEIGHT * _PRIOR_ACCEPTANCE) / (scored + _PRIOR_WEIGHT)
-    estimates = [(r.acceptance_sum + _PRIOR_WEIGHT * mean) / (r.scored + _PRIOR_WEIGHT) for r in running]
-    return [min(max(estimate, 0.02), 0.98) for estimate in estimates]
-
-
-def share_rows(
-    acceptance: Sequence[float],
-    limits: Sequence[int],
-    rows: int,
-    cost: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> list[int]:
-    """Give each request one row, then row after row to whoever gains most: the m-th further one is worth ``a (1-a)^m``.
+def acceptance_estimates(running: Sequence[Request], past: tuple[float, int] = (0.0, 0)) -> list[float]:
+    """P(accept) per request from all candidates it has scored, shrunk to the mean of all.
 
     Parameters
     ----------
-    acceptance : sequence of float
-        P(accept) of a candidate of each request.
-    limits : sequence of int
-        Most rows of each.
-    rows : int
-        Most rows of all; each request has one even where they are fewer.
-    cost : callable, optional
-        Of a heartbeat, for each of several numbers of rows ``[n]``. Given, as many rows are shared out as bring most
-        expected acceptances per cost: that fills a bucket whose padding would cost the same. Else all rows are, evenly.
-
-    Returns
-    -------
-    list of int
-        Rows per request.
+    running : sequence of Request
+    past : (float, int)
+        Sum of the acceptance probabilities of other requests' candidates, and how many these were.
     """
-    if cost is None:
-        return _share_evenly(limits, rows)
-    rows = max(rows, len(limits))
-    costs = cost(np.arange(len(limits), rows + 1))  # [1 + further rows]
-    least = float(np.diff(costs).min(initial=np.inf))  # that one row adds
-    gains = [(-a * (1 - a), i) for i, (a, limit) in enumerate(zip(acceptance, limits, strict=True)) if limit > 1]
-    heapq.heapify(gains)
-    taken, drawn, value = list[int](), [1] * len(limits), sum(acceptance)
-    best, rate = 0, value / float(costs[0])
-    for number, total in enumerate(costs[1:].tolist(), 1):
-        # Later rows gain no more than this one, and cost no less than the least.
-        if not gains or -gains[0][0] <= rate * least:
-            break
-        gain, i = gains[0]
-        drawn[i] += 1
-        if drawn[i] < limits[i]:
-            heapq.heapreplace(gains, (gain * (1 - acceptance[i]), i))
-        else:
-            heapq.heappop(gains)
-        taken.append(i)
-        value -= gain
-        if value > rate * total:
-            best, rate = number, value / total
-    shares = [1] * len(limits)
-    for i in taken[:best]:
-        shares[i] += 1
-    return shares
-
-
-def _share_evenly(limits: Sequence[int], rows: int) -> list[int]:
-    allowed = np.asarray(limits)[:, None] > np.arange(1, max(limits))  # [requests, most - 1]
-    further = np.nonzero(allowed.T)[1][: max(rows - len(limits), 0)]  # whose row is next, all second ones first
-    return (1 + np.bincount(further, minlength=len(limits))).tolist()
+    total = past[0] + sum(request.acceptance_sum for request in running)
+    scored = past[1] + sum(request.scored for request in running)
+    mean = (total + _PRIOR_WEIGHT * _PRIOR_ACCEPTANCE) / (scored + _PRIOR_WEIGHT)
+    estimates = [(r.acceptance_sum + _PRIOR_WEIGHT * mean) / (r.scored + _PRIOR_WEIGHT) for r in running]
+    return [min(max(estimate, 0.02), 0.98) for estimate in estimates]
 
 
 @lru_cache(maxsize=8)

@@ -102,9 +102,19 @@ class Informed(Scheduler):
     def acceptance(self, running: Sequence[Request]) -> list[float]:
         return [self.work.courses[request.index].acceptance for request in running]
 
-    def _cost(self, rows: np.ndarray) -> np.ndarray:
+    def costs(self, rows: np.ndarray) -> np.ndarray:
         requests = int(rows[0])
-        return np.array([sum(self.machine.heartbeat(n, requests, self.work.segment, 0)) for n in rows.tolist()])
+        return np.array([self._seconds(n, requests) for n in rows.tolist()])
+
+    def row_price(self, requests: int) -> tuple[float, float]:
+        """Of the chord up to four rows a request: a straight line does not describe buckets."""
+        most = max(min(4 * requests, self.work.max_rows), requests + 1)
+        one = self._seconds(requests, requests)
+        row = (self._seconds(most, requests) - one) / (most - requests)
+        return one - row * requests, row
+
+    def _seconds(self, rows: int, requests: int) -> float:
+        return sum(self.machine.heartbeat(rows, requests, self.work.segment, 0))
 
 
 def simulate(work: Work, machine: Machine, schedule: str | int = "auto", seed: int = 0) -> Outcome:
@@ -239,6 +249,7 @@ class _Run:
         self.committed += length
         if len(request.segments) == segments:
             request.finish_reason = "length"
+            self.scheduler.retire(request)
 
 
 def _request(index: int, work: Work) -> Request:
