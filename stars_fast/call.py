@@ -12,16 +12,18 @@ import torch
 
 from stars_fast.config import StarsConfig
 from stars_fast.decode import RowProcessor, Sampling
+from stars_fast.methods.base import Method
 from stars_fast.methods.calibration import Pilot
 from stars_fast.methods.stars import base_reward
+from stars_fast.methods.two_policies import PersonaJudge
 from stars_fast.ops.philox import philox_key
 from stars_fast.outputs import Stats
 from stars_fast.policy import Policy
-from stars_fast.prompts import Prompt, read_prompts
+from stars_fast.prompts import Prompt, read_personas, read_prompts
 from stars_fast.request import PromptNode, Request, StopTest
 from stars_fast.rewards import Response, Reward, RewardPrompt
 from stars_fast.sampling import as_ids, resolve_sampling
-from stars_fast.scheduler import response_slots
+from stars_fast.scheduler import persona_slots, response_slots
 from stars_fast.stopping import stop_test
 
 
@@ -62,6 +64,7 @@ class Call:
     sampling: Sampling
     prompts: Sequence[Prompt]
     reward_prompts: Sequence[RewardPrompt]
+    personas: Sequence[list[list[int]]]  # per prompt, its ids under further preferences
     keys: Sequence[int]  # of the random numbers, per row
     stop: StopTest | None
     stats: Stats = field(default_factory=Stats)
@@ -95,7 +98,7 @@ class Call:
         return requests
 
     def _samples(self, prompt: int, keys: Sequence[int], rule: Rule) -> list[Request]:
-        node = PromptNode(self.prompts[prompt].ids, self.reward_prompts[prompt])
+        node = PromptNode(self.prompts[prompt].ids, self.reward_prompts[prompt], personas=self.personas[prompt])
         first_row = prompt * self.config.num_return_sequences
         return [
             Request(
@@ -130,17 +133,24 @@ def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
     config = (config or StarsConfig()).replace(**arguments.overrides)
     if arguments.on_error not in ("return", "raise"):
         raise ValueError(f"on_error={arguments.on_error!r}: must be 'return' or 'raise'")
-    if not reward.partial:
+    method = config.chosen_method
+    method.check(reward)
+    config = method.rule(config)
+    if method.segments().delimiter is not None and tokenizer is None:
         raise ValueError(
-            f"method={config.method!r} scores unfinished answers, which {type(reward).__name__} "
-            "(partial=False) cannot do"
+            f"method={method.name!r}: delimiter={method.segments().delimiter!r} needs a tokenizer: pass tokenizer= to "
+            "StarsEngine, or delimiter=None for steps of a fixed length"
         )
     sampling = resolve_sampling(config, policy.model, tokenizer)
     if config.eos_token_id is not None and max(eos := as_ids(config.eos_token_id), default=0) >= policy.vocab_size:
         raise ValueError(f"eos_token_id={max(eos)} lies outside the policy's vocabulary of {policy.vocab_size}")
     prompts = read_prompts(arguments.prompts, tokenizer, arguments.attention_mask)
-    for index, prompt in enumerate(prompts):
-        _check_prompt(index, prompt, config, policy, kv_cache_tokens)
+    personas = [list[list[int]]()] * len(prompts)
+    if isinstance(method, PersonaJudge):
+        _check_judgeable(method, sampling, arguments)
+        personas = read_personas(prompts, (method.judge_prompt, method.draft_prompt), tokenizer)
+    for index, (prompt, variants) in enumerate(zip(prompts, personas, strict=True)):
+        _check_prompt(index, prompt, variants, config, policy, kv_cache_tokens)
     columns = arguments.columns or {}
     for name, values in columns.items():
         if name in ("prompts", "completions", "completion_ids"):
@@ -155,6 +165,7 @@ def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
         sampling=sampling,
         prompts=prompts,
         reward_prompts=_reward_prompts(arguments.reward_prompts, prompts, columns, tokenizer),
+        personas=personas,
         keys=_keys(_shared(arguments.seed, policy), len(prompts), config.num_return_sequences),
         stop=stop_test(config.stop_strings, tokenizer),
     )
@@ -192,8 +203,23 @@ def _reward_prompts(
     ]
 
 
-def _check_prompt(index: int, prompt: Prompt, config: StarsConfig, policy: Policy, kv_cache_tokens: int | None) -> None:
-    length = len(prompt.ids)
+def _check_judgeable(method: Method, sampling: Sampling, arguments: Arguments) -> None:
+    """What changes a distribution by the text so far is not applied where drafts are judged."""
+    if sampling.repetition_penalty != 1.0:
+        raise ValueError(f"method={method.name!r} does not know repetition_penalty={sampling.repetition_penalty}")
+    if arguments.processor(0) is not None:
+        raise ValueError(f"method={method.name!r} does not know logits processors")
+
+
+def _check_prompt(
+    index: int,
+    prompt: Prompt,
+    personas: Sequence[list[int]],
+    config: StarsConfig,
+    policy: Policy,
+    kv_cache_tokens: int | None,
+) -> None:
+    length = max(map(len, [prompt.ids, *personas]))
     bad = [token for token in prompt.ids if not 0 <= token < policy.vocab_size]
     if bad:
         raise ValueError(f"prompts[{index}] holds id {bad[0]}, outside the policy's vocabulary of {policy.vocab_size}")
@@ -203,7 +229,7 @@ def _check_prompt(index: int, prompt: Prompt, config: StarsConfig, policy: Polic
             f"prompts[{index}] has {length} tokens, which with max_new_tokens={config.max_new_tokens} exceeds the "
             f"limit of the policy's {positions} positions"
         )
-    slots = length + response_slots(config)
+    slots = persona_slots(personas, config) if personas else len(prompt.ids) + response_slots(config)
     if kv_cache_tokens is not None and slots > kv_cache_tokens:
         raise ValueError(
             f"prompts[{index}] has {length} tokens and needs {slots} slots with max_new_tokens="
@@ -268,7 +294,8 @@ def read_pilot(requests: Sequence[Request]) -> Pilot:
         tokens, run = 0, []
         for segment in request.segments:
             tokens += len(segment.tokens)
-            run.append((tokens, segment.reward))
+            if not math.isnan(segment.reward):  # unfinished, under a method that scores finished answers only
+                run.append((tokens, segment.reward))
         responses.append(run)
     pilot = Pilot(responses)
     if not pilot.finals:

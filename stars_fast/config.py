@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from stars_fast.methods import METHODS
+from stars_fast.methods.base import Method, method_from
+
 CONFIG_NAME = "stars_config.json"
-METHODS = ("stars",)
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,10 @@ class StarsConfig:
         Go on to ``max_new_tokens`` whatever is sampled.
     stop_strings : str or sequence of str, optional
         A candidate ends with the token that completes one of them. Needs a tokenizer.
-    method : str
-        Only ``"stars"`` so far.
+    method : str, mapping or Method
+        A name (``stars_fast.methods.METHODS`` lists them), for the method's own defaults; a method object, such as
+        ``ParticleFilter(particles=8)``; or a mapping of ``name`` and parameters, as files have it. A method decides
+        some fields itself (docs/methods.md says which).
     base_reward : float or sequence of float, optional
         Stands in for r(x) in r0. None: the reward of the empty answer, or, where the target is calibrated, what the
         pilot's first segments earned.
@@ -85,7 +89,7 @@ class StarsConfig:
     eos_token_id: int | Sequence[int] | None = None
     ignore_eos: bool = False
     stop_strings: str | Sequence[str] | None = None
-    method: str = "stars"
+    method: str | Mapping[str, Any] | Method = "stars"
     base_reward: float | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
@@ -101,8 +105,9 @@ class StarsConfig:
             self._put(name, _rewards(name, getattr(self, name)))
         if self.finished_threshold not in ("target", "ramp"):
             raise ValueError(f"finished_threshold={self.finished_threshold!r}: must be 'target' or 'ramp'")
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is unknown; known methods: {', '.join(METHODS)}")
+        chosen = method_from(self.method, METHODS)
+        if not isinstance(self.method, str):
+            self._put("method", chosen)
         self._check_sampling()
         self._check_stopping()
 
@@ -148,9 +153,14 @@ class StarsConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain, JSON-ready values."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
-        }
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["method"] = self.chosen_method.to_dict()
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @property
+    def chosen_method(self) -> Method:
+        """``method`` as an object."""
+        return method_from(self.method, METHODS)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``stars_config.json`` into a folder, which is made if needed."""

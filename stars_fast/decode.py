@@ -56,6 +56,8 @@ class Leaf:
     length: int  # tokens to draw per candidate
     seen: torch.Tensor | None = None  # [V] bool, ids in prompt and response; for the repetition penalty
     processor: RowProcessor | None = None
+    entropy: float = math.inf  # nats: a segment ends before a token whose distribution, as the model gave it, has more
+    shortest: int = 1  # once it has this many tokens
 
 
 class Shape(NamedTuple):
@@ -68,18 +70,22 @@ class Shape(NamedTuple):
     length: int  # tokens of a segment
     eos: int  # ids that end a text
     penalised: bool  # by what has been seen
+    uncertain: bool = False  # whether segments end where entropy is high
 
     @classmethod
     def of(cls, leaves: Sequence[Leaf], plan: TreePlan, sampling: Sampling) -> Shape:
         """Exactly what these need."""
         candidates, length = [leaf.candidates for leaf in leaves], max(leaf.length for leaf in leaves)
         eos, penalised = len(sampling.eos_token_ids), sampling.repetition_penalty != 1.0
-        return cls(sum(candidates), len(leaves), max(candidates), plan.trunk_slots.shape[1], length, eos, penalised)
+        uncertain = any(leaf.entropy < math.inf for leaf in leaves)
+        trunk = plan.trunk_slots.shape[1]
+        return cls(sum(candidates), len(leaves), max(candidates), trunk, length, eos, penalised, uncertain)
 
     def padded(self, trunk: int, length: int) -> Shape:
         """A shape that many others share, with room for trunks and segments of up to these lengths."""
         most_rows, eos = 1 << (self.most_rows - 1).bit_length(), 4 * math.ceil(self.eos / 4)
-        return Shape(bucket(self.rows), bucket(self.groups), most_rows, trunk, length, eos, self.penalised)
+        rows, groups = bucket(self.rows), bucket(self.groups)
+        return Shape(rows, groups, most_rows, trunk, length, eos, self.penalised, self.uncertain)
 
 
 class Steps:
@@ -125,6 +131,7 @@ class Steps:
         self.temperature, self.top_p, self.min_p, self.penalty = zeros(4, rows, dtype=torch.float32)
         self.top_k = zeros(rows)
         self.seen = zeros(rows, policy.vocab_size, dtype=torch.bool) if shape.penalised else None
+        self.entropy, self.shortest = zeros(rows, dtype=torch.float32), zeros(rows)
         self.processors: list[RowProcessor | None] = []
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -155,6 +162,10 @@ class Steps:
         self.sampling_logprobs.zero_()  # what an earlier proposal left there is not this one's
         if self.seen is not None:
             self.seen[:rows] = torch.stack([_seen(leaf) for leaf in leaves])[self.groups]
+        if self.shape.uncertain:
+            self.entropy[:rows].copy_(torch.tensor([leaves[g].entropy for g in group]), non_blocking=True)
+            shortest = torch.tensor([leaves[g].shortest for g in group], dtype=torch.int32)
+            self.shortest[:rows].copy_(shortest, non_blocking=True)
         self.processors = [leaves[g].processor for g in group]
         logits = torch.stack([leaf.logits for leaf in leaves])[self.groups]  # [rows in use, V]
         if rows < self.shape.rows:
@@ -233,7 +244,8 @@ class Steps:
         processed = self.graph is None and any(self.processors)
         if processed:
             logits = self._process(logits.float())
-        token, logprob, sampling_logprob, _ = sample_step(
+        before = self.alive.clone() if self.shape.uncertain else None
+        token, logprob, sampling_logprob, entropy = sample_step(
             logits,
             self.keys,
             self.segment,
@@ -249,6 +261,8 @@ class Steps:
             self.seen,
             self.eos,
         )
+        if before is not None:
+            self._end_before(before & (entropy >= self.entropy) & (self.position > self.shortest))
         if processed:
             logprob = gather_logprobs(raw, token)
         for column, value in (
@@ -258,6 +272,11 @@ class Steps:
         ):
             column.index_copy_(1, self.step, value[:, None])
         self.step += 1
+
+    def _end_before(self, uncertain: torch.Tensor) -> None:
+        """Take back the token just drawn of these rows ``[rows]``, and end their segments."""
+        self.position.sub_(uncertain.int())
+        self.alive.logical_and_(~uncertain)
 
     def _process(self, logits: torch.Tensor) -> torch.Tensor:
         out, drawn = logits.clone(), self.tokens[:, : int(self.step)].tolist()

@@ -13,18 +13,20 @@ from transformers import PreTrainedModel
 
 from stars_fast.call import Arguments, Call, prepare, read_pilot
 from stars_fast.config import StarsConfig
-from stars_fast.heartbeat import Generation
 from stars_fast.loading import load_policy, load_reward
+from stars_fast.loops import generation
+from stars_fast.methods import RSD
 from stars_fast.methods.calibration import PILOT_SAMPLES, Pilot, pilot_config, solve
-from stars_fast.outputs import SegmentEvent, StarsOutput
+from stars_fast.outputs import SegmentEvent, SegmentTrace, StarsOutput
 from stars_fast.policy import Policy
 from stars_fast.progress import progress_bar
 from stars_fast.request import Request
 from stars_fast.rewards import Reward
-from stars_fast.scheduler import Scheduler, candidate_slots, response_slots
+from stars_fast.row_cost import HeartbeatCost
+from stars_fast.scheduler import Scheduler, candidate_slots, persona_slots, response_slots
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.memory import default_tokens, divide_devices
-from stars_fast.tree.model import TreeModel
+from stars_fast.tree.model import TreeModel, vocabulary
 
 # Expected share of candidates accepted where targets are calibrated per prompt.
 _DEFAULT_ACCEPTANCE = 0.3
@@ -99,6 +101,8 @@ class StarsEngine:
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)
         self.kv_cache_tokens = kv_cache_tokens
         self.gpu_memory_utilization = gpu_memory_utilization
+        self._draft: Policy | None = None
+        self.costs: dict[str, HeartbeatCost] = {}  # by method; what is learned on this machine serves the next call
         self._busy = False
 
     def generate(
@@ -188,16 +192,39 @@ class StarsEngine:
     def run_pilots(self, arguments: Arguments, samples: int) -> tuple[StarsConfig, list[Pilot]]:
         """Unguided responses with their partial rewards, per prompt; see :func:`stars_fast.calibrate`."""
         call = self._prepare(arguments)
+        if not call.config.chosen_method.has_target:
+            raise ValueError(f"method={call.config.chosen_method.name!r} has no target reward to calibrate")
         with self._exclusive(call):
             return call.config, self._pilots(call, samples)
 
     def _prepare(self, arguments: Arguments) -> Call:
-        return prepare(arguments, self.policy, self.reward, self.tokenizer, self.kv_cache_tokens)
+        call = prepare(arguments, self.policy, self.reward, self.tokenizer, self.kv_cache_tokens)
+        if isinstance(call.config.chosen_method, RSD):
+            self._load_draft(call.config.chosen_method.draft)
+        return call
+
+    def _load_draft(self, draft: Any) -> None:
+        """The second policy, kept until another is asked for."""
+        if self._draft is not None and draft in (self._draft.model, self._draft.source):
+            return
+        model, tokenizer = load_policy(draft, None)
+        ids = self.policy.vocab_size if self.tokenizer is None else len(self.tokenizer)
+        own = None if tokenizer is None or self.tokenizer is None else self.tokenizer.get_vocab()
+        least = min(vocabulary(model), self.policy.vocab_size)
+        # Tables of one vocabulary may be padded to different sizes, if a tokenizer says how many ids are in use.
+        padded = self.tokenizer is not None and ids <= least
+        if (vocabulary(model) != self.policy.vocab_size and not padded) or (own and own != tokenizer.get_vocab()):
+            raise ValueError(
+                f"draft: {type(model).__name__} has {vocabulary(model)} ids and the policy {self.policy.vocab_size}: "
+                "their vocabularies must be the same"
+            )
+        self._draft = Policy(model, self.policy.padded, self.policy.torch_compile)
+        self._draft.source = draft
 
     def _events(self, call: Call) -> Iterator[SegmentEvent]:
         with self._exclusive(call):
             pilots = None
-            if call.config.target_reward is None:
+            if call.config.target_reward is None and call.config.chosen_method.has_target:
                 pilots = self._pilots(call, PILOT_SAMPLES)
                 for pilot in pilots:
                     solve(pilot, call.config, _DEFAULT_ACCEPTANCE)
@@ -205,7 +232,7 @@ class StarsEngine:
             for request in self._run(call, call.requests, call.config):
                 if request.error is not None and call.arguments.on_error == "raise":
                     raise RuntimeError(f"prompts[{request.prompt_index}]: {request.error}")
-                yield self._event(request)
+                yield from self._new_events(request)
 
     @contextmanager
     def _exclusive(self, call: Call) -> Iterator[None]:
@@ -238,45 +265,66 @@ class StarsEngine:
         live = [request for request in requests if request.error is None]
         if not live:
             return
+        method = config.chosen_method
         rows = min(self.max_rows, len(live) * config.max_attempts)
-        longest = max(len(request.prompt.ids) for request in live) + response_slots(config)
+        longest = max(_most_slots(request, config) for request in live)
+        whole = method.needs_hidden_state or self.reward.needs_hidden_state
+        draft = self._draft if isinstance(method, RSD) else None
         reward_tree = getattr(self.reward, "tree_model", None)
         trees = [self.policy, reward_tree] if isinstance(reward_tree, TreeModel) else [self.policy]
+        trees += [] if draft is None else [draft]
         divide_devices(trees, rows, self.gpu_memory_utilization)
         tokens = self.kv_cache_tokens or default_tokens(self.policy, rows, longest)
         prompts = list(dict.fromkeys(request.prompt.reward_prompt for request in live))
         with ExitStack() as stack:
-            self.policy.begin(tokens, longest, candidate_slots(config))
-            stack.enter_context(plugged(self.policy.model))
+            for policy in [self.policy] if draft is None else [self.policy, draft]:
+                policy.begin(tokens, longest, candidate_slots(config))
+                stack.enter_context(plugged(policy.model))
             stack.callback(self.reward.end)
             self.reward.begin(prompts, config.max_new_tokens, rows, self.kv_cache_tokens)
-            scheduler = Scheduler(config, self.max_rows, tokens)
-            generation = Generation(
-                self.policy, self.reward, live, config, call.sampling, scheduler, self.tokenizer, call.stats
+            cost = self.costs.setdefault(method.name, HeartbeatCost())
+            scheduler = Scheduler(config, self.max_rows, tokens, whole, cost, self.policy.padded)
+            loop = generation(
+                config,
+                draft,
+                *(self.policy, self.reward, live, config, call.sampling, scheduler, self.tokenizer, call.stats),
             )
             try:
-                yield from generation.run()
+                yield from loop.run()
             except BaseException:  # the caller's, or a stream closed early: requests still hold their branches
-                self.policy.clear()
+                for trunks in loop.trees:
+                    trunks.policy.clear()
                 raise
             finally:
                 call.stats.reward_tokens += self.reward.tokens
 
-    def _event(self, request: Request) -> SegmentEvent:
+    def _new_events(self, request: Request) -> Iterator[SegmentEvent]:
+        """One event per segment that is new; one without a segment where the request failed."""
+        if request.error is not None:
+            yield self._event(request, None, request.tokens, last=True)
+            return
+        first, request.reported = request.reported, len(request.segments)
+        end = len(request.tokens) - sum(len(segment.tokens) for segment in request.segments[first:])
+        for segment in request.segments[first:]:
+            end += len(segment.tokens)
+            yield self._event(request, segment, request.tokens[:end], last=segment is request.segments[-1])
+
+    def _event(self, request: Request, segment: SegmentTrace | None, tokens: Sequence[int], last: bool) -> SegmentEvent:
         text = None
+        reason = request.finish_reason if last else None
         if self.tokenizer is not None:
-            whole = self.tokenizer.decode(request.tokens, skip_special_tokens=True)
+            whole = self.tokenizer.decode(tokens, skip_special_tokens=True)
             # A character may be split between segments: what is not complete waits for the next event.
-            ready = whole if request.finish_reason else whole.rstrip("\ufffd")
+            ready = whole if reason else whole.rstrip("\ufffd")
             text = ready[request.text_length :]
             request.text_length = max(len(ready), request.text_length)
         return SegmentEvent(
             index=request.index,
             prompt_index=request.prompt_index,
             sample_index=request.sample_index,
-            segment=None if request.error is not None else request.segments[-1],
+            segment=segment,
             text=text,
-            finish_reason=request.finish_reason,
+            finish_reason=reason,
             error=request.error,
         )
 
@@ -298,6 +346,12 @@ class StarsEngine:
             segments=[request.segments for request in requests],
             stats=call.stats.to_dict(),
         )
+
+
+def _most_slots(request: Request, config: StarsConfig) -> int:
+    """Slots that a request may take by itself, its prompt included."""
+    personas = request.prompt.personas
+    return persona_slots(personas, config) if personas else len(request.prompt.ids) + response_slots(config)
 
 
 def pad_token_id(model: PreTrainedModel, tokenizer: Any, eos_token_ids: Sequence[int]) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from stars_fast.config import StarsConfig
 from stars_fast.decode import Leaf, RowProcessor, Sampling
@@ -15,6 +17,7 @@ from stars_fast.policy import Draw, Policy
 from stars_fast.queue import Queue
 from stars_fast.request import Candidate, PromptNode, Request
 from stars_fast.rewards.base import Completion, Response, Reward, score_each
+from stars_fast.row_cost import Timing
 from stars_fast.scheduler import Scheduler
 from stars_fast.selection import first_accepted
 from stars_fast.tree.segment_tree import SlotsExhausted
@@ -30,7 +33,9 @@ class Generation(Queue):
         Both begun by the caller (trees allocated, models plugged).
     requests : sequence of Request
         Admitted in this order.
-    config, sampling, scheduler
+    config : StarsConfig
+        With what its method decides itself.
+    sampling, scheduler
     tokenizer : optional
         The policy's, for scorers of text.
     stats : Stats
@@ -50,34 +55,72 @@ class Generation(Queue):
     ) -> None:
         super().__init__(requests, Trunks(policy, scheduler), reward, scheduler, stats)
         self.policy, self.config, self.sampling, self.tokenizer = policy, config, sampling, tokenizer
+        self.method = config.chosen_method
+        self.segments = self.method.segments()
+        self.captures = -1  # of graphs, so far; the first heartbeat is no measure, as much is made in it
+        self.has_parts = type(reward).parts is not Reward.parts
 
     def run(self) -> Iterator[Request]:
         """Yield a request whenever it has committed a segment (its last trace is new) or has failed."""
-        while self.waiting or self.running:
+        while self.waiting or self.admitted:
             yield from self.heartbeat()
-        self.trunks.keep_prompts([])
+        for trunks in self.trees:
+            trunks.keep_prompts([])
 
     @torch.no_grad()
     def heartbeat(self) -> list[Request]:
         """One round for every running request. Returns those that committed a segment or failed."""
+        started = time.perf_counter()
         self.make_room()
-        admitted, failed = self.admit(), list[Request]()
+        self.admit()
+        failed = list[Request]()
         try:
+            joined = self.join()
             self.extend()
-            failed = self.set_base_rewards(admitted)
+            failed = self.set_base_rewards(joined)
             self.running = [request for request in self.running if request.finish_reason is None]
             candidates = self.propose()
         except (torch.OutOfMemoryError, SlotsExhausted) as error:
             cause = f"{type(error).__name__}: {error}"
         else:
+            proposed, scored = time.perf_counter(), self.reward.tokens
             self.score(candidates)
-            return failed + self.select_and_commit(candidates)
+            changed = self.select_and_commit(candidates)
+            self.note(candidates, started, proposed, self.reward.tokens - scored)
+            return failed + changed
         # Out here nothing of the failed pass is alive: an exception holds its frames, and they their tensors.
         return failed + self.retreat(cause)
 
+    def note(self, candidates: Sequence[Sequence[Candidate]], started: float, proposed: float, scored: int) -> None:
+        """Count the rows in use, and learn what they cost: not from heartbeats in which a graph was captured.
+
+        The host has looked at the device when candidates were drawn, and again when they were scored, so two readings
+        of the clock are all it takes.
+        """
+        if not candidates:
+            return
+        lengths = [len(candidate.draw.tokens) for group in candidates for candidate in group]
+        self.stats.rows.append(len(lengths))
+        self.stats.requests.append(len(candidates))
+        captures, self.captures = self.captures, self.policy.captures
+        if captures == self.captures:
+            ended = time.perf_counter()
+            beside = max(scored - sum(lengths), 0)
+            self.scheduler.observe(
+                Timing(len(lengths), max(lengths), self.encoded, beside, proposed - started, ended - proposed)
+            )
+
     def extend(self) -> None:
         """Encode what is not in the tree."""
-        self.trunks.extend(self.running)
+        self.trunks.extend(self.drawers())
+
+    def drawers(self) -> list[Request]:
+        """Who draws candidates in this heartbeat."""
+        return self.running
+
+    def shares(self, drawers: Sequence[Request]) -> list[int]:
+        """How many each of them draws."""
+        return self.scheduler.candidates(drawers, self.encoding)
 
     def set_base_rewards(self, admitted: Sequence[Request]) -> list[Request]:
         """``r0`` of new requests that need r(x), the reward of the empty answer. Returns those it failed for."""
@@ -103,20 +146,37 @@ class Generation(Queue):
         return failed
 
     def propose(self) -> list[list[Candidate]]:
-        """Draw candidates for every running request, side by side."""
-        if not self.running:
+        """Draw candidates for all who do, side by side."""
+        drawers = self.drawers()
+        if not drawers:
             return []
-        shares = self.scheduler.candidates(self.running)
+        shares = self.shares(drawers)
         self.scheduler.packed = sum(shares)
-        leaves = [self._leaf(request, share) for request, share in zip(self.running, shares, strict=True)]
         self.stats.heartbeats += 1
-        return [
+        groups = [
             [self._candidate(request, draw) for draw in draws]
-            for request, draws in zip(self.running, self.policy.propose(leaves, self.sampling), strict=True)
+            for request, draws in zip(drawers, self.draw(drawers, shares), strict=True)
         ]
+        if self.scheduler.whole:
+            self._encode_last([candidate for group in groups for candidate in group if candidate.draw.finite])
+        return groups
 
-    def _leaf(self, request: Request, candidates: int) -> Leaf:
-        trunk = self.trunks.of(request)
+    def draw(self, drawers: Sequence[Request], shares: Sequence[int]) -> list[list[Draw]]:
+        """Draw ``shares[i]`` candidates for the i-th of them."""
+        leaves = [self._leaf(request, share) for request, share in zip(drawers, shares, strict=True)]
+        return self.policy.propose(leaves, self.sampling)
+
+    def _encode_last(self, candidates: Sequence[Candidate]) -> None:
+        """The policy's hidden state at each candidate's last token, which a draw leaves out."""
+        for candidate in candidates:
+            self.policy.trim(candidate.leaf, candidate.draw)
+        if candidates:
+            hidden = self.policy.finish_branches([candidate.draw for candidate in candidates])
+            for candidate, row in zip(candidates, hidden, strict=True):
+                candidate.completion.hidden = row
+
+    def _leaf(self, request: Request, candidates: int, place: int = 0) -> Leaf:
+        trunk = self.trees[place].of(request)
         assert trunk.logits is not None
         return Leaf(
             node=trunk.leaf,
@@ -127,7 +187,9 @@ class Generation(Queue):
             candidates=candidates,
             length=min(self.config.segment_length, self.config.max_new_tokens - len(request.tokens)),
             seen=self._seen(request),
-            processor=_after(request),
+            processor=after(request),
+            entropy=self.segments.entropy,
+            shortest=self.segments.shortest,
         )
 
     def _seen(self, request: Request) -> torch.Tensor | None:
@@ -137,10 +199,15 @@ class Generation(Queue):
         seen[request.prompt.ids + request.tokens] = True
         return seen
 
-    def _candidate(self, request: Request, draw: Draw) -> Candidate:
+    def _candidate(self, request: Request, draw: Draw, place: int = 0) -> Candidate:
         """Cut a draw at its stop string or criterion, so that it is scored as it would be returned."""
         self.stats.policy_tokens += len(draw.tokens)
         ended, eos = draw.ended, draw.ended
+        leaf = self.trees[place].of(request).leaf
+        if self.segments.delimiter is not None and (length := self._step(draw.tokens)) < len(draw.tokens):
+            draw.cut(length)
+            self.trees[place].policy.trim(leaf, draw)
+            ended, eos = False, False
         if request.stop is not None:
             for length in range(1, len(draw.tokens) + 1):
                 if request.stop(request.tokens + draw.tokens[:length]):
@@ -150,19 +217,38 @@ class Generation(Queue):
         length = len(request.tokens) + len(draw.tokens)
         finished = ended or length == self.config.max_new_tokens
         completion = Completion(request.response, draw.tokens, finished, eos, self.tokenizer)
-        return Candidate(draw, completion, ended)
+        return Candidate(draw, completion, ended, leaf, place)
+
+    def _step(self, tokens: list[int]) -> int:
+        """Tokens up to and including the one that completes the delimiter; all of them where none does."""
+        assert isinstance(self.tokenizer, PreTrainedTokenizerBase) and self.segments.delimiter is not None
+        if self.segments.delimiter in self.tokenizer.decode(tokens):
+            for length in range(1, len(tokens)):
+                if self.segments.delimiter in self.tokenizer.decode(tokens[:length]):
+                    return length
+        return len(tokens)
 
     def score(self, candidates: Sequence[Sequence[Candidate]]) -> None:
         """One packed pass of the reward model over the new tokens of all candidates."""
         drawn = [candidate for group in candidates for candidate in group]
         for candidate in drawn:
+            candidate.unscored = not self.asks_reward(candidate)
             if not candidate.draw.finite:
                 candidate.error = "the policy's logits are not finite"
-        sound = [candidate for candidate in drawn if candidate.error is None]
-        if sound:
-            scores = score_each(self.reward, [candidate.completion for candidate in sound])
-            for candidate, (reward, error) in zip(sound, scores, strict=True):
+        asked = [candidate for candidate in drawn if candidate.error is None and not candidate.unscored]
+        if asked:
+            scores = score_each(self.reward, [candidate.completion for candidate in asked])
+            for candidate, (reward, error) in zip(asked, scores, strict=True):
                 candidate.reward, candidate.error = reward, error
+                if self.has_parts and error is None:
+                    candidate.parts = self.reward.parts(candidate.completion)
+        sound = [candidate for candidate in drawn if candidate.error is None]
+        for candidate, value in zip(sound, self.method.values(sound) if sound else [], strict=True):
+            candidate.score = value
+
+    def asks_reward(self, candidate: Candidate) -> bool:
+        """Whether the reward of a candidate is needed: for the selection, or because it would be the answer."""
+        return self.method.scores_unfinished or candidate.completion.finished
 
     def select_and_commit(self, candidates: Sequence[Sequence[Candidate]]) -> list[Request]:
         """Accept, fall back or go on, per request; roll everything else back. Returns those that moved or failed."""
@@ -185,6 +271,7 @@ class Generation(Queue):
             self._roll_back(group if request.best is None else [*group, request.best], keep=chosen or best)
             request.attempts, request.best, request.best_attempt = verdict.attempts, best, verdict.best_attempt
             if chosen is not None:
+                self.stats.committed_tokens += len(chosen.draw.tokens)
                 self._commit(request, chosen, verdict.accepted)
                 changed.append(request)
         self.running = [request for request in self.running if request.finish_reason is None]
@@ -195,34 +282,39 @@ class Generation(Queue):
         for candidate in candidates:
             if candidate is not keep:
                 if candidate.draw.node >= 0:
-                    self.policy.tree.release(candidate.draw.node)
+                    self.trees[candidate.place].policy.tree.release(candidate.draw.node)
                 self.reward.discard(candidate.completion)
 
     def _commit(self, request: Request, chosen: Candidate, accepted: bool) -> None:
         """The chosen branch becomes the request's leaf; its last token waits for the next heartbeat's forward pass.
 
-        All its tokens do where the branch was given up for room.
+        All its tokens do where the branch was given up for room, or lies in another tree.
         """
         draw = chosen.draw
+        logprob = sum(draw.logprobs)
         request.segments.append(
-            SegmentTrace(draw.tokens, chosen.reward, chosen.threshold, request.attempts, accepted, sum(draw.logprobs))
+            SegmentTrace(
+                draw.tokens, chosen.reward, chosen.threshold, request.attempts, accepted, logprob, chosen.parts
+            )
         )
         self.reward.commit(chosen.completion)
-        self.trunks.append(request, draw.tokens, draw.node)
+        for place, trunks in enumerate(self.trees):
+            mine = place == chosen.place
+            trunks.append(request, draw.tokens, draw.node if mine else -1, draw.logits if mine else None)
         request.tokens += draw.tokens
         request.logprobs += draw.logprobs
         request.sampling_logprobs += draw.sampling_logprobs
         request.response.tokens = request.tokens
+        request.response.ends.append(len(request.tokens))
         request.reward = chosen.reward
-        request.attempts, request.best, request.best_attempt = 0, None, -1
-        self.stats.committed_tokens += len(draw.tokens)
+        request.attempts, request.best, request.best_attempt, request.limit = 0, None, -1, None
         if chosen.ended:
             self.finish(request, "stop")
         elif len(request.tokens) == self.config.max_new_tokens:
             self.finish(request, "length")
 
 
-def _after(request: Request) -> RowProcessor | None:
+def after(request: Request) -> RowProcessor | None:
     """The request's logits processor, on top of what it has committed."""
     processor = request.processor
     return processor and (lambda drawn, logits: processor(request.tokens + drawn, logits))

@@ -9,14 +9,17 @@ import torch
 
 
 class SegmentTrace(NamedTuple):
-    """One committed segment."""
+    """One committed segment. What ``threshold``, ``attempts`` and ``accepted`` mean under methods other than STARS
+    stands in docs/methods.md.
+    """
 
     tokens: list[int]
-    reward: float  # of prompt + response up to and including this segment
-    threshold: float  # what it was tested against
+    reward: float  # of prompt + response up to and including this segment; NaN where the method did not ask for it
+    threshold: float  # what it was tested against; NaN where it was not
     attempts: int  # candidates looked at in index order up to the winner; all of them for a fallback
     accepted: bool  # False for the fallback
     logprob: float  # sum of the raw policy log-probabilities, nats
+    parts: dict[str, float] | None = None  # what the reward is made of, for a scorer that says so
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Stats:
     committed_tokens: int = 0
     discarded_tokens: int = 0
     heartbeats: int = 0
+    rows: list[int] = field(default_factory=list)  # candidates drawn side by side, heartbeat by heartbeat
+    requests: list[int] = field(default_factory=list)  # and the requests (or answers) they belong to
     preemptions: int = 0  # requests that gave their slots back for a while, and were encoded again
     seconds: float = 0.0
     calibration_tokens: int = 0  # of the discarded ones, those of the pilot responses

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from stars_fast.decode import Leaf, Sampling, Shape, Steps
+from stars_fast.ops.sample_step import filter_logits
 from stars_fast.tree.model import TreeModel
 
+_LOOKS = 8  # steps between looks at whether anybody goes on, where each makes the host wait
 _TRUNK_STEP = 256  # trunks have room for a multiple of it, so that calls share graphs
 _MOST_GRAPHS = 64
 
@@ -24,15 +27,16 @@ _MOST_GRAPHS = 64
 class Draw:
     """One candidate as it was drawn."""
 
-    node: int  # its branch: the keys and values of all its tokens but the last
+    node: int  # its branch: the keys and values of all its tokens but the last, or of all where `logits` is set
     tokens: list[int]
     logprobs: list[float]
     sampling_logprobs: list[float]
     ended: bool  # by EOS
     finite: bool  # False where the policy's logits were not
+    logits: torch.Tensor | None = None  # [V], after its last token
 
     def cut(self, length: int) -> None:
-        """Keep the first ``length`` tokens. The branch keeps its slots: a candidate that is cut ends its request."""
+        """Keep the first ``length`` tokens. The branch keeps its slots: see :meth:`Policy.trim`."""
         self.tokens = self.tokens[:length]
         self.logprobs = self.logprobs[:length]
         self.sampling_logprobs = self.sampling_logprobs[:length]
@@ -53,9 +57,11 @@ class Policy(TreeModel):
 
     def __init__(self, model: PreTrainedModel, cuda_graphs: bool = True, torch_compile: bool = True) -> None:
         super().__init__(model, model, "policy")
+        self.source: Any = model  # what the user named it by
         self.padded = cuda_graphs and self.device.type == "cuda"
         self.torch_compile = torch_compile
         self.sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+        self.captures = 0  # graphs made so far
         self._room = (0, 0)  # for the largest trunk and segment
         self._steps: dict[Shape, Steps] = {}
         self._seen_by_graphs: tuple[Any, ...] = ()
@@ -82,9 +88,14 @@ class Policy(TreeModel):
             self._graph_pool = torch.cuda.graph_pool_handle()
         return self._graph_pool
 
-    def prefill(self, leaves: Sequence[int], tokens: Sequence[Sequence[int]]) -> tuple[list[int], list[torch.Tensor]]:
-        """Append tokens below each leaf (-1: a fresh prompt). Returns new nodes and the next tokens' logits ``[V]``."""
-        nodes, outputs = self.extend(leaves, tokens, logits_to_keep=0)
+    def prefill(
+        self, leaves: Sequence[int], tokens: Sequence[Sequence[int]], limit: int | None = None
+    ) -> tuple[list[int], list[torch.Tensor]]:
+        """Append tokens below each leaf (-1: a fresh prompt), at most ``limit`` in a forward pass.
+
+        Returns new nodes and the next tokens' logits ``[V]``.
+        """
+        nodes, outputs = self.extend(leaves, tokens, limit, logits_to_keep=0)
         return nodes, [output.logits[0, place] for output, _, place in outputs]
 
     def propose(self, leaves: Sequence[Leaf], sampling: Sampling) -> list[list[Draw]]:
@@ -101,12 +112,75 @@ class Policy(TreeModel):
         plan = self.plan([leaf.node for leaf in leaves], rows, [length - 1 for length in lengths])
         steps = self._prepared(Shape.of(leaves, plan, sampling), any(leaf.processor for leaf in leaves))
         steps.load(leaves, plan, sampling)
-        for _ in range(1, max(lengths)):
-            if self.device.type == "cpu" and not steps.alive.any():
+        for step in range(1, max(lengths)):
+            look = self.device.type == "cpu" or (steps.shape.uncertain and step % _LOOKS == 0)
+            if look and not steps.alive.any():
                 break
             steps.advance()
         draws = iter(_draws(steps, plan.branches, sampling))
-        return [[next(draws) for _ in range(n)] for n in rows]
+        groups = [[next(draws) for _ in range(n)] for n in rows]
+        if steps.shape.uncertain:
+            for leaf, group in zip(leaves, groups, strict=True):
+                for draw in group:
+                    self.trim(leaf.node, draw)
+        return groups
+
+    def trim(self, leaf: int, draw: Draw) -> None:
+        """Give back the branch's slots of tokens that the draw does not have (any more), and of the last it has."""
+        length = self.tree.length(leaf) + max(len(draw.tokens), 1) - 1
+        if self.tree.length(draw.node) > length:
+            node = self.tree.cut(draw.node, length)
+            self.tree.release(draw.node)
+            draw.node = node
+
+    def fork_tokens(self, leaf: int, tokens: Sequence[int], sampling: Sampling, logits: torch.Tensor) -> list[Draw]:
+        """Candidates of one given token each, below a leaf with these ``logits [V]``.
+
+        Their log-probabilities are the policy's, as they stand and after temperature and filters.
+        """
+        raw = logits.float().log_softmax(0)
+        top_k, top_p, min_p = (
+            torch.tensor([value], device=raw.device) for value in (sampling.top_k, sampling.top_p, sampling.min_p)
+        )
+        filtered = filter_logits(raw[None] / sampling.temperature, top_k.int(), top_p.float(), min_p.float())
+        processed = filtered.log_softmax(1)[0]
+        finite = bool(raw.amax().isfinite())
+        nodes = self.plan([leaf], [len(tokens)], [0] * len(tokens)).branches
+        return [
+            Draw(node, [token], [a], [b], token in sampling.eos_token_ids, finite)
+            for node, token, a, b in zip(nodes, tokens, raw[tokens].tolist(), processed[tokens].tolist(), strict=True)
+        ]
+
+    def finish_branches(self, draws: Sequence[Draw]) -> torch.Tensor:
+        """Encode each draw's last token too, so that its ``logits`` are known. Returns the hidden states ``[B, H]``:
+        what the output embedding read at these tokens.
+        """
+        with self._head_inputs() as seen:
+            nodes, outputs = self.extend(
+                [draw.node for draw in draws], [draw.tokens[-1:] for draw in draws], logits_to_keep=0
+            )
+        for draw, node, (output, _, place) in zip(draws, nodes, outputs, strict=True):
+            self.tree.release(draw.node)
+            draw.node, draw.logits = node, output.logits[0, place]
+        return seen[-1][0]
+
+    @contextmanager
+    def _head_inputs(self) -> Iterator[list[torch.Tensor]]:
+        """What the output embedding is given inside, one tensor ``[1, rows, H]`` per forward pass."""
+        seen: list[torch.Tensor] = []
+        head = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    def read(self, leaves: Sequence[int], runs: Sequence[Sequence[int]]) -> tuple[list[int], list[torch.Tensor]]:
+        """Encode a run below each leaf. Returns new nodes, and the logits after each token of each run ``[T, V]``."""
+        plan = self.plan(leaves, [1] * len(leaves), [len(run) for run in runs])
+        output, last = self.encode(plan, runs, 1)
+        starts = [0, *(int(end) + 1 for end in last)]
+        return plan.branches, [output.logits[0, a:b] for a, b in pairwise(starts)]
 
     def _prepared(self, shape: Shape, processed: bool) -> Steps:
         """Tensors for a proposal of this shape. A user's logits processors run on the host: no graph holds them."""
@@ -124,6 +198,7 @@ class Policy(TreeModel):
         steps = Steps(self, shape)
         if self.device.type != "cuda" or shape.length == 1:
             return steps
+        self.captures += 1
         if self.torch_compile:
             from stars_fast.tree.compiled import CompilationError, compiled_layers  # imports torch's compiler: a second
 

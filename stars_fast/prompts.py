@@ -53,6 +53,34 @@ def read_prompts(
     return [_read_one(f"{name}[{index}]", prompt, tokenizer) for index, prompt in enumerate(prompts)]
 
 
+def read_personas(prompts: Sequence[Prompt], preferences: Sequence[Any], tokenizer: Any) -> list[list[list[int]]]:
+    """Ids of every prompt under each of the preferences: put before it as text, as a system message, or as ids.
+
+    Raises
+    ------
+    TypeError
+        For a preference in words before a prompt of ids, or the other way round.
+    """
+    return [
+        [_under(f"prompts[{index}]", prompt, preference, tokenizer) for preference in preferences]
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _under(name: str, prompt: Prompt, preference: Any, tokenizer: Any) -> list[int]:
+    source = prompt.source
+    if isinstance(source, str) and isinstance(preference, str):
+        return _read_one(name, preference + source, tokenizer).ids
+    if _is_chat(source) and isinstance(preference, str):
+        return _read_one(name, [{"role": "system", "content": preference}, *source], tokenizer).ids
+    if isinstance(preference, str) or not isinstance(source, list) or _is_chat(source):
+        raise TypeError(
+            f"{name} and the preference {preference!r:.80} differ in form: a preference in words goes with text and "
+            "chats, ids with a prompt of ids"
+        )
+    return [int(token) for token in preference] + prompt.ids
+
+
 def _is_chat(prompt: Any) -> bool:
     return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(turn, dict) for turn in prompt)
 

@@ -30,37 +30,62 @@ class Queue:
         self, requests: Sequence[Request], trunks: Trunks, reward: Reward, scheduler: Scheduler, stats: Stats
     ) -> None:
         self.trunks, self.reward, self.scheduler, self.stats = trunks, reward, scheduler, stats
+        self.trees = [trunks]  # all that a method uses
         self.waiting = deque(requests)
         self.running: list[Request] = []  # the oldest first
+        self.encoding: list[Request] = []  # admitted after these; not all of their text is in the tree yet
+        self.encoded = 0  # tokens of them in this heartbeat
 
-    def admit(self) -> list[Request]:
-        """Move waiting requests into free rows."""
-        count = self.scheduler.admit(self.waiting, self.running)
-        admitted = [self.waiting.popleft() for _ in range(count)]
-        self.running += admitted
-        self.trunks.keep_prompts(self.running)
-        return admitted
+    def admit(self) -> None:
+        """Give waiting requests the rows and slots that are free. Their texts are encoded first (:meth:`join`)."""
+        count = self.scheduler.admit(self.waiting, self.admitted)
+        self.encoding += [self.waiting.popleft() for _ in range(count)]
+        for trunks in self.trees:
+            trunks.keep_prompts(self.admitted)
+
+    @property
+    def admitted(self) -> list[Request]:
+        """All that hold slots, the oldest first."""
+        return self.running + self.encoding
+
+    def join(self) -> list[Request]:
+        """Encode of the admitted requests what a heartbeat has room for. Those that are ready run from now on."""
+        if not self.encoding:
+            return []
+        trunks = self.trunks_ahead()
+        leaves = [leaf for request in self.encoding for leaf in request.leaves]
+        self.encoded = trunks.encode(leaves, self.scheduler.encoding_tokens(len(self.running), len(self.encoding)))
+        joined = [request for request in self.encoding if all(map(trunks.ready, request.leaves))]
+        self.encoding = [request for request in self.encoding if request not in joined]
+        self.running += joined
+        return joined
+
+    def trunks_ahead(self) -> Trunks:
+        """Where a request's text is encoded before it runs."""
+        return self.trunks
 
     def make_room(self) -> None:
         """Where the running requests have outgrown the slots, the youngest give way: first waiting best candidates."""
-        lacking = -self.scheduler.spare(self.running)
-        for request in reversed(self.running):
+        lacking = -self.scheduler.spare(self.admitted)
+        for request in reversed(self.admitted):
             if lacking <= 0:
                 return
             lacking -= self._release_best(request)
-        while len(self.running) > 1 and self.scheduler.spare(self.running) < 0:
-            self.preempt(self.running[-1])
+        while len(self.admitted) > 1 and self.scheduler.spare(self.admitted) < 0:
+            self.preempt(self.admitted[-1])
 
     def preempt(self, request: Request) -> None:
         """Give all the request's slots back. It waits at the front of the queue, and goes on where it was."""
         self._release_best(request)
-        self.trunks.give_back(request)
-        # The scorer forgets it too: a response that waits does not grow.
-        self.reward.close(request.response)
-        request.response = Response(request.prompt.reward_prompt, request.tokens)
+        for leaf in request.leaves:
+            for trunks in self.trees:
+                trunks.give_back(leaf)
+            # The scorer forgets it too: a response that waits does not grow.
+            self.reward.close(leaf.response)
+            leaf.response = Response(leaf.prompt.reward_prompt, leaf.tokens, ends=leaf.response.ends)
         if request.best is not None:
             request.best.completion.response = request.response
-        self.running.remove(request)
+        (self.running if request in self.running else self.encoding).remove(request)
         self.waiting.appendleft(request)
         self.stats.preemptions += 1
 
@@ -77,10 +102,11 @@ class Queue:
 
     def retreat(self, cause: str) -> list[Request]:
         """After a forward pass that ran out of memory: from an empty tree, with half the tokens. Returns who failed."""
-        for request in self.running[::-1]:
+        for request in self.admitted[::-1]:
             self.preempt(request)
-        self.trunks.keep_prompts([])
-        self.trunks.policy.clear()  # the failed pass may have left branches
+        for trunks in self.trees:
+            trunks.keep_prompts([])
+            trunks.policy.clear()  # the failed pass may have left branches
         if self.scheduler.shrink(self.scheduler.packed // 2):
             return []
         request = self.waiting.popleft()
@@ -97,8 +123,10 @@ class Queue:
         self.finish(request, "error")
 
     def finish(self, request: Request, reason: str) -> None:
-        """End a request, and free what it holds."""
-        request.finish_reason = reason
+        """End a request, and free what it and its members hold."""
         self.scheduler.retire(request)
-        self.trunks.give_back(request)
-        self.reward.close(request.response)
+        for member in dict.fromkeys([*request.leaves, request]):
+            member.finish_reason = reason
+            for trunks in self.trees:
+                trunks.give_back(member)
+            self.reward.close(member.response)

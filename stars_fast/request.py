@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,8 +23,10 @@ class PromptNode:
     ids: list[int]
     reward_prompt: RewardPrompt
     node: int = -1  # in the tree as long as a sample runs
-    logits: torch.Tensor | None = None  # [V]
+    encoded: int = 0  # tokens that the node holds
+    logits: torch.Tensor | None = None  # [V], once it holds all of them
     empty_reward: float | None = None  # r(x), once scored
+    personas: Sequence[list[int]] = ()  # its ids under the preferences of who judges and who drafts
 
 
 @dataclass(eq=False)
@@ -44,7 +46,13 @@ class Candidate:
     draw: Draw
     completion: Completion
     ended: bool  # ends the answer before max_new_tokens does
+    leaf: int = -1  # the node that it continues
+    place: int = 0  # of the trunks whose tree its branch is in
     reward: float = float("nan")
+    score: float = float("nan")  # what the selection compares; the reward, unless the method says otherwise
+    unscored: bool = False  # the reward was not asked
+    parts: dict[str, float] | None = None  # of the reward
+    gumbel: float = 0.0  # noise for methods that draw among candidates
     threshold: float = float("nan")
     error: str | None = None
 
@@ -65,16 +73,22 @@ class Request:
     processor: RowProcessor | None = None
     stop: StopTest | None = None
     # Progress
-    trunks: list[Trunk] = field(init=False)
+    trunks: list[Trunk] = field(init=False)  # one per tree that the method uses
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
     segments: list[SegmentTrace] = field(default_factory=list)
+    reported: int = 0  # segments already streamed
     text_length: int = 0  # characters already streamed
     # The segment being drawn
     attempts: int = 0
     best: Candidate | None = None
     best_attempt: int = -1
+    limit: int | None = None  # candidates that there are, where they can be counted
+    # Several answers at once: each is a request of its own, and this one stands for all of them
+    members: list[Request] = field(default_factory=list)
+    width: int = 1  # rows it takes in a heartbeat, at most
+    reserve: int | None = None  # slots set aside for all of it; None: admitted by what it holds
     # Evidence for the scheduler
     acceptance_sum: float = 0.0
     scored: int = 0
@@ -85,3 +99,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.trunks = [Trunk(self.prompt)]
+
+    @property
+    def leaves(self) -> list[Request]:
+        """The answers that grow: its own, or those of its members that are not finished."""
+        return [member for member in self.members if member.finish_reason is None] if self.members else [self]

@@ -10,6 +10,7 @@ import numpy as np
 
 from stars_fast.config import StarsConfig
 from stars_fast.decode import bucket
+from stars_fast.methods.base import Population
 from stars_fast.request import PromptNode, Request
 from stars_fast.row_cost import HeartbeatCost, Timing
 from stars_fast.sharing import row_values, share_evenly, share_rows
@@ -17,7 +18,7 @@ from stars_fast.sharing import row_values, share_evenly, share_rows
 # Acceptance of a request is shrunk to the batch's by this many imaginary candidates.
 _PRIOR_WEIGHT = 4.0
 _PRIOR_ACCEPTANCE = 0.3
-# Tokens to encode of requests admitted in one heartbeat, so that prefill does not stall the requests that decode.
+# Most tokens to encode in one heartbeat, and of requests that are admitted in one.
 _PREFILL_TOKENS = 4096
 # Share of the slots that admission leaves free for the requests that run to grow into.
 _WATERMARK = 0.01
@@ -36,6 +37,8 @@ class Scheduler:
         Most candidates in one heartbeat, and most running requests.
     kv_cache_tokens : int
         Slots of the policy's tree. One request alone always fits (:func:`response_slots`).
+    whole : bool
+        Whether a candidate's last token is encoded with it.
     cost : HeartbeatCost, optional
         What is known of this machine and pair of models; goes on learning. Default: nothing yet.
     padded : bool
@@ -47,10 +50,12 @@ class Scheduler:
         config: StarsConfig,
         max_rows: int,
         kv_cache_tokens: int,
+        whole: bool = False,
         cost: HeartbeatCost | None = None,
         padded: bool = False,
     ) -> None:
         self.config = config
+        self.whole = whole
         self.max_rows = max_rows
         self.kv_cache_tokens = kv_cache_tokens
         self.cost = cost or HeartbeatCost()
@@ -64,11 +69,14 @@ class Scheduler:
         running = list(running)
         prompts = {request.prompt for request in running}
         best = sum(self.branch_slots(r) for r in running if r.best is not None and r.best.draw.node >= 0)
-        return sum(len(prompt.ids) for prompt in prompts) + sum(len(r.tokens) for r in running) + best
+        own = sum(len(r.tokens) if r.reserve is None else r.reserve for r in running)
+        return sum(len(prompt.ids) for prompt in prompts) + own + best
 
     def branch_slots(self, request: Request) -> int:
-        """Slots of one candidate. Its last token is encoded once it is committed."""
-        return min(self.config.segment_length, self.config.max_new_tokens - len(request.tokens)) - 1
+        """Slots of one candidate. Its last token is encoded once it is committed, unless its hidden state is needed."""
+        if request.reserve is not None:
+            return 0
+        return min(self.config.segment_length, self.config.max_new_tokens - len(request.tokens)) - (not self.whole)
 
     def spare(self, running: Sequence[Request]) -> int:
         """Slots left in this heartbeat when each running request draws one candidate; negative where they lack."""
@@ -81,35 +89,44 @@ class Scheduler:
         """
         prompts: Counter[PromptNode] = Counter(request.prompt for request in running)
         wanted = sum(len(prompt.ids) for prompt in prompts) + sum(map(self._two_heartbeats, running))
+        rows = sum(request.width for request in running)
         prefill = 0
         for count, request in enumerate(waiting):
             fresh = 0 if prompts[request.prompt] else len(request.prompt.ids)
             wanted += fresh + self._two_heartbeats(request)
             prefill += fresh + len(request.tokens)
             joins = len(running) + count
+            rows += request.width
             spared = int(_WATERMARK * self.kv_cache_tokens) if joins else 0
             too_long = prefill > self.prefill_tokens and count > 0
-            if joins >= self.max_rows or wanted + spared > self.kv_cache_tokens or too_long:
+            if (joins and rows > self.max_rows) or wanted + spared > self.kv_cache_tokens or too_long:
                 return count
             prompts[request.prompt] += 1
         return len(waiting)
 
     def _two_heartbeats(self, request: Request) -> int:
-        return len(request.tokens) + 2 * self.branch_slots(request) + 1
+        return len(request.tokens) + 2 * self.branch_slots(request) + 1 if request.reserve is None else request.reserve
 
-    def candidates(self, running: Sequence[Request]) -> list[int]:
-        """Candidates per request: at least 1, at most the attempts left; rows and slots are shared out by value."""
-        further = max(self.spare(running), 0) // candidate_slots(self.config)
-        rows = min(self.max_rows, len(running) + further)
-        limits = [self.config.max_attempts - request.attempts for request in running]
+    def candidates(self, running: Sequence[Request], encoding: Sequence[Request] = ()) -> list[int]:
+        """Candidates per request: at least 1, at most the attempts left; rows and slots are shared out by value.
+
+        What requests hold that are still being encoded is left to them.
+        """
+        further = max(self.spare([*running, *encoding]), 0) // candidate_slots(self.config)
+        rows = min(self.max_rows - len(encoding), len(running) + further)
+        limits = [most_attempts(request, self.config) - request.attempts for request in running]
         if self.config.candidates != "auto":
             limits = [min(limit, int(self.config.candidates)) for limit in limits]
             return share_evenly(limits, rows)
-        fixed, row = self.row_price(len(running))
-        costs = self.costs(np.arange(len(running), max(rows, len(running)) + 1)) / row
-        share = fixed / row / len(running)
-        values = [row_values(a, left, share) for a, left in zip(self.acceptance(running), limits, strict=True)]
-        return share_rows(values, costs)
+        return self.shares(self.acceptance(running), limits, rows)
+
+    def shares(self, acceptance: Sequence[float], limits: Sequence[int], rows: int) -> list[int]:
+        """Candidates per request, each at least 1 and at most its limit, that take least time in the long run."""
+        requests = len(limits)
+        fixed, row = self.row_price(requests)
+        costs = self.costs(np.arange(requests, max(rows, requests) + 1)) / row
+        share = fixed / row / requests
+        return share_rows([row_values(a, left, share) for a, left in zip(acceptance, limits, strict=True)], costs)
 
     def row_price(self, requests: int) -> tuple[float, float]:
         """What a heartbeat of so many requests costs without rows, and what a row adds."""
@@ -122,6 +139,17 @@ class Scheduler:
     def retire(self, request: Request) -> None:
         """The request has ended: what is known of its candidates is all that is known of those to come."""
         self.past = self.past[0] + request.acceptance_sum, self.past[1] + request.scored
+
+    def encoding_tokens(self, running: int, encoding: int) -> int:
+        """Tokens of admitted requests to encode in a heartbeat.
+
+        As many as take the time that decoding takes; more where more requests encode than decode, so that all have an
+        equal share of the time; and without bound but memory's where nobody decodes.
+        """
+        if not running:
+            return self.prefill_tokens
+        worth = self.config.segment_length * self.cost.encoding_worth(running) * max(1.0, encoding / running)
+        return max(1, int(min(worth, self.prefill_tokens)))
 
     def observe(self, timing: Timing) -> None:
         """Learn what rows cost. No text depends on it."""
@@ -139,9 +167,25 @@ class Scheduler:
         return (self.max_rows, self.prefill_tokens) != before
 
 
+def most_attempts(request: Request, config: StarsConfig) -> int:
+    """Candidates of the segment being drawn, at most."""
+    return config.max_attempts if request.limit is None else min(request.limit, config.max_attempts)
+
+
 def response_slots(config: StarsConfig) -> int:
-    """Most slots a response takes: its tokens, and a waiting best candidate beside the one being drawn."""
+    """Most slots a response takes: its tokens, and a waiting best candidate beside the one being drawn.
+
+    Of a population, all of its answers.
+    """
+    method = config.chosen_method
+    if isinstance(method, Population):
+        return method.slots(config)
     return config.max_new_tokens + candidate_slots(config)
+
+
+def persona_slots(personas: Sequence[Sequence[int]], config: StarsConfig) -> int:
+    """Most slots of a request with two prompts: these, the answer below each, and the block that is being drafted."""
+    return sum(map(len, personas)) + 2 * config.max_new_tokens + config.segment_length
 
 
 def candidate_slots(config: StarsConfig) -> int:

@@ -11,6 +11,7 @@ from stars_fast.config import StarsConfig
 from stars_fast.methods.stars import acceptance_probability
 from stars_fast.ops.select_and_commit import select_and_commit
 from stars_fast.request import Candidate, Request
+from stars_fast.scheduler import most_attempts
 
 
 class Verdict(NamedTuple):
@@ -34,7 +35,7 @@ def first_accepted(
     first_row = torch.tensor(counts).cumsum(0, dtype=int32)
     groups, rows = len(requests), len(drawn)
     winner, accepted, thresholds = select_and_commit(
-        torch.tensor([candidate.reward for candidate in drawn], dtype=torch.float32),
+        torch.tensor([candidate.score for candidate in drawn], dtype=torch.float32),
         torch.tensor([len(candidate.draw.tokens) for candidate in drawn], dtype=int32),
         torch.tensor([candidate.ended for candidate in drawn]),
         first_row,
@@ -43,12 +44,12 @@ def first_accepted(
         attempts,
         torch.tensor([len(request.tokens) for request in requests], dtype=int32),
         torch.full((groups,), config.max_new_tokens, dtype=int32),
-        torch.full((groups,), config.max_attempts, dtype=int32),
+        torch.tensor([most_attempts(request, config) for request in requests], dtype=int32),
         torch.tensor([_known(request.base) for request in requests], dtype=float64),
         torch.tensor([request.target for request in requests], dtype=float64),
         torch.tensor([request.beta for request in requests], dtype=float64),
         config.finished_threshold == "target",
-        torch.tensor([request.best.reward if request.best else 0.0 for request in requests], dtype=torch.float32),
+        torch.tensor([request.best.score if request.best else 0.0 for request in requests], dtype=torch.float32),
         best_attempt,
         # The tree writes the slot tables anew in its next plan: nothing to keep in the operator's.
         *_empty_tables(groups, rows),
@@ -58,7 +59,7 @@ def first_accepted(
     for request, group in zip(requests, candidates, strict=True):
         for candidate in group:
             if candidate.error is None:
-                request.acceptance_sum += acceptance_probability(candidate.reward, candidate.threshold, request.beta)
+                request.acceptance_sum += acceptance_probability(candidate.score, candidate.threshold, request.beta)
                 request.scored += 1
     starts = first_row.tolist()
     return [

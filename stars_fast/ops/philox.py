@@ -118,7 +118,12 @@ def gumbel(bits: torch.Tensor) -> torch.Tensor:
     return (-torch.log1p(-v)).log_().neg_()
 
 
-def acceptance_uniform(keys: torch.Tensor, segment: torch.Tensor, attempt: torch.Tensor) -> torch.Tensor:
-    """The uniform that decides whether a candidate is accepted, float64 inside (0, 1), shape of ``keys``."""
-    bits = philox4x32(keys, (segment, attempt, 0, ACCEPT << 28))[..., 0]
+def acceptance_uniform(
+    keys: torch.Tensor, segment: torch.Tensor, attempt: torch.Tensor, position: torch.Tensor | int = 0
+) -> torch.Tensor:
+    """The uniform that decides whether a candidate (or its token at ``position``) is accepted, float64 inside (0, 1).
+
+    Arguments broadcast.
+    """
+    bits = philox4x32(keys, (segment, attempt, position, ACCEPT << 28))[..., 0]
     return (bits.double() + 0.5) * 2.0**-32

@@ -125,7 +125,7 @@ def sample_step_reference(
         penalty = repetition_penalty[:, None]
         processed = torch.where(seen, torch.where(raw < 0, raw * penalty, raw / penalty), raw)
     processed = processed / temperature[:, None]
-    processed = _filter(processed, top_k, top_p, min_p)
+    processed = filter_logits(processed, top_k, top_p, min_p)
 
     drawn = alive & raw.amax(1).isfinite() & processed.amax(1).isfinite()
     token = torch.where(drawn, _draw(processed, keys, segment, attempt, position), 0)
@@ -143,7 +143,7 @@ def sample_step_reference(
     return token, logprob, sampling_logprob, entropy
 
 
-def _filter(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     """Logits ``[B, V]`` with -inf where top-k, top-p or min-p removes a token: each keeps what reaches a threshold."""
     filtering = (top_k > 0) | (top_p < 1) | (min_p > 0)
     if logits.device.type == "cpu" and not bool(filtering.any()):  # elsewhere the question would wait for the device

@@ -58,6 +58,7 @@ class Response:
     prompt: RewardPrompt
     tokens: list[int] = field(default_factory=list)  # committed, policy ids
     state: Any = None
+    ends: list[int] = field(default_factory=list)  # tokens up to the end of each committed segment
 
 
 @dataclass(eq=False)
@@ -70,6 +71,7 @@ class Completion:
     eos: bool = False  # the segment's last token is the EOS that ended it
     tokenizer: Any = None  # the policy's
     state: Any = None
+    hidden: torch.Tensor | None = None  # [H], the policy's last hidden state at the last token, for who needs it
 
     @property
     def tokens(self) -> list[int]:
@@ -103,11 +105,14 @@ class Reward(abc.ABC):
     ----------
     partial : bool
         Whether the reward makes sense on an unfinished answer. Segment-level methods refuse a scorer without it.
+    needs_hidden_state : bool
+        Whether the engine sets ``Completion.hidden`` before :meth:`score`.
     tokens : int
         Tokens encoded since :meth:`begin`, for ``stats["reward_tokens"]``.
     """
 
     partial: bool = True
+    needs_hidden_state: bool = False
     tokens: int = 0
     _calls: int = 0  # that began and have not ended, refused ones included
 
@@ -124,6 +129,10 @@ class Reward(abc.ABC):
     def score(self, completions: Sequence[Completion]) -> Sequence[float | None]:
         """One reward per completion; ``-inf`` rejects for good. Whatever raises here is tried again one by one."""
 
+    def parts(self, completion: Completion) -> dict[str, float] | None:
+        """What the reward of the completion just scored is made of, by name; None for a scorer without parts."""
+        return None
+
     def commit(self, completion: Completion) -> None:
         """The completion's segment joins its response (whose ``tokens`` the caller extends afterwards)."""
 
@@ -132,6 +141,10 @@ class Reward(abc.ABC):
 
     def close(self, response: Response) -> None:
         """The response is finished: forget it."""
+
+    def fork(self, response: Response) -> Response:
+        """A second response that goes on from this one."""
+        return Response(response.prompt, list(response.tokens), ends=list(response.ends))
 
     def end(self) -> None:
         """The call of the engine is over, normally or not: free everything."""

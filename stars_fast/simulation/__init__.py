@@ -1,6 +1,6 @@
-"""The engine's scheduler without models: drawn or recorded acceptances, costs on paper, thousands of requests a second."""
+"""The engine's scheduler without models: acceptances drawn or recorded, costs on paper, thousands of requests a second."""
 
-from stars_fast.simulation.acceptance import Course, recorded, rates, synthetic
+from stars_fast.simulation.acceptance import Course, rates, recorded, synthetic
 from stars_fast.simulation.machine import LinearMachine, Machine, RooflineMachine
 from stars_fast.simulation.run import Outcome, Work, best_fixed, simulate
 

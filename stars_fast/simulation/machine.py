@@ -66,7 +66,7 @@ class RooflineMachine:
     reward: ModelCost
     workload: Workload
     gpu: Gpu
-    achievable: Achievable = Achievable()
+    achievable: Achievable = field(default_factory=Achievable)
     padded: bool = True
     _known: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False)
 

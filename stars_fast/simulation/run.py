@@ -255,4 +255,5 @@ class _Run:
 def _request(index: int, work: Work) -> Request:
     ids = [0] * work.prompt
     prompt = RewardPrompt(index, ids, ids)
-    return Request(index, index, 0, PromptNode(ids, prompt), 0, target=0.0, base=0.0, beta=1.0, response=Response(prompt))
+    node = PromptNode(ids, prompt)
+    return Request(index, index, 0, node, 0, target=0.0, base=0.0, beta=1.0, response=Response(prompt))

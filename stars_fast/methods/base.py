@@ -1,0 +1,183 @@
+"""What a method is: a rule for the shared loop, with its parameters. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+if TYPE_CHECKING:
+    from stars_fast.config import StarsConfig
+    from stars_fast.request import Candidate
+    from stars_fast.rewards.base import Reward
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class Segments(NamedTuple):
+    """Where a segment ends, besides its greatest length (``StarsConfig.segment_length``) and the answer's end."""
+
+    entropy: float = math.inf  # before a token whose distribution, untempered, has this much entropy (nats) ...
+    shortest: int = 1  # ... once it has this many tokens
+    delimiter: str | None = None  # after the token that completes this text
+
+
+@dataclass(frozen=True)
+class Method:
+    """A choice of segmenter, proposal, scorer, selection and schedule. Fields are its parameters.
+
+    As it stands: candidates of K tokens drawn from the policy, the first accepted by STARS' rule, the best of
+    ``max_attempts`` where none is. A method of one's own overrides what differs; see ``docs/methods.md``.
+
+    Attributes
+    ----------
+    name : str
+        What ``StarsConfig(method=...)`` calls it.
+    scores_unfinished : bool
+        Whether unfinished answers are scored. A reward with ``partial=False`` serves methods that do not ask for it.
+    has_target : bool
+        Whether r_star matters: calibrated from pilot responses where ``target_reward`` is None.
+    needs_hidden_state : bool
+        Whether :meth:`values` reads ``Completion.hidden``.
+    """
+
+    name: ClassVar[str]
+    scores_unfinished: ClassVar[bool] = True
+    has_target: ClassVar[bool] = True
+    needs_hidden_state: ClassVar[bool] = False
+
+    def rule(self, config: StarsConfig) -> StarsConfig:
+        """The call's settings with what this method decides itself."""
+        return config
+
+    def segments(self) -> Segments:
+        """Where a segment ends."""
+        return Segments()
+
+    def pilot(self) -> Method:
+        """What draws the unguided responses of a calibration: the same segments, scored where these are."""
+        return self
+
+    def check(self, reward: Reward) -> None:
+        """Raise ValueError for a scorer that this method cannot use."""
+        if self.scores_unfinished and not reward.partial:
+            raise ValueError(
+                f"method={self.name!r} scores unfinished answers, which {type(reward).__name__} (partial=False) cannot "
+                "do; vanilla, best_of_n and rejection_sampling score finished ones only"
+            )
+
+    def values(self, candidates: Sequence[Candidate]) -> list[float]:
+        """What the selection compares, one number per scored candidate: the reward, 0 where none was asked for."""
+        return [0.0 if candidate.unscored else candidate.reward for candidate in candidates]
+
+    def to_dict(self) -> str | dict[str, Any]:
+        """The name where all parameters are the defaults, else the name and those that are not.
+
+        Raises
+        ------
+        ValueError
+            For a parameter that is an object, such as a model.
+        """
+        changed = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is field.default:
+                continue
+            if not all(isinstance(v, _PLAIN) for v in (value if isinstance(value, (list, tuple)) else [value])):
+                raise ValueError(
+                    f"method={self.name!r}: {field.name} is a {type(value).__name__}, which cannot be saved: give a "
+                    "path or hub id, or leave it out and set it after loading"
+                )
+            if value != field.default:
+                changed[field.name] = value
+        return {"name": self.name, **changed} if changed else self.name
+
+    def _check_least(self, name: str, least: float) -> None:
+        value = getattr(self, name)
+        integral = isinstance(least, int)
+        if isinstance(value, bool) or not isinstance(value, int if integral else (int, float)):
+            raise TypeError(f"{self.name}: {name}={value!r} must be {'an integer' if integral else 'a number'}")
+        if not value >= least:
+            raise ValueError(f"{self.name}: {name}={value} must be at least {least:g}")
+
+
+@dataclass(frozen=True)
+class Trial(Method):
+    """Whole answers are drawn, scored and tested; every attempt is an unguided response of its own."""
+
+    scores_unfinished: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Enumerated(Method):
+    """Candidates are not drawn: they are the policy's likely next tokens, a segment being one token."""
+
+    most: ClassVar[str]  # the field that says how many tokens are candidates
+
+    def rule(self, config: StarsConfig) -> StarsConfig:
+        return config.replace(segment_length=1, max_attempts=getattr(self, self.most))
+
+    def tokens(self, logits: Any) -> list[int]:
+        """Ids of the candidates, in the order in which they are looked at. logits ``[V]`` float32."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Population(Method):
+    """Several answers grow at once; after each segment some are continued, once or several times.
+
+    The last of them to be chosen is the one with the highest reward, ties to the first.
+    """
+
+    has_target: ClassVar[bool] = False
+
+    def rule(self, config: StarsConfig) -> StarsConfig:
+        return config.replace(target_reward=-math.inf, base_reward=None)
+
+    @property
+    def width(self) -> int:
+        """Candidates in each round."""
+        raise NotImplementedError
+
+    @property
+    def children(self) -> int:
+        """Candidates of each answer that goes on. The first round draws ``width`` from the prompt."""
+        raise NotImplementedError
+
+    def select(self, values: Sequence[float], uniforms: Sequence[float]) -> list[int]:
+        """Places of the answers that stay, which may repeat.
+
+        ``values`` are those of all answers: the finished ones, then this round's candidates. ``uniforms`` are ``width``
+        independent numbers in (0, 1).
+        """
+        raise NotImplementedError
+
+    def slots(self, config: StarsConfig) -> int:
+        """Most slots that the answers of one request take together, candidates included, the prompt not."""
+        kept, longest = self.width // self.children, config.max_new_tokens
+        return min(self.width * longest, kept * longest + self.width * config.segment_length)
+
+
+def method_from(value: Any, known: Mapping[str, type[Method]]) -> Method:
+    """The method that a name, a mapping with ``name`` and parameters, or a method object stands for.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For an unknown name or parameter, listing the known ones.
+    """
+    if isinstance(value, Method):
+        return value
+    name, parameters = value, {}
+    if isinstance(value, Mapping):
+        parameters = {key: v for key, v in value.items() if key != "name"}
+        name = value.get("name")
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"method={name!r} is unknown; known methods: {', '.join(known)}")
+    fields = [field.name for field in dataclasses.fields(known[name])]
+    for parameter in parameters:
+        if parameter not in fields:
+            raise ValueError(f"method={name!r} has no parameter {parameter!r}; it has {', '.join(fields) or 'none'}")
+    return known[name](**parameters)

@@ -1,0 +1,94 @@
+"""Methods with several answers at once: which of them go on, as pure functions of rewards."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, ClassVar
+
+from stars_fast.methods.base import Population, Segments
+
+if TYPE_CHECKING:
+    from stars_fast.config import StarsConfig
+
+
+@dataclass(frozen=True)
+class ParticleFilter(Population):
+    """A particle filter over partial answers (arXiv 2502.01618).
+
+    In each round every particle grows by a segment and is weighted by ``softmax(r / temperature)`` of its reward (a
+    process reward model's); ``particles`` of them are drawn again with these weights, with replacement (multinomial).
+    Finished particles keep their reward and take part. The answer is the particle with the highest reward at the end.
+
+    ``delimiter`` ends a step, as the paper's blank line does; None for steps of ``segment_length`` tokens, which is
+    also the longest a step may be.
+    """
+
+    name: ClassVar[str] = "particle_filter"
+    particles: int = 8
+    temperature: float = 1.0
+    delimiter: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check_least("particles", 1)
+        self._check_least("temperature", 1e-6)
+
+    def segments(self) -> Segments:
+        return Segments(delimiter=self.delimiter)
+
+    @property
+    def width(self) -> int:
+        return self.particles
+
+    @property
+    def children(self) -> int:
+        return 1
+
+    def select(self, values: Sequence[float], uniforms: Sequence[float]) -> list[int]:
+        top = max(values)
+        if math.isinf(top):  # every particle is rejected for good: none is better than another
+            weights = [1.0] * len(values)
+        else:
+            weights = [math.exp((value - top) / self.temperature) for value in values]
+        sums = list(accumulate(weights))
+        return [min(bisect_right(sums, u * sums[-1]), len(values) - 1) for u in uniforms]
+
+
+@dataclass(frozen=True)
+class TreeBoN(Population):
+    """Best-of-N over a tree (arXiv 2410.16033).
+
+    ``width`` answers grow by one layer of ``max_new_tokens / layers`` tokens; the best ``width / children`` by reward
+    stay, and each is continued ``children`` times, to the last layer, whose best is the answer. The paper's score of a
+    partial answer is the weighted implicit reward ``sum_k (1/k) log(pi_dpo(y_k) / pi_ref(y_k))``
+    (``rewards.ImplicitReward``); any reward that makes sense on partial text is taken.
+    """
+
+    name: ClassVar[str] = "treebon"
+    n: int = 16
+    branching: int = 4
+    layers: int = 4
+
+    def __post_init__(self) -> None:
+        for field in ("n", "branching", "layers"):
+            self._check_least(field, 1)
+        if self.n % self.branching:
+            raise ValueError(f"treebon: n={self.n} must be a multiple of branching={self.branching}")
+
+    def rule(self, config: StarsConfig) -> StarsConfig:
+        return super().rule(config).replace(segment_length=-(-config.max_new_tokens // self.layers))
+
+    @property
+    def width(self) -> int:
+        return self.n
+
+    @property
+    def children(self) -> int:
+        return self.branching
+
+    def select(self, values: Sequence[float], uniforms: Sequence[float]) -> list[int]:
+        best_first = sorted(range(len(values)), key=lambda place: (-values[place], place))
+        return best_first[: self.n // self.branching]

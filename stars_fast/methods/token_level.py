@@ -1,0 +1,120 @@
+"""Methods that choose among the policy's likely next tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from stars_fast.methods.base import Enumerated
+
+if TYPE_CHECKING:
+    from stars_fast.config import StarsConfig
+    from stars_fast.request import Candidate
+    from stars_fast.rewards.base import Reward
+
+
+@dataclass(frozen=True)
+class Args(Enumerated):
+    """The next token by likelihood and reward: ``arg max_v log pi(v | x, y) + weight * r(x, y v)`` over the ``top_k``
+    likeliest v (ARGS, arXiv 2402.01694).
+
+    The paper adds the reward to the logit, which differs from the log-probability by a constant per position: the same
+    choice. With a ``temperature`` the token is drawn from the softmax of the sum over it (ARGS-stochastic) instead.
+    Temperature and filters of StarsConfig do not apply, an answer's ``sampling_logprobs`` included tokens they remove.
+    """
+
+    name: ClassVar[str] = "args"
+    has_target: ClassVar[bool] = False
+    most: ClassVar[str] = "top_k"
+    top_k: int = 10
+    weight: float = 1.5
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._check_least("top_k", 1)
+        self._check_least("weight", 0.0)
+        self._check_least("temperature", 0.0)
+
+    def rule(self, config: StarsConfig) -> StarsConfig:
+        return super().rule(config.replace(target_reward=float("inf"), base_reward=None))
+
+    def check(self, reward: Reward) -> None:
+        from stars_fast.rewards.callable import CallableReward
+
+        super().check(reward)
+        if isinstance(reward, CallableReward):
+            raise ValueError(
+                f"method='args' scores every likely next token, {self.top_k} a position: a function of text would see "
+                "half words and characters, thousands of times an answer. Give a reward model, or a "
+                "stars_fast.rewards.Reward where the function is fit for it"
+            )
+
+    def tokens(self, logits: Any) -> list[int]:
+        top: list[int] = logits.topk(min(self.top_k, logits.shape[0])).indices.tolist()
+        return top
+
+    def values(self, candidates: Sequence[Candidate]) -> list[float]:
+        sums = [candidate.draw.logprobs[0] + self.weight * candidate.reward for candidate in candidates]
+        if not self.temperature:
+            return sums
+        # Gumbel-max: the largest of these is a draw from the softmax.
+        return [value / self.temperature + c.gumbel for value, c in zip(sums, candidates, strict=True)]
+
+
+@dataclass(frozen=True)
+class Mara(Enumerated):
+    """The likeliest token that a small network accepts (MARA, arXiv 2505.19743).
+
+    The ``top_k`` likeliest tokens, after ``temperature`` and ``top_p``, are looked at in descending probability. The
+    first that ``mlp`` accepts is taken; the likeliest where it accepts none. Temperature and filters of StarsConfig do
+    not apply. The reward model only scores the finished answer, for the output.
+
+    Parameters
+    ----------
+    mlp : torch.nn.Module
+        ``[rows, hidden] -> [rows, 2]``: logits of reject and accept from the policy's last hidden state at the token
+        (in the paper hidden -> 1024 -> 256 -> 2).
+    """
+
+    name: ClassVar[str] = "mara"
+    scores_unfinished: ClassVar[bool] = False
+    has_target: ClassVar[bool] = False
+    needs_hidden_state: ClassVar[bool] = True
+    most: ClassVar[str] = "top_k"
+    mlp: Any = None
+    top_k: int = 40
+    top_p: float = 0.95
+    temperature: float = 0.8
+
+    def __post_init__(self) -> None:
+        self._check_least("top_k", 1)
+        self._check_least("temperature", 1e-6)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"mara: top_p={self.top_p} must lie in (0, 1]")
+
+    def rule(self, config: StarsConfig) -> StarsConfig:
+        return super().rule(config.replace(target_reward=0.0, alpha=1.0))
+
+    def check(self, reward: Reward) -> None:
+        super().check(reward)
+        if not callable(self.mlp):
+            raise ValueError(
+                "method='mara' needs the network that accepts or rejects: StarsConfig(method=Mara(mlp=...)), a "
+                "torch.nn.Module from [rows, hidden] to [rows, 2]"
+            )
+
+    def tokens(self, logits: Any) -> list[int]:
+        top = (logits / self.temperature).softmax(0).topk(min(self.top_k, logits.shape[0]))
+        kept = top.values / top.values.sum()
+        before = kept.cumsum(0) - kept  # what likelier tokens weigh
+        return [token for token, mass in zip(top.indices.tolist(), before.tolist(), strict=True) if mass < self.top_p]
+
+    def values(self, candidates: Sequence[Candidate]) -> list[float]:
+        import torch
+
+        states = [candidate.completion.hidden for candidate in candidates]
+        hidden = torch.stack([state for state in states if state is not None])  # [rows, H]
+        weight = next(iter(getattr(self.mlp, "parameters", lambda: ())()), hidden)
+        reject, accept = self.mlp(hidden.to(weight.device, weight.dtype)).float().unbind(1)
+        return torch.where(accept > reject, 0.0, -torch.inf).tolist()
