@@ -55,8 +55,9 @@ class Queue:
         trunks = self.trunks_ahead()
         leaves = [leaf for request in self.encoding for leaf in request.leaves]
         self.encoded = trunks.encode(leaves, self.scheduler.encoding_tokens(len(self.running), len(self.encoding)))
-        joined = [request for request in self.encoding if all(map(trunks.ready, request.leaves))]
-        self.encoding = [request for request in self.encoding if request not in joined]
+        encoding, self.encoding, joined = self.encoding, [], list[Request]()
+        for request in encoding:
+            (joined if all(map(trunks.ready, request.leaves)) else self.encoding).append(request)
         self.running += joined
         return joined
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stars_fast.cli import demo, doctor, generate, kernels, roofline
+from stars_fast.cli import demo, doctor, generate, kernels, roofline, simulate
 from stars_fast.cli.console import print_version
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("generate")(generate.run)
 app.command("doctor")(doctor.run)
 app.command("kernels")(kernels.run)
 app.command("roofline")(roofline.run)
+app.command("simulate")(simulate.run)
 
 __all__ = ["app"]
 

@@ -1,4 +1,4 @@
-"""The engine's scheduler without models: acceptances drawn or recorded, costs on paper, thousands of requests a second."""
+"""The engine's scheduler without models: acceptances drawn or recorded, costs on paper, requests by the thousand."""
 
 from stars_fast.simulation.acceptance import Course, rates, recorded, synthetic
 from stars_fast.simulation.machine import LinearMachine, Machine, RooflineMachine

@@ -42,7 +42,7 @@ def rates(acceptance: str, requests: int, seed: int) -> np.ndarray:
     try:
         if drawn is not None:
             values = np.random.default_rng(seed).beta(float(drawn[1]), float(drawn[2]), requests)
-            return values.clip(1e-3, 1.0)
+            return np.clip(values, 1e-3, 1.0)
         rate = float(acceptance)
     except ValueError:
         rate = -1.0

@@ -70,7 +70,7 @@ class Outcome:
     rows : float
         Mean candidates of a heartbeat.
     host_us : float
-        Microseconds a heartbeat that the scheduler itself took, here and now.
+        Microseconds of processor time that the scheduler itself took per heartbeat, here and now.
     """
 
     name: str
@@ -185,7 +185,7 @@ class _Run:
         )
 
     def _heartbeat(self) -> None:
-        started = time.perf_counter()
+        started = time.thread_time()
         admitted = 0
         if not self.behind or self.schedule != "barrier":
             free = self.work.batch - len(self.running)
@@ -193,12 +193,12 @@ class _Run:
             self.running += [self.waiting.popleft() for _ in range(admitted)]
             self.behind = self.running
         shares = self.scheduler.candidates(self.behind)
-        self.host_seconds += time.perf_counter() - started
+        self.host_seconds += time.thread_time() - started
         drawing, lengths = self.behind, [self._length(request) for request in self.behind]
         timing = self._time(shares, max(lengths), admitted)
-        started = time.perf_counter()
+        started = time.thread_time()
         self.scheduler.observe(timing)
-        self.host_seconds += time.perf_counter() - started
+        self.host_seconds += time.thread_time() - started
         moved = {
             request
             for request, share, length in zip(drawing, shares, lengths, strict=True)
