@@ -21,6 +21,7 @@ _REFIT_EVERY = 8
 _HUBER = 1.5
 _LEAST_SCATTER = 0.02  # of the mean cost: a straight line is no better
 _PASSES = 10
+_CLOCK = 1e-9  # seconds; nothing takes none
 
 
 class Line:
@@ -46,7 +47,7 @@ class Line:
 
     def observe(self, rows: float, encoded: float, seconds: float) -> None:
         """Learn from one heartbeat; every eighth is enough once there are some."""
-        self._seen.append((1.0, rows, encoded, seconds))
+        self._seen.append((1.0, rows, encoded, max(seconds, _CLOCK)))
         self._observed += 1
         if self._observed <= _REFIT_EVERY or self._observed % _REFIT_EVERY == 0:
             self._fit()
@@ -58,8 +59,6 @@ class Line:
         cost *= np.median(y / (x @ cost))  # the line before has the shape where the search starts
         rows = float(x[:, 1].mean())
         level = float(cost[0] + cost[1] * rows)
-        if not level > 0:
-            return
         for _ in range(_PASSES):
             residual = np.abs(y - x @ cost)
             scatter = max(1.4826 * float(np.median(residual)), _LEAST_SCATTER * level)

@@ -39,7 +39,7 @@ def h200():
 
 @pytest.mark.parametrize("acceptance, candidates", [(0.3, 1), (0.3, 4), (0.1, 6), (0.05, 20)])
 def test_a_fixed_number_of_candidates_costs_what_renewal_theory_says(acceptance, candidates):
-    one = simulate(work(str(acceptance), 1500, scatter=0.0, stalls=0.0), SMALL, candidates)
+    one = simulate(work(str(acceptance), 1500, scatter=0.0, stalls=0.0, max_rows=320), SMALL, candidates)
     cycle = renewal(acceptance, candidates, 20)
     assert one.drawn / one.committed == pytest.approx(cycle.candidates, rel=0.03)
     assert one.committed == 1500 * 128
@@ -146,7 +146,7 @@ def test_files_that_hold_no_recorded_rows_are_refused(lines):
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="fixed=0"):
         LinearMachine(0, 1)
-    with pytest.raises(ValueError, match="batch=300.*max_rows=256"):
+    with pytest.raises(ValueError, match=r"batch=300.*max_rows=256"):
         work("0.3", 2, batch=300)
     with pytest.raises(ValueError, match="schedule='fast'"):
         simulate(work("0.3", 2), SMALL, "fast")
