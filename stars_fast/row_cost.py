@@ -17,6 +17,7 @@ _PRIOR_SPREAD = 0.5
 # Heartbeats that are remembered: contexts grow and requests come and go, so old ones say little.
 _WINDOW = 64
 _REFIT_EVERY = 8
+_ENOUGH = 16
 # Residuals beyond this many standard deviations pull no harder (Huber's estimate).
 _HUBER = 1.5
 _LEAST_SCATTER = 0.02  # of the mean cost: a straight line is no better
@@ -51,6 +52,10 @@ class Line:
         self._observed += 1
         if self._observed <= _REFIT_EVERY or self._observed % _REFIT_EVERY == 0:
             self._fit()
+
+    def unvaried(self) -> bool:
+        """Whether a good number of observations are all of as many rows."""
+        return len(self._seen) >= _ENOUGH and len({rows for _, rows, _, _ in self._seen}) == 1
 
     def _fit(self) -> None:
         seen = np.array(self._seen)
@@ -101,6 +106,10 @@ class HeartbeatCost:
     def per_token(self, padded_rows: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Expected seconds per token of the segments, for each number of rows ``[...]`` and what it is padded to."""
         return self.propose(padded_rows) + self.score(rows)
+
+    def unvaried(self) -> bool:
+        """Whether the last heartbeats had equally many rows, so that what one more costs is the prior's guess."""
+        return self.propose.unvaried()
 
     def line(self) -> tuple[float, float]:
         """What is fixed in it, and what a row adds."""

@@ -20,6 +20,8 @@ _PRIOR_WEIGHT = 4.0
 _PRIOR_ACCEPTANCE = 0.3
 # Most tokens to encode in one heartbeat, and of requests that are admitted in one.
 _PREFILL_TOKENS = 4096
+# What rows are taken to cost less than believed, where nothing but the prior says so.
+_CURIOSITY = 8.0
 # Share of the slots that admission leaves free for the requests that run to grow into.
 _WATERMARK = 0.01
 
@@ -124,7 +126,11 @@ class Scheduler:
         """Candidates per request, each at least 1 and at most its limit, that take least time in the long run."""
         requests = len(limits)
         fixed, row = self.row_price(requests)
-        costs = self.costs(np.arange(requests, max(rows, requests) + 1)) / row
+        costs = self.costs(np.arange(requests, max(rows, requests) + 1))
+        if self.cost.unvaried():  # a heartbeat with more rows now and then tells what they cost
+            row /= _CURIOSITY
+            costs = costs[0] + (costs - costs[0]) / _CURIOSITY
+        costs /= row
         share = fixed / row / requests
         return share_rows([row_values(a, left, share) for a, left in zip(acceptance, limits, strict=True)], costs)
 

@@ -38,6 +38,9 @@ def test_before_anything_was_measured_and_where_rows_never_vary_the_prior_decide
     assert line.slope / line.fixed == pytest.approx(PRIOR_RATIO, rel=0.01)
     assert line.fixed + 10 * line.slope == pytest.approx(0.032, rel=0.01)
     assert line.token == pytest.approx(line.slope, rel=0.01)
+    assert line.unvaried() and not Line().unvaried()
+    line.observe(11, 0, 0.033)
+    assert not line.unvaried()
 
 
 def test_costs_are_never_negative():
