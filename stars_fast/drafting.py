@@ -39,6 +39,9 @@ class Drafting(Generation):
         """Whether it is the draft model's turn."""
         return request.attempts == 0
 
+    def trunks_ahead(self) -> Trunks:
+        return self.trees[1]
+
     def extend(self) -> None:
         for place, trunks in enumerate(self.trees):
             trunks.extend([request for request in self.running if self._drafted(request) == place])

@@ -22,6 +22,7 @@ from stars_fast.policy import Policy
 from stars_fast.progress import progress_bar
 from stars_fast.request import Request
 from stars_fast.rewards import Reward
+from stars_fast.row_cost import HeartbeatCost
 from stars_fast.scheduler import Scheduler, candidate_slots, persona_slots, response_slots
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.memory import default_tokens, divide_devices
@@ -101,6 +102,7 @@ class StarsEngine:
         self.kv_cache_tokens = kv_cache_tokens
         self.gpu_memory_utilization = gpu_memory_utilization
         self._draft: Policy | None = None
+        self.costs: dict[str, HeartbeatCost] = {}  # by method; what is learned on this machine serves the next call
         self._busy = False
 
     def generate(
@@ -278,7 +280,8 @@ class StarsEngine:
                 stack.enter_context(plugged(policy.model))
             stack.callback(self.reward.end)
             self.reward.begin(prompts, config.max_new_tokens, rows, self.kv_cache_tokens)
-            scheduler = Scheduler(config, self.max_rows, tokens, whole)
+            cost = self.costs.setdefault(method.name, HeartbeatCost())
+            scheduler = Scheduler(config, self.max_rows, tokens, whole, cost, self.policy.padded)
             loop = generation(
                 config,
                 draft,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,6 +17,7 @@ from stars_fast.policy import Draw, Policy
 from stars_fast.queue import Queue
 from stars_fast.request import Candidate, PromptNode, Request
 from stars_fast.rewards.base import Completion, Response, Reward, score_each
+from stars_fast.row_cost import Timing
 from stars_fast.scheduler import Scheduler
 from stars_fast.selection import first_accepted
 from stars_fast.tree.segment_tree import SlotsExhausted
@@ -55,11 +57,12 @@ class Generation(Queue):
         self.policy, self.config, self.sampling, self.tokenizer = policy, config, sampling, tokenizer
         self.method = config.chosen_method
         self.segments = self.method.segments()
+        self.captures = -1  # of graphs, so far; the first heartbeat is no measure, as much is made in it
         self.has_parts = type(reward).parts is not Reward.parts
 
     def run(self) -> Iterator[Request]:
         """Yield a request whenever it has committed a segment (its last trace is new) or has failed."""
-        while self.waiting or self.running:
+        while self.waiting or self.admitted:
             yield from self.heartbeat()
         for trunks in self.trees:
             trunks.keep_prompts([])
@@ -67,20 +70,45 @@ class Generation(Queue):
     @torch.no_grad()
     def heartbeat(self) -> list[Request]:
         """One round for every running request. Returns those that committed a segment or failed."""
+        started = time.perf_counter()
         self.make_room()
-        admitted, failed = self.admit(), list[Request]()
+        self.admit()
+        failed = list[Request]()
         try:
+            joined = self.join()
             self.extend()
-            failed = self.set_base_rewards(admitted)
+            failed = self.set_base_rewards(joined)
             self.running = [request for request in self.running if request.finish_reason is None]
             candidates = self.propose()
         except (torch.OutOfMemoryError, SlotsExhausted) as error:
             cause = f"{type(error).__name__}: {error}"
         else:
+            proposed, scored = time.perf_counter(), self.reward.tokens
             self.score(candidates)
-            return failed + self.select_and_commit(candidates)
+            changed = self.select_and_commit(candidates)
+            self.note(candidates, started, proposed, self.reward.tokens - scored)
+            return failed + changed
         # Out here nothing of the failed pass is alive: an exception holds its frames, and they their tensors.
         return failed + self.retreat(cause)
+
+    def note(self, candidates: Sequence[Sequence[Candidate]], started: float, proposed: float, scored: int) -> None:
+        """Count the rows in use, and learn what they cost: not from heartbeats in which a graph was captured.
+
+        The host has looked at the device when candidates were drawn, and again when they were scored, so two readings
+        of the clock are all it takes.
+        """
+        if not candidates:
+            return
+        lengths = [len(candidate.draw.tokens) for group in candidates for candidate in group]
+        self.stats.rows.append(len(lengths))
+        self.stats.requests.append(len(candidates))
+        captures, self.captures = self.captures, self.policy.captures
+        if captures == self.captures:
+            ended = time.perf_counter()
+            beside = max(scored - sum(lengths), 0)
+            self.scheduler.observe(
+                Timing(len(lengths), max(lengths), self.encoded, beside, proposed - started, ended - proposed)
+            )
 
     def extend(self) -> None:
         """Encode what is not in the tree."""
@@ -92,7 +120,7 @@ class Generation(Queue):
 
     def shares(self, drawers: Sequence[Request]) -> list[int]:
         """How many each of them draws."""
-        return self.scheduler.candidates(drawers)
+        return self.scheduler.candidates(drawers, self.encoding)
 
     def set_base_rewards(self, admitted: Sequence[Request]) -> list[Request]:
         """``r0`` of new requests that need r(x), the reward of the empty answer. Returns those it failed for."""

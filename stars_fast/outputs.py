@@ -44,6 +44,8 @@ class Stats:
     committed_tokens: int = 0
     discarded_tokens: int = 0
     heartbeats: int = 0
+    rows: list[int] = field(default_factory=list)  # candidates drawn side by side, heartbeat by heartbeat
+    requests: list[int] = field(default_factory=list)  # and the requests (or answers) they belong to
     preemptions: int = 0  # requests that gave their slots back for a while, and were encoded again
     seconds: float = 0.0
     calibration_tokens: int = 0  # of the discarded ones, those of the pilot responses

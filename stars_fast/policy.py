@@ -61,6 +61,7 @@ class Policy(TreeModel):
         self.padded = cuda_graphs and self.device.type == "cuda"
         self.torch_compile = torch_compile
         self.sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+        self.captures = 0  # graphs made so far
         self._room = (0, 0)  # for the largest trunk and segment
         self._steps: dict[Shape, Steps] = {}
         self._seen_by_graphs: tuple[Any, ...] = ()
@@ -87,9 +88,14 @@ class Policy(TreeModel):
             self._graph_pool = torch.cuda.graph_pool_handle()
         return self._graph_pool
 
-    def prefill(self, leaves: Sequence[int], tokens: Sequence[Sequence[int]]) -> tuple[list[int], list[torch.Tensor]]:
-        """Append tokens below each leaf (-1: a fresh prompt). Returns new nodes and the next tokens' logits ``[V]``."""
-        nodes, outputs = self.extend(leaves, tokens, logits_to_keep=0)
+    def prefill(
+        self, leaves: Sequence[int], tokens: Sequence[Sequence[int]], limit: int | None = None
+    ) -> tuple[list[int], list[torch.Tensor]]:
+        """Append tokens below each leaf (-1: a fresh prompt), at most ``limit`` in a forward pass.
+
+        Returns new nodes and the next tokens' logits ``[V]``.
+        """
+        nodes, outputs = self.extend(leaves, tokens, limit, logits_to_keep=0)
         return nodes, [output.logits[0, place] for output, _, place in outputs]
 
     def propose(self, leaves: Sequence[Leaf], sampling: Sampling) -> list[list[Draw]]:
@@ -212,6 +218,7 @@ class Policy(TreeModel):
         steps = Steps(self, shape)
         if self.device.type != "cuda" or shape.length == 1:
             return steps
+        self.captures += 1
         if self.torch_compile:
             from stars_fast.tree.compiled import CompilationError, compiled_layers  # imports torch's compiler: a second
 

@@ -17,7 +17,6 @@ from stars_fast.outputs import SegmentTrace
 from stars_fast.policy import Draw
 from stars_fast.request import Candidate, Request
 from stars_fast.rewards.base import Response
-from stars_fast.scheduler import share_rows
 
 _MEMBERS = 2  # domain of the random numbers' keys
 # Expected share of whole answers accepted, before any is seen.
@@ -90,7 +89,7 @@ class Trials(Members):
             most = min(most, int(config.candidates))
         elif self.method.has_target:
             limits = [most] * len(requests)
-            most = min(share_rows([_ACCEPTANCE] * len(requests), limits, scheduler.max_rows, adaptive=True))
+            most = min(scheduler.shares([_ACCEPTANCE] * len(requests), limits, scheduler.max_rows))
         for request in requests:
             room = (scheduler.kv_cache_tokens - len(request.prompt.ids)) // config.max_new_tokens
             request.width = max(1, min(most, room, scheduler.max_rows))

@@ -33,25 +33,47 @@ class Queue:
         self.trees = [trunks]  # all that a method uses
         self.waiting = deque(requests)
         self.running: list[Request] = []  # the oldest first
+        self.encoding: list[Request] = []  # admitted after these; not all of their text is in the tree yet
+        self.encoded = 0  # tokens of them in this heartbeat
 
-    def admit(self) -> list[Request]:
-        """Move waiting requests into free rows."""
-        count = self.scheduler.admit(self.waiting, self.running)
-        admitted = [self.waiting.popleft() for _ in range(count)]
-        self.running += admitted
+    def admit(self) -> None:
+        """Give waiting requests the rows and slots that are free. Their texts are encoded first (:meth:`join`)."""
+        count = self.scheduler.admit(self.waiting, self.admitted)
+        self.encoding += [self.waiting.popleft() for _ in range(count)]
         for trunks in self.trees:
-            trunks.keep_prompts(self.running)
-        return admitted
+            trunks.keep_prompts(self.admitted)
+
+    @property
+    def admitted(self) -> list[Request]:
+        """All that hold slots, the oldest first."""
+        return self.running + self.encoding
+
+    def join(self) -> list[Request]:
+        """Encode of the admitted requests what a heartbeat has room for. Those that are ready run from now on."""
+        if not self.encoding:
+            return []
+        trunks = self.trunks_ahead()
+        leaves = [leaf for request in self.encoding for leaf in request.leaves]
+        self.encoded = trunks.encode(leaves, self.scheduler.encoding_tokens(len(self.running), len(self.encoding)))
+        encoding, self.encoding, joined = self.encoding, [], list[Request]()
+        for request in encoding:
+            (joined if all(map(trunks.ready, request.leaves)) else self.encoding).append(request)
+        self.running += joined
+        return joined
+
+    def trunks_ahead(self) -> Trunks:
+        """Where a request's text is encoded before it runs."""
+        return self.trunks
 
     def make_room(self) -> None:
         """Where the running requests have outgrown the slots, the youngest give way: first waiting best candidates."""
-        lacking = -self.scheduler.spare(self.running)
-        for request in reversed(self.running):
+        lacking = -self.scheduler.spare(self.admitted)
+        for request in reversed(self.admitted):
             if lacking <= 0:
                 return
             lacking -= self._release_best(request)
-        while len(self.running) > 1 and self.scheduler.spare(self.running) < 0:
-            self.preempt(self.running[-1])
+        while len(self.admitted) > 1 and self.scheduler.spare(self.admitted) < 0:
+            self.preempt(self.admitted[-1])
 
     def preempt(self, request: Request) -> None:
         """Give all the request's slots back. It waits at the front of the queue, and goes on where it was."""
@@ -64,7 +86,7 @@ class Queue:
             leaf.response = Response(leaf.prompt.reward_prompt, leaf.tokens, ends=leaf.response.ends)
         if request.best is not None:
             request.best.completion.response = request.response
-        self.running.remove(request)
+        (self.running if request in self.running else self.encoding).remove(request)
         self.waiting.appendleft(request)
         self.stats.preemptions += 1
 
@@ -81,7 +103,7 @@ class Queue:
 
     def retreat(self, cause: str) -> list[Request]:
         """After a forward pass that ran out of memory: from an empty tree, with half the tokens. Returns who failed."""
-        for request in self.running[::-1]:
+        for request in self.admitted[::-1]:
             self.preempt(request)
         for trunks in self.trees:
             trunks.keep_prompts([])
@@ -103,6 +125,7 @@ class Queue:
 
     def finish(self, request: Request, reason: str) -> None:
         """End a request, and free what it and its members hold."""
+        self.scheduler.retire(request)
         for member in dict.fromkeys([*request.leaves, request]):
             member.finish_reason = reason
             for trunks in self.trees:

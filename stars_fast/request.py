@@ -23,7 +23,8 @@ class PromptNode:
     ids: list[int]
     reward_prompt: RewardPrompt
     node: int = -1  # in the tree as long as a sample runs
-    logits: torch.Tensor | None = None  # [V]
+    encoded: int = 0  # tokens that the node holds
+    logits: torch.Tensor | None = None  # [V], once it holds all of them
     empty_reward: float | None = None  # r(x), once scored
     personas: Sequence[list[int]] = ()  # its ids under the preferences of who judges and who drafts
 

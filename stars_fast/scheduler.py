@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import numpy as np
 
 from stars_fast.config import StarsConfig
+from stars_fast.decode import bucket
 from stars_fast.methods.base import Population
 from stars_fast.request import PromptNode, Request
+from stars_fast.row_cost import HeartbeatCost, Timing
+from stars_fast.sharing import row_values, share_evenly, share_rows
 
-# Cost of one more row relative to the fixed cost of a heartbeat (measured: linear layers on a CPU, 1 to 64 rows).
-_ROW_COST = 0.06
 # Acceptance of a request is shrunk to the batch's by this many imaginary candidates.
 _PRIOR_WEIGHT = 4.0
 _PRIOR_ACCEPTANCE = 0.3
-# Tokens to encode of requests admitted in one heartbeat, so that prefill does not stall the requests that decode.
+# Most tokens to encode in one heartbeat, and of requests that are admitted in one.
 _PREFILL_TOKENS = 4096
+# What rows are taken to cost less than believed, where nothing but the prior says so.
+_CURIOSITY = 8.0
 # Share of the slots that admission leaves free for the requests that run to grow into.
 _WATERMARK = 0.01
 
@@ -36,14 +41,29 @@ class Scheduler:
         Slots of the policy's tree. One request alone always fits (:func:`response_slots`).
     whole : bool
         Whether a candidate's last token is encoded with it.
+    cost : HeartbeatCost, optional
+        What is known of this machine and pair of models; goes on learning. Default: nothing yet.
+    padded : bool
+        Whether decode steps run in buckets of rows (:func:`stars_fast.decode.bucket`).
     """
 
-    def __init__(self, config: StarsConfig, max_rows: int, kv_cache_tokens: int, whole: bool = False) -> None:
+    def __init__(
+        self,
+        config: StarsConfig,
+        max_rows: int,
+        kv_cache_tokens: int,
+        whole: bool = False,
+        cost: HeartbeatCost | None = None,
+        padded: bool = False,
+    ) -> None:
         self.config = config
         self.whole = whole
         self.max_rows = max_rows
         self.kv_cache_tokens = kv_cache_tokens
+        self.cost = cost or HeartbeatCost()
+        self.padded = padded
         self.prefill_tokens = _PREFILL_TOKENS
+        self.past = (0.0, 0)  # of requests that have ended: acceptance probabilities, added up, and candidates
         self.packed = 0  # tokens of the forward pass that runs
 
     def held(self, running: Iterable[Request]) -> int:
@@ -89,14 +109,61 @@ class Scheduler:
     def _two_heartbeats(self, request: Request) -> int:
         return len(request.tokens) + 2 * self.branch_slots(request) + 1 if request.reserve is None else request.reserve
 
-    def candidates(self, running: Sequence[Request]) -> list[int]:
-        """Candidates per request: at least 1, at most the attempts left; rows and slots are shared out by value."""
-        further = max(self.spare(running), 0) // candidate_slots(self.config)
-        rows = min(self.max_rows, len(running) + further)
+    def candidates(self, running: Sequence[Request], encoding: Sequence[Request] = ()) -> list[int]:
+        """Candidates per request: at least 1, at most the attempts left; rows and slots are shared out by value.
+
+        What requests hold that are still being encoded is left to them.
+        """
+        further = max(self.spare([*running, *encoding]), 0) // candidate_slots(self.config)
+        rows = min(self.max_rows - len(encoding), len(running) + further)
         limits = [most_attempts(request, self.config) - request.attempts for request in running]
         if self.config.candidates != "auto":
             limits = [min(limit, int(self.config.candidates)) for limit in limits]
-        return share_rows(acceptance_estimates(running), limits, rows, adaptive=self.config.candidates == "auto")
+            return share_evenly(limits, rows)
+        return self.shares(self.acceptance(running), limits, rows)
+
+    def shares(self, acceptance: Sequence[float], limits: Sequence[int], rows: int) -> list[int]:
+        """Candidates per request, each at least 1 and at most its limit, that take least time in the long run."""
+        requests = len(limits)
+        fixed, row = self.row_price(requests)
+        costs = self.costs(np.arange(requests, max(rows, requests) + 1))
+        if self.cost.unvaried():  # a heartbeat with more rows now and then tells what they cost
+            row /= _CURIOSITY
+            costs = costs[0] + (costs - costs[0]) / _CURIOSITY
+        costs /= row
+        share = fixed / row / requests
+        return share_rows([row_values(a, left, share) for a, left in zip(acceptance, limits, strict=True)], costs)
+
+    def row_price(self, requests: int) -> tuple[float, float]:
+        """What a heartbeat of so many requests costs without rows, and what a row adds."""
+        return self.cost.line()
+
+    def acceptance(self, running: Sequence[Request]) -> list[float]:
+        """P(accept) of a candidate of each request, as far as is known."""
+        return acceptance_estimates(running, self.past)
+
+    def retire(self, request: Request) -> None:
+        """The request has ended: what is known of its candidates is all that is known of those to come."""
+        self.past = self.past[0] + request.acceptance_sum, self.past[1] + request.scored
+
+    def encoding_tokens(self, running: int, encoding: int) -> int:
+        """Tokens of admitted requests to encode in a heartbeat.
+
+        As many as take the time that decoding takes; more where more requests encode than decode, so that all have an
+        equal share of the time; and without bound but memory's where nobody decodes.
+        """
+        if not running:
+            return self.prefill_tokens
+        worth = self.config.segment_length * self.cost.encoding_worth(running) * max(1.0, encoding / running)
+        return max(1, int(min(worth, self.prefill_tokens)))
+
+    def observe(self, timing: Timing) -> None:
+        """Learn what rows cost. No text depends on it."""
+        self.cost.observe(timing, bucket(timing.rows) if self.padded else timing.rows)
+
+    def costs(self, rows: np.ndarray) -> np.ndarray:
+        """Of a heartbeat, for each of several numbers of rows ``[n]``, growing by one."""
+        return self.cost.per_token(_buckets(int(rows[-1]))[rows] if self.padded else rows, rows)
 
     def shrink(self, tokens: int) -> bool:
         """From now on no forward pass may take more than ``tokens`` tokens, or one. Returns whether that is news."""
@@ -132,40 +199,23 @@ def candidate_slots(config: StarsConfig) -> int:
     return min(config.segment_length, config.max_new_tokens)
 
 
-def acceptance_estimates(running: Sequence[Request]) -> list[float]:
-    """P(accept) per request from all candidates it has scored, shrunk to the batch's mean."""
-    scored = sum(request.scored for request in running)
-    total = sum(request.acceptance_sum for request in running)
+def acceptance_estimates(running: Sequence[Request], past: tuple[float, int] = (0.0, 0)) -> list[float]:
+    """P(accept) per request from all candidates it has scored, shrunk to the mean of all.
+
+    Parameters
+    ----------
+    running : sequence of Request
+    past : (float, int)
+        Sum of the acceptance probabilities of other requests' candidates, and how many these were.
+    """
+    total = past[0] + sum(request.acceptance_sum for request in running)
+    scored = past[1] + sum(request.scored for request in running)
     mean = (total + _PRIOR_WEIGHT * _PRIOR_ACCEPTANCE) / (scored + _PRIOR_WEIGHT)
     estimates = [(r.acceptance_sum + _PRIOR_WEIGHT * mean) / (r.scored + _PRIOR_WEIGHT) for r in running]
     return [min(max(estimate, 0.02), 0.98) for estimate in estimates]
 
 
-def share_rows(acceptance: Sequence[float], limits: Sequence[int], rows: int, adaptive: bool) -> list[int]:
-    """Give each request one row, then row after row to whoever gains most: the m-th is worth ``a (1 - a)^m``.
-
-    With ``adaptive``, stop where a further row no longer raises expected acceptances per unit of cost
-    ``1 + _ROW_COST * rows``; else go on until limits or rows are used up, evenly.
-    """
-    shares = [1] * len(limits)
-    used = len(limits)
-    value, cost = sum(acceptance), 1 + _ROW_COST * used
-    gains = [
-        (_gain(a, 1, adaptive), i) for i, (a, limit) in enumerate(zip(acceptance, limits, strict=True)) if limit > 1
-    ]
-    heapq.heapify(gains)
-    while gains and used < rows:
-        gain, i = heapq.heappop(gains)
-        if adaptive and -gain / _ROW_COST <= value / cost:
-            break
-        shares[i] += 1
-        used += 1
-        value, cost = value - gain, cost + _ROW_COST
-        if shares[i] < limits[i]:
-            heapq.heappush(gains, (_gain(acceptance[i], shares[i], adaptive), i))
-    return shares
-
-
-def _gain(acceptance: float, rows: int, adaptive: bool) -> float:
-    """Minus what the next row is worth (heapq pops the smallest); evenly, rows already had count instead."""
-    return -(acceptance * (1 - acceptance) ** rows) if adaptive else float(rows)
+@lru_cache(maxsize=8)
+def _buckets(most: int) -> np.ndarray:
+    """What each number of rows up to ``most`` is padded to."""
+    return np.array([bucket(rows) for rows in range(most + 1)])

@@ -34,50 +34,61 @@ class Trunks:
 
     def extend(self, requests: Sequence[Request]) -> None:
         """Encode what is not in the tree: prompts, last tokens of segments just committed, all of who was preempted."""
-        trunks = [self.of(request) for request in requests]
-        while True:
+        self.encode(requests)
+        for trunk in map(self.of, requests):
+            self._join_prompt(trunk)
+
+    def encode(self, requests: Sequence[Request], most: int | None = None) -> int:
+        """Encode at most so many tokens of what is not in the tree, the first requests' first. Returns how many."""
+        trunks, count = [self.of(request) for request in requests], 0
+        while most is None or count < most:
+            behind: dict[PromptNode | Trunk, list[int]] = {}
             for trunk in trunks:
-                if trunk.leaf < 0 and trunk.prompt.node >= 0:
-                    self.policy.tree.retain(trunk.prompt.node)
-                    trunk.leaf, trunk.logits = trunk.prompt.node, trunk.prompt.logits
-            prompts = [prompt for prompt in dict.fromkeys(trunk.prompt for trunk in trunks) if prompt.node < 0]
-            behind = [trunk for trunk in trunks if trunk.leaf >= 0 and trunk.pending]
-            if not prompts and not behind:
-                return
-            self._encode(prompts, behind)
+                prompt = trunk.prompt
+                if prompt.logits is None:
+                    behind[prompt] = prompt.ids[prompt.encoded :]
+                elif trunk.pending:
+                    self._join_prompt(trunk)
+                    behind[trunk] = trunk.pending
+            if not behind:
+                break
+            count += self._encode(behind, None if most is None else most - count)
+        return count
 
-    def _encode(self, prompts: Sequence[PromptNode], behind: Sequence[Trunk]) -> None:
-        """Encode prompts, and what requests have committed since their leaf."""
-        leaves = [-1] * len(prompts) + [trunk.leaf for trunk in behind]
-        nodes, logits = self._prefill(leaves, [p.ids for p in prompts] + [trunk.pending for trunk in behind])
-        for prompt, node, row in zip(prompts, nodes, logits, strict=False):
-            prompt.node, prompt.logits = node, row
-        self._prompts.update(prompts)
-        for trunk, node, row in zip(behind, nodes[len(prompts) :], logits[len(prompts) :], strict=True):
-            self.policy.tree.release(trunk.leaf)
-            trunk.leaf, trunk.logits, trunk.pending = node, row, []
+    def _join_prompt(self, trunk: Trunk) -> None:
+        if trunk.leaf < 0:
+            self.policy.tree.retain(trunk.prompt.node)
+            trunk.leaf, trunk.logits = trunk.prompt.node, trunk.prompt.logits
 
-    def _prefill(self, leaves: Sequence[int], runs: Sequence[list[int]]) -> tuple[list[int], list[torch.Tensor]]:
-        """:meth:`Policy.prefill` in as many passes as the scheduler's limit asks for: one, unless memory ran out."""
-        nodes, logits = list(leaves), [torch.empty(0)] * len(leaves)
-        begun, done = [False] * len(runs), [0] * len(runs)
+    def _encode(self, behind: dict[PromptNode | Trunk, list[int]], most: int | None) -> int:
+        """The first tokens of these runs, at most so many. Returns how many."""
+        pieces: dict[PromptNode | Trunk, list[int]] = {}
+        count = 0
+        for holder, run in behind.items():
+            piece = run if most is None else run[: most - count]
+            if piece:
+                pieces[holder] = piece
+                count += len(piece)
         limit = self.scheduler.prefill_tokens
-        while True:
-            pieces: dict[int, list[int]] = {}
-            packed = 0
-            for i, run in enumerate(runs):
-                if done[i] < len(run) and packed < limit:
-                    pieces[i] = run[done[i] : done[i] + limit - packed]
-                    packed += len(pieces[i])
-            if not pieces:
-                return nodes, logits
-            self.scheduler.packed = packed
-            new, rows = self.policy.prefill([nodes[i] for i in pieces], list(pieces.values()))
-            for (i, piece), node, row in zip(pieces.items(), new, rows, strict=True):
-                if begun[i]:
-                    self.policy.tree.release(nodes[i])
-                nodes[i], logits[i], begun[i] = node, row, True
-                done[i] += len(piece)
+        self.scheduler.packed = min(count, limit)
+        leaves = [holder.node if isinstance(holder, PromptNode) else holder.leaf for holder in pieces]
+        nodes, logits = self.policy.prefill(leaves, list(pieces.values()), limit)
+        for (holder, piece), old, node, row in zip(pieces.items(), leaves, nodes, logits, strict=True):
+            if old >= 0:
+                self.policy.tree.release(old)
+            if isinstance(holder, PromptNode):
+                holder.node, holder.encoded = node, holder.encoded + len(piece)
+                holder.logits = row if holder.encoded == len(holder.ids) else None
+                self._prompts.add(holder)
+            else:
+                holder.leaf, holder.pending = node, holder.pending[len(piece) :]
+                holder.logits = None if holder.pending else row
+        return count
+
+    def ready(self, request: Request) -> bool:
+        """Whether all that the request has is in the tree."""
+        trunk = self.of(request)
+        return trunk.prompt.logits is not None and not trunk.pending
 
     def append(self, request: Request, tokens: Sequence[int], node: int, logits: torch.Tensor | None = None) -> None:
         """The request goes on with ``tokens``.
@@ -120,5 +131,5 @@ class Trunks:
         """Release prompts that none of these requests has."""
         for prompt in self._prompts - {self.of(request).prompt for request in requests}:
             self.policy.tree.release(prompt.node)
-            prompt.node, prompt.logits = -1, None
+            prompt.node, prompt.encoded, prompt.logits = -1, 0, None
             self._prompts.remove(prompt)

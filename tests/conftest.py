@@ -1,6 +1,7 @@
 """Tiny random models: small enough to enumerate, large enough to have every part a real one has."""
 
 import os
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +21,9 @@ from transformers import (  # noqa: E402
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
+
+from stars_fast import engine  # noqa: E402
+from stars_fast.scheduler import Scheduler  # noqa: E402
 
 
 def tiny_config(vocab: int, *, hidden: int = 16, layers: int = 2, positions: int = 256, **fields) -> LlamaConfig:
@@ -72,6 +76,27 @@ def tiny_tokenizer(vocab: int = 32) -> PreTrainedTokenizerFast:
 def sum_reward(completions):
     """A callable reward over ids, in [-1, 1.7]."""
     return [((3 * sum(completion) + len(completion)) % 17) / 6 - 1 for completion in completions]
+
+
+class FickleScheduler(Scheduler):
+    """In each heartbeat it draws other numbers of candidates at random, and encodes as much or as little."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.rng = random.Random(0)
+
+    def candidates(self, running, encoding=()) -> list[int]:
+        left = [self.config.max_attempts - request.attempts for request in running]
+        return [self.rng.randint(1, most) for most in left]
+
+    def encoding_tokens(self, running: int, encoding: int) -> int:
+        return self.rng.randint(1, 8)
+
+
+@pytest.fixture
+def fickle(monkeypatch) -> None:
+    """Engines whose scheduler changes its mind at random."""
+    monkeypatch.setattr(engine, "Scheduler", FickleScheduler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

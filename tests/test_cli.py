@@ -328,3 +328,45 @@ def test_version():
     import stars_fast
 
     assert invoke("--version").stdout == f"stars-fast {stars_fast.__version__}\n"
+
+
+# simulate
+
+SIMULATE = ("simulate", "--requests", "60", "--batch", "4", "--fixed", "1,4")
+
+
+def test_simulate_compares_schedules_on_a_gpu_on_paper():
+    result = invoke(*SIMULATE, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    schedules = {one["name"]: one for one in report["schedules"]}
+    assert list(schedules) == ["auto", "oracle", "barrier", "1", "4"]
+    assert all(one["committed"] == 60 * 128 for one in schedules.values())
+    assert schedules["auto"]["tokens_per_second"] > 1.2 * schedules["1"]["tokens_per_second"]
+    assert schedules["1"]["tokens_per_second"] > schedules["barrier"]["tokens_per_second"]
+    assert report["machine"]["gpu"] == "h200"
+
+
+def test_simulate_replays_what_generate_wrote(generate, tmp_path):
+    _, records = generate(ROWS)
+    costs = ("--fixed-cost", "10", "--row-cost", "0.3", "--max-attempts", "6", "--segment", "4")
+    result = invoke(*SIMULATE, "--acceptance", tmp_path / "out.jsonl", *costs)
+    assert result.exit_code == 0, result.stderr
+    assert "5 requests" in result.stdout and "barrier" in result.stdout
+    report = json.loads(invoke(*SIMULATE, "--acceptance", tmp_path / "out.jsonl", *costs, "--json").stdout)
+    assert report["schedules"][0]["committed"] == sum(record["tokens"] for record in records)
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (("--acceptance", "2"), "acceptance='2'"),
+        (("--fixed-cost", "3"), "row_cost=None"),
+        (("--fixed", "1,x"), "fixed='1,x'"),
+        (("--batch", "0"), "batch=0"),
+        (("--gpu", "h900"), "h900"),
+    ],
+)
+def test_simulate_names_what_it_cannot_use(options, named):
+    result = invoke(*SIMULATE, *options)
+    assert result.exit_code == 2 and named in result.stderr

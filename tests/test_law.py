@@ -104,6 +104,12 @@ def test_text_and_attempts_follow_the_enumerated_law(policy, candidates, at_once
     assert p_attempts(runs, oracles) > 1e-3
 
 
+def test_the_law_holds_under_a_scheduler_that_changes_its_mind_at_random(policy, fickle):
+    runs, oracles = run(policy, wave_reward, [PROMPT], SAMPLES, candidates="auto"), {0: oracle(policy, PROMPT)}
+    assert p_text(runs, oracles) > 1e-3
+    assert p_attempts(runs, oracles) > 1e-3
+
+
 @pytest.mark.parametrize("candidates, at_once", [(1, None), (4, None), ("auto", 1)])
 def test_the_law_holds_for_each_of_eight_prompts_in_one_call(policy, candidates, at_once):
     runs = run(policy, wave_reward, PROMPTS, SAMPLES // 6, at_once=at_once, candidates=candidates)

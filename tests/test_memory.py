@@ -131,7 +131,7 @@ class Seen(Counter):
         return watched
 
     def preempt(self, generation, request):
-        assert request is generation.running[-1]
+        assert request is generation.admitted[-1]
         self["preempted"] += 1
         self["with a best"] += request.best is not None
         self["in a segment"] += request.attempts > 0
@@ -144,7 +144,10 @@ class Seen(Counter):
 
     def propose(self, generation):
         """Just before: the slots taken are those that the scheduler counts."""
-        assert generation.policy.tree.live_slots == generation.scheduler.held(generation.running)
+        behind = sum(len(request.trunks[0].pending) for request in generation.encoding)
+        prompts = {request.prompt for request in generation.encoding}
+        behind += sum(len(prompt.ids) - prompt.encoded for prompt in prompts)
+        assert generation.policy.tree.live_slots + behind == generation.scheduler.held(generation.admitted)
         self["most at once"] = max(self["most at once"], len(generation.running))
 
 

@@ -94,6 +94,13 @@ def test_the_number_of_rows_does_not_change_the_text(kind, one_at_a_time, max_ro
     assert flips(one_at_a_time.completions, generate(kind, max_rows=max_rows, num_return_sequences=4).completions) <= 1
 
 
+def test_a_scheduler_that_changes_its_mind_does_not_change_the_text(kind, one_at_a_time, fickle):
+    out = generate(kind, num_return_sequences=4)
+    assert flips(one_at_a_time.completions, out.completions) <= 1
+    assert out.stats["discarded_tokens"] > 1.1 * one_at_a_time.stats["discarded_tokens"]
+    assert len(set(out.stats["rows"])) > 5
+
+
 @pytest.mark.parametrize("kv_cache_tokens", [48, 100, 400, 100_000])
 @pytest.mark.parametrize("candidates", [4, "auto"])
 def test_scarce_slots_do_not_change_the_text(kind, one_at_a_time, kv_cache_tokens, candidates):

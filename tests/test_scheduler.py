@@ -5,13 +5,15 @@ What happens where requests outgrow the slots stands in test_memory.py.
 
 import itertools
 
+import numpy as np
 import pytest
-from conftest import sum_reward, tiny_policy
+from conftest import sum_reward, tiny_policy, tiny_reward
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.request import PromptNode, Request
 from stars_fast.rewards import Response, RewardPrompt
-from stars_fast.scheduler import Scheduler, acceptance_estimates, share_rows
+from stars_fast.scheduler import Scheduler, acceptance_estimates
+from stars_fast.sharing import row_values, share_evenly, share_rows
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=6, target_reward=1.5, beta=0.6, max_new_tokens=12)
 
@@ -29,36 +31,77 @@ def requests(*lengths, samples=1):
 # What one row more is worth
 
 
-def expected_acceptances(acceptance, shares):
-    return sum(1 - (1 - a) ** m for a, m in zip(acceptance, shares, strict=True))
+def test_rows_go_where_they_save_most():
+    """Against every other way of sharing rows, a bucket's padding included."""
+    values = [[0.9, 0.4, 0.1], [2.0, 1.9, 1.8, 0.2], [], [0.5, 0.5, 0.5]]
+    for costs in (0.3 * np.arange(11.0), 0.7 * np.arange(11.0), np.array([0.0, 3, 3, 3, 3.1, 3.1, 7, 7, 7, 7, 7])):
+        shares = share_rows(values, costs)
+        assert all(1 <= m <= 1 + len(value) for m, value in zip(shares, values, strict=True))
+
+        def saved(shares, costs=costs):
+            gained = sum(sum(value[: m - 1]) for m, value in zip(shares, values, strict=True))
+            return gained - costs[sum(shares) - len(values)]
+
+        others = itertools.product(*(range(1, 2 + len(value)) for value in values))
+        assert saved(shares) == pytest.approx(max(saved(m) for m in others if sum(m) < len(values) + len(costs)))
 
 
-def test_rows_go_where_they_raise_expected_acceptances_most():
-    """Against every other way of sharing the same number of rows."""
-    acceptance, limits = [0.05, 0.3, 0.6, 0.95], [6, 6, 2, 6]
-    for rows in range(4, 15):
-        shares = share_rows(acceptance, limits, rows, adaptive=True)
-        assert all(1 <= m <= limit for m, limit in zip(shares, limits, strict=True)) and sum(shares) <= rows
-        others = itertools.product(*(range(1, limit + 1) for limit in limits))
-        best = max(expected_acceptances(acceptance, m) for m in others if sum(m) == sum(shares))
-        assert expected_acceptances(acceptance, shares) == pytest.approx(best)
+def test_a_bucket_is_filled_where_its_padding_costs_the_same():
+    values = [[0.9, 0.4, 0.1]] * 4  # two further rows pay at 0.5 a row, and no more
+    assert sum(share_rows(values, 0.5 * np.arange(13))) == 4 + 4
+    steps = np.array([0.0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6])
+    assert sum(share_rows(values, steps)) == 4 + 4
+    assert sum(share_rows(values, steps / 1.5)) == 4 + 8
+
+
+def expected_cost(acceptance, shares, fixed):
+    """Of a segment that draws ``shares[0]`` candidates, then ``shares[1]`` ..., in costs of a row."""
+    total, still = 0.0, 1.0
+    for m in shares:
+        total += still * (fixed + m)
+        still *= (1 - acceptance) ** m
+    return total
+
+
+def compositions(n):
+    return [[]] if n == 0 else [[m, *rest] for m in range(1, n + 1) for rest in compositions(n - m)]
+
+
+@pytest.mark.parametrize("acceptance", [0.05, 0.3, 0.8])
+def test_following_the_values_costs_least_of_all_ways_to_draw_a_segment(acceptance):
+    for fixed in (0.5, 4.0, 30.0):
+        left, shares = 9, []
+        while left:
+            m = share_rows([row_values(acceptance, left, fixed)], np.arange(left) * 1.0)[0]
+            shares.append(m)
+            left -= m
+        best = min(expected_cost(acceptance, other, fixed) for other in compositions(9))
+        assert expected_cost(acceptance, shares, fixed) <= 1.02 * best  # tables are shared by what differs by a tenth
+
+
+def test_values_never_grow_and_are_larger_for_who_is_seldom_accepted():
+    for acceptance, left, fixed in itertools.product([0.02, 0.3, 0.98], [1, 2, 20], [0.1, 300.0]):
+        values = row_values(acceptance, left, fixed)
+        assert len(values) == left - 1 and all(a >= b for a, b in itertools.pairwise(values))
+    assert sum(row_values(0.05, 20, 10.0)) > sum(row_values(0.5, 20, 10.0))
 
 
 def test_no_row_is_added_that_costs_more_than_it_brings():
-    assert share_rows([0.98] * 3, [20] * 3, 60, adaptive=True) == [1, 1, 1]
-    few, many = share_rows([0.3], [20], 64, adaptive=True), share_rows([0.05], [20], 64, adaptive=True)
-    assert 1 < few[0] < many[0] <= 20
+    scheduler = Scheduler(CONFIG, 64, 10_000)
+    assert scheduler.shares([0.98] * 3, [20] * 3, 60) == [1, 1, 1]
+    (few,), (many,) = scheduler.shares([0.6], [20], 64), scheduler.shares([0.1], [20], 64)
+    assert 1 < few < many <= 20
 
 
 def test_a_fixed_number_of_candidates_is_shared_out_evenly():
-    assert share_rows([0.9, 0.1, 0.5], [4, 4, 4], 12, adaptive=False) == [4, 4, 4]
-    assert share_rows([0.9, 0.1, 0.5], [4, 4, 4], 9, adaptive=False) == [3, 3, 3]
-    assert sorted(share_rows([0.9, 0.1, 0.5], [4, 4, 4], 8, adaptive=False)) == [2, 3, 3]
-    assert share_rows([0.9, 0.1, 0.5], [4, 1, 4], 9, adaptive=False) == [4, 1, 4]
+    assert share_evenly([4, 4, 4], 12) == [4, 4, 4]
+    assert share_evenly([4, 4, 4], 9) == [3, 3, 3]
+    assert sorted(share_evenly([4, 4, 4], 8)) == [2, 3, 3]
+    assert share_evenly([4, 1, 4], 9) == [4, 1, 4]
 
 
 def test_everybody_has_a_row_even_where_there_are_too_few():
-    assert share_rows([0.5] * 3, [5] * 3, 2, adaptive=True) == [1, 1, 1]
+    assert share_evenly([5, 5, 5], 2) == Scheduler(CONFIG, 2, 10_000).shares([0.5] * 3, [5] * 3, 2) == [1, 1, 1]
 
 
 def test_requests_that_were_accepted_more_often_are_expected_to_be_again():
@@ -68,6 +111,14 @@ def test_requests_that_were_accepted_more_often_are_expected_to_be_again():
     estimates = acceptance_estimates([lucky, unlucky, new])
     assert estimates[0] > estimates[2] > estimates[1]
     assert all(0 < estimate < 1 for estimate in acceptance_estimates(requests(1, 1)))
+
+
+def test_a_new_request_is_expected_to_be_like_those_that_have_ended():
+    scheduler, (ended, new) = Scheduler(CONFIG, 4, 1000), requests(3, 3)
+    ended.acceptance_sum, ended.scored = 1.0, 100
+    before = scheduler.acceptance([new])
+    scheduler.retire(ended)
+    assert scheduler.acceptance([new])[0] < 0.1 < before[0]
 
 
 # Candidates
@@ -128,6 +179,16 @@ def test_one_very_long_prompt_is_admitted_by_itself():
     assert scheduler.admit(requests(5, 9000), []) == 1
 
 
+def test_what_is_encoded_takes_no_longer_than_decoding_unless_more_requests_wait_for_it():
+    scheduler = Scheduler(CONFIG, 64, 10_000)
+    assert scheduler.encoding_tokens(running=0, encoding=3) == scheduler.prefill_tokens
+    one = scheduler.encoding_tokens(running=8, encoding=1)
+    assert one == int(CONFIG.segment_length * (8 + 1 / 0.06)) == scheduler.encoding_tokens(running=8, encoding=8)
+    assert scheduler.encoding_tokens(running=8, encoding=24) == pytest.approx(3 * one, abs=3)
+    scheduler.prefill_tokens = 5
+    assert scheduler.encoding_tokens(running=8, encoding=24) == 5
+
+
 # In the engine
 
 
@@ -181,3 +242,60 @@ def test_candidates_shrink_before_requests_wait(monkeypatch):
     slots = sum(map(len, PROMPTS)) + 8 * (2 * CONFIG.segment_length - 1)  # two candidates, or one and what it committed
     tight = watched(monkeypatch, CONFIG.replace(candidates=6), kv_cache_tokens=slots)
     assert tight.requests[0] == 8 and tight.rows[0] == 16
+
+
+def long_prompt_among_short_ones(monkeypatch, **limits):
+    """What twelve prompts give, one of them of 900 tokens; and how many tokens each pass of prefill took."""
+    policy = tiny_policy(32, hidden=32, positions=1200)
+    engine = StarsEngine(policy, tiny_reward(32, hidden=32, positions=1200), **limits)
+    prompts = [[5, 6, 7], [(7 * i + i // 5) % 31 for i in range(900)], *([8, i] for i in range(10))]
+    encoded, prefill = [], engine.policy.prefill
+    monkeypatch.setattr(
+        engine.policy, "prefill", lambda *args: encoded.append(sum(map(len, args[1]))) or prefill(*args)
+    )
+    config = CONFIG.replace(max_new_tokens=40, target_reward=-1e6, candidates=1)
+    return engine.generate(prompts, config, seed=list(range(12)), ignore_eos=True), encoded
+
+
+def test_running_requests_commit_segments_while_a_long_prompt_is_encoded(monkeypatch):
+    """Everything is accepted, so in each heartbeat all requests that run commit a segment."""
+    out, encoded = long_prompt_among_short_ones(monkeypatch, max_rows=12)
+    assert out.errors == [None] * 12
+    # All fits into the first heartbeat, where nobody decodes who could be stalled.
+    assert out.stats["rows"] == [12] * 10 and encoded[0] == 900 + 3 + 20
+    # With less room for it, the first request does not wait: it commits three segments before the others run.
+    monkeypatch.setattr("stars_fast.scheduler._PREFILL_TOKENS", 256)
+    chunked, pieces = long_prompt_among_short_ones(monkeypatch, max_rows=12)
+    assert chunked.completions == out.completions
+    assert chunked.stats["requests"][:3] == [1, 1, 1] and max(pieces) <= 256
+    assert sum(pieces) == sum(encoded), "nothing is encoded twice"
+
+
+def test_samples_of_a_long_prompt_encode_it_once(monkeypatch):
+    policy = tiny_policy(32, hidden=32, positions=1200)
+    engine = StarsEngine(policy, sum_reward)
+    encoded, prefill = [], engine.policy.prefill
+    monkeypatch.setattr(
+        engine.policy, "prefill", lambda *args: encoded.append(sum(map(len, args[1]))) or prefill(*args)
+    )
+    monkeypatch.setattr("stars_fast.scheduler._PREFILL_TOKENS", 100)
+    prompt = [(7 * i + i // 5) % 31 for i in range(350)]
+    out = engine.generate([prompt], CONFIG, seed=0, num_return_sequences=3, max_new_tokens=4)
+    assert out.errors == [None] * 3 and encoded == [100, 100, 100, 50]
+
+
+def test_rows_and_requests_of_every_heartbeat_are_in_the_stats(monkeypatch):
+    engine = StarsEngine(tiny_policy(32, hidden=32), sum_reward, max_rows=7)
+    watch = Watch(engine, monkeypatch)
+    stats = engine.generate(PROMPTS, CONFIG, seed=0, num_return_sequences=2).stats
+    assert stats["rows"] == watch.rows and stats["requests"] == watch.requests
+    assert len(watch.rows) == stats["heartbeats"] and max(stats["rows"]) == 7
+
+
+def test_what_a_call_has_learned_of_costs_serves_the_next():
+    engine = StarsEngine(tiny_policy(32, hidden=32), sum_reward)
+    engine.generate(PROMPTS, CONFIG, seed=0, num_return_sequences=2)
+    cost = engine.costs["stars"]
+    assert 0 < cost.line()[0] < 1, "seconds, not the prior"
+    engine.generate(PROMPTS, CONFIG, seed=1)
+    assert engine.costs["stars"] is cost

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stars_fast.cli import bench, demo, doctor, eval, generate, kernels, roofline
+from stars_fast.cli import bench, demo, doctor, eval, generate, kernels, roofline, simulate
 from stars_fast.cli.console import print_version
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("doctor")(doctor.run)
 app.command("bench")(bench.run)
 app.command("kernels")(kernels.run)
 app.command("roofline")(roofline.run)
+app.command("simulate")(simulate.run)
 
 __all__ = ["app"]
 

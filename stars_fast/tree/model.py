@@ -192,9 +192,9 @@ class TreeModel:
         return self.forward(ids, trunk_len[row] + offset, context, **kwargs), ends - 1
 
     def extend(
-        self, leaves: Sequence[int], tokens: Sequence[Sequence[int]], **kwargs: Any
+        self, leaves: Sequence[int], tokens: Sequence[Sequence[int]], limit: int | None = None, **kwargs: Any
     ) -> tuple[list[int], list[Any]]:
-        """Append tokens below each leaf, long runs in chunks.
+        """Append tokens below each leaf, long runs in chunks; no forward pass takes more than ``limit`` tokens.
 
         Returns
         -------
@@ -204,24 +204,30 @@ class TreeModel:
         """
         nodes = [self._retain(leaf) for leaf in leaves]
         try:
-            return nodes, self._extend(nodes, tokens, **kwargs)
+            return nodes, self._extend(nodes, tokens, limit, **kwargs)
         except BaseException:
             for node in nodes:
                 self._release(node)
             raise
 
-    def _extend(self, nodes: list[int], tokens: Sequence[Sequence[int]], **kwargs: Any) -> list[Any]:
+    def _extend(self, nodes: list[int], tokens: Sequence[Sequence[int]], limit: int | None, **kwargs: Any) -> list[Any]:
         outputs: list[Any] = [None] * len(nodes)
-        start = 0
-        while rows := [i for i, run in enumerate(tokens) if len(run) > start]:
-            pieces = [tokens[i][start : start + PREFILL_CHUNK] for i in rows]
+        done = [0] * len(nodes)
+        while any(start < len(run) for start, run in zip(done, tokens, strict=True)):
+            rows, pieces, packed = list[int](), list[Sequence[int]](), 0
+            for i, run in enumerate(tokens):
+                room = PREFILL_CHUNK if limit is None else min(PREFILL_CHUNK, limit - packed)
+                if room > 0 and (piece := run[done[i] : done[i] + room]):
+                    rows.append(i)
+                    pieces.append(piece)
+                    packed += len(piece)
+                    done[i] += len(piece)
             step = self.plan([nodes[i] for i in rows], [1] * len(rows), [len(piece) for piece in pieces])
             output, last = self.encode(step, pieces, 1, **kwargs)
             for place, (i, node) in enumerate(zip(rows, step.branches, strict=True)):
                 self._release(nodes[i])
                 nodes[i] = node
                 outputs[i] = (output, last, place)
-            start += PREFILL_CHUNK
         return outputs
 
     def _retain(self, node: int) -> int:

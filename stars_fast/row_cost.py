@@ -1,0 +1,120 @@
+"""What a row costs beside what a heartbeat costs anyway, learned from the heartbeats that ran."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+# Cost of one more row relative to the fixed cost of a heartbeat before anything was measured (linear layers on a CPU,
+# 1 to 64 rows).
+PRIOR_RATIO = 0.06
+# Differences that the prior takes for zero: of a row from that share of the fixed cost, of an encoded token from a row.
+_PRIOR = np.array([[-PRIOR_RATIO, 1.0, 0.0], [0.0, -1.0, 1.0]])
+# Their standard deviation, in units of the mean cost per row.
+_PRIOR_SPREAD = 0.5
+# Heartbeats that are remembered: contexts grow and requests come and go, so old ones say little.
+_WINDOW = 64
+_REFIT_EVERY = 8
+_ENOUGH = 16
+# Residuals beyond this many standard deviations pull no harder (Huber's estimate).
+_HUBER = 1.5
+_LEAST_SCATTER = 0.02  # of the mean cost: a straight line is no better
+_PASSES = 10
+_CLOCK = 1e-9  # seconds; nothing takes none
+
+
+class Line:
+    """``fixed + slope * rows + token * encoded``, fitted to the last observations. Stalls hardly move it.
+
+    Huber's M-estimate by reweighted least squares, with a Gaussian prior that decides what the observations leave open:
+    a row costs PRIOR_RATIO of what is fixed, a token encoded beside the rows as much as a row.
+
+    Attributes
+    ----------
+    fixed, slope, token : float
+        Seconds; 1, PRIOR_RATIO and PRIOR_RATIO, of no unit, before the first observation.
+    """
+
+    def __init__(self) -> None:
+        self.fixed, self.slope, self.token = 1.0, PRIOR_RATIO, PRIOR_RATIO
+        self._seen: deque[tuple[float, float, float, float]] = deque(maxlen=_WINDOW)
+        self._observed = 0
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Expected seconds for each number of rows, with nothing encoded beside them."""
+        return self.fixed + self.slope * rows
+
+    def observe(self, rows: float, encoded: float, seconds: float) -> None:
+        """Learn from one heartbeat; every eighth is enough once there are some."""
+        self._seen.append((1.0, rows, encoded, max(seconds, _CLOCK)))
+        self._observed += 1
+        if self._observed <= _REFIT_EVERY or self._observed % _REFIT_EVERY == 0:
+            self._fit()
+
+    def unvaried(self) -> bool:
+        """Whether a good number of observations are all of as many rows."""
+        return len(self._seen) >= _ENOUGH and len({rows for _, rows, _, _ in self._seen}) == 1
+
+    def _fit(self) -> None:
+        seen = np.array(self._seen)
+        x, y = seen[:, :3], seen[:, 3]  # [observations, 3], [observations]
+        cost = np.array([self.fixed, self.slope, self.token])
+        cost *= np.median(y / (x @ cost))  # the line before has the shape where the search starts
+        rows = float(x[:, 1].mean())
+        level = float(cost[0] + cost[1] * rows)
+        for _ in range(_PASSES):
+            residual = np.abs(y - x @ cost)
+            scatter = max(1.4826 * float(np.median(residual)), _LEAST_SCATTER * level)
+            weighted = x / np.maximum(residual / (_HUBER * scatter), 1)[:, None]
+            prior = (scatter / level * rows / _PRIOR_SPREAD) ** 2 * (_PRIOR.T @ _PRIOR)
+            cost = np.linalg.solve(weighted.T @ x + prior, weighted.T @ y)
+        # Noise may turn a line the wrong way; no part of a cost is negative.
+        self.fixed, self.slope, self.token = np.maximum(cost, 1e-3 * level / np.array([1, rows, rows])).tolist()
+
+
+class Timing(NamedTuple):
+    """What a heartbeat did and how long that took, from the looks that the host takes at the device anyway."""
+
+    rows: int
+    steps: int  # tokens of the longest row
+    encoded: int  # by the policy beside the rows: prompts, and responses that were preempted
+    scored: int  # by the reward model beside the rows' own tokens: prompts
+    propose_seconds: float  # from the heartbeat's start until the rows were drawn
+    score_seconds: float  # from then on
+
+
+class HeartbeatCost:
+    """Seconds of a heartbeat, per token of its segments, as a function of its rows.
+
+    Kept by an engine from call to call: machine and models stay the same. What is measured decides how many candidates
+    are drawn side by side, and with that no text.
+
+    Decode steps and scoring are learned apart, since a captured step costs its padding rows too and scoring does not.
+    """
+
+    def __init__(self) -> None:
+        self.propose, self.score = Line(), Line()
+
+    def observe(self, timing: Timing, padded_rows: int) -> None:
+        """Learn from a heartbeat whose decode steps had so many rows, padding included."""
+        steps = timing.steps
+        self.propose.observe(padded_rows, timing.encoded / steps, timing.propose_seconds / steps)
+        self.score.observe(timing.rows, timing.scored / steps, timing.score_seconds / steps)
+
+    def per_token(self, padded_rows: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Expected seconds per token of the segments, for each number of rows ``[...]`` and what it is padded to."""
+        return self.propose(padded_rows) + self.score(rows)
+
+    def unvaried(self) -> bool:
+        """Whether the last heartbeats had equally many rows, so that what one more costs is the prior's guess."""
+        return self.propose.unvaried()
+
+    def line(self) -> tuple[float, float]:
+        """What is fixed in it, and what a row adds."""
+        return self.propose.fixed + self.score.fixed, self.propose.slope + self.score.slope
+
+    def encoding_worth(self, rows: int) -> float:
+        """Tokens that are encoded in the time of one decode step of so many rows."""
+        return (self.propose.fixed + self.propose.slope * rows) / self.propose.token

@@ -1,0 +1,259 @@
+"""Requests through the engine's own scheduler, heartbeat by heartbeat."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stars_fast.config import StarsConfig
+from stars_fast.request import PromptNode, Request
+from stars_fast.rewards import Response, RewardPrompt
+from stars_fast.row_cost import Timing
+from stars_fast.scheduler import Scheduler
+from stars_fast.simulation.acceptance import Course
+from stars_fast.simulation.machine import Machine
+
+_AMPLE = 1 << 40  # slots
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked of the simulated engine.
+
+    Parameters
+    ----------
+    courses : list of Course
+        One per request; all wait from the start.
+    batch : int
+        Most running requests.
+    segment, max_attempts : int
+    prompt : int
+        Tokens of a prompt.
+    max_rows : int
+        Most candidates in one heartbeat.
+    scatter, stalls : float
+        Standard deviation of the logarithm of a heartbeat's seconds, and the share of heartbeats that take five times
+        as long.
+    """
+
+    courses: list[Course]
+    batch: int = 64
+    segment: int = 16
+    max_attempts: int = 20
+    prompt: int = 192
+    max_rows: int = 256
+    scatter: float = 0.03
+    stalls: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch <= self.max_rows:
+            raise ValueError(f"batch={self.batch}: at least 1, and at most max_rows={self.max_rows}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a schedule made of the work.
+
+    Parameters
+    ----------
+    name : str
+    heartbeats : int
+    seconds : float
+        Of the simulated machine.
+    committed, drawn : int
+        Tokens.
+    rows : float
+        Mean candidates of a heartbeat.
+    host_us : float
+        Microseconds of processor time that the scheduler itself took per heartbeat, here and now.
+    """
+
+    name: str
+    heartbeats: int
+    seconds: float
+    committed: int
+    drawn: int
+    rows: float
+    host_us: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Committed ones."""
+        return self.committed / self.seconds
+
+    @property
+    def waste(self) -> float:
+        """Tokens discarded per token committed."""
+        return self.drawn / self.committed - 1
+
+
+class Informed(Scheduler):
+    """Knows each request's acceptance, and what heartbeats cost on average."""
+
+    def __init__(self, work: Work, machine: Machine) -> None:
+        super().__init__(_config(work, "auto"), work.max_rows, _AMPLE)
+        self.work, self.machine = work, machine
+
+    def acceptance(self, running: Sequence[Request]) -> list[float]:
+        return [self.work.courses[request.index].acceptance for request in running]
+
+    def costs(self, rows: np.ndarray) -> np.ndarray:
+        requests = int(rows[0])
+        return np.array([self._seconds(n, requests) for n in rows.tolist()])
+
+    def row_price(self, requests: int) -> tuple[float, float]:
+        """Of the chord up to four rows a request: a straight line does not describe buckets."""
+        most = max(min(4 * requests, self.work.max_rows), requests + 1)
+        one = self._seconds(requests, requests)
+        row = (self._seconds(most, requests) - one) / (most - requests)
+        return one - row * requests, row
+
+    def _seconds(self, rows: int, requests: int) -> float:
+        return sum(self.machine.heartbeat(rows, requests, self.work.segment, 0))
+
+
+def simulate(work: Work, machine: Machine, schedule: str | int = "auto", seed: int = 0) -> Outcome:
+    """Run all requests.
+
+    Parameters
+    ----------
+    work : Work
+    machine : Machine
+    schedule : "auto", "oracle", "barrier" or int
+        The engine's adaptive candidates; the same with acceptance and costs known; one candidate at a time with
+        everybody waiting at the end of each segment for the slowest; or a fixed number of candidates.
+    seed : int
+        Of the machine's noise. Which candidates are accepted is the work's, so all schedules commit the same.
+
+    Raises
+    ------
+    ValueError
+        For another schedule.
+    """
+    return _Run(work, machine, schedule, seed).outcome()
+
+
+def best_fixed(work: Work, machine: Machine, seed: int = 0) -> Outcome:
+    """The fixed number of candidates with most committed tokens per second, found by trying each."""
+    tried = (simulate(work, machine, m, seed) for m in range(1, work.max_attempts + 1))
+    return max(tried, key=lambda outcome: outcome.tokens_per_second)
+
+
+def _config(work: Work, candidates: str | int) -> StarsConfig:
+    longest = max(sum(course.tokens) for course in work.courses)
+    return StarsConfig(
+        segment_length=work.segment, max_attempts=work.max_attempts, max_new_tokens=longest, candidates=candidates
+    )
+
+
+def _scheduler(work: Work, machine: Machine, schedule: str | int) -> Scheduler:
+    if schedule == "oracle":
+        return Informed(work, machine)
+    if schedule != "auto" and schedule != "barrier" and not isinstance(schedule, int):
+        raise ValueError(f"schedule={schedule!r}: 'auto', 'oracle', 'barrier' or a number of candidates")
+    config = _config(work, 1 if schedule == "barrier" else schedule)
+    return Scheduler(config, work.max_rows, _AMPLE, padded=machine.padded)
+
+
+class _Run:
+    def __init__(self, work: Work, machine: Machine, schedule: str | int, seed: int) -> None:
+        self.work, self.machine, self.schedule = work, machine, schedule
+        self.scheduler = _scheduler(work, machine, schedule)
+        self.rng = np.random.default_rng(seed)
+        self.waiting = deque(_request(i, work) for i in range(len(work.courses)))
+        self.running: list[Request] = []
+        self.behind: list[Request] = []  # of the running ones, those that draw: with a barrier, some wait
+        self.heartbeats = self.committed = self.drawn = self.rows = 0
+        self.seconds = self.host_seconds = 0.0
+
+    def outcome(self) -> Outcome:
+        while self.waiting or self.running:
+            self._heartbeat()
+        return Outcome(
+            str(self.schedule),
+            self.heartbeats,
+            self.seconds,
+            self.committed,
+            self.drawn,
+            self.rows / self.heartbeats,
+            1e6 * self.host_seconds / self.heartbeats,
+        )
+
+    def _heartbeat(self) -> None:
+        started = time.thread_time()
+        admitted = 0
+        if not self.behind or self.schedule != "barrier":
+            free = self.work.batch - len(self.running)
+            admitted = self.scheduler.admit(list(itertools.islice(self.waiting, free)), self.running) if free else 0
+            self.running += [self.waiting.popleft() for _ in range(admitted)]
+            self.behind = self.running
+        shares = self.scheduler.candidates(self.behind)
+        self.host_seconds += time.thread_time() - started
+        drawing, lengths = self.behind, [self._length(request) for request in self.behind]
+        timing = self._time(shares, max(lengths), admitted)
+        started = time.thread_time()
+        self.scheduler.observe(timing)
+        self.host_seconds += time.thread_time() - started
+        moved = {
+            request
+            for request, share, length in zip(drawing, shares, lengths, strict=True)
+            if self._judge(request, share, length)
+        }
+        self.running = [request for request in self.running if request.finish_reason is None]
+        self.behind = self.running
+        if self.schedule == "barrier":
+            self.behind = [request for request in drawing if request not in moved]
+        self.heartbeats += 1
+        self.rows += timing.rows
+
+    def _length(self, request: Request) -> int:
+        return self.work.courses[request.index].tokens[len(request.segments)]
+
+    def _time(self, shares: Sequence[int], steps: int, prompts: int) -> Timing:
+        rows = sum(shares)
+        noise = float(np.exp(self.work.scatter * self.rng.standard_normal()))
+        if self.rng.random() < self.work.stalls:
+            noise *= 5
+        propose, score = (noise * part for part in self.machine.heartbeat(rows, len(shares), steps, prompts))
+        self.seconds += propose + score
+        encoded = prompts * self.work.prompt
+        return Timing(rows, steps, encoded, encoded, propose, score)
+
+    def _judge(self, request: Request, share: int, length: int) -> bool:
+        """Whether the request commits, with this many more candidates."""
+        course = self.work.courses[request.index]
+        winner = course.winners[len(request.segments)]
+        # The least informative evidence: as if each candidate's acceptance probability were 0 or 1.
+        left = winner - request.attempts  # candidates until the winner
+        accepted = 0
+        if left <= share:
+            accepted = 1 + (int(self.rng.binomial(share - left, course.acceptance)) if share > left else 0)
+        request.acceptance_sum += accepted
+        request.scored += share
+        request.attempts += share
+        self.drawn += share * length
+        if left > share and request.attempts < self.work.max_attempts:
+            return False
+        self._commit(request, length, len(course.tokens))
+        return True
+
+    def _commit(self, request: Request, length: int, segments: int) -> None:
+        request.tokens += [0] * length
+        request.segments.append(None)  # type: ignore[arg-type]  # only counted
+        request.attempts = 0
+        self.committed += length
+        if len(request.segments) == segments:
+            request.finish_reason = "length"
+            self.scheduler.retire(request)
+
+
+def _request(index: int, work: Work) -> Request:
+    ids = [0] * work.prompt
+    prompt = RewardPrompt(index, ids, ids)
+    node = PromptNode(ids, prompt)
+    return Request(index, index, 0, node, 0, target=0.0, base=0.0, beta=1.0, response=Response(prompt))

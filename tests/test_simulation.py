@@ -1,0 +1,153 @@
+"""The simulation drives the engine's own scheduler, and adaptive candidates keep up with the best fixed number."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from stars_fast.roofline import GPUS, ModelCost, Workload, config_named, heartbeat, renewal
+from stars_fast.scheduler import Scheduler
+from stars_fast.simulation import (
+    LinearMachine,
+    RooflineMachine,
+    Work,
+    best_fixed,
+    rates,
+    recorded,
+    simulate,
+    synthetic,
+)
+
+SMALL = LinearMachine(10e-3, 0.3e-3)  # a row costs 3 % of what is fixed
+
+
+def work(acceptance, requests=120, batch=16, **fields):
+    return Work(synthetic(rates(acceptance, requests, 1), 128, 16, 2), batch, **fields)
+
+
+@pytest.fixture(scope="module")
+def h200():
+    import torch
+
+    costs = [ModelCost.from_config(config_named("llama-2-7b"), role, torch.bfloat16) for role in ("policy", "reward")]
+    return RooflineMachine(*costs, Workload(batch=64), GPUS["h200"])
+
+
+# What happens is what must
+
+
+@pytest.mark.parametrize("acceptance, candidates", [(0.3, 1), (0.3, 4), (0.1, 6), (0.05, 20)])
+def test_a_fixed_number_of_candidates_costs_what_renewal_theory_says(acceptance, candidates):
+    one = simulate(work(str(acceptance), 1500, scatter=0.0, stalls=0.0, max_rows=320), SMALL, candidates)
+    cycle = renewal(acceptance, candidates, 20)
+    assert one.drawn / one.committed == pytest.approx(cycle.candidates, rel=0.03)
+    assert one.committed == 1500 * 128
+    assert one.rows * one.heartbeats == pytest.approx(1500 * 8 * cycle.candidates, rel=0.03)
+    assert one.waste == pytest.approx(cycle.candidates - 1, rel=0.05)
+
+
+def test_whatever_the_schedule_the_same_attempts_win():
+    tasks = work("beta(1,3)", 60)
+    outcomes = [simulate(tasks, SMALL, schedule) for schedule in ("auto", "oracle", "barrier", 1, 7)]
+    assert len({outcome.committed for outcome in outcomes}) == 1
+    assert min(outcome.drawn for outcome in outcomes) == outcomes[3].drawn == outcomes[2].drawn
+
+
+def test_one_at_a_time_without_a_backlog_takes_the_time_of_the_unluckiest():
+    tasks = work("0.2", 16, scatter=0.0, stalls=0.0)
+    slowest = max(sum(min(winner, 20) for winner in course.winners) for course in tasks.courses)
+    assert simulate(tasks, SMALL, 1).heartbeats == slowest
+
+
+def test_with_a_barrier_each_segment_takes_the_time_of_its_unluckiest():
+    tasks = work("0.2", 16)
+    winners = np.array([course.winners for course in tasks.courses]).clip(max=20)
+    assert simulate(tasks, SMALL, "barrier").heartbeats == winners.max(0).sum()
+
+
+def test_a_gpu_on_paper_agrees_with_the_roofline(h200):
+    """Without prefill, and away from the edges of buckets: 64 requests with two candidates each fill 128 rows."""
+    beat = heartbeat(h200.policy, h200.reward, h200.workload, 2, h200.gpu)
+    expected = sum(stage.achievable_s for stage in beat.stages if stage.name != "refill")
+    assert sum(h200.heartbeat(128, 64, 16, 0)) == pytest.approx(expected, rel=0.03)
+
+
+# Adaptive candidates
+
+
+@pytest.mark.parametrize("acceptance", ["0.05", "0.15", "0.3", "0.6", "beta(0.6,2.4)", "beta(1.5,3.5)"])
+@pytest.mark.parametrize("batch, requests", [(1, 40), (16, 200)])
+def test_adaptive_candidates_keep_up_with_the_best_fixed_number(acceptance, batch, requests):
+    """Whatever is accepted: no fixed number does in all cases. Learning and guessing cost 8 % at most."""
+    tasks = work(acceptance, requests, batch)
+    assert simulate(tasks, SMALL).tokens_per_second > 0.92 * best_fixed(tasks, SMALL).tokens_per_second
+
+
+def test_adaptive_candidates_beat_every_fixed_number_where_requests_differ():
+    tasks = work("beta(0.6,2.4)", 250)
+    assert simulate(tasks, SMALL).tokens_per_second > 1.02 * best_fixed(tasks, SMALL).tokens_per_second
+
+
+def test_nobody_waits_for_the_slowest():
+    tasks = work("0.3", 150, batch=64, max_rows=64)
+    assert simulate(tasks, SMALL).tokens_per_second > 2 * simulate(tasks, SMALL, "barrier").tokens_per_second
+
+
+@pytest.mark.parametrize("row_ms, fewer, more", [(5.0, 0, 20), (0.02, 60, 320)])
+def test_the_number_of_rows_follows_what_a_row_costs(row_ms, fewer, more):
+    """From the same prior: what was measured decides."""
+    outcome = simulate(work("0.15", 150, max_rows=320), LinearMachine(10e-3, row_ms / 1e3))
+    assert fewer < outcome.rows < more
+
+
+def test_it_is_the_engines_scheduler_that_decides(monkeypatch):
+    seen, candidates = [], Scheduler.candidates
+    monkeypatch.setattr(Scheduler, "candidates", lambda *args: seen.append(candidates(*args)) or seen[-1])
+    outcome = simulate(work("0.3", 30), SMALL)
+    assert len(seen) == outcome.heartbeats and sum(map(sum, seen)) * 16 == outcome.drawn
+
+
+# What is put in
+
+
+def test_recorded_rows_are_replayed_as_they_were(tmp_path):
+    segments = [
+        {"tokens": 16, "attempts": 3, "accepted": True},
+        {"tokens": 16, "attempts": 20, "accepted": False},
+        {"tokens": 5, "attempts": 1, "accepted": True},
+    ]
+    rows = [json.dumps({"segments": segments}), json.dumps({"segments": []})]
+    (course,) = recorded(rows, max_attempts=20)
+    assert course.tokens == [16, 16, 5] and course.winners == [3, 21, 1]
+    assert course.acceptance == pytest.approx(2.5 / 25)
+    one = simulate(Work([course], batch=1), SMALL, 1)
+    assert one.heartbeats == 24 and one.committed == 37 and one.drawn == 3 * 16 + 20 * 16 + 5
+
+
+@pytest.mark.parametrize("acceptance", ["0", "1.2", "nan", "beta(0,1)", "beta(1)", "half", ""])
+def test_an_acceptance_is_a_probability_or_a_distribution(acceptance):
+    with pytest.raises(ValueError, match="acceptance="):
+        rates(acceptance, 3, 0)
+
+
+def test_rates_are_drawn_per_request_and_the_same_again():
+    drawn = rates("Beta(2, 5)", 4000, 3)
+    assert drawn.mean() == pytest.approx(2 / 7, abs=0.01) and (drawn == rates("beta(2,5)", 4000, 3)).all()
+    assert set(rates("0.25", 3, 0)) == {0.25}
+
+
+@pytest.mark.parametrize("lines", [["{}"], ["no"], ['{"segments": 3}'], []])
+def test_files_that_hold_no_recorded_rows_are_refused(lines):
+    with pytest.raises(ValueError, match="row"):
+        recorded(lines, 20)
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(ValueError, match="fixed=0"):
+        LinearMachine(0, 1)
+    with pytest.raises(ValueError, match=r"batch=300.*max_rows=256"):
+        work("0.3", 2, batch=300)
+    with pytest.raises(ValueError, match="schedule='fast'"):
+        simulate(work("0.3", 2), SMALL, "fast")
+    assert math.isfinite(simulate(work("0.3", 2), SMALL).tokens_per_second)
