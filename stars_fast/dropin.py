@@ -19,8 +19,9 @@ from stars_fast.outputs import StarsOutput
 from stars_fast.processors import foreign_processors, row_processor, row_stop
 from stars_fast.sampling import NEUTRAL, SAMPLING_FIELDS
 
+_CACHES = ("past_key_values", "cache")  # until transformers 5.23, and from 5.24 on
 # What transformers hands to every decoding loop.
-_PREPARED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
+_PREPARED = ("attention_mask", "position_ids", *_CACHES, "use_cache", "logits_to_keep", "cache_position")
 _ENGINE_ARGUMENTS = (
     "reward_tokenizer",
     "reward_tail",
@@ -110,7 +111,7 @@ def generate(
         kwargs["max_new_tokens"] = config.max_new_tokens
     if explicit.get("num_return_sequences") is None:
         kwargs["num_return_sequences"] = config.num_return_sequences
-    for name in ("inputs_embeds", "position_ids", "past_key_values"):
+    for name in ("inputs_embeds", "position_ids", *_CACHES):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} is given: reward-guided decoding starts from token ids alone")
     for name in (*SAMPLING_FIELDS, "eos_token_id"):
@@ -312,8 +313,9 @@ def _refuse(generation_config: GenerationConfig) -> None:
 
 def _refuse_inputs(model_kwargs: dict[str, Any]) -> None:
     """Anything to start from besides ids and their mask. transformers itself adds what is let through here."""
-    if model_kwargs.get("past_key_values") is not None and model_kwargs["past_key_values"].get_seq_length():
-        raise ValueError("past_key_values holds tokens: reward-guided decoding starts from token ids alone")
+    for name in _CACHES:
+        if model_kwargs.get(name) is not None and model_kwargs[name].get_seq_length():
+            raise ValueError(f"{name} holds tokens: reward-guided decoding starts from token ids alone")
     for name, value in model_kwargs.items():
         if value is not None and name not in _PREPARED:
             raise ValueError(f"{name} is given: reward-guided decoding starts from token ids alone")
