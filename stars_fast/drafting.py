@@ -135,7 +135,7 @@ class SelfJudging(Generation):
         count, lengths = len(drafts), [len(draft.tokens) for draft in drafts]
         raw = torch.cat(logits[:count])  # [T, V], the judge's
         judge, drafted = self._processed(raw), self._processed(torch.cat(logits[count:]))
-        tokens = torch.tensor([token for draft in drafts for token in draft.tokens], device=raw.device)  # [T]
+        tokens = torch.tensor([token for draft in drafts for token in draft.tokens], dtype=torch.int64).to(raw.device)
         ratio = (judge - drafted).gather(1, tokens[:, None])[:, 0].exp().double().cpu()  # [T]
         stands = (self._uniforms(lengths) < ratio).tolist()
         starts = [0, *accumulate(lengths)]
@@ -185,15 +185,13 @@ class SelfJudging(Generation):
 
     def _uniforms(self, lengths: Sequence[int]) -> torch.Tensor:
         """What decides about each token of each block ``[T]``."""
-        keys, segments, positions = zip(
-            *(
-                (request.key, len(request.segments), position)
-                for request, length in zip(self.running, lengths, strict=True)
-                for position in range(length)
-            ),
-            strict=True,
-        )
-        return acceptance_uniform(torch.tensor(keys), torch.tensor(segments), torch.tensor(0), torch.tensor(positions))
+        names = [
+            (request.key, len(request.segments), position)
+            for request, length in zip(self.running, lengths, strict=True)
+            for position in range(length)
+        ]
+        keys, segments, positions = torch.tensor(names, dtype=torch.int64).view(-1, 3).unbind(1)
+        return acceptance_uniform(keys, segments, torch.tensor(0), positions)
 
     def _replacements(self, fallen: Sequence[int], positions: Sequence[int], logits: torch.Tensor) -> list[int]:
         """A token with these logits ``[F, V]`` for each, by the random numbers of attempt 1: drafts are attempt 0."""
