@@ -142,8 +142,10 @@ class SelfJudging(Generation):
         kept = [_leading(stands[a:b]) for a, b in pairwise(starts)]
         fallen = [i for i in range(count) if kept[i] < lengths[i] and drafts[i].finite]
         places = torch.tensor([starts[i] + kept[i] for i in fallen], dtype=torch.int64)
-        residual = (judge[places].exp() - drafted[places].exp()).clamp_min(0).log()
-        new = dict(zip(fallen, self._replacements(fallen, kept, residual), strict=True))
+        lacking = (judge[places].exp() - drafted[places].exp()).clamp_min(0)  # [F, V]
+        # Two laws that differ by rounding alone may leave nothing.
+        lacking = torch.where(lacking.sum(1, keepdim=True) > 0, lacking, judge[places].exp())
+        new = dict(zip(fallen, self._replacements(fallen, kept, lacking.log()), strict=True))
         raw = raw.float().log_softmax(1)
         judged = []
         for i, draft in enumerate(drafts):
@@ -171,7 +173,8 @@ class SelfJudging(Generation):
             new, rows_after = self.policy.read([nodes[i] for i in places], [runs[i] for i in places])
             for i, node, rows in zip(places, new, rows_after, strict=True):
                 nodes[i], logits[i] = node, torch.cat((logits[i], rows))
-        return nodes, logits
+        # A draft that broke off at once has no token to judge.
+        return nodes, [rows[: len(draft.tokens)] for rows, draft in zip(logits, [*drafts, *drafts], strict=True)]
 
     def _processed(self, logits: torch.Tensor) -> torch.Tensor:
         """Log-probabilities ``[T, V]`` after temperature and filters."""

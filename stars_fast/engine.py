@@ -16,7 +16,7 @@ from stars_fast.config import StarsConfig
 from stars_fast.events import new_events
 from stars_fast.loading import load_policy, load_reward
 from stars_fast.loops import draft_policy, generation
-from stars_fast.methods import RSD
+from stars_fast.methods import RSD, Population
 from stars_fast.methods.calibration import PILOT_SAMPLES, Pilot, pilot_config, solve
 from stars_fast.outputs import SegmentEvent, StarsOutput
 from stars_fast.policy import Policy
@@ -247,7 +247,8 @@ class StarsEngine:
         if not live:
             return
         method = config.chosen_method
-        rows = min(self.max_rows, len(live) * config.max_attempts)
+        width = method.width if isinstance(method, Population) else config.max_attempts
+        rows = min(self.max_rows, len(live) * width)
         longest = max(_most_slots(request, config) for request in live)
         whole = method.needs_hidden_state or self.reward.needs_hidden_state
         draft = self._draft if isinstance(method, RSD) else None
@@ -255,7 +256,9 @@ class StarsEngine:
         trees = [self.policy, reward_tree] if isinstance(reward_tree, TreeModel) else [self.policy]
         trees += [] if draft is None else [draft]
         divide_devices(trees, rows, self.gpu_memory_utilization)
-        tokens = self.kv_cache_tokens or default_tokens(self.policy, rows, longest)
+        # `longest` counts all answers of a population, else one.
+        holders = min(len(live), -(-rows // width)) if isinstance(method, Population) else rows
+        tokens = self.kv_cache_tokens or default_tokens(self.policy, holders, longest)
         prompts = list(dict.fromkeys(request.prompt.reward_prompt for request in live))
         with ExitStack() as stack:
             for policy in [self.policy] if draft is None else [self.policy, draft]:
