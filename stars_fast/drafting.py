@@ -138,15 +138,17 @@ class SelfJudging(Generation):
         count, lengths = len(drafts), [len(draft.tokens) for draft in drafts]
         raw = torch.cat(logits[:count])  # [T, V], the judge's
         judge, drafted = self._processed(raw), self._processed(torch.cat(logits[count:]))
-        tokens = torch.tensor([token for draft in drafts for token in draft.tokens], device=raw.device)  # [T]
+        tokens = torch.tensor([token for draft in drafts for token in draft.tokens], dtype=torch.int64).to(raw.device)
         ratio = (judge - drafted).gather(1, tokens[:, None])[:, 0].exp().double().cpu()  # [T]
         stands = (self._uniforms(lengths) < ratio).tolist()
         starts = [0, *accumulate(lengths)]
         kept = [_leading(stands[a:b]) for a, b in pairwise(starts)]
         fallen = [i for i in range(count) if kept[i] < lengths[i] and drafts[i].finite]
         places = torch.tensor([starts[i] + kept[i] for i in fallen], dtype=torch.int64)
-        residual = (judge[places].exp() - drafted[places].exp()).clamp_min(0).log()
-        new = dict(zip(fallen, self._replacements(fallen, kept, residual), strict=True))
+        lacking = (judge[places].exp() - drafted[places].exp()).clamp_min(0)  # [F, V]
+        # Two laws that differ by rounding alone may leave nothing.
+        lacking = torch.where(lacking.sum(1, keepdim=True) > 0, lacking, judge[places].exp())
+        new = dict(zip(fallen, self._replacements(fallen, kept, lacking.log()), strict=True))
         raw = raw.float().log_softmax(1)
         judged = []
         for i, draft in enumerate(drafts):
@@ -174,7 +176,8 @@ class SelfJudging(Generation):
             new, rows_after = self.policy.read([nodes[i] for i in places], [runs[i] for i in places])
             for i, node, rows in zip(places, new, rows_after, strict=True):
                 nodes[i], logits[i] = node, torch.cat((logits[i], rows))
-        return nodes, logits
+        # A draft that broke off at once has no token to judge.
+        return nodes, [rows[: len(draft.tokens)] for rows, draft in zip(logits, [*drafts, *drafts], strict=True)]
 
     def _processed(self, logits: torch.Tensor) -> torch.Tensor:
         """Log-probabilities ``[T, V]`` after temperature and filters."""
@@ -188,15 +191,13 @@ class SelfJudging(Generation):
 
     def _uniforms(self, lengths: Sequence[int]) -> torch.Tensor:
         """What decides about each token of each block ``[T]``."""
-        keys, segments, positions = zip(
-            *(
-                (request.key, len(request.segments), position)
-                for request, length in zip(self.running, lengths, strict=True)
-                for position in range(length)
-            ),
-            strict=True,
-        )
-        return acceptance_uniform(torch.tensor(keys), torch.tensor(segments), torch.tensor(0), torch.tensor(positions))
+        names = [
+            (request.key, len(request.segments), position)
+            for request, length in zip(self.running, lengths, strict=True)
+            for position in range(length)
+        ]
+        keys, segments, positions = torch.tensor(names, dtype=torch.int64).view(-1, 3).unbind(1)
+        return acceptance_uniform(keys, segments, torch.tensor(0), positions)
 
     def _replacements(self, fallen: Sequence[int], positions: Sequence[int], logits: torch.Tensor) -> list[int]:
         """A token with these logits ``[F, V]`` for each, by the random numbers of attempt 1: drafts are attempt 0."""

@@ -182,6 +182,18 @@ def test_a_request_that_fails_does_not_cost_the_others_theirs(method):
     assert_all_free(engine)
 
 
+def test_logits_that_are_not_finite_end_a_request_with_an_error(method):
+    engine = make_engine()
+    with torch.no_grad():
+        engine.policy.model.lm_head.weight.fill_(float("nan"))
+    out = generate(engine, method)
+    if isinstance(method, RSD):  # whose drafts are sound: only the policy's own steps fail
+        assert {error for error in out.errors} <= {None, "the policy's logits are not finite"}
+    else:
+        assert all("the policy's logits are not finite" in error for error in out.errors)
+    assert_all_free(engine)
+
+
 def test_a_closed_stream_keeps_nothing(method):
     engine = make_engine(tiny_reward(VOCAB, hidden=32))
     stream = engine.stream(PROMPTS, CONFIG, seed=SEEDS, method=method)
