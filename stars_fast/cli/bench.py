@@ -22,7 +22,7 @@ _DTYPES = ("float32", "bfloat16")
 _BATCHES = (1, 16)
 _SWEEP_BATCH = 4
 _PROMPT_LENGTH = 32
-_WIDTH = 120  # columns that the tables need
+_WIDTH = 132  # columns that the tables need
 
 Record = dict[str, Any]
 
@@ -188,7 +188,7 @@ def _table(points: list[Record], field: str | None) -> Table:
     """Of one workload, or of a sweep over ``field``: then with seconds, and how many times those of the first value."""
     table = Table(title=_title(points[0]["workload"], field), title_justify="left", title_style="bold", box=None)
     if field is not None:
-        table.add_column(field.replace("_", " "), justify="right")
+        table.add_column(field.replace("_", " "), justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for heading in (*(("x first", "seconds") if field is not None else ()), *_HEADINGS):
         table.add_column(heading, justify="right", no_wrap=True)
