@@ -106,8 +106,8 @@ class StarsConfig:
         if self.finished_threshold not in ("target", "ramp"):
             raise ValueError(f"finished_threshold={self.finished_threshold!r}: must be 'target' or 'ramp'")
         chosen = method_from(self.method, METHODS)
-        if not isinstance(self.method, str):
-            self._put("method", chosen)
+        known = METHODS.get(chosen.name) is type(chosen)
+        self._put("method", chosen.name if known and not chosen.changed else chosen)
         self._check_sampling()
         self._check_stopping()
 

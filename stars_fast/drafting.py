@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -115,61 +116,65 @@ class SelfJudging(Generation):
         self.scheduler.packed, self.stats.heartbeats = len(self.running), self.stats.heartbeats + 1
         leaves = [self._leaf(request, 1, place=1) for request in self.running]
         draws = [draw for (draw,) in self.policy.propose(leaves, self.sampling)]
-        nodes, judge, draft = self._reread(draws)
+        judged, nodes, twins = self._judge(draws)
         candidates = []
-        for i, (request, draw) in enumerate(zip(self.running, draws, strict=True)):
-            self.policy.tree.release(draw.node)
-            if draw.finite:
-                draw = self._judged(request, draw, judge[i], draft[i])
-            draw.node = nodes[0][i]
+        for i, (request, draw) in enumerate(zip(self.running, judged, strict=True)):
+            self.policy.tree.release(draws[i].node)
+            draw.node, twin = nodes[i], replace(draw, node=twins[i])
             candidate = self._candidate(request, draw)
             self.policy.trim(candidate.leaf, draw)
-            candidates.append([candidate])
-            twin = replace(draw, node=nodes[1][i])
+            twin.cut(len(draw.tokens))
             self.policy.trim(self.drafts.of(request).leaf, twin)
             self.twins[candidate] = twin.node
+            candidates.append([candidate])
         return candidates
 
-    def _reread(self, draws: Sequence[Draw]) -> tuple[list[list[int]], list[torch.Tensor], list[torch.Tensor]]:
-        """All blocks under both prompts, in one pass.
+    def _judge(self, drafts: Sequence[Draw]) -> tuple[list[Draw], list[int], list[int]]:
+        """What stands of each block and, where a token falls, its replacement. Log-probabilities are the judge's.
 
-        Returns the nodes that hold all tokens but the last, of the judge and of the draft, and the logits ``[T, V]`` at
-        each token's place, of the judge and of the draft.
+        Returns the draws, and the nodes that hold the blocks but for their last tokens, of judge and draft.
+        """
+        nodes, logits = self._reread(drafts)
+        count, lengths = len(drafts), [len(draft.tokens) for draft in drafts]
+        raw = torch.cat(logits[:count])  # [T, V], the judge's
+        judge, drafted = self._processed(raw), self._processed(torch.cat(logits[count:]))
+        tokens = torch.tensor([token for draft in drafts for token in draft.tokens], dtype=torch.int64).to(raw.device)
+        ratio = (judge - drafted).gather(1, tokens[:, None])[:, 0].exp().double().cpu()  # [T]
+        stands = (self._uniforms(lengths) < ratio).tolist()
+        starts = [0, *accumulate(lengths)]
+        kept = [_leading(stands[a:b]) for a, b in pairwise(starts)]
+        fallen = [i for i in range(count) if kept[i] < lengths[i] and drafts[i].finite]
+        places = torch.tensor([starts[i] + kept[i] for i in fallen], dtype=torch.int64)
+        residual = (judge[places].exp() - drafted[places].exp()).clamp_min(0).log()
+        new = dict(zip(fallen, self._replacements(fallen, kept, residual), strict=True))
+        raw = raw.float().log_softmax(1)
+        judged = []
+        for i, draft in enumerate(drafts):
+            ids = draft.tokens[: kept[i]] + ([new[i]] if i in new else [])
+            rows = torch.arange(starts[i], starts[i] + len(ids)), torch.tensor(ids, dtype=torch.int64)
+            ended = bool(ids) and ids[-1] in self.sampling.eos_token_ids
+            finite = draft.finite and not raw[rows[0]].isnan().any()
+            judged.append(Draw(-1, ids, raw[rows].tolist(), judge[rows].tolist(), ended, finite))
+            self.stats.policy_tokens += lengths[i] - kept[i]
+        return judged, nodes[:count], nodes[count:]
+
+    def _reread(self, drafts: Sequence[Draw]) -> tuple[list[int], list[torch.Tensor]]:
+        """All blocks but their last tokens under both prompts, in one pass.
+
+        Returns the new nodes, and the logits ``[T, V]`` at each token's place: the judge's, then the draft's.
         """
         trunks = [tree.of(request) for tree in self.trees for request in self.running]
-        runs = [draw.tokens[:-1] for draw in draws] * 2
-        places = [i for i, run in enumerate(runs) if run]
+        runs = [draft.tokens[:-1] for draft in drafts] * 2
         nodes, logits = [trunk.leaf for trunk in trunks], [_known(trunk)[None] for trunk in trunks]
-        for i, run in enumerate(runs):
+        for node, run in zip(nodes, runs, strict=True):
             if not run:
-                self.policy.tree.retain(nodes[i])
+                self.policy.tree.retain(node)
+        places = [i for i, run in enumerate(runs) if run]
         if places:
-            new, after_tokens = self.policy.read([nodes[i] for i in places], [runs[i] for i in places])
-            for i, node, rows in zip(places, new, after_tokens, strict=True):
+            new, rows_after = self.policy.read([nodes[i] for i in places], [runs[i] for i in places])
+            for i, node, rows in zip(places, new, rows_after, strict=True):
                 nodes[i], logits[i] = node, torch.cat((logits[i], rows))
-        count = len(draws)
-        return [nodes[:count], nodes[count:]], logits[:count], logits[count:]
-
-    def _judged(self, request: Request, draft: Draw, judge_logits: torch.Tensor, draft_logits: torch.Tensor) -> Draw:
-        """The tokens that stand, and the replacement of the first that does not. Log-probabilities are the judge's."""
-        tokens = torch.tensor(draft.tokens, device=judge_logits.device)
-        judge, drafted = self._processed(judge_logits), self._processed(draft_logits)  # [T, V], log
-        ratio = (judge - drafted).gather(1, tokens[:, None])[:, 0].exp().double().cpu()
-        uniforms = acceptance_uniform(
-            torch.tensor(request.key), torch.tensor(len(request.segments)), torch.tensor(0), torch.arange(len(ratio))
-        )
-        fallen = (uniforms >= ratio).nonzero()[:, 0].tolist()
-        stand = fallen[0] if fallen else len(draft.tokens)
-        kept = draft.tokens[:stand]
-        if fallen:
-            residual = (judge[stand].exp() - drafted[stand].exp()).clamp_min(0)
-            kept.append(self._draw(request, stand, residual.log() if residual.any() else judge[stand]))
-        self.stats.policy_tokens += len(draft.tokens) - stand
-        places, ids = torch.arange(len(kept)), torch.tensor(kept)
-        raw = judge_logits[: len(kept)].float().log_softmax(1)
-        ended, finite = kept[-1] in self.sampling.eos_token_ids, bool(judge_logits.amax().isfinite())
-        logprobs, sampling = raw[places, ids].tolist(), judge[places, ids].tolist()
-        return Draw(-1, kept, logprobs, sampling, ended, finite)
+        return nodes, logits
 
     def _processed(self, logits: torch.Tensor) -> torch.Tensor:
         """Log-probabilities ``[T, V]`` after temperature and filters."""
@@ -181,30 +186,45 @@ class SelfJudging(Generation):
         scaled = logits.float() / self.sampling.temperature
         return filter_logits(scaled, *filters, rows(self.sampling.min_p, torch.float32)).log_softmax(1)
 
-    def _draw(self, request: Request, position: int, logits: torch.Tensor) -> int:
-        """A token with these logits ``[V]``, by the random numbers of attempt 1: the drafts are attempt 0."""
+    def _uniforms(self, lengths: Sequence[int]) -> torch.Tensor:
+        """What decides about each token of each block ``[T]``."""
+        names = [
+            (request.key, len(request.segments), position)
+            for request, length in zip(self.running, lengths, strict=True)
+            for position in range(length)
+        ]
+        keys, segments, positions = torch.tensor(names, dtype=torch.int64).view(-1, 3).unbind(1)
+        return acceptance_uniform(keys, segments, torch.tensor(0), positions)
 
-        def one(value: float, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.tensor([value], dtype=dtype, device=logits.device)
+    def _replacements(self, fallen: Sequence[int], positions: Sequence[int], logits: torch.Tensor) -> list[int]:
+        """A token with these logits ``[F, V]`` for each, by the random numbers of attempt 1: drafts are attempt 0."""
+        rows, int32, float32 = len(fallen), torch.int32, torch.float32
+        if not rows:
+            return []
 
-        float32 = torch.float32
-        token, *_ = sample_step(
-            logits[None],
-            torch.tensor([request.key], device=logits.device),
-            one(len(request.segments)),
-            one(1),
-            one(position),
-            one(True, torch.bool),
-            one(position + 1),
-            one(1, float32),
-            one(0),
-            one(1, float32),
-            one(0, float32),
-            one(1, float32),
+        def full(value: float, dtype: torch.dtype) -> torch.Tensor:
+            return torch.full((rows,), value, dtype=dtype, device=logits.device)
+
+        requests = [self.running[i] for i in fallen]
+        place = torch.tensor([positions[i] for i in fallen], dtype=int32, device=logits.device)
+        tokens, *_ = sample_step(
+            logits,
+            torch.tensor([request.key for request in requests], device=logits.device),
+            torch.tensor([len(request.segments) for request in requests], dtype=int32, device=logits.device),
+            full(1, int32),
+            place,
+            full(True, torch.bool),
+            place + 1,
+            full(1, float32),
+            full(0, int32),
+            full(1, float32),
+            full(0, float32),
+            full(1, float32),
             None,
             torch.empty(0, dtype=torch.int64, device=logits.device),
         )
-        return int(token)
+        ids: list[int] = tokens.tolist()
+        return ids
 
     def select_and_commit(self, candidates: Sequence[Sequence[Candidate]]) -> list[Request]:
         changed = []
@@ -225,6 +245,11 @@ class SelfJudging(Generation):
             changed.append(request)
         self.running = [request for request in self.running if request.finish_reason is None]
         return changed
+
+
+def _leading(stands: Sequence[bool]) -> int:
+    """How many are true before the first that is not."""
+    return next((place for place, stand in enumerate(stands) if not stand), len(stands))
 
 
 def _known(trunk: Trunk) -> torch.Tensor:

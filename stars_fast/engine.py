@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from stars_fast.call import Arguments, Call, prepare, read_pilot
 from stars_fast.config import StarsConfig
+from stars_fast.events import new_events
 from stars_fast.loading import load_policy, load_reward
-from stars_fast.loops import generation
+from stars_fast.loops import draft_policy, generation
 from stars_fast.methods import RSD
 from stars_fast.methods.calibration import PILOT_SAMPLES, Pilot, pilot_config, solve
-from stars_fast.outputs import SegmentEvent, SegmentTrace, StarsOutput
+from stars_fast.outputs import SegmentEvent, StarsOutput
 from stars_fast.policy import Policy
 from stars_fast.progress import progress_bar
 from stars_fast.request import Request
@@ -26,7 +27,7 @@ from stars_fast.row_cost import HeartbeatCost
 from stars_fast.scheduler import Scheduler, candidate_slots, persona_slots, response_slots
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.memory import default_tokens, divide_devices
-from stars_fast.tree.model import TreeModel, vocabulary
+from stars_fast.tree.model import TreeModel
 
 # Expected share of candidates accepted where targets are calibrated per prompt.
 _DEFAULT_ACCEPTANCE = 0.3
@@ -101,7 +102,7 @@ class StarsEngine:
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)
         self.kv_cache_tokens = kv_cache_tokens
         self.gpu_memory_utilization = gpu_memory_utilization
-        self._draft: Policy | None = None
+        self._draft: Policy | None = None  # kept until another is asked for
         self.costs: dict[str, HeartbeatCost] = {}  # by method; what is learned on this machine serves the next call
         self._busy = False
 
@@ -199,27 +200,9 @@ class StarsEngine:
 
     def _prepare(self, arguments: Arguments) -> Call:
         call = prepare(arguments, self.policy, self.reward, self.tokenizer, self.kv_cache_tokens)
-        if isinstance(call.config.chosen_method, RSD):
-            self._load_draft(call.config.chosen_method.draft)
+        if isinstance(method := call.config.chosen_method, RSD):
+            self._draft = draft_policy(method.draft, self._draft, self.policy, self.tokenizer)
         return call
-
-    def _load_draft(self, draft: Any) -> None:
-        """The second policy, kept until another is asked for."""
-        if self._draft is not None and draft in (self._draft.model, self._draft.source):
-            return
-        model, tokenizer = load_policy(draft, None)
-        ids = self.policy.vocab_size if self.tokenizer is None else len(self.tokenizer)
-        own = None if tokenizer is None or self.tokenizer is None else self.tokenizer.get_vocab()
-        least = min(vocabulary(model), self.policy.vocab_size)
-        # Tables of one vocabulary may be padded to different sizes, if a tokenizer says how many ids are in use.
-        padded = self.tokenizer is not None and ids <= least
-        if (vocabulary(model) != self.policy.vocab_size and not padded) or (own and own != tokenizer.get_vocab()):
-            raise ValueError(
-                f"draft: {type(model).__name__} has {vocabulary(model)} ids and the policy {self.policy.vocab_size}: "
-                "their vocabularies must be the same"
-            )
-        self._draft = Policy(model, self.policy.padded, self.policy.torch_compile)
-        self._draft.source = draft
 
     def _events(self, call: Call) -> Iterator[SegmentEvent]:
         with self._exclusive(call):
@@ -232,7 +215,7 @@ class StarsEngine:
             for request in self._run(call, call.requests, call.config):
                 if request.error is not None and call.arguments.on_error == "raise":
                     raise RuntimeError(f"prompts[{request.prompt_index}]: {request.error}")
-                yield from self._new_events(request)
+                yield from new_events(request, self.tokenizer)
 
     @contextmanager
     def _exclusive(self, call: Call) -> Iterator[None]:
@@ -297,36 +280,6 @@ class StarsEngine:
                 raise
             finally:
                 call.stats.reward_tokens += self.reward.tokens
-
-    def _new_events(self, request: Request) -> Iterator[SegmentEvent]:
-        """One event per segment that is new; one without a segment where the request failed."""
-        if request.error is not None:
-            yield self._event(request, None, request.tokens, last=True)
-            return
-        first, request.reported = request.reported, len(request.segments)
-        end = len(request.tokens) - sum(len(segment.tokens) for segment in request.segments[first:])
-        for segment in request.segments[first:]:
-            end += len(segment.tokens)
-            yield self._event(request, segment, request.tokens[:end], last=segment is request.segments[-1])
-
-    def _event(self, request: Request, segment: SegmentTrace | None, tokens: Sequence[int], last: bool) -> SegmentEvent:
-        text = None
-        reason = request.finish_reason if last else None
-        if self.tokenizer is not None:
-            whole = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            # A character may be split between segments: what is not complete waits for the next event.
-            ready = whole if reason else whole.rstrip("\ufffd")
-            text = ready[request.text_length :]
-            request.text_length = max(len(ready), request.text_length)
-        return SegmentEvent(
-            index=request.index,
-            prompt_index=request.prompt_index,
-            sample_index=request.sample_index,
-            segment=segment,
-            text=text,
-            finish_reason=reason,
-            error=request.error,
-        )
 
     def _output(self, call: Call) -> StarsOutput:
         requests = call.requests

@@ -33,18 +33,22 @@ class Enumeration(Generation):
         return self.method.tokens(self._logits(request))
 
     def draw(self, drawers: Sequence[Request], shares: Sequence[int]) -> list[list[Draw]]:
-        groups = []
-        for request, share in zip(drawers, shares, strict=True):
-            tokens = self._tokens(request)[request.attempts : request.attempts + share]
-            trunk = self.trunks.of(request)
-            assert trunk.logits is not None
-            groups.append(self.policy.fork_tokens(trunk.leaf, tokens, self.sampling, trunk.logits))
-        return groups
+        trunks = [self.trunks.of(request) for request in drawers]
+        tokens = [
+            self._tokens(request)[request.attempts : request.attempts + share]
+            for request, share in zip(drawers, shares, strict=True)
+        ]
+        logits = torch.stack([trunk.logits for trunk in trunks if trunk.logits is not None])
+        return self.policy.fork_tokens([trunk.leaf for trunk in trunks], tokens, self.sampling, logits)
 
     def score(self, candidates: Sequence[Sequence[Candidate]]) -> None:
-        for request, group in zip(self.running, candidates, strict=False):
-            attempts = torch.arange(request.attempts, request.attempts + len(group))
-            uniforms = acceptance_uniform(torch.tensor(request.key), torch.tensor(len(request.segments)), attempts)
-            for candidate, noise in zip(group, (-(-uniforms.log()).log()).tolist(), strict=True):
+        named = [
+            (candidate, (request.key, len(request.segments), request.attempts + i))
+            for request, group in zip(self.running, candidates, strict=False)
+            for i, candidate in enumerate(group)
+        ]
+        if named:
+            uniforms = acceptance_uniform(*torch.tensor([name for _, name in named]).unbind(1))
+            for (candidate, _), noise in zip(named, (-(-uniforms.log()).log()).tolist(), strict=True):
                 candidate.gumbel = noise
         super().score(candidates)

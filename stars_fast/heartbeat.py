@@ -128,6 +128,10 @@ class Generation(Queue):
         needs = dict.fromkeys(request.prompt for request in new if request.prompt.empty_reward is None)
         empty = [Completion(Response(prompt.reward_prompt), [], tokenizer=self.tokenizer) for prompt in needs]
         errors: dict[PromptNode, str] = {}
+        if empty and self.scheduler.whole:
+            hidden = self.policy.hidden_at_end([p.node for p in needs], [p.ids[-1] for p in needs])
+            for completion, row in zip(empty, hidden, strict=True):
+                completion.hidden = row
         if empty:
             for prompt, completion, (value, error) in zip(needs, empty, score_each(self.reward, empty), strict=True):
                 self.reward.discard(completion)

@@ -133,23 +133,31 @@ class Policy(TreeModel):
             self.tree.release(draw.node)
             draw.node = node
 
-    def fork_tokens(self, leaf: int, tokens: Sequence[int], sampling: Sampling, logits: torch.Tensor) -> list[Draw]:
-        """Candidates of one given token each, below a leaf with these ``logits [V]``.
+    def fork_tokens(
+        self, leaves: Sequence[int], tokens: Sequence[Sequence[int]], sampling: Sampling, logits: torch.Tensor
+    ) -> list[list[Draw]]:
+        """Candidates of one given token each, several below each leaf. ``logits [G, V]`` are the leaves'.
 
         Their log-probabilities are the policy's, as they stand and after temperature and filters.
         """
-        raw = logits.float().log_softmax(0)
-        top_k, top_p, min_p = (
-            torch.tensor([value], device=raw.device) for value in (sampling.top_k, sampling.top_p, sampling.min_p)
+        raw = logits.float().log_softmax(1)
+
+        def rows(value: float, dtype: torch.dtype) -> torch.Tensor:
+            return torch.full((len(raw),), value, dtype=dtype, device=raw.device)
+
+        filters = rows(sampling.top_k, torch.int32), rows(sampling.top_p, torch.float32)
+        filtered = filter_logits(raw / sampling.temperature, *filters, rows(sampling.min_p, torch.float32))
+        counts = [len(group) for group in tokens]
+        ids = [token for group in tokens for token in group]
+        group = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(raw.device)
+        place = group, torch.tensor(ids, device=raw.device)
+        nodes = self.plan(leaves, counts, [0] * len(ids)).branches
+        columns = raw[place].tolist(), filtered.log_softmax(1)[place].tolist(), raw.amax(1).isfinite()[group].tolist()
+        draws = iter(
+            Draw(node, [token], [logprob], [sampling_logprob], token in sampling.eos_token_ids, finite)
+            for node, token, logprob, sampling_logprob, finite in zip(nodes, ids, *columns, strict=True)
         )
-        filtered = filter_logits(raw[None] / sampling.temperature, top_k.int(), top_p.float(), min_p.float())
-        processed = filtered.log_softmax(1)[0]
-        finite = bool(raw.amax().isfinite())
-        nodes = self.plan([leaf], [len(tokens)], [0] * len(tokens)).branches
-        return [
-            Draw(node, [token], [a], [b], token in sampling.eos_token_ids, finite)
-            for node, token, a, b in zip(nodes, tokens, raw[tokens].tolist(), processed[tokens].tolist(), strict=True)
-        ]
+        return [[next(draws) for _ in range(count)] for count in counts]
 
     def finish_branches(self, draws: Sequence[Draw]) -> torch.Tensor:
         """Encode each draw's last token too, so that its ``logits`` are known. Returns the hidden states ``[B, H]``:
@@ -160,9 +168,21 @@ class Policy(TreeModel):
                 [draw.node for draw in draws], [draw.tokens[-1:] for draw in draws], logits_to_keep=0
             )
         for draw, node, (output, _, place) in zip(draws, nodes, outputs, strict=True):
-            self.tree.release(draw.node)
+            self._release(draw.node)
             draw.node, draw.logits = node, output.logits[0, place]
         return seen[-1][0]
+
+    def hidden_at_end(self, nodes: Sequence[int], last_tokens: Sequence[int]) -> torch.Tensor:
+        """What the output embedding reads at the last token of each node ``[B, H]``, by encoding it once more."""
+        lengths = [self.tree.length(node) - 1 for node in nodes]
+        before = [self.tree.cut(node, length) if length else -1 for node, length in zip(nodes, lengths, strict=True)]
+        draws = [
+            Draw(node, [token], [0.0], [0.0], False, True) for node, token in zip(before, last_tokens, strict=True)
+        ]
+        hidden = self.finish_branches(draws)
+        for draw in draws:
+            self.tree.release(draw.node)
+        return hidden
 
     @contextmanager
     def _head_inputs(self) -> Iterator[list[torch.Tensor]]:

@@ -41,12 +41,15 @@ class Method:
         Whether r_star matters: calibrated from pilot responses where ``target_reward`` is None.
     needs_hidden_state : bool
         Whether :meth:`values` reads ``Completion.hidden``.
+    gives_hidden_state : bool
+        Whether the policy reads every candidate that is scored, so that it has a hidden state.
     """
 
     name: ClassVar[str]
     scores_unfinished: ClassVar[bool] = True
     has_target: ClassVar[bool] = True
     needs_hidden_state: ClassVar[bool] = False
+    gives_hidden_state: ClassVar[bool] = True
 
     def rule(self, config: StarsConfig) -> StarsConfig:
         """The call's settings with what this method decides itself."""
@@ -67,10 +70,21 @@ class Method:
                 f"method={self.name!r} scores unfinished answers, which {type(reward).__name__} (partial=False) cannot "
                 "do; vanilla, best_of_n and rejection_sampling score finished ones only"
             )
+        if reward.needs_hidden_state and not self.gives_hidden_state:
+            raise ValueError(
+                f"method={self.name!r} scores text that the policy has not read, and {type(reward).__name__} needs the "
+                "policy's hidden state there"
+            )
 
     def values(self, candidates: Sequence[Candidate]) -> list[float]:
         """What the selection compares, one number per scored candidate: the reward, 0 where none was asked for."""
         return [0.0 if candidate.unscored else candidate.reward for candidate in candidates]
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """Parameters that are not the defaults."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return {name: value for name, (value, default) in values.items() if value is not default and value != default}
 
     def to_dict(self) -> str | dict[str, Any]:
         """The name where all parameters are the defaults, else the name and those that are not.
@@ -80,19 +94,13 @@ class Method:
         ValueError
             For a parameter that is an object, such as a model.
         """
-        changed = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is field.default:
-                continue
+        for name, value in self.changed.items():
             if not all(isinstance(v, _PLAIN) for v in (value if isinstance(value, (list, tuple)) else [value])):
                 raise ValueError(
-                    f"method={self.name!r}: {field.name} is a {type(value).__name__}, which cannot be saved: give a "
-                    "path or hub id, or leave it out and set it after loading"
+                    f"method={self.name!r}: {name} is a {type(value).__name__}, which cannot be saved: give a path or "
+                    "hub id, or leave it out and set it after loading"
                 )
-            if value != field.default:
-                changed[field.name] = value
-        return {"name": self.name, **changed} if changed else self.name
+        return {"name": self.name, **self.changed} if self.changed else self.name
 
     def _check_least(self, name: str, least: float) -> None:
         value = getattr(self, name)

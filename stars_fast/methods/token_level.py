@@ -107,8 +107,9 @@ class Mara(Enumerated):
     def tokens(self, logits: Any) -> list[int]:
         top = (logits / self.temperature).softmax(0).topk(min(self.top_k, logits.shape[0]))
         kept = top.values / top.values.sum()
-        before = kept.cumsum(0) - kept  # what likelier tokens weigh
-        return [token for token, mass in zip(top.indices.tolist(), before.tolist(), strict=True) if mass < self.top_p]
+        likelier = (kept.cumsum(0) - kept).tolist()  # what those before a token weigh
+        ids: list[int] = top.indices.tolist()
+        return ids[:1] + [token for token, mass in zip(ids[1:], likelier[1:], strict=True) if mass < self.top_p]
 
     def values(self, candidates: Sequence[Candidate]) -> list[float]:
         import torch

@@ -31,6 +31,7 @@ class RSD(Method):
 
     name: ClassVar[str] = "rsd"
     has_target: ClassVar[bool] = False
+    gives_hidden_state: ClassVar[bool] = False
     draft: Any = None
     threshold: float = 0.7
     delimiter: str | None = "\n\n"
@@ -72,6 +73,7 @@ class PersonaJudge(Method):
     name: ClassVar[str] = "persona_judge"
     scores_unfinished: ClassVar[bool] = False
     has_target: ClassVar[bool] = False
+    gives_hidden_state: ClassVar[bool] = False
     draft_prompt: str | Sequence[int] = ""
     judge_prompt: str | Sequence[int] = ""
     block: int = 8
