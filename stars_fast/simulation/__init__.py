@@ -2,7 +2,7 @@
 
 from stars_fast.simulation.acceptance import Course, rates, recorded, synthetic
 from stars_fast.simulation.machine import LinearMachine, Machine, RooflineMachine
-from stars_fast.simulation.run import Outcome, Work, best_fixed, simulate
+from stars_fast.simulation.run import Outcome, Work, simulate
 
 __all__ = [
     "Course",
@@ -11,7 +11,6 @@ __all__ = [
     "Outcome",
     "RooflineMachine",
     "Work",
-    "best_fixed",
     "rates",
     "recorded",
     "simulate",

@@ -138,12 +138,6 @@ def simulate(work: Work, machine: Machine, schedule: str | int = "auto", seed: i
     return _Run(work, machine, schedule, seed).outcome()
 
 
-def best_fixed(work: Work, machine: Machine, seed: int = 0) -> Outcome:
-    """The fixed number of candidates with most committed tokens per second, found by trying each."""
-    tried = (simulate(work, machine, m, seed) for m in range(1, work.max_attempts + 1))
-    return max(tried, key=lambda outcome: outcome.tokens_per_second)
-
-
 def _config(work: Work, candidates: str | int) -> StarsConfig:
     longest = max(sum(course.tokens) for course in work.courses)
     return StarsConfig(
