@@ -97,11 +97,11 @@ private:
 // that threads of our own would have to share the cores with them. Found by name in the process, as nothing here is
 // compiled against torch; where its OpenMP has another interface, the pool above steps in.
 using Team = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+inline const pid_t loaded_in = getpid();
 
 inline Team team_of_torch() {
     static const Team team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    static const pid_t owner = getpid();
-    return owner == getpid() ? team : nullptr;  // a team does not survive a fork
+    return loaded_in == getpid() ? team : nullptr;  // a team does not survive a fork
 }
 
 // body(i) for every i in [0, count). `work` is the number of elements touched in all: small loops stay on this thread.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ def onednn_linears(model: nn.Module) -> Iterator[None]:
     somebody has replaced are left alone. On other machines nothing is changed.
     """
     linears = (module for module in model.modules() if type(module) is nn.Linear) if _WORTHWHILE else ()
-    layers = [layer for layer in linears if _is_plain(layer)]
+    layers: list[Any] = [layer for layer in linears if _is_plain(layer)]
     for layer in layers:
         layer.forward = partial(_forward, layer)
     try:
