@@ -103,7 +103,7 @@ class Generation(Queue):
         self.stats.rows.append(len(lengths))
         self.stats.requests.append(len(candidates))
         captures, self.captures = self.captures, self.policy.captures
-        if captures == self.captures:
+        if captures == self.captures and any(lengths):
             ended = time.perf_counter()
             beside = max(scored - sum(lengths), 0)
             self.scheduler.observe(

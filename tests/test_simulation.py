@@ -41,14 +41,14 @@ def h200():
 # What happens is what must
 
 
-@pytest.mark.parametrize("acceptance, candidates", [(0.3, 1), (0.3, 4), (0.1, 6), (0.05, 20)])
+@pytest.mark.parametrize("acceptance, candidates", [(0.3, 1), (0.1, 6), (0.05, 20)])
 def test_a_fixed_number_of_candidates_costs_what_renewal_theory_says(acceptance, candidates):
-    one = simulate(work(str(acceptance), 600, scatter=0.0, stalls=0.0, max_rows=320), SMALL, candidates)
+    one = simulate(work(str(acceptance), 400, max_rows=320), SMALL, candidates)
     cycle = renewal(acceptance, candidates, 20)
-    assert one.drawn / one.committed == pytest.approx(cycle.candidates, rel=0.03)
-    assert one.committed == 600 * 128
-    assert one.rows * one.heartbeats == pytest.approx(600 * 8 * cycle.candidates, rel=0.03)
-    assert one.waste == pytest.approx(cycle.candidates - 1, rel=0.05)
+    assert one.drawn / one.committed == pytest.approx(cycle.candidates, rel=0.05)
+    assert one.committed == 400 * 128
+    assert one.rows * one.heartbeats == pytest.approx(400 * 8 * cycle.candidates, rel=0.05)
+    assert one.waste == pytest.approx(cycle.candidates - 1, rel=0.07)
 
 
 def test_whatever_the_schedule_the_same_attempts_win():
@@ -59,7 +59,7 @@ def test_whatever_the_schedule_the_same_attempts_win():
 
 
 def test_one_at_a_time_without_a_backlog_takes_the_time_of_the_unluckiest():
-    tasks = work("0.2", 16, scatter=0.0, stalls=0.0)
+    tasks = work("0.2", 16)
     slowest = max(sum(min(winner, 20) for winner in course.winners) for course in tasks.courses)
     assert simulate(tasks, SMALL, 1).heartbeats == slowest
 
@@ -98,11 +98,11 @@ def test_nobody_waits_for_the_slowest():
     assert simulate(tasks, SMALL).tokens_per_second > 2 * simulate(tasks, SMALL, "barrier").tokens_per_second
 
 
-@pytest.mark.parametrize("row_ms, fewer, more", [(5.0, 0, 20), (0.02, 60, 320)])
-def test_the_number_of_rows_follows_what_a_row_costs(row_ms, fewer, more):
-    """From the same prior: what was measured decides."""
-    outcome = simulate(work("0.15", 150, max_rows=320), LinearMachine(10e-3, row_ms / 1e3))
-    assert fewer < outcome.rows < more
+def test_the_number_of_rows_follows_what_a_row_costs():
+    """From the same prior, which takes a row for 6 % of what is fixed: what was measured decides."""
+    tasks = work("0.15", 150, max_rows=320)
+    dear, expected, cheap = (simulate(tasks, LinearMachine(10e-3, ms / 1e3)).rows for ms in (5.0, 0.6, 0.02))
+    assert 2 * dear < expected < cheap / 2
 
 
 def test_it_is_the_engines_scheduler_that_decides(monkeypatch):

@@ -20,7 +20,10 @@ class Seconds(NamedTuple):
 class Machine(Protocol):
     """A pair of models on a device."""
 
-    padded: bool  # whether decode steps run in buckets of rows
+    @property
+    def padded(self) -> bool:
+        """Whether decode steps run in buckets of rows."""
+        ...
 
     def heartbeat(self, rows: int, requests: int, steps: int, prompts: int) -> Seconds:
         """With so many candidates of so many requests, ``steps`` tokens each, and prompts encoded before them."""

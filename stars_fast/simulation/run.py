@@ -37,8 +37,8 @@ class Work:
     max_rows : int
         Most candidates in one heartbeat.
     scatter, stalls : float
-        Standard deviation of the logarithm of a heartbeat's seconds, and the share of heartbeats that take five times
-        as long.
+        Standard deviation of the logarithm of the seconds that the scheduler learns from, and the share of heartbeats
+        that seem to take five times as long. They disturb what it learns, and are left out of what is compared.
     """
 
     courses: list[Course]
@@ -213,10 +213,10 @@ class _Run:
         noise = float(np.exp(self.work.scatter * self.rng.standard_normal()))
         if self.rng.random() < self.work.stalls:
             noise *= 5
-        propose, score = (noise * part for part in self.machine.heartbeat(rows, len(shares), steps, prompts))
+        propose, score = self.machine.heartbeat(rows, len(shares), steps, prompts)
         self.seconds += propose + score
         encoded = prompts * self.work.prompt
-        return Timing(rows, steps, encoded, encoded, propose, score)
+        return Timing(rows, steps, encoded, encoded, noise * propose, noise * score)
 
     def _judge(self, request: Request, share: int, length: int) -> bool:
         """Whether the request commits, with this many more candidates."""
