@@ -29,9 +29,10 @@ from stars_fast.evaluation.models import load_probe
 from stars_fast.evaluation.prompts import PromptSource
 from stars_fast.evaluation.recipe import read_recipe
 from stars_fast.evaluation.records import Records
-from stars_fast.evaluation.runner import Evaluation
+from stars_fast.evaluation.runner import Evaluation, shared_target
 from stars_fast.evaluation.tables import at_compute, equal_compute, markdown, summarise, to_csv
 from stars_fast.methods import METHODS
+from stars_fast.methods.calibration import Pilot, expected_acceptance, set_target
 from stars_fast.rewards import ClassifierReward
 
 RECIPES = Path(__file__).parents[1] / "benchmarks" / "eval"
@@ -236,6 +237,15 @@ def test_the_table_has_a_line_per_cell_and_the_csv_its_intervals(evaluation, tmp
     assert [line.split("|")[1].strip() for line in markdown(rows).splitlines()[2:]] == ["vanilla", "stars"]
     read = list(csv.DictReader(to_csv(rows).splitlines()))
     assert float(read[1]["judge_low"]) <= float(read[1]["judge"]) <= float(read[1]["judge_high"])
+
+
+@pytest.mark.parametrize("acceptance", [0.5, 0.25, 0.05])
+def test_one_target_gives_the_acceptance_asked_for_beyond_the_pilots_too(acceptance):
+    pilots = [Pilot([[(4, 0.1 * i), (8, 0.1 * i + j)] for i in range(8)]) for j in range(3)]
+    config = shared_target(CONFIG, pilots, acceptance)
+    pooled = Pilot([run for pilot in pilots for run in pilot.responses], empty=config.base_reward, beta=config.beta)
+    set_target(pooled, CONFIG, config.target_reward)
+    assert expected_acceptance(pooled, CONFIG) == pytest.approx(acceptance, abs=1e-3)
 
 
 def test_cells_refuse_unknown_methods_and_budgets_below_one():

@@ -33,7 +33,8 @@ def plot(rows: Sequence[Row], target: Path, title: str) -> None:
     right.set_ylabel(f"wins against {BASELINE}, ties half (%)")
     right.axhline(50, color="0.6", linewidth=0.8, zorder=0)
     for axes in (left, right):
-        axes.set_xscale("log")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("compute per returned token (policy forward passes)")
         axes.grid(alpha=0.25)
     figure.suptitle(title)

@@ -17,11 +17,12 @@ from stars_fast.evaluation.compute import multiplied_parameters, passes, reward_
 from stars_fast.evaluation.judging import judged
 from stars_fast.evaluation.records import Record, Records, rounded
 from stars_fast.methods import RSD
-from stars_fast.methods.calibration import Pilot, solve, spread
+from stars_fast.methods.calibration import Pilot, expected_acceptance, set_target, solve, spread
 from stars_fast.ops.philox import philox_key
 from stars_fast.outputs import SegmentTrace, StarsOutput
 from stars_fast.rewards import Reward
 
+_FARTHEST, _BISECTIONS = 40.0, 60  # in units of beta beyond the pilots, and steps of the search there
 PILOTS = 8  # responses to each calibration prompt
 _CALIBRATION = 1 << 32  # index of the first calibration prompt: its random numbers are nobody else's
 
@@ -100,7 +101,8 @@ def shared_target(config: StarsConfig, pilots: Sequence[Pilot], acceptance: floa
     """Settings with one r_star, r0 and beta for all prompts, from the pilots of some of them.
 
     The target is solved for on all pilots together; beta is in units of the median spread within a prompt, as in
-    :func:`stars_fast.calibrate`.
+    :func:`stars_fast.calibrate`. Unlike there the target is not capped at what the pilots reached: a budget is to be
+    spent, also where it buys little.
 
     Raises
     ------
@@ -112,6 +114,11 @@ def shared_target(config: StarsConfig, pilots: Sequence[Pilot], acceptance: floa
         raise RuntimeError(failed)
     pooled = Pilot([run for pilot in pilots for run in pilot.responses])
     solve(pooled, config, acceptance, config.beta * median(spread(pilot) for pilot in pilots))
+    low, high = pooled.target, pooled.target + _FARTHEST * pooled.beta
+    for _ in range(_BISECTIONS if expected_acceptance(pooled, config) > acceptance else 0):
+        set_target(pooled, config, (low + high) / 2)
+        rare = expected_acceptance(pooled, config) < acceptance
+        low, high = (low, pooled.target) if rare else (pooled.target, high)
     return config.replace(target_reward=pooled.target, base_reward=pooled.empty, beta=pooled.beta)
 
 
