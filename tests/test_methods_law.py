@@ -301,7 +301,7 @@ def test_mara_takes_the_likeliest_token_that_the_network_accepts(policy, candida
     mlp = torch.nn.Linear(16, 2)  # rejects most tokens, by two coordinates of the hidden state
     with torch.no_grad():
         mlp.weight.copy_(torch.eye(2, 16))
-        mlp.bias.copy_(torch.tensor([1.0, 0.0]))
+        mlp.bias.copy_(torch.tensor([2.0, 0.0]))
     prompts = [[0], [1, 2], [2, 1, 1], [0, 2]]
     out = StarsEngine(policy, lambda completions: [0.0] * len(completions)).generate(
         prompts, method=Mara(mlp=mlp, top_p=0.99), max_new_tokens=8, seed=0, candidates=candidates
