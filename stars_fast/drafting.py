@@ -102,8 +102,9 @@ class SelfJudging(Generation):
             prompt = request.prompt
             if prompt not in nodes:
                 nodes[prompt] = [PromptNode(ids, prompt.reward_prompt) for ids in prompt.personas]
-            request.trunks = [Trunk(persona) for persona in nodes[prompt]]
-            request.reserve = persona_slots(prompt.personas, self.config)
+            request.prompts = nodes[prompt]
+            request.trunks = [Trunk(persona) for persona in request.prompts]
+            request.reserve = persona_slots([], self.config)  # what it takes besides the prompts
 
     def extend(self) -> None:
         for trunks in self.trees:

@@ -18,7 +18,7 @@ class Enumeration(Generation):
 
     def shares(self, drawers: Sequence[Request]) -> list[int]:
         for request in drawers:
-            request.limit = request.limit or len(self._tokens(request))
+            request.limit = request.limit or len(self._tokens(request, self._logits(request)))
         return super().shares(drawers)
 
     def _logits(self, request: Request) -> torch.Tensor:
@@ -28,18 +28,26 @@ class Enumeration(Generation):
         processor = after(request)
         return logits.float() if processor is None else processor([], logits.float()[None])[0]
 
-    def _tokens(self, request: Request) -> list[int]:
+    def _tokens(self, request: Request, logits: torch.Tensor) -> list[int]:
+        """The method's tokens, without those that the request's logits processor forbids."""
         assert isinstance(self.method, Enumerated)
-        return self.method.tokens(self._logits(request))
+        tokens = self.method.tokens(logits)
+        if request.processor is None:
+            return tokens
+        allowed = (logits[tokens] != -torch.inf).tolist()
+        # Where it forbids everything one is kept, whose log-probability then says so.
+        return [token for token, may in zip(tokens, allowed, strict=True) if may] or tokens[:1]
 
     def draw(self, drawers: Sequence[Request], shares: Sequence[int]) -> list[list[Draw]]:
         trunks = [self.trunks.of(request) for request in drawers]
+        looked_at = [self._logits(request) for request in drawers]
         tokens = [
-            self._tokens(request)[request.attempts : request.attempts + share]
-            for request, share in zip(drawers, shares, strict=True)
+            self._tokens(request, logits)[request.attempts : request.attempts + share]
+            for request, logits, share in zip(drawers, looked_at, shares, strict=True)
         ]
         logits = torch.stack([trunk.logits for trunk in trunks if trunk.logits is not None])
-        return self.policy.fork_tokens([trunk.leaf for trunk in trunks], tokens, self.sampling, logits)
+        eos = self.sampling.eos_token_ids
+        return self.policy.fork_tokens([trunk.leaf for trunk in trunks], tokens, eos, logits, torch.stack(looked_at))
 
     def score(self, candidates: Sequence[Sequence[Candidate]]) -> None:
         named = [

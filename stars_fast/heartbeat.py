@@ -174,9 +174,11 @@ class Generation(Queue):
         """The policy's hidden state at each candidate's last token, which a draw leaves out."""
         for candidate in candidates:
             self.policy.trim(candidate.leaf, candidate.draw)
-        if candidates:
-            hidden = self.policy.finish_branches([candidate.draw for candidate in candidates])
-            for candidate, row in zip(candidates, hidden, strict=True):
+        for first in range(0, len(candidates), most := self.scheduler.max_rows):
+            batch = candidates[first : first + most]
+            self.scheduler.packed = len(batch)
+            hidden = self.policy.finish_branches([candidate.draw for candidate in batch])
+            for candidate, row in zip(batch, hidden, strict=True):
                 candidate.completion.hidden = row
 
     def _leaf(self, request: Request, candidates: int, place: int = 0) -> Leaf:

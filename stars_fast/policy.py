@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from stars_fast.decode import Leaf, Sampling, Shape, Steps
-from stars_fast.ops.sample_step import filter_logits
 from stars_fast.tree.model import TreeModel
 
 _LOOKS = 8  # steps between looks at whether anybody goes on, where each makes the host wait
@@ -134,27 +133,27 @@ class Policy(TreeModel):
             draw.node = node
 
     def fork_tokens(
-        self, leaves: Sequence[int], tokens: Sequence[Sequence[int]], sampling: Sampling, logits: torch.Tensor
+        self,
+        leaves: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        eos_token_ids: Sequence[int],
+        logits: torch.Tensor,
+        processed: torch.Tensor,
     ) -> list[list[Draw]]:
-        """Candidates of one given token each, several below each leaf. ``logits [G, V]`` are the leaves'.
+        """Candidates of one given token each, several below each leaf, whose logits are ``logits [G, V]``.
 
-        Their log-probabilities are the policy's, as they stand and after temperature and filters.
+        Their log-probabilities are those of ``logits``, and, as what is sampled from, of ``processed [G, V]``.
         """
-        raw = logits.float().log_softmax(1)
-
-        def rows(value: float, dtype: torch.dtype) -> torch.Tensor:
-            return torch.full((len(raw),), value, dtype=dtype, device=raw.device)
-
-        filters = rows(sampling.top_k, torch.int32), rows(sampling.top_p, torch.float32)
-        filtered = filter_logits(raw / sampling.temperature, *filters, rows(sampling.min_p, torch.float32))
+        raw, looked_at = logits.float().log_softmax(1), processed.float().log_softmax(1)
         counts = [len(group) for group in tokens]
         ids = [token for group in tokens for token in group]
         group = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(raw.device)
         place = group, torch.tensor(ids, device=raw.device)
         nodes = self.plan(leaves, counts, [0] * len(ids)).branches
-        columns = raw[place].tolist(), filtered.log_softmax(1)[place].tolist(), raw.amax(1).isfinite()[group].tolist()
+        finite = (raw.amax(1).isfinite() & looked_at.amax(1).isfinite())[group]
+        columns = raw[place].tolist(), looked_at[place].tolist(), finite.tolist()
         draws = iter(
-            Draw(node, [token], [logprob], [sampling_logprob], token in sampling.eos_token_ids, finite)
+            Draw(node, [token], [logprob], [sampling_logprob], token in eos_token_ids, finite)
             for node, token, logprob, sampling_logprob, finite in zip(nodes, ids, *columns, strict=True)
         )
         return [[next(draws) for _ in range(count)] for count in counts]

@@ -33,6 +33,7 @@ class Members(Generation):
         """In as many proposals as ``max_rows`` asks for."""
         groups: list[list[Draw]] = [[] for _ in drawers]
         for batch in _batches(shares, self.scheduler.max_rows):
+            self.scheduler.packed = sum(count for _, _, count in batch)
             leaves = [self._part(drawers[i], first, count) for i, first, count in batch]
             for (i, _, _), draws in zip(batch, self.policy.propose(leaves, self.sampling), strict=True):
                 groups[i] += draws

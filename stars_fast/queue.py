@@ -39,6 +39,11 @@ class Queue:
     def admit(self) -> None:
         """Give waiting requests the rows and slots that are free. Their texts are encoded first (:meth:`join`)."""
         count = self.scheduler.admit(self.waiting, self.admitted)
+        if not count and self.waiting and not self.admitted:
+            raise RuntimeError(
+                f"prompts[{self.waiting[0].prompt_index}] is never admitted, though it alone was found to fit into "
+                f"{self.scheduler.kv_cache_tokens} slots: the two counts differ, which is a bug of stars_fast"
+            )
         self.encoding += [self.waiting.popleft() for _ in range(count)]
         for trunks in self.trees:
             trunks.keep_prompts(self.admitted)

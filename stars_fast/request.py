@@ -74,6 +74,7 @@ class Request:
     stop: StopTest | None = None
     # Progress
     trunks: list[Trunk] = field(init=False)  # one per tree that the method uses
+    prompts: Sequence[PromptNode] = field(init=False)  # what its answers stand on in the policy's tree
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
@@ -98,7 +99,7 @@ class Request:
     error: str | None = None
 
     def __post_init__(self) -> None:
-        self.trunks = [Trunk(self.prompt)]
+        self.trunks, self.prompts = [Trunk(self.prompt)], (self.prompt,)
 
     @property
     def leaves(self) -> list[Request]:

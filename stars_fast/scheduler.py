@@ -69,7 +69,7 @@ class Scheduler:
     def held(self, running: Iterable[Request]) -> int:
         """Slots of what is committed, each prompt once, and of waiting best candidates."""
         running = list(running)
-        prompts = {request.prompt for request in running}
+        prompts = {prompt for request in running for prompt in request.prompts}
         best = sum(self.branch_slots(r) for r in running if r.best is not None and r.best.draw.node >= 0)
         own = sum(len(r.tokens) if r.reserve is None else r.reserve for r in running)
         return sum(len(prompt.ids) for prompt in prompts) + own + best
@@ -89,12 +89,12 @@ class Scheduler:
 
         They may if the next heartbeat will fit too, whether this one's candidates are committed or wait as the best.
         """
-        prompts: Counter[PromptNode] = Counter(request.prompt for request in running)
+        prompts: Counter[PromptNode] = Counter(prompt for request in running for prompt in request.prompts)
         wanted = sum(len(prompt.ids) for prompt in prompts) + sum(map(self._two_heartbeats, running))
         rows = sum(request.width for request in running)
         prefill = 0
         for count, request in enumerate(waiting):
-            fresh = 0 if prompts[request.prompt] else len(request.prompt.ids)
+            fresh = sum(len(prompt.ids) for prompt in request.prompts if not prompts[prompt])
             wanted += fresh + self._two_heartbeats(request)
             prefill += fresh + len(request.tokens)
             joins = len(running) + count
@@ -103,7 +103,7 @@ class Scheduler:
             too_long = prefill > self.prefill_tokens and count > 0
             if (joins and rows > self.max_rows) or wanted + spared > self.kv_cache_tokens or too_long:
                 return count
-            prompts[request.prompt] += 1
+            prompts.update(request.prompts)
         return len(waiting)
 
     def _two_heartbeats(self, request: Request) -> int:

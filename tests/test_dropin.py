@@ -24,7 +24,9 @@ from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
 
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine, StarsGenerateOutput
+from stars_fast.methods import Args, Mara
 from stars_fast.policy import Policy
+from stars_fast.rewards import Reward
 
 VOCAB, EOS, PAD = 32, 31, 0
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
@@ -548,3 +550,31 @@ def test_settings_of_the_engine_reach_it(policy32, reward32, monkeypatch):
         assert options.items() >= settings.items()
         assert options["torch_compile"] is False
     assert len(given) == 2
+
+
+# Methods
+
+
+class Sums(Reward):
+    def score(self, completions):
+        return sum_reward([completion.tokens for completion in completions])
+
+
+METHODS = [Args(top_k=10, weight=0.0), Args(top_k=10, temperature=1.0), Mara(mlp=torch.nn.Linear(32, 2), top_p=1.0)]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["args", "args drawn", "mara"])
+def test_likely_tokens_are_those_that_processors_leave(policy, method):
+    """Fewer are allowed than the method looks at."""
+    banned = [[token] for token in range(VOCAB) if token not in (3, 4, EOS)]
+    config = ANYTHING.replace(method=method)
+    out = facade(policy, Sums(), config, bad_words_ids=banned, top_k=0, seed=0)
+    assert {token for completion in completions(out) for token in completion} <= {3, 4, EOS, PAD}
+    assert {3, 4} & {token for completion in completions(out) for token in completion}
+
+
+def test_args_weighs_the_likelihoods_that_processors_leave(policy):
+    """A bias that outweighs everything, which the raw likelihood does not know."""
+    config = ANYTHING.replace(method=Args(top_k=VOCAB, weight=0.0), max_new_tokens=5)
+    out = facade(policy, Sums(), config, sequence_bias={(7,): 50.0}, top_k=0, seed=0)
+    assert all(completion == [7] * 5 for completion in completions(out))

@@ -1,6 +1,7 @@
 """Every method keeps the engine's promises, and says what it cannot work with."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from stars_fast.methods import (
     Vanilla,
 )
 from stars_fast.rewards import Reward
-from stars_fast.scheduler import response_slots
+from stars_fast.scheduler import Scheduler
 
 VOCAB = 32
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
@@ -136,15 +137,47 @@ def test_a_stream_tells_the_same_text_segment_by_segment(method, together):
 
 
 def test_few_slots_suffice_and_change_nothing(method, together):
-    config = method.rule(CONFIG.replace(method=method))
-    slots = max(map(len, PROMPTS)) + response_slots(config)
-    if isinstance(method, PersonaJudge):
-        slots = 8 + 7 + 2 * 11 + method.block
+    with pytest.raises(ValueError, match="kv_cache_tokens") as refused:
+        generate(make_engine(kv_cache_tokens=1), method, prompts=[max(PROMPTS, key=len)], seed=0)
+    slots = int(re.search(r"needs (\d+) slots", str(refused.value))[1])
     engine = make_engine(tiny_reward(VOCAB, hidden=32), kv_cache_tokens=slots)
     assert generate(engine, method).completions == together.completions
     assert_all_free(engine)
     with pytest.raises(ValueError, match="kv_cache_tokens"):
         generate(make_engine(kv_cache_tokens=slots - 1), method)
+
+
+def test_one_request_by_itself_finds_the_slots_that_it_was_given(method):
+    """Pools are made for the call: one prompt and one sample, or one row at a time, is all that they have room for."""
+    alone, rowwise = make_engine(), make_engine(max_rows=1)
+    one = {"num_return_sequences": 1}
+    assert generate(alone, method, PROMPTS[:1], SEEDS[:1], **one).errors == [None]
+    assert generate(rowwise, method, PROMPTS, SEEDS, **one).errors == [None] * 3
+
+
+def test_an_error_in_counting_slots_is_no_endless_loop(monkeypatch):
+    monkeypatch.setattr(Scheduler, "admit", lambda *args: 0)
+    with pytest.raises(RuntimeError, match=r"prompts\[0\] is never admitted"):
+        generate(make_engine(), "vanilla")
+
+
+@pytest.mark.parametrize("method", [ParticleFilter(particles=16), BestOfN(n=16)], ids=["population", "trials"])
+@pytest.mark.parametrize("reward", [None, "hidden"])
+def test_populations_shrink_until_passes_fit(monkeypatch, method, reward):
+    """Every pass of more than three tokens runs out of memory: three halvings of what is drawn at once."""
+    engine = make_engine(reward and Hidden())
+    plenty = generate(engine, method, PROMPTS[:1], SEEDS[:1])
+    forward = engine.policy.forward
+
+    def scarce(ids, *args, **kwargs):
+        if len(ids) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(ids, *args, **kwargs)
+
+    monkeypatch.setattr(engine.policy, "forward", scarce)
+    out = generate(engine, method, PROMPTS[:1], SEEDS[:1])
+    assert out.errors == [None] * 2 and out.completions == plenty.completions
+    assert_all_free(engine)
 
 
 def test_a_pass_that_runs_out_of_memory_changes_no_text(monkeypatch, method, together):

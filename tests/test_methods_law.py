@@ -310,3 +310,11 @@ def test_mara_takes_the_likeliest_token_that_the_network_accepts(policy, candida
     assert min(ranks) == 1 < max(ranks) and not all(s.accepted for segments in out.segments for s in segments)
     for prompt, completion in zip(prompts, out.completions, strict=True):
         assert completion == plain_mara(policy, mlp, prompt, 40, 0.99, 0.8, 8)
+
+
+def test_a_network_with_dropout_is_asked_without_and_left_as_it_was(policy):
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(policy.config.hidden_size, 2)
+    dropping = torch.nn.Sequential(torch.nn.Dropout(0.9), plain).train()
+    texts = [run(policy, Mara(mlp=mlp, top_k=4), SHORT, samples=1) for mlp in (plain, dropping)]
+    assert texts[0] == texts[1] and dropping.training and dropping[0].training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,7 +22,8 @@ class Args(Enumerated):
 
     The paper adds the reward to the logit, which differs from the log-probability by a constant per position: the same
     choice. With a ``temperature`` the token is drawn from the softmax of the sum over it (ARGS-stochastic) instead.
-    Temperature and filters of StarsConfig do not apply, an answer's ``sampling_logprobs`` included tokens they remove.
+    Likelihoods are those after logits processors of transformers, where a call has any: they are an answer's
+    ``sampling_logprobs``. Temperature, filters and repetition penalty of StarsConfig do not apply.
     """
 
     name: ClassVar[str] = "args"
@@ -55,7 +57,8 @@ class Args(Enumerated):
         return top
 
     def values(self, candidates: Sequence[Candidate]) -> list[float]:
-        sums = [candidate.draw.logprobs[0] + self.weight * candidate.reward for candidate in candidates]
+        rewards = [self.weight * candidate.reward if self.weight else 0.0 for candidate in candidates]  # not 0 * -inf
+        sums = [candidate.draw.sampling_logprobs[0] + r for candidate, r in zip(candidates, rewards, strict=True)]
         if not self.temperature:
             return sums
         # Gumbel-max: the largest of these is a draw from the softmax.
@@ -67,8 +70,9 @@ class Mara(Enumerated):
     """The likeliest token that a small network accepts (MARA, arXiv 2505.19743).
 
     The ``top_k`` likeliest tokens, after ``temperature`` and ``top_p``, are looked at in descending probability. The
-    first that ``mlp`` accepts is taken; the likeliest where it accepts none. Temperature and filters of StarsConfig do
-    not apply. The reward model only scores the finished answer, for the output.
+    first that ``mlp`` accepts is taken; the likeliest where it accepts none. Temperature, filters and repetition
+    penalty of StarsConfig do not apply; ``sampling_logprobs`` are as under :class:`Args`. The reward model only scores
+    the finished answer, for the output. The network is in evaluation mode while it is asked.
 
     Parameters
     ----------
@@ -114,8 +118,11 @@ class Mara(Enumerated):
     def values(self, candidates: Sequence[Candidate]) -> list[float]:
         import torch
 
+        from stars_fast.tree.attention import evaluating
+
         states = [candidate.completion.hidden for candidate in candidates]
         hidden = torch.stack([state for state in states if state is not None])  # [rows, H]
         weight = next(iter(getattr(self.mlp, "parameters", lambda: ())()), hidden)
-        reject, accept = self.mlp(hidden.to(weight.device, weight.dtype)).float().unbind(1)
+        with evaluating(self.mlp) if isinstance(self.mlp, torch.nn.Module) else nullcontext():
+            reject, accept = self.mlp(hidden.to(weight.device, weight.dtype)).float().unbind(1)
         return torch.where(accept > reject, 0.0, -torch.inf).tolist()
