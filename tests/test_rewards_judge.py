@@ -105,3 +105,15 @@ def test_bad_questions_are_refused(tokenizer):
             JudgeReward(tiny_policy(300, positions=160), tokenizer),
             tokenizer=tokenizer,
         ).generate(["a", "the cat " * 40], CONFIG)
+
+
+def test_ids_of_a_rendered_chat_are_refused_and_its_messages_are_not():
+    tokenizer = byte_bpe(300, template=CHATML)
+    chat = [{"role": "user", "content": "the cat sat"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    policy = tiny_policy(300, seed=5, positions=512, eos_token_id=1)
+    engine = StarsEngine(policy, JudgeReward(policy, tokenizer), tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"prompts\[0\] is given as ids of a rendered chat.*reward_prompts="):
+        engine.generate([ids], CONFIG)
+    given = engine.generate([ids], CONFIG, seed=0, reward_prompts=[chat])
+    assert given.completions == engine.generate([chat], CONFIG, seed=0).completions

@@ -158,3 +158,15 @@ def test_what_does_not_fit_is_refused(classifier, chatml):
         ProcessReward.rlhflow(policy, chatml, bad="+")
     with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
         ProcessReward.rlhflow(policy, byte_bpe(300))
+
+
+def test_ids_of_a_rendered_chat_are_refused(classifier, chatml, llama3):
+    policy = tiny_policy(300, positions=1024)
+    for tokenizer, scorer in (
+        (chatml, ProcessReward.qwen(classifier, chatml, step_token=STEP)),
+        (llama3, ProcessReward.rlhflow(policy, llama3)),
+    ):
+        turns = [{"role": "user", "content": "the cat"}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        with pytest.raises(ValueError, match=r"prompts\[0\] is given as ids of a rendered chat.*reward_prompts="):
+            StarsEngine(policy, scorer, tokenizer=tokenizer).generate([ids], CONFIG)
