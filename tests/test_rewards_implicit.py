@@ -112,7 +112,7 @@ def test_different_vocabularies_are_refused_with_both_sizes(pair):
     ImplicitReward(pair[0], small, tokenizer=tiny_tokenizer(20))  # of 32 embeddings, 12 are padding
     with pytest.raises(ValueError, match=r"32 embeddings, fewer than the 40 ids of the policy.*tokenizer="):
         StarsEngine(tiny_policy(40), ImplicitReward(*pair))
-    with pytest.raises(ValueError, match="share their weights.*load the reference separately"):
+    with pytest.raises(ValueError, match=r"share their weights.*load the reference separately"):
         ImplicitReward(pair[0], pair[0])
     with pytest.raises(ValueError, match=r"weights='mean'"):
         ImplicitReward(*pair, weights="mean")

@@ -119,3 +119,16 @@ def test_a_probe_in_a_sum_leaves_its_value_in_the_trace(policy32, linear):
         for segment in segments:
             tokens += segment.tokens
             assert segment.parts == pytest.approx(values(i, tokens), abs=1e-4)
+
+
+def test_a_probe_serves_two_calls_at_once_and_names_the_width_it_cannot_read(policy32, linear):
+    network = Network(1)
+    scorer = HiddenStateProbe(network)
+    scorer.begin([], 8, 8, None)
+    scorer.begin([], 8, 8, None)
+    scorer.end()
+    assert not network.training, "the other call still runs"
+    scorer.end()
+    assert network.training
+    with pytest.raises(ValueError, match=r"does not take \[2, 5\].*hidden_size=5"):
+        scorer.score(completions(2, width=5)[0])
