@@ -138,7 +138,7 @@ class Generation(Queue):
                 self.reward.close(completion.response)
                 prompt.empty_reward = value
                 if error is not None or value == float("-inf"):
-                    errors[prompt] = error or "it is -inf"
+                    errors[prompt] = error or "it is -inf: set base_reward, alpha=1 or target_reward=None"
         failed = []
         for request in new:
             if request.prompt in errors:

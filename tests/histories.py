@@ -31,7 +31,7 @@ def live(scorer, prompts, expected, *, draw, slots=2000, rounds=12, seed=0, toke
             moved = set()
             for completion in batch:
                 response = completion.response
-                if not completion.segment or completion.finished or response in moved or chance.random() < 0.5:
+                if not completion.segment or response in moved or chance.random() < 0.5:
                     scorer.discard(completion)
                     continue
                 scorer.commit(completion)

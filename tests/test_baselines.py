@@ -96,3 +96,14 @@ def test_padding_changes_no_reward(models):
     reward = models[1]
     together = baselines.score_batch(reward, PROMPTS)
     assert together == pytest.approx([baselines.score(reward, prompt) for prompt in PROMPTS], abs=1e-5)
+
+
+def test_the_empty_answer_is_scored_only_where_the_rule_asks_for_it(models, monkeypatch):
+    scored = []
+    score_batch = baselines.score_batch
+    monkeypatch.setattr(baselines, "score_batch", lambda reward, rows: scored.extend(rows) or score_batch(reward, rows))
+    for run in (one_at_a_time, baselines.strong):
+        for alpha in (0.5, 1.0):
+            scored.clear()
+            run(*models, PROMPTS[-1:], CONFIG.replace(alpha=alpha), {EOS})
+            assert (PROMPTS[-1] in scored) == (alpha < 1)

@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import random
 import sys
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
@@ -13,12 +15,13 @@ from typer.testing import CliRunner
 
 from stars_fast import StarsEngine
 from stars_fast.bench import record, sweeps
-from stars_fast.bench.contestants import ABOUT, BESIDE, BEST, ENGINE, GENERATE, PLAIN, STRONG, Outcome, Point
+from stars_fast.bench.contestants import ABOUT, BESIDE, BEST, ENGINE, GENERATE, GRAPHED, PLAIN, STRONG, Outcome, Point
 from stars_fast.bench.equal_reward import expected_best, smallest_n
 from stars_fast.bench.measure import Run, measure, number_of_runs, summary
 from stars_fast.bench.models import Pair, counting, random_pair
 from stars_fast.bench.workload import Pilots, Workload
 from stars_fast.cli import app
+from stars_fast.cli import bench as cli_bench
 from stars_fast.report import plots
 
 LOAD = Workload(batch=2, prompt_length=4, max_new_tokens=8, segment_length=4, acceptance=0.3)
@@ -82,7 +85,7 @@ def test_contestants_alternate_and_the_first_runs_do_not_count(pair):
     done = []
     runs = measure(pair, two, rounds=2, done=lambda: done.append(None))
     assert order == [
-        *((0, "a" + name) for name in (ENGINE, PLAIN)),
+        *((0, i + name) for i in "ab" for name in (ENGINE, PLAIN)),
         *((1, i + name) for i in "ab" for name in (ENGINE, PLAIN)),
         *((2, i + name) for i in "ab" for name in (PLAIN, ENGINE)),
     ]
@@ -117,19 +120,49 @@ def test_the_expected_best_is_the_mean_over_all_choices():
 
 
 def test_n_is_the_smallest_that_is_as_good():
-    drawn = []
-
     def draw(count):
-        drawn.append(count)
         return [[0.0, 1.0] * (count // 2), [1.0, 2.0] * (count // 2)]
 
-    assert smallest_n(0.5, draw)[:2] == (1, True)
-    enough = smallest_n(1.4, draw)
-    assert enough.reached and enough.reward >= 1.4
-    assert fmean(expected_best(pool, enough.n - 1) for pool in draw(8)) < 1.4
-    drawn.clear()
-    assert smallest_n(9.0, draw, first=8, most=32)[:2] == (32, False)
-    assert drawn == [8, 8, 16]
+    assert smallest_n(0.5, 0.1, draw)[:2] == (1, True)
+    enough = smallest_n(1.4, 0.1, draw)
+    assert enough.reached and enough.reward >= 1.4 and enough.error == 0.1
+    below = fmean(expected_best(pool, enough.n - 1) for pool in draw(64))
+    assert below < 1.4
+    share = enough.between - (enough.n - 1)
+    assert below + share * (enough.reward - below) == pytest.approx(1.4)
+    assert smallest_n(9.0, 0.1, draw, most=32)[:2] == (32, False)
+
+
+def test_the_n_of_known_laws_is_found_whatever_the_seed():
+    """Uniform rewards: the best of N is worth N / (N + 1)."""
+    found = []
+    for seed in range(30):
+        chance = random.Random(seed)
+        found.append(smallest_n(0.79, 0.0, lambda count: [[chance.random() for _ in range(count)]]).n)  # noqa: B023
+    assert fmean(found) == pytest.approx(4, abs=0.7) and max(found) <= 6
+
+
+def test_the_standard_error_is_that_of_the_engines_texts(pair, found):
+    (point,) = found["points"]
+    assert 0 < point["equal_reward"]["error"] < 0.2
+    assert not found["random"] and random_pair("1m", torch.float32, CPU).random
+
+
+def test_a_sweep_that_is_refused_costs_no_measurement(pair, monkeypatch):
+    monkeypatch.setattr(record, "measure", lambda *_: pytest.fail("measured before all was ready"))
+    monkeypatch.setitem(sweeps.SWEEPS, "candidates", sweeps.SWEEPS["candidates"]._replace(values=(1,)))
+    monkeypatch.setitem(sweeps.SWEEPS, "batch", sweeps.SWEEPS["batch"]._replace(values=(1, 40)))
+    load = replace(LOAD, candidates=2)
+    with pytest.raises(ValueError, match=r"batch=40 with candidates=2 takes 80 rows, more than.*max_rows=64"):
+        record.run(pair, record.swept(load, ["candidates", "batch"]), rounds=1)
+
+
+def test_passes_that_a_graph_replays_are_not_told():
+    runs = [Run(1.0, Outcome(100, 2, 10, 30, 1.0), bytes=6, operations=12)]
+    told = summary({ENGINE: runs, STRONG: runs}, graphed=GRAPHED)
+    assert told[ENGINE]["weight_bytes_per_second"] is told[ENGINE]["operations_per_second"] is None
+    assert told[STRONG]["weight_bytes_per_second"] == 6
+    assert cli_bench._cells(told[ENGINE])[-2:] == ["-", "-"]
 
 
 def test_forward_passes_are_counted_whoever_runs_them(pair):
@@ -175,9 +208,12 @@ def drawn_from(names):
     for name in names:
         sweep = sweeps.sweep_named(name)
         for x in sweep.values:
-            figures = {"tokens_per_second": spread(50 * math.sqrt(x)), "seconds": spread(0.1 * x)}
+            each = {
+                contestant: {"tokens_per_second": spread(place * 50 * math.sqrt(x)), "seconds": spread(place * 0.1 * x)}
+                for place, contestant in enumerate(sweep.contestants, 1)
+            }
             load = {**vars(LOAD), sweep.field: x}
-            points.append({"sweep": name, "workload": load, "contestants": dict.fromkeys(sweep.contestants, figures)})
+            points.append({"sweep": name, "workload": load, "contestants": each})
     fields = {name: sweeps.sweep_named(name).field for name in names}
     return {"models": "models", "dtype": "float32", "sweeps": fields, "points": points}
 
@@ -195,6 +231,25 @@ def test_every_sweep_is_drawn_as_png_and_svg(tmp_path):
         assert label in _words(tmp_path / "new" / "cost-by-new-tokens.svg")
 
 
+@pytest.mark.parametrize(("name", "measure"), [("batch", "tokens_per_second"), ("new-tokens", "seconds")])
+def test_lines_are_the_medians_and_bars_the_ranges(tmp_path, monkeypatch, name, measure):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, *_: figures.append(figure) or [])
+    told = drawn_from([name])
+    plots.draw(told, tmp_path)
+    (axes,) = figures[0].axes
+    sweep = sweeps.sweep_named(name)
+    assert [bars.get_label() for bars in axes.containers] == list(sweep.contestants)
+    for contestant, bars in zip(sweep.contestants, axes.containers, strict=True):
+        one = [point["contestants"][contestant][measure] for point in told["points"]]
+        line, _, (ranges,) = bars
+        assert line.get_xdata().tolist() == list(sweep.values)
+        assert line.get_ydata().tolist() == [figure["median"] for figure in one]
+        ends = [segment[:, 1].tolist() for segment in ranges.get_segments()]
+        assert ends == [pytest.approx([figure["min"], figure["max"]]) for figure in one]
+
+
 def _words(path):
     """matplotlib draws letters as shapes, and leaves the text in comments."""
     return path.read_text()
@@ -209,6 +264,13 @@ def test_plots_without_matplotlib_name_the_extra_before_anything_is_measured(mon
 
 
 # the command
+
+
+def test_help_shows_every_default_once():
+    told = " ".join(invoke("--help").stdout.replace("│", " ").split())
+    for default in ("default: 1/6", "default: 1 and 16", "default: 32;"):
+        assert default in told
+    assert "0.1666" not in told
 
 
 @pytest.fixture(scope="module")

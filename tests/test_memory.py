@@ -96,14 +96,27 @@ def test_a_call_that_wants_less_takes_less_and_one_row_is_always_tried(gpu):
     assert memory.default_tokens(gpu[0], rows=20, tokens_per_row=100) == 100
 
 
-def test_devices_are_divided_one_by_one_and_the_cpu_is_not(gpu, policy32):
+def test_devices_are_divided_one_by_one(gpu):
     gpu += [FakeModel("cuda:0", 1000), FakeModel("cuda:1", 1000)]
     memory.divide_devices(gpu, 8, 0.9)
     alone = memory.default_tokens(gpu[0], 10**6, 1)
     memory.divide_devices([gpu[0], FakeModel("cuda:0", 1000)], 8, 0.9)
     assert memory.default_tokens(gpu[1], 10**6, 1) == alone > 1.9 * memory.default_tokens(gpu[0], 10**6, 1)
-    memory.divide_devices([StarsEngine(policy32, sum_reward).policy], 8, 0.9)
-    assert not any(model.device.type == "cpu" for model in memory._bounds)
+
+
+def test_all_models_on_a_cpu_share_what_one_would_get(monkeypatch):
+    models = [FakeModel("cpu", size) for size in (3000, 1000, 1000)]
+    monkeypatch.setattr(
+        memory, "free_bytes", lambda device: GIB - sum(m.pool.slots * m.bytes_per_token for m in models)
+    )
+    sizes = []
+    for _ in range(2):
+        memory.divide_devices(models, 8, 0.9)
+        for model in models:
+            model.pool.slots = memory.default_tokens(model, rows=10**6, tokens_per_row=100) + 1
+        sizes.append([model.pool.slots for model in models])
+    assert sizes[0] == sizes[1] == [sizes[0][0]] * 3
+    assert 0.39 * GIB < sum(m.pool.slots * m.bytes_per_token for m in models) < 0.4 * GIB + 5000
 
 
 @pytest.mark.parametrize("share", [0, -0.5, 1.01, float("nan"), True, "most"])

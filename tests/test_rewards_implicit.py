@@ -112,7 +112,30 @@ def test_different_vocabularies_are_refused_with_both_sizes(pair):
     ImplicitReward(pair[0], small, tokenizer=tiny_tokenizer(20))  # of 32 embeddings, 12 are padding
     with pytest.raises(ValueError, match=r"32 embeddings, fewer than the 40 ids of the policy.*tokenizer="):
         StarsEngine(tiny_policy(40), ImplicitReward(*pair))
-    with pytest.raises(ValueError, match="one object"):
+    with pytest.raises(ValueError, match=r"share their weights.*load the reference separately"):
         ImplicitReward(pair[0], pair[0])
     with pytest.raises(ValueError, match=r"weights='mean'"):
         ImplicitReward(*pair, weights="mean")
+
+
+def test_a_peft_model_is_not_compared_with_the_model_it_is_put_into():
+    peft = pytest.importorskip("peft")
+    base = tiny_policy(VOCAB)
+    tuned = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for model, reference in ((tuned, base), (base, tuned), (tuned, tuned)):
+        with pytest.raises(ValueError, match="share their weights"):
+            ImplicitReward(model, reference)
+    ImplicitReward(tuned, tiny_policy(VOCAB))
+
+
+def test_an_answer_ends_without_an_eos_where_the_pair_has_none():
+    ours, theirs = byte_bpe(263 + 40), byte_bpe(263 + 90, template=CHATML, eos=None)
+    scorer = ImplicitReward(*[tiny_policy(len(theirs), seed=s, positions=512) for s in (2, 3)], tokenizer=theirs)
+    prompt = RewardPrompt(0, [{"role": "user", "content": "the cat"}], [1], tokenizer=ours)
+    tokens = ours("sat")["input_ids"]
+    scorer.begin([prompt], 8, 8, None)
+    ended = Completion(Response(prompt), [*tokens, 1], True, True, ours)
+    with torch.no_grad():
+        values = scorer.score([ended, Completion(Response(prompt), tokens, True, False, ours)])
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
+    scorer.end()

@@ -97,6 +97,10 @@ def test_bad_questions_are_refused(tokenizer):
         JudgeReward(model, tokenizer, yes="No")
     with pytest.raises(ValueError, match="has no tokens"):
         JudgeReward(model, tokenizer, yes="")
+    with pytest.raises(TypeError, match="model is a str"):
+        JudgeReward("some/judge", tokenizer)
+    with pytest.raises(TypeError, match="tokenizer is None"):
+        JudgeReward(model, None)
     with pytest.raises(ValueError, match="outside the judge's vocabulary of 40"):
         JudgeReward(tiny_policy(40), tokenizer)
     with pytest.raises(ValueError, match=r"prompts\[1\] has \d+ tokens.*positions limit of 160"):
@@ -105,3 +109,32 @@ def test_bad_questions_are_refused(tokenizer):
             JudgeReward(tiny_policy(300, positions=160), tokenizer),
             tokenizer=tokenizer,
         ).generate(["a", "the cat " * 40], CONFIG)
+
+
+def test_ids_of_a_rendered_chat_are_refused_and_its_messages_are_not():
+    tokenizer = byte_bpe(300, template=CHATML)
+    chat = [{"role": "user", "content": "the cat sat"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    policy = tiny_policy(300, seed=5, positions=512, eos_token_id=1)
+    engine = StarsEngine(policy, JudgeReward(policy, tokenizer), tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"prompts\[0\] is given as ids of a rendered chat.*reward_prompts="):
+        engine.generate([ids], CONFIG)
+    given = engine.generate([ids], CONFIG, seed=0, reward_prompts=[chat])
+    assert given.completions == engine.generate([chat], CONFIG, seed=0).completions
+
+
+def test_a_question_that_names_a_field_is_only_text(tokenizer):
+    question = "does {answer} help {prompt}?"
+    scorer = JudgeReward(tiny_policy(300, positions=512), tokenizer, question=question, template="{answer}|{question}")
+    scorer.prepare(None)
+    context = scorer.context(RewardPrompt(0, "the cat", None, tokenizer=tokenizer))
+    assert tokenizer.decode(context.tail).startswith(f"|{question}")
+
+
+def test_a_judge_without_the_ids_of_its_question_says_where_they_come_from():
+    tokenizer = byte_bpe(300)
+    template = "{prompt}{answer} the cat sat on the mat"
+    scorer = JudgeReward(tiny_policy(270, positions=512), tokenizer, template=template, yes="Y", no="N")
+    with pytest.raises(ValueError, match=r"template holds id 2\d\d, outside the reward model's vocabulary of 270"):
+        scorer.begin([RewardPrompt(0, "a", None, tokenizer=tokenizer)], 8, 8, None)
+    scorer.end()

@@ -7,15 +7,18 @@ import torch
 from conftest import tiny_config, tiny_policy
 from histories import assert_engine_agrees, live, text_prompts
 from test_rewards import CHATML, LLAMA3, byte_bpe
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaModel, LlamaPreTrainedModel
+from transformers import LlamaModel, LlamaPreTrainedModel, PreTrainedTokenizerFast
 
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.rewards import Completion, ProcessReward, Response
+from stars_fast.rewards import Completion, ProcessReward, Response, process
 from stars_fast.rewards.process import QWEN_SYSTEM
+from stars_fast.rewards.template import encode
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=4, target_reward=0.7, beta=0.2, max_new_tokens=12)
 TEXTS = ["the cat sat", "how are you?"]
+ALPHABET = "▁[]/INST+-=?.qwertyuiopasdfghjklzxcvbnm0123456789ABCDEFLGHJKMOPQRUVWXYZ"
 STEP = "<|im_end|>"  # stands in for <extra_0>: a special token that the template knows, too
 
 
@@ -146,6 +149,43 @@ def test_a_candidate_costs_its_step_and_the_mark(classifier, chatml):
     scorer.end()
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_committed_steps_are_tokenised_once_however_many_candidates_there_are(classifier, chatml, monkeypatch, steps):
+    scorer = ProcessReward.qwen(classifier, chatml, step_token=STEP)
+    scorer.begin(prompts := text_prompts(TEXTS[:1], chatml), 64, 8, None)
+    response, step = Response(prompts[0]), chatml("the cat")["input_ids"]
+    for _ in range(steps):
+        response.tokens = response.tokens + step
+        response.ends.append(len(response.tokens))
+    encoded = []
+    monkeypatch.setattr(process, "encode", lambda tokenizer, text: encoded.append(text) or encode(tokenizer, text))
+    with torch.no_grad():
+        scorer.score([completion := Completion(response, step, tokenizer=chatml)])
+        assert len(encoded) == steps + 1
+        scorer.score([Completion(response, step, tokenizer=chatml) for _ in range(5)])
+        assert len(encoded) == steps + 6
+        scorer.commit(completion)
+        response.tokens = completion.tokens
+        response.ends.append(len(response.tokens))
+        scorer.score([Completion(response, step, tokenizer=chatml)])
+        assert len(encoded) == steps + 8, "the step that was committed, and the new one"
+    scorer.close(response)
+    assert not scorer._committed
+    scorer.end()
+
+
+def test_a_tokenizer_that_reads_a_step_alone_otherwise_than_in_the_conversation_is_refused():
+    words = Tokenizer(models.Unigram([("<unk>", 0.0), ("<bos>", 0.0), *((c, -3.0) for c in ALPHABET)], unk_id=0))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }} {% endif %}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="reads steps otherwise alone than in its rendered conversation"):
+        ProcessReward.rlhflow(tiny_policy(len(tokenizer)), tokenizer)
+
+
 def test_what_does_not_fit_is_refused(classifier, chatml):
     policy = tiny_policy(300, positions=1024)
     with pytest.raises(ValueError, match="aggregate='max'"):
@@ -158,3 +198,15 @@ def test_what_does_not_fit_is_refused(classifier, chatml):
         ProcessReward.rlhflow(policy, chatml, bad="+")
     with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
         ProcessReward.rlhflow(policy, byte_bpe(300))
+
+
+def test_ids_of_a_rendered_chat_are_refused(classifier, chatml, llama3):
+    policy = tiny_policy(300, positions=1024)
+    for tokenizer, scorer in (
+        (chatml, ProcessReward.qwen(classifier, chatml, step_token=STEP)),
+        (llama3, ProcessReward.rlhflow(policy, llama3)),
+    ):
+        turns = [{"role": "user", "content": "the cat"}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        with pytest.raises(ValueError, match=r"prompts\[0\] is given as ids of a rendered chat.*reward_prompts="):
+            StarsEngine(policy, scorer, tokenizer=tokenizer).generate([ids], CONFIG)

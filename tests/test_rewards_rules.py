@@ -64,6 +64,15 @@ def test_a_hard_rule_holds(policy32, tokenizer32):
     assert not any(10 <= token < 20 for row in out.completions for token in row)
 
 
+def test_a_rule_that_the_empty_answer_meets_is_told_with_its_remedies(policy32):
+    engine = StarsEngine(policy32, RuleReward(predicates={lambda ids: not ids or ids[-1] == 9: -math.inf}))
+    config = StarsConfig(segment_length=2, max_attempts=60, max_new_tokens=4, target_reward=0.0)
+    (error,) = engine.generate([[5, 6]], config, seed=0).errors
+    assert "the empty answer could not be scored: it is -inf: set base_reward, alpha=1 or target_reward=None" in error
+    for remedy in ({"base_reward": 0.0}, {"alpha": 1.0}, {"target_reward": None}):
+        assert engine.generate([[5, 6]], config, seed=0, **remedy).errors == [None]
+
+
 def test_rules_that_cannot_be_are_refused(policy32):
     with pytest.raises(ValueError, match="no rules"):
         RuleReward()

@@ -20,6 +20,7 @@ from stars_fast.rewards import (
     RuleReward,
     WeightedSum,
 )
+from stars_fast.rewards.base import score_each
 
 VOCAB = 32
 PROMPTS = [[5, 6, 7, 8, 9], [12]]
@@ -115,12 +116,65 @@ class Returns(Reward):
 
 def test_a_part_that_fails_fails_the_completion_by_name_unless_it_only_records():
     for value, said in ((None, "returned None"), (math.nan, "returned nan"), (math.inf, "returned inf")):
-        with pytest.raises(ValueError, match=f"good: the reward {said}"):
-            WeightedSum({"bad": (0.0, Returns(1.0)), "good": (2.0, Returns(value))}).score([one()])
+        scorer = WeightedSum({"bad": (0.0, Returns(1.0)), "good": (2.0, Returns(value))})
+        (failed,) = score_each(scorer, [one()])
+        assert math.isnan(failed[0]) and f"good: the reward {said}" in failed[1]
         scorer = WeightedSum({"good": (2.0, Returns(1.5)), "bad": (0.0, Returns(value))})
         assert scorer.score([completion := one()]) == [3.0]
         assert math.isnan(scorer.parts(completion)["bad"])
     assert WeightedSum([(2.0, Returns(-math.inf)), (1.0, Returns(5.0))]).score([one()]) == [-math.inf]
+
+
+class Asked(Reward):
+    """Returns what stands in the first token's place; remembers which completions each call held."""
+
+    def __init__(self, values, partial=True):
+        self.values, self.partial, self.calls = values, partial, []
+
+    def score(self, completions):
+        self.calls.append([completion.segment[0] for completion in completions])
+        return [self.values[completion.segment[0]] for completion in completions]
+
+    def commit(self, completion):
+        completion.response.state = self.values[completion.segment[0]]
+
+
+def test_one_bad_completion_costs_the_others_nothing():
+    first, second = Asked([1.0, 2.0, 3.0]), Asked([1.0, None, 3.0])
+    scorer = WeightedSum({"a": (1.0, first), "b": (10.0, second)})
+    scores = score_each(scorer, [one((i,)) for i in range(3)])
+    assert [value for value, error in scores if error is None] == [11.0, 33.0]
+    assert scores[1][1] == "the reward raised ValueError: b: the reward returned None"
+    assert first.calls == second.calls == [[0, 1, 2]]
+
+
+def test_parts_are_not_asked_what_is_rejected_already():
+    rule, model = Asked([0.0, -math.inf]), Asked([1.0, 2.0])
+    scorer = WeightedSum({"rule": (1.0, rule), "model": (1.0, model)})
+    kept, rejected = one((0,)), one((1,))
+    assert scorer.score([kept, rejected]) == [1.0, -math.inf]
+    assert model.calls == [[0]]
+    assert scorer.parts(rejected)["rule"] == -math.inf and math.isnan(scorer.parts(rejected)["model"])
+    scorer.commit(kept)
+    assert [own.state for own in kept.response.state] == [0.0, 1.0]
+    scorer.commit(rejected)  # as the best of those that are all rejected
+    assert [own.state for own in rejected.response.state] == [-math.inf, None]
+
+
+def test_a_rejection_of_negative_weight_is_an_error_with_the_parts_name():
+    scorer = WeightedSum({"rule": (-0.5, Returns(-math.inf)), "other": (1.0, Returns(-math.inf))})
+    ((value, error),) = score_each(scorer, [one()])
+    assert math.isnan(value) and "rule: it returned -inf to reject, of which its weight -0.5" in error
+
+
+def test_a_part_that_only_records_finished_answers_leaves_the_sum_partial():
+    final = Asked([5.0], partial=False)
+    scorer = WeightedSum({"guide": (1.0, Returns(1.0)), "final": (0.0, final)})
+    assert scorer.partial
+    begun, done = one((0,)), one((0,))
+    done.finished = True
+    assert scorer.score([begun, done]) == [1.0, 1.0]
+    assert math.isnan(scorer.parts(begun)["final"]) and scorer.parts(done)["final"] == 5.0
 
 
 def test_it_asks_for_what_its_parts_ask_for():

@@ -91,7 +91,7 @@ def plain(
     reward model reads the whole text for every attempt.
     """
     (target,) = targets(config, 1)
-    base = base_reward(score(reward, prompt), target, config.alpha)
+    (base,) = _bases(reward, [prompt], [target], config)
     text, cache = Text(), DynamicCache()
     logits = _encode(policy, cache, prompt)
     while not text.finished(config, eos):
@@ -126,8 +126,7 @@ def strong(
     between rounds it drops the cache, and no text runs ahead of the others.
     """
     goals = targets(config, len(prompts))
-    empty = score_batch(reward, prompts)
-    bases = [base_reward(value, target, config.alpha) for value, target in zip(empty, goals, strict=True)]
+    bases = _bases(reward, prompts, goals, config)
     texts = [Text() for _ in prompts]
     while running := [i for i, text in enumerate(texts) if not text.finished(config, eos)]:
         length = min(config.segment_length, config.max_new_tokens - len(texts[running[0]].tokens))
@@ -180,6 +179,16 @@ def targets(config: StarsConfig, prompts: int) -> list[float]:
     if len(each) != prompts:
         raise ValueError(f"target_reward has {len(each)} entries for {prompts} prompts")
     return [float(target) for target in each]
+
+
+def _bases(
+    reward: PreTrainedModel, prompts: Sequence[list[int]], goals: Sequence[float], config: StarsConfig
+) -> list[float]:
+    """r0 of each prompt, which with alpha = 1 needs no reward of the empty answer."""
+    if config.alpha == 1.0:
+        return list(goals)
+    empty = score_batch(reward, prompts)
+    return [base_reward(value, target, config.alpha) for value, target in zip(empty, goals, strict=True)]
 
 
 def _encode(policy: PreTrainedModel, cache: DynamicCache, tokens: list[int]) -> torch.Tensor:

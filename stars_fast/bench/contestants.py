@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, pvariance
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +31,9 @@ ABOUT = {
     ACCEPTING: "the engine with a callable that accepts everything",
     GENERATE: "model.generate of the policy alone",
 }
+GRAPHED = (ENGINE, ONE, ACCEPTING)  # on CUDA devices: a graph's replay runs no module, so its passes are not counted
 PLAIN_PROMPTS = 2  # in a round: its speed does not depend on how many there are, and all of them would take minutes
-_REWARDS = 32  # texts of the engine from which its mean reward is taken
+_REWARDS = 256  # texts of the engine from which its mean reward is taken
 
 
 class Outcome(NamedTuple):
@@ -116,7 +117,7 @@ def _of_texts(texts: Sequence[baselines.Text]) -> Outcome:
 
 def _equal_reward(pair: Pair, engine: StarsEngine, prompts: Sequence[list[int]], config: StarsConfig) -> EqualReward:
     """N for these prompts, from the engine's mean reward over at least ``_REWARDS`` texts of them."""
-    samples = -(-_REWARDS // len(prompts))
+    samples = max(-(-_REWARDS // len(prompts)), 2)
     out = engine.generate(list(prompts), config, num_return_sequences=samples, seed=0, on_error="raise")
 
     @torch.no_grad()
@@ -130,4 +131,6 @@ def _equal_reward(pair: Pair, engine: StarsEngine, prompts: Sequence[list[int]],
             rewards += baselines.score_batch(pair.reward, wholes)
         return [rewards[i : i + count] for i in range(0, len(rewards), count)]
 
-    return smallest_n(fmean(out.rewards), draw)
+    own = [out.rewards[i : i + samples] for i in range(0, len(out.rewards), samples)]
+    error = math.sqrt(fmean(map(pvariance, own)) / max(len(out.rewards) - len(own), 1))  # the prompts are given
+    return smallest_n(fmean(out.rewards), error, draw)

@@ -15,6 +15,8 @@ class EqualReward(NamedTuple):
     reached: bool  # False: not even n are enough
     reward: float  # expected of the best of n
     wanted: float
+    error: float  # standard, of wanted
+    between: float  # n, were it no integer: between n - 1 and n the reward is taken to grow linearly
 
 
 def expected_best(rewards: Sequence[float], n: int) -> float:
@@ -35,24 +37,24 @@ def expected_best(rewards: Sequence[float], n: int) -> float:
     return total / comb(len(rewards), n)
 
 
-def smallest_n(wanted: float, draw: Callable[[int], list[list[float]]], first: int = 8, most: int = 64) -> EqualReward:
+def smallest_n(wanted: float, error: float, draw: Callable[[int], list[list[float]]], most: int = 64) -> EqualReward:
     """The smallest N whose best text has a mean reward of at least ``wanted``.
 
     Parameters
     ----------
-    wanted : float
+    wanted, error : float
+        Mean reward to be reached, and its standard error.
     draw : callable
-        ``draw(k)`` gives the rewards of k further independent texts for each prompt.
-    first, most : int
-        Texts per prompt to begin with, doubled until they are enough, and at most.
+        ``draw(k)`` gives the rewards of k independent texts for each prompt.
+    most : int
+        Texts per prompt, and the largest N. Few would do for a small N, but the first of few means to lie above
+        ``wanted`` does so by luck.
     """
-    pools = draw(first)
-    while True:
-        size = len(pools[0])
-        means = [fmean(expected_best(pool, n) for pool in pools) for n in range(1, size + 1)]
-        enough = next((n for n, mean in enumerate(means, 1) if mean >= wanted), None)
-        if enough is not None or size >= most:
-            n = enough or size
-            return EqualReward(n, enough is not None, means[n - 1], wanted)
-        for pool, further in zip(pools, draw(min(size, most - size)), strict=True):
-            pool += further
+    pools = draw(most)
+    means = [fmean(expected_best(pool, n) for pool in pools) for n in range(1, most + 1)]
+    enough = next((n for n, mean in enumerate(means, 1) if mean >= wanted), None)
+    n = enough or most
+    between = float(n)
+    if enough is not None and n > 1:
+        between -= (means[n - 1] - wanted) / (means[n - 1] - means[n - 2])
+    return EqualReward(n, enough is not None, means[n - 1], wanted, error, between)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,14 +32,16 @@ class Run(NamedTuple):
 def measure(
     pair: Pair, points: Sequence[Point], rounds: int, done: Callable[[], None] = lambda: None
 ) -> list[dict[str, list[Run]]]:
-    """Run every contestant of every point once a round, after the first point's have run once uncounted.
+    """Run every contestant of every point once a round, after each has run once uncounted: pools grow, and on CUDA
+    devices graphs are captured.
 
     All of a round stands close together in time, so that what else the machine does meets all alike; each round begins
     with another contestant. ``done`` is called after every run, :func:`number_of_runs` times.
     """
-    for contestant in points[0].contestants.values():
-        timed(pair, contestant, 0)
-        done()
+    for point in points:
+        for contestant in point.contestants.values():
+            timed(pair, contestant, 0)
+            done()
     found: list[dict[str, list[Run]]] = [{name: [] for name in point.contestants} for point in points]
     for number in range(1, rounds + 1):
         for runs, point in zip(found, points, strict=True):
@@ -53,7 +55,7 @@ def measure(
 
 def number_of_runs(points: int, contestants: int, rounds: int) -> int:
     """What :func:`measure` will take."""
-    return contestants * (1 + points * rounds)
+    return contestants * points * (1 + rounds)
 
 
 def timed(pair: Pair, contestant: Contestant, seed: int) -> Run:
@@ -68,14 +70,18 @@ def timed(pair: Pair, contestant: Contestant, seed: int) -> Run:
     return Run(seconds, outcome, passes.bytes, passes.operations)
 
 
-def summary(runs: dict[str, list[Run]]) -> dict[str, dict[str, Any]]:
+def summary(runs: dict[str, list[Run]], graphed: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """Per contestant: how many times as fast the engine is, in the same rounds, then the contestant's own figures.
 
     ``ratio.all_rounds`` is of all tokens over all seconds: with few prompts the attempts of one round vary too much to
     stand alone. ``ratio.per_attempt`` is of candidates looked at per second: the ratio at equal luck, where a method's
-    time is proportional to its attempts (None where there are none).
+    time is proportional to its attempts (None where there are none). Of ``graphed`` contestants not all forward passes
+    are seen: their rates of bytes and operations are None.
     """
-    return {name: {"ratio": _ratio(runs[BESIDE[name]], own), **_figures(own)} for name, own in runs.items()}
+    told = {name: {"ratio": _ratio(runs[BESIDE[name]], own), **_figures(own)} for name, own in runs.items()}
+    for name in set(graphed) & set(told):
+        told[name] |= {"weight_bytes_per_second": None, "operations_per_second": None}
+    return told
 
 
 def _ratio(engine: Sequence[Run], other: Sequence[Run]) -> dict[str, float | None]:

@@ -46,12 +46,15 @@ class Pair:
         On one device.
     openings : list of list of int
         Prompts of these models' own. Without them, prompts are random ids.
+    random : bool
+        Whether nobody has trained them.
     """
 
     name: str
     policy: PreTrainedModel
     reward: PreTrainedModel
     openings: list[list[int]] = field(default_factory=list)
+    random: bool = False
 
     def __post_init__(self) -> None:
         dtype = self.policy.dtype
@@ -90,7 +93,7 @@ def random_pair(size: str, dtype: torch.dtype, device: torch.device) -> Pair:
         reward = LlamaForSequenceClassification(LlamaConfig(**shape | {"num_labels": 1}))
     for model in (policy, reward):
         model.eval().requires_grad_(False).to(device=device, dtype=dtype)
-    return Pair(f"random Llamas of {size.upper()} parameters", policy, reward)
+    return Pair(f"random Llamas of {size.upper()} parameters", policy, reward, random=True)
 
 
 @dataclass
@@ -103,7 +106,10 @@ class Passes:
 
 @contextmanager
 def counting(pair: Pair) -> Iterator[Passes]:
-    """Count the forward passes of both models inside, whoever runs them: by hooks, which cost microseconds."""
+    """Count the forward passes of both models inside, whoever runs them: by hooks, which cost microseconds.
+
+    The replay of a CUDA graph runs no module, and is not counted.
+    """
     passes = Passes()
 
     def body(cost: ModelCost) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from stars_fast.bench.contestants import GRAPHED, Point
 from stars_fast.bench.measure import measure, number_of_runs, summary
 from stars_fast.bench.models import Pair
 from stars_fast.bench.sweeps import SIDE_BY_SIDE, prepared, sweep_named, workloads
@@ -40,20 +41,23 @@ def run(pair: Pair, series: Sequence[Series], rounds: int, done: Callable[[], No
     Returns
     -------
     dict
-        ``models``, ``weight_bytes``, ``dtype``, ``device``, ``threads``, ``rounds``; ``yardsticks``, what a copy and a
-        large product reach here; ``sweeps``, which field each varies; ``points``, each with ``sweep``, ``workload``,
-        ``target_reward`` (one per prompt), ``beta``, ``equal_reward`` and ``contestants``, as
-        :func:`stars_fast.bench.measure.summary` describes them.
+        ``models``, ``random`` (untrained), ``weight_bytes``, ``dtype``, ``device``, ``threads``, ``rounds``;
+        ``yardsticks``, what a copy and a large product reach here; ``sweeps``, which field each varies; ``points``,
+        each with ``sweep``, ``workload``, ``target_reward`` (one per prompt), ``beta``, ``equal_reward`` and
+        ``contestants``, as :func:`stars_fast.bench.measure.summary` describes them.
 
     Raises
     ------
     ValueError
-        For a workload that the engine refuses.
+        For a workload that the engine refuses, before anything is measured.
     """
     engine = StarsEngine(pair.policy, pair.reward)
+    # All of them first: what the engine refuses must not cost what has been measured.
+    ready = [(sweep, prepared(pair, engine, loads, names, done)) for sweep, loads, names in series]
     reached = rates(pair.device, pair.policy.dtype)
     return {
         "models": pair.name,
+        "random": pair.random,
         "weight_bytes": {role: cost.weight_bytes for role, cost in pair.costs.items()},
         "dtype": str(pair.policy.dtype).removeprefix("torch."),
         "device": str(pair.device),
@@ -61,15 +65,14 @@ def run(pair: Pair, series: Sequence[Series], rounds: int, done: Callable[[], No
         "rounds": rounds,
         "yardsticks": {"copy_bytes_per_second": reached.copy, "product_operations_per_second": reached.matrix},
         "sweeps": {name: sweep_named(name).field for name, _, _ in series if name is not None},
-        "points": [point for one in series for point in _measured(pair, engine, one, rounds, done)],
+        "points": [point for sweep, points in ready for point in _measured(pair, sweep, points, rounds, done)],
     }
 
 
 def _measured(
-    pair: Pair, engine: StarsEngine, series: Series, rounds: int, done: Callable[[], None]
+    pair: Pair, sweep: str | None, points: Sequence[Point], rounds: int, done: Callable[[], None]
 ) -> list[dict[str, Any]]:
-    sweep, loads, names = series
-    points = prepared(pair, engine, loads, names, done)
+    graphed = GRAPHED if pair.device.type == "cuda" else ()
     return [
         {
             "sweep": sweep,
@@ -77,7 +80,7 @@ def _measured(
             "target_reward": point.config.target_reward,
             "beta": point.config.beta,
             "equal_reward": point.equal_reward._asdict() if point.equal_reward else None,
-            "contestants": summary(runs),
+            "contestants": summary(runs, graphed),
         }
         for point, runs in zip(points, measure(pair, points, rounds, done), strict=True)
     ]

@@ -55,7 +55,19 @@ def prepared(
     names: Sequence[str],
     done: Callable[[], None] = lambda: None,
 ) -> list[Point]:
-    """Points ready to be measured: targets set, N found. ``done`` is called after each."""
+    """Points ready to be measured: targets set, N found. ``done`` is called after each.
+
+    Raises
+    ------
+    ValueError
+        For a workload whose candidates do not fit into a heartbeat of the engine: fewer would be measured than it says.
+    """
+    for load in loads:
+        if isinstance(load.candidates, int) and load.batch * load.candidates > engine.max_rows:
+            raise ValueError(
+                f"batch={load.batch} with candidates={load.candidates} takes {load.batch * load.candidates} rows, more "
+                f"than the engine's max_rows={engine.max_rows}"
+            )
     pilots, points = Pilots(pair, engine), list[Point]()
     for load in loads:
         points.append(point(pair, engine, load, pilots.config(load), names))

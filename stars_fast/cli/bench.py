@@ -35,12 +35,19 @@ def run(
     dtype: Annotated[str, typer.Option(help=f"Of both models: {' or '.join(_DTYPES)}.")] = "float32",
     device: Annotated[str, typer.Option(help="Of both models; auto takes a GPU where there is one.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch on the CPU. Default: torch's own.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Prompts of a call; 1 and 16. Repeatable.")] = None,
-    prompt_length: Annotated[int | None, typer.Option(min=1, help="Random ids a prompt; 32.")] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, show_default="1 and 16; 4 for a sweep", help="Prompts of a call. Repeatable."),
+    ] = None,
+    prompt_length: Annotated[
+        int | None, typer.Option(min=1, show_default="32; the demo's openings", help="Random ids a prompt.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a text.")] = 32,
     segment_length: Annotated[int, typer.Option(min=1, help="Tokens of a segment.")] = 16,
-    acceptance: Annotated[float, typer.Option(help="Share of candidates that the target lets pass.")] = 1 / 6,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each contestant that count.")] = 2,
+    acceptance: Annotated[
+        float, typer.Option(show_default="1/6", help="Share of candidates that the target lets pass.")
+    ] = 1 / 6,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each contestant that count.")] = 3,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
@@ -168,12 +175,18 @@ def _show(console: Console, found: Record) -> None:
         console.print()
         console.print(_table([point], None))
         console.print(Text(_about_n(point["equal_reward"]), style="dim"))
+        if found["random"]:
+            console.print(Text(_RANDOM, style="dim"))
     for name, field in found["sweeps"].items():
         console.print()
         console.print(_table([point for point in found["points"] if point["sweep"] == name], field))
     console.print(Text(_LEGEND, style="dim"))
 
 
+_RANDOM = (
+    "With random weights the reward of a beginning says little of the whole text's, which is the worst case for "
+    "choosing segment by segment: this N says nothing of trained models."
+)
 _LEGEND = (
     "x: how many times as fast the engine is (generate: the accepting engine), median and range over the rounds; all: "
     "all tokens over all seconds; per attempt: candidates looked at per second. x first: seconds of a call over those "
@@ -224,14 +237,17 @@ def _cells(one: Record) -> list[str]:
         *(_number(ratio["all_rounds"], 2), _number(ratio["per_attempt"], 2)),
         *(_number(speed["median"], 1), f"{speed['min']:.0f}-{speed['max']:.0f}"),
         *(_number(one["attempts_per_segment"], 1), _number(one["mean_reward"], 2)),
-        *(_number(one[f"{what}_per_second"] / 1e9, 1) for what in ("weight_bytes", "operations")),
+        *(_number(one[f"{what}_per_second"], 1, 1e9) for what in ("weight_bytes", "operations")),
     ]
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, digits: int, unit: float = 1.0) -> str:
+    return "-" if value is None else f"{value / unit:.{digits}f}"
 
 
 def _about_n(equal: Record) -> str:
-    found = f"best of {equal['n']}: expected reward {equal['reward']:.3f}, the engine's {equal['wanted']:.3f}"
-    return found if equal["reached"] else f"{found}: not even that many texts are enough"
+    engine = f"the engine's {equal['wanted']:.3f} +- {equal['error']:.3f}"
+    found = f"best of {equal['n']}: expected reward {equal['reward']:.3f}, {engine}"
+    if not equal["reached"]:
+        return f"{found}: not even that many texts are enough"
+    return f"{found}; equal at N = {equal['between']:.1f}"

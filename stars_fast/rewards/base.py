@@ -129,8 +129,10 @@ class Reward(abc.ABC):
         """
 
     @abc.abstractmethod
-    def score(self, completions: Sequence[Completion]) -> Sequence[float | None]:
-        """One reward per completion; ``-inf`` rejects for good. Whatever raises here is tried again one by one."""
+    def score(self, completions: Sequence[Completion]) -> Sequence[float | Exception | None]:
+        """One reward per completion; ``-inf`` rejects for good. An exception in a reward's place fails that completion
+        alone; whatever raises here is tried again one by one.
+        """
 
     def parts(self, completion: Completion) -> dict[str, float] | None:
         """What the reward of the completion just scored is made of, by name; None for a scorer without parts."""
@@ -230,6 +232,8 @@ def _checked(reward: Reward, completions: Sequence[Completion]) -> list[Any]:
 def _as_float(value: Any) -> tuple[float, str | None]:
     if value is None:
         return float("nan"), "the reward returned None"
+    if isinstance(value, Exception):
+        return float("nan"), _raised(value)
     number = float(value.item() if isinstance(value, torch.Tensor) else value)
     if not number < _LARGEST:
         return float("nan"), f"the reward returned {number}; it must be finite, or -inf to reject"

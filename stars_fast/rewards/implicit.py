@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from stars_fast.ops import gather_logprobs
 from stars_fast.rewards.base import Completion
+from stars_fast.rewards.classifier import unwrapped
 from stars_fast.rewards.incremental import Text, TreeCache
 from stars_fast.rewards.rendered import RenderedReward
 from stars_fast.rewards.rendering import Rendering
@@ -43,7 +44,8 @@ class ImplicitReward(RenderedReward):
     Raises
     ------
     ValueError
-        For two models with different vocabularies, one model given twice, or weights that are not known.
+        For two models with different vocabularies, two that share their weights (one given twice, or a PEFT model and
+        what it wraps), or weights that are not known.
     NotImplementedError
         For a model whose keys and values cannot be kept in a tree, by name.
     """
@@ -59,8 +61,10 @@ class ImplicitReward(RenderedReward):
     ) -> None:
         if weights not in ("sum", "1/k"):
             raise ValueError(f"weights={weights!r}: must be 'sum' or '1/k'")
-        if model is reference:
-            raise ValueError("model and reference are one object: every log-ratio would be 0")
+        if unwrapped(model) is unwrapped(reference):  # PEFT puts its adapters into the model it is given
+            raise ValueError(
+                "model and reference share their weights, every log-ratio would be 0: load the reference separately"
+            )
         _check_pair(vocabulary(model), vocabulary(reference), tokenizer)
         self.tokenizer = tokenizer
         self.beta = beta
@@ -84,7 +88,8 @@ class ImplicitReward(RenderedReward):
         ids = text.ids
         if completion.eos and self.rendering.templated and not self.shared_ids:
             # An answer that ends is worth something else than one that stops: the models are asked for its end too.
-            ids = [*ids, self.tokenizer.eos_token_id]
+            eos = self.tokenizer.eos_token_id
+            ids = [*ids, eos] if eos is not None else ids
         start = common_prefix(self._contexts[completion.response.prompt].prefix, ids)
         # Where nothing stands in front of the answer, its first token is not predicted.
         return text._replace(ids=ids, wanted=range(max(start, 1) - 1, len(ids) - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -161,14 +162,19 @@ class TreeCache:
         limit, start = self.max_packed or _MAX_PACKED, 0
         while start < len(texts):
             stop, new = start, 0
+            known: dict[Response, int] = {}  # what all texts of a response so far have in the tree
+            rows: Counter[Response] = Counter()
             while stop < len(texts):
-                completion, ids, tail, _ = texts[stop]
-                known = common_prefix(self._responses[completion.response].ids, ids)
-                new += len(ids) - min(known, len(ids) - 1) + len(tail)
-                if stop > start and new > min(limit, self.model.tree.free_slots):
+                response, text = texts[stop].completion.response, texts[stop]
+                shared = self._shared_by(response, [text])
+                before = known.get(response, shared)
+                after = min(before, shared)
+                grown = new + len(text.ids) + len(text.tail) - after + (before - after) * rows[response]
+                if stop > start and grown > min(limit, self.model.tree.free_slots):
                     break
-                stop += 1
-            self._make_room(new, keep={text.completion.response for text in texts[start:stop]})
+                stop, new, known[response] = stop + 1, grown, after
+                rows[response] += 1
+            self._make_room(new, keep=set(known))
             yield start, stop
             start = stop
 
@@ -208,8 +214,7 @@ class TreeCache:
 
     def _rewind(self, response: Response, texts: Sequence[Text]) -> int:
         """Shorten what is in the tree to what all texts share; without a tail, leave each a token to encode."""
-        encoded = self._responses[response]
-        known = min(min(common_prefix(encoded.ids, ids), len(ids) - (not tail)) for _, ids, tail, _ in texts)
+        encoded, known = self._responses[response], self._shared_by(response, texts)
         if known < len(encoded.ids):
             kept = max(known - self.lag, 0)
             node = self.model.tree.cut(encoded.node, kept) if kept else -1
@@ -217,6 +222,11 @@ class TreeCache:
                 self.model.tree.release(encoded.node)
             self._responses[response] = Encoded(node, encoded.ids[:known], encoded.values[:known])
         return known
+
+    def _shared_by(self, response: Response, texts: Sequence[Text]) -> int:
+        """How many ids all these texts have in the tree and need not encode."""
+        held = self._responses[response].ids
+        return min(min(common_prefix(held, ids), len(ids) - (not tail)) for _, ids, tail, _ in texts)
 
     def _remember(self, text: Text, branch: int, values: list[float]) -> Encoded:
         """Keep the branch without its tail, until the completion is committed or discarded."""

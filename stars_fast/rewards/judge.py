@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,9 +43,13 @@ class JudgeReward(RenderedReward):
     ------
     ValueError
         For a template without exactly one ``{answer}``, or verdicts that begin with the same token.
+    TypeError
+        For a model that is not loaded, or no tokenizer.
     NotImplementedError
         For a model whose keys and values cannot be kept in a tree, by name.
     """
+
+    tail_argument = "template"
 
     def __init__(
         self,
@@ -56,10 +61,14 @@ class JudgeReward(RenderedReward):
         yes: str = "Yes",
         no: str = "No",
     ) -> None:
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}: give a loaded causal language model")
+        if tokenizer is None:
+            raise TypeError("tokenizer is None: a judge reads a question in text, so give its tokenizer")
         if template.count("{answer}") != 1:
             raise ValueError(f"template={template!r} holds {{answer}} {template.count('{answer}')} times: must be once")
         self.tokenizer = tokenizer
-        self.template = template.replace("{question}", question)
+        self.template, self.question = template, question
         self.verdicts = [_first_token(tokenizer, yes), _first_token(tokenizer, no)]
         if self.verdicts[0] == self.verdicts[1]:
             raise ValueError(f"yes={yes!r} and no={no!r} begin with the same token, {self.verdicts[0]}")
@@ -70,7 +79,8 @@ class JudgeReward(RenderedReward):
             )
 
     def prepare(self, policy_tokenizer: Any) -> None:
-        self.rendering = _Question(self.tokenizer, policy_tokenizer or self.tokenizer, self.template)
+        given = policy_tokenizer or self.tokenizer
+        self.rendering = _Question(self.tokenizer, given, self.template, self.question)
 
     def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> list[float]:
         yes, no = features[:, self.verdicts].float().T
@@ -81,14 +91,15 @@ class JudgeReward(RenderedReward):
 class _Question(Rendering):
     """Renders prompt and answer inside a question about them."""
 
-    def __init__(self, tokenizer: Any, policy_tokenizer: Any, template: str) -> None:
+    def __init__(self, tokenizer: Any, policy_tokenizer: Any, template: str, question: str) -> None:
         super().__init__(tokenizer, policy_tokenizer, "none")
         self.has_chat_template, self.templated = self.templated, True  # the answer stands in a text, chat or not
-        self.template = template
+        self.template, self.question = template, question
 
     def context(self, prompt: RewardPrompt) -> Context:
-        parts = self.template.split("{answer}")  # apart, so that a prompt that holds "{answer}" is only text
-        asked = SENTINEL.join(part.replace("{prompt}", self._shown(prompt)) for part in parts)
+        filled = {"{prompt}": self._shown(prompt), "{question}": self.question, "{answer}": SENTINEL}
+        # In one pass, so that a prompt or question that holds one of the names is only text.
+        asked = re.sub("|".join(map(re.escape, filled)), lambda name: filled[name[0]], self.template)
         if self.has_chat_template:
             turn = [{"role": "user", "content": asked}]
             asked = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)

@@ -27,17 +27,17 @@ class HiddenStateProbe(Reward):
 
     def __init__(self, probe: nn.Module) -> None:
         self.probe = probe
-        self._evaluating = ExitStack()
+        self._evaluating: list[ExitStack] = []  # one of each call, all alike
 
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
     ) -> None:
-        self._enter_call()
-        self._evaluating.enter_context(evaluating(self.probe))
+        self._evaluating.append(ExitStack())
+        self._evaluating[-1].enter_context(evaluating(self.probe))
 
     def end(self) -> None:
-        if self._leave_call():
-            self._evaluating.close()
+        if self._evaluating:
+            self._evaluating.pop().close()
 
     def score(self, completions: Sequence[Completion]) -> list[float]:
         states = [completion.hidden for completion in completions if completion.hidden is not None]
@@ -47,10 +47,22 @@ class HiddenStateProbe(Reward):
                 "state (Reward.needs_hidden_state)"
             )
         parameter = next(self.probe.parameters(), states[0])
-        values = self.probe(torch.stack(states).to(parameter.device, parameter.dtype)).float()  # [rows, 1 or 2]
+        values = self._values(torch.stack(states).to(parameter.device, parameter.dtype)).float()  # [rows, 1 or 2]
         if values.dim() != 2 or values.shape[0] != len(states) or values.shape[1] not in (1, 2):
             raise ValueError(
                 f"the probe gave {list(values.shape)} for {len(states)} rows: must be [rows, 1] or [rows, 2]"
             )
         rewards: list[float] = (values[:, -1] - values[:, 0] if values.shape[1] == 2 else values[:, 0]).tolist()
         return rewards
+
+    def _values(self, states: torch.Tensor) -> torch.Tensor:
+        try:
+            values: torch.Tensor = self.probe(states)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ValueError(
+                f"the probe does not take {list(states.shape)}, rows of the policy's hidden_size={states.shape[1]}: "
+                f"{error}"
+            ) from error
+        return values

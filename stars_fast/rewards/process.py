@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from stars_fast.prompts import Messages
-from stars_fast.rewards.base import Completion, RewardPrompt
+from stars_fast.rewards.base import Completion, Response, RewardPrompt
 from stars_fast.rewards.classifier import unwrapped
 from stars_fast.rewards.incremental import Text, TreeCache
 from stars_fast.rewards.rendered import RenderedReward
@@ -30,6 +30,18 @@ QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\bo
 _LABEL = "STARSFASTLABEL"
 
 
+class _Steps(NamedTuple):
+    """The steps of an answer, up to some token of it."""
+
+    ends: tuple[int, ...]  # in the policy's tokens
+    characters: int  # of the text that they take
+    ids: list[int]  # with marks and links, without the prompt
+    marks: list[int]  # places among them
+
+
+_NO_STEPS = _Steps((), 0, [], [])
+
+
 class ProcessReward(RenderedReward):
     """Scores of an answer's steps, in [0, 1], and what they come to.
 
@@ -45,6 +57,7 @@ class ProcessReward(RenderedReward):
             raise ValueError(f"aggregate={aggregate!r}: must be one of {', '.join(map(repr, AGGREGATES))}")
         self.tokenizer = tokenizer
         self.aggregate = AGGREGATES[aggregate]
+        self._committed: dict[Response, _Steps] = {}
         self._start([TreeCache(model)])
 
     @classmethod
@@ -98,6 +111,12 @@ class ProcessReward(RenderedReward):
         good, bad : str
             The labels; the last token of each.
         aggregate : {"last", "min", "mean", "prod"}
+
+        Raises
+        ------
+        ValueError
+            For labels that end alike, and a tokenizer without a chat template, or by which the ids of a step alone are
+            others than in the conversation.
         """
         return _Labels(TreeModel(model, model, "process reward model"), tokenizer, aggregate, good, bad)
 
@@ -121,25 +140,47 @@ class ProcessReward(RenderedReward):
         self.rendering = Rendering(self.tokenizer, policy_tokenizer or self.tokenizer, "none")
 
     def text(self, completion: Completion) -> Text:
-        ids, marks = list(self._contexts[completion.response.prompt].prefix), []
-        for place, step in enumerate(self._steps(completion)):
-            ids += self.link if place else ()
-            ids += encode(self.tokenizer, step if place else self.lead + step) + self.mark
-            marks.append(len(ids) - 1)
-        return Text(completion, ids, [], marks)
+        steps = self._committed_steps(completion)
+        steps = self._followed(steps, completion, len(completion.tokens), partial=not completion.finished)
+        if not steps.marks:
+            steps = self._with_step(steps, "")
+        prefix = self._contexts[completion.response.prompt].prefix
+        return Text(completion, prefix + steps.ids, [], [len(prefix) + mark for mark in steps.marks])
 
-    def _steps(self, completion: Completion) -> list[str]:
-        """Texts of the steps, none of them empty unless the answer is."""
-        tokenizer, tokens, done = completion.tokenizer or self.tokenizer, completion.tokens, 0
-        ends = [*completion.response.ends, len(completion.response.tokens), len(tokens)]
-        steps = []
-        for end in ends:
-            text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-            if end < len(tokens) or not completion.finished:
-                text = text.rstrip("\ufffd")  # a character that is not complete belongs to the next step
-            steps.append(text[done:].strip())
-            done = max(done, len(text))
-        return [step for step in steps if step] or [""]
+    def _committed_steps(self, completion: Completion) -> _Steps:
+        """Kept per response: its candidates, of which there are many, share all steps but the last."""
+        response = completion.response
+        steps = self._committed.get(response, _NO_STEPS)
+        ends = tuple(dict.fromkeys((*response.ends, len(response.tokens))))
+        if steps.ends != ends:
+            steps = steps if steps.ends == ends[: len(steps.ends)] else _NO_STEPS
+            for end in ends[len(steps.ends) :]:
+                steps = self._followed(steps, completion, end, partial=True)
+            self._committed[response] = steps
+        return steps
+
+    def _followed(self, steps: _Steps, completion: Completion, end: int, partial: bool) -> _Steps:
+        """With the step that ends there, if it has any text; a character that is not complete belongs to the next."""
+        tokenizer = completion.tokenizer or self.tokenizer
+        text = tokenizer.decode(completion.tokens[:end], skip_special_tokens=True)
+        text = text.rstrip("\ufffd") if partial else text
+        step = text[steps.characters :].strip()
+        after = self._with_step(steps, step) if step else steps
+        return after._replace(ends=(*steps.ends, end), characters=max(steps.characters, len(text)))
+
+    def _with_step(self, steps: _Steps, step: str) -> _Steps:
+        ids = [*steps.ids, *(self.link if steps.marks else ())]
+        ids += encode(self.tokenizer, step if steps.marks else self.lead + step) + self.mark
+        return steps._replace(ids=ids, marks=[*steps.marks, len(ids) - 1])
+
+    def close(self, response: Response) -> None:
+        self._committed.pop(response, None)
+        super().close(response)
+
+    def end(self) -> None:
+        super().end()
+        if not self._calls:
+            self._committed.clear()
 
     def score(self, completions: Sequence[Completion]) -> list[float]:
         texts = self.texts(completions)
@@ -193,6 +234,24 @@ class _Labels(ProcessReward):
             raise ValueError(f"good={good!r} and bad={bad!r} end with the same token, {self.labels[0]}")
         _, _, mark, link = self._rendered([{"role": "user", "content": "a"}])
         self.mark, self.link = encode(tokenizer, mark), [*encode(tokenizer, good), *encode(tokenizer, link)]
+        self._check_joints(good)
+
+    def _check_joints(self, good: str) -> None:
+        """Steps are tokenised by themselves, which some tokenizers do otherwise than inside a conversation."""
+        steps = ("So 1 + 1 = 2.", "It is 2.")
+        turns = [{"role": "user", "content": f"1 + 1? {steps[0]}"}, {"role": "assistant", "content": good}]
+        turns += [{"role": "user", "content": steps[1]}, {"role": "assistant", "content": good}]
+        whole = self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        before, own_start, _, _ = self._rendered([{"role": "user", "content": "1 + 1?"}])
+        joined = self._with_step(self._with_step(_NO_STEPS, steps[0]), steps[1]).ids
+        joined = encode_turn(self.tokenizer, before, own_start) + joined
+        if whole[: len(joined)] != joined:
+            place = next((i for i, (a, b) in enumerate(zip(whole, joined, strict=False)) if a != b), len(whole))
+            raise ValueError(
+                "the tokenizer reads steps otherwise alone than in its rendered conversation: from id "
+                f"{place} on {joined[place : place + 3]} instead of {whole[place : place + 3]}. This process reward "
+                "model cannot be scored step by step"
+            )
 
     def context(self, prompt: RewardPrompt) -> Context:
         before, own_start, _, _ = self._rendered(self.rendering.messages(prompt))

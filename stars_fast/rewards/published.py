@@ -25,8 +25,8 @@ class InternLM2Reward(ClassifierReward):
     The published code reads the chat template's text and then ``config.reward_token_id``. It is loaded with
     ``AutoModel.from_pretrained(..., trust_remote_code=True)``. Its attention does not go through transformers'
     attention interface, so candidates are scored in full, with one warning; a model of the same shape on transformers'
-    attention is scored incrementally. Whether the published tokenizer adds a second beginning-of-sequence token to that
-    of the template could not be seen: here there is one.
+    attention is scored incrementally. There is one beginning-of-sequence token, the template's, as where the text is
+    encoded without special tokens; that this is what the published ``get_score`` does was not checked against its code.
 
     Parameters
     ----------

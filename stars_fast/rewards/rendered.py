@@ -26,6 +26,8 @@ class RenderedReward(Reward):
         Ids that every model has an embedding for.
     max_positions : int, optional
         Longest text.
+    tail_argument : str
+        What errors call the ids behind an answer.
     causal : bool
         Whether texts go on from their ids (no closing special tokens are in between).
     """
@@ -34,6 +36,7 @@ class RenderedReward(Reward):
     caches: Sequence[TreeCache] = ()
     vocab_size: int = 0
     max_positions: int | None = None
+    tail_argument: str = "reward_tail"
     causal: bool = True
 
     def _start(self, caches: Sequence[TreeCache]) -> None:
@@ -143,7 +146,7 @@ class RenderedReward(Reward):
         if bad := self._outside(context.prefix):
             raise ValueError(f"{prompt.name} holds id {bad[0]}, {self._vocabulary}")
         if bad := self._outside(context.tail):
-            raise ValueError(f"reward_tail holds id {bad[0]}, {self._vocabulary}")
+            raise ValueError(f"{self.tail_argument} holds id {bad[0]}, {self._vocabulary}")
         # An answer's length in another tokenizer is known only once its text is.
         new = max_new_tokens if self.shared_ids else 0
         limits = {"positions": self.max_positions, "kv_cache_tokens": kv_cache_tokens if self.caches else None}

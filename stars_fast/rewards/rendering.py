@@ -82,7 +82,7 @@ class Rendering:
         return encode_start(self.tokenizer, text) + ([eos] if completion.eos and eos is not None else [])
 
     def _frame(self, prompt: RewardPrompt) -> ChatFrame:
-        messages = self.messages(prompt)
+        messages = self._turns(prompt)
         try:
             return chat_frame(self.tokenizer, messages)
         except Exception as error:  # a template raises what it likes
@@ -90,24 +90,36 @@ class Rendering:
 
     def _rendered_ids(self, prompt: RewardPrompt) -> list[int] | None:
         """The prompt, if it is given as the ids of a chat that is rendered already: a turn in a turn would mislead."""
-        if self.policy_tokenizer is None or not _is_ids(prompt.source):
-            return None
-        mark = rendered_mark(self.policy_tokenizer, prompt.ids, self._marks)
+        mark = self._rendered_mark(prompt)
         if mark is None:
             return None
         if not self.shared_ids:
-            raise ValueError(
-                f"{prompt.name} is given as ids of a rendered chat (they hold {mark!r}), and the reward model has a "
-                "tokenizer and a chat template of its own: give the chat's messages as reward_prompts="
-            )
+            raise _rendered_already(prompt, mark)
         return list(prompt.ids)
+
+    def _rendered_mark(self, prompt: RewardPrompt) -> str | None:
+        if self.policy_tokenizer is None or not _is_ids(prompt.source):
+            return None
+        return rendered_mark(self.policy_tokenizer, prompt.ids, self._marks)
 
     @cached_property
     def _marks(self) -> set[int]:
         return marks(self.policy_tokenizer)
 
     def messages(self, prompt: RewardPrompt) -> Messages:
-        """The prompt as a chat."""
+        """The prompt as a chat, for scorers that write it into a text of their own.
+
+        Raises
+        ------
+        ValueError
+            For ids of a chat that is rendered already, by name.
+        """
+        mark = self._rendered_mark(prompt)
+        if mark is not None:
+            raise _rendered_already(prompt, mark)
+        return self._turns(prompt)
+
+    def _turns(self, prompt: RewardPrompt) -> Messages:
         source = prompt.source
         if isinstance(source, list) and source and isinstance(source[0], dict):
             return [turn for turn in source if isinstance(turn, dict)]
@@ -122,6 +134,13 @@ class Rendering:
                 "pass the policy's as tokenizer="
             )
         return str(self.policy_tokenizer.decode(prompt.ids, skip_special_tokens=True))
+
+
+def _rendered_already(prompt: RewardPrompt, mark: str) -> ValueError:
+    return ValueError(
+        f"{prompt.name} is given as ids of a rendered chat (they hold {mark!r}), and the reward model renders prompts "
+        "with a tokenizer or template of its own: give the chat's messages as reward_prompts="
+    )
 
 
 def _is_ids(source: Any) -> bool:

@@ -15,7 +15,8 @@ class RuleReward(Reward):
 
     With ``weight = -lambda`` and the engine's ``beta = 1`` the answers follow posterior regularisation
     (arXiv 2305.04522): ``q(y) ~ p(y) exp(-lambda phi(y))``, phi counting the rules that y breaks. ``-inf`` makes a
-    rule hard: who meets it is rejected for good.
+    rule hard: who meets it is rejected for good. Where the empty answer meets one, the threshold cannot start from its
+    reward: set ``base_reward``, ``alpha=1`` or ``target_reward=None``.
 
     Parameters
     ----------

@@ -24,14 +24,40 @@ class _Scored:
 
     completions: list[Completion]
     values: dict[str, float] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)  # the parts that were asked
+    total: float | Exception = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Neither failed nor rejected."""
+        return not isinstance(self.total, Exception) and self.total > -math.inf
+
+    def add(self, part: _Part, value: float, error: str | None) -> None:
+        self.reached.add(part.name)
+        self.values[part.name] = value
+        if not part.weight:
+            return
+        if error is None and value == -math.inf and part.weight < 0:
+            error = f"it returned -inf to reject, of which its weight {part.weight} would make +inf"
+        if error is not None:
+            self.total = ValueError(f"{part.name}: {error}")
+        else:
+            assert isinstance(self.total, float)
+            self.total += part.weight * value
+
+
+def _asks(part: _Part, completion: Completion) -> bool:
+    return part.weight != 0 or part.reward.partial or completion.finished
 
 
 class WeightedSum(Reward):
     """``sum_i weight_i * reward_i``; the value of each part stands in the trace (``SegmentTrace.parts``).
 
-    A part that fails fails the completion, and its error carries the part's name; a part of weight 0 is only recorded,
-    as NaN where it fails. ``-inf`` from a part of positive weight rejects. Every part has its own state, tree and
-    ``kv_cache_tokens``.
+    A part that fails fails the completion, and its error carries the part's name. ``-inf`` from a part of positive
+    weight rejects, from one of negative weight it is an error. Parts are asked in their order, and not of completions
+    that an earlier one has failed or rejected: hard rules belong in front. A part of weight 0 is only recorded; where
+    it is for finished answers, of these. What was not asked, or failed at weight 0, is recorded as NaN. Every part has
+    its own state, tree and ``kv_cache_tokens``.
 
     Parameters
     ----------
@@ -55,7 +81,7 @@ class WeightedSum(Reward):
                 raise ValueError(f"part {name!r} has weight {weight}: must be finite")
         if len({id(part.reward) for part in self._parts}) < len(self._parts):
             raise ValueError("a scorer is given twice: add its weights up")
-        self.partial = all(part.reward.partial for part in self._parts)
+        self.partial = all(part.reward.partial for part in self._parts if part.weight)
         self.needs_hidden_state = any(part.reward.needs_hidden_state for part in self._parts)
         self._begun: list[_Part] = []
 
@@ -81,25 +107,30 @@ class WeightedSum(Reward):
             while self._begun:
                 self._begun.pop().reward.end()
 
-    def score(self, completions: Sequence[Completion]) -> list[float]:
+    def score(self, completions: Sequence[Completion]) -> list[float | Exception]:
         scored = [self._scored(completion) for completion in completions]
-        totals = [0.0] * len(completions)
-        for place, (name, weight, reward) in enumerate(self._parts):
-            values = score_each(reward, [one.completions[place] for one in scored])
-            self.tokens = sum(part.reward.tokens for part in self._parts)
-            for row, (value, error) in enumerate(values):
-                if weight and error is not None:
-                    raise ValueError(f"{name}: {error}")
-                scored[row].values[name] = value
-                totals[row] += weight * value if weight else 0.0
-        return totals
+        for one in scored:
+            one.total, one.values = 0.0, {part.name: math.nan for part in self._parts}
+        for place, part in enumerate(self._parts):
+            asked = [one for one in scored if one.is_open and _asks(part, one.completions[place])]
+            if asked:
+                rewards = score_each(part.reward, [one.completions[place] for one in asked])
+                for one, (value, error) in zip(asked, rewards, strict=True):
+                    one.add(part, value, error)
+        self.tokens = sum(part.reward.tokens for part in self._parts)
+        return [one.total for one in scored]
 
     def parts(self, completion: Completion) -> dict[str, float] | None:
         return None if completion.state is None else dict(completion.state.values)
 
     def commit(self, completion: Completion) -> None:
-        for part, own in zip(self._parts, self._scored(completion).completions, strict=True):
-            part.reward.commit(own)
+        scored, responses = self._scored(completion), self._responses(completion.response)
+        for place, (part, own) in enumerate(zip(self._parts, scored.completions, strict=True)):
+            if part.name in scored.reached:
+                part.reward.commit(own)
+            else:  # it does not know the segment: its response comes back without its state
+                part.reward.close(own.response)
+                responses[place] = Response(own.response.prompt)
 
     def discard(self, completion: Completion) -> None:
         if completion.state is not None:

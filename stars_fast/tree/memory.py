@@ -33,7 +33,7 @@ def free_bytes(device: torch.device) -> int:
 def default_tokens(model: TreeModel, rows: int, tokens_per_row: int) -> int:
     """Tokens that ``rows`` rows want, or as many as memory holds if that is less.
 
-    That is the model's part of a divided CUDA device (:func:`divide_devices`), else a share of the free memory.
+    That is the model's part of a divided device (:func:`divide_devices`), else a share of the free memory.
     """
     wanted = rows * tokens_per_row
     affordable = _bounds.get(model)
@@ -47,15 +47,19 @@ def default_tokens(model: TreeModel, rows: int, tokens_per_row: int) -> int:
 def divide_devices(models: Sequence[TreeModel], rows: int, utilization: float) -> None:
     """Bound the pools of these models so that they keep to ``utilization`` of each CUDA device's memory, all in all.
 
-    Models on one device get pools of equally many tokens. Call it before any of them allocates; other devices are left
-    alone.
+    Elsewhere the memory is everybody's, and the pools keep to a share of what is free. Models on one device get pools
+    of equally many tokens. Call it before any of them allocates.
     """
-    for device in {model.device for model in models if model.device.type == "cuda"}:
+    for device in {model.device for model in models}:
         here = [model for model in models if model.device == device]
-        free, total = free_bytes(device), torch.cuda.mem_get_info(device)[1]
+        each = [model.bytes_per_token for model in here]
         held = sum(model.pool.slots * model.bytes_per_token for model in here)  # kept, or freed before the new is made
-        workspace = sum(_workspace(model, rows) for model in here)
-        tokens = pool_tokens(total, total - free - held, workspace, [m.bytes_per_token for m in here], utilization)
+        free = free_bytes(device) + held
+        if device.type == "cuda":
+            total = torch.cuda.mem_get_info(device)[1]
+            tokens = pool_tokens(total, total - free, sum(_workspace(model, rows) for model in here), each, utilization)
+        else:
+            tokens = int(free * _SHARE_OF_FREE_MEMORY) // sum(each)
         for model in here:
             _bounds[model] = tokens
 
