@@ -39,7 +39,8 @@ class StarsConfig:
         spread of the prompt's pilot rewards where it is calibrated.
     candidates : int or "auto"
         Candidates drawn side by side. Never changes the law of the text, nor the text of a seed; clipped to the
-        attempts left.
+        attempts left. "auto" follows measured times, so shapes of forward passes differ from run to run, and with them
+        rounding (which may flip a token in bfloat16); a number does not.
     finished_threshold : {"target", "ramp"}
         Threshold of a candidate that ends the answer: r_star, or the ramp's value at its length.
     max_new_tokens : int
