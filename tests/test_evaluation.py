@@ -100,7 +100,7 @@ def test_passes_are_about_the_tokens_that_the_models_read(name):
         "args": {"top_k": 4},
     }
     method = METHODS[name](**needs.get(name, {}))
-    config = StarsConfig(method=method, max_new_tokens=24, segment_length=8, candidates=1, ignore_eos=True)
+    config = StarsConfig(method=method, max_new_tokens=32, segment_length=8, candidates=1, ignore_eos=True)
     config = config.replace(target_reward=0.0) if method.has_target else config
     engine = StarsEngine(policy, tiny_reward(32), tokenizer=tokenizer)
     engine.generate(["a b c d", "d e f"], config)  # the models are checked when they are first used
