@@ -268,7 +268,7 @@ def test_plots_without_matplotlib_name_the_extra_before_anything_is_measured(mon
 
 def test_help_shows_every_default_once():
     told = " ".join(invoke("--help").stdout.replace("│", " ").split())
-    for default in ("default: 1/6", "default: 1 and 16", "default: 32;"):
+    for default in ("default: (1/6)", "default: (1 and 16; 4 for a sweep)", "default: (32; the demo's openings)"):
         assert default in told
     assert "0.1666" not in told
 

@@ -47,8 +47,7 @@ def smallest_n(wanted: float, error: float, draw: Callable[[int], list[list[floa
     draw : callable
         ``draw(k)`` gives the rewards of k independent texts for each prompt.
     most : int
-        Texts per prompt, and the largest N. Few would do for a small N, but the first of few means to lie above
-        ``wanted`` does so by luck.
+        Texts per prompt, and the largest N. Among few texts even a small N scatters widely.
     """
     pools = draw(most)
     means = [fmean(expected_best(pool, n) for pool in pools) for n in range(1, most + 1)]

@@ -1,4 +1,4 @@
-"""A small network that reads the policy's own hidden state: scoring that costs the policy nothing more."""
+"""A small network that reads the policy's own hidden state: scoring that costs the policy a token a candidate."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class _Scored:
 
     completions: list[Completion]
     values: dict[str, float] = field(default_factory=dict)
-    reached: set[str] = field(default_factory=set)  # the parts that were asked
+    known_to: set[str] = field(default_factory=set)  # the parts that have scored it
     total: float | Exception = 0.0
 
     @property
@@ -33,7 +33,8 @@ class _Scored:
         return not isinstance(self.total, Exception) and self.total > -math.inf
 
     def add(self, part: _Part, value: float, error: str | None) -> None:
-        self.reached.add(part.name)
+        if error is None:
+            self.known_to.add(part.name)
         self.values[part.name] = value
         if not part.weight:
             return
@@ -126,7 +127,7 @@ class WeightedSum(Reward):
     def commit(self, completion: Completion) -> None:
         scored, responses = self._scored(completion), self._responses(completion.response)
         for place, (part, own) in enumerate(zip(self._parts, scored.completions, strict=True)):
-            if part.name in scored.reached:
+            if part.name in scored.known_to:
                 part.reward.commit(own)
             else:  # it does not know the segment: its response comes back without its state
                 part.reward.close(own.response)
