@@ -47,7 +47,8 @@ class Calibration:
     Attributes
     ----------
     config : StarsConfig
-        With ``target_reward`` and ``base_reward`` per prompt and beta in the reward's units: for these prompts.
+        The caller's, with ``target_reward`` and ``base_reward`` per prompt and beta in the reward's units: for these
+        prompts.
     pilots : list of Pilot
     """
 
@@ -60,7 +61,7 @@ class Calibration:
         Keys: ``acceptance``, ``acceptance_by_position``, ``fallback_share``, ``expected_reward``,
         ``unguided_reward``, ``rank_correlation``, ``warnings``.
         """
-        rows = [row for pilot in self.pilots for row in acceptance_by_segment(pilot, self.config)]
+        rows = [row for pilot in self.pilots for row in acceptance_by_segment(pilot, self._ruled)]
         by_position = [fmean(row[k] for row in rows if len(row) > k) for k in range(max(len(row) for row in rows))]
         correlation = self._rank_correlation()
         warnings = []
@@ -81,14 +82,19 @@ class Calibration:
             warnings=warnings,
         )
 
+    @property
+    def _ruled(self) -> StarsConfig:
+        """The settings that the method makes of them."""
+        return self.config.chosen_method.rule(self.config)
+
     def _fallback_shares(self) -> list[float]:
         """Per prompt and position, ``(1 - a) ** max_attempts``."""
         shares = []
         for pilot in self.pilots:
-            rows = acceptance_by_segment(pilot, self.config)
+            rows = acceptance_by_segment(pilot, self._ruled)
             for k in range(max(len(row) for row in rows)):
                 accept = fmean(row[k] for row in rows if len(row) > k)
-                shares.append((1 - accept) ** self.config.max_attempts)
+                shares.append((1 - accept) ** self._ruled.max_attempts)
         return shares
 
     def _rank_correlation(self) -> float:
@@ -145,16 +151,20 @@ def calibrate(
         raise ValueError(f"samples={samples}: must be at least 2")
     inputs = {name: kwargs.pop(name) for name in ("attention_mask", "reward_prompts", "columns") if name in kwargs}
     arguments = Arguments(prompts, config, overrides=kwargs, seed=seed, **inputs)
-    config, pilots = engine.run_pilots(arguments, samples)
+    ruled, pilots = engine.run_pilots(arguments, samples)
     for pilot in pilots:
         if pilot.error is not None:
             raise RuntimeError(pilot.error)
-    beta = config.beta * median(spread(pilot) for pilot in pilots)
+    beta = ruled.beta * median(spread(pilot) for pilot in pilots)
     for pilot in pilots:
-        solve(pilot, config, acceptance, beta)
-    chosen = config.replace(
-        target_reward=tuple(pilot.target for pilot in pilots),
-        base_reward=tuple(pilot.empty for pilot in pilots),
-        beta=beta,
+        solve(pilot, ruled, acceptance, beta)
+    chosen = (
+        (config or StarsConfig())
+        .replace(**kwargs)
+        .replace(
+            target_reward=tuple(pilot.target for pilot in pilots),
+            base_reward=tuple(pilot.empty for pilot in pilots),
+            beta=beta,
+        )
     )
     return Calibration(chosen, pilots)

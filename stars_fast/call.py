@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 
 from stars_fast.config import StarsConfig
 from stars_fast.decode import RowProcessor, Sampling
+from stars_fast.limits import check_prompt
 from stars_fast.methods.base import Method
 from stars_fast.methods.calibration import Pilot
 from stars_fast.methods.stars import base_reward
@@ -23,7 +25,6 @@ from stars_fast.prompts import Prompt, read_personas, read_prompts
 from stars_fast.request import PromptNode, Request, StopTest
 from stars_fast.rewards import Response, Reward, RewardPrompt
 from stars_fast.sampling import as_ids, resolve_sampling
-from stars_fast.scheduler import persona_slots, response_slots
 from stars_fast.stopping import stop_test
 
 
@@ -130,12 +131,13 @@ def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
     config = arguments.config
     if config is not None and not isinstance(config, StarsConfig):
         raise TypeError(f"config is a {type(config).__name__}: give a StarsConfig")
-    config = (config or StarsConfig()).replace(**arguments.overrides)
+    given = (config or StarsConfig()).replace(**arguments.overrides)
     if arguments.on_error not in ("return", "raise"):
         raise ValueError(f"on_error={arguments.on_error!r}: must be 'return' or 'raise'")
-    method = config.chosen_method
+    method = given.chosen_method
     method.check(reward)
-    config = method.rule(config)
+    config = method.rule(given)
+    _warn_of_overruled(method, given, config)
     if method.segments().delimiter is not None and tokenizer is None:
         raise ValueError(
             f"method={method.name!r}: delimiter={method.segments().delimiter!r} needs a tokenizer: pass tokenizer= to "
@@ -145,20 +147,22 @@ def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
     if config.eos_token_id is not None and max(eos := as_ids(config.eos_token_id), default=0) >= policy.vocab_size:
         raise ValueError(f"eos_token_id={max(eos)} lies outside the policy's vocabulary of {policy.vocab_size}")
     prompts = read_prompts(arguments.prompts, tokenizer, arguments.attention_mask)
+    for name in ("target_reward", "base_reward"):
+        if isinstance(value := getattr(given, name), tuple):
+            _check_per_prompt(name, value, len(prompts))
     personas = [list[list[int]]()] * len(prompts)
     if isinstance(method, PersonaJudge):
         _check_judgeable(method, sampling, arguments)
-        personas = read_personas(prompts, (method.judge_prompt, method.draft_prompt), tokenizer)
+        bos = getattr(tokenizer, "bos_token_id", None)
+        bos = policy.text_config.bos_token_id if bos is None else bos
+        personas = read_personas(prompts, (method.judge_prompt, method.draft_prompt), tokenizer, bos)
     for index, (prompt, variants) in enumerate(zip(prompts, personas, strict=True)):
-        _check_prompt(index, prompt, variants, config, policy, kv_cache_tokens)
+        check_prompt(index, prompt, variants, config, policy, kv_cache_tokens)
     columns = arguments.columns or {}
     for name, values in columns.items():
         if name in ("prompts", "completions", "completion_ids"):
             raise ValueError(f"columns[{name!r}]: the reward is called with {name} of its own; rename the column")
         _check_per_prompt(f"columns[{name!r}]", values, len(prompts))
-    for name in ("target_reward", "base_reward"):
-        if isinstance(value := getattr(config, name), tuple):
-            _check_per_prompt(name, value, len(prompts))
     return Call(
         arguments=arguments,
         config=config,
@@ -169,6 +173,17 @@ def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
         keys=_keys(_shared(arguments.seed, policy), len(prompts), config.num_return_sequences),
         stop=stop_test(config.stop_strings, tokenizer),
     )
+
+
+def _warn_of_overruled(method: Method, given: StarsConfig, ruled: StarsConfig) -> None:
+    """Say it where a method decides a field itself that the caller has set."""
+    for field_ in fields(StarsConfig):
+        before, after = getattr(given, field_.name), getattr(ruled, field_.name)
+        if before not in (field_.default, after):
+            warnings.warn(
+                f"method={method.name!r} sets {field_.name}={after} itself: {field_.name}={before} has no effect",
+                stacklevel=2,
+            )
 
 
 class _Unread:
@@ -209,32 +224,6 @@ def _check_judgeable(method: Method, sampling: Sampling, arguments: Arguments) -
         raise ValueError(f"method={method.name!r} does not know repetition_penalty={sampling.repetition_penalty}")
     if arguments.processor(0) is not None:
         raise ValueError(f"method={method.name!r} does not know logits processors")
-
-
-def _check_prompt(
-    index: int,
-    prompt: Prompt,
-    personas: Sequence[list[int]],
-    config: StarsConfig,
-    policy: Policy,
-    kv_cache_tokens: int | None,
-) -> None:
-    length = max(map(len, [prompt.ids, *personas]))
-    bad = [token for token in prompt.ids if not 0 <= token < policy.vocab_size]
-    if bad:
-        raise ValueError(f"prompts[{index}] holds id {bad[0]}, outside the policy's vocabulary of {policy.vocab_size}")
-    positions = policy.max_positions
-    if positions is not None and length + config.max_new_tokens > positions:
-        raise ValueError(
-            f"prompts[{index}] has {length} tokens, which with max_new_tokens={config.max_new_tokens} exceeds the "
-            f"limit of the policy's {positions} positions"
-        )
-    slots = persona_slots(personas, config) if personas else len(prompt.ids) + response_slots(config)
-    if kv_cache_tokens is not None and slots > kv_cache_tokens:
-        raise ValueError(
-            f"prompts[{index}] has {length} tokens and needs {slots} slots with max_new_tokens="
-            f"{config.max_new_tokens} and segment_length={config.segment_length}; kv_cache_tokens={kv_cache_tokens}"
-        )
 
 
 def _check_per_prompt(name: str, values: Sequence[Any], prompts: int) -> None:

@@ -262,6 +262,8 @@ class Steps:
             self.eos,
         )
         if before is not None:
+            if processed:  # segments end by what the model gave
+                entropy = torch.special.entr(raw.float().softmax(1)).sum(1)
             self._end_before(before & (entropy >= self.entropy) & (self.position > self.shortest))
         if processed:
             logprob = gather_logprobs(raw, token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -56,6 +57,9 @@ class Drafting(Generation):
             leaves = [self._leaf(request, 1, place) for request in asked]
             groups = trunks.policy.propose(leaves, self.sampling) if asked else []
             for request, (draw,) in zip(asked, groups, strict=True):
+                if place == 1:  # the policy has not read it, and may never do
+                    self.stats.draft_tokens += len(draw.tokens)
+                    draw.logprobs = [math.nan] * len(draw.tokens)
                 drawn[request] = self._candidate(request, draw, place)
         return [[drawn[request]] for request in self.running]
 
@@ -79,7 +83,7 @@ class Drafting(Generation):
                 self.stats.committed_tokens += len(candidate.draw.tokens)
                 self._commit(request, candidate, accepted=candidate.place == 1)
             changed.append(request)
-        self.running = [request for request in self.running if request.finish_reason is None]
+        self.drop_finished()
         return changed
 
     def _foreign(self, candidate: Candidate) -> str | None:
@@ -109,6 +113,10 @@ class SelfJudging(Generation):
     def extend(self) -> None:
         for trunks in self.trees:
             trunks.extend(self.running)
+
+    def retreat(self, cause: str) -> list[Request]:
+        self.twins.clear()  # their nodes went with the tree
+        return super().retreat(cause)
 
     def propose(self) -> list[list[Candidate]]:
         """Draft a block for each request, and keep what stands of it and what replaces the first token to fall."""
@@ -141,6 +149,7 @@ class SelfJudging(Generation):
         judge, drafted = self._processed(raw), self._processed(torch.cat(logits[count:]))
         tokens = torch.tensor([token for draft in drafts for token in draft.tokens], dtype=torch.int64).to(raw.device)
         ratio = (judge - drafted).gather(1, tokens[:, None])[:, 0].exp().double().cpu()  # [T]
+        ratio = ratio.nan_to_num(0.0)  # filters that cut otherwise than in the draft leave 0 / 0: such a token falls
         stands = (self._uniforms(lengths) < ratio).tolist()
         starts = [0, *accumulate(lengths)]
         kept = [_leading(stands[a:b]) for a, b in pairwise(starts)]
@@ -168,7 +177,8 @@ class SelfJudging(Generation):
         """
         trunks = [tree.of(request) for tree in self.trees for request in self.running]
         runs = [draft.tokens[:-1] for draft in drafts] * 2
-        nodes, logits = [trunk.leaf for trunk in trunks], [_known(trunk)[None] for trunk in trunks]
+        nodes = [trunk.leaf for trunk in trunks]
+        logits = [trunk.logits[None] for trunk in trunks if trunk.logits is not None]
         for node, run in zip(nodes, runs, strict=True):
             if not run:
                 self.policy.tree.retain(node)
@@ -247,15 +257,10 @@ class SelfJudging(Generation):
                 else:
                     self.policy.tree.release(twin)
             changed.append(request)
-        self.running = [request for request in self.running if request.finish_reason is None]
+        self.drop_finished()
         return changed
 
 
 def _leading(stands: Sequence[bool]) -> int:
     """How many are true before the first that is not."""
     return next((place for place, stand in enumerate(stands) if not stand), len(stands))
-
-
-def _known(trunk: Trunk) -> torch.Tensor:
-    assert trunk.logits is not None
-    return trunk.logits

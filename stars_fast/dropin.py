@@ -96,7 +96,7 @@ def generate(
     ValueError
         For greedy decoding, beams, assistants, and whatever :meth:`StarsEngine.generate` refuses.
     """
-    config = stars_config or StarsConfig()
+    config = _with_methods_sampling(stars_config or StarsConfig())
     engine = {name: kwargs.pop(name) for name in _ENGINE_ARGUMENTS if name in kwargs}
     explicit = _explicit_settings(generation_config, kwargs)
     if explicit.get("do_sample") is False:
@@ -172,10 +172,16 @@ def decoding(
         if name not in known:
             raise TypeError(f"{name!r} is not an option of decoding; the options are {', '.join(sorted(known))}")
     engine = {name: options.pop(name) for name in _ENGINE_ARGUMENTS if name in options}
-    config = stars_config or StarsConfig()
+    config = _with_methods_sampling(stars_config or StarsConfig())
     return _Decoder(
         reward_model, config, explicit=None, tokenizer=tokenizer, streamer=streamer, engine=engine, call=options
     )
+
+
+def _with_methods_sampling(config: StarsConfig) -> StarsConfig:
+    """Sampling settings of its own that a method has, such as CARDS' top_k, win over what the model brings."""
+    ruled = config.chosen_method.rule(config)
+    return config.replace(**{name: getattr(ruled, name) for name in SAMPLING_FIELDS})
 
 
 def _explicit_settings(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from stars_fast.call import Arguments, Call, prepare, read_pilot
 from stars_fast.config import StarsConfig
 from stars_fast.events import new_events
+from stars_fast.limits import check_positions, most_slots
 from stars_fast.loading import load_policy, load_reward
 from stars_fast.loops import draft_policy, generation
 from stars_fast.methods import RSD, Population
@@ -24,7 +25,7 @@ from stars_fast.progress import progress_bar
 from stars_fast.request import Request
 from stars_fast.rewards import Reward
 from stars_fast.row_cost import HeartbeatCost
-from stars_fast.scheduler import Scheduler, candidate_slots, persona_slots, response_slots
+from stars_fast.scheduler import Scheduler, candidate_slots
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.memory import default_tokens, divide_devices
 
@@ -201,6 +202,8 @@ class StarsEngine:
         call = prepare(arguments, self.policy, self.reward, self.tokenizer, self.kv_cache_tokens)
         if isinstance(method := call.config.chosen_method, RSD):
             self._draft = draft_policy(method.draft, self._draft, self.policy, self.tokenizer)
+            for index, prompt in enumerate(call.prompts):
+                check_positions(index, len(prompt.ids), call.config, self._draft, "draft model")
         return call
 
     def _events(self, call: Call) -> Iterator[SegmentEvent]:
@@ -250,7 +253,7 @@ class StarsEngine:
         method = config.chosen_method
         width = method.width if isinstance(method, Population) else config.max_attempts
         rows = min(self.max_rows, len(live) * width)
-        longest = max(_most_slots(request, config) for request in live)
+        longest = max(most_slots(request.prompt.ids, request.prompt.personas, config) for request in live)
         whole = method.needs_hidden_state or self.reward.needs_hidden_state
         draft = self._draft if isinstance(method, RSD) else None
         trees = [self.policy, *self.reward.tree_models, *([] if draft is None else [draft])]
@@ -299,12 +302,6 @@ class StarsEngine:
             segments=[request.segments for request in requests],
             stats=call.stats.to_dict(),
         )
-
-
-def _most_slots(request: Request, config: StarsConfig) -> int:
-    """Slots that a request may take by itself, its prompt included."""
-    personas = request.prompt.personas
-    return persona_slots(personas, config) if personas else len(request.prompt.ids) + response_slots(config)
 
 
 def pad_token_id(model: PreTrainedModel, tokenizer: Any, eos_token_ids: Sequence[int]) -> int:

@@ -78,7 +78,7 @@ class Generation(Queue):
             joined = self.join()
             self.extend()
             failed = self.set_base_rewards(joined)
-            self.running = [request for request in self.running if request.finish_reason is None]
+            self.drop_finished()
             candidates = self.propose()
         except (torch.OutOfMemoryError, SlotsExhausted) as error:
             cause = f"{type(error).__name__}: {error}"
@@ -280,7 +280,7 @@ class Generation(Queue):
                 self.stats.committed_tokens += len(chosen.draw.tokens)
                 self._commit(request, chosen, verdict.accepted)
                 changed.append(request)
-        self.running = [request for request in self.running if request.finish_reason is None]
+        self.drop_finished()
         return changed
 
     def _roll_back(self, candidates: Sequence[Candidate], keep: Candidate | None) -> None:

@@ -18,7 +18,7 @@ class SegmentTrace(NamedTuple):
     threshold: float  # what it was tested against; NaN where it was not
     attempts: int  # candidates looked at in index order up to the winner; all of them for a fallback
     accepted: bool  # False for the fallback
-    logprob: float  # sum of the raw policy log-probabilities, nats
+    logprob: float  # sum of the raw policy log-probabilities, nats; NaN for a draft model's text
     parts: dict[str, float] | None = None  # what the reward is made of, for a scorer that says so
 
 
@@ -39,7 +39,8 @@ class SegmentEvent:
 class Stats:
     """Counts of one call. ``policy_tokens == committed_tokens + discarded_tokens``."""
 
-    policy_tokens: int = 0  # tokens sampled from the policy
+    policy_tokens: int = 0  # tokens sampled: from the policy, and from the draft model where a method has one
+    draft_tokens: int = 0  # of these, the draft model's
     reward_tokens: int = 0  # tokens the reward model encoded (0 for a callable)
     committed_tokens: int = 0
     discarded_tokens: int = 0
@@ -74,7 +75,8 @@ class StarsOutput:
     errors : list of str or None
         Why a request failed.
     logprobs, sampling_logprobs : list of list of float
-        Per token, nats: of the raw policy, and of the distribution after temperature and filters.
+        Per token, nats: of the raw policy (NaN for a token that it has not read, under "rsd"), and of the distribution
+        after temperature and filters.
     segments : list of list of SegmentTrace
     stats : dict
         The fields of :class:`Stats`.

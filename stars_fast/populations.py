@@ -71,7 +71,7 @@ class Members(Generation):
     def decided(self) -> list[Request]:
         """Requests that ended in this heartbeat; they no longer run."""
         over = [request for request in self.running if request.finish_reason is not None]
-        self.running = [request for request in self.running if request.finish_reason is None]
+        self.drop_finished()
         return over
 
 

@@ -53,8 +53,12 @@ def read_prompts(
     return [_read_one(f"{name}[{index}]", prompt, tokenizer) for index, prompt in enumerate(prompts)]
 
 
-def read_personas(prompts: Sequence[Prompt], preferences: Sequence[Any], tokenizer: Any) -> list[list[list[int]]]:
-    """Ids of every prompt under each of the preferences: put before it as text, as a system message, or as ids.
+def read_personas(
+    prompts: Sequence[Prompt], preferences: Sequence[Any], tokenizer: Any, bos_token_id: int | None = None
+) -> list[list[list[int]]]:
+    """Ids of every prompt under each of the preferences.
+
+    It is put before text; into the system message of a chat, before what that says; and before ids, but behind a BOS.
 
     Raises
     ------
@@ -62,23 +66,31 @@ def read_personas(prompts: Sequence[Prompt], preferences: Sequence[Any], tokeniz
         For a preference in words before a prompt of ids, or the other way round.
     """
     return [
-        [_under(f"prompts[{index}]", prompt, preference, tokenizer) for preference in preferences]
+        [_under(f"prompts[{index}]", prompt, preference, tokenizer, bos_token_id) for preference in preferences]
         for index, prompt in enumerate(prompts)
     ]
 
 
-def _under(name: str, prompt: Prompt, preference: Any, tokenizer: Any) -> list[int]:
+def _under(name: str, prompt: Prompt, preference: Any, tokenizer: Any, bos_token_id: int | None) -> list[int]:
     source = prompt.source
     if isinstance(source, str) and isinstance(preference, str):
         return _read_one(name, preference + source, tokenizer).ids
     if _is_chat(source) and isinstance(preference, str):
-        return _read_one(name, [{"role": "system", "content": preference}, *source], tokenizer).ids
+        return _read_one(name, _with_system(preference, source), tokenizer).ids
     if isinstance(preference, str) or not isinstance(source, list) or _is_chat(source):
         raise TypeError(
             f"{name} and the preference {preference!r:.80} differ in form: a preference in words goes with text and "
             "chats, ids with a prompt of ids"
         )
-    return [int(token) for token in preference] + prompt.ids
+    start = int(prompt.ids[0] == bos_token_id)
+    return [*prompt.ids[:start], *map(int, preference), *prompt.ids[start:]]
+
+
+def _with_system(preference: str, chat: Any) -> Messages:
+    """The chat with the preference in its system message: templates take one, and at the beginning."""
+    first, rest = (chat[0], chat[1:]) if chat[0].get("role") == "system" else (None, chat)
+    content = preference if first is None else f"{preference}\n\n{first['content']}"
+    return [{"role": "system", "content": content}, *rest]
 
 
 def _is_chat(prompt: Any) -> bool:

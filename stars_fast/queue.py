@@ -112,12 +112,17 @@ class Queue:
             self.preempt(request)
         for trunks in self.trees:
             trunks.keep_prompts([])
+        for trunks in self.trees:  # two may share a tree: all have let go of it by now
             trunks.policy.clear()  # the failed pass may have left branches
         if self.scheduler.shrink(self.scheduler.packed // 2):
             return []
         request = self.waiting.popleft()
         self.fail(request, f"too little memory for this request alone, a token at a time: {cause}")
         return [request]
+
+    def drop_finished(self) -> None:
+        """Requests that have ended run no longer."""
+        self.running = [request for request in self.running if request.finish_reason is None]
 
     def fail(self, request: Request, cause: str) -> None:
         """End a request with an error; what it has committed is kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -120,6 +121,8 @@ class Scheduler:
         if self.config.candidates != "auto":
             limits = [min(limit, int(self.config.candidates)) for limit in limits]
             return share_evenly(limits, rows)
+        if all(request.target == math.inf for request in running):
+            return share_evenly(limits, rows)  # the best of all attempts: none ends a segment before its last
         return self.shares(self.acceptance(running), limits, rows)
 
     def shares(self, acceptance: Sequence[float], limits: Sequence[int], rows: int) -> list[int]:

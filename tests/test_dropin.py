@@ -24,7 +24,7 @@ from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
 
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine, StarsGenerateOutput
-from stars_fast.methods import Args, Mara
+from stars_fast.methods import Args, Cards, Mara
 from stars_fast.policy import Policy
 from stars_fast.rewards import Reward
 
@@ -578,3 +578,22 @@ def test_args_weighs_the_likelihoods_that_processors_leave(policy):
     config = ANYTHING.replace(method=Args(top_k=VOCAB, weight=0.0), max_new_tokens=5)
     out = facade(policy, Sums(), config, sequence_bias={(7,): 50.0}, top_k=0, seed=0)
     assert all(completion == [7] * 5 for completion in completions(out))
+
+
+def test_cards_segments_end_by_the_entropy_before_processors(policy):
+    """The bias leaves one token and no entropy: by the raw logits, every token is a segment of its own."""
+    config = ANYTHING.replace(method=Cards(entropy=1.0, shortest=1), max_new_tokens=5)
+    bias = {"sequence_bias": {(7,): 50.0}, "return_dict_in_generate": True}
+    assert facade(policy, config=config, prompts=PROMPTS[:1], seed=0, **bias).stats["heartbeats"] == 5
+
+
+@both
+def test_cards_own_top_k_wins_over_defaults_and_loses_to_the_call(monkeypatch, policy, generate):
+    seen = []
+    propose = Policy.propose
+    monkeypatch.setattr(Policy, "propose", lambda *args: seen.append(args[2].top_k) or propose(*args))
+    config = ANYTHING.replace(method="cards", max_new_tokens=3)
+    generate(policy, config=config)
+    generate(policy, config=config, top_k=9)
+    generate(policy, config=config.replace(top_k=11))
+    assert list(dict.fromkeys(seen)) == [40, 9, 11]

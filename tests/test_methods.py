@@ -1,7 +1,9 @@
 """Every method keeps the engine's promises, and says what it cannot work with."""
 
 import itertools
+import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from stars_fast.methods import (
     TreeBoN,
     Vanilla,
 )
+from stars_fast.prompts import read_personas, read_prompts
 from stars_fast.rewards import Reward
 from stars_fast.scheduler import Scheduler
 
@@ -33,6 +36,8 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 SEEDS = [4, 5, 6]
 CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=11)
 NETWORK = torch.nn.Linear(32, 2)
+NEAR_SIGHTED = tiny_policy(VOCAB, hidden=32, seed=7)
+NEAR_SIGHTED.config.max_position_embeddings = 12
 EVERY = {
     "vanilla": Vanilla(),
     "best_of_n": BestOfN(n=3),
@@ -115,8 +120,11 @@ def test_rewards_and_logprobs_are_those_of_plain_forward_passes(method, together
         context = list(method.judge_prompt) + prompt if isinstance(method, PersonaJudge) else prompt
         logprobs = policy(torch.tensor([context + completion]), use_cache=False).logits[0].log_softmax(1)
         expected = [logprobs[len(context) - 1 + i, token].item() for i, token in enumerate(completion)]
-        if not isinstance(method, RSD):  # whose drafts have the draft model's
-            assert together.logprobs[row] == pytest.approx(expected, abs=1e-4)
+        if isinstance(method, RSD):  # the policy does not read its drafts before it has to
+            drafted = [segment.accepted for segment in together.segments[row] for _ in segment.tokens]
+            assert [math.isnan(logprob) for logprob in together.logprobs[row]] == drafted
+            expected = [math.nan if draft else e for draft, e in zip(drafted, expected, strict=True)]
+        assert together.logprobs[row] == pytest.approx(expected, abs=1e-4, nan_ok=True)
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_rows": 2}], ids=str)
@@ -329,11 +337,30 @@ def test_steps_end_with_the_delimiter():
 # Settings
 
 
-@pytest.mark.parametrize("value", ["cards", Cards(entropy=2.5), {"name": "treebon", "n": 8}, ParticleFilter()], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    ["cards", Cards(entropy=2.5), {"name": "treebon", "n": 8}, ParticleFilter(), EVERY["persona_judge"]],
+    ids=str,
+)
 def test_a_method_survives_saving(tmp_path, value):
     config = StarsConfig(method=value)
     config.save_pretrained(tmp_path)
     assert StarsConfig.from_pretrained(tmp_path) == config
+    assert hash(StarsConfig.from_pretrained(tmp_path)) == hash(config)
+
+
+def test_a_threshold_is_a_number():
+    with pytest.raises(TypeError, match="threshold='a' must be a number"):
+        RSD(threshold="a")
+
+
+def test_a_rejected_token_has_no_weight_where_the_reward_has_none():
+    class Rejecting(Reward):
+        def score(self, completions):
+            return [-math.inf if completion.tokens[-1] % 2 else 0.0 for completion in completions]
+
+    out = generate(make_engine(Rejecting()), Args(top_k=4, weight=0.0))
+    assert out.completions == generate(make_engine(), Args(top_k=4, weight=0.0)).completions
 
 
 def test_a_name_and_the_method_with_its_defaults_are_the_same():
@@ -374,6 +401,8 @@ def test_a_method_of_ones_own_is_a_few_lines():
         ({"name": "treebon", "n": 6}, "n=6 must be a multiple of branching=4"),
         ({"name": "best_of_n", "n": 0}, "best_of_n: n=0 must be at least 1"),
         ({"name": "mara", "top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
+        ({"name": "particle_filter", "delimiter": ""}, "delimiter='' must be text"),
+        ({"name": "rsd", "threshold": math.nan}, "rsd: threshold=nan"),
     ],
     ids=str,
 )
@@ -390,8 +419,13 @@ def test_a_method_that_does_not_exist_or_fit_is_named_with_those_that_do(value, 
         ("mara", "needs the network"),
         ("persona_judge", "needs two preferences"),
         (PersonaJudge(draft_prompt="be kind", judge_prompt="be brief"), r"prompts\[0\] and the preference"),
+        (
+            PersonaJudge(draft_prompt=[VOCAB], judge_prompt=[1]),
+            r"\[0\], under a preference, holds id 32, outside",
+        ),
+        (RSD(draft=NEAR_SIGHTED, delimiter=None), "max_new_tokens=11 exceeds the limit of the draft model's 12 pos"),
     ],
-    ids=["no draft", "another vocabulary", "no network", "no preferences", "words before ids"],
+    ids=["no draft", "another vocabulary", "no network", "no preferences", "words before ids", "no id", "positions"],
 )
 def test_what_a_method_lacks_is_said_before_work_starts(method, message):
     with pytest.raises((ValueError, TypeError), match=message):
@@ -408,3 +442,34 @@ def test_methods_without_a_target_are_not_calibrated():
         calibrate(make_engine(), PROMPTS, method="vanilla", max_new_tokens=4)
     assert generate(make_engine(), "vanilla", target_reward=None).stats["calibration_tokens"] == 0
     assert generate(make_engine(), RejectionSampling(), target_reward=None).stats["calibration_tokens"] > 0
+
+
+def test_a_calibration_keeps_the_settings_that_another_method_needs():
+    found = calibrate(make_engine(), PROMPTS, method="cards", max_new_tokens=6, samples=2, seed=0).config
+    assert (found.segment_length, found.top_k, found.method) == (StarsConfig().segment_length, None, "cards")
+    report = calibrate(make_engine(), PROMPTS, method="rejection_sampling", max_new_tokens=6, samples=2).report()
+    assert len(report["acceptance_by_position"]) == 1
+
+
+def test_a_setting_that_a_method_overrules_is_warned_of_and_others_are_not():
+    with pytest.warns(UserWarning, match="cards' sets segment_length=64 itself: segment_length=4 has no effect"):
+        make_engine().generate([[1]], method="cards", segment_length=4, target_reward=0.0, max_new_tokens=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in set(METHODS) - {"rsd", "mara", "persona_judge"}:
+            make_engine().generate([[1]], method=name, max_new_tokens=2, seed=0)
+
+
+def test_a_list_of_targets_has_one_per_prompt_even_where_no_method_reads_it():
+    with pytest.raises(ValueError, match="target_reward has 2 entries for 1 prompts"):
+        make_engine().generate([[1]], method="best_of_n", target_reward=[1.0, 2.0], max_new_tokens=2)
+
+
+def test_a_preference_joins_the_system_message_and_stands_behind_a_bos():
+    tokenizer = tiny_tokenizer(VOCAB)
+    system, user = {"role": "system", "content": "w1"}, {"role": "user", "content": "w2"}
+    merged = {"role": "system", "content": "w5\n\nw1"}
+    prompts = read_prompts([[system, user], [user]], tokenizer)
+    expected = read_prompts([[merged, user], [{**system, "content": "w5"}, user]], tokenizer)
+    assert read_personas(prompts, ["w5"], tokenizer) == [[prompt.ids] for prompt in expected]
+    assert read_personas(read_prompts([[3, 8], [8]], None), [(5, 6)], None, 3) == [[[3, 5, 6, 8]], [[5, 6, 8]]]

@@ -4,6 +4,7 @@ What happens where requests outgrow the slots stands in test_memory.py.
 """
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -137,6 +138,14 @@ def test_candidates_stay_within_rows_slots_attempts_and_the_setting(candidates):
         assert scheduler.held(running) + sum(shares) * (CONFIG.segment_length - 1) <= slots
         if candidates != "auto":
             assert max(shares) <= candidates
+
+
+def test_where_nothing_is_accepted_all_attempts_are_drawn_at_once():
+    running = requests(3, 4, 5)
+    for request in running:
+        request.target = math.inf
+    assert Scheduler(CONFIG, 100, 1000).candidates(running) == [CONFIG.max_attempts] * 3
+    assert Scheduler(CONFIG, 9, 1000).candidates(running) == [3, 3, 3]
 
 
 # Admission

@@ -57,10 +57,13 @@ def outcomes(rewards: Sequence[float], baseline: Sequence[float], tie: float = 0
     return [0.5 if abs(difference) <= tie else float(difference > 0) for difference in differences]
 
 
-def perplexity(logprobs: Iterable[Sequence[float]]) -> float:
-    """``exp`` of the mean negative log-probability per token, all texts together. NaN without a token."""
+def perplexity(logprobs: Iterable[Sequence[float | None]]) -> float:
+    """``exp`` of the mean negative log-probability per token, all texts together. NaN without a token, or with one that
+    the policy has not read.
+    """
     tokens = [logprob for text in logprobs for logprob in text]
-    return math.exp(-fmean(tokens)) if tokens else math.nan
+    known = [logprob for logprob in tokens if logprob is not None]
+    return math.exp(-fmean(known)) if known and len(known) == len(tokens) else math.nan
 
 
 def distinct(texts: Iterable[Sequence[Hashable]], n: int) -> float:

@@ -68,7 +68,7 @@ class Method:
         if self.scores_unfinished and not reward.partial:
             raise ValueError(
                 f"method={self.name!r} scores unfinished answers, which {type(reward).__name__} (partial=False) cannot "
-                "do; vanilla, best_of_n and rejection_sampling score finished ones only"
+                "do; vanilla, best_of_n, rejection_sampling, mara and persona_judge score finished ones only"
             )
         if reward.needs_hidden_state and not self.gives_hidden_state:
             raise ValueError(
@@ -109,6 +109,11 @@ class Method:
             raise TypeError(f"{self.name}: {name}={value!r} must be {'an integer' if integral else 'a number'}")
         if not value >= least:
             raise ValueError(f"{self.name}: {name}={value} must be at least {least:g}")
+
+    def _check_delimiter(self) -> None:
+        delimiter = getattr(self, "delimiter", None)
+        if delimiter is not None and (not isinstance(delimiter, str) or not delimiter):
+            raise ValueError(f"{self.name}: delimiter={delimiter!r} must be text, or None for steps of a fixed length")
 
 
 @dataclass(frozen=True)

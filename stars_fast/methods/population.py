@@ -35,6 +35,7 @@ class ParticleFilter(Population):
     def __post_init__(self) -> None:
         self._check_least("particles", 1)
         self._check_least("temperature", 1e-6)
+        self._check_delimiter()
 
     def segments(self) -> Segments:
         return Segments(delimiter=self.delimiter)
@@ -61,8 +62,8 @@ class ParticleFilter(Population):
 class TreeBoN(Population):
     """Best-of-N over a tree (arXiv 2410.16033).
 
-    ``width`` answers grow by one layer of ``max_new_tokens / layers`` tokens; the best ``width / children`` by reward
-    stay, and each is continued ``children`` times, to the last layer, whose best is the answer. The paper's score of a
+    ``n`` answers grow by one layer of ``max_new_tokens / layers`` tokens; the best ``n / branching`` by reward stay,
+    and each is continued ``branching`` times, to the last layer, whose best is the answer. The paper's score of a
     partial answer is the weighted implicit reward ``sum_k (1/k) log(pi_dpo(y_k) / pi_ref(y_k))``
     (``rewards.ImplicitReward``); any reward that makes sense on partial text is taken.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -39,6 +40,8 @@ class RSD(Method):
 
     def __post_init__(self) -> None:
         self._check_least("longest", 1)
+        self._check_least("threshold", -math.inf)
+        self._check_delimiter()
 
     def rule(self, config: StarsConfig) -> StarsConfig:
         return config.replace(
@@ -67,7 +70,8 @@ class PersonaJudge(Method):
     Parameters
     ----------
     draft_prompt, judge_prompt : str or sequence of int
-        Put before every prompt: as a system message of chats, before the text of others, as ids before prompts of ids.
+        Put before every prompt: into the system message of chats, before the text of others, as ids before prompts of
+        ids, behind their BOS.
     """
 
     name: ClassVar[str] = "persona_judge"
@@ -80,6 +84,9 @@ class PersonaJudge(Method):
 
     def __post_init__(self) -> None:
         self._check_least("block", 1)
+        for name in ("draft_prompt", "judge_prompt"):
+            if not isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, tuple(int(token) for token in value))
 
     def rule(self, config: StarsConfig) -> StarsConfig:
         return config.replace(target_reward=0.0, alpha=1.0, max_attempts=1, candidates=1, segment_length=self.block)
