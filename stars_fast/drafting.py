@@ -177,10 +177,8 @@ class SelfJudging(Generation):
         """
         trunks = [tree.of(request) for tree in self.trees for request in self.running]
         runs = [draft.tokens[:-1] for draft in drafts] * 2
-        nodes, logits = (
-            [trunk.leaf for trunk in trunks],
-            [trunk.logits[None] for trunk in trunks if trunk.logits is not None],
-        )
+        nodes = [trunk.leaf for trunk in trunks]
+        logits = [trunk.logits[None] for trunk in trunks if trunk.logits is not None]
         for node, run in zip(nodes, runs, strict=True):
             if not run:
                 self.policy.tree.retain(node)
