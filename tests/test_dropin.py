@@ -335,7 +335,7 @@ def made_by_transformers(policy, **kwargs):
         {"min_new_tokens": 9, "epsilon_cutoff": 0.02},
         {"suppress_tokens": [1, 2, 3], "renormalize_logits": True},
     ],
-    ids=str,
+    ids=lambda kwargs: " and ".join(kwargs),  # objects print addresses, which test runners cannot compare
 )
 def test_processors_mean_what_they_mean_in_transformers(policy, kwargs):
     """With a left-padded batch; so the pads may neither be penalised nor count as text."""
