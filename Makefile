@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# A file of tests to each core; the tests themselves run on one thread.
+SHARED := --numprocesses auto --dist loadfile
 # What depends on transformers, and on Triton's compiler.
 OLDEST_TESTS := tests/test_architectures.py tests/test_contract.py tests/test_dropin.py tests/test_kernels_compile.py
 
@@ -17,10 +19,10 @@ demo: $(VENV)/.ready
 	@$(VENV)/bin/stars-fast demo
 
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(SHARED)
 
 test-oldest: $(VENV_OLDEST)/.ready
-	$(VENV_OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+	$(VENV_OLDEST)/bin/python -m pytest $(SHARED) $(OLDEST_TESTS)
 
 bench: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest benchmarks/micro
