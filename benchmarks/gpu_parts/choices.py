@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from micro.timing import captured
 
-from gpu_parts.heartbeats import PROMPT, synchronize
+from gpu_parts.heartbeats import PROMPT
 from gpu_parts.models import Pair, configs, free, pair
 from gpu_parts.runner import Runner
+from stars_fast.bench.yardsticks import seconds
 from stars_fast.decode import Leaf, Sampling
 from stars_fast.policy import Policy
 from stars_fast.tree.attention import plugged
@@ -71,7 +70,7 @@ def _per_layer(runner: Runner, call: Callable[[int], None]) -> float:
             for i in range(_WEIGHT_SETS):
                 call(i)
 
-    return _median(runner, run) / _WEIGHT_SETS
+    return seconds(run, runner.device, _ROUNDS) / _WEIGHT_SETS
 
 
 def overlapped_scoring(runner: Runner, name: str, batch: int, candidates: int, segment: int) -> None:
@@ -104,7 +103,7 @@ def overlapped_scoring(runner: Runner, name: str, batch: int, candidates: int, s
             torch.cuda.current_stream().wait_stream(side)
 
         calls = {"decode": decode, "score": score, "serial": one_after_the_other, "concurrent": at_once}
-        taken = {what: _median(runner, call) * 1e3 for what, call in calls.items()}
+        taken = {what: seconds(call, runner.device, _ROUNDS) * 1e3 for what, call in calls.items()}
     runner.add(
         "overlap",
         pair=name,
@@ -158,15 +157,3 @@ def _scoring_pass(models: Pair, prompts: list[list[int]], candidates: int, half:
             model.tree.release(branch)
 
     return run
-
-
-def _median(runner: Runner, call: Callable[[], None]) -> float:
-    """Seconds, waited for, of the median call."""
-    taken = []
-    for _ in range(_ROUNDS + 1):
-        synchronize(runner)
-        started = time.perf_counter()
-        call()
-        synchronize(runner)
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken[1:])
