@@ -12,8 +12,8 @@ from torch import nn
 
 from stars_fast._C import cpu_is_amd
 
-# Measured on an EPYC of the Zen 4 generation: 0.9 to 3 times as fast as MKL for 1 to 64 rows, mostly above 1.2. A fixed rule and not a
-# measurement on the spot, so that a machine always rounds alike.
+# Measured on an EPYC of the Zen 4 generation: 0.9 to 3 times as fast as MKL for 1 to 64 rows, mostly above 1.2. A fixed
+# rule and not a measurement on the spot, so that a machine always rounds alike.
 _WORTHWHILE = cpu_is_amd() and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
