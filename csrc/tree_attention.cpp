@@ -122,7 +122,8 @@ struct Attention {
         Floats x, top = Floats{} + state.maximum[query];
         for (int64_t n = 0; n < count; n += kWidth, place += kWidth) {
             Lanes::load(scores + n, x);
-            const auto visible = (place >= static_cast<int32_t>(seen.first)) & (place < static_cast<int32_t>(seen.last));
+            const auto visible =
+                (place >= static_cast<int32_t>(seen.first)) & (place < static_cast<int32_t>(seen.last));
             x = visible ? x : nothing;
             bad |= ~(x < HUGE_VALF);  // NaN or +inf, which the exponential below would take for a weight of 0
             top = x > top ? x : top;
@@ -148,7 +149,7 @@ struct Attention {
         }
     }
 
-    // Adds kVectors vectors from element d on of the tile's values; `rest` > 0: of which there are only so many elements.
+    // Adds kVectors vectors of the tile's values, from element d on; with `rest` > 0 there are only so many elements.
     template <int kQueries, int kVectors>
     STARS_FAST_INLINE void add_chunk(const Tile<Element>& tile, int64_t first, int64_t count,
                                      const float (*weights)[kKeys], int64_t d, int64_t rest) const {
@@ -179,7 +180,9 @@ struct Attention {
     STARS_FAST_INLINE void attend_block(const Tile<Element>& tile, const Span* spans, int64_t first, int64_t count,
                                         int64_t start) const {
         bool any = false;
-        for (int m = 0; m < count; ++m) any |= spans[first + m].first < start + tile.count && spans[first + m].last > start;
+        for (int64_t m = first; m < first + count; ++m) {
+            any |= spans[m].first < start + tile.count && spans[m].last > start;
+        }
         if (!any) return;
         alignas(64) float weights[kQueries][kKeys];
         score<kQueries>(tile, first, weights);

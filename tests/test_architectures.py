@@ -66,7 +66,8 @@ FAMILIES = {
     },
 }
 STATEFUL = {"qwen3_next": {}, "mamba": {}, "lfm2": {"layer_types": ["conv", "full_attention"] * 2}}
-OUT_OF_REACH = {"bloom": {}, "gptj": {**GPT, "rotary_dim": 4}, "falcon": {}}
+NEO = {"num_layers": 2, "attention_types": [[["global"], 2]]}
+OUT_OF_REACH = {"bloom": {}, "gpt_neo": NEO, "falcon": {}}
 
 
 def build(auto, family, fields, **more):
@@ -173,7 +174,7 @@ def test_a_policy_whose_numbers_come_out_different_is_refused_by_name(family):
         StarsEngine(model, sum_reward)
 
 
-@pytest.mark.parametrize("family, fields", [("bloom", {}), ("gptj", OUT_OF_REACH["gptj"]), ("ctrl", GPT | {"dff": 48})])
+@pytest.mark.parametrize("family, fields", [("bloom", {}), ("gpt_neo", NEO), ("ctrl", GPT | {"dff": 48})])
 def test_a_causal_reward_out_of_reach_is_scored_in_full_with_one_warning(family, fields):
     assert_scored_in_full(classifier(family, fields), fresh_reward)
 

@@ -21,7 +21,7 @@ def test_the_numbers_stay_the_same_and_the_layer_is_as_it_was(bias):
         with onednn_linears(model):
             torch.testing.assert_close(model(x), expected)
         assert torch.equal(model(x), expected)
-    assert not any("forward" in vars(layer) for layer in model)
+    assert all(type(layer) is nn.Linear for layer in model)
 
 
 def test_gradients_still_flow_inside():
@@ -40,6 +40,5 @@ def test_other_layers_are_left_alone():
     model = nn.ModuleList([replaced, half, Quantised(4, 4)])
     with onednn_linears(model):
         assert replaced.forward is own
-        assert "forward" not in vars(half)
-        assert "forward" not in vars(model[2])
+        assert [type(layer) for layer in model] == [nn.Linear, nn.Linear, Quantised]
     assert replaced.forward is own

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +15,15 @@ from stars_fast._C import cpu_is_amd
 _WORTHWHILE = cpu_is_amd() and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
+class _OneDnnLinear(nn.Linear):
+    """A class and not a function put in place of each layer's ``forward``: compiled code is shared by class."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32 or torch.is_grad_enabled():
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], None)
+
+
 @contextmanager
 def onednn_linears(model: nn.Module) -> Iterator[None]:
     """Run the plain float32 linear layers of ``model`` through oneDNN inside; no weights are copied.
@@ -24,24 +31,18 @@ def onednn_linears(model: nn.Module) -> Iterator[None]:
     Layers of other classes (quantised ones), with weights elsewhere or in another dtype, and those whose ``forward``
     somebody has replaced are left alone. On other machines nothing is changed.
     """
-    linears = (module for module in model.modules() if type(module) is nn.Linear) if _WORTHWHILE else ()
-    layers: list[Any] = [layer for layer in linears if _is_plain(layer)]
+    layers = [module for module in model.modules() if _WORTHWHILE and _is_plain(module)]
     for layer in layers:
-        layer.forward = partial(_forward, layer)
+        layer.__class__ = _OneDnnLinear
     try:
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            layer.__class__ = nn.Linear
 
 
-def _is_plain(layer: nn.Linear) -> bool:
-    weight = layer.weight
-    ours = type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.device.type == "cpu"
-    return ours and "forward" not in vars(layer)
-
-
-def _forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    if x.dtype != torch.float32 or torch.is_grad_enabled():
-        return nn.functional.linear(x, layer.weight, layer.bias)
-    return torch.ops.mkldnn._linear_pointwise.default(x, layer.weight, layer.bias, "none", [], None)
+def _is_plain(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    weight = module.weight
+    return type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.device.type == "cpu"
