@@ -66,7 +66,7 @@ FAMILIES = {
     },
 }
 STATEFUL = {"qwen3_next": {}, "mamba": {}, "lfm2": {"layer_types": ["conv", "full_attention"] * 2}}
-NEO = {"num_layers": 2, "attention_types": [[["global"], 2]]}
+NEO = {"attention_types": [[["global"], SIZES["num_hidden_layers"]]], "num_layers": SIZES["num_hidden_layers"]}
 OUT_OF_REACH = {"bloom": {}, "gpt_neo": NEO, "falcon": {}}
 
 
