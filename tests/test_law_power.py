@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_policy
 from test_law import PROMPT, RULE, SAMPLES, VOCAB, oracle, p_attempts, p_text, run, wave_reward
 
-from stars_fast import decode, engine, heartbeat
+from stars_fast import decode, engine, selection
 from stars_fast.ops.philox import acceptance_uniform
 
 # Faults of the fallback show where most segments need it; those of the choice among accepted ones where most rounds
@@ -41,7 +41,7 @@ def best_accepted_instead_of_first(monkeypatch, candidates):
             winner[group] = rows[passed][a["reward"][rows[passed]].argmax()]
         return winner, accepted, threshold
 
-    wrap(monkeypatch, heartbeat, "select_and_commit", select)
+    wrap(monkeypatch, selection, "select_and_commit", select)
 
 
 def attempts_counted_in_rounds(monkeypatch, candidates):
@@ -52,7 +52,7 @@ def attempts_counted_in_rounds(monkeypatch, candidates):
         return original(replace(config, max_attempts=candidates * config.max_attempts), *limits)
 
     original = engine.Scheduler
-    wrap(monkeypatch, heartbeat, "select_and_commit", select)
+    wrap(monkeypatch, selection, "select_and_commit", select)
     monkeypatch.setattr(engine, "Scheduler", scheduler)
 
 
@@ -70,7 +70,7 @@ def acceptance_without_the_segment_index(monkeypatch, candidates):
     def without_segment(operator, a):
         return operator(**a | {"segment": torch.zeros_like(a["segment"])})
 
-    wrap(monkeypatch, heartbeat, "select_and_commit", without_segment)
+    wrap(monkeypatch, selection, "select_and_commit", without_segment)
 
 
 def fallback_forgets_earlier_rounds(monkeypatch, candidates):
@@ -78,7 +78,7 @@ def fallback_forgets_earlier_rounds(monkeypatch, candidates):
         a["best_attempt"].fill_(-1)
         return operator(**a)
 
-    wrap(monkeypatch, heartbeat, "select_and_commit", select)
+    wrap(monkeypatch, selection, "select_and_commit", select)
 
 
 FAULTS = [
