@@ -10,5 +10,5 @@ small='identical_logits and 500 or graph_that_holds or selection or gathered or 
 for tool in memcheck racecheck initcheck; do
     echo "== $tool"
     compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
-        "$python" -m pytest -m gpu tests/test_gpu.py -k "$small"
+        "$python" -m pytest -m gpu tests/test_gpu_kernels.py -k "$small"
 done

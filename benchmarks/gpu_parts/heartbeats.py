@@ -85,7 +85,7 @@ def engine(runner: Runner, pair: Pair) -> StarsEngine:
     """An engine on these models whose trees keep their size, so that graphs serve all calls."""
     kept = runner.shared.get("engine")
     if kept is None or kept.policy.model is not pair.policy:
-        slots = 2_000 if runner.tiny else 40_000
+        slots = 2_000 if runner.tiny else 30_000
         runner.shared["engine"] = kept = StarsEngine(
             pair.policy,
             pair.reward,

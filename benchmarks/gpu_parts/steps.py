@@ -30,6 +30,7 @@ STAGES = ("admit", "extend", "set_base_rewards", "propose", "score", "select_and
 def time_steps(runner: Runner, models: Pair, shapes: tuple[tuple[int, int], ...], mode: str) -> None:
     """One decode step in each shape: what a long proposal takes longer than a short one, per step."""
     context, longest = (8, 5) if runner.tiny else (_CONTEXT, _LONGEST)
+    runner.shared.pop("engine", None)  # the pools of both would not fit beside two 7B models in 80 GB
     policy = Policy(models.policy, cuda_graphs=mode != "eager", torch_compile=False)
     groups = max(groups for groups, _ in shapes)
     rows = max(groups * candidates for groups, candidates in shapes)
@@ -84,7 +85,6 @@ def time_compiled(runner: Runner, name: str, batch: int, segment: int, acceptanc
     from stars_fast.tree.compiled import compiled_layers
 
     models = pair(runner, name)
-    runner.shared.pop("engine", None)  # its graphs hold layers that are not compiled
     try:
         with compiled_layers(models.policy), compiled_layers(models.reward):
             with runner.guarded("compiled steps"):

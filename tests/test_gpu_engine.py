@@ -1,0 +1,242 @@
+"""The engine on a GPU: its law holds, and every way of running it gives the CPU's texts."""
+
+import copy
+import warnings
+
+import pytest
+import test_methods
+import torch
+from conftest import sum_reward, tiny_policy, tiny_reward
+from test_law import PROMPT, PROMPTS, SAMPLES, VOCAB, oracle, p_attempts, p_text, run, wave_reward
+from test_methods import EVERY
+from test_models_as_users_have_them import LORA, lora
+from test_same_text import CONFIG, FILTERED, SEEDS, flips
+from test_same_text import PROMPTS as TEXTS
+from transformers import LogitsProcessor, LogitsProcessorList
+
+import stars_fast
+from stars_fast import StarsEngine
+from stars_fast.decode import Steps
+from stars_fast.heartbeat import Generation
+from stars_fast.methods import Cards
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error:.*captured in a CUDA graph", "error:.*do not compile")]
+DEVICE = "cuda"
+EAGER, CAPTURED, COMPILED = dict(cuda_graphs=False), dict(torch_compile=False), dict(torch_compile=True)
+WAYS = {"eager": EAGER, "captured": CAPTURED}
+
+
+def make_engine(device=DEVICE, reward="classifier", dtype=torch.float32, **limits):
+    policy = tiny_policy(32, hidden=32).to(device, dtype)
+    scorer = tiny_reward(32, hidden=32).to(device, dtype) if reward == "classifier" else reward
+    return StarsEngine(policy, scorer, **limits)
+
+
+def texts(engine, **overrides):
+    out = engine.generate(TEXTS, CONFIG, seed=SEEDS, **({"candidates": 3} | overrides))
+    assert set(out.errors) == {None}
+    return out.completions
+
+
+# The law
+
+
+@pytest.mark.parametrize("candidates", [1, 4])
+def test_the_law_holds(candidates):
+    policy = tiny_policy(VOCAB, seed=3)
+    runs = run(tiny_policy(VOCAB, seed=3).to(DEVICE), wave_reward, [PROMPT], SAMPLES, candidates=candidates)
+    oracles = {0: oracle(policy, PROMPT)}
+    assert p_text(runs, oracles) > 1e-3
+    assert p_attempts(runs, oracles) > 1e-3
+
+
+def test_the_law_holds_with_a_classifier_as_reward():
+    policy, classifier = tiny_policy(VOCAB, seed=3), tiny_reward(VOCAB, seed=2)
+    oracles = {i: oracle(policy, prompt, classifier=classifier) for i, prompt in enumerate(PROMPTS)}
+    runs = run(policy.to(DEVICE), classifier.to(DEVICE), PROMPTS, SAMPLES // 6, candidates=3)
+    assert p_text(runs, oracles) > 1e-3
+    assert p_attempts(runs, oracles) > 1e-3
+
+
+# The same texts
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, dict(candidates=1), dict(candidates="auto"), FILTERED, dict(method=Cards(entropy=2.0, shortest=2, longest=6))],
+    ids=lambda overrides: "-".join(overrides) or "plain",
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_float32_texts_are_those_of_the_cpu(way, overrides):
+    engine = make_engine(**WAYS[way])
+    assert flips(texts(make_engine("cpu"), **overrides), texts(engine, **overrides)) <= 1
+    assert (engine.policy.captures > 0) == (way == "captured")
+
+
+def test_compiled_layers_give_the_texts_of_the_cpu():
+    engine = make_engine(**COMPILED)
+    assert flips(texts(make_engine("cpu")), texts(engine)) <= 1
+    assert engine.policy.captures > 0 and engine.policy.torch_compile
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", EVERY)
+def test_every_method_gives_the_texts_of_the_cpu(name, way):
+    method = copy.deepcopy(EVERY[name])
+    for part in ("draft", "mlp"):
+        if hasattr(method, part):
+            getattr(method, part).to(DEVICE)
+    engine = make_engine(**WAYS[way])
+    there = test_methods.generate(engine, method)
+    here = test_methods.generate(make_engine("cpu"), EVERY[name])
+    assert there.errors == here.errors == [None] * 6
+    assert flips(here.completions, there.completions) <= 1
+    test_methods.assert_all_free(engine)
+
+
+@pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")], ids=str)
+def test_policy_and_reward_model_may_lie_on_different_devices(devices):
+    policy, reward = devices
+    engine = StarsEngine(tiny_policy(32, hidden=32).to(policy), tiny_reward(32, hidden=32).to(reward))
+    assert flips(texts(make_engine("cpu")), texts(engine)) <= 1
+
+
+def test_scarce_slots_do_not_change_the_text():
+    engine = make_engine(kv_cache_tokens=100, **CAPTURED)
+    assert flips(texts(make_engine("cpu")), texts(engine)) <= 1
+
+
+def test_adapters_are_those_that_are_on():
+    peft = pytest.importorskip("peft")
+    model = lora(peft, **LORA["attention and mlp"])
+    here = StarsEngine(model, sum_reward)
+    there = StarsEngine(copy.deepcopy(model).to(DEVICE), sum_reward, **CAPTURED)
+    adapted = texts(here)
+    assert flips(adapted, texts(there)) <= 1
+    with model.disable_adapter(), there.policy.model.disable_adapter():
+        plain = texts(here)
+        assert flips(plain, texts(there)) <= 1
+    assert flips(adapted, texts(there)) <= 1 < flips(adapted, plain)
+
+
+def test_weights_quantised_by_torchao_give_the_texts_of_the_cpu():
+    torchao = pytest.importorskip("torchao.quantization", exc_type=ImportError)
+
+    def quantised(device):
+        policy = tiny_policy(32, hidden=32)
+        torchao.quantize_(policy, torchao.Int8WeightOnlyConfig())
+        return StarsEngine(policy.to(device), sum_reward, **CAPTURED)
+
+    there = quantised(DEVICE)
+    assert flips(texts(quantised("cpu")), texts(there)) <= 1
+    assert there.policy.captures > 0
+
+
+class NotToken(LogitsProcessor):
+    """Forbids one token."""
+
+    def __call__(self, input_ids, scores):
+        scores[:, 5] = -torch.inf
+        return scores
+
+
+@pytest.mark.parametrize("processors", [[], [NotToken()]], ids=["plain", "with a processor"])
+def test_the_drop_in_generates_on_the_device_of_its_model(processors):
+    def rows(device):
+        torch.manual_seed(0)
+        return stars_fast.generate(
+            tiny_policy(32, hidden=32).to(device),
+            torch.tensor([[5, 6, 7], [8, 9, 10]], device=device),
+            reward_model=tiny_reward(32, hidden=32).to(device),
+            stars_config=CONFIG,
+            logits_processor=LogitsProcessorList(processors),
+            do_sample=True,
+        )
+
+    there = rows(DEVICE)
+    assert there.device.type == DEVICE
+    assert torch.equal(there.cpu(), rows("cpu"))
+
+
+# Numbers, waits, memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logprobs_and_rewards_are_those_of_plain_forward_passes(dtype):
+    engine = make_engine(dtype=dtype, **CAPTURED)
+    out = engine.generate(TEXTS, CONFIG, seed=SEEDS, candidates=3)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    policy, reward = engine.policy.model, engine.reward.model
+    with torch.no_grad():
+        for prompt, completion, logprobs, score in zip(TEXTS, out.completions, out.logprobs, out.rewards, strict=True):
+            ids = torch.tensor([prompt + completion], device=DEVICE)
+            plain = policy(ids, use_cache=False).logits[0].float().log_softmax(1).cpu()
+            expected = [plain[len(prompt) - 1 + i, token].item() for i, token in enumerate(completion)]
+            assert logprobs == pytest.approx(expected, abs=tolerance)
+            assert score == pytest.approx(reward(ids).logits.item(), abs=tolerance)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_host_does_not_wait_inside_a_decode_step(way, monkeypatch):
+    advance, steps = Steps.advance, []
+
+    def watched(self):
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            advance(self)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        steps.append(self.graph is not None)
+
+    engine = make_engine(**WAYS[way])
+    texts(engine)  # compiles kernels
+    monkeypatch.setattr(Steps, "advance", watched)
+    texts(engine)
+    assert set(steps) == {way == "captured"}
+
+
+def test_a_second_call_captures_nothing_and_leaves_nothing_behind():
+    engine, used, captures = make_engine(**CAPTURED), [], []
+    for _ in range(3):
+        texts(engine)
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_allocated())
+        captures.append(engine.policy.captures)
+    assert used[0] == used[1] == used[2]
+    assert captures[0] == captures[1] == captures[2] > 0
+
+
+def test_running_out_of_memory_changes_no_text(monkeypatch):
+    """The logits of 256 rows take most of the memory here; what one call takes is too much for the next."""
+    vocab, retreats = 32_000, []
+    retreat = Generation.retreat
+    monkeypatch.setattr(Generation, "retreat", lambda self, cause: retreats.append(cause) or retreat(self, cause))
+
+    def once():
+        engine = StarsEngine(tiny_policy(vocab, hidden=32).to(DEVICE), sum_reward, **EAGER)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_reserved()
+        return texts(engine, candidates=6, num_return_sequences=3), before, torch.cuda.max_memory_reserved()
+
+    expected, before, peak = once()
+    assert not retreats and peak > before + 2**27
+    torch.cuda.empty_cache()
+    whole = torch.cuda.get_device_properties(DEVICE).total_memory
+    torch.cuda.set_per_process_memory_fraction((before + 0.6 * (peak - before)) / whole)
+    try:
+        actual, *_ = once()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert retreats and "OutOfMemoryError" in retreats[0]
+    assert flips(expected, actual) <= 1
+
+
+def test_warnings_of_failed_captures_would_fail_these_tests():
+    engine = make_engine(**CAPTURED)
+    engine.policy.forward = lambda *args, **kwargs: torch.cuda.synchronize()  # what no graph can hold
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="captured in a CUDA graph"):
+            texts(engine)
