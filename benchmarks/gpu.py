@@ -74,27 +74,29 @@ def split(runner: Runner) -> None:
     """Where the time of a heartbeat goes (a profiling pass)."""
     from gpu_parts.steps import split as split_heartbeat
 
-    split_heartbeat(runner, "llama-2-7b", 4 if runner.tiny else 64, 4 if runner.tiny else 16, 0.3)
+    for batch in (4, 1) if runner.tiny else (64, 1):
+        with runner.guarded(f"split, batch {batch}"):
+            split_heartbeat(runner, "llama-2-7b", batch, 4 if runner.tiny else 16, 0.3)
 
 
 def steps(runner: Runner, names: tuple[str, ...]) -> None:
-    """Decode steps against their floor, captured and eager."""
+    """Decode steps against their floor: compiled and captured, captured, eager."""
     from gpu_parts.models import pair
     from gpu_parts.steps import ROWS, time_steps
 
     for name in names[: 1 if runner.tiny else None]:
         models = pair(runner, name)
-        for mode in ("captured", "eager") if runner.on_gpu else ("eager",):
-            shapes = ROWS if mode == "captured" else ROWS[::2]
+        for mode in ("compiled", "captured", "eager") if runner.on_gpu else ("eager",):
+            shapes = ROWS if mode == "compiled" else ROWS[::2]
             with runner.guarded(f"{name}, {mode}"):
                 time_steps(runner, models, ((1, 1), (2, 2)) if runner.tiny else shapes, mode)
 
 
 def compiled(runner: Runner) -> None:
-    """Decode steps and heartbeats with compiled layers."""
-    from gpu_parts.steps import time_compiled
+    """Heartbeats with scoring and prefill compiled too."""
+    from gpu_parts.steps import time_compiled_passes
 
-    time_compiled(runner, "llama-2-7b", 4 if runner.tiny else 64, 4 if runner.tiny else 16, 0.3)
+    time_compiled_passes(runner, "llama-2-7b", 4 if runner.tiny else 64, 4 if runner.tiny else 16, 0.3)
 
 
 def choices(runner: Runner) -> None:

@@ -11,6 +11,8 @@ import torch
 
 from stars_fast.ops import gather_logprobs, sample_step
 from stars_fast.tree.attention import TreeContext
+from stars_fast.tree.graphs import Captured
+from stars_fast.tree.passes import bucket
 from stars_fast.tree.segment_tree import TreePlan
 
 if TYPE_CHECKING:
@@ -18,17 +20,6 @@ if TYPE_CHECKING:
 
 # Called once per row with the candidate's ids so far and its logits [1, V]; returns the processed logits [1, V].
 RowProcessor = Callable[[list[int], torch.Tensor], torch.Tensor]
-
-_SMALL_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128)
-_BUCKET_STEP = 64
-
-
-def bucket(rows: int) -> int:
-    """The number of rows that ``rows`` are padded to, so that few graphs serve all: 1, 2, 4 to 64, 96, 128, 192 ..."""
-    for size in _SMALL_BUCKETS:
-        if rows <= size:
-            return size
-    return math.ceil(rows / _BUCKET_STEP) * _BUCKET_STEP
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,7 @@ class Shape(NamedTuple):
         return Shape(rows, groups, most_rows, trunk, length, eos, self.penalised, self.uncertain)
 
 
-class Steps:
+class Steps(Captured):
     """The tensors of a proposal, and what a decode step does to them. Padding rows are not alive.
 
     Attributes
@@ -104,20 +95,14 @@ class Steps:
     """
 
     def __init__(self, policy: Policy, shape: Shape) -> None:
-        self.policy, self.shape = policy, shape
-        rows, groups, device, int32 = shape.rows, shape.groups, policy.device, torch.int32
+        super().__init__(policy)
+        self.shape = shape
+        rows, device, int32 = shape.rows, policy.device, torch.int32
 
         def zeros(*size: int, dtype: torch.dtype = int32) -> torch.Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        self.plan = TreePlan(
-            trunk_slots=zeros(groups, shape.trunk),
-            trunk_len=zeros(groups),
-            branch_slots=zeros(rows, max(1, shape.length - 1)),
-            branch_len=zeros(rows),
-            group_indptr=zeros(groups + 1),
-            branches=[],
-        )
+        self.plan = TreePlan.empty(shape.groups, shape.trunk, rows, max(1, shape.length - 1), device)
         self.row_state = zeros(4, rows)
         self.segment, self.attempt, self.limit, self.first_position = self.row_state  # first_position: after the trunk
         self.keys = zeros(rows, dtype=torch.int64)
@@ -133,7 +118,6 @@ class Steps:
         self.seen = zeros(rows, policy.vocab_size, dtype=torch.bool) if shape.penalised else None
         self.entropy, self.shortest = zeros(rows, dtype=torch.float32), zeros(rows)
         self.processors: list[RowProcessor | None] = []
-        self.graph: torch.cuda.CUDAGraph | None = None
 
     def load(self, leaves: Sequence[Leaf], plan: TreePlan, sampling: Sampling) -> None:
         """Start a proposal, and draw the first token of every row from its leaf's logits."""
@@ -149,8 +133,8 @@ class Steps:
             ],
             dtype=torch.int32,
         )
-        self.groups = torch.tensor(group).to(self.policy.device, non_blocking=True)  # [rows in use]
-        self._copy_plan(plan)
+        self.groups = torch.tensor(group).to(self.tokens.device, non_blocking=True)  # [rows in use]
+        self.plan.load(plan)
         self._set(sampling)
         self.row_state[:3, :rows].copy_(state, non_blocking=True)
         self.keys[:rows].copy_(torch.tensor([leaves[g].key for g in group]), non_blocking=True)
@@ -182,50 +166,21 @@ class Steps:
         for place, token in enumerate(sampling.eos_token_ids):
             self.eos[place] = token
 
-    def _copy_plan(self, plan: TreePlan) -> None:
-        """Into the tensors that a graph has seen; what is behind the plan's own sizes is padding."""
-        own, rows = self.plan, len(plan.branches)
-        groups, trunk = plan.trunk_slots.shape
-        own.trunk_slots[:groups, :trunk].copy_(plan.trunk_slots)
-        own.trunk_len[:groups].copy_(plan.trunk_len)
-        own.branch_slots.zero_()
-        own.branch_slots[:rows, : plan.branch_slots.shape[1]].copy_(plan.branch_slots)
-        own.group_indptr.fill_(rows)
-        own.group_indptr[: groups + 1].copy_(plan.group_indptr)
-
-    def advance(self) -> None:
-        """Encode the token drawn last, of every row, and draw the next."""
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            self.draw(self.forward())
-
-    def capture(self) -> None:
-        """Let :meth:`advance` replay a CUDA graph from now on. Call it before :meth:`load`: it runs dead rows."""
+    def rest(self) -> None:
+        """All rows are dead."""
         self.alive.zero_()
         self._set(Sampling())
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles kernels, and lets libraries allocate what they keep
-                self.rehearse()
-            self.step.fill_(1)
-        with torch.cuda.graph(graph, pool=self.policy.graph_pool(), stream=stream):
-            self.draw(self.forward())
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = graph
-
-    def rehearse(self) -> None:
-        """One step of rows that are all dead: what a graph is captured from."""
         self.step.fill_(1)
+
+    def work(self) -> None:
+        """Encode the token drawn last, of every row, and draw the next."""
         self.draw(self.forward())
 
     def forward(self) -> torch.Tensor:
         """Logits ``[rows, V]`` after the token drawn last, of every row."""
         last = self.step - 1
         context = TreeContext(
-            pool=self.policy.pool,
+            pool=self.model.pool,
             plan=self.plan,
             write_slots=self.plan.branch_slots.index_select(1, last)[:, 0],  # of padding rows slot 0
             branch_len=self.step.int().expand(self.shape.rows).contiguous(),
@@ -236,7 +191,7 @@ class Steps:
         tokens = self.tokens.index_select(1, last)[:, 0]
         # Rows that ended would walk past the last position, which a table of positions does not forgive.
         positions = torch.where(self.alive, self.first_position + last, 0)
-        return self.policy.forward(tokens, positions, context, logits_to_keep=self.every_row).logits[0]
+        return self.model.forward(tokens, positions, context, logits_to_keep=self.every_row).logits[0]
 
     def draw(self, logits: torch.Tensor) -> None:
         """Sample one token per row from logits ``[rows, V]``."""

@@ -59,9 +59,10 @@ class StarsEngine:
         On a CUDA device, the share of its memory that weights, both trees and forward passes may take together, where
         ``kv_cache_tokens`` is not given. In (0, 1].
     cuda_graphs : bool
-        Whether the policy's decode steps on a CUDA device are captured; the first call of a size takes longer then.
+        Whether decode steps and small forward passes on a CUDA device are captured; the first call of a size takes
+        longer then.
     torch_compile : bool
-        Whether the decoder layers in captured steps are compiled.
+        Whether the policy's decoder layers are compiled where they are captured.
 
     Raises
     ------
@@ -99,6 +100,8 @@ class StarsEngine:
             reward_tail,
             self.policy.vocab_size if self.tokenizer is None else len(self.tokenizer),
         )
+        for tree in self.reward.tree_models:
+            tree.graphs.enabled = cuda_graphs and tree.device.type == "cuda"
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)
         self.kv_cache_tokens = kv_cache_tokens
         self.gpu_memory_utilization = gpu_memory_utilization
@@ -269,7 +272,7 @@ class StarsEngine:
             stack.callback(self.reward.end)
             self.reward.begin(prompts, config.max_new_tokens, rows, self.kv_cache_tokens)
             cost = self.costs.setdefault(method.name, HeartbeatCost())
-            scheduler = Scheduler(config, self.max_rows, tokens, whole, cost, self.policy.padded)
+            scheduler = Scheduler(config, self.max_rows, tokens, whole, cost, self.policy.graphs.enabled)
             loop = generation(
                 config,
                 draft,

@@ -20,6 +20,7 @@ from stars_fast.rewards.base import Completion, Response, Reward, score_each
 from stars_fast.row_cost import Timing
 from stars_fast.scheduler import Scheduler
 from stars_fast.selection import first_accepted
+from stars_fast.tree.graphs import Graphs
 from stars_fast.tree.segment_tree import SlotsExhausted
 from stars_fast.trunks import Trunks
 
@@ -102,7 +103,7 @@ class Generation(Queue):
         lengths = [len(candidate.draw.tokens) for group in candidates for candidate in group]
         self.stats.rows.append(len(lengths))
         self.stats.requests.append(len(candidates))
-        captures, self.captures = self.captures, self.policy.captures
+        captures, self.captures = self.captures, Graphs.made_by_all
         if captures == self.captures and any(lengths):
             ended = time.perf_counter()
             beside = max(scored - sum(lengths), 0)

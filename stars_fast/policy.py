@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,15 +10,14 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from stars_fast.decode import Leaf, Sampling, Shape, Steps
+from stars_fast.tree.graphs import Graphs
 from stars_fast.tree.model import TreeModel
+from stars_fast.tree.passes import trunk_room
 
 _LOOKS = 8  # steps between looks at whether anybody goes on, where each makes the host wait
-_TRUNK_STEP = 256  # trunks have room for a multiple of it, so that calls share graphs
-_MOST_GRAPHS = 64
 
 
 @dataclass
@@ -57,35 +55,15 @@ class Policy(TreeModel):
     def __init__(self, model: PreTrainedModel, cuda_graphs: bool = True, torch_compile: bool = True) -> None:
         super().__init__(model, model, "policy")
         self.source: Any = model  # what the user named it by
-        self.padded = cuda_graphs and self.device.type == "cuda"
-        self.torch_compile = torch_compile
+        self.graphs = Graphs(self, cuda_graphs and self.device.type == "cuda", torch_compile)
         self.sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
-        self.captures = 0  # graphs made so far
         self._room = (0, 0)  # for the largest trunk and segment
-        self._steps: dict[Shape, Steps] = {}
-        self._seen_by_graphs: tuple[Any, ...] = ()
-        self._graph_pool: Any = None
 
     def begin(self, tokens: int, longest: int, segment_length: int) -> None:
         """Make room for ``tokens`` slots, trunks of up to ``longest`` tokens and segments of ``segment_length``."""
         self.allocate(tokens)
         trunk, length = self._room  # never smaller again, so that later calls find graphs that fit
-        self._room = (max(trunk, math.ceil(longest / _TRUNK_STEP) * _TRUNK_STEP), max(length, segment_length))
-        if self.padded:
-            now = (self.pools_made, *_addresses(self.model))
-            if now != self._seen_by_graphs:
-                self._drop_graphs()
-            self._seen_by_graphs = now
-
-    def _drop_graphs(self) -> None:
-        self._steps.clear()
-        self._graph_pool = None  # memory that no graph uses is gone, and its handle with it
-
-    def graph_pool(self) -> Any:
-        """The memory that all graphs share: one runs at a time."""
-        if self._graph_pool is None:
-            self._graph_pool = torch.cuda.graph_pool_handle()
-        return self._graph_pool
+        self._room = (max(trunk, trunk_room(longest)), max(length, segment_length))
 
     def prefill(
         self, leaves: Sequence[int], tokens: Sequence[Sequence[int]], limit: int | None = None
@@ -115,7 +93,7 @@ class Policy(TreeModel):
             look = self.device.type == "cpu" or (steps.shape.uncertain and step % _LOOKS == 0)
             if look and not steps.alive.any():
                 break
-            steps.advance()
+            steps.run()
         draws = iter(_draws(steps, plan.branches, sampling))
         groups = [[next(draws) for _ in range(n)] for n in rows]
         if steps.shape.uncertain:
@@ -189,9 +167,11 @@ class Policy(TreeModel):
         seen: list[torch.Tensor] = []
         head = self.model.get_output_embeddings()
         handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        self.watched = True  # a graph would not call the hook
         try:
             yield seen
         finally:
+            self.watched = False
             handle.remove()
 
     def read(self, leaves: Sequence[int], runs: Sequence[Sequence[int]]) -> tuple[list[int], list[torch.Tensor]]:
@@ -203,65 +183,10 @@ class Policy(TreeModel):
 
     def _prepared(self, shape: Shape, processed: bool) -> Steps:
         """Tensors for a proposal of this shape. A user's logits processors run on the host: no graph holds them."""
-        if processed or not self.padded:
+        if processed or not self.graphs.enabled:
             return Steps(self, shape)
         shape = shape.padded(*self._room)
-        steps = self._steps.pop(shape, None) or self._captured(shape)
-        if len(self._steps) == _MOST_GRAPHS:
-            del self._steps[next(iter(self._steps))]  # the one that was not used for longest
-        self._steps[shape] = steps
-        return steps
-
-    def _captured(self, shape: Shape) -> Steps:
-        """Steps whose graph is ready; without one where a segment is a single token, or where it cannot be captured."""
-        steps = Steps(self, shape)
-        if self.device.type != "cuda" or shape.length == 1:
-            return steps
-        self.captures += 1
-        if self.torch_compile:
-            from stars_fast.tree.compiled import CompilationError, compiled_layers  # imports torch's compiler: a second
-
-            try:
-                with compiled_layers(self.model):
-                    steps.capture()
-                return steps
-            except CompilationError as error:
-                self.torch_compile = False
-                self._warn("do not compile, so decode steps run without", error)
-        try:
-            steps.capture()
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            self.padded = False
-            self._drop_graphs()
-            self._warn("cannot be captured in a CUDA graph, so decode steps are launched one by one", error)
-            return Steps(self, shape)
-        return steps
-
-    def _warn(self, what: str, error: Exception) -> None:
-        warnings.warn(f"the layers of {type(self.model).__name__} {what}: {error}", stacklevel=2)
-
-
-def _addresses(model: PreTrainedModel) -> tuple[Any, ...]:
-    """What a captured graph takes for granted: where weights lie, and which adapters are on and how much they count."""
-    adapters = tuple(
-        (str(module.active_adapters), module.disable_adapters, module.merged, str(getattr(module, "scaling", None)))
-        for module in model.modules()
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters") and hasattr(module, "merged")
-    )
-    tensors = (*model.parameters(), *model.buffers())
-    return (*(address for tensor in tensors for address in _storage(tensor)), adapters)
-
-
-def _storage(tensor: Any) -> Iterator[int]:
-    """Where the numbers lie. Sharded and quantised weights are wrappers, whose own address says nothing."""
-    if is_traceable_wrapper_subclass(tensor):
-        parts, _ = tensor.__tensor_flatten__()
-        for part in parts:
-            yield from _storage(getattr(tensor, part))
-    elif isinstance(tensor, torch.Tensor):  # a shard's mesh is none
-        yield tensor.data_ptr()
+        return self.graphs.get(shape, lambda: Steps(self, shape), worthwhile=shape.length > 1)
 
 
 def _draws(steps: Steps, branches: Sequence[int], sampling: Sampling) -> list[Draw]:

@@ -9,7 +9,8 @@ from test_architectures import GPT, causal_lm
 from test_same_text import CONFIG, PROMPTS, SEEDS, VOCAB
 
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.decode import Shape, Steps, bucket
+from stars_fast.decode import Shape, Steps
+from stars_fast.tree.passes import bucket
 
 
 def test_buckets_are_few_and_large_enough():
@@ -38,26 +39,32 @@ def engine():
 @pytest.fixture
 def padded():
     guided = engine()
-    guided.policy.padded = True
+    for tree in (guided.policy, *guided.reward.tree_models):
+        tree.graphs.enabled = True
     return guided
+
+
+def proposals(policy):
+    """Tensors of proposals, by shape, that the policy keeps."""
+    return {shape: work for shape, work in policy.graphs._kept.items() if isinstance(work, Steps)}
 
 
 def test_tensors_are_reused_until_the_pool_or_the_weights_move(padded):
     policy = padded.policy
     first = padded.generate(PROMPTS, CONFIG, seed=SEEDS).completions
-    kept = dict(policy._steps)
+    kept = proposals(policy)
     assert kept
     assert padded.generate(PROMPTS, CONFIG, seed=SEEDS).completions == first
-    assert all(policy._steps[shape] is steps for shape, steps in kept.items())
+    assert all(proposals(policy)[shape] is steps for shape, steps in kept.items())
     head = policy.model.lm_head
     head.weight = torch.nn.Parameter(head.weight.clone())
     padded.generate(PROMPTS, CONFIG, seed=SEEDS)
-    assert all(policy._steps.get(shape) is not steps for shape, steps in kept.items())
-    kept = dict(policy._steps)
+    assert all(proposals(policy).get(shape) is not steps for shape, steps in kept.items())
+    kept = proposals(policy)
     for length in (40, 80, 120):  # each needs a larger pool
         padded.generate([[1] * length] * 8, CONFIG, seed=0)
-        assert all(policy._steps.get(shape) is not steps for shape, steps in kept.items())
-        kept = dict(policy._steps)
+        assert all(proposals(policy).get(shape) is not steps for shape, steps in kept.items())
+        kept = proposals(policy)
 
 
 def test_other_settings_and_lengths_find_the_same_tensors(padded):
@@ -65,17 +72,17 @@ def test_other_settings_and_lengths_find_the_same_tensors(padded):
     for settings in ({}, dict(temperature=0.7, top_k=9), dict(top_p=0.8, min_p=0.02, eos_token_id=[3, 9])):
         ours = padded.generate(PROMPTS, CONFIG, seed=SEEDS, **settings)
         if not settings:
-            kept = set(policy._steps)
+            kept = set(proposals(policy))
         assert ours.completions == engine().generate(PROMPTS, CONFIG, seed=SEEDS, **settings).completions
     padded.generate([prompt[:2] for prompt in PROMPTS], CONFIG, seed=SEEDS, max_new_tokens=9, segment_length=3)
     # Only numbers of rows that did not occur before are new.
-    assert {shape[3:] for shape in policy._steps} == {shape[3:] for shape in kept}
+    assert {shape[3:] for shape in proposals(policy)} == {shape[3:] for shape in kept}
 
 
 def test_few_tensors_are_kept(padded, monkeypatch):
-    monkeypatch.setattr("stars_fast.policy._MOST_GRAPHS", 2)
+    monkeypatch.setattr("stars_fast.tree.graphs._MOST_GRAPHS", 2)
     out = padded.generate(PROMPTS, CONFIG, seed=SEEDS, candidates=3)
-    assert len(padded.policy._steps) == 2
+    assert len(padded.policy.graphs._kept) == 2
     assert out.completions == engine().generate(PROMPTS, CONFIG, seed=SEEDS, candidates=3).completions
 
 
@@ -84,7 +91,7 @@ def test_rows_that_ended_stay_inside_the_table_of_positions(pad):
     """GPT-2 looks positions up: one too many is an error on a CPU, and the end of the process on a GPU."""
     policy = causal_lm("gpt2", GPT | dict(n_positions=24))
     engine = StarsEngine(policy, sum_reward)
-    engine.policy.padded = pad
+    engine.policy.graphs.enabled = pad
     config = StarsConfig(segment_length=5, target_reward=1.5, candidates=3, max_new_tokens=20)
     out = engine.generate([[1, 2, 3, 4]] * 6, config, seed=1)
     assert out.errors == [None] * 6
@@ -94,7 +101,7 @@ def test_rows_that_ended_stay_inside_the_table_of_positions(pad):
 @pytest.mark.parametrize("pad", [False, True])
 def test_a_segment_of_one_token_needs_no_step(pad):
     guided = engine()
-    guided.policy.padded = pad
+    guided.policy.graphs.enabled = pad
     assert guided.generate(PROMPTS, CONFIG, seed=SEEDS, segment_length=1, max_new_tokens=3).errors == [None] * 16
 
 
@@ -121,7 +128,7 @@ def test_what_a_bad_row_left_behind_does_not_fail_the_next(padded):
     """A row that ends early leaves columns of an earlier proposal unwritten, where a NaN may lie."""
     policy = padded.policy
     expected = padded.generate(PROMPTS, CONFIG, seed=SEEDS).completions
-    for steps in policy._steps.values():
+    for steps in proposals(policy).values():
         steps.sampling_logprobs.fill_(math.nan)
         steps.logprobs.fill_(math.nan)
         steps.tokens.fill_(VOCAB - 1)

@@ -203,14 +203,14 @@ def test_parts_are_chosen_in_their_order():
     assert chosen(parts, None) == parts
 
 
-def test_compiled_layers_are_measured_beside_the_others(runner, monkeypatch):
+def test_heartbeats_with_all_passes_compiled_are_measured_beside_the_others(runner, monkeypatch):
     eager = partial(compiled.compiled_layers, backend="eager")
     monkeypatch.setattr(compiled, "compiled_layers", eager)
     runner.run([Part("compiled", 60, gpu.compiled)])
     torch._dynamo.reset()
     entry = saved(runner)["compiled"]
     assert entry["status"] == "done", entry["error"]
-    assert [row["kind"] for row in entry["rows"]].count("step") == 2
+    assert [row["kind"] for row in entry["rows"]].count("warm_up") == 1
     assert {row["pair"] for row in entry["rows"] if row["kind"] == "engine"} == {"llama-2-7b, comp."}
     assert all("forward" not in vars(module) for module in runner.shared["pair"].policy.modules())
 

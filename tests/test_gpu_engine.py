@@ -1,7 +1,6 @@
 """The engine on a GPU: its law holds, and every way of running it gives the CPU's texts."""
 
 import copy
-import warnings
 
 import pytest
 import test_methods
@@ -70,13 +69,13 @@ def test_the_law_holds_with_a_classifier_as_reward():
 def test_float32_texts_are_those_of_the_cpu(way, overrides):
     engine = make_engine(**WAYS[way])
     assert flips(texts(make_engine("cpu"), **overrides), texts(engine, **overrides)) <= 1
-    assert (engine.policy.captures > 0) == (way == "captured")
+    assert (engine.policy.graphs.made > 0) == (way == "captured")
 
 
 def test_compiled_layers_give_the_texts_of_the_cpu():
     engine = make_engine(**COMPILED)
     assert flips(texts(make_engine("cpu")), texts(engine)) <= 1
-    assert engine.policy.captures > 0 and engine.policy.torch_compile
+    assert engine.policy.graphs.made > 0 and engine.policy.graphs.torch_compile
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -129,7 +128,7 @@ def test_weights_quantised_by_torchao_give_the_texts_of_the_cpu():
 
     there = quantised(DEVICE)
     assert flips(texts(quantised("cpu")), texts(there)) <= 1
-    assert there.policy.captures > 0
+    assert there.policy.graphs.made > 0
 
 
 class NotToken(LogitsProcessor):
@@ -178,20 +177,20 @@ def test_logprobs_and_rewards_are_those_of_plain_forward_passes(dtype):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_host_does_not_wait_inside_a_decode_step(way, monkeypatch):
-    advance, steps = Steps.advance, []
+    run_step, steps = Steps.run, []
 
     def watched(self):
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            advance(self)
+            run_step(self)
         finally:
             torch.cuda.set_sync_debug_mode(before)
         steps.append(self.graph is not None)
 
     engine = make_engine(**WAYS[way])
     texts(engine)  # compiles kernels
-    monkeypatch.setattr(Steps, "advance", watched)
+    monkeypatch.setattr(Steps, "run", watched)
     texts(engine)
     assert set(steps) == {way == "captured"}
 
@@ -202,7 +201,7 @@ def test_a_second_call_captures_nothing_and_leaves_nothing_behind():
         texts(engine)
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
-        captures.append(engine.policy.captures)
+        captures.append(engine.policy.graphs.made)
     assert used[0] == used[1] == used[2]
     assert captures[0] == captures[1] == captures[2] > 0
 
@@ -217,14 +216,15 @@ def test_running_out_of_memory_changes_no_text(monkeypatch):
         engine = StarsEngine(tiny_policy(vocab, hidden=32).to(DEVICE), sum_reward, **EAGER)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_reserved()
-        return texts(engine, candidates=6, num_return_sequences=3), before, torch.cuda.max_memory_reserved()
+        reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+        result = texts(engine, candidates=6, num_return_sequences=3)
+        return result, reserved, torch.cuda.max_memory_allocated() - allocated
 
-    expected, before, peak = once()
-    assert not retreats and peak > before + 2**27
+    expected, reserved, needed = once()
+    assert not retreats and needed > 2**26
     torch.cuda.empty_cache()
     whole = torch.cuda.get_device_properties(DEVICE).total_memory
-    torch.cuda.set_per_process_memory_fraction((before + 0.6 * (peak - before)) / whole)
+    torch.cuda.set_per_process_memory_fraction((reserved + 0.5 * needed) / whole)
     try:
         actual, *_ = once()
     finally:
@@ -233,10 +233,11 @@ def test_running_out_of_memory_changes_no_text(monkeypatch):
     assert flips(expected, actual) <= 1
 
 
-def test_warnings_of_failed_captures_would_fail_these_tests():
+def test_a_policy_that_cannot_be_captured_is_launched_step_by_step_with_a_warning(monkeypatch):
+    forward = Steps.forward
+    monkeypatch.setattr(Steps, "forward", lambda self: torch.cuda.synchronize() or forward(self))
     engine = make_engine(**CAPTURED)
-    engine.policy.forward = lambda *args, **kwargs: torch.cuda.synchronize()  # what no graph can hold
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="captured in a CUDA graph"):
-            texts(engine)
+    with pytest.warns(UserWarning, match="captured in a CUDA graph"):
+        there = texts(engine)
+    assert flips(texts(make_engine("cpu")), there) <= 1
+    assert not engine.policy.graphs.enabled

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from stars_fast import StarsEngine
-from stars_fast.policy import _addresses
+from stars_fast.tree.graphs import addresses
 
 VOCAB = 64
 
@@ -118,17 +118,17 @@ def test_merged_adapters_give_the_numbers_of_unmerged_ones(peft):
 
 def test_a_captured_graph_is_not_used_with_other_adapters(peft):
     model = lora(peft, **LORA["attention and mlp"])
-    seen = _addresses(model)
-    assert _addresses(model) == seen
+    seen = addresses(model)
+    assert addresses(model) == seen
     with model.disable_adapter():
-        assert _addresses(model) != seen
+        assert addresses(model) != seen
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     layer.scale_layer(2.0)
-    assert _addresses(model) != seen
+    assert addresses(model) != seen
     layer.unscale_layer(2.0)
-    assert _addresses(model) == seen
+    assert addresses(model) == seen
     model.merge_adapter()
-    assert _addresses(model) != seen
+    assert addresses(model) != seen
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -165,10 +165,10 @@ def test_a_captured_graph_is_not_used_once_quantised_weights_lie_elsewhere(torch
     """They are wrappers, whose own address is always 0."""
     model = policy()
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    seen = _addresses(model)
-    assert _addresses(model) == seen
+    seen = addresses(model)
+    assert addresses(model) == seen
     model.lm_head = copy.deepcopy(model.lm_head)
-    assert _addresses(model) != seen
+    assert addresses(model) != seen
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def one_rank(folder):
     reward = load(AutoModelForSequenceClassification, folder / "reward")
     engine = StarsEngine(policy, reward)
     out = engine.generate(PROMPTS, CONFIG, seed=0, num_return_sequences=2)
-    seen = _addresses(policy)
+    seen = addresses(policy)
     policy.lm_head.weight = torch.nn.Parameter(policy.lm_head.weight.detach().clone())
     return {
         "completions": out.completions,
@@ -243,7 +243,7 @@ def one_rank(folder):
         "errors": out.errors,
         "heads": [heads for heads, _, _ in engine.policy.shapes.values()],
         "reward_heads": [heads for heads, _, _ in engine.reward.tree_model.shapes.values()],
-        "shards that move are noticed": _addresses(policy) != seen,
+        "shards that move are noticed": addresses(policy) != seen,
     }
 
 

@@ -31,7 +31,8 @@ def generate(
 ):
     policy = tiny_policy(VOCAB, hidden=32)
     engine = StarsEngine(policy, reward_of(kind), max_rows=max_rows, kv_cache_tokens=kv_cache_tokens)
-    engine.policy.padded = padded
+    for tree in (engine.policy, *engine.reward.tree_models):
+        tree.graphs.enabled = padded
     return engine.generate(prompts, CONFIG, seed=seed, **overrides)
 
 

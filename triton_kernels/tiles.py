@@ -6,7 +6,7 @@ import torch
 
 LARGEST_HEAD = 256
 LEAST_BLOCKS = 2  # of keys, in a part of a list
-_MOST_PARTS = 16
+_MOST_PARTS = 32
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -38,8 +38,8 @@ def check(head_size: int, value_size: int, dtype: torch.dtype) -> None:
 def choose_tile(head_size: int, value_size: int, dtype: torch.dtype, packed: int, *, hip: bool = False) -> Tile:
     """The tile for lists whose (query, head) pairs of one key-value head number at most ``packed``.
 
-    Larger ones spill registers, as ``stars-fast kernels`` shows. Those of float32 are small because three products of
-    tf32 make one of float32.
+    Of those that ``stars-fast kernels`` finds without spilled registers, the fastest that were measured on an H100
+    (docs/findings/attention-tiles.md). Those of float32 are small because three products of tf32 make one of float32.
     """
     queries = 16 if packed <= 16 else 32 if packed <= 32 else 64
     size = max(head_size, value_size)
@@ -49,7 +49,15 @@ def choose_tile(head_size: int, value_size: int, dtype: torch.dtype, packed: int
         return Tile(16, 32, 4, 2) if size <= 128 else Tile(16, 16, 8, 2, most_head=128)
     if hip:
         return Tile(queries, 32 if size <= 128 else 16, 4, 2)
-    return Tile(queries, 64 if size <= 128 else 32, 8 if queries == 64 and size > 64 else 4, 2)
+    if size > 128:
+        return Tile(queries, 32, 8 if queries == 64 else 4, 2)
+    return Tile(queries, 32 if queries == 64 and size > 64 else 64, 4, 3)
+
+
+def fit_warps(tile: Tile, programs: int, processors: int) -> Tile:
+    """The tile with fewer warps where its few queries meet many others: a processor then holds more programs."""
+    many = programs >= 2 * processors and tile.queries == 16 and tile.stages == 3
+    return tile._replace(warps=2) if many else tile
 
 
 def choose_parts(tile: Tile, programs: int, longest: int, processors: int) -> int:

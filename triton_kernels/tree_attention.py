@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 
 from stars_fast.ops._library import address
 
-from .tiles import DTYPES, LEAST_BLOCKS, Tile, check, choose_parts, choose_tile
+from .tiles import DTYPES, LEAST_BLOCKS, Tile, check, choose_parts, choose_tile, fit_warps
 from .variant import Variant
 
 
@@ -45,6 +45,69 @@ def _row_of(token, query_indptr, first_row, last_row):
         end = tl.load(query_indptr + r + 1, r < last_row, other=2147483647)
         row += tl.sum((end[None, :] <= token[:, None]).to(tl.int32), 1)
     return row
+
+
+@triton.jit
+def _attend(
+    q,
+    k_pool,
+    v_pool,
+    q_offset,
+    valid,
+    queries,
+    slot,
+    exists,
+    seen,
+    maximum,
+    total,
+    values,
+    scale,
+    softcap,
+    HEAD_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PIECE_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of keys: the running maximum, sum and weighted values with it.
+
+    ``slot`` int64 ``[BLOCK_N]`` counts keys of one head; ``seen`` ``[BLOCK_M, BLOCK_N]`` or ``[1, BLOCK_N]``.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    dv = tl.arange(0, BLOCK_DV)
+    scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for piece in tl.static_range(BLOCK_D // PIECE_D):
+        part_d = piece * PIECE_D + tl.arange(0, PIECE_D)
+        if PIECE_D < BLOCK_D:  # queries that are held for the whole loop would fill the registers
+            queries = tl.load(q + q_offset[:, None] + part_d, valid[:, None] & (part_d < HEAD_SIZE), other=0.0)
+        keys = tl.load(
+            k_pool + slot[None, :] * HEAD_SIZE + part_d[:, None],
+            exists[None, :] & (part_d[:, None] < HEAD_SIZE),
+            other=0.0,
+        )
+        scores = tl.dot(queries, keys, scores, input_precision=PRECISION)
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1), which ends at 1 where the exponential overflows.
+        raised = tl.exp2(scores * (scale * 2.0 * LOG2E / softcap))
+        scores = (softcap * LOG2E) * (1.0 - 2.0 / (raised + 1.0))
+    else:
+        scores = scores * (scale * LOG2E)
+    scores = tl.where(seen, scores, float("-inf"))
+
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    weights = tl.exp2(scores - shift[:, None])
+    factor = tl.exp2(maximum - shift)
+    total = total * factor + tl.sum(weights, 1)
+    block = tl.load(
+        v_pool + slot[:, None] * VALUE_SIZE + dv[None, :], exists[:, None] & (dv[None, :] < VALUE_SIZE), other=0.0
+    )
+    values = tl.dot(weights.to(block.dtype), block, values * factor[:, None], input_precision=PRECISION)
+    return new_maximum, total, values
 
 
 @triton.jit(do_not_specialize=["tokens", "groups", "trunk_width", "branch_width", "window", "fold", "kv_heads"])
@@ -145,56 +208,38 @@ def tree_attention_kernel(
             maximum = tl.load(sinks + head, valid, other=0.0).to(tl.float32) * LOG2E
             total = tl.full((BLOCK_M,), 1.0, tl.float32)
 
-    # From 0: a lower bound that is not a constant hides from Triton that the loads below are contiguous.
-    for start in tl.range(0, stop - begin, BLOCK_N, num_stages=STAGES):
+    # Both loops from 0: a lower bound that is not a constant hides from Triton that their loads are contiguous.
+    trunk_stop = tl.minimum(stop, in_trunk_count)
+    for start in tl.range(0, trunk_stop - begin, BLOCK_N, num_stages=STAGES):
         n = begin + start + tl.arange(0, BLOCK_N)
-        in_trunk = n < in_trunk_count
-        branch = tl.maximum(n - in_trunk_count, 0)
+        exists = n < trunk_stop
+        slot = tl.load(trunk_slots + group * trunk_width + trunk_start + n, exists, other=0).to(tl.int64)
+        seen = exists[None, :]
+        if WINDOW:
+            seen &= (trunk_start + n)[None, :] > position[:, None] - window
+        maximum, total, values = _attend(
+            q, k_pool, v_pool, q_offset, valid, queries, slot * kv_heads + kv_head, exists, seen,
+            maximum, total, values, scale, softcap,
+            HEAD_SIZE, VALUE_SIZE, BLOCK_D, PIECE_D, BLOCK_DV, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION,
+        )  # fmt: skip
+    branch_begin = tl.maximum(begin, in_trunk_count)
+    for start in tl.range(0, stop - branch_begin, BLOCK_N, num_stages=STAGES):
+        n = branch_begin + start + tl.arange(0, BLOCK_N)
+        branch = n - in_trunk_count
         key_row = tile_row + branch // tl.maximum(width, 1)
         key_index = branch_start + branch % tl.maximum(width, 1)
-        listed_here = n < stop
-        in_branch = listed_here & (n >= in_trunk_count)
         # A branch that is shorter than the longest ends here; what its table holds behind that may be anything.
-        in_branch &= key_index < tl.load(branch_len + key_row, in_branch, other=0)
-        exists = (listed_here & in_trunk) | in_branch
-        from_trunk = tl.load(trunk_slots + group * trunk_width + trunk_start + n, listed_here & in_trunk, other=0)
-        from_branch = tl.load(branch_slots + key_row * branch_width + key_index, in_branch, other=0)
-        slot = (from_trunk + from_branch).to(tl.int64) * kv_heads + kv_head
-        key_position = tl.where(in_trunk, trunk_start + n, trunk + key_index)
-
-        scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for piece in tl.static_range(BLOCK_D // PIECE_D):
-            part_d = piece * PIECE_D + tl.arange(0, PIECE_D)
-            if PIECE_D < BLOCK_D:  # queries that are held for the whole loop would fill the registers
-                queries = tl.load(q + q_offset[:, None] + part_d, valid[:, None] & (part_d < HEAD_SIZE), other=0.0)
-            keys = tl.load(
-                k_pool + slot[None, :] * HEAD_SIZE + part_d[:, None],
-                exists[None, :] & (part_d[:, None] < HEAD_SIZE),
-                other=0.0,
-            )
-            scores = tl.dot(queries, keys, scores, input_precision=PRECISION)
-        if SOFTCAP:
-            # tanh(x) = 1 - 2 / (exp(2 x) + 1), which ends at 1 where the exponential overflows.
-            raised = tl.exp2(scores * (scale * 2.0 * LOG2E / softcap))
-            scores = (softcap * LOG2E) * (1.0 - 2.0 / (raised + 1.0))
-        else:
-            scores = scores * (scale * LOG2E)
-        seen = exists[None, :] & (key_position[None, :] <= position[:, None])
-        seen &= in_trunk[None, :] | (key_row[None, :] == row[:, None])
+        exists = n < stop
+        exists &= key_index < tl.load(branch_len + key_row, exists, other=0)
+        slot = tl.load(branch_slots + key_row * branch_width + key_index, exists, other=0).to(tl.int64)
+        seen = exists[None, :] & (key_row[None, :] == row[:, None]) & (key_index[None, :] <= index[:, None])
         if WINDOW:
-            seen &= key_position[None, :] > position[:, None] - window
-        scores = tl.where(seen, scores, float("-inf"))
-
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(scores - shift[:, None])
-        factor = tl.exp2(maximum - shift)
-        maximum = new_maximum
-        total = total * factor + tl.sum(weights, 1)
-        block = tl.load(
-            v_pool + slot[:, None] * VALUE_SIZE + dv[None, :], exists[:, None] & (dv[None, :] < VALUE_SIZE), other=0.0
-        )
-        values = tl.dot(weights.to(block.dtype), block, values * factor[:, None], input_precision=PRECISION)
+            seen &= key_index[None, :] > index[:, None] - window
+        maximum, total, values = _attend(
+            q, k_pool, v_pool, q_offset, valid, queries, slot * kv_heads + kv_head, exists, seen,
+            maximum, total, values, scale, softcap,
+            HEAD_SIZE, VALUE_SIZE, BLOCK_D, PIECE_D, BLOCK_DV, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION,
+        )  # fmt: skip
 
     place = token.to(tl.int64) * heads + head
     if SPLIT:
@@ -324,10 +369,11 @@ def tree_attention(
         return
     hip = torch.version.hip is not None
     tile = choose_tile(head_size, value_size, q.dtype, min(max_rows * max_queries, tokens) * fold, hip=hip)
+    programs, processors = max(groups, triton.cdiv(tokens * fold, tile.queries)) * kv_heads, _processors(q.device)
+    tile = fit_warps(tile, programs, processors)
     if parts is None:
-        programs = max(groups, triton.cdiv(tokens * fold, tile.queries)) * kv_heads
         longest = trunk_slots.shape[1] + min(max_rows, tile.queries) * branch_slots.shape[1]
-        parts = choose_parts(tile, programs, longest, _processors(q.device))
+        parts = choose_parts(tile, programs, longest, processors)
     split = parts > 1
     values, part_max, part_sum = out, out, out
     if split:
@@ -396,7 +442,7 @@ def tree_attention(
 
 
 def variants(target: GPUTarget) -> list[Variant]:
-    """Head sizes of real models, decode steps and scoring, three dtypes.
+    """Head sizes of real models, decode steps and scoring, three dtypes; few and many programs at a time.
 
     Query heads that share a key-value head are packed as further queries, so that their number is no constant.
     """
@@ -406,6 +452,7 @@ def variants(target: GPUTarget) -> list[Variant]:
     bf16 = torch.bfloat16
     wanted += [((128, 128), bf16, 32, True, False), ((128, 128), bf16, 64, True, False)]
     wanted += [(size, bf16, packed, packed < 64, True) for size in ((128, 128), (256, 256)) for packed in (16, 64)]
+    wanted += [((size, size), bf16, 16, False, False) for size in (64, 96, 128)]
     for size, dtype, packed, split, options in wanted:
         one = _variant(size, dtype, packed, hip=hip, split=split, options=options)
         found[one.name] = one
@@ -421,6 +468,8 @@ def _variant(
     sizes: tuple[int, int], dtype: torch.dtype, packed: int, *, hip: bool, split: bool, options: bool
 ) -> Variant:
     tile = choose_tile(*sizes, dtype, packed, hip=hip)
+    if not split:  # there are many programs
+        tile = fit_warps(tile, 2, 1)
     name, float_type = DTYPES[dtype], f"*{DTYPES[dtype]}"
     tables = ("trunk_slots", "trunk_len", "branch_slots", "branch_len", "group_indptr", "query_indptr")
     types = {name: "i32" for name in tree_attention_kernel.arg_names if name.islower()}

@@ -137,7 +137,7 @@ def _decode_steps(
         steps.alive.fill_(True)
         steps.position.fill_(1)
         for _ in range(half):
-            steps.advance()
+            steps.run()
 
     return run
 

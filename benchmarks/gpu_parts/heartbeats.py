@@ -17,6 +17,7 @@ from gpu_parts.runner import Runner
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.heartbeat import Generation
 from stars_fast.methods.stars import acceptance_probability
+from stars_fast.tree.graphs import Graphs
 
 PROMPT, RESPONSE = 192, 128  # tokens: a mean context of 256
 _BETA = 0.5  # standard deviations of the rewards
@@ -55,13 +56,13 @@ def watching(batch: int) -> Iterator[Watch]:
         full = not self.waiting and len(self.running) == batch
         requests.update((id(request), request) for request in self.running)
         context = statistics.fmean(len(r.prompt.ids) + len(r.tokens) for r in self.running) if self.running else 0.0
-        graphs, committed, drawn = _graphs(self), self.stats.committed_tokens, self.stats.policy_tokens
+        graphs, committed, drawn = Graphs.made_by_all, self.stats.committed_tokens, self.stats.policy_tokens
         if watch.on_beat is not None:
             watch.on_beat(self)
         started = time.perf_counter()
         changed = beat(self)
         seconds = time.perf_counter() - started
-        steady = full and graphs == _graphs(self)
+        steady = full and graphs == Graphs.made_by_all
         watch.beats.append(
             Beat(seconds, self.stats.committed_tokens - committed, self.stats.policy_tokens - drawn, context, steady)
         )
@@ -77,11 +78,7 @@ def watching(batch: int) -> Iterator[Watch]:
             watch.acceptance = sum(request.acceptance_sum for request in requests.values()) / scored
 
 
-def _graphs(generation: Generation) -> int:
-    return len(getattr(generation.policy, "_steps", ()))
-
-
-def engine(runner: Runner, pair: Pair) -> StarsEngine:
+def engine(runner: Runner, pair: Pair, torch_compile: bool = True) -> StarsEngine:
     """An engine on these models whose trees keep their size, so that graphs serve all calls."""
     kept = runner.shared.get("engine")
     if kept is None or kept.policy.model is not pair.policy:
@@ -90,7 +87,7 @@ def engine(runner: Runner, pair: Pair) -> StarsEngine:
             pair.policy,
             pair.reward,
             kv_cache_tokens=slots,
-            torch_compile=False,  # a part of its own measures that
+            torch_compile=torch_compile,
         )
     return kept
 

@@ -31,7 +31,7 @@ def time_steps(runner: Runner, models: Pair, shapes: tuple[tuple[int, int], ...]
     """One decode step in each shape: what a long proposal takes longer than a short one, per step."""
     context, longest = (8, 5) if runner.tiny else (_CONTEXT, _LONGEST)
     runner.shared.pop("engine", None)  # the pools of both would not fit beside two 7B models in 80 GB
-    policy = Policy(models.policy, cuda_graphs=mode != "eager", torch_compile=False)
+    policy = Policy(models.policy, cuda_graphs=mode != "eager", torch_compile=mode == "compiled")
     groups = max(groups for groups, _ in shapes)
     rows = max(groups * candidates for groups, candidates in shapes)
     with plugged(policy.model), torch.no_grad():
@@ -80,19 +80,16 @@ def _against_floor(
     }
 
 
-def time_compiled(runner: Runner, name: str, batch: int, segment: int, acceptance: float) -> None:
-    """Captured steps, then heartbeats, with the layers of both models compiled by torch."""
+def time_compiled_passes(runner: Runner, name: str, batch: int, segment: int, acceptance: float) -> None:
+    """Heartbeats in which the passes that no graph holds (scoring, prefill) are compiled too."""
     from stars_fast.tree.compiled import compiled_layers
 
     models = pair(runner, name)
+    runner.shared.pop("engine", None)  # its graphs hold layers that were compiled elsewhere
     try:
         with compiled_layers(models.policy), compiled_layers(models.reward):
-            with runner.guarded("compiled steps"):
-                time_steps(runner, models, ROWS[: 2 if runner.tiny else None], "compiled")
-            if not runner.time_for(0 if runner.tiny else 12):
-                return
             started = time.perf_counter()
-            rewards = pilot(engine(runner, models), models, segment, runner.tiny)
+            rewards = pilot(engine(runner, models, torch_compile=False), models, segment, runner.tiny)
             runner.add("warm_up", pair=name, seconds=time.perf_counter() - started)
             compare_engine(runner, models, rewards, batch, segment, acceptance, 8.0, remark=", comp.")
     finally:

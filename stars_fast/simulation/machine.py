@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from stars_fast.decode import bucket
 from stars_fast.roofline import Achievable, Gpu, ModelCost, Workload, decode_step, prefill, score_pass
 from stars_fast.roofline.stages import draw
+from stars_fast.tree.passes import bucket
 
 
 class Seconds(NamedTuple):

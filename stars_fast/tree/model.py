@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -13,6 +15,8 @@ from transformers import PreTrainedModel
 from stars_fast.ops import check_supported
 from stars_fast.tree.attention import NAME, ShapeRecorder, TreeContext, active, causal_probe, plugged
 from stars_fast.tree.check import median_difference
+from stars_fast.tree.graphs import Graphs
+from stars_fast.tree.passes import MOST_TOKENS, Pass, PassShape
 from stars_fast.tree.segment_tree import SegmentTree, TreePlan, plan
 from stars_fast.tree.slots import SlotPool
 
@@ -68,6 +72,9 @@ class TreeModel:
         self.pool = SlotPool({}, 1, self.dtype, self.device)
         self.tree = SegmentTree(1)
         self.pools_made = 0
+        self.graphs = Graphs(self, self.device.type == "cuda", torch_compile=False)
+        self.watched = False  # by hooks, which a graph does not call
+        self._met: set[PassShape] = set()
         # transformers returns a 4-D mask as it is: no mask is built, and nothing waits for the device.
         self._mask = torch.zeros(1, 1, 1, 1, device=self.device)
         if model not in _compared:
@@ -112,6 +119,7 @@ class TreeModel:
             self.pool = SlotPool(self.shapes, tokens + 1, self.dtype, self.device)
             self.pools_made += 1
         self.tree = SegmentTree(tokens + 1)
+        self.graphs.refresh()
 
     def clear(self) -> None:
         """Drop everything the tree holds, whoever holds it."""
@@ -169,6 +177,9 @@ class TreeModel:
         self, plan: TreePlan, branches: Sequence[Sequence[int]], rows: int, **kwargs: Any
     ) -> tuple[Any, torch.Tensor]:
         lengths = [len(branch) for branch in branches]
+        small = self._small_pass(plan, lengths, rows, kwargs)
+        if small is not None:
+            return self._run_small(small, plan, branches)
         ids = torch.tensor([token for branch in branches for token in branch], device=self.device)
         counts = torch.tensor(lengths, device=self.device)
         ends = counts.cumsum(0)
@@ -190,6 +201,32 @@ class TreeModel:
         if isinstance(kwargs.get("logits_to_keep"), int):  # else the caller's index of the packed row
             kwargs["logits_to_keep"] = ends - 1
         return self.forward(ids, trunk_len[row] + offset, context, **kwargs), ends - 1
+
+    def _small_pass(self, plan: TreePlan, lengths: Sequence[int], rows: int, kwargs: Mapping[str, Any]) -> Pass | None:
+        """What to run it on where it is captured: from the second time on that a pass has this shape."""
+        logits = self.body is self.model
+        wanted = {"logits_to_keep": 0} if logits else {}
+        if not self.graphs.enabled or self.watched or sum(lengths) > MOST_TOKENS or kwargs != wanted:
+            return None
+        shape = PassShape.padded(plan, lengths, rows, logits)
+        if shape not in self._met:
+            self._met.add(shape)
+            return None
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            made = self.graphs.get(shape, lambda: Pass(self, shape))
+        return made if self.graphs.enabled else None
+
+    def _run_small(
+        self, small: Pass, plan: TreePlan, branches: Sequence[Sequence[int]]
+    ) -> tuple[SimpleNamespace, torch.Tensor]:
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            small.load(plan, branches)
+            small.run()
+        rows, last = len(branches), small.query_indptr[1 : len(branches) + 1].long() - 1
+        if small.shape.logits:
+            return SimpleNamespace(logits=small.output[:, :rows].clone()), last
+        used = sum(len(branch) for branch in branches)
+        return SimpleNamespace(last_hidden_state=small.output[:, :used].clone()), last
 
     def extend(
         self, leaves: Sequence[int], tokens: Sequence[Sequence[int]], limit: int | None = None, **kwargs: Any

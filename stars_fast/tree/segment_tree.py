@@ -52,6 +52,27 @@ class TreePlan:
     group_indptr: Tensor
     branches: list[int]
 
+    @classmethod
+    def empty(cls, groups: int, trunk: int, rows: int, branch: int, device: torch.device) -> TreePlan:
+        """Tables of these sizes for :meth:`load`, with nothing in them."""
+
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=device)
+
+        return cls(zeros(groups, trunk), zeros(groups), zeros(rows, branch), zeros(rows), zeros(groups + 1), [])
+
+    def load(self, plan: TreePlan) -> None:
+        """Copy a plan that is no larger into these tables, which a graph has seen; the rest of them is padding."""
+        (groups, trunk), (rows, branch) = plan.trunk_slots.shape, plan.branch_slots.shape
+        self.trunk_slots[:groups, :trunk].copy_(plan.trunk_slots)
+        self.trunk_len[:groups].copy_(plan.trunk_len)
+        self.branch_slots.zero_()
+        self.branch_slots[:rows, :branch].copy_(plan.branch_slots)
+        self.branch_len.zero_()
+        self.branch_len[:rows].copy_(plan.branch_len)
+        self.group_indptr.fill_(rows)
+        self.group_indptr[: groups + 1].copy_(plan.group_indptr)
+
 
 def plan(
     tree: SegmentTree, leaves: Integers, rows: Integers, new_slots: Integers, device: torch.device | str

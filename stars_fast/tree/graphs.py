@@ -1,0 +1,173 @@
+"""CUDA graphs of one model's work: made when a shape asks for one, kept until the pool or the weights move."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from stars_fast.tree.model import TreeModel
+
+_MOST_GRAPHS = 64
+
+
+class Captured:
+    """Work on tensors that stay where they are, so that a CUDA graph can hold it.
+
+    Parameters
+    ----------
+    model : TreeModel
+        Keeps this object: it is held weakly, so that pools are freed when the model is dropped.
+    """
+
+    def __init__(self, model: TreeModel) -> None:
+        self.model: Any = weakref.proxy(model)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def rest(self) -> None:
+        """Put the tensors in a state in which :meth:`work` changes nothing but padding."""
+        raise NotImplementedError
+
+    def work(self) -> None:
+        """What the graph holds."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Replay the graph or, where there is none, do the work."""
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.work()
+
+    def rehearse(self) -> None:
+        """Do the work at rest: compiles kernels, and lets libraries allocate what they keep."""
+        self.rest()
+        self.work()
+
+    def capture(self, pool: Any) -> None:
+        """Let :meth:`run` replay a CUDA graph from now on. What the tensors held is gone."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.rehearse()
+            self.rest()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            self.work()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = graph
+
+
+_Work = TypeVar("_Work", bound=Captured)
+
+
+class Graphs:
+    """The captured work of a model, by shape.
+
+    Parameters
+    ----------
+    model : TreeModel
+    enabled : bool
+        Whether work is padded to shapes that recur. On a CUDA device it is captured then.
+    torch_compile : bool
+        Whether the decoder layers in it are compiled.
+
+    Attributes
+    ----------
+    made : int
+        Graphs so far.
+    """
+
+    made_by_all = 0  # by every model of this process
+
+    def __init__(self, model: TreeModel, enabled: bool, torch_compile: bool) -> None:
+        self.enabled, self.torch_compile, self.made = enabled, torch_compile, 0
+        self._model: Any = weakref.proxy(model)
+        self._kept: dict[Hashable, Captured] = {}
+        self._relied_on: tuple[Any, ...] = ()
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def refresh(self) -> None:
+        """Drop all graphs if something that they take for granted has moved."""
+        if self.enabled:
+            now = (self._model.pools_made, *addresses(self._model.model))
+            if now != self._relied_on:
+                self.drop()
+            self._relied_on = now
+
+    def drop(self) -> None:
+        """Forget all graphs."""
+        self._kept.clear()
+        self._pool = None  # memory that no graph uses is gone, and its handle with it
+
+    def get(self, shape: Hashable, make: Callable[[], _Work], worthwhile: bool = True) -> _Work:
+        """The work of that shape, captured where it is ``worthwhile`` and possible."""
+        work: Any = self._kept.pop(shape, None)
+        if work is None:
+            work = make()
+            if worthwhile and self._model.device.type == "cuda" and not self._capture(work):
+                return make()
+        if len(self._kept) == _MOST_GRAPHS:
+            del self._kept[next(iter(self._kept))]  # the one that was not used for longest
+        self._kept[shape] = work
+        return work
+
+    def _capture(self, work: Captured) -> bool:
+        """Whether there is a graph now. No graph is asked for again where there is none."""
+        self.made += 1
+        Graphs.made_by_all += 1
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()  # all graphs share its memory: one runs at a time
+        if self.torch_compile:
+            from stars_fast.tree.compiled import CompilationError, compiled_layers  # torch's compiler: a second
+
+            try:
+                with compiled_layers(self._model.model):
+                    work.capture(self._pool)
+                return True
+            except CompilationError as error:
+                self.torch_compile = False
+                self._warn("do not compile, so they run without", error)
+        try:
+            work.capture(self._pool)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.enabled = False
+            self.drop()
+            self._warn("cannot be captured in a CUDA graph, so their kernels are launched one by one", error)
+            return False
+        return True
+
+    def _warn(self, what: str, error: Exception) -> None:
+        warnings.warn(f"the layers of {type(self._model.model).__name__} {what}: {error}", stacklevel=2)
+
+
+def addresses(model: PreTrainedModel) -> tuple[Any, ...]:
+    """What a captured graph takes for granted: where weights lie, and which adapters are on and how much they count."""
+    adapters = tuple(
+        (str(module.active_adapters), module.disable_adapters, module.merged, str(getattr(module, "scaling", None)))
+        for module in model.modules()
+        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters") and hasattr(module, "merged")
+    )
+    tensors = (*model.parameters(), *model.buffers())
+    return (*(address for tensor in tensors for address in _storage(tensor)), adapters)
+
+
+def _storage(tensor: Any) -> Iterator[int]:
+    """Where the numbers lie. Sharded and quantised weights are wrappers, whose own address says nothing."""
+    if is_traceable_wrapper_subclass(tensor):
+        parts, _ = tensor.__tensor_flatten__()
+        for part in parts:
+            yield from _storage(getattr(tensor, part))
+    elif isinstance(tensor, torch.Tensor):  # a shard's mesh is none
+        yield tensor.data_ptr()

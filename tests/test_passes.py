@@ -1,0 +1,118 @@
+"""Small passes padded for graphs give the numbers of others, write nowhere else, and are used where they may be."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from conftest import sum_reward, tiny_policy, tiny_reward
+from test_same_text import CONFIG, PROMPTS, SEEDS, VOCAB
+
+from stars_fast import StarsEngine
+from stars_fast.policy import Policy
+from stars_fast.tree.attention import plugged
+from stars_fast.tree.model import TreeModel
+from stars_fast.tree.passes import MOST_TOKENS, Pass, PassShape
+
+TRUNKS = [[5, 6, 7, 8], [9], list(range(1, 12))]
+BRANCHES = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11], [12]]
+ROWS = [2, 1, 2]
+
+
+def policy():
+    return Policy(tiny_policy(VOCAB, hidden=32))
+
+
+def reward():
+    model = tiny_reward(VOCAB, hidden=32)
+    return TreeModel(model, model.model, "reward")
+
+
+def encoded(model, times=1):
+    """Outputs of the same branches below the same trunks, again and again, and the keys in the branches' slots."""
+    wanted = {"logits_to_keep": 0} if model.body is model.model else {}
+    model.allocate(200)
+    with plugged(model.model), torch.no_grad():
+        leaves, _ = model.extend([-1] * len(TRUNKS), TRUNKS, **wanted)
+        found = []
+        for _ in range(times):
+            plan = model.plan(leaves, ROWS, [len(branch) for branch in BRANCHES])
+            for keys, values in (model.pool.layer(layer) for layer in model.shapes):
+                keys[0], values[0] = torch.nan, torch.nan  # what padding leaves there reaches nobody
+            output, last = model.encode(plan, BRANCHES, max(ROWS), **wanted)
+            slots = torch.cat([row[:n] for row, n in zip(plan.branch_slots, plan.branch_len, strict=True)]).long()
+            free = torch.ones(201, dtype=torch.bool).index_fill(0, slots, False).index_fill(0, torch.tensor([0]), False)
+            numbers = output.logits if model.body is model.model else output.last_hidden_state
+            keys = [model.pool.layer(layer)[0] for layer in model.shapes]
+            found.append((numbers, last, [k[slots].clone() for k in keys], [k[free].clone() for k in keys]))
+            for branch in plan.branches:
+                model.tree.release(branch)
+    return found
+
+
+@pytest.mark.parametrize("make", [policy, reward])
+def test_a_padded_pass_gives_the_numbers_of_any_other_and_writes_to_its_branches_alone(make):
+    ((numbers, last, written, _),) = encoded(make())
+    model = make()
+    model.graphs.enabled = True
+    first, *again = encoded(model, times=3)
+    assert [type(work) for work in model.graphs._kept.values()] == [Pass]
+    for padded in again:
+        torch.testing.assert_close(padded[0], numbers, atol=1e-5, rtol=1e-5)
+        assert torch.equal(padded[1], last)
+        torch.testing.assert_close(padded[2], written, atol=1e-5, rtol=1e-5)
+        assert all(torch.equal(a, b) for a, b in zip(padded[3], first[3], strict=True))
+
+
+def test_what_a_pass_returns_is_not_overwritten_by_the_next():
+    model = policy()
+    model.graphs.enabled = True
+    _, second, third = encoded(model, times=3)
+    assert second[0].data_ptr() != third[0].data_ptr()
+
+
+def test_large_passes_watched_passes_and_unusual_outputs_are_left_alone():
+    model = policy()
+    model.graphs.enabled = True
+    model.allocate(2 * MOST_TOKENS)
+    plan = model.plan([-1], [1], [4])
+
+    def small(tokens=4, **kwargs):
+        return model._small_pass(plan, [tokens], 1, {"logits_to_keep": 0, **kwargs})
+
+    assert small() is None  # a shape that may never come back
+    assert isinstance(small(), Pass)
+    assert [small(MOST_TOKENS + 1) for _ in range(2)] == [None, None]
+    assert [small(logits_to_keep=torch.tensor([1])) for _ in range(2)] == [None, None]
+    with model._head_inputs():
+        assert small() is None
+
+
+def test_few_shapes_serve_all_passes():
+    model = policy()
+    model.allocate(5000)
+    shapes = set()
+    for rows in range(1, 65):
+        plan = model.plan([-1] * rows, [1] * rows, [1] * rows)
+        shapes.add(PassShape.padded(plan, [1] * rows, 1, True))
+        for branch in plan.branches:
+            model.tree.release(branch)
+    assert len(shapes) == 7
+
+
+@pytest.mark.parametrize("kind", ["classifier", "callable"])
+def test_an_engine_that_is_dropped_gives_its_memory_back_at_once(kind):
+    """Models of billions of parameters have pools of many gigabytes: the next engine must not find them still there."""
+    scorer = sum_reward if kind == "callable" else tiny_reward(VOCAB, hidden=32)
+    engine = StarsEngine(tiny_policy(VOCAB, hidden=32), scorer)
+    trees = [engine.policy, *engine.reward.tree_models]
+    for tree in trees:
+        tree.graphs.enabled = True
+    engine.generate(PROMPTS, CONFIG, seed=SEEDS, candidates=3)
+    pools = [weakref.ref(tree.pool) for tree in trees]
+    gc.disable()
+    try:
+        del engine, trees, tree
+        assert [pool() for pool in pools] == [None] * len(pools)
+    finally:
+        gc.enable()
