@@ -117,14 +117,14 @@ def operators(runner: Runner) -> None:
     measure_operators(runner)
 
 
-# The most valuable first. Seconds are estimates for an H200.
+# The most valuable first. Seconds are estimates for an H100 or H200.
 PARTS = [
     Part("device", 5, device),
     Part("llama-2-7b", 105, partial(compare, name="llama-2-7b", batches=(64, 1, 16), acceptances=(0.3, 0.15, 0.5))),
-    Part("split", 18, split),
+    Part("split", 30, split),
     Part("tests", 65, tests, needs_gpu=True),
     Part("steps", 35, partial(steps, names=("llama-2-7b",))),
-    Part("operators", 50, operators),
+    Part("operators", 35, operators),
     Part("compiled", 55, compiled, needs_gpu=True),
     Part("choices", 15, choices),
     Part("qwen2.5-7b", 70, partial(compare, name="qwen2.5-7b", batches=(64, 1), acceptances=(0.3, 0.15, 0.5))),

@@ -1,6 +1,7 @@
 // The Python module stars_fast._C. No torch here: arrays come and go as numpy's.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "ops.h"
 #include "segment_tree.h"
@@ -57,6 +58,7 @@ void bind_segment_tree(py::module_& module) {
         .def("cut", &SegmentTree::cut, py::arg("node"), py::arg("length"))
         .def("retain", &SegmentTree::retain, py::arg("node"))
         .def("release", &SegmentTree::release, py::arg("node"))
+        .def("release_all", &SegmentTree::release_all, py::arg("nodes"))
         .def("length", &SegmentTree::length, py::arg("node"))
         .def("slots", &slots, py::arg("node"))
         .def("plan", &plan, py::arg("leaves"), py::arg("rows"), py::arg("new_slots"))

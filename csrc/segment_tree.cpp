@@ -188,6 +188,10 @@ void SegmentTree::release(Node node) {
     free_unused(index(node));
 }
 
+void SegmentTree::release_all(const std::vector<Node>& nodes) {
+    for (const Node node : nodes) release(node);
+}
+
 void SegmentTree::copy_path(Node node, int32_t* end) const {
     held(node);
     write_path(index(node), end);

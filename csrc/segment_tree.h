@@ -27,6 +27,7 @@ class SegmentTree {
     Node cut(Node node, int64_t length);
     void retain(Node node) { ++held(node).handles; }
     void release(Node node);
+    void release_all(const std::vector<Node>& nodes);
 
     int64_t length(Node node) const { return held(node).end(); }
     void copy_path(Node node, int32_t* end) const;  // writes the path into the length(node) places before `end`

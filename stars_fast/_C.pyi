@@ -52,6 +52,9 @@ class SegmentTree:
     def release(self, node: int) -> None:
         """Give one reference back; frees the node and its ancestors as far as nobody holds them."""
 
+    def release_all(self, nodes: Sequence[int]) -> None:
+        """Release one node after another; where one is not held, those before it are released."""
+
     def length(self, node: int) -> int:
         """Number of slots of the node's path."""
 

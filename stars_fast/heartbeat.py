@@ -286,11 +286,12 @@ class Generation(Queue):
 
     def _roll_back(self, candidates: Sequence[Candidate], keep: Candidate | None) -> None:
         """Release the branches of all but one."""
-        for candidate in candidates:
-            if candidate is not keep:
-                if candidate.draw.node >= 0:
-                    self.trees[candidate.place].policy.tree.release(candidate.draw.node)
-                self.reward.discard(candidate.completion)
+        dropped = [candidate for candidate in candidates if candidate is not keep]
+        for place, trunks in enumerate(self.trees):
+            nodes = [one.draw.node for one in dropped if one.place == place and one.draw.node >= 0]
+            trunks.policy.tree.release_all(nodes)
+        for candidate in dropped:
+            self.reward.discard(candidate.completion)
 
     def _commit(self, request: Request, chosen: Candidate, accepted: bool) -> None:
         """The chosen branch becomes the request's leaf; its last token waits for the next heartbeat's forward pass.

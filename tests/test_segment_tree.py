@@ -279,6 +279,19 @@ def test_plan_refuses_floats():
         tree.plan([-1], [1], np.array([1.5]))
 
 
+def test_many_are_released_in_order_up_to_one_that_is_not_held():
+    tree = SegmentTree(16)
+    nodes = [tree.fork() for _ in range(4)]
+    for node in nodes:
+        tree.extend(node, 2)
+    tree.release_all(nodes[:2])
+    assert counts(tree) == (2, 4, 11)
+    with pytest.raises(ValueError, match=f"node {nodes[0]} is not held"):
+        tree.release_all([nodes[2], nodes[0], nodes[3]])
+    assert counts(tree) == (1, 2, 13)
+    tree.release_all([])
+
+
 def test_double_release_is_refused():
     tree = SegmentTree(8)
     root, leaf = grown(tree, 2, 2)

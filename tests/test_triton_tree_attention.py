@@ -160,9 +160,18 @@ def test_what_there_is_no_tile_for_is_refused_by_name(sizes, message):
 def test_a_list_is_split_only_where_processors_would_idle():
     tile = tiles.choose_tile(128, 128, torch.bfloat16, 32)
     assert tiles.choose_parts(tile, programs=512, longest=4096, processors=132) == 1
-    assert tiles.choose_parts(tile, programs=8, longest=4096, processors=132) == 16
+    assert tiles.choose_parts(tile, programs=8, longest=4096, processors=132) == 32
     assert tiles.choose_parts(tile, programs=8, longest=200, processors=132) == 2
     assert tiles.choose_parts(tile, programs=8, longest=0, processors=132) == 1
+
+
+def test_few_queries_take_fewer_warps_where_there_are_many_programs():
+    tile = tiles.choose_tile(128, 128, torch.bfloat16, 16)
+    assert tiles.fit_warps(tile, programs=100, processors=132) == tile
+    assert tiles.fit_warps(tile, programs=2048, processors=132).warps < tile.warps
+    for other in ((torch.bfloat16, 64), (torch.float32, 16)):
+        tile = tiles.choose_tile(128, 128, *other)
+        assert tiles.fit_warps(tile, programs=2048, processors=132) == tile
 
 
 def test_a_model_is_refused_when_it_is_planned_not_when_it_runs(monkeypatch):

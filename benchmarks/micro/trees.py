@@ -44,8 +44,7 @@ class Forest:
         That keeps one candidate of each request and releases the leaf it hangs on; here the candidate goes instead, so
         that trunks do not grow from one call to the next.
         """
-        for node in nodes:
-            self.tree.release(node)
+        self.tree.release_all(nodes)
 
 
 def tables_of_lists(
