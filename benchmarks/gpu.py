@@ -120,7 +120,7 @@ def operators(runner: Runner) -> None:
 # The most valuable first. Seconds are estimates for an H100 or H200.
 PARTS = [
     Part("device", 5, device),
-    Part("llama-2-7b", 105, partial(compare, name="llama-2-7b", batches=(64, 1, 16), acceptances=(0.3, 0.15, 0.5))),
+    Part("llama-2-7b", 85, partial(compare, name="llama-2-7b", batches=(64, 1), acceptances=(0.3, 0.15, 0.5))),
     Part("split", 30, split),
     Part("tests", 65, tests, needs_gpu=True),
     Part("steps", 35, partial(steps, names=("llama-2-7b",))),
@@ -129,6 +129,7 @@ PARTS = [
     Part("choices", 15, choices),
     Part("qwen2.5-7b", 70, partial(compare, name="qwen2.5-7b", batches=(64, 1), acceptances=(0.3, 0.15, 0.5))),
     Part("steps-qwen", 25, partial(steps, names=("qwen2.5-7b",)), needs_gpu=True),
+    Part("batch-16", 25, partial(compare, name="llama-2-7b", batches=(16,), acceptances=(0.3,))),
     Part("segments", 30, segments),
     Part("llama-3.2-1b", 35, partial(compare, name="llama-3.2-1b", batches=(64, 1, 16), acceptances=(0.3,))),
     Part("kernel-tests", 30, kernel_tests, needs_gpu=True),

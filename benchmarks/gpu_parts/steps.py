@@ -143,9 +143,9 @@ def split(runner: Runner, name: str, batch: int, segment: int, acceptance: float
             segment=segment,
             acceptance=watch.acceptance,
             candidates=best["candidates"],
-            heartbeat_milliseconds=statistics.fmean(beat.seconds for beat in watch.steady) * 1e3,
+            heartbeat_milliseconds=statistics.median(beat.seconds for beat in watch.steady) * 1e3,
             stages_milliseconds={
-                stage: statistics.fmean(stages.get(stage, 0.0) for stages in steady) * 1e3 for stage in STAGES
+                stage: statistics.median(stages.get(stage, 0.0) for stages in steady) * 1e3 for stage in STAGES
             },
             expected=best,
         )
