@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from stars_fast.roofline import GPUS, ModelCost, Workload, best_candidates, config_named  # noqa: E402
+from stars_fast.roofline import GPUS, Gpu, ModelCost, Workload, best_candidates, config_named  # noqa: E402
 
 BEGIN, END = "<!-- benchmarks/readme_table.py -->", "<!-- end -->"
 _PAIRS = {"llama-2-7b": "Llama-2-7B", "qwen2.5-7b": "Qwen2.5-7B"}
@@ -32,12 +32,18 @@ def newest(folder: Path = ROOT / "benchmarks" / "results") -> dict[str, Any] | N
     return max(records, key=lambda record: record["date"], default=None)
 
 
-def expected(pair: str, acceptance: float) -> float:
-    """Accepted tokens/s of a good implementation on an H200, by the roofline."""
+def gpu_of(record: dict[str, Any] | None) -> Gpu:
+    """The data sheet of the GPU that a record is from; an H200's where there is none."""
+    words = "" if record is None else record["machine"]["gpu"].lower()
+    return next((gpu for name, gpu in GPUS.items() if name.split("-")[0] in words), GPUS["h200"])
+
+
+def expected(pair: str, acceptance: float, gpu: Gpu = GPUS["h200"]) -> float:
+    """Accepted tokens/s of a good implementation, by the roofline."""
     policy = ModelCost.from_config(config_named(pair), "policy", torch.bfloat16)
     reward = ModelCost.from_config(config_named("llama-2-7b-reward"), "reward", torch.bfloat16)
     workload = Workload(batch=_BATCH, segment=_SEGMENT, acceptance=acceptance)
-    return best_candidates(policy, reward, workload, GPUS["h200"]).tokens_per_second
+    return best_candidates(policy, reward, workload, gpu).tokens_per_second
 
 
 def measured(record: dict[str, Any] | None, pair: str, acceptance: float) -> list[str]:
@@ -63,19 +69,19 @@ def measured(record: dict[str, Any] | None, pair: str, acceptance: float) -> lis
 
 def table(record: dict[str, Any] | None) -> str:
     """Markdown, with the machine and date of the record."""
-    source = "No run yet."
+    source, gpu = "No run yet.", gpu_of(record)
     if record is not None:
         machine = record["machine"]
         source = f"Measured {record['date'][:10]} on {machine['gpu']}, torch {machine['torch']}."
     lines = [
         f"{source} Accepted tokens per second at batch {_BATCH}, segments of {_SEGMENT}, bfloat16, a 7B reward model:",
         "",
-        "| policy | accepted candidates | roofline on an H200 | measured | x strong | x plain | x one candidate |",
+        f"| policy | accepted candidates | roofline on an {gpu.name.split('-')[0].upper()} | measured | x strong | x plain | x one candidate |",
         "|---|---|---|---|---|---|---|",
     ]
     for pair, name in _PAIRS.items():
         for acceptance in _ACCEPTANCES:
-            cells = [name, f"{acceptance:.0%}", f"{expected(pair, acceptance):,.0f}"]
+            cells = [name, f"{acceptance:.0%}", f"{expected(pair, acceptance, gpu):,.0f}"]
             lines.append("| " + " | ".join([*cells, *measured(record, pair, acceptance)]) + " |")
     return "\n".join(lines)
 
