@@ -70,6 +70,7 @@ def measured(record: dict[str, Any] | None, pair: str, acceptance: float) -> lis
 def table(record: dict[str, Any] | None) -> str:
     """Markdown, with the machine and date of the record."""
     source, gpu = "No run yet.", gpu_of(record)
+    name_of_gpu = gpu.name.split("-")[0].upper()
     if record is not None:
         machine = record["machine"]
         source = f"Measured {record['date'][:10]} on {machine['gpu']}, torch {machine['torch']}."
