@@ -77,7 +77,7 @@ def table(record: dict[str, Any] | None) -> str:
     lines = [
         f"{source} Accepted tokens per second at batch {_BATCH}, segments of {_SEGMENT}, bfloat16, a 7B reward model:",
         "",
-        f"| policy | accepted candidates | roofline on an {gpu.name.split('-')[0].upper()} | measured | x strong | x plain | x one candidate |",
+        f"| policy | accepted candidates | roofline, {name_of_gpu} | measured | x strong | x plain | x one candidate |",
         "|---|---|---|---|---|---|---|",
     ]
     for pair, name in _PAIRS.items():
