@@ -1,7 +1,8 @@
 """One sampling step in two launches: sums of every tile of logits, then one program per row that filters and draws.
 
-The first launch reads the logits once, spread over the whole device. The second reads one tile of each row; a row with
-a filter is read twice more, for the threshold that its filters come to and for the sums of what reaches it.
+The first launch reads the logits once, spread over the whole device. The second reads one tile of each row; of a row
+with a filter the tiles that can matter are read again, for the threshold that its filters come to and for the sums of
+what reaches it.
 """
 
 import torch
@@ -13,18 +14,15 @@ from stars_fast.ops._library import FLOAT_CODES
 from stars_fast.ops.philox import TILE, TOKEN
 from stars_fast.ops.sample_step import TILE_SIZE, state_addresses
 
-from .filters import processed_logits, rank_threshold
+from .filters import LANES, TILE_LANES, processed_logits, rank_threshold, reaching_tiles, tiles_of_row
 from .philox import gumbel_noise
 from .row_math import log_positive, min_p_threshold, row_sum, row_weighted_sum
 from .variant import Variant
 
 _LARGEST_VOCABULARY = 2**19
 TILE_WARPS = 1  # a tile is reduced inside one warp, without shared memory
-DRAW_WARPS = 8
 DRAW_REGISTERS = 255  # on CUDA; left alone, ptxas may choose 128 and spill
-DRAW_TILES = 2  # read at a time by a row's program
 CAPACITY = 16384  # of the lists of candidates for a threshold; longer ones are read from the row again
-PIVOTS = 8
 _SUMS = 5  # of a tile: raw maximum, sum and weighted sum, processed maximum and sum
 
 _Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -98,9 +96,7 @@ def draw_kernel(
     eos_count,
     TILES: tl.constexpr,
     TILE_SIZE: tl.constexpr,
-    READ_TILES: tl.constexpr,
     CAPACITY: tl.constexpr,
-    PIVOTS: tl.constexpr,
     TILE_STREAM: tl.constexpr,
     TOKEN_STREAM: tl.constexpr,
 ):
@@ -131,21 +127,26 @@ def draw_kernel(
     penalty, divisor = tl.load(repetition_penalty + row), tl.load(temperature + row)
     k, p, lowest = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
     threshold = tl.full((), float("-inf"), tl.float32)
+    lists += row * (2 * CAPACITY + TILES)
+    ids = lists + 2 * CAPACITY
     if (k > 0) | (p < 1):
         threshold = rank_threshold(
-            lists + row * (2 * CAPACITY), maxima, logits, seen_row, penalty, divisor, vocab, top, total, k, p,
-            CAPACITY, READ_TILES * TILE_SIZE, PIVOTS,
+            lists, ids, maxima, logits, seen_row, penalty, divisor, vocab, top, total, k, p, CAPACITY, TILES, TILE_SIZE,
         )  # fmt: skip
     if lowest > 0:
         threshold = tl.minimum(tl.maximum(threshold, min_p_threshold(top, lowest)), top)
     if threshold > float("-inf"):
-        for first in tl.range(0, tiles, READ_TILES, num_stages=3):
-            t = first + tl.arange(0, READ_TILES)
-            reached = tl.load(sums + 3 * plane + t, t < tiles, other=0.0)
-            index = t[:, None] * TILE_SIZE + tl.arange(0, TILE_SIZE)[None, :]
-            x = processed_logits(logits, seen_row, index, vocab, penalty, divisor)[1]
+        reaching = reaching_tiles(ids, maxima, threshold, TILES)
+        for start in range(0, reaching, LANES // TILE_LANES):
+            nth = start + tl.arange(0, LANES) // TILE_LANES
+            t = tl.load(ids + nth, nth < reaching, other=0.0).to(tl.int32)
+            reached = tl.load(sums + 3 * plane + t)
+            x = tiles_of_row(ids, start, reaching, logits, seen_row, vocab, penalty, divisor, TILE_SIZE)
             weights = tl.where(x >= threshold, tl.exp(x - reached[:, None]), 0.0)
-            tl.store(sums + 4 * plane + t, tl.sum(weights, 1), t < tiles)
+            kept = tl.sum(tl.reshape(tl.sum(weights, 1), (LANES // TILE_LANES, TILE_LANES)), 1)
+            nth = start + tl.arange(0, LANES // TILE_LANES)
+            t = tl.load(ids + nth, nth < reaching, other=0.0).to(tl.int32)
+            tl.store(sums + 4 * plane + t, kept, nth < reaching)
         tl.debug_barrier()  # other threads load what this one has stored
         maxima = tl.where(maxima >= threshold, maxima, float("-inf"))
         totals = tl.load(sums + 4 * plane + tile, tile < tiles, other=0.0)
@@ -229,7 +230,9 @@ def sample_step(
         return token, *outputs
     tiles = triton.cdiv(vocab, TILE_SIZE)
     sums = torch.empty((_SUMS, rows, tiles), dtype=torch.float32, device=logits.device)
-    lists = torch.empty((rows, 2, _capacity(vocab)), dtype=torch.float32, device=logits.device)
+    constants = _constants(vocab)
+    size = 2 * constants["CAPACITY"] + constants["TILES"]
+    lists = torch.empty((rows, size), dtype=torch.float32, device=logits.device)
     stride = logits.stride(0)
     tile_sums_kernel[(rows, tiles)](
         logits,
@@ -244,10 +247,10 @@ def sample_step(
         num_warps=TILE_WARPS,
         enable_fp_fusion=False,
     )
-    limited = {} if torch.version.hip else {"maxnreg": DRAW_REGISTERS}
+    limited, warp = ({}, 64) if torch.version.hip else ({"maxnreg": DRAW_REGISTERS}, 32)
     draw_kernel[(rows,)](
         logits, sums, lists, keys, segment, attempt, position, alive, limit, *settings, eos, token, *outputs,
-        vocab, stride, eos.numel(), **_constants(vocab), num_warps=DRAW_WARPS, enable_fp_fusion=False, **limited,
+        vocab, stride, eos.numel(), **constants, num_warps=LANES.value // warp, enable_fp_fusion=False, **limited,
     )  # fmt: skip
     return token, *outputs
 
@@ -257,16 +260,10 @@ def _constants(vocab: int) -> dict[str, int]:
     return {
         "TILES": max(4, triton.next_power_of_2(triton.cdiv(vocab, TILE_SIZE))),
         "TILE_SIZE": TILE_SIZE,
-        "READ_TILES": DRAW_TILES,
-        "CAPACITY": _capacity(vocab),
-        "PIVOTS": PIVOTS,
+        "CAPACITY": min(CAPACITY, max(1, vocab // TILE_SIZE) * 2048),
         "TILE_STREAM": TILE,
         "TOKEN_STREAM": TOKEN,
     }
-
-
-def _capacity(vocab: int) -> int:
-    return min(CAPACITY, triton.next_power_of_2(vocab))
 
 
 def variants(target: GPUTarget) -> list[Variant]:
@@ -293,7 +290,7 @@ def variants(target: GPUTarget) -> list[Variant]:
         most = None if target.backend == "hip" else DRAW_REGISTERS
         for name, kernel, warps, registers, more in (
             ("sample_step.tile_sums", tile_sums_kernel, TILE_WARPS, None, {"TILE_SIZE": TILE_SIZE}),
-            ("sample_step.draw", draw_kernel, DRAW_WARPS, most, _constants(vocab)),
+            ("sample_step.draw", draw_kernel, LANES.value // target.warp_size, most, _constants(vocab)),
         ):
             kernel_constants = {key: value for key, value in constants.items() if key in kernel.arg_names} | more
             run_time = [key for key in kernel.arg_names if key not in kernel_constants]
