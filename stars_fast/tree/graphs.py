@@ -90,6 +90,7 @@ class Graphs:
         self.enabled, self.torch_compile, self.made = enabled, torch_compile, 0
         self._model: Any = weakref.proxy(model)
         self._kept: dict[Hashable, Captured] = {}
+        self._impossible: set[type[Captured]] = set()  # what could not be captured once
         self._relied_on: tuple[Any, ...] = ()
         self._pool: Any = None
 
@@ -114,15 +115,16 @@ class Graphs:
         work: Any = self._kept.pop(shape, None)
         if work is None:
             work = make()
-            if worthwhile and self._model.device.type == "cuda" and not self._capture(work):
-                return make()
+            possible = self._model.device.type == "cuda" and type(work) not in self._impossible
+            if worthwhile and possible and not self._capture(work):
+                work = make()
         if len(self._kept) == _MOST_GRAPHS:
             del self._kept[next(iter(self._kept))]  # the one that was not used for longest
         self._kept[shape] = work
         return work
 
     def _capture(self, work: Captured) -> bool:
-        """Whether there is a graph now. No graph is asked for again where there is none."""
+        """Whether there is a graph now. Where there is none, none of its kind is asked for again."""
         self.made += 1
         Graphs.made_by_all += 1
         if self._pool is None:
@@ -142,7 +144,7 @@ class Graphs:
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            self.enabled = False
+            self._impossible.add(type(work))
             self.drop()
             self._warn("cannot be captured in a CUDA graph, so their kernels are launched one by one", error)
             return False

@@ -213,8 +213,7 @@ class TreeModel:
             self._met.add(shape)
             return None
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            made = self.graphs.get(shape, lambda: Pass(self, shape))
-        return made if self.graphs.enabled else None
+            return self.graphs.get(shape, lambda: Pass(self, shape))
 
     def _run_small(
         self, small: Pass, plan: TreePlan, branches: Sequence[Sequence[int]]
