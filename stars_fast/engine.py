@@ -24,7 +24,7 @@ from stars_fast.policy import Policy
 from stars_fast.progress import progress_bar
 from stars_fast.request import Request
 from stars_fast.rewards import Reward
-from stars_fast.row_cost import HeartbeatCost
+from stars_fast.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, HeartbeatCost
 from stars_fast.scheduler import Scheduler, candidate_slots
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.memory import default_tokens, divide_devices
@@ -271,7 +271,8 @@ class StarsEngine:
                 stack.enter_context(plugged(policy.model))
             stack.callback(self.reward.end)
             self.reward.begin(prompts, config.max_new_tokens, rows, self.kv_cache_tokens)
-            cost = self.costs.setdefault(method.name, HeartbeatCost())
+            ratio = PRIOR_RATIO if self.policy.device.type == "cpu" else PRIOR_RATIO_OF_GPUS
+            cost = self.costs.setdefault(method.name, HeartbeatCost(ratio))
             scheduler = Scheduler(config, self.max_rows, tokens, whole, cost, self.policy.graphs.enabled)
             loop = generation(
                 config,

@@ -157,7 +157,7 @@ class Scheduler:
         """
         if not running:
             return self.prefill_tokens
-        worth = self.config.segment_length * self.cost.encoding_worth(running) * max(1.0, encoding / running)
+        worth = self.cost.encoding_worth(running, self.config.segment_length) * max(1.0, encoding / running)
         return max(1, int(min(worth, self.prefill_tokens)))
 
     def observe(self, timing: Timing) -> None:

@@ -195,15 +195,15 @@ def test_the_host_does_not_wait_inside_a_decode_step(way, monkeypatch):
     assert set(steps) == {way == "captured"}
 
 
-def test_a_second_call_captures_nothing_and_leaves_nothing_behind():
-    engine, used, captures = make_engine(**CAPTURED), [], []
-    for _ in range(3):
+def test_calls_that_come_back_capture_nothing_and_leave_nothing_behind():
+    engine, used, graphs = make_engine(**CAPTURED), [], []
+    for _ in range(4):  # small passes are captured when they are met for the second time
         texts(engine)
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
-        captures.append(engine.policy.graphs.made)
-    assert used[0] == used[1] == used[2]
-    assert captures[0] == captures[1] == captures[2] > 0
+        graphs.append(engine.policy.graphs.made)
+    assert used[1] == used[2] == used[3] < used[0] + 2**28
+    assert graphs[1] == graphs[2] == graphs[3] > graphs[0] > 0
 
 
 def test_running_out_of_memory_changes_no_text(monkeypatch):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stars_fast.row_cost import PRIOR_RATIO, HeartbeatCost, Line, Timing
+from stars_fast.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, HeartbeatCost, Line, Timing
 
 
 def learned(fixed, slope, token, scatter=0.05, stalls=0.05, rows=(40, 90), seed=0, beats=150):
@@ -25,6 +25,29 @@ def test_costs_are_recovered_from_heartbeats_that_scatter_and_stall(fixed, slope
     assert line.token == pytest.approx(token, rel=0.35)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_prompts_are_not_starved_where_a_pass_is_dear_and_its_tokens_are_cheap(seed):
+    """As on a GPU: 60 ms to launch a pass, 0.02 ms a token. Laid on the tokens alone, smaller pieces look dearer yet.
+
+    0.115 s of decoding, less the launch, are worth 2,760 tokens: 14 heartbeats for 200 prompts.
+    """
+    rng, cost, running, waiting = np.random.default_rng(seed), HeartbeatCost(PRIOR_RATIO_OF_GPUS), 40, 200 * 192
+
+    def heartbeat(encoded):
+        seconds = 16 * (6e-3 + 3e-5 * running) + (60e-3 + 2e-5 * encoded if encoded else 0)
+        seconds *= np.exp(0.02 * rng.standard_normal())
+        cost.observe(Timing(running, 16, encoded, 0, seconds, 0.05), running)
+
+    for beat in range(64):  # one prompt at a time before
+        heartbeat(192 + int(rng.integers(0, 100)) if beat % 4 else 0)
+    beats = 0
+    while waiting > 0:
+        encoded = min(int(cost.encoding_worth(running, 16)), waiting)
+        heartbeat(encoded)
+        waiting, beats = waiting - encoded, beats + 1
+    assert beats <= 20
+
+
 def test_a_row_that_costs_next_to_nothing_is_found_out():
     line = learned(1.0, 0.002, 0.004, scatter=0.01)
     assert line.slope < 0.1 * PRIOR_RATIO * line.fixed
@@ -38,6 +61,7 @@ def test_before_anything_was_measured_and_where_rows_never_vary_the_prior_decide
     assert line.slope / line.fixed == pytest.approx(PRIOR_RATIO, rel=0.01)
     assert line.fixed + 10 * line.slope == pytest.approx(0.032, rel=0.01)
     assert line.token == pytest.approx(line.slope, rel=0.01)
+    assert line.launch == pytest.approx(line.fixed, rel=0.01)
     assert line.unvaried() and not Line().unvaried()
     line.observe(11, 0, 0.033)
     assert not line.unvaried()
@@ -47,7 +71,7 @@ def test_costs_are_never_negative():
     line = Line()
     for n in range(20):
         line.observe(n + 1, n, 1.0 - 0.04 * n)  # the more rows, the faster
-    assert line.fixed > 0 and line.slope > 0 and line.token > 0
+    assert min(line.fixed, line.slope, line.launch, line.token) > 0
 
 
 def test_a_machine_that_changes_is_learned_anew():
@@ -66,4 +90,4 @@ def test_padding_is_paid_by_decode_steps_and_not_by_scoring():
         cost.observe(Timing(rows, 16, 0, 0, 16 * (5 + 0.01 * padded), 16 * 0.02 * rows), padded)
     same_bucket = cost.per_token(np.array([96, 96]), np.array([70, 90]))
     assert same_bucket[1] - same_bucket[0] == pytest.approx(20 * 0.02, rel=0.1)
-    assert cost.encoding_worth(10) > 0
+    assert cost.encoding_worth(10, 16) > 0

@@ -192,7 +192,11 @@ def test_what_is_encoded_takes_no_longer_than_decoding_unless_more_requests_wait
     scheduler = Scheduler(CONFIG, 64, 10_000)
     assert scheduler.encoding_tokens(running=0, encoding=3) == scheduler.prefill_tokens
     one = scheduler.encoding_tokens(running=8, encoding=1)
-    assert one == int(CONFIG.segment_length * (8 + 1 / 0.06)) == scheduler.encoding_tokens(running=8, encoding=8)
+    assert (
+        one
+        == int((CONFIG.segment_length * (1 + 0.06 * 8) - 1) / 0.06)
+        == scheduler.encoding_tokens(running=8, encoding=8)
+    )
     assert scheduler.encoding_tokens(running=8, encoding=24) == pytest.approx(3 * one, abs=3)
     scheduler.prefill_tokens = 5
     assert scheduler.encoding_tokens(running=8, encoding=24) == 5

@@ -50,9 +50,9 @@ class Captured:
         self.rest()
         self.work()
 
-    def capture(self, pool: Any) -> None:
+    def capture(self, pool: Any, stream: torch.cuda.Stream) -> None:
         """Let :meth:`run` replay a CUDA graph from now on. What the tensors held is gone."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -93,6 +93,7 @@ class Graphs:
         self._impossible: set[type[Captured]] = set()  # what could not be captured once
         self._relied_on: tuple[Any, ...] = ()
         self._pool: Any = None
+        self._stream: Any = None
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -129,18 +130,20 @@ class Graphs:
         Graphs.made_by_all += 1
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()  # all graphs share its memory: one runs at a time
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()  # one: cuBLAS keeps 32 MiB for every stream it has worked on
         if self.torch_compile:
             from stars_fast.tree.compiled import CompilationError, compiled_layers  # torch's compiler: a second
 
             try:
                 with compiled_layers(self._model.model):
-                    work.capture(self._pool)
+                    work.capture(self._pool, self._stream)
                 return True
             except CompilationError as error:
                 self.torch_compile = False
                 self._warn("do not compile, so they run without", error)
         try:
-            work.capture(self._pool)
+            work.capture(self._pool, self._stream)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
