@@ -95,9 +95,6 @@ class Graphs:
         self._pool: Any = None
         self._stream: Any = None
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
     def refresh(self) -> None:
         """Drop all graphs if something that they take for granted has moved."""
         if self.enabled:
