@@ -117,22 +117,30 @@ def operators(runner: Runner) -> None:
     measure_operators(runner)
 
 
+def tiles(runner: Runner) -> None:
+    """Attention with other tiles than the ones it chooses."""
+    from gpu_parts.operators import measure_tiles
+
+    measure_tiles(runner)
+
+
 # The most valuable first. Seconds are estimates for an H100 or H200.
 PARTS = [
     Part("device", 5, device),
     Part("llama-2-7b", 85, partial(compare, name="llama-2-7b", batches=(64, 1), acceptances=(0.3, 0.15, 0.5))),
     Part("split", 30, split),
-    Part("tests", 65, tests, needs_gpu=True),
+    Part("tests", 60, tests, needs_gpu=True),
     Part("steps", 35, partial(steps, names=("llama-2-7b",))),
     Part("operators", 35, operators),
-    Part("compiled", 55, compiled, needs_gpu=True),
+    Part("compiled", 35, compiled, needs_gpu=True),
     Part("choices", 15, choices),
     Part("qwen2.5-7b", 70, partial(compare, name="qwen2.5-7b", batches=(64, 1), acceptances=(0.3, 0.15, 0.5))),
-    Part("steps-qwen", 25, partial(steps, names=("qwen2.5-7b",)), needs_gpu=True),
+    Part("steps-qwen", 20, partial(steps, names=("qwen2.5-7b",)), needs_gpu=True),
     Part("batch-16", 25, partial(compare, name="llama-2-7b", batches=(16,), acceptances=(0.3,))),
-    Part("segments", 30, segments),
+    Part("segments", 25, segments),
     Part("llama-3.2-1b", 35, partial(compare, name="llama-3.2-1b", batches=(64, 1, 16), acceptances=(0.3,))),
     Part("kernel-tests", 30, kernel_tests, needs_gpu=True),
+    Part("tiles", 20, tiles, needs_gpu=True),
 ]
 
 

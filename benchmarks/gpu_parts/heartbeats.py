@@ -19,7 +19,7 @@ from stars_fast.heartbeat import Generation
 from stars_fast.methods.stars import acceptance_probability
 from stars_fast.tree.graphs import Graphs
 
-PROMPT, RESPONSE = 192, 128  # tokens: a mean context of 256
+PROMPT, RESPONSE = 128, 256  # tokens: a mean context of 256, and time for a steady state
 _BETA = 0.5  # standard deviations of the rewards
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -47,6 +48,13 @@ CASES: list[tuple[str, Any]] = [
     ("gather_logprobs", Gather(256, 128_256)),
     ("kv_append", Append(4096, 32, 128)),
     ("tree_attention", Tree("llama-2-7b", 64, 1, 256, 8, 1)),
+]
+# Tiles of attention (queries, keys, warps, stages) that were near the best where they were last measured, by case.
+TILES: list[tuple[Tree, list[tuple[int, int, int, int]]]] = [
+    (CASES[0][1], [(16, 64, 4, 3), (16, 64, 2, 3), (16, 128, 4, 3), (16, 32, 4, 4)]),
+    (CASES[2][1], [(32, 64, 4, 3), (32, 32, 4, 3), (32, 64, 4, 2), (32, 128, 4, 2)]),
+    (CASES[1][1], [(64, 32, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3), (128, 64, 8, 3)]),
+    (Tree("qwen2.5-7b", 64, 4, 256, 16, 16), [(64, 32, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3), (128, 64, 8, 3)]),
 ]
 TINY = [
     ("tree_attention", Tree("llama-3.2-1b", 2, 2, 16, 4, 1, torch.float32)),
@@ -130,3 +138,25 @@ def measure_operators(runner: Runner) -> None:
                 gigabytes_per_second=case.bytes / seconds / 1e9,
             )
         del case
+
+
+def measure_tiles(runner: Runner) -> None:
+    """Attention with other tiles than the ones it chooses."""
+    kernels = importlib.import_module("stars_fast.kernels.tree_attention")
+    chosen, fitted = kernels.choose_tile, kernels.fit_warps
+    free(runner)
+    try:
+        kernels.fit_warps = lambda tile, *_: tile
+        for shape, tiles in TILES:
+            case = OPERATORS["tree_attention"].build(shape, runner.device)
+            for tile in tiles:
+                if not runner.time_for(2):
+                    return
+                kernels.choose_tile = lambda *_, tile=tile, **__: kernels.Tile(*tile)
+                with runner.guarded(f"{case.name}, {tile}"):
+                    prepared = case.contenders[OURS[runner.device.type]]()
+                    refcheck(case, "tile", prepared)
+                    runner.add("tile", case=case.name, tile=tile, microseconds=median_seconds(case, prepared) * 1e6)
+            del case
+    finally:
+        kernels.choose_tile, kernels.fit_warps = chosen, fitted

@@ -17,6 +17,7 @@ def lines(content: dict[str, Any]) -> list[str]:
         *_steps(rows),
         *_choices(rows),
         *_operators(rows),
+        *(f"{row['case']}, tile {row['tile']}: {row['microseconds']:.1f} us" for row in _of(rows, "tile")),
         *_tests(rows),
         *_parts(content),
     ]
