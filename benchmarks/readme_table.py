@@ -63,7 +63,7 @@ def measured(record: dict[str, Any] | None, pair: str, acceptance: float) -> lis
     rate = of("engine", _BATCH)
     if rate is None:
         return ["not measured yet", "", "", ""]
-    best = next(row for row in rows if row["kind"] == "engine" and row["tokens_per_second"] == rate)
+    best = next(row for row in rows if row["kind"] == "engine" and row.get("tokens_per_second") == rate)
     seen = f" at {best['acceptance']:.0%}" if "acceptance" in best else ""
     others = [of("strong", _BATCH), of("plain", 1), of("engine", _BATCH, candidates=1)]
     return [f"{rate:,.0f}{seen}", *("" if other is None else f"{rate / other:.3g}x" for other in others)]
@@ -79,7 +79,7 @@ def table(record: dict[str, Any] | None) -> str:
     lines = [
         f"{source} Accepted tokens per second at batch {_BATCH}, segments of {_SEGMENT}, bfloat16, a 7B reward model:",
         "",
-        f"| policy | accepted candidates, wanted | roofline, {name_of_gpu} | measured | x strong | x plain | x one candidate |",
+        f"| policy | wanted acceptance | roofline, {name_of_gpu} | measured | x strong | x plain | x one candidate |",
         "|---|---|---|---|---|---|---|",
     ]
     for pair, name in _PAIRS.items():
