@@ -179,6 +179,7 @@ class SelfJudging(Generation):
         runs = [draft.tokens[:-1] for draft in drafts] * 2
         nodes = [trunk.leaf for trunk in trunks]
         logits = [trunk.logits[None] for trunk in trunks if trunk.logits is not None]
+        assert len(logits) == len(trunks)
         for node, run in zip(nodes, runs, strict=True):
             if not run:
                 self.policy.tree.retain(node)

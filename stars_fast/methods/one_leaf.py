@@ -37,13 +37,9 @@ class Vanilla(Method):
 
 
 @dataclass(frozen=True)
-class BestOfN(Trial):
-    """The best of ``n`` independent answers: ``arg max_i r(x, y_i)``, ties to the first.
+class _BestOf(Method):
+    """Out of ``n`` candidates the best, ties to the first: none reaches an infinite target."""
 
-    ``n`` is 16 here; papers use 4 to 1,000.
-    """
-
-    name: ClassVar[str] = "best_of_n"
     has_target: ClassVar[bool] = False
     n: int = 16
 
@@ -52,6 +48,16 @@ class BestOfN(Trial):
 
     def rule(self, config: StarsConfig) -> StarsConfig:
         return config.replace(target_reward=math.inf, base_reward=None, max_attempts=self.n)
+
+
+@dataclass(frozen=True)
+class BestOfN(_BestOf, Trial):
+    """The best of ``n`` independent answers: ``arg max_i r(x, y_i)``, ties to the first.
+
+    ``n`` is 16 here; papers use 4 to 1,000.
+    """
+
+    name: ClassVar[str] = "best_of_n"
 
 
 @dataclass(frozen=True)
@@ -100,18 +106,10 @@ class Cards(Method):
 
 
 @dataclass(frozen=True)
-class BlockwiseBestOfN(Method):
+class BlockwiseBestOfN(_BestOf):
     """Each segment is the best of ``n``: blockwise best-of-K of controlled decoding (arXiv 2310.17022).
 
     Their scorer is a value function; any partial reward is taken here. Block length: ``segment_length``.
     """
 
     name: ClassVar[str] = "blockwise_best_of_n"
-    has_target: ClassVar[bool] = False
-    n: int = 16
-
-    def __post_init__(self) -> None:
-        self._check_least("n", 1)
-
-    def rule(self, config: StarsConfig) -> StarsConfig:
-        return config.replace(target_reward=math.inf, base_reward=None, max_attempts=self.n)
