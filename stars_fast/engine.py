@@ -274,6 +274,8 @@ class StarsEngine:
             ratio = PRIOR_RATIO if self.policy.device.type == "cpu" else PRIOR_RATIO_OF_GPUS
             cost = self.costs.setdefault(method.name, HeartbeatCost(ratio))
             scheduler = Scheduler(config, self.max_rows, tokens, whole, cost, self.policy.graphs.enabled)
+            if self.policy.sharded:  # every process must plan alike, and each has a clock of its own
+                scheduler.cost, scheduler.learns = HeartbeatCost(ratio), False
             loop = generation(
                 config,
                 draft,

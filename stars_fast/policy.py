@@ -186,7 +186,7 @@ class Policy(TreeModel):
         if processed or not self.graphs.enabled:
             return Steps(self, shape)
         shape = shape.padded(*self._room)
-        return self.graphs.get(shape, lambda: Steps(self, shape), worthwhile=shape.length > 1)
+        return self.graphs.get(shape, lambda: Steps(self, shape), capture=shape.length > 1, compiled=True)
 
 
 def _draws(steps: Steps, branches: Sequence[int], sampling: Sampling) -> list[Draw]:

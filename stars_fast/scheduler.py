@@ -63,6 +63,7 @@ class Scheduler:
         self.kv_cache_tokens = kv_cache_tokens
         self.cost = cost or HeartbeatCost()
         self.padded = padded
+        self.learns = True  # from measured times
         self.prefill_tokens = _PREFILL_TOKENS
         self.past = (0.0, 0)  # of requests that have ended: acceptance probabilities, added up, and candidates
         self.packed = 0  # tokens of the forward pass that runs
@@ -162,7 +163,8 @@ class Scheduler:
 
     def observe(self, timing: Timing) -> None:
         """Learn what rows cost. No text depends on it."""
-        self.cost.observe(timing, bucket(timing.rows) if self.padded else timing.rows)
+        if self.learns:
+            self.cost.observe(timing, bucket(timing.rows) if self.padded else timing.rows)
 
     def costs(self, rows: np.ndarray) -> np.ndarray:
         """Of a heartbeat, for each of several numbers of rows ``[n]``, growing by one."""

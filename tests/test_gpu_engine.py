@@ -18,6 +18,7 @@ from stars_fast import StarsEngine
 from stars_fast.decode import Steps
 from stars_fast.heartbeat import Generation
 from stars_fast.methods import Cards
+from stars_fast.tree.passes import WORTH_CAPTURING
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error:.*captured in a CUDA graph", "error:.*do not compile")]
 DEVICE = "cuda"
@@ -197,13 +198,13 @@ def test_the_host_does_not_wait_inside_a_decode_step(way, monkeypatch):
 
 def test_calls_that_come_back_capture_nothing_and_leave_nothing_behind():
     engine, used, graphs = make_engine(**CAPTURED), [], []
-    for _ in range(4):  # small passes are captured when they are met for the second time
+    for _ in range(WORTH_CAPTURING + 3):  # small passes are captured when they have been met a few times
         texts(engine)
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
         graphs.append(engine.policy.graphs.made)
-    assert used[1] == used[2] == used[3] < used[0] + 2**28
-    assert graphs[1] == graphs[2] == graphs[3] > graphs[0] > 0
+    assert used[-3] == used[-2] == used[-1] < used[0] + 2**28
+    assert graphs[-3] == graphs[-2] == graphs[-1] > 0
 
 
 def test_running_out_of_memory_changes_no_text(monkeypatch):
@@ -233,11 +234,13 @@ def test_running_out_of_memory_changes_no_text(monkeypatch):
     assert flips(expected, actual) <= 1
 
 
-def test_a_policy_that_cannot_be_captured_is_launched_step_by_step_with_a_warning(monkeypatch):
-    forward = Steps.forward
+@pytest.mark.parametrize("way", [CAPTURED, COMPILED], ids=["captured", "compiled"])
+def test_a_policy_that_cannot_be_captured_is_launched_step_by_step_with_a_warning(monkeypatch, way):
+    forward, stream = Steps.forward, torch.cuda.current_stream()
     monkeypatch.setattr(Steps, "forward", lambda self: torch.cuda.synchronize() or forward(self))
-    engine = make_engine(**CAPTURED)
+    engine = make_engine(**way)
     with pytest.warns(UserWarning, match="captured in a CUDA graph"):
         there = texts(engine)
     assert flips(texts(make_engine("cpu")), there) <= 1
+    assert torch.cuda.current_stream() == stream
     assert all(work.graph is None for work in engine.policy.graphs._kept.values() if isinstance(work, Steps))

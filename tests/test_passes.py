@@ -9,10 +9,12 @@ from conftest import sum_reward, tiny_policy, tiny_reward
 from test_same_text import CONFIG, PROMPTS, SEEDS, VOCAB
 
 from stars_fast import StarsEngine
+from stars_fast.decode import Steps
 from stars_fast.policy import Policy
+from stars_fast.rewards import ImplicitReward
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.model import TreeModel
-from stars_fast.tree.passes import MOST_TOKENS, Pass, PassShape
+from stars_fast.tree.passes import MOST_TOKENS, WORTH_CAPTURING, Pass, PassShape
 
 TRUNKS = [[5, 6, 7, 8], [9], list(range(1, 12))]
 BRANCHES = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11], [12]]
@@ -55,20 +57,21 @@ def test_a_padded_pass_gives_the_numbers_of_any_other_and_writes_to_its_branches
     ((numbers, last, written, _),) = encoded(make())
     model = make()
     model.graphs.enabled = True
-    first, *again = encoded(model, times=3)
+    first, *again = encoded(model, times=WORTH_CAPTURING + 2)
     assert [type(work) for work in model.graphs._kept.values()] == [Pass]
-    for padded in again:
-        torch.testing.assert_close(padded[0], numbers, atol=1e-5, rtol=1e-5)
-        assert torch.equal(padded[1], last)
-        torch.testing.assert_close(padded[2], written, atol=1e-5, rtol=1e-5)
-        assert all(torch.equal(a, b) for a, b in zip(padded[3], first[3], strict=True))
+    torch.testing.assert_close(first[0], numbers, atol=1e-5, rtol=1e-5)
+    assert torch.equal(first[1], last)
+    torch.testing.assert_close(first[2], written, atol=1e-5, rtol=1e-5)
+    for padded in again:  # to the last bit, whether it is kept or not
+        assert torch.equal(padded[0], first[0]) and torch.equal(padded[1], last)
+        assert all(torch.equal(a, b) for a, b in zip(padded[2] + padded[3], first[2] + first[3], strict=True))
 
 
 def test_what_a_pass_returns_is_not_overwritten_by_the_next():
     model = policy()
     model.graphs.enabled = True
-    _, second, third = encoded(model, times=3)
-    assert second[0].data_ptr() != third[0].data_ptr()
+    *_, one, other = encoded(model, times=WORTH_CAPTURING + 2)
+    assert one[0].data_ptr() != other[0].data_ptr()
 
 
 def test_large_passes_watched_passes_and_unusual_outputs_are_left_alone():
@@ -80,12 +83,52 @@ def test_large_passes_watched_passes_and_unusual_outputs_are_left_alone():
     def small(tokens=4, **kwargs):
         return model._small_pass(plan, [tokens], 1, {"logits_to_keep": 0, **kwargs})
 
-    assert small() is None  # a shape that may never come back
-    assert isinstance(small(), Pass)
-    assert [small(MOST_TOKENS + 1) for _ in range(2)] == [None, None]
-    assert [small(logits_to_keep=torch.tensor([1])) for _ in range(2)] == [None, None]
+    passes = [small() for _ in range(WORTH_CAPTURING + 1)]
+    assert all(isinstance(one, Pass) for one in passes)
+    assert len({id(one) for one in passes}) == WORTH_CAPTURING  # kept from then on: a shape may never come back
+    assert small(MOST_TOKENS + 1) is None
+    for index in ([1], [0], [0, 2]):
+        assert small(logits_to_keep=torch.tensor(index)) is None
     with model._head_inputs():
         assert small() is None
+
+
+def test_passes_and_proposals_do_not_drive_each_other_out(monkeypatch):
+    monkeypatch.setattr("stars_fast.tree.graphs._MOST_GRAPHS", 1)
+    engine = StarsEngine(tiny_policy(VOCAB, hidden=32), sum_reward)
+    engine.policy.graphs.enabled = True
+    for _ in range(WORTH_CAPTURING):
+        engine.generate(PROMPTS[:1], CONFIG, seed=0, candidates=2)
+    assert {type(work) for work in engine.policy.graphs._kept.values()} == {Pass, Steps}
+
+
+def test_graphs_go_before_a_larger_pool_is_made(monkeypatch):
+    model, order = policy(), []
+    model.graphs.enabled = True
+    monkeypatch.setattr(model.graphs, "drop", lambda: order.append(("drop", model.pool.slots)))
+    model.allocate(100)
+    assert order[0] == ("drop", 1)
+    order.clear()
+    model.allocate(50)
+    assert order == []
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_rewards_that_read_logits_are_the_same_beside_captured_passes(padded):
+    """They ask for logits at places of their own."""
+    tuned, reference = tiny_policy(VOCAB, hidden=32, seed=5), tiny_policy(VOCAB, hidden=32, seed=6)
+    engine = StarsEngine(tiny_policy(VOCAB, hidden=32), ImplicitReward(tuned, reference))
+    for tree in (engine.policy, *engine.reward.tree_models):
+        tree.graphs.enabled = padded
+    out = engine.generate(PROMPTS, CONFIG, seed=SEEDS, candidates=3)
+    assert out.errors == [None] * len(PROMPTS)
+    for prompt, completion, reward in zip(PROMPTS[:4], out.completions, out.rewards, strict=False):
+        ids = torch.tensor([prompt + completion])
+        with torch.no_grad():
+            laws = [model(ids, use_cache=False).logits[0].log_softmax(1) for model in (tuned, reference)]
+        places = torch.arange(len(prompt), ids.shape[1])
+        difference = laws[0] - laws[1]
+        assert reward == pytest.approx(difference[places - 1, ids[0, places]].sum().item(), abs=1e-3)
 
 
 def test_few_shapes_serve_all_passes():

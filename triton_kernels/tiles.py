@@ -38,8 +38,8 @@ def check(head_size: int, value_size: int, dtype: torch.dtype) -> None:
 def choose_tile(head_size: int, value_size: int, dtype: torch.dtype, packed: int, *, hip: bool = False) -> Tile:
     """The tile for lists whose (query, head) pairs of one key-value head number at most ``packed``.
 
-    Of those that ``stars-fast kernels`` finds without spilled registers, the fastest that were measured on an H100
-    (docs/findings/attention-tiles.md). Those of float32 are small because three products of tf32 make one of float32.
+    Of those that ``stars-fast kernels`` finds without spilled registers, those that were fastest for 64 requests on an
+    H100 (docs/findings/gpu-kernels.md). Those of float32 are small because three products of tf32 make one of float32.
     """
     queries = 16 if packed <= 16 else 32 if packed <= 32 else 64
     size = max(head_size, value_size)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 if TYPE_CHECKING:
     from stars_fast.tree.model import TreeModel
 
-_MOST_GRAPHS = 64
+_MOST_GRAPHS = 64  # of a kind
 
 
 class Captured:
@@ -52,15 +52,18 @@ class Captured:
 
     def capture(self, pool: Any, stream: torch.cuda.Stream) -> None:
         """Let :meth:`run` replay a CUDA graph from now on. What the tensors held is gone."""
-        graph = torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(2):
                 self.rehearse()
             self.rest()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            self.work()
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self.work()
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
+        current.wait_stream(stream)
         self.graph = graph
 
 
@@ -76,7 +79,7 @@ class Graphs:
     enabled : bool
         Whether work is padded to shapes that recur. On a CUDA device it is captured then.
     torch_compile : bool
-        Whether the decoder layers in it are compiled.
+        Whether decoder layers are compiled in work that asks for it.
 
     Attributes
     ----------
@@ -108,20 +111,30 @@ class Graphs:
         self._kept.clear()
         self._pool = None  # memory that no graph uses is gone, and its handle with it
 
-    def get(self, shape: Hashable, make: Callable[[], _Work], worthwhile: bool = True) -> _Work:
-        """The work of that shape, captured where it is ``worthwhile`` and possible."""
+    def get(self, shape: Hashable, make: Callable[[], _Work], *, capture: bool = True, compiled: bool = False) -> _Work:
+        """The work of that shape, kept; on a CUDA device captured, where ``capture`` asks for it and it is possible.
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            From the capture; nothing is kept then.
+        """
         work: Any = self._kept.pop(shape, None)
         if work is None:
             work = make()
             possible = self._model.device.type == "cuda" and type(work) not in self._impossible
-            if worthwhile and possible and not self._capture(work):
+            if capture and possible and not self._capture(work, compiled and self.torch_compile):
                 work = make()
-        if len(self._kept) == _MOST_GRAPHS:
-            del self._kept[next(iter(self._kept))]  # the one that was not used for longest
+        same = [key for key, kept in self._kept.items() if type(kept) is type(work)]
+        if len(same) >= _MOST_GRAPHS:
+            del self._kept[same[0]]  # the one that was not used for longest
         self._kept[shape] = work
         return work
 
-    def _capture(self, work: Captured) -> bool:
+    def __contains__(self, shape: Hashable) -> bool:
+        return shape in self._kept
+
+    def _capture(self, work: Captured, compiled: bool) -> bool:
         """Whether there is a graph now. Where there is none, none of its kind is asked for again."""
         self.made += 1
         Graphs.made_by_all += 1
@@ -129,24 +142,28 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()  # all graphs share its memory: one runs at a time
         if self._stream is None:
             self._stream = torch.cuda.Stream()  # one: cuBLAS keeps 32 MiB for every stream it has worked on
-        if self.torch_compile:
-            from stars_fast.tree.compiled import CompilationError, compiled_layers  # torch's compiler: a second
-
-            try:
-                with compiled_layers(self._model.model):
-                    work.capture(self._pool, self._stream)
-                return True
-            except CompilationError as error:
-                self.torch_compile = False
-                self._warn("do not compile, so they run without", error)
         try:
-            work.capture(self._pool, self._stream)
+            if not (compiled and self._capture_compiled(work)):
+                work.capture(self._pool, self._stream)
         except RuntimeError as error:
+            self.drop()
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             self._impossible.add(type(work))
-            self.drop()
             self._warn("cannot be captured in a CUDA graph, so their kernels are launched one by one", error)
+            return False
+        return True
+
+    def _capture_compiled(self, work: Captured) -> bool:
+        """Whether the layers compile, and are in a graph now."""
+        from stars_fast.tree.compiled import CompilationError, compiled_layers  # imports torch's compiler: a second
+
+        try:
+            with compiled_layers(self._model.model):
+                work.capture(self._pool, self._stream)
+        except CompilationError as error:
+            self.torch_compile = False
+            self._warn("do not compile, so they run without", error)
             return False
         return True
 
@@ -155,14 +172,16 @@ class Graphs:
 
 
 def addresses(model: PreTrainedModel) -> tuple[Any, ...]:
-    """What a captured graph takes for granted: where weights lie, and which adapters are on and how much they count."""
+    """What a captured graph takes for granted: where weights lie, which hooks there are, which adapters are on and how
+    much they count."""
     adapters = tuple(
         (str(module.active_adapters), module.disable_adapters, module.merged, str(getattr(module, "scaling", None)))
         for module in model.modules()
         if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters") and hasattr(module, "merged")
     )
+    hooks = tuple(key for m in model.modules() for key in (*m._forward_pre_hooks, *m._forward_hooks))
     tensors = (*model.parameters(), *model.buffers())
-    return (*(address for tensor in tensors for address in _storage(tensor)), adapters)
+    return (*(address for tensor in tensors for address in _storage(tensor)), adapters, hooks)
 
 
 def _storage(tensor: Any) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from stars_fast.ops import check_supported
 from stars_fast.tree.attention import NAME, ShapeRecorder, TreeContext, active, causal_probe, plugged
 from stars_fast.tree.check import median_difference
 from stars_fast.tree.graphs import Graphs
-from stars_fast.tree.passes import MOST_TOKENS, Pass, PassShape
+from stars_fast.tree.passes import MOST_TOKENS, WORTH_CAPTURING, Pass, PassShape
 from stars_fast.tree.segment_tree import SegmentTree, TreePlan, plan
 from stars_fast.tree.slots import SlotPool
 
@@ -74,7 +75,7 @@ class TreeModel:
         self.pools_made = 0
         self.graphs = Graphs(self, self.device.type == "cuda", torch_compile=False)
         self.watched = False  # by hooks, which a graph does not call
-        self._met: set[PassShape] = set()
+        self._met: Counter[PassShape] = Counter()
         # transformers returns a 4-D mask as it is: no mask is built, and nothing waits for the device.
         self._mask = torch.zeros(1, 1, 1, 1, device=self.device)
         if model not in _compared:
@@ -115,6 +116,7 @@ class TreeModel:
     def allocate(self, tokens: int) -> None:
         """An empty tree over ``tokens`` slots (and slot 0); a pool that is large enough is kept."""
         if self.pool.slots < tokens + 1:
+            self.graphs.drop()  # their memory is needed first
             self.pool = SlotPool({}, 1, self.dtype, self.device)  # free the old one before making the new
             self.pool = SlotPool(self.shapes, tokens + 1, self.dtype, self.device)
             self.pools_made += 1
@@ -203,17 +205,26 @@ class TreeModel:
         return self.forward(ids, trunk_len[row] + offset, context, **kwargs), ends - 1
 
     def _small_pass(self, plan: TreePlan, lengths: Sequence[int], rows: int, kwargs: Mapping[str, Any]) -> Pass | None:
-        """What to run it on where it is captured: from the second time on that a pass has this shape."""
-        logits = self.body is self.model
-        wanted = {"logits_to_keep": 0} if logits else {}
-        if not self.graphs.enabled or self.watched or sum(lengths) > MOST_TOKENS or kwargs != wanted:
+        """What to run it on where it is small: tensors of a padded shape, captured once that has been met often enough.
+
+        Padded from the first time on, and never compiled: the numbers of a pass do not depend on what ran before.
+        """
+        logits, kept = self.body is self.model, kwargs.get("logits_to_keep", 0)
+        usual = kwargs.keys() <= {"logits_to_keep"} and isinstance(kept, int) and kept == 0
+        if not self.graphs.enabled or self.watched or sum(lengths) > MOST_TOKENS or not usual:
+            return None
+        if logits != ("logits_to_keep" in kwargs):
             return None
         shape = PassShape.padded(plan, lengths, rows, logits)
-        if shape not in self._met:
-            self._met.add(shape)
-            return None
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            return self.graphs.get(shape, lambda: Pass(self, shape))
+        self._met[shape] += 1
+        if self._met[shape] < WORTH_CAPTURING and shape not in self.graphs:
+            return Pass(self, shape)
+        try:
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                return self.graphs.get(shape, lambda: Pass(self, shape))
+        except torch.OutOfMemoryError:
+            self._met[shape] = 0
+            return Pass(self, shape)
 
     def _run_small(
         self, small: Pass, plan: TreePlan, branches: Sequence[Sequence[int]]

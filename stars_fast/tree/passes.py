@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Above, a pass of a large model takes the device longer than its launches take the host.
 MOST_TOKENS = 1024
+# Times that a shape is met before it is captured, which takes as long as some five passes.
+WORTH_CAPTURING = 4
 _SMALL_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128)
 _BUCKET_STEP = 64
 _TRUNK_STEP = 256
