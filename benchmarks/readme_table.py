@@ -57,7 +57,8 @@ def measured(record: dict[str, Any] | None, pair: str, acceptance: float) -> lis
             at_acceptance(row, acceptance)
             for row in rows
             if row["kind"] == kind and row["batch"] == batch and row.get("wanted", acceptance) == acceptance
-            if row.get("beats", _LEAST_BEATS) >= _LEAST_BEATS and all(row.get(name) == value for name, value in fields.items())
+            if row.get("beats", _LEAST_BEATS) >= _LEAST_BEATS
+            and all(row.get(name) == value for name, value in fields.items())
         ]
         return max(found, default=None)
 

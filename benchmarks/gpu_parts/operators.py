@@ -81,7 +81,6 @@ def run_tests(runner: Runner, *selection: str) -> None:
         status=status,
         **found,
         absent=absent,
-        command=command,
         output=output[-_OUTPUT:],
     )
     runner.say(output[-3000:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -130,7 +131,7 @@ class Runner:
             if not self._device_works():
                 raise
             self.say(traceback.format_exc())
-            self.add("error", what=what, error=repr(error)[:500], traceback=traceback.format_exc().splitlines())
+            self.add("error", what=what, error=repr(error)[:500], traceback=_without_folders().splitlines())
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
         """Measurements of this kind by all parts so far."""
@@ -167,7 +168,7 @@ class Runner:
                 errors = [row["error"] for row in self._rows if row["kind"] == "error"]
                 entry.update(status="failed", error=errors[-1]) if errors else entry.update(status="done")
             except Exception:
-                entry.update(status="failed", error=traceback.format_exc())
+                entry.update(status="failed", error=_without_folders())
                 self.say(entry["error"])
                 self.shared.clear()  # an engine that was interrupted, models that fill the memory
             entry["seconds"] = time.time() - started
@@ -209,6 +210,14 @@ def chosen(parts: Sequence[Part], only: Sequence[str] | None) -> list[Part]:
         names = ", ".join(part.name for part in parts)
         raise ValueError(f"no part is called {', '.join(sorted(unknown))}: choose from {names}")
     return [part for part in parts if not only or part.name in only]
+
+
+def _without_folders() -> str:
+    """The traceback of the error being handled; where a checkout and its environment lie is nobody's business."""
+    text = traceback.format_exc()
+    for folder in (Path(__file__).resolve().parents[2], sysconfig.get_path("purelib")):
+        text = text.replace(f"{folder}/", "")
+    return text
 
 
 def _short(value: Any) -> str:
