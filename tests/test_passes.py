@@ -160,3 +160,19 @@ def test_an_engine_that_is_dropped_gives_its_memory_back_at_once(kind):
         assert [pool() for pool in pools] == [None] * len(pools)
     finally:
         gc.enable()
+
+
+def test_where_memory_for_a_graph_is_short_the_pass_is_launched(monkeypatch):
+    model = policy()
+    model.graphs.enabled = True
+    expected = encoded(model)[0][0]
+    asked = []
+
+    def get(shape, make, **_):
+        asked.append(shape)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model.graphs, "get", get)
+    for numbers, *_ in encoded(model, times=WORTH_CAPTURING):
+        assert torch.equal(numbers, expected)
+    assert asked and model.graphs._impossible == {Pass}

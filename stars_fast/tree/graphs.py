@@ -131,6 +131,10 @@ class Graphs:
         self._kept[shape] = work
         return work
 
+    def give_up(self, kind: type[Captured]) -> None:
+        """Capture no work of this kind any more."""
+        self._impossible.add(kind)
+
     def __contains__(self, shape: Hashable) -> bool:
         return shape in self._kept
 
@@ -149,7 +153,7 @@ class Graphs:
             self.drop()
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            self._impossible.add(type(work))
+            self.give_up(type(work))
             self._warn("cannot be captured in a CUDA graph, so their kernels are launched one by one", error)
             return False
         return True

@@ -222,8 +222,8 @@ class TreeModel:
         try:
             with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
                 return self.graphs.get(shape, lambda: Pass(self, shape))
-        except torch.OutOfMemoryError:
-            self._met[shape] = 0
+        except torch.OutOfMemoryError:  # what is free is for the texts
+            self.graphs.give_up(Pass)
             return Pass(self, shape)
 
     def _run_small(
