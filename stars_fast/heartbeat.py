@@ -58,6 +58,7 @@ class Generation(Queue):
         self.policy, self.config, self.sampling, self.tokenizer = policy, config, sampling, tokenizer
         self.method = config.chosen_method
         self.segments = self.method.segments()
+        self.scores_soon = self.method.scores_unfinished
         self.captures = -1  # of graphs, so far; the first heartbeat is no measure, as much is made in it
         self.has_parts = type(reward).parts is not Reward.parts
 

@@ -35,6 +35,7 @@ class Queue:
         self.running: list[Request] = []  # the oldest first
         self.encoding: list[Request] = []  # admitted after these; not all of their text is in the tree yet
         self.encoded = 0  # tokens of them in this heartbeat
+        self.scores_soon = True  # whether unfinished answers are scored
 
     def admit(self) -> None:
         """Give waiting requests the rows and slots that are free. Their texts are encoded first (:meth:`join`)."""
@@ -54,15 +55,24 @@ class Queue:
         return self.running + self.encoding
 
     def join(self) -> list[Request]:
-        """Encode of the admitted requests what a heartbeat has room for. Those that are ready run from now on."""
+        """Encode of the admitted requests what a heartbeat has room for. Those that are ready run from now on.
+
+        The policy reads their texts and, where answers are scored before they end, the reward model their prompts: as
+        many tokens each.
+        """
+        self.encoded = 0
         if not self.encoding:
             return []
-        trunks = self.trunks_ahead()
+        trunks, before = self.trunks_ahead(), self.reward.tokens
         leaves = [leaf for request in self.encoding for leaf in request.leaves]
-        self.encoded = trunks.encode(leaves, self.scheduler.encoding_tokens(len(self.running), len(self.encoding)))
-        encoding, self.encoding, joined = self.encoding, [], list[Request]()
-        for request in encoding:
-            (joined if all(map(trunks.ready, request.leaves)) else self.encoding).append(request)
+        most = self.scheduler.encoding_tokens(len(self.running), len(self.encoding))
+        self.encoded = trunks.encode(leaves, most)
+        joined = [request for request in self.encoding if all(map(trunks.ready, request.leaves))]
+        if self.scores_soon:
+            behind = set(self.reward.read_ahead([request.response.prompt for request in joined], most))
+            joined = [request for request in joined if request.response.prompt not in behind]
+            self.encoded += self.reward.tokens - before
+        self.encoding = [request for request in self.encoding if request not in joined]
         self.running += joined
         return joined
 

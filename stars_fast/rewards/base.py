@@ -128,6 +128,13 @@ class Reward(abc.ABC):
         Raises ValueError for prompts that cannot be scored, naming the prompt's index and the limit.
         """
 
+    def read_ahead(self, prompts: Sequence[RewardPrompt], most: int) -> Sequence[RewardPrompt]:
+        """Encode at most ``most`` tokens of prompts whose answers are scored soon; which of them are not done yet.
+
+        So that a long prompt does not keep others' candidates waiting. A scorer may leave it all to :meth:`score`.
+        """
+        return []
+
     @abc.abstractmethod
     def score(self, completions: Sequence[Completion]) -> Sequence[float | Exception | None]:
         """One reward per completion; ``-inf`` rejects for good. An exception in a reward's place fails that completion

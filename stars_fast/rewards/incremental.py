@@ -129,26 +129,57 @@ class TreeCache:
         for start, stop in self._batches(texts):
             yield self._pass(texts, range(start, stop))
 
+    def read_ahead(self, prompts: Sequence[RewardPrompt], most: int) -> list[RewardPrompt]:
+        """Encode at most ``most`` tokens of these prompts, the first ones' first. Returns those that are not done.
+
+        What finds no free slots is left to the pass that needs it.
+        """
+        room, left = min(most, self.model.tree.free_slots), []
+        pieces: dict[RewardPrompt, list[int]] = {}
+        for prompt in dict.fromkeys(prompts):
+            run = self._missing(prompt)
+            if piece := run[: max(room, 0)]:
+                pieces[prompt] = piece
+            room -= len(piece)
+            if len(piece) < len(run):
+                left.append(prompt)
+        full = most >= self.model.tree.free_slots
+        if pieces:
+            self._encode_prompts(pieces)
+        return [] if full else left
+
+    def _missing(self, prompt: RewardPrompt) -> list[int]:
+        """The prompt's ids, but for the last ``lag``, that are not in the tree."""
+        run, known = self._runs[prompt], len(self._prefixes[prompt].ids)
+        return run[known : len(run) - self.lag] if known < len(run) else []
+
+    def _encode_prompts(self, pieces: Mapping[RewardPrompt, list[int]]) -> None:
+        """Append to what is in the tree of each prompt."""
+        logits = {"logits_to_keep": 0} if self._has_logits else {}
+        before = [self._prefixes[prompt] for prompt in pieces]
+        nodes, _ = self.model.extend([encoded.node for encoded in before], list(pieces.values()), **logits)
+        for (prompt, piece), old, node in zip(pieces.items(), before, nodes, strict=True):
+            self.tokens += len(piece)
+            known = len(old.ids) + len(piece)
+            run = self._runs[prompt]
+            ids = run if known == len(run) - self.lag else run[:known]
+            self._drop(old)
+            self._prefixes[prompt] = Encoded(node, ids, [0.0] * len(ids))
+
     def _open(self, responses: Sequence[Response]) -> None:
-        """Give each new response the node of its prompt, encoding prompts that are not in the tree."""
+        """Give each new response the node of its prompt, encoding what of prompts is not in the tree."""
         fresh = [response for response in dict.fromkeys(responses) if response not in self._responses]
         prompts = dict.fromkeys(response.prompt for response in fresh)
-        runs = {prompt: self._runs[prompt][: len(self._runs[prompt]) - self.lag] for prompt in prompts}
-        missing = [prompt for prompt in prompts if self._prefixes[prompt].node < 0 and runs[prompt]]
-        missing = sorted(missing, key=lambda prompt: len(runs[prompt]))
+        lengths = {prompt: len(self._runs[prompt]) for prompt in prompts}
+        missing = sorted((prompt for prompt in prompts if self._missing(prompt)), key=lengths.__getitem__)
         while missing:
             batch = [missing.pop()]
-            room = self.model.tree.free_slots - len(runs[batch[0]])
-            while missing and room >= len(runs[missing[-1]]):
+            room = self.model.tree.free_slots - lengths[batch[0]]
+            while missing and room >= lengths[missing[-1]]:
                 batch.append(missing.pop())
-                room -= len(runs[batch[-1]])
-            self._make_room(len(runs[batch[0]]), keep=set())
-            logits = {"logits_to_keep": 0} if self._has_logits else {}
-            nodes, _ = self.model.extend([-1] * len(batch), [runs[prompt] for prompt in batch], **logits)
-            for prompt, node in zip(batch, nodes, strict=True):
-                self.tokens += len(runs[prompt])
-                ids = self._runs[prompt]
-                self._prefixes[prompt] = Encoded(node, ids, [0.0] * len(ids))
+                room -= lengths[batch[-1]]
+            self._make_room(lengths[batch[0]], keep=set())
+            self._encode_prompts({prompt: self._missing(prompt) for prompt in batch})
         for response in fresh:
             self._share(self._prefixes[response.prompt], response)
 

@@ -89,6 +89,11 @@ class RenderedReward(Reward):
         for cache in self.caches:
             cache.begin(prefixes, rows, longest, kv_cache_tokens)
 
+    def read_ahead(self, prompts: Sequence[RewardPrompt], most: int) -> Sequence[RewardPrompt]:
+        left = [prompt for cache in self.caches for prompt in cache.read_ahead(prompts, most)]
+        self.tokens = sum(cache.tokens for cache in self.caches)
+        return left
+
     def end(self) -> None:
         if self._leave_call():
             for cache in self.caches:

@@ -103,6 +103,12 @@ class WeightedSum(Reward):
             self._begun.append(part)  # first: a begin that raises is ended, too
             part.reward.begin(prompts, max_new_tokens, rows, kv_cache_tokens)
 
+    def read_ahead(self, prompts: Sequence[RewardPrompt], most: int) -> Sequence[RewardPrompt]:
+        asked = [part for part in self._parts if part.reward.partial]
+        left = [prompt for part in asked for prompt in part.reward.read_ahead(prompts, most)]
+        self.tokens = sum(part.reward.tokens for part in self._parts)
+        return left
+
     def end(self) -> None:
         if self._leave_call():
             while self._begun:
