@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from stars_fast.outputs import Stats
 from stars_fast.request import Request
-from stars_fast.rewards.base import Response, Reward
+from stars_fast.rewards.base import Response, Reward, RewardPrompt
 from stars_fast.scheduler import Scheduler
 from stars_fast.trunks import Trunks
 
@@ -69,12 +69,21 @@ class Queue:
         self.encoded = trunks.encode(leaves, most)
         joined = [request for request in self.encoding if all(map(trunks.ready, request.leaves))]
         if self.scores_soon:
-            behind = set(self.reward.read_ahead([request.response.prompt for request in joined], most))
+            behind = self._behind([request.response.prompt for request in joined], most)
             joined = [request for request in joined if request.response.prompt not in behind]
             self.encoded += self.reward.tokens - before
         self.encoding = [request for request in self.encoding if request not in joined]
         self.running += joined
         return joined
+
+    def _behind(self, prompts: Sequence[RewardPrompt], most: int) -> set[RewardPrompt]:
+        """Prompts that the reward model has not read to their end. Where it fails, scoring meets that again, and says
+        for whom.
+        """
+        try:
+            return set(self.reward.read_ahead(prompts, most))
+        except Exception:
+            return set()
 
     def trunks_ahead(self) -> Trunks:
         """Where a request's text is encoded before it runs."""
