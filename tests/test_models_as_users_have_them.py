@@ -140,6 +140,15 @@ def test_a_policy_with_a_learned_prompt_is_refused_by_name(peft, kind):
         StarsEngine(model, sum_reward)
 
 
+def test_a_captured_graph_is_not_used_with_other_hooks():
+    model = policy()
+    seen = addresses(model)
+    handle = model.model.layers[1].register_forward_hook(lambda module, args, output: output)
+    assert addresses(model) != seen
+    handle.remove()
+    assert addresses(model) == seen
+
+
 # Quantised weights
 
 

@@ -13,6 +13,7 @@ from conftest import sum_reward, tiny_policy, tiny_reward
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.request import PromptNode, Request
 from stars_fast.rewards import Response, RewardPrompt
+from stars_fast.row_cost import HeartbeatCost
 from stars_fast.scheduler import Scheduler, acceptance_estimates
 from stars_fast.sharing import row_values, share_evenly, share_rows
 
@@ -312,3 +313,13 @@ def test_what_a_call_has_learned_of_costs_serves_the_next():
     assert 0 < cost.line()[0] < 1, "seconds, not the prior"
     engine.generate(PROMPTS, CONFIG, seed=1)
     assert engine.costs["stars"] is cost
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_policy_in_several_processes_plans_without_a_clock(sharded):
+    """Each process has a clock of its own, and all must draw and encode alike."""
+    engine = StarsEngine(tiny_policy(32, hidden=32), sum_reward)
+    engine.policy.sharded = sharded
+    engine.generate([[1, 2], [3]], CONFIG, seed=0)
+    fresh = HeartbeatCost()
+    assert all((cost.line() == fresh.line()) == sharded for cost in engine.costs.values())
