@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.decode import Leaf, Sampling, Shape, Steps
-from stars_fast.tree.graphs import Graphs
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.passes import trunk_room
 
@@ -53,9 +52,8 @@ class Policy(TreeModel):
     """
 
     def __init__(self, model: PreTrainedModel, cuda_graphs: bool = True, torch_compile: bool = True) -> None:
-        super().__init__(model, model, "policy")
+        super().__init__(model, model, "policy", cuda_graphs, torch_compile)
         self.source: Any = model  # what the user named it by
-        self.graphs = Graphs(self, cuda_graphs and self.device.type == "cuda", torch_compile)
         self.sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
         self._room = (0, 0)  # for the largest trunk and segment
 
@@ -80,7 +78,7 @@ class Policy(TreeModel):
 
         The first token comes from the leaf's logits; a segment of K tokens costs K - 1 forward passes.
         """
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():  # graphs run on it
+        with self.on_device():
             return self._propose(leaves, sampling)
 
     def _propose(self, leaves: Sequence[Leaf], sampling: Sampling) -> list[list[Draw]]:

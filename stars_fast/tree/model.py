@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 from weakref import WeakSet
@@ -40,6 +40,8 @@ class TreeModel:
         What a forward pass calls: the model itself, or its base model (without a head).
     role : str
         "policy" or "reward", for error messages.
+    cuda_graphs, torch_compile : bool
+        See :class:`stars_fast.tree.graphs.Graphs`.
 
     Raises
     ------
@@ -47,7 +49,14 @@ class TreeModel:
         For a family the attention interface does not reach, a stateful model, or ``dynamic`` rotary scaling, by name.
     """
 
-    def __init__(self, model: PreTrainedModel, body: PreTrainedModel, role: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        body: PreTrainedModel,
+        role: str,
+        cuda_graphs: bool = True,
+        torch_compile: bool = False,
+    ) -> None:
         refuse_unsupported(model, role)
         self.model = model
         self.body = body
@@ -73,7 +82,7 @@ class TreeModel:
         self.pool = SlotPool({}, 1, self.dtype, self.device)
         self.tree = SegmentTree(1)
         self.pools_made = 0
-        self.graphs = Graphs(self, self.device.type == "cuda", torch_compile=False)
+        self.graphs = Graphs(self, cuda_graphs and self.device.type == "cuda", torch_compile)
         self.watched = False  # by hooks, which a graph does not call
         self._met: Counter[PassShape] = Counter()
         # transformers returns a 4-D mask as it is: no mask is built, and nothing waits for the device.
@@ -204,6 +213,10 @@ class TreeModel:
             kwargs["logits_to_keep"] = ends - 1
         return self.forward(ids, trunk_len[row] + offset, context, **kwargs), ends - 1
 
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Makes the model's CUDA device the current one inside: graphs and their streams lie on it."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
     def _small_pass(self, plan: TreePlan, lengths: Sequence[int], rows: int, kwargs: Mapping[str, Any]) -> Pass | None:
         """What to run it on where it is small: tensors of a padded shape, captured once that has been met often enough.
 
@@ -220,7 +233,7 @@ class TreeModel:
         if self._met[shape] < WORTH_CAPTURING and shape not in self.graphs:
             return Pass(self, shape)
         try:
-            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            with self.on_device():
                 return self.graphs.get(shape, lambda: Pass(self, shape))
         except torch.OutOfMemoryError:  # what is free is for the texts
             self.graphs.give_up(Pass)
@@ -229,7 +242,7 @@ class TreeModel:
     def _run_small(
         self, small: Pass, plan: TreePlan, branches: Sequence[Sequence[int]]
     ) -> tuple[SimpleNamespace, torch.Tensor]:
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+        with self.on_device():
             small.load(plan, branches)
             small.run()
         rows, last = len(branches), small.query_indptr[1 : len(branches) + 1].long() - 1
