@@ -80,34 +80,30 @@ def split(runner: Runner) -> None:
 
 
 def steps(runner: Runner, names: tuple[str, ...]) -> None:
-    """Decode steps against their floor: compiled and captured, captured, eager."""
+    """Decode steps against their floor: compiled, so with every product apart, captured only, launched."""
     from gpu_parts.models import pair
-    from gpu_parts.steps import ROWS, time_steps
+    from gpu_parts.steps import MODES, ROWS, time_steps
 
     for name in names[: 1 if runner.tiny else None]:
         models = pair(runner, name)
-        for mode in ("compiled", "captured", "eager") if runner.on_gpu else ("eager",):
+        for mode in MODES if runner.on_gpu else ("launched",):
             shapes = ROWS if mode == "compiled" else ROWS[::2]
             with runner.guarded(f"{name}, {mode}"):
                 time_steps(runner, models, ((1, 1), (2, 2)) if runner.tiny else shapes, mode)
 
 
-def compiled(runner: Runner) -> None:
-    """Heartbeats with scoring and prefill compiled too."""
-    from gpu_parts.steps import time_compiled_passes
+def uncompiled(runner: Runner) -> None:
+    """Heartbeats without compiled layers."""
+    from gpu_parts.steps import time_uncompiled
 
-    time_compiled_passes(runner, "llama-2-7b", 4 if runner.tiny else 64, 4 if runner.tiny else 16, 0.3)
+    time_uncompiled(runner, "llama-2-7b", 4 if runner.tiny else 64, 4 if runner.tiny else 16, 0.3)
 
 
-def choices(runner: Runner) -> None:
-    """What fused weights and overlapped scoring would gain."""
-    from gpu_parts.choices import fused_weights, overlapped_scoring
+def overlap(runner: Runner) -> None:
+    """What scoring on a second stream would gain."""
+    from gpu_parts.overlap import overlapped_scoring
 
-    with runner.guarded("overlapped scoring"):
-        overlapped_scoring(runner, "llama-2-7b", *((4, 2, 4) if runner.tiny else (64, 3, 16)))
-    for name in ("llama-2-7b", "qwen2.5-7b"):
-        with runner.guarded(f"fused weights, {name}"):
-            fused_weights(runner, name, (1, 2) if runner.tiny else (1, 64, 192))
+    overlapped_scoring(runner, "llama-2-7b", *((4, 2, 4) if runner.tiny else (64, 3, 16)))
 
 
 def operators(runner: Runner) -> None:
@@ -132,8 +128,8 @@ PARTS = [
     Part("tests", 60, tests, needs_gpu=True),
     Part("steps", 35, partial(steps, names=("llama-2-7b",))),
     Part("operators", 35, operators),
-    Part("compiled", 35, compiled, needs_gpu=True),
-    Part("choices", 15, choices),
+    Part("uncompiled", 25, uncompiled),
+    Part("overlap", 10, overlap),
     Part("qwen2.5-7b", 70, partial(compare, name="qwen2.5-7b", batches=(64, 1), acceptances=(0.3, 0.15, 0.5))),
     Part("steps-qwen", 20, partial(steps, names=("qwen2.5-7b",)), needs_gpu=True),
     Part("batch-16", 25, partial(compare, name="llama-2-7b", batches=(16,), acceptances=(0.3,))),

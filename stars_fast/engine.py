@@ -62,7 +62,7 @@ class StarsEngine:
         Whether decode steps and small forward passes on a CUDA device are captured; the first call of a size takes
         longer then.
     torch_compile : bool
-        Whether the policy's decoder layers are compiled where they are captured.
+        Whether decoder layers of both models run compiled on a CUDA device; the first call takes some seconds longer.
 
     Raises
     ------
@@ -101,7 +101,7 @@ class StarsEngine:
             self.policy.vocab_size if self.tokenizer is None else len(self.tokenizer),
         )
         for tree in self.reward.tree_models:
-            tree.graphs.enabled = cuda_graphs and tree.device.type == "cuda"
+            tree.accelerate(cuda_graphs, torch_compile)
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)
         self.kv_cache_tokens = kv_cache_tokens
         self.gpu_memory_utilization = gpu_memory_utilization

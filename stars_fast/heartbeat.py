@@ -59,7 +59,7 @@ class Generation(Queue):
         self.method = config.chosen_method
         self.segments = self.method.segments()
         self.scores_soon = self.method.scores_unfinished
-        self.captures = -1  # of graphs, so far; the first heartbeat is no measure, as much is made in it
+        self.prepared = -1  # captures and compilations so far; the first heartbeat has too many to be a measure
         self.has_parts = type(reward).parts is not Reward.parts
 
     def run(self) -> Iterator[Request]:
@@ -94,7 +94,7 @@ class Generation(Queue):
         return failed + self.retreat(cause)
 
     def note(self, candidates: Sequence[Sequence[Candidate]], started: float, proposed: float, scored: int) -> None:
-        """Count the rows in use, and learn what they cost: not from heartbeats in which a graph was captured.
+        """Count the rows in use, and learn what they cost: not from heartbeats that captured or compiled something.
 
         The host has looked at the device when candidates were drawn, and again when they were scored, so two readings
         of the clock are all it takes.
@@ -104,8 +104,8 @@ class Generation(Queue):
         lengths = [len(candidate.draw.tokens) for group in candidates for candidate in group]
         self.stats.rows.append(len(lengths))
         self.stats.requests.append(len(candidates))
-        captures, self.captures = self.captures, Graphs.made_by_all
-        if captures == self.captures and any(lengths):
+        prepared, self.prepared = self.prepared, Graphs.prepared_by_all
+        if prepared == self.prepared and any(lengths):
             ended = time.perf_counter()
             beside = max(scored - sum(lengths), 0)
             self.scheduler.observe(

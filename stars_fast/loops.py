@@ -50,6 +50,6 @@ def draft_policy(draft: Any, kept: Policy | None, policy: Policy, tokenizer: Any
         raise ValueError(
             f"draft: {type(model).__name__} has {ids} ids and the policy {ours}: their vocabularies must be the same"
         )
-    made = Policy(model, policy.graphs.enabled, policy.graphs.torch_compile)
+    made = Policy(model, policy.graphs.enabled, policy.torch_compile)
     made.source = draft
     return made

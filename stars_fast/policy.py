@@ -48,7 +48,7 @@ class Policy(TreeModel):
         Whether decode steps on a CUDA device are captured: once for every padded shape
         (:meth:`stars_fast.decode.Shape.padded`), kept until the pool or the weights move.
     torch_compile : bool
-        Whether the decoder layers of a captured step are compiled.
+        Whether decoder layers run compiled on a CUDA device.
     """
 
     def __init__(self, model: PreTrainedModel, cuda_graphs: bool = True, torch_compile: bool = True) -> None:
@@ -184,7 +184,7 @@ class Policy(TreeModel):
         if processed or not self.graphs.enabled:
             return Steps(self, shape)
         shape = shape.padded(*self._room)
-        return self.graphs.get(shape, lambda: Steps(self, shape), capture=shape.length > 1, compiled=True)
+        return self.graphs.get(shape, lambda: Steps(self, shape), capture=shape.length > 1)
 
 
 def _draws(steps: Steps, branches: Sequence[int], sampling: Sampling) -> list[Draw]:

@@ -7,7 +7,7 @@ from test_architectures import CONFIG, FAMILIES, PROMPTS, causal_lm
 from torch._dynamo.testing import CompileCounter
 
 from stars_fast import StarsEngine
-from stars_fast.tree.compiled import compiled_layers
+from stars_fast.tree.compiled import CompiledLayers
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +22,10 @@ def test_layers_compile_whole_and_compute_the_same(family):
     model = causal_lm(family, FAMILIES[family])
     plain = StarsEngine(model, sum_reward).generate(PROMPTS, CONFIG, seed=0)
     engine, counter = StarsEngine(model, sum_reward), CompileCounter()
-    with compiled_layers(model, backend=counter) as layers:
+    layers = CompiledLayers(model, backend=counter)
+    with layers.running():
         compiled = engine.generate(PROMPTS, CONFIG, seed=0)
-    assert layers == model.config.num_hidden_layers
+    assert len(layers) == model.config.num_hidden_layers
     assert counter.frame_count > 0
     assert compiled.completions == plain.completions
     for ours, theirs in zip(compiled.logprobs, plain.logprobs, strict=True):
@@ -34,7 +35,7 @@ def test_layers_compile_whole_and_compute_the_same(family):
 def test_layers_and_numbers_of_rows_share_their_code():
     model, counter = tiny_policy(64, hidden=32, layers=12), CompileCounter()
     engine = StarsEngine(model, sum_reward)
-    with compiled_layers(model, backend=counter):
+    with CompiledLayers(model, backend=counter).running():
         for prompts in (PROMPTS, PROMPTS * 3, PROMPTS * 7):
             engine.generate(prompts, CONFIG, seed=0)
     assert counter.frame_count <= 2  # one row, and any other number
@@ -44,13 +45,13 @@ def test_many_models_compile_in_one_process():
     """Their layers share one function in transformers, and so its limit of compilations."""
     for family in ("llama", "qwen2", "gemma", "olmo2", "phi3", "granite"):
         model = causal_lm(family, FAMILIES[family])
-        with compiled_layers(model, backend="eager"):
+        with CompiledLayers(model, backend="eager").running():
             StarsEngine(model, sum_reward).generate(PROMPTS, CONFIG, seed=0)
 
 
 def test_the_model_has_its_own_forward_again():
     model = tiny_policy()
     before = [module.forward.__func__ for module in model.modules()]
-    with pytest.raises(RuntimeError, match="on purpose"), compiled_layers(model, backend="eager"):
+    with pytest.raises(RuntimeError, match="on purpose"), CompiledLayers(model, backend="eager").running():
         raise RuntimeError("on purpose")
     assert [module.forward.__func__ for module in model.modules()] == before

@@ -10,6 +10,7 @@ from conftest import sum_reward, tiny_policy, tiny_reward
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.heartbeat import Generation
+from stars_fast.policy import Policy
 from stars_fast.rewards.callable import CallableReward
 from stars_fast.scheduler import response_slots
 from stars_fast.tree import memory
@@ -49,6 +50,16 @@ def test_a_device_that_is_full_already_has_room_for_no_tokens():
 def test_logits_and_activations_are_set_aside():
     assert memory.workspace_bytes(8, 1000, 0, 0, 2) == 8 * 1000 * 4 * 2
     assert memory.workspace_bytes(0, 1000, 64, 256, 2) == 16384 * (8 * 64 + 4 * 256) * 2
+    assert memory.workspace_bytes(8, 1000, 64, 256, 2, 1024) == 8 * 1000 * 4 * 2 + 1024 * (8 * 64 + 4 * 256) * 2
+
+
+def test_what_graphs_keep_to_themselves_is_counted():
+    policy = Policy(tiny_policy(64, hidden=32))
+    launched = memory._workspace(policy, 8)
+    policy.graphs.enabled = True
+    config = policy.model.config
+    captured = memory.workspace_bytes(8, 64, 32, config.intermediate_size, 4, 1024)
+    assert memory._workspace(policy, 8) == launched + captured
 
 
 class FakeModel:

@@ -56,13 +56,13 @@ def watching(batch: int) -> Iterator[Watch]:
         full = not self.waiting and len(self.running) == batch
         requests.update((id(request), request) for request in self.running)
         context = statistics.fmean(len(r.prompt.ids) + len(r.tokens) for r in self.running) if self.running else 0.0
-        graphs, committed, drawn = Graphs.made_by_all, self.stats.committed_tokens, self.stats.policy_tokens
+        prepared, committed, drawn = Graphs.prepared_by_all, self.stats.committed_tokens, self.stats.policy_tokens
         if watch.on_beat is not None:
             watch.on_beat(self)
         started = time.perf_counter()
         changed = beat(self)
         seconds = time.perf_counter() - started
-        steady = full and graphs == Graphs.made_by_all
+        steady = full and prepared == Graphs.prepared_by_all
         watch.beats.append(
             Beat(seconds, self.stats.committed_tokens - committed, self.stats.policy_tokens - drawn, context, steady)
         )

@@ -15,7 +15,7 @@ def lines(content: dict[str, Any]) -> list[str]:
         *_others(rows),
         *_split(rows),
         *_steps(rows),
-        *_choices(rows),
+        *_overlap(rows),
         *_operators(rows),
         *(f"{row['case']}, tile {row['tile']}: {row['microseconds']:.1f} us" for row in _of(rows, "tile")),
         *_tests(rows),
@@ -99,7 +99,7 @@ def _steps(rows: list[dict[str, Any]]) -> Iterable[str]:
         )
 
 
-def _choices(rows: list[dict[str, Any]]) -> Iterable[str]:
+def _overlap(rows: list[dict[str, Any]]) -> Iterable[str]:
     for row in _of(rows, "overlap"):
         yield ""
         yield (
@@ -107,11 +107,6 @@ def _choices(rows: list[dict[str, Any]]) -> Iterable[str]:
             f"scoring as many tokens {row['score_milliseconds']:.2f} ms; one after the other "
             f"{row['serial_milliseconds']:.2f} ms, on two streams {row['concurrent_milliseconds']:.2f} ms: "
             f"{row['saved_milliseconds']:.2f} ms saved"
-        )
-    for row in _of(rows, "fused_weights"):
-        yield (
-            f"{row['pair']}, {row['rows']} rows: q/k/v and gate/up of a layer {row['separate_microseconds']:.1f} us, "
-            f"fused {row['fused_microseconds']:.1f} us ({row['gain']:.2f}x, {row['gigabytes_per_second']:.0f} GB/s)"
         )
 
 

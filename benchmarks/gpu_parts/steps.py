@@ -20,9 +20,12 @@ from stars_fast.heartbeat import Generation
 from stars_fast.policy import Policy
 from stars_fast.roofline import decode_step
 from stars_fast.tree.attention import plugged
+from stars_fast.tree.shared_products import SharedProducts
 
 # Requests and candidates of each: 1, 8, 64, 128, 192 and 256 rows.
 ROWS = ((1, 1), (1, 8), (16, 4), (64, 2), (64, 3), (64, 4))
+# Compiled layers in graphs; the same with every product by itself; graphs alone; neither.
+MODES = ("compiled", "apart", "captured", "launched")
 _CONTEXT, _LONGEST = 256, 33  # tokens of a trunk; of a segment
 STAGES = ("admit", "extend", "set_base_rewards", "propose", "score", "select_and_commit")
 
@@ -31,7 +34,9 @@ def time_steps(runner: Runner, models: Pair, shapes: tuple[tuple[int, int], ...]
     """One decode step in each shape: what a long proposal takes longer than a short one, per step."""
     context, longest = (8, 5) if runner.tiny else (_CONTEXT, _LONGEST)
     runner.shared.pop("engine", None)  # the pools of both would not fit beside two 7B models in 80 GB
-    policy = Policy(models.policy, cuda_graphs=mode != "eager", torch_compile=mode == "compiled")
+    policy = Policy(models.policy, cuda_graphs=mode != "launched", torch_compile=mode in ("compiled", "apart"))
+    if mode == "apart":
+        policy.compiled_layers().products = SharedProducts([])
     groups = max(groups for groups, _ in shapes)
     rows = max(groups * candidates for groups, candidates in shapes)
     with plugged(policy.model), torch.no_grad():
@@ -80,18 +85,13 @@ def _against_floor(
     }
 
 
-def time_compiled_passes(runner: Runner, name: str, batch: int, segment: int, acceptance: float) -> None:
-    """Heartbeats in which the passes that no graph holds (scoring, prefill) are compiled too."""
-    from stars_fast.tree.compiled import compiled_layers
-
+def time_uncompiled(runner: Runner, name: str, batch: int, segment: int, acceptance: float) -> None:
+    """Heartbeats in which no layer is compiled, against those of the other parts."""
     models = pair(runner, name)
-    runner.shared.pop("engine", None)  # its graphs hold layers that were compiled elsewhere
+    runner.shared.pop("engine", None)
     try:
-        with compiled_layers(models.policy), compiled_layers(models.reward):
-            started = time.perf_counter()
-            rewards = pilot(engine(runner, models, torch_compile=False), models, segment, runner.tiny)
-            runner.add("warm_up", pair=name, seconds=time.perf_counter() - started)
-            compare_engine(runner, models, rewards, batch, segment, acceptance, 8.0, remark=", comp.")
+        rewards = pilot(engine(runner, models, torch_compile=False), models, segment, runner.tiny)
+        compare_engine(runner, models, rewards, batch, segment, acceptance, 8.0, remark=", unc.")
     finally:
         runner.shared.pop("engine", None)
 

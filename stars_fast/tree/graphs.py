@@ -78,8 +78,6 @@ class Graphs:
     model : TreeModel
     enabled : bool
         Whether work is padded to shapes that recur. On a CUDA device it is captured then.
-    torch_compile : bool
-        Whether decoder layers are compiled in work that asks for it.
 
     Attributes
     ----------
@@ -87,10 +85,10 @@ class Graphs:
         Graphs so far.
     """
 
-    made_by_all = 0  # by every model of this process
+    prepared_by_all = 0  # captures and compilations of this process so far: a heartbeat with one says nothing of speed
 
-    def __init__(self, model: TreeModel, enabled: bool, torch_compile: bool) -> None:
-        self.enabled, self.torch_compile, self.made = enabled, torch_compile, 0
+    def __init__(self, model: TreeModel, enabled: bool) -> None:
+        self.enabled, self.made = enabled, 0
         self._model: Any = weakref.proxy(model)
         self._kept: dict[Hashable, Captured] = {}
         self._impossible: set[type[Captured]] = set()  # what could not be captured once
@@ -111,7 +109,7 @@ class Graphs:
         self._kept.clear()
         self._pool = None  # memory that no graph uses is gone, and its handle with it
 
-    def get(self, shape: Hashable, make: Callable[[], _Work], *, capture: bool = True, compiled: bool = False) -> _Work:
+    def get(self, shape: Hashable, make: Callable[[], _Work], *, capture: bool = True) -> _Work:
         """The work of that shape, kept; on a CUDA device captured, where ``capture`` asks for it and it is possible.
 
         Raises
@@ -123,7 +121,7 @@ class Graphs:
         if work is None:
             work = make()
             possible = self._model.device.type == "cuda" and type(work) not in self._impossible
-            if capture and possible and not self._capture(work, compiled and self.torch_compile):
+            if capture and possible and not self._capture(work):
                 work = make()
         same = [key for key, kept in self._kept.items() if type(kept) is type(work)]
         if len(same) >= _MOST_GRAPHS:
@@ -138,41 +136,28 @@ class Graphs:
     def __contains__(self, shape: Hashable) -> bool:
         return shape in self._kept
 
-    def _capture(self, work: Captured, compiled: bool) -> bool:
+    def _capture(self, work: Captured) -> bool:
         """Whether there is a graph now. Where there is none, none of its kind is asked for again."""
         self.made += 1
-        Graphs.made_by_all += 1
+        Graphs.prepared_by_all += 1
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()  # all graphs share its memory: one runs at a time
         if self._stream is None:
             self._stream = torch.cuda.Stream()  # one: cuBLAS keeps 32 MiB for every stream it has worked on
         try:
-            if not (compiled and self._capture_compiled(work)):
-                work.capture(self._pool, self._stream)
+            work.capture(self._pool, self._stream)
         except RuntimeError as error:
             self.drop()
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             self.give_up(type(work))
-            self._warn("cannot be captured in a CUDA graph, so their kernels are launched one by one", error)
+            warnings.warn(
+                f"the layers of {type(self._model.model).__name__} cannot be captured in a CUDA graph, so their "
+                f"kernels are launched one by one: {error}",
+                stacklevel=2,
+            )
             return False
         return True
-
-    def _capture_compiled(self, work: Captured) -> bool:
-        """Whether the layers compile, and are in a graph now."""
-        from stars_fast.tree.compiled import CompilationError, compiled_layers  # imports torch's compiler: a second
-
-        try:
-            with compiled_layers(self._model.model):
-                work.capture(self._pool, self._stream)
-        except CompilationError as error:
-            self.torch_compile = False
-            self._warn("do not compile, so they run without", error)
-            return False
-        return True
-
-    def _warn(self, what: str, error: Exception) -> None:
-        warnings.warn(f"the layers of {type(self._model.model).__name__} {what}: {error}", stacklevel=2)
 
 
 def addresses(model: PreTrainedModel) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from stars_fast.tree.model import TreeModel
+from stars_fast.tree.passes import MOST_TOKENS
 
 # Of the memory that is free when the pool is made, where no engine has divided the device; the rest is for activations
 # and for everybody else.
@@ -81,14 +82,20 @@ def pool_tokens(total: int, in_use: int, workspace: int, bytes_per_token: Sequen
     return max(0, int(utilization * total - in_use - workspace) // sum(bytes_per_token))
 
 
-def workspace_bytes(rows: int, vocab: int, hidden: int, intermediate: int, itemsize: int) -> int:
-    """Bytes of a forward pass's logits (``rows``, twice in float32) and of a layer's activations (16384 tokens)."""
+def workspace_bytes(
+    rows: int, vocab: int, hidden: int, intermediate: int, itemsize: int, packed_tokens: int = _PACKED_TOKENS
+) -> int:
+    """Bytes of a forward pass's logits (``rows``, twice in float32) and of a layer's activations."""
     logits = 2 * rows * vocab * torch.float32.itemsize
-    return logits + _PACKED_TOKENS * (_HIDDEN_COPIES * hidden + _INTERMEDIATE_COPIES * intermediate) * itemsize
+    return logits + packed_tokens * (_HIDDEN_COPIES * hidden + _INTERMEDIATE_COPIES * intermediate) * itemsize
 
 
 def _workspace(model: TreeModel, rows: int) -> int:
     hidden = int(model.text_config.hidden_size)
     intermediate = int(getattr(model.text_config, "intermediate_size", None) or 4 * hidden)
     vocab = model.vocab_size if model.body is model.model else 0  # a reward model's body has no logits
-    return workspace_bytes(rows, vocab, hidden, intermediate, model.dtype.itemsize)
+    launched, captured = (
+        workspace_bytes(rows, vocab, hidden, intermediate, model.dtype.itemsize, tokens)
+        for tokens in (_PACKED_TOKENS, MOST_TOKENS)
+    )
+    return launched + captured * model.graphs.enabled  # memory of graphs serves nobody else

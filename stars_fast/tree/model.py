@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
 import numpy as np
@@ -20,6 +21,9 @@ from stars_fast.tree.graphs import Graphs
 from stars_fast.tree.passes import MOST_TOKENS, WORTH_CAPTURING, Pass, PassShape
 from stars_fast.tree.segment_tree import SegmentTree, TreePlan, plan
 from stars_fast.tree.slots import SlotPool
+
+if TYPE_CHECKING:
+    from stars_fast.tree.compiled import CompiledLayers
 
 # A packed prefill is cut into pieces of this many tokens a row, so that a long prompt's scores fit in memory.
 PREFILL_CHUNK = 512
@@ -41,7 +45,8 @@ class TreeModel:
     role : str
         "policy" or "reward", for error messages.
     cuda_graphs, torch_compile : bool
-        See :class:`stars_fast.tree.graphs.Graphs`.
+        Whether work on a CUDA device is captured (:class:`stars_fast.tree.graphs.Graphs`), and whether decoder layers
+        run compiled there (:class:`stars_fast.tree.compiled.CompiledLayers`).
 
     Raises
     ------
@@ -82,7 +87,9 @@ class TreeModel:
         self.pool = SlotPool({}, 1, self.dtype, self.device)
         self.tree = SegmentTree(1)
         self.pools_made = 0
-        self.graphs = Graphs(self, cuda_graphs and self.device.type == "cuda", torch_compile)
+        self.graphs = Graphs(self, False)
+        self.torch_compile = False  # until the numbers have been compared: nothing is compiled for a few tokens
+        self._compiled: CompiledLayers | None = None
         self.watched = False  # by hooks, which a graph does not call
         self._met: Counter[PassShape] = Counter()
         # transformers returns a 4-D mask as it is: no mask is built, and nothing waits for the device.
@@ -90,6 +97,12 @@ class TreeModel:
         if model not in _compared:
             self._compare_with_plain()
             _compared.add(model)
+        self.accelerate(cuda_graphs, torch_compile)
+
+    def accelerate(self, cuda_graphs: bool, torch_compile: bool) -> None:
+        """Capture and compile, or do not; on a CUDA device only."""
+        on_gpu = self.device.type == "cuda"
+        self.graphs.enabled, self.torch_compile = cuda_graphs and on_gpu, torch_compile and on_gpu
 
     def _record_shapes(self) -> ShapeRecorder:
         recorder = ShapeRecorder({})
@@ -124,6 +137,8 @@ class TreeModel:
 
     def allocate(self, tokens: int) -> None:
         """An empty tree over ``tokens`` slots (and slot 0); a pool that is large enough is kept."""
+        if self.torch_compile:
+            self.compiled_layers().refresh()  # moves weights, which graphs rely on
         if self.pool.slots < tokens + 1:
             self.graphs.drop()  # their memory is needed first
             self.pool = SlotPool({}, 1, self.dtype, self.device)  # free the old one before making the new
@@ -149,6 +164,29 @@ class TreeModel:
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, context: TreeContext, **kwargs: Any) -> Any:
         """One packed forward pass. ids, positions ``[T]`` int64; returns the body's output, batch size 1."""
+        if self.torch_compile:
+            from stars_fast.tree.compiled import CompilationError
+
+            try:
+                with self.compiled_layers().running():
+                    return self._forward(ids, positions, context, **kwargs)
+            except CompilationError as error:
+                self.torch_compile = False
+                warnings.warn(
+                    f"the layers of {type(self.model).__name__} do not compile, so they run without: {error}",
+                    stacklevel=2,
+                )
+        return self._forward(ids, positions, context, **kwargs)
+
+    def compiled_layers(self) -> CompiledLayers:
+        """The model's layers as they run compiled."""
+        from stars_fast.tree.compiled import CompiledLayers  # imports torch's compiler: a second
+
+        if self._compiled is None:
+            self._compiled = CompiledLayers(self.model)
+        return self._compiled
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, context: TreeContext, **kwargs: Any) -> Any:
         with active(context):
             return self.body(
                 input_ids=ids[None],
@@ -220,7 +258,7 @@ class TreeModel:
     def _small_pass(self, plan: TreePlan, lengths: Sequence[int], rows: int, kwargs: Mapping[str, Any]) -> Pass | None:
         """What to run it on where it is small: tensors of a padded shape, captured once that has been met often enough.
 
-        Padded from the first time on, and never compiled: the numbers of a pass do not depend on what ran before.
+        Padded from the first time on: the numbers of a pass do not depend on what ran before.
         """
         logits, kept = self.body is self.model, kwargs.get("logits_to_keep", 0)
         usual = kwargs.keys() <= {"logits_to_keep"} and isinstance(kept, int) and kept == 0

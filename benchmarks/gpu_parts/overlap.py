@@ -1,4 +1,4 @@
-"""What would be worth building on this GPU: measured before it is built, so that it is built only if it pays."""
+"""Scoring beside decoding, on a second stream: measured before it is built, so that it is built only if it pays."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from micro.timing import captured
 
 from gpu_parts.heartbeats import PROMPT
-from gpu_parts.models import Pair, configs, free, pair
+from gpu_parts.models import Pair, pair
 from gpu_parts.runner import Runner
 from stars_fast.bench.yardsticks import seconds
 from stars_fast.decode import Leaf, Sampling
@@ -18,59 +16,7 @@ from stars_fast.policy import Policy
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.model import TreeModel
 
-_WEIGHT_SETS = 8  # layers in turn, so that no weights stay in the cache
 _ROUNDS = 7
-
-
-def fused_weights(runner: Runner, name: str, rows: tuple[int, ...]) -> None:
-    """Query, key and value in one product, gate and up in another, against five: what a layer's products take."""
-    config = configs(name, runner.tiny)[0]
-    heads, keys = config.num_attention_heads, config.num_key_value_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    groups = [[heads * size, keys * size, keys * size], [config.intermediate_size] * 2]
-    dtype = torch.bfloat16 if runner.on_gpu else torch.float32
-    free(runner)
-    layers = [
-        [torch.randn(sum(parts), config.hidden_size, device=runner.device, dtype=dtype) for parts in groups]
-        for _ in range(_WEIGHT_SETS)
-    ]
-    for count in rows:
-        x = torch.randn(count, config.hidden_size, device=runner.device, dtype=dtype)
-
-        def fused(i: int, x: torch.Tensor = x) -> None:
-            for weight in layers[i]:
-                F.linear(x, weight)
-
-        def separate(i: int, x: torch.Tensor = x) -> None:
-            for weight, parts in zip(layers[i], groups, strict=True):
-                for part in weight.split(parts):
-                    F.linear(x, part)
-
-        apart, together = (_per_layer(runner, call) for call in (separate, fused))
-        runner.add(
-            "fused_weights",
-            pair=name,
-            rows=count,
-            separate_microseconds=apart * 1e6,
-            fused_microseconds=together * 1e6,
-            gain=apart / together,
-            gigabytes_per_second=sum(weight.nbytes for weight in layers[0]) / together / 1e9,
-        )
-
-
-def _per_layer(runner: Runner, call: Callable[[int], None]) -> float:
-    """Seconds of one layer's products; a graph holds them on a GPU, as it does in a decode step."""
-    for i in range(_WEIGHT_SETS):
-        call(i)
-    if runner.on_gpu:
-        run = captured(call, _WEIGHT_SETS)
-    else:
-
-        def run() -> None:
-            for i in range(_WEIGHT_SETS):
-                call(i)
-
-    return seconds(run, runner.device, _ROUNDS) / _WEIGHT_SETS
 
 
 def overlapped_scoring(runner: Runner, name: str, batch: int, candidates: int, segment: int) -> None:
@@ -118,7 +64,7 @@ def _decode_steps(
     models: Pair, prompts: list[list[int]], candidates: int, segment: int, half: int
 ) -> Callable[[], None]:
     """Half a segment's decode steps, as the engine runs them."""
-    policy = Policy(models.policy, torch_compile=False)
+    policy = Policy(models.policy)
     batch, length = len(prompts), len(prompts[0])
     policy.begin(batch * length + batch * candidates * segment, length, segment)
     nodes, logits = policy.prefill([-1] * batch, prompts)
@@ -144,7 +90,8 @@ def _decode_steps(
 
 def _scoring_pass(models: Pair, prompts: list[list[int]], candidates: int, half: int) -> Callable[[], None]:
     """One pass of the reward model over half a segment of every row."""
-    model = TreeModel(models.reward, getattr(models.reward, models.reward.base_model_prefix), "reward")
+    body = getattr(models.reward, models.reward.base_model_prefix)
+    model = TreeModel(models.reward, body, "reward", torch_compile=True)
     batch, length, rows = len(prompts), len(prompts[0]), len(prompts) * candidates
     model.allocate(batch * length + rows * half)
     nodes, _ = model.extend([-1] * batch, prompts)
