@@ -240,7 +240,7 @@ def _shared(seed: Any, policy: Policy) -> Any:
 def _keys(seed: Any, prompts: int, samples: int) -> list[int]:
     """Key of each output row's random numbers."""
     if seed is None:
-        seed = int(torch.randint(0, 2**63 - 1, ()))
+        seed = int(torch.randint(0, 2**63 - 1, (), device="cpu"))
     if isinstance(seed, (bool, str)) or not isinstance(seed, (Integral, Sequence)):
         raise TypeError(f"seed={seed!r}: must be an integer, or one integer per prompt")
     if isinstance(seed, Integral):

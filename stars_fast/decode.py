@@ -132,12 +132,13 @@ class Steps(Captured):
                 [leaves[g].length for g in group],
             ],
             dtype=torch.int32,
+            device="cpu",
         )
-        self.groups = torch.tensor(group).to(self.tokens.device, non_blocking=True)  # [rows in use]
+        self.groups = torch.tensor(group, device="cpu").to(self.tokens.device, non_blocking=True)  # [rows in use]
         self.plan.load(plan)
         self._set(sampling)
         self.row_state[:3, :rows].copy_(state, non_blocking=True)
-        self.keys[:rows].copy_(torch.tensor([leaves[g].key for g in group]), non_blocking=True)
+        self.keys[:rows].copy_(torch.tensor([leaves[g].key for g in group], device="cpu"), non_blocking=True)
         torch.index_select(plan.trunk_len, 0, self.groups, out=self.first_position[:rows])
         self.position.zero_()
         self.alive.zero_()
@@ -147,8 +148,10 @@ class Steps(Captured):
         if self.seen is not None:
             self.seen[:rows] = torch.stack([_seen(leaf) for leaf in leaves])[self.groups]
         if self.shape.uncertain:
-            self.entropy[:rows].copy_(torch.tensor([leaves[g].entropy for g in group]), non_blocking=True)
-            shortest = torch.tensor([leaves[g].shortest for g in group], dtype=torch.int32)
+            self.entropy[:rows].copy_(
+                torch.tensor([leaves[g].entropy for g in group], dtype=torch.float32, device="cpu"), non_blocking=True
+            )
+            shortest = torch.tensor([leaves[g].shortest for g in group], dtype=torch.int32, device="cpu")
             self.shortest[:rows].copy_(shortest, non_blocking=True)
         self.processors = [leaves[g].processor for g in group]
         logits = torch.stack([leaf.logits for leaf in leaves])[self.groups]  # [rows in use, V]

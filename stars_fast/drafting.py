@@ -147,14 +147,16 @@ class SelfJudging(Generation):
         count, lengths = len(drafts), [len(draft.tokens) for draft in drafts]
         raw = torch.cat(logits[:count])  # [T, V], the judge's
         judge, drafted = self._processed(raw), self._processed(torch.cat(logits[count:]))
-        tokens = torch.tensor([token for draft in drafts for token in draft.tokens], dtype=torch.int64).to(raw.device)
+        tokens = torch.tensor(
+            [token for draft in drafts for token in draft.tokens], dtype=torch.int64, device="cpu"
+        ).to(raw.device)
         ratio = (judge - drafted).gather(1, tokens[:, None])[:, 0].exp().double().cpu()  # [T]
         ratio = ratio.nan_to_num(0.0)  # filters that cut otherwise than in the draft leave 0 / 0: such a token falls
         stands = (self._uniforms(lengths) < ratio).tolist()
         starts = [0, *accumulate(lengths)]
         kept = [_leading(stands[a:b]) for a, b in pairwise(starts)]
         fallen = [i for i in range(count) if kept[i] < lengths[i] and drafts[i].finite]
-        places = torch.tensor([starts[i] + kept[i] for i in fallen], dtype=torch.int64)
+        places = torch.tensor([starts[i] + kept[i] for i in fallen], dtype=torch.int64, device="cpu")
         lacking = (judge[places].exp() - drafted[places].exp()).clamp_min(0)  # [F, V]
         # Two laws that differ by rounding alone may leave nothing.
         lacking = torch.where(lacking.sum(1, keepdim=True) > 0, lacking, judge[places].exp())
@@ -163,7 +165,10 @@ class SelfJudging(Generation):
         judged = []
         for i, draft in enumerate(drafts):
             ids = draft.tokens[: kept[i]] + ([new[i]] if i in new else [])
-            rows = torch.arange(starts[i], starts[i] + len(ids)), torch.tensor(ids, dtype=torch.int64)
+            rows = (
+                torch.arange(starts[i], starts[i] + len(ids), device="cpu"),
+                torch.tensor(ids, dtype=torch.int64, device="cpu"),
+            )
             ended = bool(ids) and ids[-1] in self.sampling.eos_token_ids
             finite = draft.finite and not raw[rows[0]].isnan().any()
             judged.append(Draw(-1, ids, raw[rows].tolist(), judge[rows].tolist(), ended, finite))
@@ -208,8 +213,8 @@ class SelfJudging(Generation):
             for request, length in zip(self.running, lengths, strict=True)
             for position in range(length)
         ]
-        keys, segments, positions = torch.tensor(names, dtype=torch.int64).view(-1, 3).unbind(1)
-        return acceptance_uniform(keys, segments, torch.tensor(0), positions)
+        keys, segments, positions = torch.tensor(names, dtype=torch.int64, device="cpu").view(-1, 3).unbind(1)
+        return acceptance_uniform(keys, segments, torch.tensor(0, device="cpu"), positions)
 
     def _replacements(self, fallen: Sequence[int], positions: Sequence[int], logits: torch.Tensor) -> list[int]:
         """A token with these logits ``[F, V]`` for each, by the random numbers of attempt 1: drafts are attempt 0."""

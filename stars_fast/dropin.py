@@ -295,7 +295,7 @@ class _Decoder:
             return sequences
         return StarsGenerateOutput(
             sequences=sequences,
-            rewards=cast(torch.FloatTensor, torch.tensor(out.rewards, device=sequences.device)),
+            rewards=cast(torch.FloatTensor, torch.tensor(out.rewards, dtype=torch.float32, device=sequences.device)),
             stats=out.stats,
         )
 

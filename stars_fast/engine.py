@@ -183,12 +183,12 @@ class StarsEngine:
         if streamer is not None:
             if call.rows > 1:
                 raise ValueError(f"streamer: takes one response, not {call.rows}; use StarsEngine.stream")
-            streamer.put(torch.tensor([call.prompts[0].ids]))
+            streamer.put(torch.tensor([call.prompts[0].ids], device="cpu"))
         with progress_bar(progress, call.rows) as advance:
             for event in self._events(call):
                 advance(event)
                 if streamer is not None and event.segment is not None:
-                    streamer.put(torch.tensor(event.segment.tokens))
+                    streamer.put(torch.tensor(event.segment.tokens, device="cpu"))
         if streamer is not None:
             streamer.end()
         return self._output(call)
@@ -297,7 +297,7 @@ class StarsEngine:
         pad = pad_token_id(self.policy.model, self.tokenizer, call.sampling.eos_token_ids)
         decode = None if self.tokenizer is None else self.tokenizer.decode
         return StarsOutput(
-            sequences=torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+            sequences=torch.tensor([row + [pad] * (width - len(row)) for row in rows], device="cpu"),
             completions=[list(request.tokens) for request in requests],
             texts=None if decode is None else [decode(r.tokens, skip_special_tokens=True) for r in requests],
             rewards=[request.reward for request in requests],

@@ -56,7 +56,7 @@ class Enumeration(Generation):
             for i, candidate in enumerate(group)
         ]
         if named:
-            uniforms = acceptance_uniform(*torch.tensor([name for _, name in named]).unbind(1))
+            uniforms = acceptance_uniform(*torch.tensor([name for _, name in named], device="cpu").unbind(1))
             for (candidate, _), noise in zip(named, (-(-uniforms.log()).log()).tolist(), strict=True):
                 candidate.gumbel = noise
         super().score(candidates)

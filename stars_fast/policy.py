@@ -123,7 +123,7 @@ class Policy(TreeModel):
         raw, looked_at = logits.float().log_softmax(1), processed.float().log_softmax(1)
         counts = [len(group) for group in tokens]
         ids = [token for group in tokens for token in group]
-        group = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(raw.device)
+        group = torch.tensor([g for g, count in enumerate(counts) for _ in range(count)], device=raw.device)
         place = group, torch.tensor(ids, device=raw.device)
         nodes = self.plan(leaves, counts, [0] * len(ids)).branches
         finite = (raw.amax(1).isfinite() & looked_at.amax(1).isfinite())[group]

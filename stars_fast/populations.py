@@ -137,8 +137,8 @@ class Trials(Members):
                 self._settle_at(request, request.members[request.best_attempt], accepted=False)
 
     def _accepts(self, request: Request, answer: Request) -> bool:
-        key, attempt = torch.tensor(request.key), torch.tensor(request.attempts - 1)
-        uniform = acceptance_uniform(key, torch.tensor(0), attempt).item()
+        key, attempt = torch.tensor(request.key, device="cpu"), torch.tensor(request.attempts - 1, device="cpu")
+        uniform = acceptance_uniform(key, torch.tensor(0, device="cpu"), attempt).item()
         return uniform < acceptance_probability(answer.reward, request.target, request.beta)
 
     def _settle_at(self, request: Request, answer: Request, accepted: bool) -> None:
@@ -204,8 +204,8 @@ class Populations(Members):
             self.settle(request, winner, winner.segments)
 
     def _uniforms(self, request: Request) -> list[float]:
-        slots = torch.arange(self.population.width)
-        key, step = torch.tensor(request.key), torch.tensor(request.attempts)
+        slots = torch.arange(self.population.width, device="cpu")
+        key, step = torch.tensor(request.key, device="cpu"), torch.tensor(request.attempts, device="cpu")
         uniforms: list[float] = acceptance_uniform(key, step, slots).tolist()
         return uniforms
 

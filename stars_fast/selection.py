@@ -30,26 +30,28 @@ def first_accepted(
     drawn = [candidate for group in candidates for candidate in group]
     counts = [0, *(len(group) for group in candidates)]
     int32, float64 = torch.int32, torch.float64
-    attempts = torch.tensor([request.attempts for request in requests], dtype=int32)
-    best_attempt = torch.tensor([request.best_attempt for request in requests], dtype=int32)
-    first_row = torch.tensor(counts).cumsum(0, dtype=int32)
+    attempts = torch.tensor([request.attempts for request in requests], dtype=int32, device="cpu")
+    best_attempt = torch.tensor([request.best_attempt for request in requests], dtype=int32, device="cpu")
+    first_row = torch.tensor(counts, device="cpu").cumsum(0, dtype=int32)
     groups, rows = len(requests), len(drawn)
     winner, accepted, thresholds = select_and_commit(
-        torch.tensor([candidate.score for candidate in drawn], dtype=torch.float32),
-        torch.tensor([len(candidate.draw.tokens) for candidate in drawn], dtype=int32),
-        torch.tensor([candidate.ended for candidate in drawn]),
+        torch.tensor([candidate.score for candidate in drawn], dtype=torch.float32, device="cpu"),
+        torch.tensor([len(candidate.draw.tokens) for candidate in drawn], dtype=int32, device="cpu"),
+        torch.tensor([candidate.ended for candidate in drawn], device="cpu"),
         first_row,
-        torch.tensor([request.key for request in requests]),
-        torch.tensor([len(request.segments) for request in requests], dtype=int32),
+        torch.tensor([request.key for request in requests], device="cpu"),
+        torch.tensor([len(request.segments) for request in requests], dtype=int32, device="cpu"),
         attempts,
-        torch.tensor([len(request.tokens) for request in requests], dtype=int32),
-        torch.full((groups,), config.max_new_tokens, dtype=int32),
-        torch.tensor([most_attempts(request, config) for request in requests], dtype=int32),
-        torch.tensor([_known(request.base) for request in requests], dtype=float64),
-        torch.tensor([request.target for request in requests], dtype=float64),
-        torch.tensor([request.beta for request in requests], dtype=float64),
+        torch.tensor([len(request.tokens) for request in requests], dtype=int32, device="cpu"),
+        torch.full((groups,), config.max_new_tokens, dtype=int32, device="cpu"),
+        torch.tensor([most_attempts(request, config) for request in requests], dtype=int32, device="cpu"),
+        torch.tensor([_known(request.base) for request in requests], dtype=float64, device="cpu"),
+        torch.tensor([request.target for request in requests], dtype=float64, device="cpu"),
+        torch.tensor([request.beta for request in requests], dtype=float64, device="cpu"),
         config.finished_threshold == "target",
-        torch.tensor([request.best.score if request.best else 0.0 for request in requests], dtype=torch.float32),
+        torch.tensor(
+            [request.best.score if request.best else 0.0 for request in requests], dtype=torch.float32, device="cpu"
+        ),
         best_attempt,
         # The tree writes the slot tables anew in its next plan: nothing to keep in the operator's.
         *_empty_tables(groups, rows),
@@ -79,6 +81,6 @@ def _empty_tables(groups: int, rows: int) -> tuple[torch.Tensor, ...]:
     """best_slots, best_len, trunk_slots, trunk_len, branch_slots, branch_len, keep: all without width."""
 
     def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int32)
+        return torch.zeros(shape, dtype=torch.int32, device="cpu")
 
     return zeros(groups, 0), zeros(groups), zeros(groups, 0), zeros(groups), zeros(rows, 0), zeros(rows), zeros(rows)

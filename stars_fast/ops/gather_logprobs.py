@@ -36,7 +36,7 @@ def _cpu(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     rows, vocab = logits.shape
     if logits.dtype not in FLOAT_CODES:
         raise ValueError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
-    logits, out = logits.contiguous(), torch.empty(rows)
+    logits, out = logits.contiguous(), logits.new_empty(rows, dtype=torch.float32)
     _native(
         address(logits, "logits", logits.dtype, (rows, vocab)),
         FLOAT_CODES[logits.dtype],

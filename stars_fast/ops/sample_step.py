@@ -246,8 +246,8 @@ def _cpu(
     if logits.dtype not in FLOAT_CODES:
         raise ValueError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
     logits = logits.contiguous()
-    token = torch.empty(rows, dtype=torch.int64)
-    logprob, sampling_logprob, entropy = torch.empty(rows), torch.empty(rows), torch.empty(rows)
+    token = logits.new_empty(rows, dtype=torch.int64)
+    logprob, sampling_logprob, entropy = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
     _native(
         address(logits, "logits", logits.dtype, (rows, vocab)),
         FLOAT_CODES[logits.dtype],

@@ -255,8 +255,8 @@ def _cpu(
 ) -> _Result:
     rows, groups = reward.shape[0], keys.shape[0]
     branch_capacity, trunk_capacity = branch_slots.shape[1], trunk_slots.shape[1]
-    winner, accepted = torch.empty(groups, dtype=torch.int32), torch.empty(groups, dtype=torch.bool)
-    threshold = torch.zeros(rows)
+    winner, accepted = keys.new_empty(groups, dtype=torch.int32), keys.new_empty(groups, dtype=torch.bool)
+    threshold = reward.new_zeros(rows, dtype=torch.float32)
     i32, f32, f64, row, group = torch.int32, torch.float32, torch.float64, (rows,), (groups,)
     _native(
         rows,
