@@ -273,8 +273,8 @@ def _either(a: StopTest | None, b: StopTest | None) -> StopTest | None:
     return lambda tokens: a(tokens) or b(tokens)
 
 
-def read_pilot(requests: Sequence[Request]) -> Pilot:
-    """Collect the partial rewards of one prompt's pilot responses."""
+def read_pilot(requests: Sequence[Request], config: StarsConfig) -> Pilot:
+    """Collect the partial rewards of one prompt's pilot responses; ``config`` is the caller's."""
     error = next((request.error for request in requests if request.error is not None), None)
     if error is not None:
         return Pilot(error=f"calibration: {error}")
@@ -286,7 +286,7 @@ def read_pilot(requests: Sequence[Request]) -> Pilot:
             if not math.isnan(segment.reward):  # unfinished, under a method that scores finished answers only
                 run.append((tokens, segment.reward))
         responses.append(run)
-    pilot = Pilot(responses)
+    pilot = Pilot(responses, _of_prompt(config.base_reward, requests[0].prompt_index))
     if not pilot.finals:
         pilot.error = "calibration: every pilot response has a reward of -inf"
     return pilot

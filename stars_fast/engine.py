@@ -184,13 +184,15 @@ class StarsEngine:
             if call.rows > 1:
                 raise ValueError(f"streamer: takes one response, not {call.rows}; use StarsEngine.stream")
             streamer.put(torch.tensor([call.prompts[0].ids], device="cpu"))
-        with progress_bar(progress, call.rows) as advance:
-            for event in self._events(call):
-                advance(event)
-                if streamer is not None and event.segment is not None:
-                    streamer.put(torch.tensor(event.segment.tokens, device="cpu"))
-        if streamer is not None:
-            streamer.end()
+        try:
+            with progress_bar(progress, call.rows) as advance:
+                for event in self._events(call):
+                    advance(event)
+                    if streamer is not None and event.segment is not None:
+                        streamer.put(torch.tensor(event.segment.tokens, device="cpu"))
+        finally:
+            if streamer is not None:
+                streamer.end()  # whoever reads it waits for the end, whatever happens
         return self._output(call)
 
     def run_pilots(self, arguments: Arguments, samples: int) -> tuple[StarsConfig, list[Pilot]]:
@@ -202,6 +204,8 @@ class StarsEngine:
             return call.config, self._pilots(call, samples)
 
     def _prepare(self, arguments: Arguments) -> Call:
+        for tree in (self.policy, *self.reward.tree_models):
+            tree.check_unchanged()
         call = prepare(arguments, self.policy, self.reward, self.tokenizer, self.kv_cache_tokens)
         if isinstance(method := call.config.chosen_method, RSD):
             self._draft = draft_policy(method.draft, self._draft, self.policy, self.tokenizer)
@@ -245,7 +249,7 @@ class StarsEngine:
         call.stats.committed_tokens = 0
         call.stats.calibration_tokens = call.stats.policy_tokens
         call.stats.calibration_seconds = time.perf_counter() - started
-        return [read_pilot(requests[i : i + samples]) for i in range(0, len(requests), samples)]
+        return [read_pilot(requests[i : i + samples], call.config) for i in range(0, len(requests), samples)]
 
     def _run(self, call: Call, requests: Sequence[Request], config: StarsConfig) -> Iterator[Request]:
         """Run requests to their end; those that failed before they started come first."""

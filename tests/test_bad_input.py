@@ -550,3 +550,17 @@ def test_a_bad_score_past_the_winner_is_never_looked_at(policy32):
     assert 0 < one.finish_reasons.count("error") < 64
     assert eight.finish_reasons == one.finish_reasons
     assert eight.completions == one.completions
+
+
+@pytest.mark.parametrize("role", ["policy", "reward"])
+def test_a_model_that_is_another_than_the_engine_was_made_for_is_refused_by_name(role):
+    models = dict(policy=tiny_policy(32, hidden=32), reward=tiny_reward(32, hidden=32))
+    engine = StarsEngine(**models)
+    models[role].bfloat16()
+    with pytest.raises(RuntimeError, match=f"the {role} was float32 on cpu, over 32 ids .* and is bfloat16"):
+        engine.generate([[5, 6]], target_reward=0.0, max_new_tokens=4)
+    models[role].float()
+    assert engine.generate([[5, 6]], target_reward=0.0, max_new_tokens=4).errors == [None]
+    models["policy"].resize_token_embeddings(16)
+    with pytest.raises(RuntimeError, match="over 16 ids"):
+        engine.generate([[5, 6]], target_reward=0.0, max_new_tokens=4)

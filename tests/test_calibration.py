@@ -17,6 +17,7 @@ from stars_fast.methods.calibration import (
     solve,
     spread,
 )
+from stars_fast.methods.stars import base_reward
 from stars_fast.ops import philox_key
 from stars_fast.policy import Policy
 
@@ -46,6 +47,18 @@ def test_a_calibrated_target_does_not_depend_on_the_number_of_samples():
     one = engine().generate(PROMPTS[:2], CONFIG, seed=SEEDS[:2])
     three = engine().generate(PROMPTS[:2], CONFIG, seed=SEEDS[:2], num_return_sequences=3)
     assert [three.completions[0], three.completions[3]] == one.completions
+
+
+def test_a_base_reward_that_is_given_is_the_one_that_is_used():
+    """r0 is alpha of it and the rest of the target; the first threshold says which."""
+    given = CONFIG.replace(base_reward=[-3.0, 0.5])
+    found = calibrate(engine(), PROMPTS[:2], config=given, seed=SEEDS[:2]).config
+    assert found.base_reward == given.base_reward
+    out = engine().generate(PROMPTS[:2], given, seed=SEEDS[:2])
+    assert thresholds(out) == thresholds(engine().generate(PROMPTS[:2], found, seed=SEEDS[:2]))
+    for row, base, target in zip(thresholds(out), found.base_reward, found.target_reward, strict=True):
+        r0 = base_reward(base, target, CONFIG.alpha)
+        assert row[0] == pytest.approx(r0 + 4 / 16 * (target - r0), abs=1e-4)
 
 
 def test_pilots_never_reuse_the_randomness_of_candidates(monkeypatch):

@@ -498,20 +498,33 @@ def test_an_abandoned_stream_leaves_the_engine_usable(engine):
     assert engine.generate(PROMPTS, CONFIG, seed=3).completions == expected
 
 
+class Collector:
+    """A streamer."""
+
+    def __init__(self):
+        self.ids, self.ended = [], 0
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+
 def test_a_transformers_streamer_gets_the_tokens_and_the_end(engine):
-    class Collector:
-        def __init__(self):
-            self.ids, self.ended = [], 0
-
-        def put(self, value):
-            self.ids += value.flatten().tolist()
-
-        def end(self):
-            self.ended += 1
-
     collector = Collector()
     out = engine.generate([PROMPTS[0]], CONFIG, seed=3, streamer=collector)
     assert collector.ids[-len(out.completions[0]) :] == out.completions[0]
+    assert collector.ended == 1
+
+
+def test_whoever_reads_a_streamer_is_told_of_the_end_of_a_call_that_fails(policy32):
+    def broken(completions):
+        raise ArithmeticError
+
+    collector = Collector()
+    with pytest.raises(RuntimeError, match="ArithmeticError"):
+        StarsEngine(policy32, broken).generate([PROMPTS[0]], CONFIG, streamer=collector, on_error="raise")
     assert collector.ended == 1
 
 

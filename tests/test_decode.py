@@ -126,14 +126,14 @@ def test_padding_rows_are_dead_and_write_to_slot_0(padded):
 
 def test_what_a_bad_row_left_behind_does_not_fail_the_next(padded):
     """A row that ends early leaves columns of an earlier proposal unwritten, where a NaN may lie."""
-    policy = padded.policy
-    expected = padded.generate(PROMPTS, CONFIG, seed=SEEDS).completions
+    policy, ends = padded.policy, dict(eos_token_id=list(range(VOCAB - 1)), candidates=3)
+    expected = padded.generate(PROMPTS, CONFIG, seed=SEEDS, **ends).completions
     for steps in proposals(policy).values():
         steps.sampling_logprobs.fill_(math.nan)
         steps.logprobs.fill_(math.nan)
         steps.tokens.fill_(VOCAB - 1)
         steps.plan.branch_slots.fill_(1)
         steps.plan.trunk_slots.fill_(1)
-    again = padded.generate(PROMPTS, CONFIG, seed=SEEDS)
+    again = padded.generate(PROMPTS, CONFIG, seed=SEEDS, **ends)
     assert again.completions == expected
     assert again.errors == [None] * len(PROMPTS)

@@ -24,6 +24,7 @@ class Pilot:
     """Unguided responses to one prompt, and what was chosen from them."""
 
     responses: list[list[tuple[int, float]]] = field(default_factory=list)  # per response: (tokens, reward) per segment
+    base_reward: float | None = None  # the caller's
     target: float = float("nan")
     empty: float = float("nan")  # stands in for r(x)
     base: float = float("nan")
@@ -53,7 +54,10 @@ def solve(pilot: Pilot, config: StarsConfig, acceptance: float, beta: float | No
     if pilot.error is not None:
         return pilot
     first = [run[0][1] for run in pilot.responses if math.isfinite(run[0][1])]
-    pilot.empty = fmean(first) if first else fmean(pilot.finals)
+    if pilot.base_reward is not None:
+        pilot.empty = pilot.base_reward
+    else:
+        pilot.empty = fmean(first) if first else fmean(pilot.finals)
     pilot.beta = config.beta * spread(pilot) if beta is None else beta
     rewards = [reward for run in pilot.responses for _, reward in run if math.isfinite(reward)]
     high = quantile(pilot.finals, _CAP_QUANTILE)

@@ -146,7 +146,10 @@ class Reward(abc.ABC):
         return None
 
     def commit(self, completion: Completion) -> None:
-        """The completion's segment joins its response (whose ``tokens`` the caller extends afterwards)."""
+        """The completion's segment joins its response (whose ``tokens`` the caller extends afterwards).
+
+        What this raises ends the call, for all requests; so does what :meth:`discard` and :meth:`close` raise.
+        """
 
     def discard(self, completion: Completion) -> None:
         """The completion was rejected: forget it."""

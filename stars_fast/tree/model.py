@@ -70,6 +70,7 @@ class TreeModel:
         self.device = parameter.device
         self.text_config = model.config.get_text_config()
         self.vocab_size = vocabulary(model)
+        self._made_for = _place(model)
         self.max_positions = _max_positions(self.text_config)
         recorder = self._record_shapes()
         self.shapes, self.dtype = recorder.shapes, recorder.dtype
@@ -98,6 +99,15 @@ class TreeModel:
             self._compare_with_plain()
             _compared.add(model)
         self.accelerate(cuda_graphs, torch_compile)
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if the model has another device, dtype or vocabulary than when this was made."""
+        was, now = self._made_for, _place(self.model)
+        if was != now:
+            raise RuntimeError(
+                f"the {self.role} was {was} when the engine was made, and is {now} now: make a new engine (weights may "
+                "change, where they lie and what they are may not)"
+            )
 
     def accelerate(self, cuda_graphs: bool, torch_compile: bool) -> None:
         """Capture and compile, or do not; on a CUDA device only."""
@@ -390,6 +400,11 @@ def refuse_dynamic_rope(model: PreTrainedModel, role: str) -> None:
             f"the {role} is a {type(model).__name__} (model_type={model.config.model_type!r}) with "
             "rope_type='dynamic': one long row of a batch would change every row's frequencies"
         )
+
+
+def _place(model: PreTrainedModel) -> str:
+    parameter = next(model.parameters())
+    return f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device}, over {vocabulary(model)} ids"
 
 
 def hidden_window(config: Any, seen: dict[int, int]) -> int | None:
