@@ -45,29 +45,34 @@ class SharedProducts:
         parents = {id(part): part for module in modules for part in module.modules()}.values()
         found = [[getattr(parent, name, None) for name in names] for parent in parents for names in _SIBLINGS]
         self._groups = [group for group in found if _are_plain(group)]
-        self._wholes: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._parts: list[tuple[nn.Linear, dict[str, Any]]] = []  # each layer, and what it needs as a part
         self.refresh()
 
     def refresh(self) -> None:
         """Make siblings' weights views of one tensor, where they are not (any more)."""
         self._groups = [group for group in self._groups if _fit_together(group)]
-        with torch.no_grad():
-            self._wholes = [(_joined([layer.weight for layer in group]), _bias(group)) for group in self._groups]
+        self._parts = []
+        for group in self._groups:
+            with torch.no_grad():
+                whole = _joined([layer.weight for layer in group]), _bias(group)
+            for place, layer in enumerate(group):
+                before = tuple(one.weight for one in group[:place])
+                self._parts.append((layer, {"whole": whole, "before": before}))
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Let the layers compute their shared products inside. Only for code that keeps one of equal products."""
-        changed: list[tuple[nn.Linear, type[nn.Linear]]] = []
+        own = [layer.__class__ for layer, _ in self._parts]
         try:
-            for group, whole in zip(self._groups, self._wholes, strict=True):
-                for place, layer in enumerate(group):
-                    changed.append((layer, type(layer)))
-                    vars(layer).update(whole=whole, before=tuple(one.weight for one in group[:place]))
-                    layer.__class__ = _Part
+            for layer, needs in self._parts:
+                vars(layer).update(needs)
+                layer.__class__ = _Part
             yield
         finally:
-            for layer, own in changed:
-                layer.__class__ = own
+            for (layer, needs), kind in zip(self._parts, own, strict=True):
+                layer.__class__ = kind
+                for name in needs:
+                    vars(layer).pop(name, None)
 
 
 def merge_equal_products(graph: torch.fx.Graph) -> None:
