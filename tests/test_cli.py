@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from stars_fast.cli import app, responses
 from stars_fast.cli.rows import read_rows, row_seed
+from stars_fast.cli.settings import read_settings
 
 ROWS = [
     {"id": "a", "prompt": "w3 w4"},
@@ -258,6 +259,21 @@ def test_a_bad_row_becomes_an_error_row_and_costs_no_other(generate, row, cause)
     assert cause in bad["error"] and bad["finish_reason"] == "error" and bad["reward"] is None
     assert [record["error"] for record in records if record is not bad] == [None, None]
     assert "1 with an error" in result.stderr
+
+
+def test_the_bar_shows_an_acceptance_only_where_candidates_are_tested(generate):
+    assert "acceptance" in generate(ROWS[:1])[0].stderr
+    result, _ = generate(ROWS[:1], output="best.jsonl", settings=("max_new_tokens=4", "method={name: best_of_n, n: 2}"))
+    assert result.exit_code == 0, result.stderr
+    assert "tokens/s" in result.stderr and "acceptance" not in result.stderr
+
+
+def test_a_method_with_parameters_can_be_set(generate):
+    settings = ("max_new_tokens=4", "method={name: best_of_n, n: 3}")
+    result, records = generate(ROWS[:1], settings=settings)
+    assert result.exit_code == 0, result.stderr
+    assert records[0]["segments"][0]["attempts"] == 3
+    assert read_settings(None, ["stop_strings={w3}"]).config.stop_strings == ("{w3}",)  # a mapping in YAML, too
 
 
 def test_rows_with_one_id_are_refused(generate):
