@@ -147,9 +147,14 @@ class StarsConfig:
     def replace(self, **overrides: Any) -> StarsConfig:
         """A copy with some fields changed. Raises TypeError for a field that does not exist, naming it."""
         known = {field.name for field in dataclasses.fields(self)}
-        for name in overrides:
-            if name not in known:
-                raise TypeError(f"{name!r} is not a field of StarsConfig; the fields are {', '.join(sorted(known))}")
+        for name, value in overrides.items():
+            if name in known:
+                continue
+            method = method_from(overrides.get("method", self.method), METHODS)
+            if name in (field.name for field in dataclasses.fields(method)):
+                give = f"method={type(method).__name__}({name}={value!r})"
+                raise TypeError(f"{name!r} is a parameter of the method, not a field of StarsConfig: give {give}")
+            raise TypeError(f"{name!r} is not a field of StarsConfig; the fields are {', '.join(sorted(known))}")
         return dataclasses.replace(self, **overrides)
 
     def to_dict(self) -> dict[str, Any]:

@@ -143,7 +143,7 @@ class StarsEngine:
         streamer : transformers streamer, optional
             Gets the prompt and then each committed segment. One prompt and one sample only.
         progress : bool
-            Show a bar with accepted tokens/s and the acceptance rate.
+            Show a bar with accepted tokens/s and, where candidates are tested, the acceptance rate.
         **overrides
             Fields of StarsConfig for this call.
 

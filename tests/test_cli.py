@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from stars_fast.cli import app, responses
 from stars_fast.cli.rows import read_rows, row_seed
+from stars_fast.cli.settings import read_settings
 
 ROWS = [
     {"id": "a", "prompt": "w3 w4"},
@@ -179,6 +180,61 @@ def test_samples_of_a_row_are_cut_and_redone_together(generate, tmp_path):
     assert_same(records, whole)
 
 
+def test_rows_that_failed_are_tried_again_and_the_others_stay(generate, tmp_path, monkeypatch):
+    _, whole = generate(ROWS, output="whole.jsonl")
+    true_record = responses.record
+
+    def failing(row, *arguments, **fields):
+        return {**true_record(row, *arguments, **fields), **({"error": "out of luck"} if row.id in (2, 17) else {})}
+
+    monkeypatch.setattr(responses, "record", failing)
+    result, records = generate(ROWS, output="out.jsonl")
+    assert result.exit_code == 1 and "5 rows written" in result.stderr and "2 with an error" in result.stderr
+    monkeypatch.undo()
+    sound = [record for record in records if record["error"] is None]
+    result, records = generate(ROWS)
+    assert result.exit_code == 0 and "2 rows written" in result.stderr and "3 were there before" in result.stderr
+    assert records[:3] == sound
+    assert_same(records, whole)
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.jsonl", "out.jsonl.settings.json"]
+
+
+def test_a_failed_row_that_this_input_lacks_stays(generate):
+    _, (failed,) = generate([{"id": "bad"}])
+    result, records = generate([ROWS[0]])
+    assert result.exit_code == 0, result.stderr
+    assert records[0] == failed and records[1]["id"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "named"),
+    [
+        (("--seed", 1), SETTINGS, "seed was 0 and is 1"),
+        (("--reward-tail", "none"), SETTINGS, "reward_tail was 'auto' and is 'none'"),
+        ((), (*SETTINGS, "method=best_of_n"), "method was 'stars' and is 'best_of_n'"),
+    ],
+)
+def test_an_output_is_not_gone_on_with_under_other_settings(generate, tmp_path, options, settings, named):
+    generate(ROWS[:2])
+    before = (tmp_path / "out.jsonl").read_bytes()
+    result, _ = generate(ROWS, *options, settings=settings)
+    assert result.exit_code == 2 and named in result.stderr and result.stderr.count("\n") == 1
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_an_output_goes_on_where_its_settings_cannot_differ_in_a_text(generate, tmp_path):
+    _, whole = generate(ROWS, output="whole.jsonl")
+    generate(ROWS[:2])
+    result, records = generate(ROWS, "--batch-size", 2, settings=(*SETTINGS, "candidates=2"))
+    assert result.exit_code == 0, result.stderr
+    assert_same(records, whole)
+    (tmp_path / "out.jsonl.settings.json").unlink()  # as earlier versions left it
+    result, _ = generate(ROWS, "--seed", 1)
+    assert result.exit_code == 0 and "nothing to do" in result.stderr
+    (tmp_path / "out.jsonl").write_text("")
+    assert generate(ROWS, "--seed", 1)[0].exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("row", "cause"),
     [
@@ -198,11 +254,26 @@ def test_samples_of_a_row_are_cut_and_redone_together(generate, tmp_path):
 )
 def test_a_bad_row_becomes_an_error_row_and_costs_no_other(generate, row, cause):
     result, records = generate([ROWS[0], row, ROWS[3]])
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == 1, result.stderr
     bad = next(record for record in records if record["id"] not in ("a", 17))
     assert cause in bad["error"] and bad["finish_reason"] == "error" and bad["reward"] is None
     assert [record["error"] for record in records if record is not bad] == [None, None]
     assert "1 with an error" in result.stderr
+
+
+def test_the_bar_shows_an_acceptance_only_where_candidates_are_tested(generate):
+    assert "acceptance" in generate(ROWS[:1])[0].stderr
+    result, _ = generate(ROWS[:1], output="best.jsonl", settings=("max_new_tokens=4", "method={name: best_of_n, n: 2}"))
+    assert result.exit_code == 0, result.stderr
+    assert "tokens/s" in result.stderr and "acceptance" not in result.stderr
+
+
+def test_a_method_with_parameters_can_be_set(generate):
+    settings = ("max_new_tokens=4", "method={name: best_of_n, n: 3}")
+    result, records = generate(ROWS[:1], settings=settings)
+    assert result.exit_code == 0, result.stderr
+    assert records[0]["segments"][0]["attempts"] == 3
+    assert read_settings(None, ["stop_strings={w3}"]).config.stop_strings == ("{w3}",)  # a mapping in YAML, too
 
 
 def test_rows_with_one_id_are_refused(generate):
@@ -216,6 +287,12 @@ def test_prompts_on_the_command_line_go_to_stdout_as_json_lines(models):
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert {record["prompt"] for record in records} == {"w3", "w4"}
     assert records[0]["segments"][0]["threshold"] is None  # -inf, which JSON cannot say
+
+
+def test_a_row_that_failed_shows_in_the_exit_status_on_stdout_too(models):
+    result = invoke("generate", *models, "--prompt", "w3", "--prompt", "", "--set", "max_new_tokens=4")
+    assert result.exit_code == 1 and "2 rows, 1 with an error" in result.stderr
+    assert len(result.stdout.splitlines()) == 2
 
 
 def test_the_shipped_models_are_called_demo():
@@ -245,6 +322,7 @@ def test_a_yaml_file_sets_fields_and_models_and_the_command_line_wins(models, tm
         (("--input", "in.jsonl"), ["not both"]),
         (("--dtype", "int8"), ["'int8'", "bfloat16"]),
         (("--output", "no/such/out.jsonl"), ["no/such"]),
+        (("--output", "/dev/null"), ["/dev/null", "not a file"]),
         (("--policy", "./no-such-model"), ["./no-such-model"]),
         (("--device", "abacus"), ["abacus"]),
     ],

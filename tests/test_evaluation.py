@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,8 +129,10 @@ def test_prompts_are_fields_cut_and_put_into_a_template(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = PromptSource(str(path), "text", words=2, template="Q: {}\n", where={"kind": "b"})
     assert sorted(source.read(3, seed=0)) == [f"Q: word{i} two\n" for i in (1, 3, 5)]
-    with pytest.raises(ValueError, match="3 different prompts, fewer than the 4"):
+    with pytest.raises(ValueError, match=r"3 different prompts, fewer than 4 \(--count\)$"):
         source.read(4, seed=0)
+    with pytest.raises(ValueError, match=r"3 different prompts, fewer than 2 \(--count\) \+ 16 for the target"):
+        source.read(2, seed=0, calibration=16)
     with pytest.raises(ValueError, match="row 1: prompt=None"):
         PromptSource(str(path)).read(1, seed=0)
 
@@ -228,7 +233,9 @@ def test_the_baseline_ties_with_itself_and_best_of_n_earns_more_for_its_tokens(e
     assert other.guide.value > baseline.guide.value
     assert other.policy_tokens > 2 * baseline.policy_tokens == 2.0
     assert at_compute([baseline, other], other.compute) == [other]
-    assert equal_compute([baseline, other]).count("| best_of_n | 4 |") == 1
+    alone = equal_compute([baseline, other])
+    assert alone.count("| best_of_n | 4 |") == 1 and "No other method is within a factor 1.5" in alone
+    assert "No other method" not in equal_compute([dataclasses.replace(baseline, compute=other.compute), other])
 
 
 def test_the_table_has_a_line_per_cell_and_the_csv_its_intervals(evaluation, tmp_path):
@@ -255,14 +262,14 @@ def test_cells_refuse_unknown_methods_and_budgets_below_one():
         cells(["stars"], [0.5], CONFIG)
 
 
-def test_the_command_writes_table_and_plot_and_has_nothing_to_do_twice(tmp_path):
+def test_the_command_writes_table_and_plot_and_has_nothing_to_do_twice(tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"This film number {i}"}) + "\n" for i in range(20)))
     command = f"eval --policy demo --guide demo --judge demo --prompts {prompts} --count 4 --methods best_of_n"
     command += f" --budgets 2 --set max_new_tokens=4 --batch-size 4 --output {tmp_path / 'out'}"
     first = CliRunner().invoke(app, command.split())
     assert first.exit_code == 0, first.output
-    assert "| best_of_n | 2 |" in first.stdout
+    assert "| best_of_n | 2 |" in first.stdout and "the judge is not independent" in first.stderr
     lines = (tmp_path / "out" / "generations.jsonl").read_text()
     again = CliRunner().invoke(app, command.split())
     assert again.stdout == first.stdout
@@ -271,3 +278,10 @@ def test_the_command_writes_table_and_plot_and_has_nothing_to_do_twice(tmp_path)
     assert (tmp_path / "out" / "quality_against_compute.png").stat().st_size > 1000
     other = CliRunner().invoke(app, [*command.split(), "--seed", "1"])
     assert other.exit_code == 2 and "other" in other.stderr
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    without = CliRunner().invoke(app, command.split())
+    assert without.exit_code == 0 and "pip install 'stars-fast[report]'" in without.stderr
+
+
+def test_help_shows_how_many_prompts_are_drawn():
+    assert re.search(r"--count.*default: \(100\)", CliRunner().invoke(app, ["eval", "--help"]).stdout, re.S)

@@ -411,6 +411,18 @@ def test_a_method_that_does_not_exist_or_fit_is_named_with_those_that_do(value, 
         StarsConfig(method=value)
 
 
+def test_the_class_of_a_method_is_refused_as_such():
+    with pytest.raises(TypeError, match=r"method=ParticleFilter is a class: write ParticleFilter\(\.\.\.\)"):
+        make_engine().generate([[1]], method=ParticleFilter)
+
+
+def test_a_parameter_of_the_method_among_the_settings_is_told_where_it_belongs():
+    with pytest.raises(TypeError, match=r"'n' is a parameter of the method.*: give method=BestOfN\(n=4\)"):
+        make_engine().generate([[1]], method="best_of_n", n=4)
+    with pytest.raises(TypeError, match="'n' is not a field of StarsConfig; the fields are"):
+        make_engine().generate([[1]], method="stars", n=4)
+
+
 @pytest.mark.parametrize(
     "method, message",
     [

@@ -322,6 +322,12 @@ def test_json_holds_what_the_functions_return(costs):
     assert set(best["stages"][0]) == stage | {"floor_s", "achievable_s", "launch_s"}
 
 
+def test_the_shipped_models_are_called_demo():
+    report = json.loads(invoke("--policy", "demo", "--reward", "demo", "--json").output)
+    assert report["policy"]["class"] == "LlamaForCausalLM"
+    assert report["reward"]["class"] == "LlamaForSequenceClassification"
+
+
 def test_a_folder_and_a_file_name_a_config(tmp_path):
     tiny_policy(32).save_pretrained(tmp_path / "policy")
     tiny_reward(32).save_pretrained(tmp_path / "reward")

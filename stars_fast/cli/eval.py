@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stars_fast.cli.console import LOADING_ERRORS, fail, note, refusing
+from stars_fast.evaluation.recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
     from stars_fast.evaluation.cells import Cell
-    from stars_fast.evaluation.recipe import Recipe
     from stars_fast.evaluation.records import Records
     from stars_fast.evaluation.runner import Evaluation
 
@@ -30,7 +30,9 @@ def run(
     field_: Annotated[str | None, typer.Option("--field", help="Of a row, what becomes the prompt.")] = None,
     words: Annotated[int | None, typer.Option(min=1, help="Only the field's first words.")] = None,
     template: Annotated[str | None, typer.Option(help="The prompt, with {} for the field.")] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="Prompts, drawn by the seed.")] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Prompts, drawn by the seed.", show_default=str(Recipe.count))
+    ] = None,
     methods: Annotated[str | None, typer.Option(help="Names, with commas. vanilla always runs.")] = None,
     budgets: Annotated[
         str | None, typer.Option(help="Numbers, with commas: about how many unguided responses' work may be spent.")
@@ -51,8 +53,6 @@ def run(
 
     Run the same command again to go on where it stopped; with more methods or budgets to add them.
     """
-    from stars_fast.evaluation.recipe import read_recipe
-
     given = {
         "policy": policy,
         "guide": guide,
@@ -96,11 +96,13 @@ def _prepare(
     from stars_fast.evaluation.runner import Evaluation
 
     quiet_transformers()
-    assert task.prompts is not None
+    assert task.prompts is not None and task.guide is not None and task.judge is not None
+    if Path(task.guide).resolve() == Path(task.judge).resolve():
+        note(f"warning: {task.judge} is guide and judge: the judge is not independent, and favours what it guided")
     settings = [f"{name}={value}" for name, value in (task.settings or {}).items()]
     config = read_settings(None, [*settings, *assignments]).config
     source = PromptSource(task.prompts, task.field, task.words, task.template, task.where)
-    prompts = source.read(task.count + CALIBRATION_PROMPTS, task.seed)
+    prompts = source.read(task.count, task.seed, CALIBRATION_PROMPTS)
     models = Models(task, dtype, device)
     made = cells(task.methods, task.budgets, config, models.parameters(task.methods))
     # Methods and budgets may be added to a run, what they share may not change.
@@ -130,4 +132,4 @@ def _report(records: Records, output: Path, tie: float) -> None:
     try:
         plot(rows, output / "quality_against_compute.png", output.name)
     except ImportError as error:
-        note(f"no plot: {error}; it needs matplotlib")
+        note(f"no plot: {error}")

@@ -34,7 +34,8 @@ def run(
         typer.Option("--input", help="JSON Lines with prompt, messages or prompt_ids, maybe id, seed. '-': stdin."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="JSON Lines to write to, row by row; ids already in it are skipped.")
+        Path | None,
+        typer.Option(help="JSON Lines to write to, row by row; ids in it are skipped, failed ones tried again."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML with fields of StarsConfig, and maybe policy and reward.")
@@ -57,8 +58,9 @@ def run(
     """Complete prompts under the guidance of a reward model.
 
     Texts depend on the seed and a row's id only: not on the order of rows, on batches, or on an interruption.
-    Run the same command again to go on where it stopped.
+    Run the same command again to go on where it stopped. The exit status is 1 where a row failed.
     """
+    from stars_fast.cli.rows import write_settings
     from stars_fast.cli.settings import read_settings
 
     with refusing(OSError, ValueError, TypeError):
@@ -66,16 +68,24 @@ def run(
     names = _Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
     _check_usage(names, prompt, input_, output, dtype)
     rows = _read_input(prompt, input_, seed)
-    todo = _todo(rows, output, settings.config.num_return_sequences)
+    made_with = _made_with(names, settings.config, seed, dtype)
+    todo = _todo(rows, output, settings.config.num_return_sequences, made_with)
     if not todo:
         note(f"nothing to do: {output} holds all {len(rows)} rows")
         return
     engine = _engine(names, dtype, device, max_rows, kv_cache_tokens)
+    if output is not None:
+        with refusing(OSError):
+            write_settings(output, made_with)
     failed = _run_all(engine, todo, settings.config, output, batch_size)
+    errors = f", {failed} with an error" if failed else ""
     if output is not None:
         skipped = f", {len(rows) - len(todo)} were there before" if len(todo) < len(rows) else ""
-        errors = f", {failed} with an error" if failed else ""
         note(f"{len(todo)} rows written to {output}{errors}{skipped}")
+    elif failed:
+        note(f"{len(todo)} rows{errors}")
+    if failed:
+        raise typer.Exit(1)
 
 
 class _Names(NamedTuple):
@@ -98,8 +108,10 @@ def _check_usage(names: _Names, prompt: list[str] | None, input_: Path | None, o
         fail(f"--dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     if output is None:
         return
-    if output.is_dir() or not output.parent.is_dir():
-        fail(f"--output {output}: " + ("is a folder" if output.is_dir() else f"there is no folder {output.parent}"))
+    if output.exists() and not output.is_file():
+        fail(f"--output {output}: is a folder or a device, not a file")
+    if not output.parent.is_dir():
+        fail(f"--output {output}: there is no folder {output.parent}")
     if input_ is not None and output.exists() and input_.exists() and output.samefile(input_):
         fail(f"--output {output} is also the input")
 
@@ -121,13 +133,21 @@ def _read_input(prompt: list[str] | None, input_: Path | None, seed: int) -> lis
     return rows
 
 
-def _todo(rows: list[Row], output: Path | None, samples: int) -> list[Row]:
+def _made_with(names: _Names, config: StarsConfig, seed: int, dtype: str) -> dict[str, Any]:
+    """What the texts depend on."""
+    with refusing(ValueError):
+        fields = config.to_dict()
+    del fields["candidates"]
+    return {**names._asdict(), "dtype": dtype, "seed": seed, **fields}
+
+
+def _todo(rows: list[Row], output: Path | None, samples: int, made_with: dict[str, Any]) -> list[Row]:
     from stars_fast.cli.rows import resume
 
     if output is None:
         return rows
     with refusing(OSError, ValueError):
-        done = resume(output, samples)
+        done = resume(output, samples, {row.id for row in rows}, made_with)
     return [row for row in rows if row.id not in done]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 DEMO = "demo"
 
@@ -47,6 +47,14 @@ def classifier_named(name: str, tokenizer: str | None, dtype: str, device: str) 
     else:
         model, own = load_classifier(name, tokenizer)
     return _placed(model, dtype, device), tokenizer or own
+
+
+def config_of(name: str, role: str) -> PreTrainedConfig:
+    """The config alone of a policy or reward model, which may also be a file or a short name. Raises as above."""
+    from stars_fast import demo
+    from stars_fast.roofline import config_named
+
+    return config_named(str(Path(demo.__file__).parent / role) if name == DEMO else name)
 
 
 def _check_folder(name: str) -> None:

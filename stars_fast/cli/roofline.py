@@ -21,7 +21,9 @@ _SHOWN = (1, 2, 3, 4, 6, 8, 12, 16, 20)
 
 
 def run(
-    policy: Annotated[str, typer.Option(help="Config of the policy: folder, config.json, hub id or short name.")],
+    policy: Annotated[
+        str, typer.Option(help="Config of the policy: folder, config.json, hub id, short name or 'demo'.")
+    ],
     reward: Annotated[str, typer.Option(help="Config of the reward model, named likewise.")],
     gpu: Annotated[str, typer.Option(help="a100-80gb, b200, h100-sxm, h200 or l40s.")] = "h200",
     batch: Annotated[int, typer.Option(help="Running requests.")] = 64,
@@ -88,13 +90,14 @@ def _overridden(gpu: Gpu, bandwidth: float | None, tflops: float | None) -> Gpu:
 def _cost(name: str, role: str, dtype: str, tflops: float | None) -> ModelCost:
     import torch
 
-    from stars_fast.roofline import ModelCost, config_named
+    from stars_fast.cli.models import config_of
+    from stars_fast.roofline import ModelCost
 
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose from {', '.join(_DTYPES)}")
     if dtype == "fp32" and tflops is None:
         raise ValueError("dtype='fp32': the table holds 16-bit matrix rates, so say --tflops")
-    return ModelCost.from_config(config_named(name), role, getattr(torch, _DTYPES[dtype]))
+    return ModelCost.from_config(config_of(name, role), role, getattr(torch, _DTYPES[dtype]))
 
 
 def _model_record(name: str, cost: ModelCost) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,42 +151,106 @@ def to_line(one: dict[str, Any]) -> str:
 _TORN_START = b'{"id": '
 
 
-def resume(path: Path, samples: int) -> set[Id]:
-    """Ids that an output file holds in full. A torn last line, and an id short of samples at the end, are cut off.
+@dataclass
+class _Written:
+    """The lines of one row in an output file."""
+
+    id: Id
+    start: int
+    size: int = 0
+    samples: int = 0
+    failed: bool = False
+
+
+def resume(path: Path, samples: int, ids: Set[Id], settings: dict[str, Any]) -> set[Id]:
+    """Ids that an output file holds in full.
+
+    A torn last line, an id short of samples at the end, and those of ``ids`` that ended with an error are cut out, for
+    the run that follows to write them again.
 
     Raises
     ------
     ValueError
-        For a file that this command did not write, naming the line.
+        For a file that this command did not write, naming the line, or wrote with other settings, naming those.
     """
     if not path.exists():
         return set()
-    ids, kept, whole = list[Id](), 0, 0
-    with path.open("r+b") as file:
+    rows = _written_rows(path)
+    if rows and rows[-1].samples < samples:
+        rows.pop()
+    kept = [row for row in rows if not (row.failed and row.id in ids)]
+    if kept:
+        _check_settings(path, settings)
+    if sum(row.size for row in kept) < path.stat().st_size:
+        _keep(path, kept)
+    return {row.id for row in kept}
+
+
+def write_settings(output: Path, settings: dict[str, Any]) -> None:
+    """Note beside an output what its rows were made with."""
+    path = _settings_path(output)
+    swap = path.with_name(path.name + ".tmp")
+    swap.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    swap.replace(path)
+
+
+def _settings_path(output: Path) -> Path:
+    return output.with_name(output.name + ".settings.json")
+
+
+def _check_settings(output: Path, settings: dict[str, Any]) -> None:
+    path = _settings_path(output)
+    if not path.exists():
+        return
+    earlier, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    changed = [
+        f"{name} was {earlier[name]!r} and is {now[name]!r}"
+        for name in now
+        if name in earlier and earlier[name] != now[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"{output} holds a run with other settings ({path.name}): {', '.join(changed)}; name another output, or "
+            "remove it"
+        )
+
+
+def _written_rows(path: Path) -> list[_Written]:
+    rows, start = list[_Written](), 0
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
-                if not ids and line[: len(_TORN_START)] != _TORN_START[: len(line)]:
+                if not rows and line[: len(_TORN_START)] != _TORN_START[: len(line)]:
                     raise _not_ours(path, number)
                 break
-            row_id = _written_id(path, number, line)
-            if not ids or ids[-1] != row_id:
-                ids.append(row_id)
-                kept, held = whole, 0
-            held += 1
-            whole += len(line)
-        if ids and held < samples:
-            ids.pop()
-            whole = kept
-        file.truncate(whole)
-    return set(ids)
+            found = _written_record(path, number, line)
+            if not rows or rows[-1].id != found["id"]:
+                rows.append(_Written(found["id"], start))
+            row = rows[-1]
+            row.size += len(line)
+            row.samples += 1
+            row.failed |= found.get("error") is not None
+            start += len(line)
+    return rows
 
 
-def _written_id(path: Path, number: int, line: bytes) -> Id:
+def _keep(path: Path, rows: Sequence[_Written]) -> None:
+    """Replace a file by these of its rows, in one step."""
+    whole = path.resolve()
+    swap = whole.with_name(whole.name + ".tmp")
+    with whole.open("rb") as source, swap.open("wb") as target:
+        for row in rows:
+            source.seek(row.start)
+            target.write(source.read(row.size))
+    shutil.copymode(whole, swap)
+    swap.replace(whole)
+
+
+def _written_record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        found: dict[str, Any] = json.loads(line)
         if {"id", "sample", "completion"} <= found.keys():
-            row_id: Id = found["id"]
-            return row_id
+            return found
     except (ValueError, AttributeError):
         pass
     raise _not_ours(path, number)

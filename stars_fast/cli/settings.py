@@ -79,7 +79,7 @@ def _parse(name: str, text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    taken = value is None or isinstance(value, (str, list))
+    taken = value is None or isinstance(value, (str, list)) or (name == "method" and isinstance(value, dict))
     return text if name in _WORDS and not taken else value
 
 

@@ -94,7 +94,8 @@ def _machine(
 ) -> Machine:
     import torch
 
-    from stars_fast.roofline import ModelCost, Workload, config_named, gpu_named
+    from stars_fast.cli.models import config_of
+    from stars_fast.roofline import ModelCost, Workload, gpu_named
     from stars_fast.simulation import LinearMachine, RooflineMachine
 
     if (fixed_cost is None) != (row_cost is None):
@@ -102,7 +103,7 @@ def _machine(
     if fixed_cost is not None and row_cost is not None:
         return LinearMachine(fixed_cost / 1e3, row_cost / 1e3)
     costs = [
-        ModelCost.from_config(config_named(name), role, torch.bfloat16)
+        ModelCost.from_config(config_of(name, role), role, torch.bfloat16)
         for name, role in ((policy, "policy"), (reward, "reward"))
     ]
     workload = Workload(batch, segment, context=context, response=response, max_attempts=max_attempts)

@@ -8,6 +8,7 @@ from typing import Any
 
 from stars_fast.evaluation.cells import BASELINE
 from stars_fast.evaluation.tables import Row, budget_text
+from stars_fast.report.figures import require_matplotlib
 
 _MARKERS = "osD^vPX*<>ph"
 
@@ -18,9 +19,10 @@ def plot(rows: Sequence[Row], target: Path, title: str) -> None:
     Raises
     ------
     ImportError
-        Without matplotlib.
+        Without matplotlib, saying what to install.
     """
-    from matplotlib.figure import Figure  # the extra `report`; no window system is asked for
+    require_matplotlib()
+    from matplotlib.figure import Figure  # no window system is asked for
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -35,8 +35,8 @@ class PromptSource:
     template: str = "{}"
     where: dict[str, Any] | None = None
 
-    def read(self, count: int, seed: int) -> list[str]:
-        """The first ``count`` different prompts in the seed's order.
+    def read(self, count: int, seed: int, calibration: int = 0) -> list[str]:
+        """The first ``count + calibration`` different prompts in the seed's order.
 
         Raises
         ------
@@ -44,9 +44,10 @@ class PromptSource:
             For a row without the field, naming the line, and for fewer prompts than asked for.
         """
         prompts = dict.fromkeys(self._prompt(number, row) for number, row in enumerate(self._rows(), 1))
-        if len(prompts) < count:
-            raise ValueError(f"{self.path} has {len(prompts)} different prompts, fewer than the {count} asked for")
-        return random.Random(seed).sample(list(prompts), count)
+        if len(prompts) < count + calibration:
+            asked = f"{count} (--count)" + (f" + {calibration} for the target" if calibration else "")
+            raise ValueError(f"{self.path} has {len(prompts)} different prompts, fewer than {asked}")
+        return random.Random(seed).sample(list(prompts), count + calibration)
 
     def _rows(self) -> Iterable[Any]:
         rows = _json_lines(Path(self.path)) if Path(self.path).exists() else _hub_rows(self.path)

@@ -191,5 +191,8 @@ def equal_compute(rows: Sequence[Row]) -> str:
     for yardstick in rows:
         if yardstick.method == YARDSTICK:
             title = f"At the compute of {YARDSTICK} with n = {budget_text(yardstick.budget)} ({yardstick.compute:.1f})"
-            sections.append(f"\n{title}:\n\n{markdown(at_compute(rows, yardstick.compute))}")
+            near = at_compute(rows, yardstick.compute)
+            alone = all(row.method == YARDSTICK for row in near)
+            remark = f"\nNo other method is within a factor {_NEAR:g} of this compute.\n" if alone else ""
+            sections.append(f"\n{title}:\n\n{markdown(near)}{remark}")
     return "".join(sections)

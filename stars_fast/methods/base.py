@@ -183,6 +183,8 @@ def method_from(value: Any, known: Mapping[str, type[Method]]) -> Method:
     """
     if isinstance(value, Method):
         return value
+    if isinstance(value, type) and issubclass(value, Method):
+        raise TypeError(f"method={value.__name__} is a class: write {value.__name__}(...)")
     name, parameters = value, {}
     if isinstance(value, Mapping):
         parameters = {key: v for key, v in value.items() if key != "name"}
