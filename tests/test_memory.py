@@ -69,6 +69,7 @@ class FakeModel:
         self.device, self.bytes_per_token, self.vocab_size = torch.device(device), bytes_per_token, 1000
         self.pool, self.dtype = SimpleNamespace(slots=slots), torch.bfloat16
         self.model = self.body = None
+        self.graphs = SimpleNamespace(enabled=True)
         self.text_config = SimpleNamespace(hidden_size=64, intermediate_size=256)
 
 
