@@ -16,7 +16,9 @@ from stars_fast.config import StarsConfig
 from stars_fast.events import new_events
 from stars_fast.limits import check_positions, most_slots
 from stars_fast.loading import load_policy, load_reward
-from stars_fast.loops import draft_policy, generation
+from stars_fast.loop.dispatch import draft_policy, generation
+from stars_fast.loop.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, HeartbeatCost
+from stars_fast.loop.scheduler import Scheduler, candidate_slots
 from stars_fast.methods import RSD, Population
 from stars_fast.methods.calibration import PILOT_SAMPLES, Pilot, pilot_config, solve
 from stars_fast.outputs import SegmentEvent, StarsOutput
@@ -24,8 +26,6 @@ from stars_fast.policy import Policy
 from stars_fast.progress import progress_bar
 from stars_fast.request import Request
 from stars_fast.rewards import Reward
-from stars_fast.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, HeartbeatCost
-from stars_fast.scheduler import Scheduler, candidate_slots
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.memory import default_tokens, divide_devices
 

@@ -23,7 +23,7 @@ from transformers import (  # noqa: E402
 )
 
 from stars_fast import engine  # noqa: E402
-from stars_fast.scheduler import Scheduler  # noqa: E402
+from stars_fast.loop.scheduler import Scheduler  # noqa: E402
 
 
 def tiny_config(vocab: int, *, hidden: int = 16, layers: int = 2, positions: int = 256, **fields) -> LlamaConfig:

@@ -9,10 +9,10 @@ import torch
 from conftest import sum_reward, tiny_policy, tiny_reward
 
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.heartbeat import Generation
+from stars_fast.loop.heartbeat import Generation
+from stars_fast.loop.scheduler import response_slots
 from stars_fast.policy import Policy
 from stars_fast.rewards.callable import CallableReward
-from stars_fast.scheduler import response_slots
 from stars_fast.tree import memory
 
 VOCAB = 32

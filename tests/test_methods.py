@@ -10,7 +10,8 @@ import torch
 from conftest import sum_reward, tiny_policy, tiny_reward, tiny_tokenizer
 
 from stars_fast import StarsConfig, StarsEngine, calibrate
-from stars_fast.heartbeat import Generation
+from stars_fast.loop.heartbeat import Generation
+from stars_fast.loop.scheduler import Scheduler
 from stars_fast.methods import (
     METHODS,
     RSD,
@@ -29,7 +30,6 @@ from stars_fast.methods import (
 )
 from stars_fast.prompts import read_personas, read_prompts
 from stars_fast.rewards import Reward
-from stars_fast.scheduler import Scheduler
 
 VOCAB = 32
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]

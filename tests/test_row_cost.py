@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stars_fast.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, HeartbeatCost, Line, Timing
+from stars_fast.loop.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, HeartbeatCost, Line, Timing
 
 
 def learned(fixed, slope, token, scatter=0.05, stalls=0.05, rows=(40, 90), seed=0, beats=150):

@@ -11,11 +11,11 @@ import pytest
 from conftest import sum_reward, tiny_policy, tiny_reward
 
 from stars_fast import StarsConfig, StarsEngine
+from stars_fast.loop.row_cost import HeartbeatCost
+from stars_fast.loop.scheduler import Scheduler, acceptance_estimates
+from stars_fast.loop.sharing import row_values, share_evenly, share_rows
 from stars_fast.request import PromptNode, Request
 from stars_fast.rewards import Response, RewardPrompt
-from stars_fast.row_cost import HeartbeatCost
-from stars_fast.scheduler import Scheduler, acceptance_estimates
-from stars_fast.sharing import row_values, share_evenly, share_rows
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=6, target_reward=1.5, beta=0.6, max_new_tokens=12)
 
@@ -278,7 +278,7 @@ def test_running_requests_commit_segments_while_a_long_prompt_is_encoded(monkeyp
     # All fits into the first heartbeat, where nobody decodes who could be stalled.
     assert out.stats["rows"] == [12] * 10 and encoded[0] == 900 + 3 + 20
     # With less room for it, the first request does not wait: it commits three segments before the others run.
-    monkeypatch.setattr("stars_fast.scheduler._PREFILL_TOKENS", 256)
+    monkeypatch.setattr("stars_fast.loop.scheduler._PREFILL_TOKENS", 256)
     chunked, pieces = long_prompt_among_short_ones(monkeypatch, max_rows=12)
     assert chunked.completions == out.completions
     assert chunked.stats["requests"][:3] == [1, 1, 1] and max(pieces) <= 256
@@ -292,7 +292,7 @@ def test_samples_of_a_long_prompt_encode_it_once(monkeypatch):
     monkeypatch.setattr(
         engine.policy, "prefill", lambda *args: encoded.append(sum(map(len, args[1]))) or prefill(*args)
     )
-    monkeypatch.setattr("stars_fast.scheduler._PREFILL_TOKENS", 100)
+    monkeypatch.setattr("stars_fast.loop.scheduler._PREFILL_TOKENS", 100)
     prompt = [(7 * i + i // 5) % 31 for i in range(350)]
     out = engine.generate([prompt], CONFIG, seed=0, num_return_sequences=3, max_new_tokens=4)
     assert out.errors == [None] * 3 and encoded == [100, 100, 100, 50]

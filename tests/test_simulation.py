@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from stars_fast.loop.scheduler import Scheduler
 from stars_fast.roofline import GPUS, ModelCost, Workload, config_named, heartbeat, renewal
-from stars_fast.scheduler import Scheduler
 from stars_fast.simulation import (
     LinearMachine,
     RooflineMachine,

@@ -15,7 +15,7 @@ import torch
 from gpu_parts.models import Pair
 from gpu_parts.runner import Runner
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.heartbeat import Generation
+from stars_fast.loop.heartbeat import Generation
 from stars_fast.methods.stars import acceptance_probability
 from stars_fast.tree.graphs import Graphs
 

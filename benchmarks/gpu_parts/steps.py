@@ -16,7 +16,7 @@ from gpu_parts.heartbeats import PROMPT, RESPONSE, engine, guided, pilot, run_en
 from gpu_parts.models import Pair, pair
 from gpu_parts.runner import Runner
 from stars_fast.decode import Leaf, Sampling
-from stars_fast.heartbeat import Generation
+from stars_fast.loop.heartbeat import Generation
 from stars_fast.policy import Policy
 from stars_fast.roofline import decode_step
 from stars_fast.tree.attention import plugged

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from stars_fast.decode import Leaf
-from stars_fast.heartbeat import Generation
+from stars_fast.loop.heartbeat import Generation
 from stars_fast.methods.base import Population
 from stars_fast.methods.stars import acceptance_probability
 from stars_fast.ops.philox import acceptance_uniform, philox_key

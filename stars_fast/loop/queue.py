@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from stars_fast.loop.scheduler import Scheduler
+from stars_fast.loop.trunks import Trunks
 from stars_fast.outputs import Stats
 from stars_fast.request import Request
 from stars_fast.rewards.base import Response, Reward, RewardPrompt
-from stars_fast.scheduler import Scheduler
-from stars_fast.trunks import Trunks
 
 
 class Queue:

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from stars_fast.heartbeat import Generation
+from stars_fast.loop.heartbeat import Generation
+from stars_fast.loop.scheduler import persona_slots
+from stars_fast.loop.trunks import Trunks
 from stars_fast.methods.two_policies import RSD
 from stars_fast.ops.philox import acceptance_uniform
 from stars_fast.ops.sample_step import filter_logits, sample_step
 from stars_fast.policy import Draw, Policy
 from stars_fast.request import Candidate, PromptNode, Request, Trunk
-from stars_fast.scheduler import persona_slots
-from stars_fast.trunks import Trunks
 
 
 class Drafting(Generation):

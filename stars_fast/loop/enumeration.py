@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from stars_fast.heartbeat import Generation, after
+from stars_fast.loop.heartbeat import Generation, after
 from stars_fast.methods.base import Enumerated
 from stars_fast.ops.philox import acceptance_uniform
 from stars_fast.policy import Draw

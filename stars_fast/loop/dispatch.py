@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from stars_fast.config import StarsConfig
-from stars_fast.drafting import Drafting, SelfJudging
-from stars_fast.enumeration import Enumeration
-from stars_fast.heartbeat import Generation
 from stars_fast.loading import load_policy
+from stars_fast.loop.drafting import Drafting, SelfJudging
+from stars_fast.loop.enumeration import Enumeration
+from stars_fast.loop.heartbeat import Generation
+from stars_fast.loop.populations import Populations, Trials
 from stars_fast.methods import RSD, Enumerated, PersonaJudge, Population, Trial
 from stars_fast.policy import Policy
-from stars_fast.populations import Populations, Trials
 from stars_fast.tree.model import vocabulary
 
 _LOOPS: dict[type, type[Generation]] = {
