@@ -128,10 +128,11 @@ class StarsEngine:
 
         Parameters
         ----------
-        prompts : str, list of str, list of chat message lists, list of id lists, or id tensor ``[batch, length]``
+        prompts : str, list of str, list of chat message lists, list of id lists, id tensor ``[batch, length]``, or
+            what a tokenizer returns
         config : StarsConfig, optional
         attention_mask : torch.Tensor, optional
-            ``[batch, length]``, with an id tensor.
+            ``[batch, length]``, with an id tensor. A tokenizer's output brings its own.
         reward_prompts : like prompts, optional
             What the reward sees as the prompt, where that differs.
         columns : dict, optional

@@ -136,6 +136,24 @@ def test_an_empty_text_or_chat_is_named_by_its_index(policy32, tokenizer32):
         engine.generate([[{"role": "user", "content": "w1"}], []], CONFIG)
 
 
+@pytest.mark.parametrize(
+    "prompts, keys",
+    [
+        ([{"messages": [{"role": "user", "content": "w1"}]}], "messages"),
+        ([{"prompt": "w1"}, {"prompt": "w2"}], "prompt"),
+        ([[{"role": "user", "content": "w1"}, {"content": "w2", "from": "bot"}]], "from"),
+        ({"prompt": "w1"}, "prompt"),
+    ],
+    ids=str,
+)
+def test_a_data_sets_row_is_no_chat(policy32, tokenizer32, prompts, keys):
+    engine = StarsEngine(policy32, sum_reward, tokenizer=tokenizer32)
+    with refused(r"prompts(\[0\])?", f"keys.*{keys}"):
+        engine.generate(prompts, CONFIG)
+    with refused(r"reward_prompts(\[0\])?", f"keys.*{keys}"):
+        engine.generate("w1", CONFIG, reward_prompts=prompts)
+
+
 def test_no_prompts_at_all_are_refused(engine):
     with refused("prompts", "empty"):
         engine.generate([], CONFIG)
