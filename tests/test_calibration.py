@@ -218,7 +218,7 @@ def test_a_calibration_serves_its_prompts_and_comes_back_from_disk(tmp_path, cou
         counted.generate(PROMPTS, again, seed=3).completions
         == counted.generate(PROMPTS, found.config, seed=3).completions
     )
-    with pytest.raises(ValueError, match=r"target_reward has 6 entries for 1 prompts"):
+    with pytest.raises(ValueError, match=r"target_reward has 6 entries for 1 prompts: calibrated for other prompts\?"):
         counted.generate(PROMPTS[:1], again)
 
 
