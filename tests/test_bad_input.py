@@ -19,6 +19,7 @@ from transformers import (
 
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine
+from stars_fast.rewards import Reward, RuleReward
 
 VOCAB = 32
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11], [14, 15]]
@@ -278,6 +279,28 @@ def test_a_reward_model_with_more_than_one_label_is_refused(policy32):
     reward = LlamaForSequenceClassification(tiny_config(VOCAB, num_labels=2))
     with refused("reward", "2", "1"):
         StarsEngine(policy32, reward)
+
+
+def test_a_causal_lm_as_the_reward_is_told_what_it_can_be(tmp_path, policy32):
+    policy32.save_pretrained(tmp_path)
+    for reward in (policy32, str(tmp_path)):
+        with refused("reward", "JudgeReward", "ImplicitReward"):
+            StarsEngine(policy32, reward)
+
+
+@pytest.mark.parametrize("reward", [RuleReward, LlamaForSequenceClassification])
+def test_a_class_is_no_reward(policy32, reward):
+    with refused("reward", "class", rf"{reward.__name__}\(\.\.\.\)"):
+        StarsEngine(policy32, reward)
+
+
+def test_a_reward_of_text_needs_a_tokenizer(policy32):
+    class OfText(Reward):
+        def score(self, completions):
+            return [float(len(completion.text)) for completion in completions]
+
+    out = StarsEngine(policy32, OfText()).generate(PROMPTS, CONFIG)
+    assert all("no text without a tokenizer: pass tokenizer=" in error for error in out.errors)
 
 
 def test_what_is_no_model_or_reward_is_refused(policy32, reward32):
