@@ -140,8 +140,8 @@ def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
     _warn_of_overruled(method, given, config)
     if method.segments().delimiter is not None and tokenizer is None:
         raise ValueError(
-            f"method={method.name!r}: delimiter={method.segments().delimiter!r} needs a tokenizer: pass tokenizer= to "
-            "StarsEngine, or delimiter=None for steps of a fixed length"
+            f"method={method.name!r}: delimiter={method.segments().delimiter!r} needs a tokenizer: pass tokenizer=, "
+            "or delimiter=None for steps of a fixed length"
         )
     sampling = resolve_sampling(config, policy.model, tokenizer)
     if config.eos_token_id is not None and max(eos := as_ids(config.eos_token_id), default=0) >= policy.vocab_size:
@@ -149,7 +149,7 @@ def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
     prompts = read_prompts(arguments.prompts, tokenizer, arguments.attention_mask)
     for name in ("target_reward", "base_reward"):
         if isinstance(value := getattr(given, name), tuple):
-            _check_per_prompt(name, value, len(prompts))
+            _check_per_prompt(name, value, len(prompts), ": calibrated for other prompts?")
     personas = [list[list[int]]()] * len(prompts)
     if isinstance(method, PersonaJudge):
         _check_judgeable(method, sampling, arguments)
@@ -226,9 +226,9 @@ def _check_judgeable(method: Method, sampling: Sampling, arguments: Arguments) -
         raise ValueError(f"method={method.name!r} does not know logits processors")
 
 
-def _check_per_prompt(name: str, values: Sequence[Any], prompts: int) -> None:
+def _check_per_prompt(name: str, values: Sequence[Any], prompts: int, guess: str = "") -> None:
     if isinstance(values, str) or len(values) != prompts:
-        raise ValueError(f"{name} has {len(values)} entries for {prompts} prompts")
+        raise ValueError(f"{name} has {len(values)} entries for {prompts} prompts{guess}")
 
 
 def _shared(seed: Any, policy: Policy) -> Any:

@@ -31,6 +31,7 @@ _ENGINE_ARGUMENTS = (
     "cuda_graphs",
     "torch_compile",
 )
+_SETTINGS = {field.name for field in dataclasses.fields(StarsConfig)}
 
 
 @dataclass
@@ -98,31 +99,40 @@ def generate(
     """
     config = _with_methods_sampling(stars_config or StarsConfig())
     engine = {name: kwargs.pop(name) for name in _ENGINE_ARGUMENTS if name in kwargs}
+    for name in _SETTINGS - vars(GenerationConfig()).keys():  # those that transformers does not know
+        if name in kwargs:
+            raise _misplaced(name, kwargs[name])
     explicit = _explicit_settings(generation_config, kwargs)
     if explicit.get("do_sample") is False:
         raise ValueError("do_sample=False: reward-guided decoding samples; leave do_sample unset or pass True")
     for name in ("assistant_model", "prompt_lookup_num_tokens"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} is set: assisted decoding and reward-guided decoding cannot be combined")
+    settings: dict[str, Any] = {}  # what the call leaves open
     if explicit.get("do_sample") is None:
-        kwargs["do_sample"] = True
+        settings["do_sample"] = True
     explicit |= _models_own(model, config)
     if explicit.get("max_new_tokens") is None and explicit.get("max_length") is None:
-        kwargs["max_new_tokens"] = config.max_new_tokens
+        settings["max_new_tokens"] = config.max_new_tokens
     if explicit.get("num_return_sequences") is None:
-        kwargs["num_return_sequences"] = config.num_return_sequences
+        settings["num_return_sequences"] = config.num_return_sequences
     for name in ("inputs_embeds", "position_ids", *_CACHES):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} is given: reward-guided decoding starts from token ids alone")
     for name in (*SAMPLING_FIELDS, "eos_token_id"):
         value = getattr(config, name)
         if explicit.get(name) is None and value is not None:
-            kwargs[name] = list(value) if isinstance(value, tuple) else value
+            settings[name] = list(value) if isinstance(value, tuple) else value
     stop_strings = kwargs.pop("stop_strings", None) or explicit.get("stop_strings")
     if stop_strings is not None:
         config = config.replace(stop_strings=stop_strings)
-    if generation_config is not None and generation_config.stop_strings is not None:
-        generation_config = _without_stop_strings(generation_config)
+    if generation_config is None:
+        kwargs |= settings
+    else:  # transformers wants no settings beside one
+        generation_config = copy.deepcopy(generation_config)
+        for name, value in {**settings, "stop_strings": None}.items():
+            setattr(generation_config, name, value)
+            kwargs.pop(name, None)
     decoder = _Decoder(
         reward_model,
         config,
@@ -168,7 +178,9 @@ def decoding(
     A setting counts as the call's own where it differs from what the model's generation_config would have given.
     """
     known = {*_ENGINE_ARGUMENTS, "seed", "reward_prompts", "columns"}
-    for name in options:
+    for name, value in options.items():
+        if name in _SETTINGS:
+            raise _misplaced(name, value)
         if name not in known:
             raise TypeError(f"{name!r} is not an option of decoding; the options are {', '.join(sorted(known))}")
     engine = {name: options.pop(name) for name in _ENGINE_ARGUMENTS if name in options}
@@ -176,6 +188,10 @@ def decoding(
     return _Decoder(
         reward_model, config, explicit=None, tokenizer=tokenizer, streamer=streamer, engine=engine, call=options
     )
+
+
+def _misplaced(name: str, value: Any) -> TypeError:
+    return TypeError(f"{name} is a setting of StarsConfig: pass stars_config=StarsConfig({name}={value!r:.80})")
 
 
 def _with_methods_sampling(config: StarsConfig) -> StarsConfig:
@@ -200,12 +216,6 @@ def _models_own(model: PreTrainedModel, config: StarsConfig) -> dict[str, Any]:
         names.append("num_return_sequences")
     values = {name: getattr(own, name, None) for name in names}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _without_stop_strings(generation_config: GenerationConfig) -> GenerationConfig:
-    generation_config = copy.deepcopy(generation_config)
-    generation_config.stop_strings = None
-    return generation_config
 
 
 class _Decoder:

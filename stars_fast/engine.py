@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,7 +26,7 @@ from stars_fast.outputs import SegmentEvent, StarsOutput
 from stars_fast.policy import Policy
 from stars_fast.progress import progress_bar
 from stars_fast.request import Request
-from stars_fast.rewards import Reward
+from stars_fast.rewards import CallableReward, Reward
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.memory import default_tokens, divide_devices
 
@@ -127,10 +128,11 @@ class StarsEngine:
 
         Parameters
         ----------
-        prompts : str, list of str, list of chat message lists, list of id lists, or id tensor ``[batch, length]``
+        prompts : str, list of str, list of chat message lists, list of id lists, id tensor ``[batch, length]``, or
+            what a tokenizer returns
         config : StarsConfig, optional
         attention_mask : torch.Tensor, optional
-            ``[batch, length]``, with an id tensor.
+            ``[batch, length]``, with an id tensor. A tokenizer's output brings its own.
         reward_prompts : like prompts, optional
             What the reward sees as the prompt, where that differs.
         columns : dict, optional
@@ -220,11 +222,28 @@ class StarsEngine:
                 pilots = self._pilots(call, PILOT_SAMPLES)
                 for pilot in pilots:
                     solve(pilot, call.config, _DEFAULT_ACCEPTANCE)
+                self._warn_of_constant(pilots)
             call.requests = call.guided_requests(pilots)
             for request in self._run(call, call.requests, call.config):
                 if request.error is not None and call.arguments.on_error == "raise":
                     raise RuntimeError(f"prompts[{request.prompt_index}]: {request.error}")
                 yield from new_events(request, self.tokenizer)
+            if all(request.error is not None for request in call.requests):
+                warnings.warn(
+                    f"no request succeeded; the first ended with: {call.requests[0].error} (output.errors has them "
+                    "all; on_error='raise' raises the first)",
+                    stacklevel=2,
+                )
+
+    def _warn_of_constant(self, pilots: Sequence[Pilot]) -> None:
+        solved = [pilot for pilot in pilots if pilot.error is None]
+        if solved and not any(pilot.varies for pilot in solved):
+            ids = isinstance(self.reward, CallableReward) and self.reward.tokenizer is None
+            warnings.warn(
+                "the reward is the same for all pilot responses: nothing is guided while it does not vary"
+                + (" (it was called with token ids: give tokenizer= for text)" if ids else ""),
+                stacklevel=2,
+            )
 
     @contextmanager
     def _exclusive(self, call: Call) -> Iterator[None]:

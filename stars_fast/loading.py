@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
+from stars_fast.rewards.classifier import ONE_LABEL
 
 
 def load_policy(policy: PreTrainedModel | str | os.PathLike[str], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
@@ -38,6 +39,8 @@ def load_reward(
     ``policy_ids`` is how many ids the policy is expected to produce (its tokenizer's, where there is one): a classifier
     that reads them must have an embedding for each. A padded vocabulary's further ids are caught when they are scored.
     """
+    if isinstance(reward, type):
+        raise TypeError(f"reward is a class: give an instance, {reward.__name__}(...)")
     if isinstance(reward_tokenizer, (str, os.PathLike)):
         from transformers import AutoTokenizer
 
@@ -63,7 +66,7 @@ def load_classifier(name: str | os.PathLike[str], tokenizer: Any) -> tuple[PreTr
 
     config = AutoConfig.from_pretrained(name)
     if config.num_labels != 1:
-        raise ValueError(f"reward={str(name)!r} has num_labels={config.num_labels}; a reward model has exactly 1")
+        raise ValueError(f"reward={str(name)!r} has num_labels={config.num_labels}; {ONE_LABEL}")
     if tokenizer is None:
         tokenizer = _tokenizer_beside(name)
     return AutoModelForSequenceClassification.from_pretrained(name, dtype="auto"), tokenizer

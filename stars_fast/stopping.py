@@ -19,7 +19,10 @@ def stop_test(stop_strings: str | Sequence[str] | None, tokenizer: Any) -> StopT
     if not stop_strings:
         return None
     if tokenizer is None:
-        raise ValueError(f"stop_strings={stop_strings!r} needs a tokenizer: pass tokenizer= to StarsEngine")
+        raise ValueError(
+            f"stop_strings={stop_strings!r} needs a tokenizer: pass tokenizer= to StarsEngine, stars_fast.generate or "
+            "decoding"
+        )
     strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
 
     def ends(tokens: list[int]) -> bool:

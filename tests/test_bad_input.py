@@ -1,6 +1,7 @@
 """A mistake gets an error that names the argument, the value, the index and the limit, and costs no other request."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import (
 
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine
+from stars_fast.rewards import Reward, RuleReward
 
 VOCAB = 32
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11], [14, 15]]
@@ -133,6 +135,24 @@ def test_an_empty_text_or_chat_is_named_by_its_index(policy32, tokenizer32):
         engine.generate(["w1", ""], CONFIG)
     with refused(r"prompts\[1\]"):
         engine.generate([[{"role": "user", "content": "w1"}], []], CONFIG)
+
+
+@pytest.mark.parametrize(
+    "prompts, keys",
+    [
+        ([{"messages": [{"role": "user", "content": "w1"}]}], "messages"),
+        ([{"prompt": "w1"}, {"prompt": "w2"}], "prompt"),
+        ([[{"role": "user", "content": "w1"}, {"content": "w2", "from": "bot"}]], "from"),
+        ({"prompt": "w1"}, "prompt"),
+    ],
+    ids=str,
+)
+def test_a_data_sets_row_is_no_chat(policy32, tokenizer32, prompts, keys):
+    engine = StarsEngine(policy32, sum_reward, tokenizer=tokenizer32)
+    with refused(r"prompts(\[0\])?", f"keys.*{keys}"):
+        engine.generate(prompts, CONFIG)
+    with refused(r"reward_prompts(\[0\])?", f"keys.*{keys}"):
+        engine.generate("w1", CONFIG, reward_prompts=prompts)
 
 
 def test_no_prompts_at_all_are_refused(engine):
@@ -259,6 +279,28 @@ def test_a_reward_model_with_more_than_one_label_is_refused(policy32):
     reward = LlamaForSequenceClassification(tiny_config(VOCAB, num_labels=2))
     with refused("reward", "2", "1"):
         StarsEngine(policy32, reward)
+
+
+def test_a_causal_lm_as_the_reward_is_told_what_it_can_be(tmp_path, policy32):
+    policy32.save_pretrained(tmp_path)
+    for reward in (policy32, str(tmp_path)):
+        with refused("reward", "JudgeReward", "ImplicitReward"):
+            StarsEngine(policy32, reward)
+
+
+@pytest.mark.parametrize("reward", [RuleReward, LlamaForSequenceClassification])
+def test_a_class_is_no_reward(policy32, reward):
+    with refused("reward", "class", rf"{reward.__name__}\(\.\.\.\)"):
+        StarsEngine(policy32, reward)
+
+
+def test_a_reward_of_text_needs_a_tokenizer(policy32):
+    class OfText(Reward):
+        def score(self, completions):
+            return [float(len(completion.text)) for completion in completions]
+
+    out = StarsEngine(policy32, OfText()).generate(PROMPTS, CONFIG)
+    assert all("no text without a tokenizer: pass tokenizer=" in error for error in out.errors)
 
 
 def test_what_is_no_model_or_reward_is_refused(policy32, reward32):
@@ -421,9 +463,18 @@ def test_a_reward_that_always_fails_ends_every_request(policy32):
     def reward(completions):
         raise RuntimeError("the judge is out")
 
-    out = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=SEEDS)
+    engine = StarsEngine(policy32, reward)
+    with pytest.warns(UserWarning, match=r"no request succeeded.*the judge is out.*output\.errors.*on_error='raise'"):
+        out = engine.generate(PROMPTS, CONFIG, seed=SEEDS)
     assert out.finish_reasons == ["error"] * 4
     assert all("the judge is out" in error for error in out.errors)
+
+
+def test_one_that_succeeds_is_no_reason_to_warn(policy32):
+    engine = StarsEngine(policy32, fails_after_one_segment("raises"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "error" in engine.generate(PROMPTS, CONFIG, seed=SEEDS).finish_reasons
 
 
 def test_a_reward_that_fails_once_is_retried(policy32):

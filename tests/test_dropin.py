@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import (
     TopKLogitsWarper,
 )
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
+from transformers.generation import utils as transformers_generate
 
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine, StarsGenerateOutput
@@ -532,6 +534,37 @@ def test_the_callers_generation_config_is_left_alone(policy):
     before, models = theirs.to_dict(), policy.generation_config.to_dict()
     facade(policy, tiny_reward(VOCAB, hidden=32), generation_config=theirs, tokenizer=tiny_tokenizer(VOCAB))
     assert theirs.to_dict() == before and policy.generation_config.to_dict() == models
+
+
+def test_a_generation_config_is_all_that_transformers_gets(policy, monkeypatch):
+    """It deprecates settings beside one, and would say so to a caller who gave none."""
+    said = []
+    monkeypatch.setattr(transformers_generate.logger, "warning_once", said.append)
+    settings = {"top_k": 5, "stop_strings": ["w9"]}
+    kwargs = {
+        "reward": lambda completion_ids: sum_reward(completion_ids),
+        "config": CONFIG.replace(num_return_sequences=2, top_p=0.9, eos_token_id=EOS),
+        "tokenizer": tiny_tokenizer(VOCAB),
+        "seed": 0,
+    }
+    out = facade(policy, generation_config=GenerationConfig(**settings), max_new_tokens=None, **kwargs)
+    assert not [line for line in said if "together with" in line]
+    assert len(out) == 8 and torch.equal(out, facade(policy, **settings, **kwargs))
+
+
+@pytest.mark.parametrize("name, value", [("method", "cards"), ("segment_length", 4), ("target_reward", 1.0)])
+def test_a_setting_of_guidance_in_the_wrong_place_is_told_where_it_belongs(policy, name, value):
+    place = re.escape(f"pass stars_config=StarsConfig({name}={value!r})")
+    with pytest.raises(TypeError, match=place):
+        facade(policy, **{name: value})
+    with pytest.raises(TypeError, match=place):
+        stars_fast.decoding(sum_reward, **{name: value})
+
+
+@both
+def test_stop_strings_without_a_tokenizer_say_where_it_goes(policy, generate):
+    with pytest.raises(ValueError, match=r"pass tokenizer= to StarsEngine, stars_fast\.generate or decoding"):
+        generate(policy, config=CONFIG.replace(stop_strings=["w9"]))
 
 
 def test_settings_of_the_engine_reach_it(policy32, reward32, monkeypatch):

@@ -1,11 +1,20 @@
-"""README says what was measured, and no more."""
+"""README says what was measured, and no more; what it and the other pages show can be typed."""
 
 import json
+import re
 from pathlib import Path
 
+import pytest
 import readme_table
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+PAGES = [README, *sorted((README.parent / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_of_a_page_is_valid(page):
+    for block in re.findall(r"```python.*?\n(.*?)```", page.read_text(), re.S):
+        compile(block, str(page), "exec")
 
 
 def test_the_table_is_what_the_newest_record_gives():

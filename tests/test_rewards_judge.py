@@ -1,5 +1,8 @@
 """The judge's verdict on every candidate is that of a plain forward pass over the whole question."""
 
+import re
+import warnings
+
 import pytest
 import torch
 from conftest import tiny_policy
@@ -12,6 +15,8 @@ from stars_fast.rewards.judge import QUESTION
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=4, target_reward=1.0, beta=0.6, max_new_tokens=10)
 TEXTS = ["the cat sat", "hello {answer}", "you"]
+# The tokenizer made here knows no whole "Yes".
+pytestmark = pytest.mark.filterwarnings("ignore:the verdict .* has")
 
 
 @torch.no_grad()
@@ -109,6 +114,17 @@ def test_bad_questions_are_refused(tokenizer):
             JudgeReward(tiny_policy(300, positions=160), tokenizer),
             tokenizer=tokenizer,
         ).generate(["a", "the cat " * 40], CONFIG)
+
+
+def test_a_verdict_of_which_only_the_beginning_is_read_is_warned_of(tokenizer):
+    model = tiny_policy(300, positions=512)
+    ids = tokenizer("No, never", add_special_tokens=False)["input_ids"]
+    first = re.escape(repr(tokenizer.decode(ids[:1])))
+    with pytest.warns(UserWarning, match=rf"verdict 'No, never' has {len(ids)} tokens.*first alone, {first}"):
+        JudgeReward(model, tokenizer, yes="Y", no="No, never")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        JudgeReward(model, tokenizer, yes="Y", no="N")
 
 
 def test_ids_of_a_rendered_chat_are_refused_and_its_messages_are_not():

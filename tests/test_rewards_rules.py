@@ -79,6 +79,8 @@ def test_rules_that_cannot_be_are_refused(policy32):
     for weight in (math.inf, math.nan):
         with pytest.raises(ValueError, match=rf"the rule 'w5' has weight {weight}"):
             RuleReward({"w5": weight})
+    with pytest.raises(ValueError, match=r"the pattern 'go\(od' is no regular expression: .*at position 2"):
+        RuleReward({"good": 1.0, "go(od": 1.0})
     with pytest.raises(ValueError, match="matched against text: pass tokenizer="):
         StarsEngine(policy32, RuleReward({"w5": 1.0})).generate([[1]])
     with pytest.raises(ValueError, match=r"RuleReward \(partial=False\)"):

@@ -83,7 +83,10 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """The response's text, special tokens left out. An unfinished character at the end is held back."""
+        """The response's text, special tokens left out. An unfinished character at the end is held back.
+
+        Raises ValueError without a tokenizer.
+        """
         return self._held_back(self._decode(self.tokens))
 
     @property
@@ -94,6 +97,8 @@ class Completion:
         return self._held_back(whole[len(before) :]) if whole.startswith(before) else self.text
 
     def _decode(self, tokens: list[int]) -> str:
+        if self.tokenizer is None:
+            raise ValueError("a completion has no text without a tokenizer: pass tokenizer=")
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 

@@ -19,6 +19,8 @@ from stars_fast.rewards.rendering import Rendering
 from stars_fast.tree.attention import evaluating, is_causal
 from stars_fast.tree.model import TreeModel, refuse_dynamic_rope, refuse_offloaded, vocabulary
 
+ONE_LABEL = "a reward model has exactly 1 (a causal LM scores as JudgeReward or ImplicitReward of stars_fast.rewards)"
+
 
 class ClassifierReward(RenderedReward):
     """A transformers sequence-classification model with one label.
@@ -73,7 +75,7 @@ class ClassifierReward(RenderedReward):
     def _check_labels(self, model: PreTrainedModel) -> None:
         labels = model.config.num_labels
         if labels != 1:
-            raise ValueError(f"reward: {type(model).__name__} has num_labels={labels}; a reward model has exactly 1")
+            raise ValueError(f"reward: {type(model).__name__} has num_labels={labels}; {ONE_LABEL}")
 
     def _probe(self) -> list[int]:
         """A few ids, for comparing the model's own reward with its head's value."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ class JudgeReward(RenderedReward):
     template : str
         Holds ``{answer}`` once; ``{prompt}`` and ``{question}`` are filled in. Chats become ``role: content`` lines.
     yes, no : str
-        The verdicts. Their first tokens are compared.
+        The verdicts. Their first tokens are compared; a verdict of several is warned of.
 
     Raises
     ------
@@ -120,4 +121,10 @@ def _first_token(tokenizer: Any, text: str) -> int:
     ids = encode(tokenizer, text)
     if not ids:
         raise ValueError(f"the verdict {text!r} has no tokens")
+    if len(ids) > 1:
+        warnings.warn(
+            f"the verdict {text!r} has {len(ids)} tokens: the judge is asked for the first alone, "
+            f"{tokenizer.decode(ids[:1])!r}",
+            stacklevel=3,
+        )
     return ids[0]

@@ -32,7 +32,7 @@ class RuleReward(Reward):
     Raises
     ------
     ValueError
-        Without rules, or for a weight that is NaN or +inf.
+        Without rules, for a pattern that is no regular expression, or for a weight that is NaN or +inf.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class RuleReward(Reward):
         *,
         partial: bool = True,
     ) -> None:
-        self.patterns = [(re.compile(pattern), weight) for pattern, weight in (patterns or {}).items()]
+        self.patterns = [(_compiled(pattern), weight) for pattern, weight in (patterns or {}).items()]
         self.predicates = list((predicates or {}).items())
         self.partial = partial
         if not self.patterns and not self.predicates:
@@ -56,7 +56,7 @@ class RuleReward(Reward):
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
     ) -> None:
         if self.patterns and any(prompt.tokenizer is None for prompt in prompts):
-            raise ValueError("RuleReward's patterns are matched against text: pass tokenizer= to StarsEngine")
+            raise ValueError("RuleReward's patterns are matched against text: pass tokenizer=")
 
     def score(self, completions: Sequence[Completion]) -> list[float]:
         return [self._score(completion) for completion in completions]
@@ -66,3 +66,10 @@ class RuleReward(Reward):
         met = [(float(pattern.search(answer) is not None), weight) for pattern, weight in self.patterns]
         met += [(float(predicate(answer)), weight) for predicate, weight in self.predicates]
         return sum(value * weight for value, weight in met if value)  # 0 times -inf is no number
+
+
+def _compiled(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from error
