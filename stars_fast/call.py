@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
@@ -18,6 +17,7 @@ from stars_fast.methods.base import Method
 from stars_fast.methods.calibration import Pilot
 from stars_fast.methods.stars import base_reward
 from stars_fast.methods.two_policies import PersonaJudge
+from stars_fast.notices import warn
 from stars_fast.ops.philox import philox_key
 from stars_fast.outputs import Stats
 from stars_fast.policy import Policy
@@ -180,10 +180,7 @@ def _warn_of_overruled(method: Method, given: StarsConfig, ruled: StarsConfig) -
     for field_ in fields(StarsConfig):
         before, after = getattr(given, field_.name), getattr(ruled, field_.name)
         if before not in (field_.default, after):
-            warnings.warn(
-                f"method={method.name!r} sets {field_.name}={after} itself: {field_.name}={before} has no effect",
-                stacklevel=2,
-            )
+            warn(f"method={method.name!r} sets {field_.name}={after} itself: {field_.name}={before} has no effect")
 
 
 class _Unread:

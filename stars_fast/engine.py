@@ -93,13 +93,7 @@ class StarsEngine:
             raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization!r}: must be in (0, 1]")
         model, self.tokenizer = load_policy(policy, tokenizer)
         self.policy = Policy(model, cuda_graphs, torch_compile)
-        self.reward: Reward = load_reward(
-            reward,
-            self.tokenizer,
-            reward_tokenizer,
-            reward_tail,
-            self.policy.vocab_size if self.tokenizer is None else len(self.tokenizer),
-        )
+        self.reward: Reward = load_reward(reward, self.tokenizer, reward_tokenizer, reward_tail, model)
         for tree in self.reward.tree_models:
             tree.graphs.enabled = cuda_graphs and tree.device.type == "cuda"
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)

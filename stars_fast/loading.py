@@ -11,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
+from stars_fast.tree.model import vocabulary
 
 # What a tokenizer is saved as, by any of transformers' classes; the usual ones first.
 _TOKENIZER_FILES = (
@@ -39,12 +40,12 @@ def load_policy(policy: PreTrainedModel | str | os.PathLike[str], tokenizer: Any
 
 
 def load_reward(
-    reward: Any, tokenizer: Any, reward_tokenizer: Any, tail: str | Sequence[int], policy_ids: int
+    reward: Any, tokenizer: Any, reward_tokenizer: Any, tail: str | Sequence[int], policy: PreTrainedModel
 ) -> Reward:
     """A :class:`Reward` from a Reward, a sequence classifier, a path or hub id, or a plain function.
 
-    ``policy_ids`` is how many ids the policy is expected to produce (its tokenizer's, where there is one): a classifier
-    that reads them must have an embedding for each. A padded vocabulary's further ids are caught when they are scored.
+    A classifier that reads the policy's ids must have an embedding for each that is expected (its tokenizer's, where
+    there is one). A padded vocabulary's further ids are caught when they are scored.
     """
     if isinstance(reward_tokenizer, (str, os.PathLike)):
         from transformers import AutoTokenizer
@@ -55,7 +56,7 @@ def load_reward(
     if not isinstance(reward, Reward) and hasattr(reward, "config") and hasattr(reward, "base_model_prefix"):
         reward = ClassifierReward(reward, reward_tokenizer, tokenizer, tail)
     if isinstance(reward, Reward):
-        reward.check_vocabulary(policy_ids)
+        reward.check_vocabulary(vocabulary(policy) if tokenizer is None else len(tokenizer), policy)
         return reward
     if callable(reward):
         return CallableReward(reward, tokenizer)

@@ -11,8 +11,17 @@ from conftest import sum_reward, tiny_policy, tiny_reward, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from stars_fast import StarsConfig, StarsEngine
-from stars_fast.rewards import CallableReward, ClassifierReward, Completion, Response, Reward, RewardPrompt
+from stars_fast import StarsConfig, StarsEngine, demo
+from stars_fast.rewards import (
+    CallableReward,
+    ClassifierReward,
+    Completion,
+    ImplicitReward,
+    Response,
+    Reward,
+    RewardPrompt,
+    WeightedSum,
+)
 from stars_fast.rewards.rendering import Rendering
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14)
@@ -716,3 +725,63 @@ def test_a_reward_for_finished_answers_only_is_refused(policy32):
 
     with pytest.raises(ValueError, match=r"Final \(partial=False\)"):
         StarsEngine(policy32, Final()).generate(PROMPTS, CONFIG)
+
+
+# Ids of another tokenizer
+
+
+def another(policy_ids=(1, 2), reward_ids=(1, 2), more=0):
+    """Two models by their bos and eos ids, the reward model with more embeddings."""
+    names = ("bos_token_id", "eos_token_id")
+    policy = tiny_policy(32, **dict(zip(names, policy_ids, strict=True)))
+    return policy, tiny_reward(32 + more, **dict(zip(names, reward_ids, strict=True)))
+
+
+def of_a_classifier(policy, reward):
+    return reward
+
+
+def of_a_weighted_sum(policy, reward):
+    return WeightedSum({"liked": (1.0, ClassifierReward(reward))})
+
+
+def of_an_implicit_pair(policy, reward):
+    fields = {name: getattr(reward.config, name) for name in ("bos_token_id", "eos_token_id")}
+    return ImplicitReward(*(tiny_policy(reward.config.vocab_size, seed=seed, **fields) for seed in (2, 3)))
+
+
+@pytest.mark.parametrize("kind", [of_a_classifier, of_a_weighted_sum, of_an_implicit_pair])
+@pytest.mark.parametrize(
+    "models, found",
+    [
+        (another(more=1000), "1032 embeddings, the policy 32"),
+        (another((1, 2), (0, [3, 4])), r"ids \[0\] and \[3, 4\], the policy \[1\] and \[2\]"),
+    ],
+    ids=["size", "ends"],
+)
+def test_a_reward_model_of_another_tokenizers_ids_is_warned_of(models, found, kind):
+    policy, reward = models
+    with pytest.warns(UserWarning, match=f"{found}.*tokenizer=.* of its own"):
+        StarsEngine(policy, kind(policy, reward))
+
+
+@pytest.mark.parametrize(
+    "models",
+    [another(more=399), another((1, 2), (1, 3)), another((1, 2), (None, 3)), another((1, 2), (0, [2, 3]))],
+    ids=["padding", "another eos", "no bos", "an eos in common"],
+)
+def test_reward_models_of_the_same_family_are_not_warned_of(models, recwarn):
+    StarsEngine(*models)
+    assert not recwarn.list
+
+
+def test_the_demo_models_are_not_warned_of(recwarn):
+    policy, reward, tokenizer = demo.load()
+    StarsEngine(policy, reward, tokenizer=tokenizer)
+    assert not recwarn.list
+
+
+def test_a_reward_model_with_a_tokenizer_of_its_own_is_not_warned_of(tokenizer32, recwarn):
+    policy, reward = another(more=1000)
+    StarsEngine(policy, reward, tokenizer=tokenizer32, reward_tokenizer=tiny_tokenizer(40))
+    assert not recwarn.list

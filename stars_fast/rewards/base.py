@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 
+from stars_fast.notices import warn
 from stars_fast.prompts import Messages, read_prompts
 
 if TYPE_CHECKING:
@@ -161,8 +162,8 @@ class Reward(abc.ABC):
     def end(self) -> None:
         """The call of the engine is over, normally or not: free everything."""
 
-    def check_vocabulary(self, policy_ids: int) -> None:
-        """An engine whose policy produces ``policy_ids`` ids was made: ValueError if they cannot be read."""
+    def check_vocabulary(self, policy_ids: int, policy: PreTrainedModel) -> None:
+        """An engine was made, whose policy produces ``policy_ids`` ids: ValueError if they cannot be read."""
 
     @property
     def tree_models(self) -> list[TreeModel]:
@@ -211,10 +212,9 @@ def _warn_of_lost_batch(completions: Sequence[Completion], cause: str) -> None:
     warned = completions[0].response.prompt.warned
     if "batch" not in warned:
         warned.add("batch")
-        warnings.warn(
+        warn(
             f"{cause}, for {len(completions)} completions at once but not for each alone: they are scored one by one, "
-            "which is slow",
-            stacklevel=4,
+            "which is slow"
         )
 
 

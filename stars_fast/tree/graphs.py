@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
+
+from stars_fast.notices import warn
 
 if TYPE_CHECKING:
     from stars_fast.tree.model import TreeModel
@@ -172,7 +173,7 @@ class Graphs:
         return True
 
     def _warn(self, what: str, error: Exception) -> None:
-        warnings.warn(f"the layers of {type(self._model.model).__name__} {what}: {error}", stacklevel=2)
+        warn(f"the layers of {type(self._model.model).__name__} {what}: {error}")
 
 
 def addresses(model: PreTrainedModel) -> tuple[Any, ...]:
