@@ -163,12 +163,14 @@ def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
         if name in ("prompts", "completions", "completion_ids"):
             raise ValueError(f"columns[{name!r}]: the reward is called with {name} of its own; rename the column")
         _check_per_prompt(f"columns[{name!r}]", values, len(prompts))
+    reward_prompts = _reward_prompts(arguments.reward_prompts, prompts, columns, tokenizer)
+    reward.check(reward_prompts, config.max_new_tokens, kv_cache_tokens)
     return Call(
         arguments=arguments,
         config=config,
         sampling=sampling,
         prompts=prompts,
-        reward_prompts=_reward_prompts(arguments.reward_prompts, prompts, columns, tokenizer),
+        reward_prompts=reward_prompts,
         personas=personas,
         keys=_keys(_shared(arguments.seed, policy), len(prompts), config.num_return_sequences),
         stop=stop_test(config.stop_strings, tokenizer),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import sum_reward, tiny_config, tiny_policy, tiny_reward
+from test_rewards import byte_bpe
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -18,6 +19,7 @@ from transformers import (
 
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine
+from stars_fast.rewards import ClassifierReward, JudgeReward, WeightedSum
 
 VOCAB = 32
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11], [14, 15]]
@@ -250,6 +252,35 @@ def test_on_error_takes_two_values(engine):
 def test_stream_refuses_when_called_not_when_read(engine):
     with refused(r"prompts\[1\]", "empty"):
         engine.stream([[5], []], CONFIG)
+
+
+def needs_an_answer(completions, answer):
+    return sum_reward(completions)
+
+
+@pytest.mark.parametrize(
+    "reward, parts",
+    [
+        (ClassifierReward(tiny_reward(VOCAB, positions=20)), (r"prompts\[1\]", "20")),
+        (WeightedSum([(1.0, ClassifierReward(tiny_reward(VOCAB, positions=20)))]), (r"prompts\[1\]", "20")),
+        (needs_an_answer, ("the reward function", ".?answer.?")),
+    ],
+    ids=["classifier", "weighted sum", "function"],
+)
+def test_stream_refuses_what_the_reward_cannot_score_when_called(policy32, reward, parts):
+    with refused(*parts):
+        StarsEngine(policy32, reward).stream([[5], [6] * 7], CONFIG)
+
+
+def test_a_call_that_is_refused_leaves_a_running_one_alone(policy32, tokenizer32):
+    """Though it is of another engine, by whose tokenizer the same scorer would render otherwise."""
+    scorer = JudgeReward(tiny_policy(VOCAB), tokenizer32, yes="w4", no="w5", template="w1 {answer} w2")
+    other = StarsEngine(policy32, scorer, tokenizer=byte_bpe(300))
+    alone = StarsEngine(policy32, scorer, tokenizer=tokenizer32).generate(["w5 w6"], CONFIG, seed=3)
+    events = StarsEngine(policy32, scorer, tokenizer=tokenizer32).stream(["w5 w6"], CONFIG, seed=3)
+    tokens = list(next(events).segment.tokens)
+    other.stream([[1, 2]], CONFIG)
+    assert tokens + [token for event in events for token in event.segment.tokens] == alone.completions[0]
 
 
 # Models

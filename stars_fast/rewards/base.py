@@ -120,13 +120,16 @@ class Reward(abc.ABC):
     tokens: int = 0
     _calls: int = 0  # that began and have not ended, refused ones included
 
+    def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
+        """A call of the engine is asked for: ValueError for prompts that cannot be scored, naming the prompt's index
+        and the limit. It may never begin, and another may be running: this leaves no trace in the scorer.
+        """
+
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
     ) -> None:
         """A call of the engine starts: at most ``rows`` responses grow at once. One :meth:`end` follows, whatever
         happens, even where this raises.
-
-        Raises ValueError for prompts that cannot be scored, naming the prompt's index and the limit.
         """
 
     def read_ahead(self, prompts: Sequence[RewardPrompt], most: int) -> Sequence[RewardPrompt]:

@@ -39,10 +39,7 @@ class CallableReward(Reward):
         self._required = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, *named)]
         self._loop: _LoopThread | None = None
 
-    def begin(
-        self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
-    ) -> None:
-        self._enter_call()
+    def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
         columns = prompts[0].columns if prompts else {}
         for name in self._required:
             if name not in _OWN_ARGUMENTS and name not in columns:
@@ -50,6 +47,11 @@ class CallableReward(Reward):
                     f"the reward function needs {name!r}, which is neither prompts, completions or completion_ids nor "
                     f"a column: pass columns={{{name!r}: one value per prompt}}, or give the parameter a default"
                 )
+
+    def begin(
+        self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
+    ) -> None:
+        self._enter_call()
 
     def end(self) -> None:
         if self._leave_call() and self._loop is not None:

@@ -96,6 +96,10 @@ class WeightedSum(Reward):
         for part in self._parts:
             part.reward.check_vocabulary(policy_ids, policy)
 
+    def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
+        for part in self._parts:
+            part.reward.check(prompts, max_new_tokens, kv_cache_tokens)
+
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
     ) -> None:
