@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from stars_fast.config import StarsConfig
@@ -158,7 +159,9 @@ def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
         personas = read_personas(prompts, (method.judge_prompt, method.draft_prompt), tokenizer, bos)
     for index, (prompt, variants) in enumerate(zip(prompts, personas, strict=True)):
         check_prompt(index, prompt, variants, config, policy, kv_cache_tokens)
-    columns = arguments.columns or {}
+    columns = {} if arguments.columns is None else arguments.columns
+    if not isinstance(columns, Mapping):
+        raise TypeError(f"columns is a {type(columns).__name__}: give a mapping of name to one value per prompt")
     for name, values in columns.items():
         if name in ("prompts", "completions", "completion_ids"):
             raise ValueError(f"columns[{name!r}]: the reward is called with {name} of its own; rename the column")
@@ -196,7 +199,7 @@ class _Unread:
 
 
 def _reward_prompts(
-    given: Any, prompts: Sequence[Prompt], columns: dict[str, Sequence[Any]], tokenizer: Any
+    given: Any, prompts: Sequence[Prompt], columns: Mapping[str, Sequence[Any]], tokenizer: Any
 ) -> list[RewardPrompt]:
     """The prompts as the reward sees them. What is given for it alone need not suit the policy's tokenizer."""
     argument = "prompts" if given is None else "reward_prompts"
@@ -225,8 +228,11 @@ def _check_judgeable(method: Method, sampling: Sampling, arguments: Arguments) -
         raise ValueError(f"method={method.name!r} does not know logits processors")
 
 
-def _check_per_prompt(name: str, values: Sequence[Any], prompts: int) -> None:
-    if isinstance(values, str) or len(values) != prompts:
+def _check_per_prompt(name: str, values: Any, prompts: int) -> None:
+    indexed = hasattr(values, "__getitem__") and hasattr(values, "__len__") and getattr(values, "ndim", 1) > 0
+    if not indexed or isinstance(values, (str, Mapping)):
+        raise TypeError(f"{name} is a {type(values).__name__}: give a sequence of one entry per prompt")
+    if len(values) != prompts:
         raise ValueError(f"{name} has {len(values)} entries for {prompts} prompts")
 
 
@@ -238,6 +244,8 @@ def _shared(seed: Any, policy: Policy) -> Any:
 
 def _keys(seed: Any, prompts: int, samples: int) -> list[int]:
     """Key of each output row's random numbers."""
+    if isinstance(seed, (torch.Tensor, np.ndarray)):
+        seed = seed.tolist()
     if seed is None:
         seed = int(torch.randint(0, 2**63 - 1, ()))
     if isinstance(seed, (bool, str)) or not isinstance(seed, (Integral, Sequence)):

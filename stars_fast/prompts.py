@@ -21,15 +21,13 @@ class Prompt:
     ids: list[int]
 
 
-def read_prompts(
-    prompts: Any, tokenizer: Any, attention_mask: torch.Tensor | None = None, name: str = "prompts"
-) -> list[Prompt]:
+def read_prompts(prompts: Any, tokenizer: Any, attention_mask: Any = None, name: str = "prompts") -> list[Prompt]:
     """Normalise ``prompts``.
 
     Parameters
     ----------
     prompts : str, list of str, list of chat message lists, one chat message list, list of id lists, or id tensor
-        A 2-D tensor takes ``attention_mask`` of the same shape to mark padding, on either side.
+        A 2-D tensor or array takes ``attention_mask`` of the same shape to mark padding, on either side.
     tokenizer : transformers tokenizer, optional
         Needed for text and chats.
     name : str
@@ -40,8 +38,10 @@ def read_prompts(
     TypeError, ValueError
         For a form that is not known, text without a tokenizer, or an empty prompt, naming the prompt's index.
     """
+    if isinstance(prompts, np.ndarray):
+        prompts = torch.tensor(prompts.copy()) if prompts.dtype.kind in "biuf" else prompts.tolist()
     if isinstance(prompts, torch.Tensor):
-        return _read_tensor(prompts, attention_mask, name)
+        return _read_tensor(prompts, _as_mask(attention_mask), name)
     if attention_mask is not None:
         raise ValueError(f"attention_mask goes with an id tensor; {name} is a {type(prompts).__name__}")
     if isinstance(prompts, str) or _is_chat(prompts):
@@ -97,13 +97,20 @@ def _is_chat(prompt: Any) -> bool:
     return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(turn, dict) for turn in prompt)
 
 
+def _as_mask(attention_mask: Any) -> torch.Tensor | None:
+    try:
+        return None if attention_mask is None else torch.as_tensor(attention_mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"attention_mask={attention_mask!r:.80} is no tensor of 0 and 1 [batch, length]") from error
+
+
 def _read_tensor(prompts: torch.Tensor, attention_mask: torch.Tensor | None, name: str) -> list[Prompt]:
     if prompts.dtype.is_floating_point or prompts.dtype == torch.bool or prompts.dim() not in (1, 2):
         raise TypeError(
             f"{name} is a {prompts.dtype} tensor of {prompts.dim()} dimensions: give integer ids [batch, length]"
         )
     ids = prompts if prompts.dim() == 2 else prompts[None]
-    mask = torch.ones_like(ids) if attention_mask is None else attention_mask.reshape(ids.shape[0], -1)
+    mask = torch.ones_like(ids) if attention_mask is None else torch.atleast_2d(attention_mask)
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, {name} {tuple(ids.shape)}: they must agree")
     if not ids.shape[0]:

@@ -83,8 +83,10 @@ def test_a_policy_on_several_processes_needs_a_seed(engine, monkeypatch):
         ("min_p", 1.5, "1"),
         ("repetition_penalty", 0.0, "0"),
         ("eos_token_id", -1, "0"),
+        ("eos_token_id", "</s>", "integer"),
         ("method", "magic", "stars"),
         ("stop_strings", [""], "empty"),
+        ("stop_strings", 3, "string"),
     ],
 )
 def test_a_config_value_out_of_range_is_named_with_its_limit(engine, name, value, limit):
@@ -101,6 +103,9 @@ def test_a_target_per_prompt_must_have_one_value_per_prompt(engine):
         engine.generate(PROMPTS, CONFIG, target_reward=[1.0, 2.0, 3.0])
     with refused(r"target_reward\[1\]", "nan"):
         engine.generate(PROMPTS, CONFIG, target_reward=[1.0, math.nan, 3.0, 4.0])
+    for value in (["a", "b"], torch.zeros(2, 2), {"a": 1.0}):
+        with refused(r"target_reward\[0\]", "number"):
+            engine.generate(PROMPTS, CONFIG, target_reward=value)
 
 
 def test_an_eos_outside_the_vocabulary_is_refused(engine):
@@ -153,6 +158,10 @@ def test_a_mask_of_another_shape_is_refused(engine):
         engine.generate(torch.ones(2, 3, dtype=torch.long), CONFIG, attention_mask=torch.ones(2, 4))
     with refused("attention_mask"):
         engine.generate(PROMPTS, CONFIG, attention_mask=torch.ones(4, 3))
+    with refused("attention_mask", r"\(1, 5\)", r"\(2, 3\)"):
+        engine.generate(torch.ones(2, 3, dtype=torch.long), CONFIG, attention_mask=[1] * 5)
+    with refused("attention_mask"):
+        engine.generate(torch.ones(2, 3, dtype=torch.long), CONFIG, attention_mask=[[1, 1], [1]])
 
 
 @pytest.mark.parametrize("token", [32, 1000, -1])
@@ -222,11 +231,18 @@ def test_seeds_must_be_integers_one_per_prompt(engine):
         engine.generate(PROMPTS, CONFIG, seed="lucky")
     with refused(r"seed\[2\]"):
         engine.generate(PROMPTS, CONFIG, seed=[1, 2, 2.5, 3])
+    with refused(r"seed\[0\]"):
+        engine.generate(PROMPTS, CONFIG, seed=torch.ones(4))
 
 
 def test_columns_and_reward_prompts_must_have_one_entry_per_prompt(engine):
     with refused("columns", ".?answer.?", "3", "4"):
         engine.generate(PROMPTS, CONFIG, columns={"answer": [1, 2, 3]})
+    for values in ((n for n in range(4)), {0: 1, 1: 2, 2: 3, 3: 4}, "four", torch.tensor(4)):
+        with refused("columns", ".?answer.?", type(values).__name__):
+            engine.generate(PROMPTS, CONFIG, columns={"answer": values})
+    with refused("columns", "list", "mapping"):
+        engine.generate(PROMPTS, CONFIG, columns=["a", "b"])
     with refused("reward_prompts", "3", "4"):
         engine.generate(PROMPTS, CONFIG, reward_prompts=[[1], [2], [3]])
 
