@@ -142,7 +142,7 @@ class Reward(abc.ABC):
     @abc.abstractmethod
     def score(self, completions: Sequence[Completion]) -> Sequence[float | Exception | None]:
         """One reward per completion; ``-inf`` rejects for good. An exception in a reward's place fails that completion
-        alone; whatever raises here is tried again one by one.
+        alone. Where this raises, each completion is asked again alone: what it costs or does besides may happen twice.
         """
 
     def parts(self, completion: Completion) -> dict[str, float] | None:
