@@ -19,11 +19,12 @@ from stars_fast.loading import load_policy, load_reward
 from stars_fast.loops import draft_policy, generation
 from stars_fast.methods import RSD, Population
 from stars_fast.methods.calibration import PILOT_SAMPLES, Pilot, pilot_config, solve
+from stars_fast.notices import warn
 from stars_fast.outputs import SegmentEvent, StarsOutput
 from stars_fast.policy import Policy
 from stars_fast.progress import progress_bar
 from stars_fast.request import Request
-from stars_fast.rewards import Reward
+from stars_fast.rewards import CallableReward, Reward
 from stars_fast.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, HeartbeatCost
 from stars_fast.scheduler import Scheduler, candidate_slots
 from stars_fast.tree.attention import plugged
@@ -121,10 +122,11 @@ class StarsEngine:
 
         Parameters
         ----------
-        prompts : str, list of str, list of chat message lists, list of id lists, or id tensor ``[batch, length]``
+        prompts : str, list of str, list of chat message lists, list of id lists, id tensor ``[batch, length]``, or
+            what a tokenizer returns
         config : StarsConfig, optional
         attention_mask : torch.Tensor, optional
-            ``[batch, length]``, with an id tensor.
+            ``[batch, length]``, with an id tensor. A tokenizer's output brings its own.
         reward_prompts : like prompts, optional
             What the reward sees as the prompt, where that differs.
         columns : dict, optional
@@ -210,11 +212,26 @@ class StarsEngine:
                 pilots = self._pilots(call, PILOT_SAMPLES)
                 for pilot in pilots:
                     solve(pilot, call.config, _DEFAULT_ACCEPTANCE)
+                self._warn_of_constant(pilots)
             call.requests = call.guided_requests(pilots)
             for request in self._run(call, call.requests, call.config):
                 if request.error is not None and call.arguments.on_error == "raise":
                     raise RuntimeError(f"prompts[{request.prompt_index}]: {request.error}")
                 yield from new_events(request, self.tokenizer)
+            if all(request.error is not None for request in call.requests):
+                warn(
+                    f"no request succeeded; the first ended with: {call.requests[0].error} (output.errors has them "
+                    "all; on_error='raise' raises the first)"
+                )
+
+    def _warn_of_constant(self, pilots: Sequence[Pilot]) -> None:
+        solved = [pilot for pilot in pilots if pilot.error is None]
+        if solved and not any(pilot.varies for pilot in solved):
+            ids = isinstance(self.reward, CallableReward) and self.reward.tokenizer is None
+            warn(
+                "the reward is the same for all pilot responses: nothing is guided while it does not vary"
+                + (" (it was called with token ids: give tokenizer= for text)" if ids else "")
+            )
 
     @contextmanager
     def _exclusive(self, call: Call) -> Iterator[None]:

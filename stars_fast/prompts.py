@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
+
+from stars_fast.notices import warn
 
 Messages = list[dict[str, str]]
 
@@ -26,8 +28,10 @@ def read_prompts(prompts: Any, tokenizer: Any, attention_mask: Any = None, name:
 
     Parameters
     ----------
-    prompts : str, list of str, list of chat message lists, one chat message list, list of id lists, or id tensor
-        A 2-D tensor or array takes ``attention_mask`` of the same shape to mark padding, on either side.
+    prompts : str, list of str, list of chat message lists, one chat message list, list of id lists, id tensor, or
+        what a tokenizer returns
+        A 2-D tensor or array takes ``attention_mask`` of the same shape to mark padding, on either side. A tokenizer's
+        output brings its own, unless another one is given.
     tokenizer : transformers tokenizer, optional
         Needed for text and chats.
     name : str
@@ -38,16 +42,22 @@ def read_prompts(prompts: Any, tokenizer: Any, attention_mask: Any = None, name:
     TypeError, ValueError
         For a form that is not known, text without a tokenizer, or an empty prompt, naming the prompt's index.
     """
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        prompts, attention_mask = _read_encoding(prompts, attention_mask)
     if isinstance(prompts, np.ndarray):
         prompts = torch.tensor(prompts.copy()) if prompts.dtype.kind in "biuf" else prompts.tolist()
     if isinstance(prompts, torch.Tensor):
-        return _read_tensor(prompts, _as_mask(attention_mask), name)
+        return _read_tensor(prompts, _as_mask(attention_mask), getattr(tokenizer, "pad_token_id", None), name)
     if attention_mask is not None:
         raise ValueError(f"attention_mask goes with an id tensor; {name} is a {type(prompts).__name__}")
     if isinstance(prompts, str) or _is_chat(prompts):
         prompts = [prompts]
-    if isinstance(prompts, (bytes, dict)) or not isinstance(prompts, Sequence):
-        raise TypeError(f"{name} is a {type(prompts).__name__}: give text, chat messages, id lists or an id tensor")
+    if isinstance(prompts, bytes) or not isinstance(prompts, Sequence):
+        keys = f" with the keys {list(prompts)}" if isinstance(prompts, Mapping) else ""
+        raise TypeError(
+            f"{name} is a {type(prompts).__name__}{keys}: give text, chat messages, id lists, an id tensor or what a "
+            "tokenizer returns"
+        )
     if not prompts:
         raise ValueError(f"{name} is empty: give at least one")
     return [_read_one(f"{name}[{index}]", prompt, tokenizer) for index, prompt in enumerate(prompts)]
@@ -104,12 +114,32 @@ def _as_mask(attention_mask: Any) -> torch.Tensor | None:
         raise TypeError(f"attention_mask={attention_mask!r:.80} is no tensor of 0 and 1 [batch, length]") from error
 
 
-def _read_tensor(prompts: torch.Tensor, attention_mask: torch.Tensor | None, name: str) -> list[Prompt]:
+def _read_encoding(encoding: Mapping[str, Any], given: torch.Tensor | None) -> tuple[Any, torch.Tensor | None]:
+    """The ids of what a tokenizer returns, and the mask that goes with a tensor of them; lists lose their padding."""
+    ids, mask = encoding["input_ids"], encoding.get("attention_mask")
+    if isinstance(ids, torch.Tensor):
+        return ids, mask if given is None else given
+    if len(ids) == 0 or isinstance(ids[0], Integral):  # of one text
+        ids, mask = [ids], None if mask is None else [mask]
+    if mask is None:
+        return list(ids), given
+    rows = zip(ids, mask, strict=True)
+    return [[token for token, keep in zip(row, kept, strict=True) if keep] for row, kept in rows], given
+
+
+def _read_tensor(
+    prompts: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int | None, name: str
+) -> list[Prompt]:
     if prompts.dtype.is_floating_point or prompts.dtype == torch.bool or prompts.dim() not in (1, 2):
         raise TypeError(
             f"{name} is a {prompts.dtype} tensor of {prompts.dim()} dimensions: give integer ids [batch, length]"
         )
     ids = prompts if prompts.dim() == 2 else prompts[None]
+    if attention_mask is None and pad_token_id is not None and _looks_padded(ids, pad_token_id):
+        warn(
+            f"{name}: some rows begin or end with the pad token {pad_token_id} more often than others, and there is no "
+            "attention_mask: if that is padding, it is read as text"
+        )
     mask = torch.ones_like(ids) if attention_mask is None else torch.atleast_2d(attention_mask)
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, {name} {tuple(ids.shape)}: they must agree")
@@ -119,11 +149,23 @@ def _read_tensor(prompts: torch.Tensor, attention_mask: torch.Tensor | None, nam
     return [Prompt(row, _not_empty(f"{name}[{index}]", row)) for index, row in enumerate(rows)]
 
 
+def _looks_padded(ids: torch.Tensor, pad_token_id: int) -> bool:
+    """Whether rows differ in how many pad tokens they begin or end with. All may begin with one that is the BOS too."""
+    text = (ids != pad_token_id).long()
+    return any(len((side.cumsum(1) == 0).sum(1).unique()) > 1 for side in (text, text.flip(1)))
+
+
 def _read_one(name: str, prompt: Any, tokenizer: Any) -> Prompt:
     if isinstance(prompt, str):
         _need_tokenizer(name, "text", tokenizer)
         return Prompt(prompt, _not_empty(name, list(tokenizer(prompt)["input_ids"]) if prompt else []))
     if _is_chat(prompt):
+        for turn in prompt:
+            if "role" not in turn:
+                raise ValueError(
+                    f"{name} is no chat: a turn has the keys {list(turn)}, but no 'role' (of a data set's rows, give "
+                    "the column that holds the prompts)"
+                )
         _need_tokenizer(name, "a chat", tokenizer)
         try:
             ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -142,7 +184,7 @@ def _read_one(name: str, prompt: Any, tokenizer: Any) -> Prompt:
 
 def _need_tokenizer(name: str, what: str, tokenizer: Any) -> None:
     if tokenizer is None:
-        raise ValueError(f"{name} is {what}, but there is no tokenizer: pass tokenizer= to StarsEngine, or token ids")
+        raise ValueError(f"{name} is {what}, but there is no tokenizer: pass tokenizer=, or token ids")
 
 
 def _not_empty(name: str, ids: list[int]) -> list[int]:

@@ -1,6 +1,7 @@
 """A mistake gets an error that names the argument, the value, the index and the limit, and costs no other request."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -140,6 +141,24 @@ def test_an_empty_text_or_chat_is_named_by_its_index(policy32, tokenizer32):
         engine.generate(["w1", ""], CONFIG)
     with refused(r"prompts\[1\]"):
         engine.generate([[{"role": "user", "content": "w1"}], []], CONFIG)
+
+
+@pytest.mark.parametrize(
+    "prompts, keys",
+    [
+        ([{"messages": [{"role": "user", "content": "w1"}]}], "messages"),
+        ([{"prompt": "w1"}, {"prompt": "w2"}], "prompt"),
+        ([[{"role": "user", "content": "w1"}, {"content": "w2", "from": "bot"}]], "from"),
+        ({"prompt": "w1"}, "prompt"),
+    ],
+    ids=str,
+)
+def test_a_data_sets_row_is_no_chat(policy32, tokenizer32, prompts, keys):
+    engine = StarsEngine(policy32, sum_reward, tokenizer=tokenizer32)
+    with refused(r"prompts(\[0\])?", f"keys.*{keys}"):
+        engine.generate(prompts, CONFIG)
+    with refused(r"reward_prompts(\[0\])?", f"keys.*{keys}"):
+        engine.generate("w1", CONFIG, reward_prompts=prompts)
 
 
 def test_no_prompts_at_all_are_refused(engine):
@@ -468,9 +487,18 @@ def test_a_reward_that_always_fails_ends_every_request(policy32):
     def reward(completions):
         raise RuntimeError("the judge is out")
 
-    out = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=SEEDS)
+    engine = StarsEngine(policy32, reward)
+    with pytest.warns(UserWarning, match=r"no request succeeded.*the judge is out.*output\.errors.*on_error='raise'"):
+        out = engine.generate(PROMPTS, CONFIG, seed=SEEDS)
     assert out.finish_reasons == ["error"] * 4
     assert all("the judge is out" in error for error in out.errors)
+
+
+def test_one_that_succeeds_is_no_reason_to_warn(policy32):
+    engine = StarsEngine(policy32, fails_after_one_segment("raises"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "error" in engine.generate(PROMPTS, CONFIG, seed=SEEDS).finish_reasons
 
 
 def test_a_reward_that_fails_once_is_retried(policy32):

@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 
 import pytest
 import torch
@@ -129,10 +130,26 @@ def test_beta_is_the_configs_times_the_spread():
     assert spread(pilot) == pytest.approx(torch.tensor(pilot.finals).std(correction=0).item(), rel=1e-5)
 
 
-def test_a_constant_reward_is_calibrated_all_the_same():
-    out = engine(reward=lambda completions: [2.5] * len(completions)).generate(PROMPTS, CONFIG, seed=0)
+def test_a_constant_reward_is_calibrated_all_the_same_and_warned_of(tokenizer32):
+    def constant(prompts, completions):
+        return [float(len(prompt)) for prompt in prompts]  # another constant for each prompt guides no better
+
+    with pytest.warns(UserWarning, match=r"same for all pilot responses: nothing is guided.*give tokenizer= for text"):
+        out = engine(reward=constant).generate(PROMPTS, CONFIG, seed=0)
     assert out.errors == [None] * 6
     assert all(segment.accepted for row in out.segments for segment in row)
+    of_text = StarsEngine(tiny_policy(VOCAB, hidden=32), constant, tokenizer=tokenizer32)
+    with pytest.warns(UserWarning, match=r"same for all pilot responses: nothing is guided while it does not vary$"):
+        of_text.generate(PROMPTS, CONFIG, seed=0)
+
+
+def test_a_reward_that_varies_for_one_prompt_is_not_warned_of():
+    def reward(prompts, completions):
+        return [value * (prompt == [8]) for prompt, value in zip(prompts, sum_reward(completions), strict=True)]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine(reward=reward).generate(PROMPTS, CONFIG, seed=0)
 
 
 def test_rank_correlation_is_spearmans():

@@ -5,12 +5,13 @@ import dataclasses
 import inspect
 import json
 import math
+import warnings
 from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
 import torch
-from conftest import sum_reward, tiny_policy, tiny_reward
+from conftest import sum_reward, tiny_policy, tiny_reward, tiny_tokenizer
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -313,6 +314,59 @@ def test_padding_of_an_id_tensor_is_ignored_on_either_side(engine, side):
 def test_a_tensor_without_a_mask_is_taken_whole(engine):
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
     assert engine.generate(ids, CONFIG, seed=4).completions == engine.generate(ids.tolist(), CONFIG, seed=4).completions
+
+
+@pytest.fixture(scope="module", params=["w0", "</s>"], ids=["pad", "pad is eos"])
+def padding_tokenizer(request):
+    tokenizer = tiny_tokenizer(VOCAB)
+    tokenizer.pad_token = request.param
+    return tokenizer
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["pt", "np", None])
+def test_a_tokenizers_output_is_a_prompt_without_its_padding(policy32, padding_tokenizer, kind, side):
+    padding_tokenizer.padding_side = side
+    engine = StarsEngine(policy32, word_reward, tokenizer=padding_tokenizer)
+    texts = ["w5 w6 w7", "w8"]
+    expected = engine.generate(texts, CONFIG, seed=4).completions
+    encoded = padding_tokenizer(texts, padding=True, return_tensors=kind)
+    assert engine.generate(encoded, CONFIG, seed=4).completions == expected
+    assert engine.generate(dict(encoded), CONFIG, seed=4).completions == expected
+    unpadded = padding_tokenizer(texts, return_attention_mask=False)
+    assert engine.generate(unpadded, CONFIG, seed=4).completions == expected
+
+
+@pytest.mark.parametrize("kind", ["pt", None])
+def test_a_rendered_chat_is_a_prompt_and_a_mask_of_ones_own_wins(policy32, tokenizer32, kind):
+    engine = StarsEngine(policy32, lambda completion_ids: sum_reward(completion_ids), tokenizer=tokenizer32)
+    chat = [{"role": "user", "content": "w5 w6"}]
+    encoded = tokenizer32.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors=kind)
+    assert engine.generate(encoded, CONFIG, seed=4).completions == engine.generate(chat, CONFIG, seed=4).completions
+    if kind == "pt":
+        mask = torch.tensor([[0, 1, 1, 1, 1]])
+        out = engine.generate(encoded, CONFIG, seed=4, attention_mask=mask)
+        assert out.sequences[0, :4].tolist() == [5, 6, 2, 3]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_tensor_without_a_mask_is_warned_of(policy32, padding_tokenizer, side):
+    padding_tokenizer.padding_side = side
+    engine = StarsEngine(policy32, word_reward, tokenizer=padding_tokenizer)
+    ids = padding_tokenizer(["w5 w6 w7", "w8"], padding=True, return_tensors="pt")["input_ids"]
+    with pytest.warns(UserWarning, match=rf"prompts: some rows.*pad token {padding_tokenizer.pad_token_id}.*no atten"):
+        engine.generate(ids, CONFIG)
+
+
+def test_pad_tokens_that_all_rows_share_are_not_warned_of(policy32, padding_tokenizer):
+    """A BOS or EOS that pads, too."""
+    engine = StarsEngine(policy32, word_reward, tokenizer=padding_tokenizer)
+    pad = padding_tokenizer.pad_token_id
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for ids in ([[pad, 5, pad, 6], [pad, 7, 8, 9]], [[5, pad], [6, pad]], [[pad, 5]]):
+            engine.generate(torch.tensor(ids), CONFIG)
+        engine.generate(torch.tensor([[pad, 5], [6, 7]]), CONFIG, attention_mask=torch.tensor([[0, 1], [1, 1]]))
 
 
 def test_samples_of_one_prompt_are_adjacent(engine):

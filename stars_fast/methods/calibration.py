@@ -35,6 +35,11 @@ class Pilot:
         """Finite rewards of the finished responses."""
         return [run[-1][1] for run in self.responses if math.isfinite(run[-1][1])]
 
+    @property
+    def varies(self) -> bool:
+        """Whether its rewards are not all the same."""
+        return len({reward for run in self.responses for _, reward in run}) > 1
+
 
 def pilot_config(config: StarsConfig, samples: int = PILOT_SAMPLES) -> StarsConfig:
     """The same sampling, unguided: every first candidate is accepted."""
