@@ -191,7 +191,9 @@ def _warn_of_overruled(method: Method, given: StarsConfig, ruled: StarsConfig) -
 class _Unread:
     """Stands in for the policy's tokenizer: text and chats are checked for their form, and keep it."""
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
+    bos_token = None
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
         return {"input_ids": [0]}
 
     def apply_chat_template(self, messages: Any, **kwargs: Any) -> list[int]:

@@ -124,6 +124,7 @@ class StarsEngine:
         ----------
         prompts : str, list of str, list of chat message lists, list of id lists, id tensor ``[batch, length]``, or
             what a tokenizer returns
+            A chat that ends with an assistant's turn is gone on with. Text that has its BOS already gets no other.
         config : StarsConfig, optional
         attention_mask : torch.Tensor, optional
             ``[batch, length]``, with an id tensor. A tokenizer's output brings its own.

@@ -114,6 +114,11 @@ def _as_mask(attention_mask: Any) -> torch.Tensor | None:
         raise TypeError(f"attention_mask={attention_mask!r:.80} is no tensor of 0 and 1 [batch, length]") from error
 
 
+def ends_with_answer(prompt: Any) -> bool:
+    """Whether a prompt is a chat whose last turn is the assistant's: the completion goes on from there."""
+    return _is_chat(prompt) and prompt[-1].get("role") == "assistant"
+
+
 def _read_encoding(encoding: Mapping[str, Any], given: torch.Tensor | None) -> tuple[Any, torch.Tensor | None]:
     """The ids of what a tokenizer returns, and the mask that goes with a tensor of them; lists lose their padding."""
     ids, mask = encoding["input_ids"], encoding.get("attention_mask")
@@ -158,7 +163,10 @@ def _looks_padded(ids: torch.Tensor, pad_token_id: int) -> bool:
 def _read_one(name: str, prompt: Any, tokenizer: Any) -> Prompt:
     if isinstance(prompt, str):
         _need_tokenizer(name, "text", tokenizer)
-        return Prompt(prompt, _not_empty(name, list(tokenizer(prompt)["input_ids"]) if prompt else []))
+        # One beginning-of-sequence token: text that a chat template wrote may have it already.
+        begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        ids = tokenizer(prompt, add_special_tokens=not begun)["input_ids"] if prompt else []
+        return Prompt(prompt, _not_empty(name, list(ids)))
     if _is_chat(prompt):
         for turn in prompt:
             if "role" not in turn:
@@ -167,8 +175,10 @@ def _read_one(name: str, prompt: Any, tokenizer: Any) -> Prompt:
                     "the column that holds the prompts)"
                 )
         _need_tokenizer(name, "a chat", tokenizer)
+        begun = ends_with_answer(prompt)
+        form = {"continue_final_message": begun, "add_generation_prompt": not begun}
         try:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(prompt, **form, tokenize=True, return_dict=False)
         except Exception as error:  # a template raises what it likes
             raise ValueError(f"{name} does not fit the tokenizer's chat template: {error}") from error
         return Prompt([dict(turn) for turn in prompt], _not_empty(name, list(ids)))

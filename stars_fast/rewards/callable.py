@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from stars_fast.prompts import ends_with_answer
 from stars_fast.rewards.base import Completion, Reward, RewardPrompt
 
 _OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -22,8 +23,9 @@ class CallableReward(Reward):
     ----------
     function : callable
         Called by keyword with those of ``prompts``, ``completions``, ``completion_ids`` and the columns that it can
-        take. Chats arrive as message lists, their completions as ``[{"role": "assistant", "content": text}]``. What an
-        async one keeps between calls (clients, locks) stays good: a call of the engine has one event loop.
+        take. Chats arrive as message lists, their completions as ``[{"role": "assistant", "content": text}]``; where a
+        chat ends with the beginning of the answer, that stands in the completion and not in the prompt. What an async
+        one keeps between calls (clients, locks) stays good: a call of the engine has one event loop.
     tokenizer : transformers tokenizer, optional
         The policy's. Without one, prompts and completions are lists of ids.
     """
@@ -85,12 +87,15 @@ class CallableReward(Reward):
         source = completion.response.prompt.source
         if isinstance(source, list) and self.tokenizer is not None and not _is_messages(source):
             return self.tokenizer.decode(source, skip_special_tokens=True)
-        return source
+        return source[:-1] if self.tokenizer is not None and ends_with_answer(source) else source
 
     def _completion(self, completion: Completion) -> Any:
         if self.tokenizer is None:
             return completion.tokens
-        if _is_messages(completion.response.prompt.source):
+        source: Any = completion.response.prompt.source
+        if ends_with_answer(source):
+            return [{"role": "assistant", "content": source[-1]["content"] + completion.continuation}]
+        if _is_messages(source):
             return [{"role": "assistant", "content": completion.text}]
         return completion.text
 
