@@ -80,7 +80,7 @@ def split(runner: Runner) -> None:
 
 
 def steps(runner: Runner, names: tuple[str, ...]) -> None:
-    """Decode steps against their floor: compiled, so with every product apart, captured only, launched."""
+    """Decode steps against their floor: compiled and captured, captured, launched."""
     from gpu_parts.models import pair
     from gpu_parts.steps import MODES, ROWS, time_steps
 

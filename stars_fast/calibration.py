@@ -10,7 +10,7 @@ from statistics import fmean, median
 from typing import Any
 
 from stars_fast.call import Arguments
-from stars_fast.config import StarsConfig
+from stars_fast.config import StarsConfig, integer, real
 from stars_fast.engine import StarsEngine
 from stars_fast.methods.calibration import (
     PILOT_SAMPLES,
@@ -140,15 +140,12 @@ def calibrate(
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         For an acceptance or sample count out of range.
     RuntimeError
         If a pilot fails, with the cause.
     """
-    if not 0 < acceptance <= 1:
-        raise ValueError(f"acceptance={acceptance}: must lie in (0, 1]")
-    if samples < 2:
-        raise ValueError(f"samples={samples}: must be at least 2")
+    acceptance, samples = real("acceptance", acceptance, 0.0, 1.0, open_below=True), integer("samples", samples, 2)
     inputs = {name: kwargs.pop(name) for name in ("attention_mask", "reward_prompts", "columns") if name in kwargs}
     arguments = Arguments(prompts, config, overrides=kwargs, seed=seed, **inputs)
     ruled, pilots = engine.run_pilots(arguments, samples)

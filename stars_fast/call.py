@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from stars_fast.config import StarsConfig
@@ -18,6 +18,7 @@ from stars_fast.methods.base import Method
 from stars_fast.methods.calibration import Pilot
 from stars_fast.methods.stars import base_reward
 from stars_fast.methods.two_policies import PersonaJudge
+from stars_fast.notices import warn
 from stars_fast.ops.philox import philox_key
 from stars_fast.outputs import Stats
 from stars_fast.policy import Policy
@@ -158,17 +159,21 @@ def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
         personas = read_personas(prompts, (method.judge_prompt, method.draft_prompt), tokenizer, bos)
     for index, (prompt, variants) in enumerate(zip(prompts, personas, strict=True)):
         check_prompt(index, prompt, variants, config, policy, kv_cache_tokens)
-    columns = arguments.columns or {}
+    columns = {} if arguments.columns is None else arguments.columns
+    if not isinstance(columns, Mapping):
+        raise TypeError(f"columns is a {type(columns).__name__}: give a mapping of name to one value per prompt")
     for name, values in columns.items():
         if name in ("prompts", "completions", "completion_ids"):
             raise ValueError(f"columns[{name!r}]: the reward is called with {name} of its own; rename the column")
         _check_per_prompt(f"columns[{name!r}]", values, len(prompts))
+    reward_prompts = _reward_prompts(arguments.reward_prompts, prompts, columns, tokenizer)
+    reward.check(reward_prompts, config.max_new_tokens, kv_cache_tokens)
     return Call(
         arguments=arguments,
         config=config,
         sampling=sampling,
         prompts=prompts,
-        reward_prompts=_reward_prompts(arguments.reward_prompts, prompts, columns, tokenizer),
+        reward_prompts=reward_prompts,
         personas=personas,
         keys=_keys(_shared(arguments.seed, policy), len(prompts), config.num_return_sequences),
         stop=stop_test(config.stop_strings, tokenizer),
@@ -180,16 +185,15 @@ def _warn_of_overruled(method: Method, given: StarsConfig, ruled: StarsConfig) -
     for field_ in fields(StarsConfig):
         before, after = getattr(given, field_.name), getattr(ruled, field_.name)
         if before not in (field_.default, after):
-            warnings.warn(
-                f"method={method.name!r} sets {field_.name}={after} itself: {field_.name}={before} has no effect",
-                stacklevel=2,
-            )
+            warn(f"method={method.name!r} sets {field_.name}={after} itself: {field_.name}={before} has no effect")
 
 
 class _Unread:
     """Stands in for the policy's tokenizer: text and chats are checked for their form, and keep it."""
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
+    bos_token = None
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
         return {"input_ids": [0]}
 
     def apply_chat_template(self, messages: Any, **kwargs: Any) -> list[int]:
@@ -197,7 +201,7 @@ class _Unread:
 
 
 def _reward_prompts(
-    given: Any, prompts: Sequence[Prompt], columns: dict[str, Sequence[Any]], tokenizer: Any
+    given: Any, prompts: Sequence[Prompt], columns: Mapping[str, Sequence[Any]], tokenizer: Any
 ) -> list[RewardPrompt]:
     """The prompts as the reward sees them. What is given for it alone need not suit the policy's tokenizer."""
     argument = "prompts" if given is None else "reward_prompts"
@@ -226,8 +230,11 @@ def _check_judgeable(method: Method, sampling: Sampling, arguments: Arguments) -
         raise ValueError(f"method={method.name!r} does not know logits processors")
 
 
-def _check_per_prompt(name: str, values: Sequence[Any], prompts: int, guess: str = "") -> None:
-    if isinstance(values, str) or len(values) != prompts:
+def _check_per_prompt(name: str, values: Any, prompts: int, guess: str = "") -> None:
+    indexed = hasattr(values, "__getitem__") and hasattr(values, "__len__") and getattr(values, "ndim", 1) > 0
+    if not indexed or isinstance(values, (str, Mapping)):
+        raise TypeError(f"{name} is a {type(values).__name__}: give a sequence of one entry per prompt")
+    if len(values) != prompts:
         raise ValueError(f"{name} has {len(values)} entries for {prompts} prompts{guess}")
 
 
@@ -239,6 +246,8 @@ def _shared(seed: Any, policy: Policy) -> Any:
 
 def _keys(seed: Any, prompts: int, samples: int) -> list[int]:
     """Key of each output row's random numbers."""
+    if isinstance(seed, (torch.Tensor, np.ndarray)):
+        seed = seed.tolist()
     if seed is None:
         seed = int(torch.randint(0, 2**63 - 1, (), device="cpu"))
     if isinstance(seed, (bool, str)) or not isinstance(seed, (Integral, Sequence)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -95,13 +95,13 @@ class StarsConfig:
 
     def __post_init__(self) -> None:
         for name in ("segment_length", "max_attempts", "max_new_tokens", "num_return_sequences"):
-            self._put(name, _integer(name, getattr(self, name), 1))
+            self._put(name, integer(name, getattr(self, name), 1))
         if self.candidates != "auto":
             if isinstance(self.candidates, str):
                 raise ValueError(f"candidates={self.candidates!r}: give an integer of at least 1, or 'auto'")
-            self._put("candidates", _integer("candidates", self.candidates, 1))
-        self._put("alpha", _real("alpha", self.alpha, 0.0, 1.0))
-        self._put("beta", _real("beta", self.beta, 0.0, math.inf, open_below=True, open_above=True))
+            self._put("candidates", integer("candidates", self.candidates, 1))
+        self._put("alpha", real("alpha", self.alpha, 0.0, 1.0))
+        self._put("beta", real("beta", self.beta, 0.0, math.inf, open_below=True, open_above=True))
         for name in ("target_reward", "base_reward"):
             self._put(name, _rewards(name, getattr(self, name)))
         if self.finished_threshold not in ("target", "ramp"):
@@ -118,26 +118,29 @@ class StarsConfig:
     def _check_sampling(self) -> None:
         greedy = "; greedy decoding (0) leaves nothing to sample from"
         if self.temperature is not None:
-            value = _real("temperature", self.temperature, 0.0, math.inf, open_below=True, open_above=True, hint=greedy)
+            value = real("temperature", self.temperature, 0.0, math.inf, open_below=True, open_above=True, hint=greedy)
             self._put("temperature", value)
         if self.top_k is not None:
-            self._put("top_k", _integer("top_k", self.top_k, 0))
+            self._put("top_k", integer("top_k", self.top_k, 0))
         if self.top_p is not None:
-            self._put("top_p", _real("top_p", self.top_p, 0.0, 1.0, open_below=True))
+            self._put("top_p", real("top_p", self.top_p, 0.0, 1.0, open_below=True))
         if self.min_p is not None:
-            self._put("min_p", _real("min_p", self.min_p, 0.0, 1.0))
+            self._put("min_p", real("min_p", self.min_p, 0.0, 1.0))
         if self.repetition_penalty is not None:
             name = "repetition_penalty"
-            self._put(name, _real(name, self.repetition_penalty, 0.0, math.inf, open_below=True, open_above=True))
+            self._put(name, real(name, self.repetition_penalty, 0.0, math.inf, open_below=True, open_above=True))
 
     def _check_stopping(self) -> None:
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos={self.ignore_eos!r}: must be True or False")
-        if isinstance(self.eos_token_id, Sequence):
-            self._put("eos_token_id", tuple(_integer("eos_token_id", token, 0) for token in self.eos_token_id))
-        elif self.eos_token_id is not None:
-            self._put("eos_token_id", _integer("eos_token_id", self.eos_token_id, 0))
+        eos = _plain(self.eos_token_id)
+        if isinstance(eos, Sequence) and not isinstance(eos, str):
+            self._put("eos_token_id", tuple(integer("eos_token_id", token, 0) for token in eos))
+        elif eos is not None:
+            self._put("eos_token_id", integer("eos_token_id", eos, 0))
         if self.stop_strings is not None:
+            if not isinstance(self.stop_strings, Iterable):
+                raise TypeError(f"stop_strings={self.stop_strings!r}: must be a string or a sequence of strings")
             strings = (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
             for string in strings:
                 if not isinstance(string, str) or not string:
@@ -184,7 +187,8 @@ class StarsConfig:
         return cls().replace(**{**json.loads(path.read_text()), **overrides})
 
 
-def _integer(name: str, value: Any, least: int) -> int:
+def integer(name: str, value: Any, least: int) -> int:
+    """The value as an int; TypeError or ValueError, with the argument's name, if it is none or too small."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={value!r}: must be an integer of at least {least}")
     if value < least:
@@ -192,7 +196,7 @@ def _integer(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-def _real(
+def real(
     name: str,
     value: Any,
     low: float,
@@ -202,6 +206,7 @@ def _real(
     open_above: bool = False,
     hint: str = "",
 ) -> float:
+    """The value as a float; TypeError or ValueError, with the argument's name, outside the interval."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r}: must be a number")
     number = float(value)
@@ -213,7 +218,13 @@ def _real(
     return number
 
 
+def _plain(value: Any) -> Any:
+    """Tensors and arrays as numbers and lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _rewards(name: str, value: Any) -> float | tuple[float, ...] | None:
+    value = _plain(value)
     if value is None:
         return None
     if isinstance(value, (str, bytes, bool)) or (not isinstance(value, Real) and not hasattr(value, "__iter__")):
@@ -222,8 +233,10 @@ def _rewards(name: str, value: Any) -> float | tuple[float, ...] | None:
         if math.isnan(value):
             raise ValueError(f"{name}={value}: must not be NaN")
         return float(value)
-    values = tuple(float(v) for v in value)
+    values = [_plain(v) for v in value]
     for index, v in enumerate(values):
+        if isinstance(v, bool) or not isinstance(v, Real):
+            raise TypeError(f"{name}[{index}]={v!r}: must be a number")
         if math.isnan(v):
             raise ValueError(f"{name}[{index}]={v}: must not be NaN")
-    return values
+    return tuple(float(v) for v in values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,6 +21,7 @@ from stars_fast.loop.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, Heartbeat
 from stars_fast.loop.scheduler import Scheduler, candidate_slots
 from stars_fast.methods import RSD, Population
 from stars_fast.methods.calibration import PILOT_SAMPLES, Pilot, pilot_config, solve
+from stars_fast.notices import warn
 from stars_fast.outputs import SegmentEvent, StarsOutput
 from stars_fast.policy import Policy
 from stars_fast.progress import progress_bar
@@ -94,13 +94,7 @@ class StarsEngine:
             raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization!r}: must be in (0, 1]")
         model, self.tokenizer = load_policy(policy, tokenizer)
         self.policy = Policy(model, cuda_graphs, torch_compile)
-        self.reward: Reward = load_reward(
-            reward,
-            self.tokenizer,
-            reward_tokenizer,
-            reward_tail,
-            self.policy.vocab_size if self.tokenizer is None else len(self.tokenizer),
-        )
+        self.reward: Reward = load_reward(reward, self.tokenizer, reward_tokenizer, reward_tail, model)
         for tree in self.reward.tree_models:
             tree.accelerate(cuda_graphs, torch_compile)
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)
@@ -130,6 +124,7 @@ class StarsEngine:
         ----------
         prompts : str, list of str, list of chat message lists, list of id lists, id tensor ``[batch, length]``, or
             what a tokenizer returns
+            A chat that ends with an assistant's turn is gone on with. Text that has its BOS already gets no other.
         config : StarsConfig, optional
         attention_mask : torch.Tensor, optional
             ``[batch, length]``, with an id tensor. A tokenizer's output brings its own.
@@ -229,20 +224,18 @@ class StarsEngine:
                     raise RuntimeError(f"prompts[{request.prompt_index}]: {request.error}")
                 yield from new_events(request, self.tokenizer)
             if all(request.error is not None for request in call.requests):
-                warnings.warn(
+                warn(
                     f"no request succeeded; the first ended with: {call.requests[0].error} (output.errors has them "
-                    "all; on_error='raise' raises the first)",
-                    stacklevel=2,
+                    "all; on_error='raise' raises the first)"
                 )
 
     def _warn_of_constant(self, pilots: Sequence[Pilot]) -> None:
         solved = [pilot for pilot in pilots if pilot.error is None]
         if solved and not any(pilot.varies for pilot in solved):
             ids = isinstance(self.reward, CallableReward) and self.reward.tokenizer is None
-            warnings.warn(
+            warn(
                 "the reward is the same for all pilot responses: nothing is guided while it does not vary"
-                + (" (it was called with token ids: give tokenizer= for text)" if ids else ""),
-                stacklevel=2,
+                + (" (it was called with token ids: give tokenizer= for text)" if ids else "")
             )
 
     @contextmanager

@@ -6,10 +6,19 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
 from stars_fast.rewards.classifier import ONE_LABEL
+from stars_fast.tree.model import vocabulary
+
+# What a tokenizer is saved as, by any of transformers' classes; the usual ones first.
+_TOKENIZER_FILES = (
+    *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    *("spiece.model", "sentencepiece.bpe.model", "spm.model", "sentencepiece.model", "tekken.json"),
+)
 
 
 def load_policy(policy: PreTrainedModel | str | os.PathLike[str], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
@@ -18,7 +27,7 @@ def load_policy(policy: PreTrainedModel | str | os.PathLike[str], tokenizer: Any
         from transformers import AutoModelForCausalLM
 
         if tokenizer is None:
-            tokenizer = _tokenizer_beside(policy)
+            tokenizer = _tokenizer_beside(policy, "tokenizer")
         policy = AutoModelForCausalLM.from_pretrained(policy, dtype="auto")
     if not hasattr(policy, "config") or not hasattr(policy, "get_output_embeddings"):
         raise TypeError(f"policy is a {type(policy).__name__}: give a transformers causal LM, a path or a hub id")
@@ -32,12 +41,12 @@ def load_policy(policy: PreTrainedModel | str | os.PathLike[str], tokenizer: Any
 
 
 def load_reward(
-    reward: Any, tokenizer: Any, reward_tokenizer: Any, tail: str | Sequence[int], policy_ids: int
+    reward: Any, tokenizer: Any, reward_tokenizer: Any, tail: str | Sequence[int], policy: PreTrainedModel
 ) -> Reward:
     """A :class:`Reward` from a Reward, a sequence classifier, a path or hub id, or a plain function.
 
-    ``policy_ids`` is how many ids the policy is expected to produce (its tokenizer's, where there is one): a classifier
-    that reads them must have an embedding for each. A padded vocabulary's further ids are caught when they are scored.
+    A classifier that reads the policy's ids must have an embedding for each that is expected (its tokenizer's, where
+    there is one). A padded vocabulary's further ids are caught when they are scored.
     """
     if isinstance(reward, type):
         raise TypeError(f"reward is a class: give an instance, {reward.__name__}(...)")
@@ -50,7 +59,7 @@ def load_reward(
     if not isinstance(reward, Reward) and hasattr(reward, "config") and hasattr(reward, "base_model_prefix"):
         reward = ClassifierReward(reward, reward_tokenizer, tokenizer, tail)
     if isinstance(reward, Reward):
-        reward.check_vocabulary(policy_ids)
+        reward.check_vocabulary(vocabulary(policy) if tokenizer is None else len(tokenizer), policy)
         return reward
     if callable(reward):
         return CallableReward(reward, tokenizer)
@@ -68,15 +77,37 @@ def load_classifier(name: str | os.PathLike[str], tokenizer: Any) -> tuple[PreTr
     if config.num_labels != 1:
         raise ValueError(f"reward={str(name)!r} has num_labels={config.num_labels}; {ONE_LABEL}")
     if tokenizer is None:
-        tokenizer = _tokenizer_beside(name)
+        tokenizer = _tokenizer_beside(name, "reward_tokenizer")
     return AutoModelForSequenceClassification.from_pretrained(name, dtype="auto"), tokenizer
 
 
-def _tokenizer_beside(name: str | os.PathLike[str]) -> Any:
-    """The model's own tokenizer. None if there is none: a policy then takes ids, a reward model reads the policy's."""
+def _tokenizer_beside(name: str | os.PathLike[str], argument: str) -> Any:
+    """The model's own tokenizer. None if there is none: a policy then takes ids, a reward model reads the policy's.
+
+    One that is there and cannot be loaded is an error: without it, a reward model would read ids of another vocabulary.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
-        return None
+        # Asked first: of some families, transformers makes an empty tokenizer where there are no files.
+        return AutoTokenizer.from_pretrained(name) if _has_tokenizer(os.fspath(name)) else None
+    except Exception as error:  # it needs packages, a connection, permission, code
+        raise OSError(f"the tokenizer of {str(name)!r} cannot be loaded (or pass {argument}=): {error}") from error
+
+
+def _has_tokenizer(name: str) -> bool:
+    """Whether a folder or repository holds any of a tokenizer's files; raises where that cannot be told."""
+    if os.path.isdir(name):
+        return any(os.path.isfile(os.path.join(name, file)) for file in _TOKENIZER_FILES)
+    unknown = None
+    for file in _TOKENIZER_FILES:
+        try:
+            hf_hub_download(name, file)
+            return True
+        except LocalEntryNotFoundError as error:  # no connection, and not in the cache
+            unknown = error
+        except EntryNotFoundError:
+            continue
+    if unknown is not None:
+        raise unknown
+    return False

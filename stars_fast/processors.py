@@ -108,15 +108,25 @@ def row_stop(
     criteria: StoppingCriteriaList | None, generation_config: GenerationConfig, prompt: torch.Tensor
 ) -> StopTest | None:
     """The user's criteria on one row. The call's length and EOS are the engine's own."""
-    own = StoppingCriteriaList([c for c in criteria or [] if not _is_the_calls_own(c, generation_config)])
+    own = [c for c in criteria or [] if not _is_the_calls_own(c, generation_config)]
     if not own:
         return None
 
     def ends(tokens: list[int]) -> bool:
         ids = torch.cat([prompt, prompt.new_tensor(tokens)])[None]
-        return bool(own(ids, cast(Any, None)).item())
+        return any([_is_met(criterion, ids) for criterion in own])  # all are asked: they may count
 
     return ends
+
+
+def _is_met(criterion: StoppingCriteria, ids: torch.Tensor) -> bool:
+    try:
+        return bool(criterion(cast(torch.LongTensor, ids), cast(Any, None)))
+    except Exception as error:
+        raise RuntimeError(
+            f"the stopping criterion {type(criterion).__name__} raised {type(error).__name__}: {error}; criteria get "
+            "the ids of one row and no scores (None)"
+        ) from error
 
 
 def _is_the_calls_own(criterion: StoppingCriteria, generation_config: GenerationConfig) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -10,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from stars_fast.notices import warn
 
 Messages = list[dict[str, str]]
 
@@ -22,17 +23,15 @@ class Prompt:
     ids: list[int]
 
 
-def read_prompts(
-    prompts: Any, tokenizer: Any, attention_mask: torch.Tensor | None = None, name: str = "prompts"
-) -> list[Prompt]:
+def read_prompts(prompts: Any, tokenizer: Any, attention_mask: Any = None, name: str = "prompts") -> list[Prompt]:
     """Normalise ``prompts``.
 
     Parameters
     ----------
     prompts : str, list of str, list of chat message lists, one chat message list, list of id lists, id tensor, or
         what a tokenizer returns
-        A 2-D tensor takes ``attention_mask`` of the same shape to mark padding, on either side. A tokenizer's output
-        brings its own, unless another one is given.
+        A 2-D tensor or array takes ``attention_mask`` of the same shape to mark padding, on either side. A tokenizer's
+        output brings its own, unless another one is given.
     tokenizer : transformers tokenizer, optional
         Needed for text and chats.
     name : str
@@ -45,8 +44,10 @@ def read_prompts(
     """
     if isinstance(prompts, Mapping) and "input_ids" in prompts:
         prompts, attention_mask = _read_encoding(prompts, attention_mask)
+    if isinstance(prompts, np.ndarray):
+        prompts = torch.tensor(prompts.copy()) if prompts.dtype.kind in "biuf" else prompts.tolist()
     if isinstance(prompts, torch.Tensor):
-        return _read_tensor(prompts, attention_mask, getattr(tokenizer, "pad_token_id", None), name)
+        return _read_tensor(prompts, _as_mask(attention_mask), getattr(tokenizer, "pad_token_id", None), name)
     if attention_mask is not None:
         raise ValueError(f"attention_mask goes with an id tensor; {name} is a {type(prompts).__name__}")
     if isinstance(prompts, str) or _is_chat(prompts):
@@ -106,6 +107,18 @@ def _is_chat(prompt: Any) -> bool:
     return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(turn, dict) for turn in prompt)
 
 
+def _as_mask(attention_mask: Any) -> torch.Tensor | None:
+    try:
+        return None if attention_mask is None else torch.as_tensor(attention_mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"attention_mask={attention_mask!r:.80} is no tensor of 0 and 1 [batch, length]") from error
+
+
+def ends_with_answer(prompt: Any) -> bool:
+    """Whether a prompt is a chat whose last turn is the assistant's: the completion goes on from there."""
+    return _is_chat(prompt) and prompt[-1].get("role") == "assistant"
+
+
 def _read_encoding(encoding: Mapping[str, Any], given: torch.Tensor | None) -> tuple[Any, torch.Tensor | None]:
     """The ids of what a tokenizer returns, and the mask that goes with a tensor of them; lists lose their padding."""
     ids, mask = encoding["input_ids"], encoding.get("attention_mask")
@@ -128,12 +141,11 @@ def _read_tensor(
         )
     ids = prompts if prompts.dim() == 2 else prompts[None]
     if attention_mask is None and pad_token_id is not None and _looks_padded(ids, pad_token_id):
-        warnings.warn(
+        warn(
             f"{name}: some rows begin or end with the pad token {pad_token_id} more often than others, and there is no "
-            "attention_mask: if that is padding, it is read as text",
-            stacklevel=2,
+            "attention_mask: if that is padding, it is read as text"
         )
-    mask = torch.ones_like(ids) if attention_mask is None else attention_mask.reshape(ids.shape[0], -1)
+    mask = torch.ones_like(ids) if attention_mask is None else torch.atleast_2d(attention_mask)
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, {name} {tuple(ids.shape)}: they must agree")
     if not ids.shape[0]:
@@ -151,7 +163,10 @@ def _looks_padded(ids: torch.Tensor, pad_token_id: int) -> bool:
 def _read_one(name: str, prompt: Any, tokenizer: Any) -> Prompt:
     if isinstance(prompt, str):
         _need_tokenizer(name, "text", tokenizer)
-        return Prompt(prompt, _not_empty(name, list(tokenizer(prompt)["input_ids"]) if prompt else []))
+        # One beginning-of-sequence token: text that a chat template wrote may have it already.
+        begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        ids = tokenizer(prompt, add_special_tokens=not begun)["input_ids"] if prompt else []
+        return Prompt(prompt, _not_empty(name, list(ids)))
     if _is_chat(prompt):
         for turn in prompt:
             if "role" not in turn:
@@ -160,8 +175,10 @@ def _read_one(name: str, prompt: Any, tokenizer: Any) -> Prompt:
                     "the column that holds the prompts)"
                 )
         _need_tokenizer(name, "a chat", tokenizer)
+        begun = ends_with_answer(prompt)
+        form = {"continue_final_message": begun, "add_generation_prompt": not begun}
         try:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(prompt, **form, tokenize=True, return_dict=False)
         except Exception as error:  # a template raises what it likes
             raise ValueError(f"{name} does not fit the tokenizer's chat template: {error}") from error
         return Prompt([dict(turn) for turn in prompt], _not_empty(name, list(ids)))

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from conftest import sum_reward, tiny_config, tiny_policy, tiny_reward
+from test_rewards import byte_bpe
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -19,7 +20,7 @@ from transformers import (
 
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.rewards import Reward, RuleReward
+from stars_fast.rewards import ClassifierReward, JudgeReward, Reward, RuleReward, WeightedSum
 
 VOCAB = 32
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11], [14, 15]]
@@ -83,8 +84,10 @@ def test_a_policy_on_several_processes_needs_a_seed(engine, monkeypatch):
         ("min_p", 1.5, "1"),
         ("repetition_penalty", 0.0, "0"),
         ("eos_token_id", -1, "0"),
+        ("eos_token_id", "</s>", "integer"),
         ("method", "magic", "stars"),
         ("stop_strings", [""], "empty"),
+        ("stop_strings", 3, "string"),
     ],
 )
 def test_a_config_value_out_of_range_is_named_with_its_limit(engine, name, value, limit):
@@ -101,6 +104,9 @@ def test_a_target_per_prompt_must_have_one_value_per_prompt(engine):
         engine.generate(PROMPTS, CONFIG, target_reward=[1.0, 2.0, 3.0])
     with refused(r"target_reward\[1\]", "nan"):
         engine.generate(PROMPTS, CONFIG, target_reward=[1.0, math.nan, 3.0, 4.0])
+    for value in (["a", "b"], torch.zeros(2, 2), {"a": 1.0}):
+        with refused(r"target_reward\[0\]", "number"):
+            engine.generate(PROMPTS, CONFIG, target_reward=value)
 
 
 def test_an_eos_outside_the_vocabulary_is_refused(engine):
@@ -171,6 +177,10 @@ def test_a_mask_of_another_shape_is_refused(engine):
         engine.generate(torch.ones(2, 3, dtype=torch.long), CONFIG, attention_mask=torch.ones(2, 4))
     with refused("attention_mask"):
         engine.generate(PROMPTS, CONFIG, attention_mask=torch.ones(4, 3))
+    with refused("attention_mask", r"\(1, 5\)", r"\(2, 3\)"):
+        engine.generate(torch.ones(2, 3, dtype=torch.long), CONFIG, attention_mask=[1] * 5)
+    with refused("attention_mask"):
+        engine.generate(torch.ones(2, 3, dtype=torch.long), CONFIG, attention_mask=[[1, 1], [1]])
 
 
 @pytest.mark.parametrize("token", [32, 1000, -1])
@@ -240,11 +250,18 @@ def test_seeds_must_be_integers_one_per_prompt(engine):
         engine.generate(PROMPTS, CONFIG, seed="lucky")
     with refused(r"seed\[2\]"):
         engine.generate(PROMPTS, CONFIG, seed=[1, 2, 2.5, 3])
+    with refused(r"seed\[0\]"):
+        engine.generate(PROMPTS, CONFIG, seed=torch.ones(4))
 
 
 def test_columns_and_reward_prompts_must_have_one_entry_per_prompt(engine):
     with refused("columns", ".?answer.?", "3", "4"):
         engine.generate(PROMPTS, CONFIG, columns={"answer": [1, 2, 3]})
+    for values in ((n for n in range(4)), {0: 1, 1: 2, 2: 3, 3: 4}, "four", torch.tensor(4)):
+        with refused("columns", ".?answer.?", type(values).__name__):
+            engine.generate(PROMPTS, CONFIG, columns={"answer": values})
+    with refused("columns", "list", "mapping"):
+        engine.generate(PROMPTS, CONFIG, columns=["a", "b"])
     with refused("reward_prompts", "3", "4"):
         engine.generate(PROMPTS, CONFIG, reward_prompts=[[1], [2], [3]])
 
@@ -270,6 +287,35 @@ def test_on_error_takes_two_values(engine):
 def test_stream_refuses_when_called_not_when_read(engine):
     with refused(r"prompts\[1\]", "empty"):
         engine.stream([[5], []], CONFIG)
+
+
+def needs_an_answer(completions, answer):
+    return sum_reward(completions)
+
+
+@pytest.mark.parametrize(
+    "reward, parts",
+    [
+        (ClassifierReward(tiny_reward(VOCAB, positions=20)), (r"prompts\[1\]", "20")),
+        (WeightedSum([(1.0, ClassifierReward(tiny_reward(VOCAB, positions=20)))]), (r"prompts\[1\]", "20")),
+        (needs_an_answer, ("the reward function", ".?answer.?")),
+    ],
+    ids=["classifier", "weighted sum", "function"],
+)
+def test_stream_refuses_what_the_reward_cannot_score_when_called(policy32, reward, parts):
+    with refused(*parts):
+        StarsEngine(policy32, reward).stream([[5], [6] * 7], CONFIG)
+
+
+def test_a_call_that_is_refused_leaves_a_running_one_alone(policy32, tokenizer32):
+    """Though it is of another engine, by whose tokenizer the same scorer would render otherwise."""
+    scorer = JudgeReward(tiny_policy(VOCAB), tokenizer32, yes="w4", no="w5", template="w1 {answer} w2")
+    other = StarsEngine(policy32, scorer, tokenizer=byte_bpe(300))
+    alone = StarsEngine(policy32, scorer, tokenizer=tokenizer32).generate(["w5 w6"], CONFIG, seed=3)
+    events = StarsEngine(policy32, scorer, tokenizer=tokenizer32).stream(["w5 w6"], CONFIG, seed=3)
+    tokens = list(next(events).segment.tokens)
+    other.stream([[1, 2]], CONFIG)
+    assert tokens + [token for event in events for token in event.segment.tokens] == alone.completions[0]
 
 
 # Models

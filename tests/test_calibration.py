@@ -243,10 +243,16 @@ def test_calibrated_rewards_beat_unguided_ones(counted):
 
 @pytest.mark.parametrize(
     "kwargs, message",
-    [({"acceptance": 0.0}, "acceptance"), ({"acceptance": 1.5}, "acceptance"), ({"samples": 1}, "samples")],
+    [
+        ({"acceptance": 0.0}, "acceptance=0.0"),
+        ({"acceptance": 1.5}, "acceptance=1.5"),
+        ({"acceptance": "x"}, "acceptance='x'"),
+        ({"samples": 1}, "samples=1"),
+        ({"samples": 2.5}, "samples=2.5"),
+    ],
 )
 def test_settings_out_of_range_are_refused(counted, kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         calibrate(counted, PROMPTS, config=CONFIG, **kwargs)
 
 

@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounter
 
 from stars_fast import StarsEngine
 from stars_fast.tree.compiled import CompiledLayers
+from stars_fast.tree.graphs import Graphs
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +56,52 @@ def test_the_model_has_its_own_forward_again():
     with pytest.raises(RuntimeError, match="on purpose"), CompiledLayers(model, backend="eager").running():
         raise RuntimeError("on purpose")
     assert [module.forward.__func__ for module in model.modules()] == before
+
+
+def run(model, layers=None):
+    engine = StarsEngine(model, sum_reward)
+    if layers is not None:
+        engine.policy._compiled, engine.policy.torch_compile = layers, True
+    return engine.generate(PROMPTS, CONFIG, seed=0)
+
+
+def test_a_second_engine_compiles_nothing(monkeypatch):
+    model, counter = tiny_policy(64, hidden=32), CompileCounter()
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: counter)
+    before = Graphs.prepared_by_all
+    run(model, CompiledLayers(model))
+    first = Graphs.prepared_by_all
+    run(model, CompiledLayers(model))
+    assert counter.frame_count == first - before > 0
+    assert Graphs.prepared_by_all == first
+
+
+def test_hooks_that_come_and_go_are_followed():
+    model = tiny_policy(64, hidden=32)
+    layers, plain = CompiledLayers(model, "eager"), run(model).completions
+    assert run(model, layers).completions == plain
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: out * 0)
+    assert run(model, layers).completions == run(model).completions != plain
+    handle.remove()
+    assert run(model, layers).completions == plain
+
+
+def test_layers_may_be_entered_twice_at_once():
+    model = tiny_policy(64, hidden=32)
+    one, other = CompiledLayers(model, "eager").running(), CompiledLayers(model, "eager").running()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert all("forward" in vars(layer) for layer in model.model.layers)
+    other.__exit__(None, None, None)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_layers_that_do_not_compile_run_without_and_say_so():
+    def refuse(module, inputs):
+        raise RuntimeError("no compiler")
+
+    model = tiny_policy(64, hidden=32)
+    with pytest.warns(UserWarning, match="(?s)do not compile.*no compiler"):
+        compiled = run(model, CompiledLayers(model, refuse))
+    assert compiled.completions == run(model).completions

@@ -8,6 +8,7 @@ import math
 import warnings
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 import torch
 from conftest import sum_reward, tiny_policy, tiny_reward, tiny_tokenizer
@@ -270,6 +271,34 @@ def test_all_five_forms_of_prompt_mean_the_same(policy32, tokenizer32):
     tensor = generate(padded, attention_mask=(torch.arange(7) > 1).long()[None])
     assert tensor.completions == expected.completions
     assert tensor.sequences[0, :5].tolist() == [1, 5, 6, 2, 3]
+
+
+ARRAYS = [torch.tensor, np.array]
+
+
+@pytest.mark.parametrize("array", ARRAYS)
+def test_tensors_and_arrays_mean_what_lists_mean(engine, array):
+    ids, mask = [[5, 6], [8, 0]], [[1, 1], [1, 0]]
+    expected = engine.generate([[5, 6], [8]], CONFIG, seed=[3, 4], target_reward=[0.5, 1.0], eos_token_id=[7, 9])
+    out = engine.generate(
+        array(ids),
+        CONFIG,
+        attention_mask=mask,
+        seed=array([3, 4]),
+        target_reward=array([0.5, 1.0]),
+        eos_token_id=array([7, 9]),
+    )
+    assert out.completions == expected.completions
+    assert (
+        engine.generate([[5]], CONFIG, seed=array(3)).completions == engine.generate([[5]], CONFIG, seed=3).completions
+    )
+    assert StarsConfig(target_reward=array(1.0)) == StarsConfig(target_reward=1.0)
+
+
+def test_an_array_of_texts_is_a_list_of_texts(text_engine):
+    texts = ["w5 w6", "w8"]
+    out = text_engine.generate(np.array(texts), CONFIG, seed=0)
+    assert out.completions == text_engine.generate(texts, CONFIG, seed=0).completions
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -417,6 +417,17 @@ def test_stopping_criteria_end_a_text_before_it_is_scored(policy, generate, crit
     assert stopped and all(set(row[row.index(9) + 1 :]) <= {30, PAD} for row in stopped)
 
 
+class Unlikely(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return scores[0].max() < 0.1
+
+
+@both
+def test_a_criterion_that_reads_scores_is_named(policy, generate):
+    with pytest.raises(RuntimeError, match=r"criterion Unlikely raised TypeError.*no scores"):
+        generate(policy, stopping_criteria=StoppingCriteriaList([Unlikely()]))
+
+
 @both
 def test_a_length_criterion_of_the_user_holds(policy, generate):
     criteria = StoppingCriteriaList([MaxLengthCriteria(8)])

@@ -1,6 +1,7 @@
 """Templates, tails, tokenizers and functions between policy and reward: the score is the plain one all the same."""
 
 import asyncio
+import copy
 import random
 import threading
 import warnings
@@ -11,8 +12,18 @@ from conftest import sum_reward, tiny_policy, tiny_reward, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from stars_fast import StarsConfig, StarsEngine
-from stars_fast.rewards import CallableReward, ClassifierReward, Completion, Response, Reward, RewardPrompt
+from stars_fast import StarsConfig, StarsEngine, demo
+from stars_fast.rewards import (
+    CallableReward,
+    ClassifierReward,
+    Completion,
+    ImplicitReward,
+    JudgeReward,
+    Response,
+    Reward,
+    RewardPrompt,
+    WeightedSum,
+)
 from stars_fast.rewards.rendering import Rendering
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14)
@@ -716,3 +727,132 @@ def test_a_reward_for_finished_answers_only_is_refused(policy32):
 
     with pytest.raises(ValueError, match=r"Final \(partial=False\)"):
         StarsEngine(policy32, Final()).generate(PROMPTS, CONFIG)
+
+
+# Answers that the prompt begins
+
+BEGUN = [*FILM, {"role": "assistant", "content": "I like"}]
+
+
+def begun_ids(tokenizer, messages=BEGUN):
+    return tokenizer.apply_chat_template(messages, continue_final_message=True, tokenize=True, return_dict=False)
+
+
+def test_an_answer_that_the_prompt_begins_is_scored_as_one_turn():
+    tokenizer = byte_bpe(300, template=CHATML)
+    policy, reward = models_for(tokenizer)
+    engine = StarsEngine(policy, reward, tokenizer=tokenizer, reward_tokenizer=tokenizer)
+    out = engine.generate([BEGUN], CONFIG, seed=0, ignore_eos=True)
+    prefix, tail = begun_ids(tokenizer), tokenizer("<|im_end|>\n")["input_ids"]
+    assert out.sequences[0, : len(prefix)].tolist() == prefix
+    assert_scores(out, lambda i, tokens, _: fresh(reward, prefix + tokens + tail))
+
+
+def test_an_answer_that_the_prompt_begins_keeps_its_space_under_a_foreign_tokenizer():
+    ours, theirs = sentencepiece(MISTRAL), byte_bpe(300, template=CHATML)
+    scorer = ClassifierReward(reward := models_for(ours, theirs)[1], theirs, ours)
+    scorer.begin([prompt := RewardPrompt(0, BEGUN, begun_ids(ours))], 8, 2, None)
+    tokens = begun_ids(ours, [*FILM, {"role": "assistant", "content": "I like it very"}])[len(prompt.ids) :]
+    assert ours.decode(tokens) == "it very"
+    completion = Completion(Response(prompt), tokens, finished=True, tokenizer=ours)
+    whole = [*FILM, {"role": "assistant", "content": "I like it very"}]
+    with torch.no_grad():
+        (score,) = scorer.score([completion])
+        ids = theirs.apply_chat_template(whole, tokenize=True, return_dict=False)
+        assert score == pytest.approx(fresh(reward, ids), abs=1e-4)
+    scorer.end()
+
+
+def test_a_function_sees_an_answer_that_the_prompt_begins_as_from_trl(policy32, tokenizer32):
+    seen = []
+
+    def reward(prompts, completions):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [0.0] * len(prompts)
+
+    chat = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}]
+    tokenizer32 = copy.deepcopy(tokenizer32)
+    tokenizer32.chat_template = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}"
+    out = StarsEngine(policy32, reward, tokenizer=tokenizer32).generate([chat], CONFIG, seed=0, max_new_tokens=2)
+    assert out.sequences[0, :6].tolist() == [1, 5, 6, 2, 1, 7]
+    assert all(prompt == chat[:1] for prompt, _ in seen)
+    contents = [completion[0]["content"] for _, completion in seen]
+    assert "w7" in contents and all(content.startswith("w7") for content in contents)  # the empty answer among them
+
+
+def test_a_scorer_with_a_text_of_its_own_refuses_an_answer_that_the_prompt_begins(policy32, tokenizer32):
+    judge = JudgeReward(policy32, tokenizer32, yes="w4", no="w5", template="w1 {answer} w2")
+    chat = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w7"}]
+    with pytest.raises(ValueError, match=r"prompts\[1\] ends with an assistant's turn.*reward_prompts="):
+        StarsEngine(policy32, judge, tokenizer=tokenizer32).stream([chat[:1], chat], CONFIG)
+
+
+def test_text_that_begins_with_a_bos_gets_no_second_one_under_a_foreign_tokenizer():
+    ours, theirs = byte_bpe(263 + 40), byte_bpe(263 + 90, add_bos=True)
+    policy, reward = models_for(ours, theirs)
+    engine = StarsEngine(policy, reward, tokenizer=ours, reward_tokenizer=theirs)
+    out = engine.generate(["<bos>the cat"], CONFIG, seed=0, ignore_eos=True)
+    assert_scores(
+        out,
+        lambda i, tokens, finished: rescored(ours, theirs, reward, "the cat", tokens, finished, None),
+    )
+
+
+# Ids of another tokenizer
+
+
+def another(policy_ids=(1, 2), reward_ids=(1, 2), more=0):
+    """Two models by their bos and eos ids, the reward model with more embeddings."""
+    names = ("bos_token_id", "eos_token_id")
+    policy = tiny_policy(32, **dict(zip(names, policy_ids, strict=True)))
+    return policy, tiny_reward(32 + more, **dict(zip(names, reward_ids, strict=True)))
+
+
+def of_a_classifier(policy, reward):
+    return reward
+
+
+def of_a_weighted_sum(policy, reward):
+    return WeightedSum({"liked": (1.0, ClassifierReward(reward))})
+
+
+def of_an_implicit_pair(policy, reward):
+    fields = {name: getattr(reward.config, name) for name in ("bos_token_id", "eos_token_id")}
+    return ImplicitReward(*(tiny_policy(reward.config.vocab_size, seed=seed, **fields) for seed in (2, 3)))
+
+
+@pytest.mark.parametrize("kind", [of_a_classifier, of_a_weighted_sum, of_an_implicit_pair])
+@pytest.mark.parametrize(
+    "models, found",
+    [
+        (another(more=1000), "1032 embeddings, the policy 32"),
+        (another((1, 2), (0, [3, 4])), r"ids \[0\] and \[3, 4\], the policy \[1\] and \[2\]"),
+    ],
+    ids=["size", "ends"],
+)
+def test_a_reward_model_of_another_tokenizers_ids_is_warned_of(models, found, kind):
+    policy, reward = models
+    with pytest.warns(UserWarning, match=f"{found}.*tokenizer=.* of its own"):
+        StarsEngine(policy, kind(policy, reward))
+
+
+@pytest.mark.parametrize(
+    "models",
+    [another(more=399), another((1, 2), (1, 3)), another((1, 2), (None, 3)), another((1, 2), (0, [2, 3]))],
+    ids=["padding", "another eos", "no bos", "an eos in common"],
+)
+def test_reward_models_of_the_same_family_are_not_warned_of(models, recwarn):
+    StarsEngine(*models)
+    assert not recwarn.list
+
+
+def test_the_demo_models_are_not_warned_of(recwarn):
+    policy, reward, tokenizer = demo.load()
+    StarsEngine(policy, reward, tokenizer=tokenizer)
+    assert not recwarn.list
+
+
+def test_a_reward_model_with_a_tokenizer_of_its_own_is_not_warned_of(tokenizer32, recwarn):
+    policy, reward = another(more=1000)
+    StarsEngine(policy, reward, tokenizer=tokenizer32, reward_tokenizer=tiny_tokenizer(40))
+    assert not recwarn.list

@@ -20,12 +20,10 @@ from stars_fast.loop.heartbeat import Generation
 from stars_fast.policy import Policy
 from stars_fast.roofline import decode_step
 from stars_fast.tree.attention import plugged
-from stars_fast.tree.shared_products import SharedProducts
 
 # Requests and candidates of each: 1, 8, 64, 128, 192 and 256 rows.
 ROWS = ((1, 1), (1, 8), (16, 4), (64, 2), (64, 3), (64, 4))
-# Compiled layers in graphs; the same with every product by itself; graphs alone; neither.
-MODES = ("compiled", "apart", "captured", "launched")
+MODES = ("compiled", "captured", "launched")  # compiled layers in graphs; graphs alone; neither
 _CONTEXT, _LONGEST = 256, 33  # tokens of a trunk; of a segment
 STAGES = ("admit", "extend", "set_base_rewards", "propose", "score", "select_and_commit")
 
@@ -34,9 +32,7 @@ def time_steps(runner: Runner, models: Pair, shapes: tuple[tuple[int, int], ...]
     """One decode step in each shape: what a long proposal takes longer than a short one, per step."""
     context, longest = (8, 5) if runner.tiny else (_CONTEXT, _LONGEST)
     runner.shared.pop("engine", None)  # the pools of both would not fit beside two 7B models in 80 GB
-    policy = Policy(models.policy, cuda_graphs=mode != "launched", torch_compile=mode in ("compiled", "apart"))
-    if mode == "apart":
-        policy.compiled_layers().products = SharedProducts([])
+    policy = Policy(models.policy, cuda_graphs=mode != "launched", torch_compile=mode == "compiled")
     groups = max(groups for groups, _ in shapes)
     rows = max(groups * candidates for groups, candidates in shapes)
     with plugged(policy.model), torch.no_grad():

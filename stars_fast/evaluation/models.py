@@ -63,7 +63,7 @@ class Models:
 
     def _scorer(self, name: str) -> Reward:
         model, tokenizer = classifier_named(name, None, self.dtype, self.device)
-        return load_reward(model, self.tokenizer, tokenizer, "auto", len(self.tokenizer))
+        return load_reward(model, self.tokenizer, tokenizer, "auto", self.policy)
 
     @cached_property
     def _guided(self) -> StarsEngine:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 
+from stars_fast.notices import warn
 from stars_fast.prompts import Messages, read_prompts
 
 if TYPE_CHECKING:
@@ -124,13 +125,16 @@ class Reward(abc.ABC):
     tokens: int = 0
     _calls: int = 0  # that began and have not ended, refused ones included
 
+    def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
+        """A call of the engine is asked for: ValueError for prompts that cannot be scored, naming the prompt's index
+        and the limit. It may never begin, and another may be running: this leaves no trace in the scorer.
+        """
+
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
     ) -> None:
         """A call of the engine starts: at most ``rows`` responses grow at once. One :meth:`end` follows, whatever
         happens, even where this raises.
-
-        Raises ValueError for prompts that cannot be scored, naming the prompt's index and the limit.
         """
 
     def read_ahead(self, prompts: Sequence[RewardPrompt], most: int) -> Sequence[RewardPrompt]:
@@ -143,7 +147,7 @@ class Reward(abc.ABC):
     @abc.abstractmethod
     def score(self, completions: Sequence[Completion]) -> Sequence[float | Exception | None]:
         """One reward per completion; ``-inf`` rejects for good. An exception in a reward's place fails that completion
-        alone; whatever raises here is tried again one by one.
+        alone. Where this raises, each completion is asked again alone: what it costs or does besides may happen twice.
         """
 
     def parts(self, completion: Completion) -> dict[str, float] | None:
@@ -169,8 +173,8 @@ class Reward(abc.ABC):
     def end(self) -> None:
         """The call of the engine is over, normally or not: free everything."""
 
-    def check_vocabulary(self, policy_ids: int) -> None:
-        """An engine whose policy produces ``policy_ids`` ids was made: ValueError if they cannot be read."""
+    def check_vocabulary(self, policy_ids: int, policy: PreTrainedModel) -> None:
+        """An engine was made, whose policy produces ``policy_ids`` ids: ValueError if they cannot be read."""
 
     @property
     def tree_models(self) -> list[TreeModel]:
@@ -219,10 +223,9 @@ def _warn_of_lost_batch(completions: Sequence[Completion], cause: str) -> None:
     warned = completions[0].response.prompt.warned
     if "batch" not in warned:
         warned.add("batch")
-        warnings.warn(
+        warn(
             f"{cause}, for {len(completions)} completions at once but not for each alone: they are scored one by one, "
-            "which is slow",
-            stacklevel=4,
+            "which is slow"
         )
 
 

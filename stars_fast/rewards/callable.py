@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from stars_fast.prompts import ends_with_answer
 from stars_fast.rewards.base import Completion, Reward, RewardPrompt
 
 _OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -22,8 +23,9 @@ class CallableReward(Reward):
     ----------
     function : callable
         Called by keyword with those of ``prompts``, ``completions``, ``completion_ids`` and the columns that it can
-        take. Chats arrive as message lists, their completions as ``[{"role": "assistant", "content": text}]``. What an
-        async one keeps between calls (clients, locks) stays good: a call of the engine has one event loop.
+        take. Chats arrive as message lists, their completions as ``[{"role": "assistant", "content": text}]``; where a
+        chat ends with the beginning of the answer, that stands in the completion and not in the prompt. What an async
+        one keeps between calls (clients, locks) stays good: a call of the engine has one event loop.
     tokenizer : transformers tokenizer, optional
         The policy's. Without one, prompts and completions are lists of ids.
     """
@@ -39,10 +41,7 @@ class CallableReward(Reward):
         self._required = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, *named)]
         self._loop: _LoopThread | None = None
 
-    def begin(
-        self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
-    ) -> None:
-        self._enter_call()
+    def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
         columns = prompts[0].columns if prompts else {}
         for name in self._required:
             if name not in _OWN_ARGUMENTS and name not in columns:
@@ -50,6 +49,11 @@ class CallableReward(Reward):
                     f"the reward function needs {name!r}, which is neither prompts, completions or completion_ids nor "
                     f"a column: pass columns={{{name!r}: one value per prompt}}, or give the parameter a default"
                 )
+
+    def begin(
+        self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
+    ) -> None:
+        self._enter_call()
 
     def end(self) -> None:
         if self._leave_call() and self._loop is not None:
@@ -83,12 +87,15 @@ class CallableReward(Reward):
         source = completion.response.prompt.source
         if isinstance(source, list) and self.tokenizer is not None and not _is_messages(source):
             return self.tokenizer.decode(source, skip_special_tokens=True)
-        return source
+        return source[:-1] if self.tokenizer is not None and ends_with_answer(source) else source
 
     def _completion(self, completion: Completion) -> Any:
         if self.tokenizer is None:
             return completion.tokens
-        if _is_messages(completion.response.prompt.source):
+        source: Any = completion.response.prompt.source
+        if ends_with_answer(source):
+            return [{"role": "assistant", "content": source[-1]["content"] + completion.continuation}]
+        if _is_messages(source):
             return [{"role": "assistant", "content": completion.text}]
         return completion.text
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from stars_fast.notices import warn
 from stars_fast.rewards.base import Completion, RewardPrompt
 from stars_fast.rewards.full import most_tokens, score_in_full
 from stars_fast.rewards.incremental import Row, Text, TreeCache
@@ -20,6 +20,9 @@ from stars_fast.tree.attention import evaluating, is_causal
 from stars_fast.tree.model import TreeModel, refuse_dynamic_rope, refuse_offloaded, vocabulary
 
 ONE_LABEL = "a reward model has exactly 1 (a causal LM scores as JudgeReward or ImplicitReward of stars_fast.rewards)"
+# How many more embeddings two models of one tokenizer may have: vocabularies are padded to multiples of up to 512 and
+# grow by some hundred reserved ids. Those of different tokenizers lie thousands apart.
+_MOST_PADDING = 512
 
 
 class ClassifierReward(RenderedReward):
@@ -114,12 +117,15 @@ class ClassifierReward(RenderedReward):
         if given.policy_tokenizer is None and policy_tokenizer is not None:
             self.rendering = Rendering(given.tokenizer, policy_tokenizer, given.tail)
 
-    def check_vocabulary(self, policy_ids: int) -> None:
-        if self.rendering.tokenizer is None and self.vocab_size < policy_ids:
+    def check_vocabulary(self, policy_ids: int, policy: PreTrainedModel) -> None:
+        if self.rendering.tokenizer is not None:
+            return
+        if self.vocab_size < policy_ids:
             raise ValueError(
                 f"the reward model has {self.vocab_size} embeddings, fewer than the {policy_ids} ids of the policy: "
                 "pass its own tokenizer as reward_tokenizer= (or, where both share one, tokenizer=)"
             )
+        warn_of_foreign_ids(policy, self.model, "reward_tokenizer=")
 
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
@@ -136,10 +142,9 @@ class ClassifierReward(RenderedReward):
 
     def _warn_once(self) -> None:
         if not self._warned:
-            warnings.warn(
+            warn(
                 f"{type(self.model).__name__} is scored in full for every candidate, because {self.reason}: "
-                "correct, but slower than incremental scoring",
-                stacklevel=4,
+                "correct, but slower than incremental scoring"
             )
             self._warned = True
 
@@ -153,6 +158,27 @@ class ClassifierReward(RenderedReward):
     def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> list[float]:
         rewards: list[float] = self.head(features)[:, 0].float().tolist()
         return rewards
+
+
+def warn_of_foreign_ids(policy: PreTrainedModel, reward: PreTrainedModel, argument: str) -> None:
+    """Warn where a reward model that reads the policy's ids seems to have been trained on another tokenizer's."""
+    size, reward_size = vocabulary(policy), vocabulary(reward)
+    ends, reward_ends = _ends_of_texts(policy), _ends_of_texts(reward)
+    if reward_size > size + _MOST_PADDING:
+        found = f"has {reward_size} embeddings, the policy {size}"
+    # Base and tuned models of a family differ in one of the two, not in both.
+    elif all(a and b and not set(a) & set(b) for a, b in zip(ends, reward_ends, strict=True)):
+        found = "has bos and eos ids {} and {}, the policy {} and {}".format(*reward_ends, *ends)
+    else:
+        return
+    warn(f"the reward model reads the policy's ids, but {found}: pass {argument} if it has a tokenizer of its own")
+
+
+def _ends_of_texts(model: PreTrainedModel) -> list[list[int]]:
+    """The ids that begin and those that end a text, by the model's config."""
+    config = model.config.get_text_config()
+    ids = [getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")]
+    return [[one] if isinstance(one, int) else list(one or ()) for one in ids]
 
 
 def unwrapped(model: PreTrainedModel) -> PreTrainedModel:

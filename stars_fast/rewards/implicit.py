@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from stars_fast.ops import gather_logprobs
 from stars_fast.rewards.base import Completion
-from stars_fast.rewards.classifier import unwrapped
+from stars_fast.rewards.classifier import unwrapped, warn_of_foreign_ids
 from stars_fast.rewards.incremental import Text, TreeCache
 from stars_fast.rewards.rendered import RenderedReward
 from stars_fast.rewards.rendering import Rendering
@@ -73,12 +73,15 @@ class ImplicitReward(RenderedReward):
         # The prediction of an id is made at the one before it: the last id is left to the next pass.
         self._start([TreeCache(tree, lag=1, max_packed=_MAX_PACKED) for tree in trees])
 
-    def check_vocabulary(self, policy_ids: int) -> None:
-        if self.tokenizer is None and self.vocab_size < policy_ids:
+    def check_vocabulary(self, policy_ids: int, policy: PreTrainedModel) -> None:
+        if self.tokenizer is not None:
+            return
+        if self.vocab_size < policy_ids:
             raise ValueError(
                 f"the implicit reward's models have {self.vocab_size} embeddings, fewer than the {policy_ids} ids of "
                 "the policy: pass their own tokenizer as ImplicitReward(..., tokenizer=)"
             )
+        warn_of_foreign_ids(policy, self.caches[0].model.model, "ImplicitReward(..., tokenizer=)")
 
     def prepare(self, policy_tokenizer: Any) -> None:
         self.rendering = Rendering(self.tokenizer, policy_tokenizer, "none")

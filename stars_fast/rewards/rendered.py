@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -42,7 +43,7 @@ class RenderedReward(Reward):
     def _start(self, caches: Sequence[TreeCache]) -> None:
         """To be called once, when models are known."""
         self.caches = caches
-        self._contexts: dict[RewardPrompt, Context] = {}
+        self._contexts: WeakKeyDictionary[RewardPrompt, Context] = WeakKeyDictionary()  # as long as their call lives
         limits = [cache.model.max_positions for cache in caches if cache.model.max_positions is not None]
         if caches:
             self.vocab_size = min(cache.model.vocab_size for cache in caches)
@@ -75,17 +76,18 @@ class RenderedReward(Reward):
 
     # One call of the engine
 
+    def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
+        if not self._calls:  # else the call is refused when it begins
+            self._checked(prompts, max_new_tokens, kv_cache_tokens)
+
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
     ) -> None:
         self._enter_call()
         self.tokens = 0
-        self.prepare(prompts[0].tokenizer if prompts else None)
-        self._contexts = {prompt: self.context(prompt) for prompt in prompts}
-        for prompt, context in self._contexts.items():
-            self._check_prompt(prompt, context, max_new_tokens, kv_cache_tokens)
-        prefixes = {prompt: self.trunk(context) for prompt, context in self._contexts.items()}
-        longest = max((len(c.prefix) + len(c.tail) for c in self._contexts.values()), default=0) + 2 * max_new_tokens
+        contexts = self._checked(prompts, max_new_tokens, kv_cache_tokens)
+        prefixes = {prompt: self.trunk(context) for prompt, context in contexts.items()}
+        longest = max((len(c.prefix) + len(c.tail) for c in contexts.values()), default=0) + 2 * max_new_tokens
         for cache in self.caches:
             cache.begin(prefixes, rows, longest, kv_cache_tokens)
 
@@ -98,7 +100,6 @@ class RenderedReward(Reward):
         if self._leave_call():
             for cache in self.caches:
                 cache.end()
-            self._contexts = {}
 
     def commit(self, completion: Completion) -> None:
         for cache in self.caches:
@@ -144,6 +145,17 @@ class RenderedReward(Reward):
         raise NotImplementedError
 
     # Checks
+
+    def _checked(
+        self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None
+    ) -> dict[RewardPrompt, Context]:
+        """The prompts' contexts, rendered once."""
+        self.prepare(prompts[0].tokenizer if prompts else None)
+        for prompt in prompts:
+            if prompt not in self._contexts:
+                self._contexts[prompt] = self.context(prompt)
+            self._check_prompt(prompt, self._contexts[prompt], max_new_tokens, kv_cache_tokens)
+        return {prompt: self._contexts[prompt] for prompt in prompts}
 
     def _check_prompt(
         self, prompt: RewardPrompt, context: Context, max_new_tokens: int, kv_cache_tokens: int | None

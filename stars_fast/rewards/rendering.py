@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from stars_fast.prompts import Messages
+from stars_fast.prompts import Messages, ends_with_answer
 from stars_fast.rewards.base import Completion, RewardPrompt
 from stars_fast.rewards.template import ChatFrame, chat_frame, encode_start, encode_turn, marks, rendered_mark
 
@@ -20,6 +20,7 @@ class Context:
     tail: list[int]  # what follows the answer whenever it is scored
     text: str = ""  # what stands in front of the answer, where both are tokenised together
     own_start: bool = False  # that text needs no special tokens in front
+    begun: bool = False  # that text ends with the beginning of the answer
 
 
 class Rendering:
@@ -62,7 +63,8 @@ class Rendering:
             frame = self._frame(prompt)
             after = frame.tail if self.tail in ("auto", "template") else tail
             prefix = given or frame.prefix
-            return Context(prefix, after, "" if self.shared_ids else frame.before, frame.own_start)
+            text = "" if self.shared_ids else frame.before
+            return Context(prefix, after, text, frame.own_start, ends_with_answer(prompt.source))
         if self.shared_ids:
             return Context(list(prompt.ids), tail)
         text = self._prompt_text(prompt)
@@ -74,7 +76,8 @@ class Rendering:
             tokens = completion.tokens
             return context.prefix + (tokens[:-1] if completion.eos and context.tail else tokens)
         if self.templated:  # tokenised in one piece: how an answer begins depends on what stands before it
-            return encode_turn(self.tokenizer, context.text + completion.text, context.own_start)
+            answer = completion.continuation if context.begun else completion.text
+            return encode_turn(self.tokenizer, context.text + answer, context.own_start)
         text = context.text + completion.continuation
         if not causal:
             return list(self.tokenizer(text)["input_ids"])
@@ -112,8 +115,13 @@ class Rendering:
         Raises
         ------
         ValueError
-            For ids of a chat that is rendered already, by name.
+            For ids of a chat that is rendered already, and a chat that ends with the beginning of the answer, by name.
         """
+        if ends_with_answer(prompt.source):
+            raise ValueError(
+                f"{prompt.name} ends with an assistant's turn, of which the completion is the rest: this scorer cannot "
+                "show it in its own text, so give a chat that ends with the user's turn as reward_prompts="
+            )
         mark = self._rendered_mark(prompt)
         if mark is not None:
             raise _rendered_already(prompt, mark)

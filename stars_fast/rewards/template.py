@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from stars_fast.prompts import Messages
+from stars_fast.prompts import Messages, ends_with_answer
 
 # Survives every chat template we know: no white space to strip, no characters that Jinja or a tokenizer treats.
 SENTINEL = "STARSFASTANSWER"
@@ -21,7 +21,7 @@ class ChatFrame(NamedTuple):
 
 
 def chat_frame(tokenizer: Any, messages: Messages) -> ChatFrame:
-    """The tokenizer's chat template around an answer to ``messages``.
+    """The tokenizer's chat template around an answer to ``messages``, or around the rest of one that they end with.
 
     There is one beginning-of-sequence token: the template's, else the tokenizer's where it was configured to add one.
 
@@ -30,11 +30,13 @@ def chat_frame(tokenizer: Any, messages: Messages) -> ChatFrame:
     ValueError
         If the template does not reproduce the answer verbatim.
     """
-    turns = [*messages, {"role": "assistant", "content": SENTINEL}]
+    begun = ends_with_answer(messages)
+    turns = [*messages] if begun else [*messages, {"role": "assistant", "content": ""}]
+    turns[-1] = {**turns[-1], "content": turns[-1]["content"] + SENTINEL}
     before, found, after = tokenizer.apply_chat_template(turns, tokenize=False).partition(SENTINEL)
     if not found:
         raise ValueError("the reward tokenizer's chat template does not contain the assistant's content verbatim")
-    return text_frame(tokenizer, before, after, _generation_prompt(tokenizer, messages, before))
+    return text_frame(tokenizer, before, after, before if begun else _generation_prompt(tokenizer, messages, before))
 
 
 def text_frame(tokenizer: Any, before: str, after: str, start: str | None = None) -> ChatFrame:
@@ -72,6 +74,8 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 def encode_start(tokenizer: Any, text: str) -> list[int]:
     """Ids of the text with the special tokens the tokenizer puts in front, without those it puts behind."""
+    if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
+        return encode(tokenizer, text)
     body, probe = encode(tokenizer, text), text or "a"
     inner, whole = encode(tokenizer, probe), list(tokenizer(probe)["input_ids"])
     for lead in range(len(whole) - len(inner) + 1):

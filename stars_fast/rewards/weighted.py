@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from transformers import PreTrainedModel
+
 from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt, score_each
 from stars_fast.tree.model import TreeModel
 
@@ -90,9 +92,13 @@ class WeightedSum(Reward):
     def tree_models(self) -> list[TreeModel]:
         return [model for part in self._parts for model in part.reward.tree_models]
 
-    def check_vocabulary(self, policy_ids: int) -> None:
+    def check_vocabulary(self, policy_ids: int, policy: PreTrainedModel) -> None:
         for part in self._parts:
-            part.reward.check_vocabulary(policy_ids)
+            part.reward.check_vocabulary(policy_ids, policy)
+
+    def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
+        for part in self._parts:
+            part.reward.check(prompts, max_new_tokens, kv_cache_tokens)
 
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None

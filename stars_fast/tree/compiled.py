@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,72 +16,74 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stars_fast.tree.graphs import Graphs
-from stars_fast.tree.shared_products import SharedProducts, merge_equal_products
 
 __all__ = ["CompilationError", "CompiledLayers"]
 
 CompilationError = (TorchDynamoException, FailOnRecompileLimitHit)
 _MOST_COMPILATIONS = 256  # all families share one function in transformers, and so one limit
+_running: dict[int, tuple[int, list[nn.Module]]] = {}  # id of a model -> how many run its layers compiled, and which
+_running_lock = threading.Lock()
+
+
+def _inductor(module: torch.fx.GraphModule, inputs: list[torch.Tensor], **options: Any) -> Any:
+    """Inductor, counted. One function for all: Dynamo compiles again for every backend that is another."""
+    Graphs.prepared_by_all += 1
+    return torch._dynamo.lookup_backend("inductor")(module, inputs, **options)
 
 
 class CompiledLayers:
     """The decoder layers of ``model``, which run compiled inside :meth:`running`.
 
-    Layers of one class share their compiled code, for any number of rows: what tells them apart are weights, which are
-    arguments, and ``layer_idx``, which is kept symbolic. So a model costs the compilation of a layer or two. Layers
-    whose ``forward`` somebody has replaced (accelerate's hooks) are left alone.
+    Layers of one class share their compiled code, for any number of rows and for every engine: what tells them apart
+    are weights, which are arguments, and ``layer_idx``, which is kept symbolic. So a model costs the compilation of a
+    layer or two. Layers whose ``forward`` somebody has replaced (accelerate's hooks) are left alone.
 
     Parameters
     ----------
     model : transformers model
     backend : str or callable
-        What compiles, as ``torch.compile`` takes it.
+        What compiles, as ``torch.compile`` takes it. Default: Inductor.
     """
 
-    def __init__(self, model: PreTrainedModel, backend: str | Callable[..., Any] = "inductor") -> None:
+    def __init__(self, model: PreTrainedModel, backend: str | Callable[..., Any] = _inductor) -> None:
         layers = [module for module in model.modules() if _is_plain_layer(module)]
-        compile_graph = partial(_compile_graph, torch._dynamo.lookup_backend(backend))
         compiled = {
-            kind: torch.compile(kind.forward, fullgraph=True, dynamic=True, backend=compile_graph)
+            kind: torch.compile(kind.forward, fullgraph=True, dynamic=True, backend=backend)
             for kind in {type(layer) for layer in layers}
         }
+        self._model_id = id(model)
         self._forwards = [(layer, partial(compiled[type(layer)], layer)) for layer in layers]
-        self.products = SharedProducts(layers)
 
     def __len__(self) -> int:
         return len(self._forwards)
 
-    def refresh(self) -> None:
-        """Look again where weights lie."""
-        self.products.refresh()
-
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Run the layers compiled inside."""
-        mine = [(layer, forward) for layer, forward in self._forwards if _is_plain_layer(layer)]
-        limits = torch._dynamo.config.patch(
-            allow_unspec_int_on_nn_module=True,
-            recompile_limit=_MOST_COMPILATIONS,
-            accumulated_recompile_limit=4 * _MOST_COMPILATIONS,
-        )
+        """Run the layers compiled inside. May be nested, and entered by several threads at once."""
+        with _running_lock:
+            depth, changed = _running.get(self._model_id, (0, []))
+            if not depth:
+                for layer, forward in self._forwards:
+                    if _is_plain_layer(layer):
+                        vars(layer)["forward"] = forward  # past nn.Module's own, which looks for parameters first
+                        changed.append(layer)
+            _running[self._model_id] = depth + 1, changed
         try:
-            for layer, forward in mine:
-                vars(layer)["forward"] = forward  # past nn.Module's own, which looks for parameters first
-            with self.products.running(), limits:
+            with torch._dynamo.config.patch(
+                allow_unspec_int_on_nn_module=True,
+                skip_nnmodule_hook_guards=False,  # hooks may come and go between calls
+                recompile_limit=_MOST_COMPILATIONS,
+                accumulated_recompile_limit=4 * _MOST_COMPILATIONS,
+            ):
                 yield
         finally:
-            for layer, _ in mine:
-                vars(layer).pop("forward", None)
-
-
-def _compile_graph(
-    backend: Callable[..., Any], module: torch.fx.GraphModule, inputs: list[torch.Tensor], **options: Any
-) -> Any:
-    """What Dynamo calls with a layer's graph."""
-    Graphs.prepared_by_all += 1
-    merge_equal_products(module.graph)
-    module.recompile()
-    return backend(module, inputs, **options)
+            with _running_lock:
+                depth, changed = _running.pop(self._model_id)
+                if depth > 1:
+                    _running[self._model_id] = depth - 1, changed
+                else:
+                    for layer in changed:
+                        vars(layer).pop("forward", None)
 
 
 def _is_plain_layer(module: nn.Module) -> bool:

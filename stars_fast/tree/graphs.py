@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
+
+from stars_fast.notices import warn
 
 if TYPE_CHECKING:
     from stars_fast.tree.model import TreeModel
@@ -151,10 +152,9 @@ class Graphs:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             self.give_up(type(work))
-            warnings.warn(
+            warn(
                 f"the layers of {type(self._model.model).__name__} cannot be captured in a CUDA graph, so their "
-                f"kernels are launched one by one: {error}",
-                stacklevel=2,
+                f"kernels are launched one by one: {error}"
             )
             return False
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from stars_fast.notices import warn
 from stars_fast.ops import check_supported
 from stars_fast.tree.attention import NAME, ShapeRecorder, TreeContext, active, causal_probe, plugged
 from stars_fast.tree.check import median_difference
@@ -105,8 +105,8 @@ class TreeModel:
         was, now = self._made_for, _place(self.model)
         if was != now:
             raise RuntimeError(
-                f"the {self.role} was {was} when the engine was made, and is {now} now: make a new engine (weights may "
-                "change, where they lie and what they are may not)"
+                f"the {self.role} was {was} when the engine was made, and is {now} now: make a new engine (only the "
+                "numbers of its weights may change)"
             )
 
     def accelerate(self, cuda_graphs: bool, torch_compile: bool) -> None:
@@ -147,8 +147,6 @@ class TreeModel:
 
     def allocate(self, tokens: int) -> None:
         """An empty tree over ``tokens`` slots (and slot 0); a pool that is large enough is kept."""
-        if self.torch_compile:
-            self.compiled_layers().refresh()  # moves weights, which graphs rely on
         if self.pool.slots < tokens + 1:
             self.graphs.drop()  # their memory is needed first
             self.pool = SlotPool({}, 1, self.dtype, self.device)  # free the old one before making the new
@@ -175,26 +173,17 @@ class TreeModel:
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, context: TreeContext, **kwargs: Any) -> Any:
         """One packed forward pass. ids, positions ``[T]`` int64; returns the body's output, batch size 1."""
         if self.torch_compile:
-            from stars_fast.tree.compiled import CompilationError
+            from stars_fast.tree.compiled import CompilationError, CompiledLayers  # imports torch's compiler: a second
 
+            if self._compiled is None:
+                self._compiled = CompiledLayers(self.model)
             try:
-                with self.compiled_layers().running():
+                with self._compiled.running():
                     return self._forward(ids, positions, context, **kwargs)
             except CompilationError as error:
                 self.torch_compile = False
-                warnings.warn(
-                    f"the layers of {type(self.model).__name__} do not compile, so they run without: {error}",
-                    stacklevel=2,
-                )
+                warn(f"the layers of {type(self.model).__name__} do not compile, so they run without: {error}")
         return self._forward(ids, positions, context, **kwargs)
-
-    def compiled_layers(self) -> CompiledLayers:
-        """The model's layers as they run compiled."""
-        from stars_fast.tree.compiled import CompiledLayers  # imports torch's compiler: a second
-
-        if self._compiled is None:
-            self._compiled = CompiledLayers(self.model)
-        return self._compiled
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, context: TreeContext, **kwargs: Any) -> Any:
         with active(context):

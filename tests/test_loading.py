@@ -1,0 +1,72 @@
+"""Models by name: a tokenizer that is there is loaded, and one that cannot be is never passed over."""
+
+import pytest
+from conftest import sum_reward
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
+from transformers import BertConfig, BertForSequenceClassification
+
+from stars_fast import StarsEngine, loading
+from stars_fast.loading import load_classifier
+
+
+@pytest.fixture
+def folder(tmp_path, reward32):
+    reward32.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_folder_without_a_tokenizer_has_none(folder):
+    assert load_classifier(folder, None)[1] is None
+
+
+def test_a_family_with_an_empty_tokenizer_of_its_own_has_none(tmp_path):
+    config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    assert load_classifier(tmp_path, None)[1] is None
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [("tokenizer.json", "{"), ("tokenizer_config.json", '{"tokenizer_class": "NoSuchTokenizer"}')],
+    ids=["broken", "unknown class"],
+)
+def test_a_tokenizer_that_cannot_be_loaded_is_an_error_with_name_and_cause(folder, policy32, file, content):
+    (folder / file).write_text(content)
+    with pytest.raises(OSError, match=rf"{folder}.*reward_tokenizer=.*: \S") as caught:
+        StarsEngine(policy32, folder)
+    assert str(caught.value.__cause__) in str(caught.value)
+
+
+def test_a_policys_tokenizer_that_cannot_be_loaded_is_an_error_too(tmp_path, policy32):
+    policy32.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(OSError, match=rf"{tmp_path}.*pass tokenizer="):
+        StarsEngine(tmp_path, sum_reward)
+
+
+def repository(files, otherwise):
+    def download(name, file):
+        if file not in files:
+            raise otherwise("the hub's answer")
+        return file
+
+    return download
+
+
+class Gated(GatedRepoError):
+    def __init__(self, message):
+        Exception.__init__(self, message)
+
+
+@pytest.mark.parametrize("otherwise", [Gated, LocalEntryNotFoundError], ids=["gated", "offline"])
+def test_a_repository_that_does_not_tell_is_an_error(monkeypatch, otherwise):
+    monkeypatch.setattr(loading, "hf_hub_download", repository((), otherwise))
+    with pytest.raises(OSError, match=r"some/model.*the hub's answer"):
+        loading._tokenizer_beside("some/model", "tokenizer")
+
+
+def test_a_repository_has_a_tokenizer_where_it_has_one_of_its_files(monkeypatch):
+    monkeypatch.setattr(loading, "hf_hub_download", repository(("spiece.model",), LocalEntryNotFoundError))
+    assert loading._has_tokenizer("some/model")
+    monkeypatch.setattr(loading, "hf_hub_download", repository((), EntryNotFoundError))
+    assert not loading._has_tokenizer("some/model")
