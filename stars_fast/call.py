@@ -16,8 +16,8 @@ from stars_fast.decode import RowProcessor, Sampling
 from stars_fast.limits import check_prompt
 from stars_fast.methods.base import Method
 from stars_fast.methods.calibration import Pilot
+from stars_fast.methods.persona import PersonaJudge
 from stars_fast.methods.stars import base_reward
-from stars_fast.methods.two_policies import PersonaJudge
 from stars_fast.notices import warn
 from stars_fast.ops.philox import philox_key
 from stars_fast.outputs import Stats

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from stars_fast.ops import gather_logprobs, sample_step
 from stars_fast.tree.attention import TreeContext
 from stars_fast.tree.graphs import Captured
+from stars_fast.tree.model import TreeModel
 from stars_fast.tree.passes import bucket
 from stars_fast.tree.segment_tree import TreePlan
-
-if TYPE_CHECKING:
-    from stars_fast.policy import Policy
 
 # Called once per row with the candidate's ids so far and its logits [1, V]; returns the processed logits [1, V].
 RowProcessor = Callable[[list[int], torch.Tensor], torch.Tensor]
@@ -94,7 +92,7 @@ class Steps(Captured):
         bool ``[rows]``.
     """
 
-    def __init__(self, policy: Policy, shape: Shape) -> None:
+    def __init__(self, policy: TreeModel, shape: Shape) -> None:
         super().__init__(policy)
         self.shape = shape
         rows, device, int32 = shape.rows, policy.device, torch.int32

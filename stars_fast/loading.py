@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
 from stars_fast.rewards.classifier import ONE_LABEL
-from stars_fast.tree.model import vocabulary
+from stars_fast.tree.support import vocabulary
 
 # What a tokenizer is saved as, by any of transformers' classes; the usual ones first.
 _TOKENIZER_FILES = (

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.decode import Leaf, Sampling, Shape, Steps
+from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.passes import trunk_room
 
@@ -52,7 +53,9 @@ class Policy(TreeModel):
     """
 
     def __init__(self, model: PreTrainedModel, cuda_graphs: bool = True, torch_compile: bool = True) -> None:
-        super().__init__(model, model, "policy", cuda_graphs, torch_compile)
+        super().__init__(model, model, "policy")
+        checked(self)
+        self.accelerate(cuda_graphs, torch_compile)
         self.source: Any = model  # what the user named it by
         self.sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
         self._room = (0, 0)  # for the largest trunk and segment

@@ -91,7 +91,8 @@ def _decode_steps(
 def _scoring_pass(models: Pair, prompts: list[list[int]], candidates: int, half: int) -> Callable[[], None]:
     """One pass of the reward model over half a segment of every row."""
     body = getattr(models.reward, models.reward.base_model_prefix)
-    model = TreeModel(models.reward, body, "reward", torch_compile=True)
+    model = TreeModel(models.reward, body, "reward")
+    model.accelerate(False, True)
     batch, length, rows = len(prompts), len(prompts[0]), len(prompts) * candidates
     model.allocate(batch * length + rows * half)
     nodes, _ = model.extend([-1] * batch, prompts)

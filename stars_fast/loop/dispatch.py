@@ -12,7 +12,7 @@ from stars_fast.loop.heartbeat import Generation
 from stars_fast.loop.populations import Populations, Trials
 from stars_fast.methods import RSD, Enumerated, PersonaJudge, Population, Trial
 from stars_fast.policy import Policy
-from stars_fast.tree.model import vocabulary
+from stars_fast.tree.support import vocabulary
 
 _LOOPS: dict[type, type[Generation]] = {
     Trial: Trials,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ from stars_fast.outputs import SegmentTrace, Stats
 from stars_fast.policy import Draw, Policy
 from stars_fast.request import Candidate, PromptNode, Request
 from stars_fast.rewards.base import Completion, Response, Reward, score_each
-from stars_fast.tree.graphs import Graphs
+from stars_fast.tree.attention import evaluating
 from stars_fast.tree.segment_tree import SlotsExhausted
 
 
@@ -104,7 +105,8 @@ class Generation(Queue):
         lengths = [len(candidate.draw.tokens) for group in candidates for candidate in group]
         self.stats.rows.append(len(lengths))
         self.stats.requests.append(len(candidates))
-        prepared, self.prepared = self.prepared, Graphs.prepared_by_all
+        models = (*(trunks.policy for trunks in self.trees), *self.reward.tree_models)
+        prepared, self.prepared = self.prepared, sum(model.prepared for model in models)
         if prepared == self.prepared and any(lengths):
             ended = time.perf_counter()
             beside = max(scored - sum(lengths), 0)
@@ -251,8 +253,12 @@ class Generation(Queue):
                 if self.has_parts and error is None:
                     candidate.parts = self.reward.parts(candidate.completion)
         sound = [candidate for candidate in drawn if candidate.error is None]
-        for candidate, value in zip(sound, self.method.values(sound) if sound else [], strict=True):
-            candidate.score = value
+        with ExitStack() as stack:
+            for network in self.method.networks:
+                if isinstance(network, torch.nn.Module):
+                    stack.enter_context(evaluating(network))
+            for candidate, value in zip(sound, self.method.values(sound) if sound else [], strict=True):
+                candidate.score = value
 
     def asks_reward(self, candidate: Candidate) -> bool:
         """Whether the reward of a candidate is needed: for the selection, or because it would be the answer."""

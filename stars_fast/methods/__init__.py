@@ -1,10 +1,13 @@
 """Methods as choices of segmenter, proposal, scorer, selection and schedule, each with its paper's defaults."""
 
+from stars_fast.methods.args_mara import Args, Mara
 from stars_fast.methods.base import Enumerated, Method, Population, Segments, Trial
-from stars_fast.methods.one_leaf import BestOfN, BlockwiseBestOfN, Cards, RejectionSampling, Stars, Vanilla
-from stars_fast.methods.population import ParticleFilter, TreeBoN
-from stars_fast.methods.token_level import Args, Mara
-from stars_fast.methods.two_policies import RSD, PersonaJudge
+from stars_fast.methods.best_of import BestOfN, BlockwiseBestOfN, RejectionSampling
+from stars_fast.methods.cards import Cards
+from stars_fast.methods.particles import ParticleFilter, TreeBoN
+from stars_fast.methods.persona import PersonaJudge
+from stars_fast.methods.rsd import RSD
+from stars_fast.methods.stars import Stars, Vanilla
 
 METHODS: dict[str, type[Method]] = {
     method.name: method

@@ -6,14 +6,46 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
-
-if TYPE_CHECKING:
-    from stars_fast.config import StarsConfig
-    from stars_fast.request import Candidate
-    from stars_fast.rewards.base import Reward
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 _PLAIN = (bool, int, float, str, type(None))
+
+
+class Settings(Protocol):
+    """What a method reads of :class:`stars_fast.StarsConfig`."""
+
+    @property
+    def segment_length(self) -> int: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def max_attempts(self) -> int: ...
+    @property
+    def top_k(self) -> int | None: ...
+    def replace(self: SettingsT, **overrides: Any) -> SettingsT:
+        """A copy with some fields changed."""
+        ...
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+class Scorer(Protocol):
+    """What a method asks of a :class:`stars_fast.rewards.Reward`."""
+
+    partial: bool
+    needs_hidden_state: bool
+    reads_text: bool
+
+
+class Scored(Protocol):
+    """What a method reads of a candidate."""
+
+    reward: float  # NaN where it was not asked for
+    unscored: bool
+    gumbel: float  # noise for methods that draw among candidates
+    draw: Any  # ``tokens``, ``logprobs``, ``sampling_logprobs``
+    completion: Any  # ``hidden``: the policy's hidden state [H] at the last token, where the method needs it
 
 
 class Segments(NamedTuple):
@@ -35,6 +67,9 @@ class Method:
     ----------
     name : str
         What ``StarsConfig(method=...)`` calls it.
+    loop : str
+        How its requests live in the loop (``stars_fast.loop``): "segments" (one answer grows, the first accepted
+        candidate is committed), "trials", "population", "tokens", "rsd" or "persona".
     scores_unfinished : bool
         Whether unfinished answers are scored. A reward with ``partial=False`` serves methods that do not ask for it.
     has_target : bool
@@ -46,12 +81,13 @@ class Method:
     """
 
     name: ClassVar[str]
+    loop: ClassVar[str] = "segments"
     scores_unfinished: ClassVar[bool] = True
     has_target: ClassVar[bool] = True
     needs_hidden_state: ClassVar[bool] = False
     gives_hidden_state: ClassVar[bool] = True
 
-    def rule(self, config: StarsConfig) -> StarsConfig:
+    def rule(self, config: SettingsT) -> SettingsT:
         """The call's settings with what this method decides itself."""
         return config
 
@@ -59,11 +95,30 @@ class Method:
         """Where a segment ends."""
         return Segments()
 
+    @property
+    def draft_model(self) -> Any:
+        """A second policy, where the method has one: a model, path or hub id."""
+        return None
+
+    @property
+    def preferences(self) -> Sequence[str | Sequence[int]]:
+        """What every prompt is put under, one after another, in place of the prompt alone."""
+        return ()
+
+    @property
+    def networks(self) -> Sequence[Any]:
+        """What :meth:`values` runs; modules among them are in evaluation mode meanwhile."""
+        return ()
+
+    def slots(self, config: Settings) -> int:
+        """Most slots of a response: its tokens, and a waiting best candidate beside the one being drawn."""
+        return config.max_new_tokens + min(config.segment_length, config.max_new_tokens)
+
     def pilot(self) -> Method:
         """What draws the unguided responses of a calibration: the same segments, scored where these are."""
         return self
 
-    def check(self, reward: Reward) -> None:
+    def check(self, reward: Scorer) -> None:
         """Raise ValueError for a scorer that this method cannot use."""
         if self.scores_unfinished and not reward.partial:
             raise ValueError(
@@ -76,7 +131,7 @@ class Method:
                 "policy's hidden state there"
             )
 
-    def values(self, candidates: Sequence[Candidate]) -> list[float]:
+    def values(self, candidates: Sequence[Scored]) -> list[float]:
         """What the selection compares, one number per scored candidate: the reward, 0 where none was asked for."""
         return [0.0 if candidate.unscored else candidate.reward for candidate in candidates]
 
@@ -120,6 +175,7 @@ class Method:
 class Trial(Method):
     """Whole answers are drawn, scored and tested; every attempt is an unguided response of its own."""
 
+    loop: ClassVar[str] = "trials"
     scores_unfinished: ClassVar[bool] = False
 
 
@@ -127,9 +183,10 @@ class Trial(Method):
 class Enumerated(Method):
     """Candidates are not drawn: they are the policy's likely next tokens, a segment being one token."""
 
+    loop: ClassVar[str] = "tokens"
     most: ClassVar[str]  # the field that says how many tokens are candidates
 
-    def rule(self, config: StarsConfig) -> StarsConfig:
+    def rule(self, config: SettingsT) -> SettingsT:
         return config.replace(segment_length=1, max_attempts=getattr(self, self.most))
 
     def tokens(self, logits: Any) -> list[int]:
@@ -144,9 +201,10 @@ class Population(Method):
     The last of them to be chosen is the one with the highest reward, ties to the first.
     """
 
+    loop: ClassVar[str] = "population"
     has_target: ClassVar[bool] = False
 
-    def rule(self, config: StarsConfig) -> StarsConfig:
+    def rule(self, config: SettingsT) -> SettingsT:
         return config.replace(target_reward=-math.inf, base_reward=None)
 
     @property
@@ -167,7 +225,7 @@ class Population(Method):
         """
         raise NotImplementedError
 
-    def slots(self, config: StarsConfig) -> int:
+    def slots(self, config: Settings) -> int:
         """Most slots that the answers of one request take together, candidates included, the prompt not."""
         kept, longest = self.width // self.children, config.max_new_tokens
         return min(self.width * longest, kept * longest + self.width * config.segment_length)

@@ -1,4 +1,4 @@
-"""The acceptance rule of STARS (arXiv 2511.03827), as pure functions of rewards.
+"""STARS (arXiv 2511.03827), its acceptance rule as pure functions of rewards, and what it is measured against.
 
 ``stars_fast.ops.select_and_commit`` applies the same rule to a whole batch at once.
 """
@@ -6,6 +6,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from stars_fast.methods.base import Method, SettingsT
 
 
 def base_reward(empty_reward: float, target: float, alpha: float) -> float:
@@ -25,3 +29,27 @@ def acceptance_probability(reward: float, tau: float, beta: float) -> float:
     if reward >= tau:
         return 1.0
     return math.exp((reward - tau) / beta)  # 0 where the difference is minus infinity
+
+
+@dataclass(frozen=True)
+class Stars(Method):
+    """Segments of K tokens by adaptive rejection sampling (arXiv 2511.03827). All settings are StarsConfig's.
+
+    A candidate that brings the answer to n tokens is accepted with probability ``min(1, exp((r - tau(n)) / beta))``,
+    ``tau(n) = min(r0 + (r_star - r0) n / max_new_tokens, r_star)``, ``r0 = (1 - alpha) r(x) + alpha r_star``; the best
+    of ``max_attempts`` is committed where none is.
+    """
+
+    name: ClassVar[str] = "stars"
+
+
+@dataclass(frozen=True)
+class Vanilla(Method):
+    """Plain sampling: each segment is the first candidate. Only the finished answer is scored, for the output."""
+
+    name: ClassVar[str] = "vanilla"
+    scores_unfinished: ClassVar[bool] = False
+    has_target: ClassVar[bool] = False
+
+    def rule(self, config: SettingsT) -> SettingsT:
+        return config.replace(target_reward=-math.inf, base_reward=None, max_attempts=1)

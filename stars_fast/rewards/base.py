@@ -116,12 +116,15 @@ class Reward(abc.ABC):
         Whether the reward makes sense on an unfinished answer. Segment-level methods refuse a scorer without it.
     needs_hidden_state : bool
         Whether the engine sets ``Completion.hidden`` before :meth:`score`.
+    reads_text : bool
+        Whether it is a function of whole texts, which half words and characters would mislead.
     tokens : int
         Tokens encoded since :meth:`begin`, for ``stats["reward_tokens"]``.
     """
 
     partial: bool = True
     needs_hidden_state: bool = False
+    reads_text: bool = False
     tokens: int = 0
     _calls: int = 0  # that began and have not ended, refused ones included
 

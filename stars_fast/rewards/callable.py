@@ -30,6 +30,8 @@ class CallableReward(Reward):
         The policy's. Without one, prompts and completions are lists of ids.
     """
 
+    reads_text = True
+
     def __init__(self, function: Callable[..., Any], tokenizer: Any = None) -> None:
         self.function = function
         self.tokenizer = tokenizer

@@ -17,7 +17,9 @@ from stars_fast.rewards.incremental import Row, Text, TreeCache
 from stars_fast.rewards.rendered import RenderedReward
 from stars_fast.rewards.rendering import Rendering
 from stars_fast.tree.attention import evaluating, is_causal
-from stars_fast.tree.model import TreeModel, refuse_dynamic_rope, refuse_offloaded, vocabulary
+from stars_fast.tree.check import checked
+from stars_fast.tree.model import TreeModel
+from stars_fast.tree.support import refuse_dynamic_rope, refuse_offloaded, vocabulary
 
 ONE_LABEL = "a reward model has exactly 1 (a causal LM scores as JudgeReward or ImplicitReward of stars_fast.rewards)"
 # How many more embeddings two models of one tokenizer may have: vocabularies are padded to multiples of up to 512 and
@@ -102,7 +104,7 @@ class ClassifierReward(RenderedReward):
                 return None, "its logits are not its head's value at the last token"
         self.head = head
         try:
-            return TreeModel(inner, base, "reward"), "it is causal"
+            return checked(TreeModel(inner, base, "reward")), "it is causal"
         except NotImplementedError as error:
             return None, str(error)
 

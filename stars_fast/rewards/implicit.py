@@ -15,7 +15,9 @@ from stars_fast.rewards.incremental import Text, TreeCache
 from stars_fast.rewards.rendered import RenderedReward
 from stars_fast.rewards.rendering import Rendering
 from stars_fast.rewards.template import common_prefix
-from stars_fast.tree.model import TreeModel, vocabulary
+from stars_fast.tree.check import checked
+from stars_fast.tree.model import TreeModel
+from stars_fast.tree.support import vocabulary
 
 # Tokens of one packed pass: each has a row of logits, 256 MB in all for 128k ids in bfloat16.
 _MAX_PACKED = 1024
@@ -69,7 +71,8 @@ class ImplicitReward(RenderedReward):
         self.tokenizer = tokenizer
         self.beta = beta
         self.weights = weights
-        trees = (TreeModel(model, model, "implicit reward"), TreeModel(reference, reference, "implicit reference"))
+        roles = ((model, "implicit reward"), (reference, "implicit reference"))
+        trees = [checked(TreeModel(one, one, role)) for one, role in roles]
         # The prediction of an id is made at the one before it: the last id is left to the next pass.
         self._start([TreeCache(tree, lag=1, max_packed=_MAX_PACKED) for tree in trees])
 

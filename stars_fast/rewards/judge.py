@@ -15,6 +15,7 @@ from stars_fast.rewards.incremental import Row, Text, TreeCache
 from stars_fast.rewards.rendered import RenderedReward
 from stars_fast.rewards.rendering import Context, Rendering
 from stars_fast.rewards.template import SENTINEL, encode, text_frame
+from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 
 QUESTION = "Is the answer, as far as it goes, helpful, correct and harmless?"
@@ -73,7 +74,7 @@ class JudgeReward(RenderedReward):
         self.verdicts = [_first_token(tokenizer, yes), _first_token(tokenizer, no)]
         if self.verdicts[0] == self.verdicts[1]:
             raise ValueError(f"yes={yes!r} and no={no!r} begin with the same token, {self.verdicts[0]}")
-        self._start([TreeCache(TreeModel(model, model, "judge"))])
+        self._start([TreeCache(checked(TreeModel(model, model, "judge")))])
         if bad := self._outside(self.verdicts):
             raise ValueError(
                 f"a verdict's first token is {bad[0]}, outside the judge's vocabulary of {self.vocab_size}"

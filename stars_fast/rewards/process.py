@@ -17,6 +17,7 @@ from stars_fast.rewards.incremental import Text, TreeCache
 from stars_fast.rewards.rendered import RenderedReward
 from stars_fast.rewards.rendering import Context, Rendering
 from stars_fast.rewards.template import SENTINEL, chat_frame, encode, encode_start, encode_turn
+from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 
 AGGREGATES: dict[str, Callable[[list[float]], float]] = {
@@ -93,7 +94,7 @@ class ProcessReward(RenderedReward):
         if base is None or not isinstance(head, nn.Module):
             raise ValueError(f"{type(model).__name__} has no base model with a `score` head")
         return _StepTokens(
-            TreeModel(inner, base, "process reward model"), tokenizer, aggregate, head, step_token, system
+            checked(TreeModel(inner, base, "process reward model")), tokenizer, aggregate, head, step_token, system
         )
 
     @classmethod
@@ -118,7 +119,7 @@ class ProcessReward(RenderedReward):
             For labels that end alike, and a tokenizer without a chat template, or by which the ids of a step alone are
             others than in the conversation.
         """
-        return _Labels(TreeModel(model, model, "process reward model"), tokenizer, aggregate, good, bad)
+        return _Labels(checked(TreeModel(model, model, "process reward model")), tokenizer, aggregate, good, bad)
 
     # To be written by each form
 

@@ -13,6 +13,7 @@ from stars_fast.rewards.classifier import ClassifierReward, unwrapped
 from stars_fast.rewards.incremental import Row, Text, TreeCache
 from stars_fast.rewards.rendered import RenderedReward
 from stars_fast.rewards.rendering import Context, Rendering
+from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 
 # Llama 3's <|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n: the user's turn ends and the answer begins.
@@ -98,7 +99,7 @@ class ArmoRMReward(RenderedReward):
         self.tokenizer = tokenizer
         self.gating_tokens = list(gating_tokens)
         self._gates: dict[RewardPrompt, torch.Tensor] = {}  # [A]
-        self._start([TreeCache(TreeModel(self.model, base, "reward"))])
+        self._start([TreeCache(checked(TreeModel(self.model, base, "reward")))])
 
     def prepare(self, policy_tokenizer: Any) -> None:
         self.rendering = Rendering(self.tokenizer, policy_tokenizer, "auto")

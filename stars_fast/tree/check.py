@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
+from transformers import PreTrainedModel
 
 from stars_fast.tree.attention import causal_probe, evaluating, plugged
+from stars_fast.tree.model import TreeModel
 
-if TYPE_CHECKING:
-    from stars_fast.tree.model import TreeModel
+# Relative difference from a plain forward pass: rounding stays far below in any dtype, another computation far above.
+_LARGEST_ERROR = 0.2
+# Models whose numbers were compared, and as what: what is computed changes with dtype, device and body, not with weights.
+_compared: WeakKeyDictionary[PreTrainedModel, set[tuple[str, bool]]] = WeakKeyDictionary()
+_AnyTree = TypeVar("_AnyTree", bound=TreeModel)
 
 _TRUNK = 17
 _BRANCHES = (3, 8)
+
+
+def checked(tree_model: _AnyTree) -> _AnyTree:
+    """``tree_model``, once its numbers have been compared with those of its model's plain forward passes.
+
+    Raises
+    ------
+    NotImplementedError
+        For families that do more with keys and values than the interface shows, by name: their numbers come out wrong.
+    """
+    seen = _compared.setdefault(tree_model.model, set())
+    form = (tree_model.made_for, tree_model.body is tree_model.model)
+    if form not in seen:
+        error = median_difference(tree_model)
+        if not error < _LARGEST_ERROR:
+            raise NotImplementedError(
+                f"the {tree_model.name}: on a tree its outputs differ from its own by {error:.0%}, so it does more "
+                "than causal attention over keys and values (or its weights are not finite)"
+            )
+        seen.add(form)
+    return tree_model
 
 
 def median_difference(tree_model: TreeModel) -> float:

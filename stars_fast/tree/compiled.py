@@ -15,19 +15,18 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from stars_fast.tree.graphs import Graphs
-
 __all__ = ["CompilationError", "CompiledLayers"]
 
 CompilationError = (TorchDynamoException, FailOnRecompileLimitHit)
 _MOST_COMPILATIONS = 256  # all families share one function in transformers, and so one limit
 _running: dict[int, tuple[int, list[nn.Module]]] = {}  # id of a model -> how many run its layers compiled, and which
 _running_lock = threading.Lock()
+_here = threading.local()  # whose layers this thread runs
 
 
 def _inductor(module: torch.fx.GraphModule, inputs: list[torch.Tensor], **options: Any) -> Any:
     """Inductor, counted. One function for all: Dynamo compiles again for every backend that is another."""
-    Graphs.prepared_by_all += 1
+    _here.layers.compilations += 1
     return torch._dynamo.lookup_backend("inductor")(module, inputs, **options)
 
 
@@ -43,6 +42,11 @@ class CompiledLayers:
     model : transformers model
     backend : str or callable
         What compiles, as ``torch.compile`` takes it. Default: Inductor.
+
+    Attributes
+    ----------
+    compilations : int
+        By Inductor so far, while these layers ran.
     """
 
     def __init__(self, model: PreTrainedModel, backend: str | Callable[..., Any] = _inductor) -> None:
@@ -51,6 +55,7 @@ class CompiledLayers:
             kind: torch.compile(kind.forward, fullgraph=True, dynamic=True, backend=backend)
             for kind in {type(layer) for layer in layers}
         }
+        self.compilations = 0
         self._model_id = id(model)
         self._forwards = [(layer, partial(compiled[type(layer)], layer)) for layer in layers]
 
@@ -60,6 +65,7 @@ class CompiledLayers:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Run the layers compiled inside. May be nested, and entered by several threads at once."""
+        before, _here.layers = getattr(_here, "layers", None), self
         with _running_lock:
             depth, changed = _running.get(self._model_id, (0, []))
             if not depth:
@@ -77,6 +83,7 @@ class CompiledLayers:
             ):
                 yield
         finally:
+            _here.layers = before
             with _running_lock:
                 depth, changed = _running.pop(self._model_id)
                 if depth > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -12,10 +12,15 @@ from transformers import PreTrainedModel
 
 from stars_fast.notices import warn
 
-if TYPE_CHECKING:
-    from stars_fast.tree.model import TreeModel
-
 _MOST_GRAPHS = 64  # of a kind
+
+
+class Pooled(Protocol):
+    """What captured work relies on: a model, and a pool of slots that stays where it is."""
+
+    model: PreTrainedModel
+    device: torch.device
+    pools_made: int
 
 
 class Captured:
@@ -23,11 +28,11 @@ class Captured:
 
     Parameters
     ----------
-    model : TreeModel
+    model : Pooled
         Keeps this object: it is held weakly, so that pools are freed when the model is dropped.
     """
 
-    def __init__(self, model: TreeModel) -> None:
+    def __init__(self, model: Pooled) -> None:
         self.model: Any = weakref.proxy(model)
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -76,7 +81,7 @@ class Graphs:
 
     Parameters
     ----------
-    model : TreeModel
+    model : Pooled
     enabled : bool
         Whether work is padded to shapes that recur. On a CUDA device it is captured then.
 
@@ -86,9 +91,7 @@ class Graphs:
         Graphs so far.
     """
 
-    prepared_by_all = 0  # captures and compilations of this process so far: a heartbeat with one says nothing of speed
-
-    def __init__(self, model: TreeModel, enabled: bool) -> None:
+    def __init__(self, model: Pooled, enabled: bool) -> None:
         self.enabled, self.made = enabled, 0
         self._model: Any = weakref.proxy(model)
         self._kept: dict[Hashable, Captured] = {}
@@ -140,7 +143,6 @@ class Graphs:
     def _capture(self, work: Captured) -> bool:
         """Whether there is a graph now. Where there is none, none of its kind is asked for again."""
         self.made += 1
-        Graphs.prepared_by_all += 1
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()  # all graphs share its memory: one runs at a time
         if self._stream is None:

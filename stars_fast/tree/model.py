@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakSet
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,21 +15,17 @@ from transformers import PreTrainedModel
 from stars_fast.notices import warn
 from stars_fast.ops import check_supported
 from stars_fast.tree.attention import NAME, ShapeRecorder, TreeContext, active, causal_probe, plugged
-from stars_fast.tree.check import median_difference
 from stars_fast.tree.graphs import Graphs
 from stars_fast.tree.passes import MOST_TOKENS, WORTH_CAPTURING, Pass, PassShape
 from stars_fast.tree.segment_tree import SegmentTree, TreePlan, plan
 from stars_fast.tree.slots import SlotPool
+from stars_fast.tree.support import described, hidden_window, max_positions, place, refuse_unsupported, vocabulary
 
 if TYPE_CHECKING:
     from stars_fast.tree.compiled import CompiledLayers
 
 # A packed prefill is cut into pieces of this many tokens a row, so that a long prompt's scores fit in memory.
 PREFILL_CHUNK = 512
-# Relative difference from a plain forward pass: rounding stays far below in any dtype, another computation far above.
-_LARGEST_ERROR = 0.2
-# Models whose numbers were compared: what a family computes does not change with its weights.
-_compared: WeakSet[PreTrainedModel] = WeakSet()
 
 
 class TreeModel:
@@ -44,9 +39,11 @@ class TreeModel:
         What a forward pass calls: the model itself, or its base model (without a head).
     role : str
         "policy" or "reward", for error messages.
-    cuda_graphs, torch_compile : bool
-        Whether work on a CUDA device is captured (:class:`stars_fast.tree.graphs.Graphs`), and whether decoder layers
-        run compiled there (:class:`stars_fast.tree.compiled.CompiledLayers`).
+
+    Notes
+    -----
+    Whoever makes one has its numbers compared (:func:`stars_fast.tree.check.checked`) before anything is captured or
+    compiled (:meth:`accelerate`).
 
     Raises
     ------
@@ -59,28 +56,25 @@ class TreeModel:
         model: PreTrainedModel,
         body: PreTrainedModel,
         role: str,
-        cuda_graphs: bool = True,
-        torch_compile: bool = False,
     ) -> None:
         refuse_unsupported(model, role)
         self.model = model
         self.body = body
         self.role = role
+        self.name = described(model, role)
         parameter = next(model.parameters())
         self.device = parameter.device
         self.text_config = model.config.get_text_config()
         self.vocab_size = vocabulary(model)
-        self._made_for = _place(model)
-        self.max_positions = _max_positions(self.text_config)
+        self.made_for = place(model)
+        self.max_positions = max_positions(self.text_config)
         recorder = self._record_shapes()
         self.shapes, self.dtype = recorder.shapes, recorder.dtype
         for _, key_size, value_size in sorted(set(self.shapes.values())):
             try:
                 check_supported(key_size, value_size, self.dtype, self.device)
             except ValueError as error:
-                raise NotImplementedError(
-                    f"the {role} is a {type(model).__name__} (model_type={model.config.model_type!r}): {error}"
-                ) from error
+                raise NotImplementedError(f"the {self.name}: {error}") from error
         # A window that lives in the mask alone does not reach the plug-in: texts no longer than it are the same.
         hidden = hidden_window(self.text_config, recorder.windows)
         if hidden is not None:
@@ -89,20 +83,16 @@ class TreeModel:
         self.tree = SegmentTree(1)
         self.pools_made = 0
         self.graphs = Graphs(self, False)
-        self.torch_compile = False  # until the numbers have been compared: nothing is compiled for a few tokens
+        self.torch_compile = False
         self._compiled: CompiledLayers | None = None
         self.watched = False  # by hooks, which a graph does not call
         self._met: Counter[PassShape] = Counter()
         # transformers returns a 4-D mask as it is: no mask is built, and nothing waits for the device.
         self._mask = torch.zeros(1, 1, 1, 1, device=self.device)
-        if model not in _compared:
-            self._compare_with_plain()
-            _compared.add(model)
-        self.accelerate(cuda_graphs, torch_compile)
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError if the model has another device, dtype or vocabulary than when this was made."""
-        was, now = self._made_for, _place(self.model)
+        was, now = self.made_for, place(self.model)
         if was != now:
             raise RuntimeError(
                 f"the {self.role} was {was} when the engine was made, and is {now} now: make a new engine (only the "
@@ -110,9 +100,16 @@ class TreeModel:
             )
 
     def accelerate(self, cuda_graphs: bool, torch_compile: bool) -> None:
-        """Capture and compile, or do not; on a CUDA device only."""
+        """Whether work is captured (:class:`stars_fast.tree.graphs.Graphs`), and whether decoder layers run compiled
+        (:class:`stars_fast.tree.compiled.CompiledLayers`); on a CUDA device only.
+        """
         on_gpu = self.device.type == "cuda"
         self.graphs.enabled, self.torch_compile = cuda_graphs and on_gpu, torch_compile and on_gpu
+
+    @property
+    def prepared(self) -> int:
+        """Captures and compilations so far: a heartbeat with one says nothing of speed."""
+        return self.graphs.made + (0 if self._compiled is None else self._compiled.compilations)
 
     def _record_shapes(self) -> ShapeRecorder:
         recorder = ShapeRecorder({})
@@ -124,21 +121,11 @@ class TreeModel:
         expected = self.text_config.num_hidden_layers
         if len(recorder.shapes) != expected:
             raise NotImplementedError(
-                f"the {self.role} is a {type(self.model).__name__} (model_type={self.model.config.model_type!r}): "
+                f"the {self.name}: "
                 f"{len(recorder.shapes)} of its {expected} layers reach transformers' attention interface, so its "
                 "keys and values cannot be kept in a tree"
             )
         return recorder
-
-    def _compare_with_plain(self) -> None:
-        """Refuse families that do more with keys and values than the interface shows: their numbers come out wrong."""
-        error = median_difference(self)
-        if not error < _LARGEST_ERROR:
-            raise NotImplementedError(
-                f"the {self.role} is a {type(self.model).__name__} (model_type={self.model.config.model_type!r}): on a "
-                f"tree its outputs differ from its own by {error:.0%}, so it does more than causal attention over keys "
-                "and values (or its weights are not finite)"
-            )
 
     @property
     def bytes_per_token(self) -> int:
@@ -321,10 +308,10 @@ class TreeModel:
                     done[i] += len(piece)
             step = self.plan([nodes[i] for i in rows], [1] * len(rows), [len(piece) for piece in pieces])
             output, last = self.encode(step, pieces, 1, **kwargs)
-            for place, (i, node) in enumerate(zip(rows, step.branches, strict=True)):
+            for at, (i, node) in enumerate(zip(rows, step.branches, strict=True)):
                 self._release(nodes[i])
                 nodes[i] = node
-                outputs[i] = (output, last, place)
+                outputs[i] = (output, last, at)
         return outputs
 
     def _retain(self, node: int) -> int:
@@ -335,94 +322,3 @@ class TreeModel:
     def _release(self, node: int) -> None:
         if node >= 0:
             self.tree.release(node)
-
-
-def vocabulary(model: PreTrainedModel) -> int:
-    """Ids the model has embeddings for."""
-    return int(cast(torch.Tensor, model.get_input_embeddings().weight).shape[0])
-
-
-def refuse_unsupported(model: PreTrainedModel, role: str) -> None:
-    """Raise NotImplementedError, by name, for models that a tree of keys and values cannot represent."""
-    config = model.config.get_text_config()
-    name = f"the {role} is a {type(model).__name__} (model_type={model.config.model_type!r})"
-    refuse_offloaded(model, role)
-    adapter = getattr(model, "active_peft_config", None)
-    if getattr(adapter, "is_prompt_learning", False):
-        raise NotImplementedError(
-            f"{name} with a learned prompt ({type(adapter).__name__}): its virtual tokens are outside the tree"
-        )
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1 or torch.device("meta") in devices:
-        where = ", ".join(sorted(str(device) for device in devices))
-        raise NotImplementedError(f"{name} spread over devices ({where}): keys and values lie on one device")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise NotImplementedError(f"{name}, an encoder-decoder: only decoder-only models are supported")
-    kinds = set(getattr(config, "layer_types", None) or ())
-    stateful = sorted(kinds - {"full_attention", "sliding_attention"})
-    if getattr(model, "_is_stateful", False) or stateful:
-        what = f"layers of type {', '.join(stateful)}" if stateful else "a recurrent state"
-        raise NotImplementedError(f"{name} with {what}: a state cannot be forked and rolled back token by token")
-    refuse_dynamic_rope(model, role)
-
-
-def refuse_offloaded(model: PreTrainedModel, role: str) -> None:
-    """Raise NotImplementedError for weights that accelerate's hooks fetch for each forward pass."""
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            runs_on = getattr(one, "execution_device", None)
-            lies_on = next((parameter.device for parameter in module.parameters()), None)
-            moved = runs_on is not None and lies_on is not None and torch.device(runs_on).type != lies_on.type
-            if moved or getattr(one, "offload", False):
-                raise NotImplementedError(
-                    f"the {role} is a {type(model).__name__} (model_type={model.config.model_type!r}) with weights "
-                    f"that accelerate offloads from {runs_on}: load it whole onto one device (device_map='auto' "
-                    "offloads what does not fit)"
-                )
-
-
-def refuse_dynamic_rope(model: PreTrainedModel, role: str) -> None:
-    """Raise NotImplementedError for frequencies that depend on the longest row of a batch."""
-    if any(_rope_type(rope) == "dynamic" for rope in _rope_parameters(model.config.get_text_config())):
-        raise NotImplementedError(
-            f"the {role} is a {type(model).__name__} (model_type={model.config.model_type!r}) with "
-            "rope_type='dynamic': one long row of a batch would change every row's frequencies"
-        )
-
-
-def _place(model: PreTrainedModel) -> str:
-    parameter = next(model.parameters())
-    return f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device}, over {vocabulary(model)} ids"
-
-
-def hidden_window(config: Any, seen: dict[int, int]) -> int | None:
-    """The config's sliding window, where some layer it applies to did not ask for one."""
-    window = getattr(config, "sliding_window", None)
-    if not window or getattr(config, "use_sliding_window", True) is False:
-        return None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(seen)
-    slides = (layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
-    return window if any(not seen.get(layer) for layer in slides) else None
-
-
-def _max_positions(config: Any) -> int | None:
-    """Positions a row may use. Past the switch of ``longrope`` one row would change the frequencies of all."""
-    limit = getattr(config, "max_position_embeddings", None)
-    for rope in _rope_parameters(config):
-        if _rope_type(rope) == "longrope":
-            original = rope.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", limit
-            )
-            limit = min(limit, original) if limit else original
-    return limit
-
-
-def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """Every rotary setting of a config; newer transformers nest one per kind of layer."""
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-
-
-def _rope_type(rope: dict[str, Any]) -> str:
-    return str(rope.get("rope_type", rope.get("type", "default")))

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from stars_fast.tree.attention import TreeContext
-from stars_fast.tree.graphs import Captured
+from stars_fast.tree.graphs import Captured, Pooled
 from stars_fast.tree.segment_tree import TreePlan
-
-if TYPE_CHECKING:
-    from stars_fast.tree.model import TreeModel
 
 # Above, a pass of a large model takes the device longer than its launches take the host.
 MOST_TOKENS = 1024
@@ -71,7 +68,7 @@ class Pass(Captured):
         Logits ``[1, rows, V]`` or hidden states ``[1, tokens, H]``; the next pass of this shape overwrites it.
     """
 
-    def __init__(self, model: TreeModel, shape: PassShape) -> None:
+    def __init__(self, model: Pooled, shape: PassShape) -> None:
         super().__init__(model)
         self.shape, device = shape, model.device
         self.plan = TreePlan.empty(shape.groups, shape.trunk, shape.rows, shape.branch, device)

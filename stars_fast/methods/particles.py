@@ -7,12 +7,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from stars_fast.methods.base import Population, Segments
-
-if TYPE_CHECKING:
-    from stars_fast.config import StarsConfig
+from stars_fast.methods.base import Population, Segments, SettingsT
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class TreeBoN(Population):
         if self.n % self.branching:
             raise ValueError(f"treebon: n={self.n} must be a multiple of branching={self.branching}")
 
-    def rule(self, config: StarsConfig) -> StarsConfig:
+    def rule(self, config: SettingsT) -> SettingsT:
         return super().rule(config).replace(segment_length=-(-config.max_new_tokens // self.layers))
 
     @property

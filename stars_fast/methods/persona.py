@@ -1,60 +1,12 @@
-"""Methods with a second proposer: another model, or the same one under another prompt."""
+"""Persona-judge: one model under two preferences."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
-from stars_fast.methods.base import Method, Segments
-
-if TYPE_CHECKING:
-    from stars_fast.config import StarsConfig
-    from stars_fast.rewards.base import Reward
-
-
-@dataclass(frozen=True)
-class RSD(Method):
-    """Reward-guided speculative decoding (arXiv 2501.19324).
-
-    A draft model writes a step. It stays if its reward (a process reward model's) is at least ``threshold``; else the
-    policy writes the step anew, which stays whatever it is. With acceptance set A the step's law is
-    ``pi_draft(s) 1[s in A] + pi_draft(not A) pi(s)``.
-
-    A step ends with ``delimiter``, or after ``longest`` tokens.
-
-    Parameters
-    ----------
-    draft : transformers causal LM, path or hub id
-        With the policy's vocabulary.
-    """
-
-    name: ClassVar[str] = "rsd"
-    has_target: ClassVar[bool] = False
-    gives_hidden_state: ClassVar[bool] = False
-    draft: Any = None
-    threshold: float = 0.7
-    delimiter: str | None = "\n\n"
-    longest: int = 64
-
-    def __post_init__(self) -> None:
-        self._check_least("longest", 1)
-        self._check_least("threshold", -math.inf)
-        self._check_delimiter()
-
-    def rule(self, config: StarsConfig) -> StarsConfig:
-        return config.replace(
-            target_reward=self.threshold, alpha=1.0, max_attempts=2, candidates=1, segment_length=self.longest
-        )
-
-    def segments(self) -> Segments:
-        return Segments(delimiter=self.delimiter)
-
-    def check(self, reward: Reward) -> None:
-        super().check(reward)
-        if self.draft is None:
-            raise ValueError("method='rsd' needs a draft model: StarsConfig(method=RSD(draft=...))")
+from stars_fast.methods.base import Method, Scorer, Settings, SettingsT
 
 
 @dataclass(frozen=True)
@@ -75,6 +27,7 @@ class PersonaJudge(Method):
     """
 
     name: ClassVar[str] = "persona_judge"
+    loop: ClassVar[str] = "persona"
     scores_unfinished: ClassVar[bool] = False
     has_target: ClassVar[bool] = False
     gives_hidden_state: ClassVar[bool] = False
@@ -88,10 +41,18 @@ class PersonaJudge(Method):
             if not isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, tuple(int(token) for token in value))
 
-    def rule(self, config: StarsConfig) -> StarsConfig:
+    def rule(self, config: SettingsT) -> SettingsT:
         return config.replace(target_reward=0.0, alpha=1.0, max_attempts=1, candidates=1, segment_length=self.block)
 
-    def check(self, reward: Reward) -> None:
+    @property
+    def preferences(self) -> Sequence[str | Sequence[int]]:
+        return self.judge_prompt, self.draft_prompt
+
+    def slots(self, config: Settings) -> int:
+        """The answer below each of the two prompts, and the block that is being drafted."""
+        return 2 * config.max_new_tokens + config.segment_length
+
+    def check(self, reward: Scorer) -> None:
         super().check(reward)
         if not self.draft_prompt or not self.judge_prompt:
             raise ValueError(

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from stars_fast.methods.base import Enumerated
-
-if TYPE_CHECKING:
-    from stars_fast.config import StarsConfig
-    from stars_fast.request import Candidate
-    from stars_fast.rewards.base import Reward
+from stars_fast.methods.base import Enumerated, Scored, Scorer, SettingsT
 
 
 @dataclass(frozen=True)
@@ -38,14 +32,12 @@ class Args(Enumerated):
         self._check_least("weight", 0.0)
         self._check_least("temperature", 0.0)
 
-    def rule(self, config: StarsConfig) -> StarsConfig:
+    def rule(self, config: SettingsT) -> SettingsT:
         return super().rule(config.replace(target_reward=float("inf"), base_reward=None))
 
-    def check(self, reward: Reward) -> None:
-        from stars_fast.rewards.callable import CallableReward
-
+    def check(self, reward: Scorer) -> None:
         super().check(reward)
-        if isinstance(reward, CallableReward):
+        if reward.reads_text:
             raise ValueError(
                 f"method='args' scores every likely next token, {self.top_k} a position: a function of text would see "
                 "half words and characters, thousands of times an answer. Give a reward model, or a "
@@ -56,7 +48,7 @@ class Args(Enumerated):
         top: list[int] = logits.topk(min(self.top_k, logits.shape[0])).indices.tolist()
         return top
 
-    def values(self, candidates: Sequence[Candidate]) -> list[float]:
+    def values(self, candidates: Sequence[Scored]) -> list[float]:
         rewards = [self.weight * candidate.reward if self.weight else 0.0 for candidate in candidates]  # not 0 * -inf
         sums = [candidate.draw.sampling_logprobs[0] + r for candidate, r in zip(candidates, rewards, strict=True)]
         if not self.temperature:
@@ -97,16 +89,20 @@ class Mara(Enumerated):
         if not 0 < self.top_p <= 1:
             raise ValueError(f"mara: top_p={self.top_p} must lie in (0, 1]")
 
-    def rule(self, config: StarsConfig) -> StarsConfig:
+    def rule(self, config: SettingsT) -> SettingsT:
         return super().rule(config.replace(target_reward=0.0, alpha=1.0))
 
-    def check(self, reward: Reward) -> None:
+    def check(self, reward: Scorer) -> None:
         super().check(reward)
         if not callable(self.mlp):
             raise ValueError(
                 "method='mara' needs the network that accepts or rejects: StarsConfig(method=Mara(mlp=...)), a "
                 "torch.nn.Module from [rows, hidden] to [rows, 2]"
             )
+
+    @property
+    def networks(self) -> Sequence[Any]:
+        return (self.mlp,)
 
     def tokens(self, logits: Any) -> list[int]:
         top = (logits / self.temperature).softmax(0).topk(min(self.top_k, logits.shape[0]))
@@ -115,14 +111,11 @@ class Mara(Enumerated):
         ids: list[int] = top.indices.tolist()
         return ids[:1] + [token for token, mass in zip(ids[1:], likelier[1:], strict=True) if mass < self.top_p]
 
-    def values(self, candidates: Sequence[Candidate]) -> list[float]:
+    def values(self, candidates: Sequence[Scored]) -> list[float]:
         import torch
-
-        from stars_fast.tree.attention import evaluating
 
         states = [candidate.completion.hidden for candidate in candidates]
         hidden = torch.stack([state for state in states if state is not None])  # [rows, H]
         weight = next(iter(getattr(self.mlp, "parameters", lambda: ())()), hidden)
-        with evaluating(self.mlp) if isinstance(self.mlp, torch.nn.Module) else nullcontext():
-            reject, accept = self.mlp(hidden.to(weight.device, weight.dtype)).float().unbind(1)
+        reject, accept = self.mlp(hidden.to(weight.device, weight.dtype)).float().unbind(1)
         return torch.where(accept > reject, 0.0, -torch.inf).tolist()
