@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from stars_fast.call import Arguments
 from stars_fast.config import StarsConfig, integer, real
 from stars_fast.engine import StarsEngine
-from stars_fast.methods.calibration import (
+from stars_fast.inputs.call import Arguments
+from stars_fast.loop.pilot import (
     PILOT_SAMPLES,
     Pilot,
     acceptance_by_segment,

@@ -12,12 +12,12 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 
-from stars_fast.call import Arguments
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
+from stars_fast.inputs.call import Arguments
+from stars_fast.inputs.hooks import foreign_processors, row_processor, row_stop
+from stars_fast.inputs.sampling import NEUTRAL, SAMPLING_FIELDS
 from stars_fast.outputs import StarsOutput
-from stars_fast.processors import foreign_processors, row_processor, row_stop
-from stars_fast.sampling import NEUTRAL, SAMPLING_FIELDS
 
 _CACHES = ("past_key_values", "cache")  # until transformers 5.23, and from 5.24 on
 # What transformers hands to every decoding loop.

@@ -11,21 +11,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from stars_fast.call import Arguments, Call, prepare, read_pilot
 from stars_fast.config import StarsConfig
-from stars_fast.events import new_events
-from stars_fast.limits import check_positions, most_slots
-from stars_fast.loading import load_policy, load_reward
-from stars_fast.loop.dispatch import draft_policy, generation
+from stars_fast.inputs.call import Arguments, Call, prepare, read_pilot
+from stars_fast.inputs.limits import check_positions, most_slots
+from stars_fast.inputs.models import draft_policy, load_policy, load_reward
+from stars_fast.loop.dispatch import generation
+from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot, pilot_config, solve
+from stars_fast.loop.request import Request
 from stars_fast.loop.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, HeartbeatCost
 from stars_fast.loop.scheduler import Scheduler, candidate_slots
+from stars_fast.loop.stream import new_events, progress_bar
 from stars_fast.methods import RSD, Population
-from stars_fast.methods.calibration import PILOT_SAMPLES, Pilot, pilot_config, solve
 from stars_fast.notices import warn
 from stars_fast.outputs import SegmentEvent, StarsOutput
-from stars_fast.policy import Policy
-from stars_fast.progress import progress_bar
-from stars_fast.request import Request
+from stars_fast.policy.policy import Policy
 from stars_fast.rewards import CallableReward, Reward
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.memory import default_tokens, divide_devices

@@ -9,7 +9,7 @@ import torch
 from conftest import sum_reward, tiny_policy, tiny_reward
 
 from stars_fast import StarsConfig, StarsEngine, calibrate
-from stars_fast.methods.calibration import (
+from stars_fast.loop.pilot import (
     PILOT_SAMPLES,
     Pilot,
     expected_acceptance,
@@ -20,7 +20,7 @@ from stars_fast.methods.calibration import (
 )
 from stars_fast.methods.stars import base_reward
 from stars_fast.ops import philox_key
-from stars_fast.policy import Policy
+from stars_fast.policy.policy import Policy
 
 VOCAB, EOS = 32, 31
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15], [16], [17, 18]]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_policy, tiny_reward
 
-from stars_fast.policy import Policy
+from stars_fast.policy.policy import Policy
 from stars_fast.rewards import ClassifierReward
 from stars_fast.tree import attention
 from stars_fast.tree.check import max_difference, tolerance

@@ -9,7 +9,7 @@ from test_architectures import GPT, causal_lm
 from test_same_text import CONFIG, PROMPTS, SEEDS, VOCAB
 
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.decode import Shape, Steps
+from stars_fast.policy.steps import Shape, Steps
 from stars_fast.tree.passes import bucket
 
 

@@ -27,7 +27,7 @@ from transformers.generation import utils as transformers_generate
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine, StarsGenerateOutput
 from stars_fast.methods import Args, Cards, Mara
-from stars_fast.policy import Policy
+from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward
 
 VOCAB, EOS, PAD = 32, 31, 0

@@ -34,8 +34,8 @@ from stars_fast.evaluation.recipe import read_recipe
 from stars_fast.evaluation.records import Records
 from stars_fast.evaluation.runner import Evaluation, shared_target
 from stars_fast.evaluation.tables import at_compute, equal_compute, markdown, summarise, to_csv
+from stars_fast.loop.pilot import Pilot, expected_acceptance, set_target
 from stars_fast.methods import METHODS
-from stars_fast.methods.calibration import Pilot, expected_acceptance, set_target
 from stars_fast.rewards import ClassifierReward
 
 RECIPES = Path(__file__).parents[1] / "benchmarks" / "eval"

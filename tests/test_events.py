@@ -2,9 +2,9 @@
 
 from test_rewards import byte_bpe
 
-from stars_fast.events import new_events
+from stars_fast.loop.request import PromptNode, Request
+from stars_fast.loop.stream import new_events
 from stars_fast.outputs import SegmentTrace
-from stars_fast.request import PromptNode, Request
 from stars_fast.rewards import Response, RewardPrompt
 
 

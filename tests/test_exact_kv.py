@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 import stars_fast.tree.model
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.decode import Leaf, Sampling
-from stars_fast.policy import Policy
+from stars_fast.policy.policy import Policy
+from stars_fast.policy.steps import Leaf, Sampling
 from stars_fast.rewards import ClassifierReward, Completion, Response, RewardPrompt
 from stars_fast.tree import memory
 from stars_fast.tree.attention import plugged
@@ -176,7 +176,7 @@ def test_a_prompt_of_more_tokens_than_the_chunk_as_it_ships_is_exact():
 
 
 def test_scoring_in_several_passes_is_exact(policy32, reward32, monkeypatch):
-    monkeypatch.setattr("stars_fast.rewards.incremental._MAX_PACKED", 6)
+    monkeypatch.setattr("stars_fast.rewards.cache._MAX_PACKED", 6)
     engine = StarsEngine(policy32, reward32)
     assert_fresh(engine.generate(PROMPTS, CONFIG, seed=0), policy32, reward32)
     assert_all_free(engine)

@@ -17,7 +17,7 @@ from transformers import (
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.rewards import ClassifierReward, Completion, Response, RewardPrompt
-from stars_fast.rewards.full import score_in_full
+from stars_fast.rewards.classifier import score_in_full
 
 VOCAB = 32
 PROMPTS = [[1, 2, 3], [4, 5]]

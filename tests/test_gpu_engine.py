@@ -15,9 +15,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import stars_fast
 from stars_fast import StarsEngine
-from stars_fast.decode import Steps
 from stars_fast.loop.heartbeat import Generation
 from stars_fast.methods import Cards
+from stars_fast.policy.steps import Steps
 from stars_fast.tree.passes import WORTH_CAPTURING
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error:.*captured in a CUDA graph", "error:.*do not compile")]

@@ -8,9 +8,10 @@ import torch
 from conftest import tiny_policy
 from test_law import PROMPT, RULE, SAMPLES, VOCAB, oracle, p_attempts, p_text, run, wave_reward
 
-from stars_fast import decode, engine
+from stars_fast import engine
 from stars_fast.loop import selection
 from stars_fast.ops.philox import acceptance_uniform
+from stars_fast.policy import steps as decode
 
 # Faults of the fallback show where most segments need it; those of the choice among accepted ones where most rounds
 # have several; those of the noise where the first attempt often wins; those of the acceptance test where few candidates

@@ -5,8 +5,9 @@ from conftest import sum_reward
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
 from transformers import BertConfig, BertForSequenceClassification
 
-from stars_fast import StarsEngine, loading
-from stars_fast.loading import load_classifier
+from stars_fast import StarsEngine
+from stars_fast.inputs import models as loading
+from stars_fast.inputs.models import load_classifier
 
 
 @pytest.fixture

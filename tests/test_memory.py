@@ -11,7 +11,7 @@ from conftest import sum_reward, tiny_policy, tiny_reward
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.loop.heartbeat import Generation
 from stars_fast.loop.scheduler import response_slots
-from stars_fast.policy import Policy
+from stars_fast.policy.policy import Policy
 from stars_fast.rewards.callable import CallableReward
 from stars_fast.tree import memory
 

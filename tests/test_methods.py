@@ -28,8 +28,8 @@ from stars_fast.methods import (
     TreeBoN,
     Vanilla,
 )
-from stars_fast.prompts import read_personas, read_prompts
 from stars_fast.rewards import Reward
+from stars_fast.text.prompts import read_personas, read_prompts
 
 VOCAB = 32
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]

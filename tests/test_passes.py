@@ -9,8 +9,8 @@ from conftest import sum_reward, tiny_policy, tiny_reward
 from test_same_text import CONFIG, PROMPTS, SEEDS, VOCAB
 
 from stars_fast import StarsEngine
-from stars_fast.decode import Steps
-from stars_fast.policy import Policy
+from stars_fast.policy.policy import Policy
+from stars_fast.policy.steps import Steps
 from stars_fast.rewards import ImplicitReward
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.model import TreeModel

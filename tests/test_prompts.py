@@ -3,7 +3,7 @@
 import pytest
 from test_rewards import BEGUN, CHAT, LLAMA3, begun_ids, byte_bpe, chat_prefix
 
-from stars_fast.prompts import read_prompts
+from stars_fast.text.prompts import read_prompts
 
 
 @pytest.mark.parametrize("add_bos", [False, True])

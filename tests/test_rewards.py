@@ -24,7 +24,7 @@ from stars_fast.rewards import (
     RewardPrompt,
     WeightedSum,
 )
-from stars_fast.rewards.rendering import Rendering
+from stars_fast.rewards.render import Rendering
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14)
 LLAMA3 = (

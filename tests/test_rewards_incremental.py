@@ -6,7 +6,7 @@ from conftest import tiny_policy, tiny_reward
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.rewards import Completion, ImplicitReward, Response, RewardPrompt, WeightedSum
-from stars_fast.rewards.incremental import Text, TreeCache
+from stars_fast.rewards.cache import Text, TreeCache
 from stars_fast.tree.model import TreeModel
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaModel, LlamaPreTrainedModel, PreTrainedTokenizerFa
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.rewards import Completion, ProcessReward, Response, process
 from stars_fast.rewards.process import QWEN_SYSTEM
-from stars_fast.rewards.template import encode
+from stars_fast.text.chat import encode
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=4, target_reward=0.7, beta=0.2, max_new_tokens=12)
 TEXTS = ["the cat sat", "how are you?"]

@@ -11,10 +11,10 @@ import pytest
 from conftest import sum_reward, tiny_policy, tiny_reward
 
 from stars_fast import StarsConfig, StarsEngine
+from stars_fast.loop.request import PromptNode, Request
 from stars_fast.loop.row_cost import HeartbeatCost
 from stars_fast.loop.scheduler import Scheduler, acceptance_estimates
-from stars_fast.loop.sharing import row_values, share_evenly, share_rows
-from stars_fast.request import PromptNode, Request
+from stars_fast.loop.shares import row_values, share_evenly, share_rows
 from stars_fast.rewards import Response, RewardPrompt
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=6, target_reward=1.5, beta=0.6, max_new_tokens=12)

@@ -9,7 +9,7 @@ from test_tree_attention import OPTIONS, SHAPES, naive, tree
 
 from stars_fast.ops import _library
 from stars_fast.ops.tree_attention import tree_attention_reference
-from stars_fast.policy import Policy
+from stars_fast.policy.policy import Policy
 
 kernel = pytest.importorskip("stars_fast.kernels.tree_attention", exc_type=ImportError)
 append = pytest.importorskip("stars_fast.kernels.kv_append")

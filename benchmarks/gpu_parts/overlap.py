@@ -11,8 +11,8 @@ from gpu_parts.heartbeats import PROMPT
 from gpu_parts.models import Pair, pair
 from gpu_parts.runner import Runner
 from stars_fast.bench.yardsticks import seconds
-from stars_fast.decode import Leaf, Sampling
-from stars_fast.policy import Policy
+from stars_fast.policy.policy import Policy
+from stars_fast.policy.steps import Leaf, Sampling
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.model import TreeModel
 

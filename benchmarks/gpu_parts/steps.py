@@ -15,9 +15,9 @@ from gpu_parts.compare import REACHABLE, compare_engine, expectation, machine
 from gpu_parts.heartbeats import PROMPT, RESPONSE, engine, guided, pilot, run_engine, synchronize
 from gpu_parts.models import Pair, pair
 from gpu_parts.runner import Runner
-from stars_fast.decode import Leaf, Sampling
 from stars_fast.loop.heartbeat import Generation
-from stars_fast.policy import Policy
+from stars_fast.policy.policy import Policy
+from stars_fast.policy.steps import Leaf, Sampling
 from stars_fast.roofline import decode_step
 from stars_fast.tree.attention import plugged
 

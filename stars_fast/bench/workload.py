@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from stars_fast.bench.models import Pair
-from stars_fast.call import Arguments
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
-from stars_fast.methods.calibration import Pilot, expected_acceptance, set_target, spread
+from stars_fast.inputs.call import Arguments
+from stars_fast.loop.pilot import Pilot, expected_acceptance, set_target, spread
 
 _PILOT_SEGMENTS = 4
 _PILOT_RESPONSES = 128  # of all prompts together

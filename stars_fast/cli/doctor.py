@@ -149,7 +149,7 @@ def _describe(model: PreTrainedModel) -> Report:
 
 
 def _policy_path(model: PreTrainedModel) -> Report:
-    from stars_fast.policy import Policy
+    from stars_fast.policy.policy import Policy
 
     return _tree_path(Policy(model), "its attention runs on the tree of slots")
 

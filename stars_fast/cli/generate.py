@@ -178,7 +178,7 @@ def _tail(text: str) -> str | list[int]:
 def _run_all(engine: StarsEngine, rows: list[Row], config: StarsConfig, output: Path | None, batch_size: int) -> int:
     """Write every row as it is finished. Returns how many ended with an error."""
     from stars_fast.cli.responses import finished_rows
-    from stars_fast.progress import progress_bar
+    from stars_fast.loop.stream import progress_bar
 
     again = "" if output is None else f"; {output} keeps what was written: run the same command again to go on"
     reading = output is None and sys.stdout.isatty()

@@ -27,7 +27,7 @@ def policy_named(name: str, tokenizer: str | None, dtype: str, device: str) -> t
     OSError, ValueError, TypeError
         As transformers says, for a name or a model it cannot load.
     """
-    from stars_fast.loading import load_policy
+    from stars_fast.inputs.models import load_policy
 
     _check_folder(name)
     if name != DEMO:
@@ -39,7 +39,7 @@ def policy_named(name: str, tokenizer: str | None, dtype: str, device: str) -> t
 
 def classifier_named(name: str, tokenizer: str | None, dtype: str, device: str) -> tuple[PreTrainedModel, Any]:
     """The reward model and its tokenizer; None for a tokenizer if it reads the policy's ids. Raises as above."""
-    from stars_fast.loading import load_classifier
+    from stars_fast.inputs.models import load_classifier
 
     _check_folder(name)
     if name == DEMO:

@@ -13,7 +13,7 @@ from torch import nn
 from stars_fast.cli.models import classifier_named, policy_named
 from stars_fast.engine import StarsEngine
 from stars_fast.evaluation.recipe import Recipe
-from stars_fast.loading import load_reward
+from stars_fast.inputs.models import load_reward
 from stars_fast.rewards import ImplicitReward, Reward
 
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from stars_fast.call import Arguments
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.evaluation.cells import Cell
 from stars_fast.evaluation.compute import multiplied_parameters, passes, reward_parameters
 from stars_fast.evaluation.judging import judged
 from stars_fast.evaluation.records import Record, Records, rounded
+from stars_fast.inputs.call import Arguments
+from stars_fast.loop.pilot import Pilot, expected_acceptance, set_target, solve, spread
 from stars_fast.methods import RSD
-from stars_fast.methods.calibration import Pilot, expected_acceptance, set_target, solve, spread
 from stars_fast.ops.philox import philox_key
 from stars_fast.outputs import SegmentTrace, StarsOutput
 from stars_fast.rewards import Reward

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
-from stars_fast.prompts import read_prompts
+from stars_fast.text.prompts import read_prompts
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from stars_fast.loop.heartbeat import Generation, after
+from stars_fast.loop.request import Candidate, Request
 from stars_fast.methods.base import Enumerated
 from stars_fast.ops.philox import acceptance_uniform
-from stars_fast.policy import Draw
-from stars_fast.request import Candidate, Request
+from stars_fast.policy.policy import Draw
 
 
 class Enumeration(Generation):

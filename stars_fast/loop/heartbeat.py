@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.config import StarsConfig
-from stars_fast.decode import Leaf, RowProcessor, Sampling
 from stars_fast.loop.queue import Queue
+from stars_fast.loop.request import Candidate, PromptNode, Request
 from stars_fast.loop.row_cost import Timing
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.loop.selection import first_accepted
@@ -19,8 +19,8 @@ from stars_fast.loop.trunks import Trunks
 from stars_fast.methods.stars import base_reward
 from stars_fast.ops.select_and_commit import EARLIER, INVALID
 from stars_fast.outputs import SegmentTrace, Stats
-from stars_fast.policy import Draw, Policy
-from stars_fast.request import Candidate, PromptNode, Request
+from stars_fast.policy.policy import Draw, Policy
+from stars_fast.policy.steps import Leaf, RowProcessor, Sampling
 from stars_fast.rewards.base import Completion, Response, Reward, score_each
 from stars_fast.tree.attention import evaluating
 from stars_fast.tree.segment_tree import SlotsExhausted

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from stars_fast.decode import Leaf
 from stars_fast.loop.heartbeat import Generation
+from stars_fast.loop.request import Candidate, Request
 from stars_fast.methods.base import Population
 from stars_fast.methods.stars import acceptance_probability
 from stars_fast.ops.philox import acceptance_uniform, philox_key
 from stars_fast.outputs import SegmentTrace
-from stars_fast.policy import Draw
-from stars_fast.request import Candidate, Request
+from stars_fast.policy.policy import Draw
+from stars_fast.policy.steps import Leaf
 from stars_fast.rewards.base import Response
 
 _MEMBERS = 2  # domain of the random numbers' keys

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from stars_fast.loop.request import Request
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.loop.trunks import Trunks
 from stars_fast.outputs import Stats
-from stars_fast.request import Request
 from stars_fast.rewards.base import Response, Reward, RewardPrompt
 
 

@@ -10,10 +10,10 @@ from functools import lru_cache
 import numpy as np
 
 from stars_fast.config import StarsConfig
+from stars_fast.loop.request import PromptNode, Request
 from stars_fast.loop.row_cost import HeartbeatCost, Timing
-from stars_fast.loop.sharing import row_values, share_evenly, share_rows
+from stars_fast.loop.shares import row_values, share_evenly, share_rows
 from stars_fast.methods.base import Population
-from stars_fast.request import PromptNode, Request
 from stars_fast.tree.passes import bucket
 
 # Acceptance of a request is shrunk to the batch's by this many imaginary candidates.
@@ -45,7 +45,7 @@ class Scheduler:
     cost : HeartbeatCost, optional
         What is known of this machine and pair of models; goes on learning. Default: nothing yet.
     padded : bool
-        Whether decode steps run in buckets of rows (:func:`stars_fast.decode.bucket`).
+        Whether decode steps run in buckets of rows (:func:`stars_fast.policy.steps.bucket`).
     """
 
     def __init__(

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 from stars_fast.config import StarsConfig
+from stars_fast.loop.request import Candidate, Request
 from stars_fast.loop.scheduler import most_attempts
 from stars_fast.methods.stars import acceptance_probability
 from stars_fast.ops.select_and_commit import select_and_commit
-from stars_fast.request import Candidate, Request
 
 
 class Verdict(NamedTuple):

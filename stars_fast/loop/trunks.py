@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from stars_fast.loop.request import PromptNode, Request, Trunk
 from stars_fast.loop.scheduler import Scheduler
-from stars_fast.policy import Policy
-from stars_fast.request import PromptNode, Request, Trunk
+from stars_fast.policy.policy import Policy
 
 
 class Trunks:

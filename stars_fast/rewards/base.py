@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.notices import warn
-from stars_fast.prompts import Messages, read_prompts
+from stars_fast.text.prompts import Messages, read_prompts
 
 if TYPE_CHECKING:
     from stars_fast.tree.model import TreeModel

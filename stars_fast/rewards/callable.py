@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from stars_fast.prompts import ends_with_answer
 from stars_fast.rewards.base import Completion, Reward, RewardPrompt
+from stars_fast.text.prompts import ends_with_answer
 
 _OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
 

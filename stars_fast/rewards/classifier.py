@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 
 from stars_fast.notices import warn
 from stars_fast.rewards.base import Completion, RewardPrompt
-from stars_fast.rewards.full import most_tokens, score_in_full
-from stars_fast.rewards.incremental import Row, Text, TreeCache
-from stars_fast.rewards.rendered import RenderedReward
-from stars_fast.rewards.rendering import Rendering
+from stars_fast.rewards.base_rendered import RenderedReward
+from stars_fast.rewards.cache import Row, Text, TreeCache
+from stars_fast.rewards.render import Rendering
 from stars_fast.tree.attention import evaluating, is_causal
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
@@ -25,6 +24,8 @@ ONE_LABEL = "a reward model has exactly 1 (a causal LM scores as JudgeReward or 
 # How many more embeddings two models of one tokenizer may have: vocabularies are padded to multiples of up to 512 and
 # grow by some hundred reserved ids. Those of different tokenizers lie thousands apart.
 _MOST_PADDING = 512
+# Tokens of one forward pass where rows are scored whole, as far as one row allows.
+_MAX_TOKENS = 16384
 
 
 class ClassifierReward(RenderedReward):
@@ -195,3 +196,42 @@ def _scores_last_token(model: PreTrainedModel, base: nn.Module, head: nn.Module,
     own = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.flatten().float()  # [1]
     tolerance = 2 * torch.finfo(values.dtype).eps ** 0.5 * float(values.abs().max())
     return own.numel() == 1 and float((own[0] - values[-1].float()).abs()) <= tolerance
+
+
+def score_in_full(model: PreTrainedModel, rows: Sequence[list[int]]) -> list[float]:
+    """The model's own value for each row of ids. Rows of one length run together: padding would move some poolings."""
+    pad = model.config.get_text_config().pad_token_id
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault((len(row), pad in row), []).append(place)
+    rewards = [0.0] * len(rows)
+    for (length, holds_pad), places in groups.items():
+        # Without a pad id transformers' heads take one row at a time.
+        step = 1 if pad is None else max(1, _MAX_TOKENS // length)
+        for start in range(0, len(places), step):
+            batch = places[start : start + step]
+            values = _forward(model, [rows[place] for place in batch], holds_pad)
+            for place, value in zip(batch, values, strict=True):
+                rewards[place] = value
+    return rewards
+
+
+def _forward(model: PreTrainedModel, rows: Sequence[list[int]], holds_pad: bool) -> list[float]:
+    """Rewards of rows of one length."""
+    ids = torch.tensor(rows, device=next(model.parameters()).device)  # [B, T]
+    mask = torch.ones_like(ids)
+    if holds_pad:  # a pad id that was drawn is a token like others; from embeddings the model does not see which it is
+        embed = model.get_input_embeddings()
+        output = model(inputs_embeds=embed(ids), attention_mask=mask)
+    else:
+        output = model(input_ids=ids, attention_mask=mask)
+    rewards: list[float] = output.logits[:, 0].float().tolist()
+    return rewards
+
+
+def most_tokens(model: PreTrainedModel, limit: int | None) -> int | None:
+    """Longest row, given the config's limit of positions: RoBERTa's kind spends some of them on padding."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return limit

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from stars_fast.ops import gather_logprobs
 from stars_fast.rewards.base import Completion
+from stars_fast.rewards.base_rendered import RenderedReward
+from stars_fast.rewards.cache import Text, TreeCache
 from stars_fast.rewards.classifier import unwrapped, warn_of_foreign_ids
-from stars_fast.rewards.incremental import Text, TreeCache
-from stars_fast.rewards.rendered import RenderedReward
-from stars_fast.rewards.rendering import Rendering
-from stars_fast.rewards.template import common_prefix
+from stars_fast.rewards.render import Rendering
+from stars_fast.text.chat import common_prefix
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import vocabulary

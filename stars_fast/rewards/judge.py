@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.rewards.base import RewardPrompt
-from stars_fast.rewards.incremental import Row, Text, TreeCache
-from stars_fast.rewards.rendered import RenderedReward
-from stars_fast.rewards.rendering import Context, Rendering
-from stars_fast.rewards.template import SENTINEL, encode, text_frame
+from stars_fast.rewards.base_rendered import RenderedReward
+from stars_fast.rewards.cache import Row, Text, TreeCache
+from stars_fast.rewards.render import Context, Rendering
+from stars_fast.text.chat import SENTINEL, encode, text_frame
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 

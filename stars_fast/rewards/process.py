@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stars_fast.prompts import Messages
 from stars_fast.rewards.base import Completion, Response, RewardPrompt
+from stars_fast.rewards.base_rendered import RenderedReward
+from stars_fast.rewards.cache import Text, TreeCache
 from stars_fast.rewards.classifier import unwrapped
-from stars_fast.rewards.incremental import Text, TreeCache
-from stars_fast.rewards.rendered import RenderedReward
-from stars_fast.rewards.rendering import Context, Rendering
-from stars_fast.rewards.template import SENTINEL, chat_frame, encode, encode_start, encode_turn
+from stars_fast.rewards.render import Context, Rendering
+from stars_fast.text.chat import SENTINEL, chat_frame, encode, encode_start, encode_turn
+from stars_fast.text.prompts import Messages
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 

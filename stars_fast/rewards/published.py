@@ -9,10 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.rewards.base import Completion, RewardPrompt
+from stars_fast.rewards.base_rendered import RenderedReward
+from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.classifier import ClassifierReward, unwrapped
-from stars_fast.rewards.incremental import Row, Text, TreeCache
-from stars_fast.rewards.rendered import RenderedReward
-from stars_fast.rewards.rendering import Context, Rendering
+from stars_fast.rewards.render import Context, Rendering
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from stars_fast.config import StarsConfig
+from stars_fast.loop.request import PromptNode, Request
 from stars_fast.loop.row_cost import Timing
 from stars_fast.loop.scheduler import Scheduler
-from stars_fast.request import PromptNode, Request
 from stars_fast.rewards import Response, RewardPrompt
 from stars_fast.simulation.acceptance import Course
 from stars_fast.simulation.machine import Machine

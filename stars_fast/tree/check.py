@@ -13,7 +13,7 @@ from stars_fast.tree.model import TreeModel
 
 # Relative difference from a plain forward pass: rounding stays far below in any dtype, another computation far above.
 _LARGEST_ERROR = 0.2
-# Models whose numbers were compared, and as what: what is computed changes with dtype, device and body, not with weights.
+# Models whose numbers were compared, and as what: dtype, device and body change what is computed, weights do not.
 _compared: WeakKeyDictionary[PreTrainedModel, set[tuple[str, bool]]] = WeakKeyDictionary()
 _AnyTree = TypeVar("_AnyTree", bound=TreeModel)
 

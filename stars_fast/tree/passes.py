@@ -1,7 +1,7 @@
 """Small forward passes over the tree, padded to shapes that recur: launching their kernels takes longer than they run.
 
 The pass that encodes the last tokens of committed segments is one in every heartbeat; the scoring of few candidates is
-another. A decode step has tensors of its own (:mod:`stars_fast.decode`).
+another. A decode step has tensors of its own (:mod:`stars_fast.policy.steps`).
 """
 
 from __future__ import annotations

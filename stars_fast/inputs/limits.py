@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from stars_fast.config import StarsConfig
 from stars_fast.loop.scheduler import persona_slots, response_slots
-from stars_fast.policy import Policy
-from stars_fast.prompts import Prompt
+from stars_fast.policy.policy import Policy
+from stars_fast.text.prompts import Prompt
 from stars_fast.tree.model import TreeModel
 
 

@@ -10,6 +10,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
+from stars_fast.policy.policy import Policy
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
 from stars_fast.rewards.classifier import ONE_LABEL
 from stars_fast.tree.support import vocabulary
@@ -38,6 +39,29 @@ def load_policy(policy: PreTrainedModel | str | os.PathLike[str], tokenizer: Any
     if policy.get_output_embeddings() is None:
         raise TypeError(f"policy is a {type(policy).__name__} without a language-model head")
     return policy, tokenizer
+
+
+def draft_policy(draft: Any, kept: Policy | None, policy: Policy, tokenizer: Any) -> Policy:
+    """``draft`` (a model, path or hub id) beside ``policy``; ``kept`` where it is that already.
+
+    Raises
+    ------
+    ValueError
+        Where the two do not have the same vocabulary.
+    """
+    if kept is not None and draft in (kept.model, kept.source):
+        return kept
+    model, own = load_policy(draft, None)
+    ids, ours = vocabulary(model), policy.vocab_size
+    # Tables of one vocabulary may be padded to different sizes, if a tokenizer says how many ids are in use.
+    same = ids == ours or (tokenizer is not None and len(tokenizer) <= min(ids, ours))
+    if not same or (own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab()):
+        raise ValueError(
+            f"draft: {type(model).__name__} has {ids} ids and the policy {ours}: their vocabularies must be the same"
+        )
+    made = Policy(model, policy.graphs.enabled, policy.torch_compile)
+    made.source = draft
+    return made
 
 
 def load_reward(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from stars_fast.decode import Leaf, Sampling, Shape, Steps
+from stars_fast.policy.steps import Leaf, Sampling, Shape, Steps
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.passes import trunk_room
@@ -47,7 +47,7 @@ class Policy(TreeModel):
     model : transformers causal LM
     cuda_graphs : bool
         Whether decode steps on a CUDA device are captured: once for every padded shape
-        (:meth:`stars_fast.decode.Shape.padded`), kept until the pool or the weights move.
+        (:meth:`stars_fast.policy.steps.Shape.padded`), kept until the pool or the weights move.
     torch_compile : bool
         Whether decoder layers run compiled on a CUDA device.
     """

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from stars_fast.rewards.base import Completion, Response, RewardPrompt
-from stars_fast.rewards.template import common_prefix
+from stars_fast.text.chat import common_prefix
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.memory import default_tokens
 from stars_fast.tree.model import TreeModel

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from stars_fast.prompts import Messages, ends_with_answer
 from stars_fast.rewards.base import Completion, RewardPrompt
-from stars_fast.rewards.template import ChatFrame, chat_frame, encode_start, encode_turn, marks, rendered_mark
+from stars_fast.text.chat import ChatFrame, chat_frame, encode_start, encode_turn, marks, rendered_mark
+from stars_fast.text.prompts import Messages, ends_with_answer
 
 
 @dataclass(eq=False)

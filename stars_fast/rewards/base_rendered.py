@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt
-from stars_fast.rewards.incremental import Row, Text, TreeCache
-from stars_fast.rewards.rendering import Context, Rendering
+from stars_fast.rewards.cache import Row, Text, TreeCache
+from stars_fast.rewards.render import Context, Rendering
 from stars_fast.tree.model import TreeModel
 
 

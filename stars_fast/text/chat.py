@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from stars_fast.prompts import Messages, ends_with_answer
+from stars_fast.text.prompts import Messages, ends_with_answer
 
 # Survives every chat template we know: no white space to strip, no characters that Jinja or a tokenizer treats.
 SENTINEL = "STARSFASTANSWER"

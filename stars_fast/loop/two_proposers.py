@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from stars_fast.loop.heartbeat import Generation
+from stars_fast.loop.request import Candidate, PromptNode, Request, Trunk
 from stars_fast.loop.scheduler import persona_slots
 from stars_fast.loop.trunks import Trunks
 from stars_fast.methods.rsd import RSD
 from stars_fast.ops.philox import acceptance_uniform
 from stars_fast.ops.sample_step import filter_logits, sample_step
-from stars_fast.policy import Draw, Policy
-from stars_fast.request import Candidate, PromptNode, Request, Trunk
+from stars_fast.policy.policy import Draw, Policy
 
 
 class Drafting(Generation):

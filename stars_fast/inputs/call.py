@@ -12,21 +12,21 @@ import numpy as np
 import torch
 
 from stars_fast.config import StarsConfig
-from stars_fast.decode import RowProcessor, Sampling
-from stars_fast.limits import check_prompt
+from stars_fast.inputs.hooks import stop_test
+from stars_fast.inputs.limits import check_prompt
+from stars_fast.inputs.sampling import as_ids, resolve_sampling
+from stars_fast.loop.pilot import Pilot
+from stars_fast.loop.request import PromptNode, Request, StopTest
 from stars_fast.methods.base import Method
-from stars_fast.methods.calibration import Pilot
 from stars_fast.methods.persona import PersonaJudge
 from stars_fast.methods.stars import base_reward
 from stars_fast.notices import warn
 from stars_fast.ops.philox import philox_key
 from stars_fast.outputs import Stats
-from stars_fast.policy import Policy
-from stars_fast.prompts import Prompt, read_personas, read_prompts
-from stars_fast.request import PromptNode, Request, StopTest
+from stars_fast.policy.policy import Policy
+from stars_fast.policy.steps import RowProcessor, Sampling
 from stars_fast.rewards import Response, Reward, RewardPrompt
-from stars_fast.sampling import as_ids, resolve_sampling
-from stars_fast.stopping import stop_test
+from stars_fast.text.prompts import Prompt, read_personas, read_prompts
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""transformers' logits processors and stopping criteria, applied to one row at a time.
+"""Logits processors, stopping criteria and stop strings, applied to one row at a time.
 
 Rows fork, and candidates of several requests share a step, so a processor that was built for a batch sees its own row
 only. What the engine does itself is taken out; anything else in the list, and the whole list runs per row.
@@ -6,7 +6,7 @@ only. What the engine does itself is taken out; anything else in the list, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,8 +28,8 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from stars_fast.decode import RowProcessor
-from stars_fast.request import StopTest
+from stars_fast.loop.request import StopTest
+from stars_fast.policy.steps import RowProcessor
 
 # Class -> the attribute that holds its setting, which is the generation_config's field of the same meaning.
 _NATIVE = {
@@ -136,3 +136,27 @@ def _is_the_calls_own(criterion: StoppingCriteria, generation_config: Generation
         eos = generation_config._eos_token_tensor
         return eos is not None and set(criterion.eos_token_id.tolist()) == set(eos.tolist())
     return False
+
+
+def stop_test(stop_strings: str | Sequence[str] | None, tokenizer: Any) -> StopTest | None:
+    """A test whether the text of a completion contains a stop string.
+
+    Raises
+    ------
+    ValueError
+        For stop strings without a tokenizer.
+    """
+    if not stop_strings:
+        return None
+    if tokenizer is None:
+        raise ValueError(
+            f"stop_strings={stop_strings!r} needs a tokenizer: pass tokenizer= to StarsEngine, stars_fast.generate or "
+            "decoding"
+        )
+    strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+
+    def ends(tokens: list[int]) -> bool:
+        text = tokenizer.decode(tokens, skip_special_tokens=False)
+        return any(string in text for string in strings)
+
+    return ends

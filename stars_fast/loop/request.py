@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from stars_fast.decode import RowProcessor
 from stars_fast.outputs import SegmentTrace
-from stars_fast.policy import Draw
+from stars_fast.policy.policy import Draw
+from stars_fast.policy.steps import RowProcessor
 from stars_fast.rewards import Completion, Response, RewardPrompt
 
 # Tokens of a completion so far -> whether it ends there (a stop string, a stopping criterion).

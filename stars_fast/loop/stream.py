@@ -1,0 +1,80 @@
+"""What is told of requests while they run: events of a stream, and a progress bar."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from stars_fast.loop.request import Request
+from stars_fast.outputs import SegmentEvent, SegmentTrace
+
+
+def new_events(request: Request, tokenizer: Any) -> Iterator[SegmentEvent]:
+    """One event per segment that was not told of yet; one without a segment where the request failed."""
+    if request.error is not None:
+        yield _event(request, None, request.tokens, request.finish_reason, tokenizer)
+        return
+    first, request.reported = request.reported, len(request.segments)
+    new = request.segments[first:]
+    end = len(request.tokens) - sum(len(segment.tokens) for segment in new)
+    for place, segment in enumerate(new, 1):
+        end += len(segment.tokens)
+        reason = request.finish_reason if place == len(new) else None
+        yield _event(request, segment, request.tokens[:end], reason, tokenizer)
+
+
+def _event(
+    request: Request, segment: SegmentTrace | None, tokens: Sequence[int], reason: str | None, tokenizer: Any
+) -> SegmentEvent:
+    text = None
+    if tokenizer is not None:
+        whole = tokenizer.decode(tokens, skip_special_tokens=True)
+        # A character may be split between segments: what is not complete waits for the next event.
+        ready = whole if reason else whole.rstrip("\ufffd")
+        text = ready[request.text_length :]
+        request.text_length = max(len(ready), request.text_length)
+    return SegmentEvent(
+        index=request.index,
+        prompt_index=request.prompt_index,
+        sample_index=request.sample_index,
+        segment=segment,
+        text=text,
+        finish_reason=reason,
+        error=request.error,
+    )
+
+
+@contextmanager
+def progress_bar(show: bool, total: int) -> Iterator[Callable[[SegmentEvent], None]]:
+    """Yield a function to be called with every event of ``total`` responses; it does nothing unless ``show``.
+
+    The bar goes to stderr and leaves stdout alone.
+    """
+    if not show:
+        yield lambda event: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    started, segments, attempts, tokens, tested = time.perf_counter(), 0, 0, 0, False
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TextColumn("{task.fields[rate]}"), console=console, redirect_stdout=False) as bar:
+        task = bar.add_task("responses", total=total, rate="")
+
+        def advance(event: SegmentEvent) -> None:
+            nonlocal segments, attempts, tokens, tested
+            if event.segment is not None:
+                segments += event.segment.accepted
+                attempts += event.segment.attempts
+                tokens += len(event.segment.tokens)
+                tested |= math.isfinite(event.segment.threshold)  # best-of-N's is inf, a population's NaN
+            speed = tokens / (time.perf_counter() - started)
+            acceptance = f", acceptance {segments / attempts:.0%}" if tested else ""
+            rate = f"{speed:.0f} accepted tokens/s{acceptance}"
+            bar.update(task, advance=event.finish_reason is not None, rate=rate)
+
+        yield advance

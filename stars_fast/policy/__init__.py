@@ -1,0 +1,1 @@
+"""Proposals: K decode steps of all candidates over tensors that stay where they are."""

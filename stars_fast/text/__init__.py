@@ -1,0 +1,1 @@
+"""Prompts as users write them, and the frames that chat templates put around answers."""
