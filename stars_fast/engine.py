@@ -286,6 +286,7 @@ class StarsEngine:
                 stack.enter_context(plugged(policy.model))
             stack.callback(self.reward.end)
             self.reward.begin(prompts, config.max_new_tokens, rows, self.kv_cache_tokens)
+            self.reward.open(prompts, config.max_new_tokens)
             ratio = PRIOR_RATIO if self.policy.device.type == "cpu" else PRIOR_RATIO_OF_GPUS
             cost = self.costs.setdefault(method.name, HeartbeatCost(ratio))
             scheduler = Scheduler(config, self.max_rows, tokens, whole, cost, self.policy.graphs.enabled)

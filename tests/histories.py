@@ -15,6 +15,7 @@ def live(scorer, prompts, expected, *, draw, slots=2000, rounds=12, seed=0, toke
     """
     chance = random.Random(seed)
     scorer.begin(prompts, 24, 8, slots)
+    scorer.open(prompts, 24)
     responses = [Response(prompt) for prompt in prompts for _ in range(2)]
     with torch.no_grad():
         for _ in range(rounds):
@@ -48,6 +49,24 @@ def live(scorer, prompts, expected, *, draw, slots=2000, rounds=12, seed=0, toke
     scorer.end()
     for model in scorer.tree_models:
         assert (model.tree.free_slots, model.tree.nodes) == (slots, 0)
+
+
+@torch.no_grad()
+def fresh(reward, ids):
+    """The head at the last token of a full forward pass."""
+    return reward.score(reward.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]).item()
+
+
+def assert_scores(out, expected, samples=1):
+    """``expected(prompt index, tokens, finished)`` of every prefix that was committed."""
+    assert out.errors == [None] * len(out.errors)
+    assert any(segment.attempts > 1 for row in out.segments for segment in row)
+    for row, segments in enumerate(out.segments):
+        tokens = []
+        for k, segment in enumerate(segments):
+            tokens += segment.tokens
+            finished = k + 1 == len(segments)
+            assert segment.reward == pytest.approx(expected(row // samples, list(tokens), finished), abs=1e-4)
 
 
 def ids_prompts(prompts):

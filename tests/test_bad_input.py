@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from conftest import sum_reward, tiny_config, tiny_policy, tiny_reward
-from test_rewards import byte_bpe
+from tiny_tokenizers import byte_bpe
 from transformers import (
     BloomConfig,
     BloomForCausalLM,

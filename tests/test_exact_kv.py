@@ -102,6 +102,7 @@ def test_the_reward_is_exact_after_any_history(reward32, tail, slots):
     after = [] if tail == "none" else list(tail)
     prompts = [RewardPrompt(i, ids, ids) for i, ids in enumerate(PROMPTS)]
     scorer.begin(prompts, 24, 8, slots)
+    scorer.open(prompts, 24)
     responses = [Response(prompt) for prompt in prompts for _ in range(2)]
     waiting = {}
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Prompts become the ids that transformers makes of them, with one beginning-of-sequence token."""
 
 import pytest
-from test_rewards import BEGUN, CHAT, LLAMA3, begun_ids, byte_bpe, chat_prefix
+from tiny_tokenizers import BEGUN, CHAT, LLAMA3, begun_ids, byte_bpe, chat_prefix
 
 from stars_fast.text.prompts import read_prompts
 

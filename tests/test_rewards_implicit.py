@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_policy, tiny_tokenizer
 from histories import assert_engine_agrees, ids_prompts, live
-from test_rewards import CHATML, byte_bpe
+from tiny_tokenizers import CHATML, byte_bpe
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.rewards import Completion, ImplicitReward, Response, RewardPrompt
@@ -72,6 +72,7 @@ def test_the_policy_guided_by_a_pair_and_by_its_own_log_ratio(policy32, pair):
 def test_a_candidate_costs_both_models_its_own_tokens(pair):
     scorer = ImplicitReward(*pair)
     scorer.begin(prompts := ids_prompts(PROMPTS[:1]), 24, 8, None)
+    scorer.open(prompts, 24)
     response = Response(prompts[0])
     with torch.no_grad():
         for _ in range(3):
@@ -134,6 +135,7 @@ def test_an_answer_ends_without_an_eos_where_the_pair_has_none():
     prompt = RewardPrompt(0, [{"role": "user", "content": "the cat"}], [1], tokenizer=ours)
     tokens = ours("sat")["input_ids"]
     scorer.begin([prompt], 8, 8, None)
+    scorer.open([prompt], 8)
     ended = Completion(Response(prompt), [*tokens, 1], True, True, ours)
     with torch.no_grad():
         values = scorer.score([ended, Completion(Response(prompt), tokens, True, False, ours)])

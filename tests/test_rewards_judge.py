@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_policy
 from histories import assert_engine_agrees, live, text_prompts
-from test_rewards import CHATML, byte_bpe
+from tiny_tokenizers import CHATML, byte_bpe
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.rewards import JudgeReward, RewardPrompt
@@ -89,7 +89,6 @@ def test_chats_are_shown_turn_by_turn_and_ids_without_a_tokenizer_are_the_judges
     scorer = JudgeReward(tiny_policy(300, positions=512), tokenizer, template="{prompt}|{answer}|")
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     ids = tokenizer("the cat", add_special_tokens=False)["input_ids"]
-    scorer.prepare(None)
     assert "system: s\nuser: u|" in tokenizer.decode(scorer.context(RewardPrompt(0, chat, [1])).prefix)
     assert "the cat|" in tokenizer.decode(scorer.context(RewardPrompt(0, ids, ids)).prefix)
 
@@ -142,7 +141,6 @@ def test_ids_of_a_rendered_chat_are_refused_and_its_messages_are_not():
 def test_a_question_that_names_a_field_is_only_text(tokenizer):
     question = "does {answer} help {prompt}?"
     scorer = JudgeReward(tiny_policy(300, positions=512), tokenizer, question=question, template="{answer}|{question}")
-    scorer.prepare(None)
     context = scorer.context(RewardPrompt(0, "the cat", None, tokenizer=tokenizer))
     assert tokenizer.decode(context.tail).startswith(f"|{question}")
 
@@ -152,5 +150,5 @@ def test_a_judge_without_the_ids_of_its_question_says_where_they_come_from():
     template = "{prompt}{answer} the cat sat on the mat"
     scorer = JudgeReward(tiny_policy(270, positions=512), tokenizer, template=template, yes="Y", no="N")
     with pytest.raises(ValueError, match=r"template holds id 2\d\d, outside the reward model's vocabulary of 270"):
-        scorer.begin([RewardPrompt(0, "a", None, tokenizer=tokenizer)], 8, 8, None)
+        scorer.open([RewardPrompt(0, "a", None, tokenizer=tokenizer)], 8)
     scorer.end()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_policy
 from histories import assert_engine_agrees, live, text_prompts
-from test_rewards import CHATML, LLAMA3, byte_bpe
+from tiny_tokenizers import CHATML, LLAMA3, byte_bpe
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaModel, LlamaPreTrainedModel, PreTrainedTokenizerFast
@@ -135,6 +135,7 @@ def test_the_engine_scores_steps_even_of_requests_that_gave_way(classifier, chat
 def test_a_candidate_costs_its_step_and_the_mark(classifier, chatml):
     scorer = ProcessReward.qwen(classifier, chatml, step_token=STEP)
     scorer.begin(prompts := text_prompts(TEXTS[:1], chatml), 24, 8, None)
+    scorer.open(prompts, 24)
     response, step = Response(prompts[0]), chatml("the cat")["input_ids"]
     with torch.no_grad():
         for _ in range(3):
@@ -153,6 +154,7 @@ def test_a_candidate_costs_its_step_and_the_mark(classifier, chatml):
 def test_committed_steps_are_tokenised_once_however_many_candidates_there_are(classifier, chatml, monkeypatch, steps):
     scorer = ProcessReward.qwen(classifier, chatml, step_token=STEP)
     scorer.begin(prompts := text_prompts(TEXTS[:1], chatml), 64, 8, None)
+    scorer.open(prompts, 64)
     response, step = Response(prompts[0]), chatml("the cat")["input_ids"]
     for _ in range(steps):
         response.tokens = response.tokens + step

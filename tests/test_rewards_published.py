@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_config, tiny_policy, tiny_reward
 from histories import assert_engine_agrees, ids_prompts, live, text_prompts
-from test_rewards import LLAMA3, byte_bpe
+from tiny_tokenizers import LLAMA3, byte_bpe
 from torch import nn
 from transformers import LlamaModel, LlamaPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import sum_reward, tiny_policy, tiny_reward
-from histories import assert_engine_agrees, ids_prompts, live
+from histories import assert_engine_agrees, fresh, ids_prompts, live
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.rewards import (
@@ -25,11 +25,6 @@ from stars_fast.rewards.base import score_each
 VOCAB = 32
 PROMPTS = [[5, 6, 7, 8, 9], [12]]
 CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.0, beta=0.6, max_new_tokens=12)
-
-
-@torch.no_grad()
-def fresh(reward, ids):
-    return reward.score(reward.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]).item()
 
 
 @torch.no_grad()

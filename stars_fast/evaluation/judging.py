@@ -30,10 +30,11 @@ def judged(
         Completion(Response(prompt), list(tokens), finished=True, eos=ended, tokenizer=tokenizer)
         for prompt, tokens, ended in zip(asked, completions, eos, strict=True)
     ]
-    longest = max((len(tokens) for tokens in completions), default=1)
+    longest = max(1, max(map(len, completions), default=1))
     try:
-        judge.begin(asked, max(longest, 1), len(asked), None)
-        scores = score_each(judge, answers)
+        judge.begin(asked, longest, len(asked), None)
+        judge.open(asked, longest)
+        scores = list(score_each(judge, answers))
         for answer in answers:
             judge.discard(answer)
             judge.close(answer.response)

@@ -1,11 +1,11 @@
-"""The protocol every scorer keeps: :class:`Reward`, and what it is given to score."""
+"""The protocol every scorer keeps: :class:`Reward`, what it is given to score, and what comes of that."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from transformers import PreTrainedModel
@@ -110,6 +110,9 @@ class Completion:
 class Reward(abc.ABC):
     """Scores completions. Only :meth:`score` must be written; the rest lets a scorer keep state between segments.
 
+    An engine opens a *session* (:meth:`begin`, one :meth:`end`). Prompts of many callers join it (:meth:`open`) and
+    leave it (:meth:`forget`) while it lasts. All of these are called by the thread that scores; :meth:`check` by any.
+
     Attributes
     ----------
     partial : bool
@@ -126,19 +129,41 @@ class Reward(abc.ABC):
     needs_hidden_state: bool = False
     reads_text: bool = False
     tokens: int = 0
-    _calls: int = 0  # that began and have not ended, refused ones included
+    _calls: int = 0  # sessions that began and have not ended, refused ones included
 
     def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
         """A call of the engine is asked for: ValueError for prompts that cannot be scored, naming the prompt's index
-        and the limit. It may never begin, and another may be running: this leaves no trace in the scorer.
+        and the limit. It may never begin, and others may be running, in other threads: this does not disturb them.
         """
 
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
     ) -> None:
-        """A call of the engine starts: at most ``rows`` responses grow at once. One :meth:`end` follows, whatever
-        happens, even where this raises.
+        """A session starts: at most ``rows`` responses grow at once. One :meth:`end` follows, whatever happens, even
+        where this raises.
+
+        ``prompts`` and ``max_new_tokens`` are the longest that are known of by now, for the size of pools.
         """
+
+    def open(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> None:
+        """These prompts join the session: called once for each before any of its completions is scored, also for those
+        that :meth:`begin` was told of.
+
+        Raises
+        ------
+        ValueError
+            For prompts that cannot be scored, naming the prompt and the limit; none of these prompts is open then.
+        """
+
+    def fits(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> bool:
+        """Whether the pools that :meth:`begin` made are large enough for these prompts, which were checked.
+
+        Where they are not, the engine lets the session run empty and begins another.
+        """
+        return True
+
+    def forget(self, prompts: Sequence[RewardPrompt]) -> None:
+        """Nobody answers these any more: free what is kept of them, but for what responses that are open still need."""
 
     def read_ahead(self, prompts: Sequence[RewardPrompt], most: int) -> Sequence[RewardPrompt]:
         """Encode at most ``most`` tokens of prompts whose answers are scored soon; which of them are not done yet.
@@ -148,9 +173,11 @@ class Reward(abc.ABC):
         return []
 
     @abc.abstractmethod
-    def score(self, completions: Sequence[Completion]) -> Sequence[float | Exception | None]:
+    def score(self, completions: Sequence[Completion]) -> Sequence[float | Exception | None] | torch.Tensor:
         """One reward per completion; ``-inf`` rejects for good. An exception in a reward's place fails that completion
         alone. Where this raises, each completion is asked again alone: what it costs or does besides may happen twice.
+
+        A float tensor ``[n]`` may stay on the device that computed it: it is copied once, when somebody looks.
         """
 
     def parts(self, completion: Completion) -> dict[str, float] | None:
@@ -160,7 +187,7 @@ class Reward(abc.ABC):
     def commit(self, completion: Completion) -> None:
         """The completion's segment joins its response (whose ``tokens`` the caller extends afterwards).
 
-        What this raises ends the call, for all requests; so does what :meth:`discard` and :meth:`close` raise.
+        What this raises ends the session, for all requests; so does what :meth:`discard` and :meth:`close` raise.
         """
 
     def discard(self, completion: Completion) -> None:
@@ -174,7 +201,7 @@ class Reward(abc.ABC):
         return Response(response.prompt, list(response.tokens), ends=list(response.ends))
 
     def end(self) -> None:
-        """The call of the engine is over, normally or not: free everything."""
+        """The session is over, normally or not: free everything."""
 
     def check_vocabulary(self, policy_ids: int, policy: PreTrainedModel) -> None:
         """An engine was made, whose policy produces ``policy_ids`` ids: ValueError if they cannot be read."""
@@ -185,7 +212,7 @@ class Reward(abc.ABC):
         return []
 
     def _enter_call(self) -> None:
-        """For scorers that serve one call at a time: refuse a second one. First thing in :meth:`begin`."""
+        """For scorers that serve one session at a time: refuse a second one. First thing in :meth:`begin`."""
         self._calls += 1
         if self._calls > 1:
             raise RuntimeError(
@@ -194,7 +221,7 @@ class Reward(abc.ABC):
             )
 
     def _leave_call(self) -> bool:
-        """Whether the call that ends is the one that was let in. First thing in :meth:`end`."""
+        """Whether the session that ends is the one that was let in. First thing in :meth:`end`."""
         self._calls = max(self._calls - 1, 0)
         return not self._calls
 
@@ -203,22 +230,54 @@ class Reward(abc.ABC):
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def score_each(reward: Reward, completions: Sequence[Completion]) -> list[tuple[float, str | None]]:
-    """Score all; where that fails, one by one, so that one bad completion does not cost the others theirs.
+_Score = tuple[float, str | None]
 
-    Returns
-    -------
-    list of (reward, error)
-        A reward of NaN, with the cause in words, where a completion could not be scored.
+
+class Scores(Sequence[_Score]):
+    """(reward, error) of each completion: a reward of NaN, with the cause in words, where it could not be scored.
+
+    Attributes
+    ----------
+    tensor : torch.Tensor, optional
+        ``[n]``, the scorer's own and where it made it, if it gave one. What stands for an error in it (NaN, +inf) is
+        there as it came. The pairs are made of it in one copy, once one is looked at.
     """
+
+    def __init__(self, pairs: Sequence[_Score] | None, tensor: torch.Tensor | None = None) -> None:
+        self._pairs, self.tensor = pairs, tensor
+
+    @property
+    def pairs(self) -> Sequence[_Score]:
+        """All of them."""
+        if self._pairs is None:
+            assert self.tensor is not None
+            self._pairs = [_as_float(value) for value in self.tensor.tolist()]
+        return self._pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs) if self.tensor is None else len(self.tensor)
+
+    @overload
+    def __getitem__(self, place: int) -> _Score: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[_Score]: ...
+    def __getitem__(self, place: int | slice) -> _Score | Sequence[_Score]:
+        return self.pairs[place]
+
+
+def score_each(reward: Reward, completions: Sequence[Completion]) -> Scores:
+    """Score all; where that fails, one by one, so that one bad completion does not cost the others theirs."""
     try:
-        return [_as_float(value) for value in _checked(reward, completions)]
+        values = _checked(reward, completions)
+        if isinstance(values, torch.Tensor):
+            return Scores(None, values)
+        return Scores([_as_float(value) for value in values])
     except Exception as error:
         scores = [_score_alone(reward, completion) for completion in completions]
         kind = _raised(error).partition(":")[0]
         if not any(message is not None and message.startswith(kind) for _, message in scores):
             _warn_of_lost_batch(completions, _raised(error))
-        return scores
+        return Scores(scores)
 
 
 def _warn_of_lost_batch(completions: Sequence[Completion], cause: str) -> None:
@@ -232,7 +291,7 @@ def _warn_of_lost_batch(completions: Sequence[Completion], cause: str) -> None:
         )
 
 
-def _score_alone(reward: Reward, completion: Completion) -> tuple[float, str | None]:
+def _score_alone(reward: Reward, completion: Completion) -> _Score:
     try:
         return _as_float(_checked(reward, [completion])[0])
     except Exception as error:
@@ -243,14 +302,16 @@ def _raised(error: Exception) -> str:
     return f"the reward raised {type(error).__name__}: {error}"
 
 
-def _checked(reward: Reward, completions: Sequence[Completion]) -> list[Any]:
-    values = list(reward.score(completions))
+def _checked(reward: Reward, completions: Sequence[Completion]) -> list[Any] | torch.Tensor:
+    values: Any = reward.score(completions)
+    if not isinstance(values, torch.Tensor) or values.dim() != 1 or not values.is_floating_point():
+        values = list(values)
     if len(values) != len(completions):
         raise ValueError(f"the reward returned {len(values)} values for {len(completions)} completions")
     return values
 
 
-def _as_float(value: Any) -> tuple[float, str | None]:
+def _as_float(value: Any) -> _Score:
     if value is None:
         return float("nan"), "the reward returned None"
     if isinstance(value, Exception):

@@ -15,12 +15,10 @@ from stars_fast.tree.model import TreeModel
 
 
 class RenderedReward(Reward):
-    """Renders prompts once per call, checks what models would choke on, and passes the protocol on to its caches.
+    """Renders each prompt once, checks what models would choke on, and passes the protocol on to its caches.
 
     Attributes
     ----------
-    rendering : Rendering
-        Set by the subclass, at the latest in :meth:`prepare`.
     caches : list of TreeCache
         One per model; none where texts are scored in full.
     vocab_size : int
@@ -33,7 +31,6 @@ class RenderedReward(Reward):
         Whether texts go on from their ids (no closing special tokens are in between).
     """
 
-    rendering: Rendering
     caches: Sequence[TreeCache] = ()
     vocab_size: int = 0
     max_positions: int | None = None
@@ -43,7 +40,11 @@ class RenderedReward(Reward):
     def _start(self, caches: Sequence[TreeCache]) -> None:
         """To be called once, when models are known."""
         self.caches = caches
-        self._contexts: WeakKeyDictionary[RewardPrompt, Context] = WeakKeyDictionary()  # as long as their call lives
+        self._contexts: dict[RewardPrompt, Context] = {}  # of the prompts that are open
+        self._rendered: WeakKeyDictionary[RewardPrompt, Context] = WeakKeyDictionary()  # of those that may open
+        self._latest: tuple[Any, Rendering] | None = None  # and the policy's tokenizer that it was made for
+        self._rows = 0
+        self._kv_cache_tokens: int | None = None
         limits = [cache.model.max_positions for cache in caches if cache.model.max_positions is not None]
         if caches:
             self.vocab_size = min(cache.model.vocab_size for cache in caches)
@@ -53,17 +54,24 @@ class RenderedReward(Reward):
     def tree_models(self) -> list[TreeModel]:
         return [cache.model for cache in self.caches]
 
-    @property
-    def shared_ids(self) -> bool:
-        """Whether the policy's ids are read as they are."""
-        return self.rendering.shared_ids
+    def make_rendering(self, policy_tokenizer: Any) -> Rendering:
+        """How prompts and answers of a policy with this tokenizer are read. To be written by the subclass."""
+        raise NotImplementedError
 
-    def prepare(self, policy_tokenizer: Any) -> None:
-        """A call of an engine with this tokenizer starts."""
+    def rendering(self, prompt: RewardPrompt) -> Rendering:
+        """How this prompt and its answers are read; made once for prompts of one tokenizer, whatever thread asks."""
+        latest = self._latest
+        if latest is None or latest[0] is not prompt.tokenizer:
+            latest = self._latest = (prompt.tokenizer, self.make_rendering(prompt.tokenizer))
+        return latest[1]
+
+    def shares_ids(self, prompt: RewardPrompt) -> bool:
+        """Whether the policy's ids are read as they are."""
+        return self.rendering(prompt).shared_ids
 
     def context(self, prompt: RewardPrompt) -> Context:
         """The prompt's ids, and the tail of its answers."""
-        return self.rendering.context(prompt)
+        return self.rendering(prompt).context(prompt)
 
     def trunk(self, context: Context) -> list[int]:
         """What is encoded once for all answers to a prompt."""
@@ -71,25 +79,49 @@ class RenderedReward(Reward):
 
     def text(self, completion: Completion) -> Text:
         """The completion in the models' ids."""
-        context = self._contexts[completion.response.prompt]
-        return Text(completion, self.rendering.target(context, completion, self.causal), context.tail)
+        prompt = completion.response.prompt
+        context = self._contexts[prompt]
+        return Text(completion, self.rendering(prompt).target(context, completion, self.causal), context.tail)
 
-    # One call of the engine
+    # A session
 
     def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
-        if not self._calls:  # else the call is refused when it begins
-            self._checked(prompts, max_new_tokens, kv_cache_tokens)
+        latest = self._latest
+        for prompt in prompts:
+            if self._calls and latest is not None and prompt.tokenizer is not latest[0]:
+                return  # of another engine than the one whose session is open: refused when it begins
+            self._check_prompt(prompt, self._context(prompt), max_new_tokens, kv_cache_tokens)
 
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
     ) -> None:
         self._enter_call()
         self.tokens = 0
-        contexts = self._checked(prompts, max_new_tokens, kv_cache_tokens)
-        prefixes = {prompt: self.trunk(context) for prompt, context in contexts.items()}
-        longest = max((len(c.prefix) + len(c.tail) for c in contexts.values()), default=0) + 2 * max_new_tokens
+        self._rows, self._kv_cache_tokens = rows, kv_cache_tokens
+        longest = self._longest(prompts, max_new_tokens)
         for cache in self.caches:
-            cache.begin(prefixes, rows, longest, kv_cache_tokens)
+            cache.begin(rows, longest, kv_cache_tokens)
+
+    def fits(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> bool:
+        if self._kv_cache_tokens is not None:  # another session would have no more
+            return True
+        rows, longest = min(len(prompts), self._rows), self._longest(prompts, max_new_tokens)
+        return all(cache.fits(rows, longest) for cache in self.caches)
+
+    def open(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> None:
+        contexts = {prompt: self._context(prompt) for prompt in prompts}
+        for prompt, context in contexts.items():
+            self._rendered.pop(prompt, None)
+            self._check_prompt(prompt, context, max_new_tokens, self._kv_cache_tokens)
+        self._contexts |= contexts
+        for cache in self.caches:
+            cache.open({prompt: self.trunk(context) for prompt, context in contexts.items()})
+
+    def forget(self, prompts: Sequence[RewardPrompt]) -> None:
+        for prompt in prompts:
+            self._contexts.pop(prompt, None)
+            for cache in self.caches:
+                cache.forget(prompt)
 
     def read_ahead(self, prompts: Sequence[RewardPrompt], most: int) -> Sequence[RewardPrompt]:
         left = [prompt for cache in self.caches for prompt in cache.read_ahead(prompts, most)]
@@ -98,6 +130,7 @@ class RenderedReward(Reward):
 
     def end(self) -> None:
         if self._leave_call():
+            self._contexts.clear()
             for cache in self.caches:
                 cache.end()
 
@@ -132,30 +165,38 @@ class RenderedReward(Reward):
             self.tokens = sum(cache.tokens for cache in self.caches)
             yield encoded
 
-    def score(self, completions: Sequence[Completion]) -> list[float]:
-        texts = self.texts(completions)
-        rewards = [0.0] * len(texts)
+    def score(self, completions: Sequence[Completion]) -> list[float] | torch.Tensor:
+        texts, passes, places = self.texts(completions), list[torch.Tensor](), list[int]()
         for rows, features in self.encode(self.caches[0], texts):
-            for row, reward in zip(rows, self.read(texts, rows, features), strict=True):
-                rewards[row.place] = reward
-        return rewards
+            passes.append(self.read(texts, rows, features))
+            places += [row.place for row in rows]
+        if not passes:
+            return []
+        rewards = torch.cat(passes) if len(passes) > 1 else passes[0]  # [n], in the order of the passes
+        order = sorted(range(len(places)), key=places.__getitem__)
+        if order == places:
+            return rewards
+        return rewards[torch.tensor(order, device=rewards.device)]
 
-    def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> list[float]:
-        """Rewards of a packed pass of the only model, from the features ``[R, X]`` at each row's last token."""
+    def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> torch.Tensor:
+        """Rewards ``[R]`` float of a packed pass of the only model, from the features ``[R, X]`` at each row's last
+        token.
+        """
         raise NotImplementedError
 
     # Checks
 
-    def _checked(
-        self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None
-    ) -> dict[RewardPrompt, Context]:
-        """The prompts' contexts, rendered once."""
-        self.prepare(prompts[0].tokenizer if prompts else None)
-        for prompt in prompts:
-            if prompt not in self._contexts:
-                self._contexts[prompt] = self.context(prompt)
-            self._check_prompt(prompt, self._contexts[prompt], max_new_tokens, kv_cache_tokens)
-        return {prompt: self._contexts[prompt] for prompt in prompts}
+    def _context(self, prompt: RewardPrompt) -> Context:
+        """Rendered once, by whoever asks first."""
+        context = self._contexts.get(prompt) or self._rendered.get(prompt)
+        if context is None:
+            context = self._rendered[prompt] = self.context(prompt)
+        return context
+
+    def _longest(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> int:
+        """Tokens of a text that answers one of these prompts. In another tokenizer an answer may have more."""
+        contexts = map(self._context, prompts)
+        return max((len(c.prefix) + len(c.tail) for c in contexts), default=0) + 2 * max_new_tokens
 
     def _check_prompt(
         self, prompt: RewardPrompt, context: Context, max_new_tokens: int, kv_cache_tokens: int | None
@@ -165,7 +206,7 @@ class RenderedReward(Reward):
         if bad := self._outside(context.tail):
             raise ValueError(f"{self.tail_argument} holds id {bad[0]}, {self._vocabulary}")
         # An answer's length in another tokenizer is known only once its text is.
-        new = max_new_tokens if self.shared_ids else 0
+        new = max_new_tokens if self.shares_ids(prompt) else 0
         limits = {"positions": self.max_positions, "kv_cache_tokens": kv_cache_tokens if self.caches else None}
         needed = len(context.prefix) + new + len(context.tail)
         for name, limit in limits.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from stars_fast.text.chat import common_prefix
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.memory import default_tokens
 from stars_fast.tree.model import TreeModel
+from stars_fast.tree.prefixes import first_of_each
 
 # Tokens of one packed scoring pass; more are scored in several.
 _MAX_PACKED = 16384
@@ -50,6 +51,9 @@ class Row(NamedTuple):
 class TreeCache:
     """Encodes completions over one model's tree: prompt and accepted text once, a candidate's own tokens, its tail.
 
+    What prompts begin with stays in the tree for others that begin alike, until room is needed
+    (:class:`stars_fast.tree.prefixes.Prefixes`).
+
     Parameters
     ----------
     model : TreeModel
@@ -67,30 +71,43 @@ class TreeCache:
         self.max_packed = max_packed
         self.tokens = 0  # encoded since begin
         self._has_logits = model.body is model.model
-        self._runs: Mapping[RewardPrompt, list[int]] = {}
+        self._runs: dict[RewardPrompt, list[int]] = {}
         self._prefixes: dict[RewardPrompt, Encoded] = {}
         self._responses: dict[Response, Encoded] = {}
         self._completions: dict[Completion, Encoded] = {}
         self._plugged = ExitStack()
 
-    def begin(
-        self, prefixes: Mapping[RewardPrompt, list[int]], rows: int, longest: int, kv_cache_tokens: int | None
-    ) -> None:
-        """Make room for ``rows`` texts of up to ``longest`` tokens that begin with one of ``prefixes``."""
+    def begin(self, rows: int, longest: int, kv_cache_tokens: int | None) -> None:
+        """Make room for ``rows`` texts of up to ``longest`` tokens."""
         self.tokens = 0
-        self._runs = prefixes
-        self._prefixes = {prompt: Encoded() for prompt in prefixes}
         self.model.allocate(kv_cache_tokens or default_tokens(self.model, rows, longest))
         self._plugged.enter_context(plugged(self.model.model))
+
+    def fits(self, rows: int, longest: int) -> bool:
+        """Whether there is the room that :meth:`begin` would make."""
+        return default_tokens(self.model, rows, longest) < self.model.tree.capacity
+
+    def open(self, runs: Mapping[RewardPrompt, list[int]]) -> None:
+        """Texts may begin with these runs of ids from now on."""
+        for prompt, run in runs.items():
+            if prompt not in self._runs:
+                self._runs[prompt], self._prefixes[prompt] = run, Encoded()
+
+    def forget(self, prompt: RewardPrompt) -> None:
+        """No text begins with the prompt's run any more. What is encoded of it is kept until room is needed."""
+        self._runs.pop(prompt, None)
+        encoded = self._prefixes.pop(prompt, None)
+        if encoded is not None:
+            self._drop(encoded)
 
     def end(self) -> None:
         """Release everything."""
         held = (*self._completions.values(), *self._responses.values(), *self._prefixes.values())
         for encoded in held:
             self._drop(encoded)
-        self._runs, self._prefixes = {}, {}
-        self._responses.clear()
-        self._completions.clear()
+        for held_by in (self._runs, self._prefixes, self._responses, self._completions):
+            held_by.clear()
+        self.model.prefixes.clear()
         self._plugged.close()
 
     def commit(self, completion: Completion) -> None:
@@ -125,7 +142,7 @@ class TreeCache:
         (rows, features)
             Rows of the pass and, row by row and position by position, hidden states or logits ``[F, X]``.
         """
-        self._open([text.completion.response for text in texts])
+        self._join_prompts([text.completion.response for text in texts])
         for start, stop in self._batches(texts):
             yield self._pass(texts, range(start, stop))
 
@@ -134,19 +151,39 @@ class TreeCache:
 
         What finds no free slots is left to the pass that needs it.
         """
-        room, left = min(most, self.model.tree.free_slots), []
+        unread = self._unread(dict.fromkeys(prompts))
+        now = set(self._first_of_each(unread))
+        wanted = min(most, sum(len(self._missing(prompt)) for prompt in now))
+        full = not self._has_room(wanted)
+        room, left = min(wanted, self.model.tree.free_slots), []
         pieces: dict[RewardPrompt, list[int]] = {}
-        for prompt in dict.fromkeys(prompts):
+        for prompt in unread:
             run = self._missing(prompt)
-            if piece := run[: max(room, 0)]:
+            if piece := run[:room] if prompt in now else []:
                 pieces[prompt] = piece
             room -= len(piece)
             if len(piece) < len(run):
                 left.append(prompt)
-        full = most >= self.model.tree.free_slots
         if pieces:
             self._encode_prompts(pieces)
         return [] if full else left
+
+    def _unread(self, prompts: Iterable[RewardPrompt]) -> list[RewardPrompt]:
+        """Those of the prompts that are not in the tree as a whole; they go on from the longest run that is kept."""
+        unread = [prompt for prompt in prompts if self._missing(prompt)]
+        for prompt in unread:
+            run = self._runs[prompt]
+            node, length = self.model.prefixes.longest(run, len(run) - self.lag)
+            if length > len(self._prefixes[prompt].ids):
+                self._hold(prompt, node, length)
+            elif node >= 0:
+                self.model.tree.release(node)
+        return [prompt for prompt in unread if self._missing(prompt)]
+
+    def _first_of_each(self, prompts: Sequence[RewardPrompt]) -> list[RewardPrompt]:
+        """Those to encode now: the others begin alike, and go on from there."""
+        known = [len(self._prefixes[prompt].ids) for prompt in prompts]
+        return [prompts[place] for place in first_of_each([self._runs[prompt] for prompt in prompts], known)]
 
     def _missing(self, prompt: RewardPrompt) -> list[int]:
         """The prompt's ids, but for the last ``lag``, that are not in the tree."""
@@ -160,26 +197,33 @@ class TreeCache:
         nodes, _ = self.model.extend([encoded.node for encoded in before], list(pieces.values()), **logits)
         for (prompt, piece), old, node in zip(pieces.items(), before, nodes, strict=True):
             self.tokens += len(piece)
-            known = len(old.ids) + len(piece)
-            run = self._runs[prompt]
-            ids = run if known == len(run) - self.lag else run[:known]
-            self._drop(old)
-            self._prefixes[prompt] = Encoded(node, ids, [0.0] * len(ids))
+            self._hold(prompt, node, len(old.ids) + len(piece))
+            if not self._missing(prompt):
+                run = self._runs[prompt]
+                self.model.prefixes.keep(run[: len(run) - self.lag], node)
 
-    def _open(self, responses: Sequence[Response]) -> None:
+    def _hold(self, prompt: RewardPrompt, node: int, length: int) -> None:
+        """The node, which holds so many ids of the prompt's run, is what is in the tree of it."""
+        run = self._runs[prompt]
+        ids = run if length == len(run) - self.lag else run[:length]
+        self._drop(self._prefixes[prompt])
+        self._prefixes[prompt] = Encoded(node, ids, [0.0] * len(ids))
+
+    def _join_prompts(self, responses: Sequence[Response]) -> None:
         """Give each new response the node of its prompt, encoding what of prompts is not in the tree."""
         fresh = [response for response in dict.fromkeys(responses) if response not in self._responses]
-        prompts = dict.fromkeys(response.prompt for response in fresh)
-        lengths = {prompt: len(self._runs[prompt]) for prompt in prompts}
-        missing = sorted((prompt for prompt in prompts if self._missing(prompt)), key=lengths.__getitem__)
-        while missing:
-            batch = [missing.pop()]
-            room = self.model.tree.free_slots - lengths[batch[0]]
-            while missing and room >= lengths[missing[-1]]:
-                batch.append(missing.pop())
-                room -= lengths[batch[-1]]
-            self._make_room(lengths[batch[0]], keep=set())
+        waiting = list(dict.fromkeys(response.prompt for response in fresh))
+        while waiting := self._unread(waiting):
+            now = {prompt: len(self._missing(prompt)) for prompt in self._first_of_each(waiting)}
+            longest, *others = sorted(now, key=now.__getitem__, reverse=True)
+            batch, tokens = [longest], now[longest]
+            for prompt in others:
+                if self._has_room(tokens + now[prompt]):
+                    batch.append(prompt)
+                    tokens += now[prompt]
+            self._make_room(tokens, keep=set(), reading=longest)
             self._encode_prompts({prompt: self._missing(prompt) for prompt in batch})
+            waiting = [prompt for prompt in waiting if prompt not in batch]
         for response in fresh:
             self._share(self._prefixes[response.prompt], response)
 
@@ -201,7 +245,7 @@ class TreeCache:
                 before = known.get(response, shared)
                 after = min(before, shared)
                 grown = new + len(text.ids) + len(text.tail) - after + (before - after) * rows[response]
-                if stop > start and grown > min(limit, self.model.tree.free_slots):
+                if stop > start and (grown > limit or not self._has_room(grown)):
                     break
                 stop, new, known[response] = stop + 1, grown, after
                 rows[response] += 1
@@ -270,17 +314,23 @@ class TreeCache:
         encoded = self._completions[text.completion] = Encoded(node, text.ids, values)
         return encoded
 
-    def _make_room(self, slots: int, keep: set[Response]) -> None:
-        """Drop cached runs until ``slots`` are free: rejected and waiting candidates, idle prompts, other responses."""
-        tree = self.model.tree
-        if tree.free_slots >= slots:
+    def _has_room(self, slots: int) -> bool:
+        """Whether so many slots are free, once kept prefixes have made way."""
+        self.model.prefixes.make_room(slots)
+        return self.model.tree.free_slots >= slots
+
+    def _make_room(self, slots: int, keep: set[Response], reading: RewardPrompt | None = None) -> None:
+        """Drop cached runs until ``slots`` are free: kept prefixes, rejected and waiting candidates, idle prompts,
+        other responses.
+        """
+        if self._has_room(slots):
             return
         for completion in list(self._completions):
             self.discard(completion)
-        idle = [encoded for encoded in self._prefixes.values() if encoded.node >= 0]
+        idle = [encoded for prompt, encoded in self._prefixes.items() if encoded.node >= 0 and prompt is not reading]
         others = [encoded for response, encoded in self._responses.items() if response not in keep]
         for encoded in idle + others:
-            if tree.free_slots >= slots:
+            if self.model.tree.free_slots >= slots:
                 return
             self._drop(encoded)
 

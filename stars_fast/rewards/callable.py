@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ class CallableReward(Reward):
         Called by keyword with those of ``prompts``, ``completions``, ``completion_ids`` and the columns that it can
         take. Chats arrive as message lists, their completions as ``[{"role": "assistant", "content": text}]``; where a
         chat ends with the beginning of the answer, that stands in the completion and not in the prompt. What an async
-        one keeps between calls (clients, locks) stays good: a call of the engine has one event loop.
+        one keeps between calls (clients, locks) stays good: a session of the engine has one event loop.
     tokenizer : transformers tokenizer, optional
         The policy's. Without one, prompts and completions are lists of ids.
     """
@@ -44,9 +47,9 @@ class CallableReward(Reward):
         self._loop: _LoopThread | None = None
 
     def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
-        columns = prompts[0].columns if prompts else {}
-        for name in self._required:
-            if name not in _OWN_ARGUMENTS and name not in columns:
+        needed = [name for name in self._required if name not in _OWN_ARGUMENTS]
+        for name in needed:
+            if any(name not in prompt.columns for prompt in prompts):
                 raise ValueError(
                     f"the reward function needs {name!r}, which is neither prompts, completions or completion_ids nor "
                     f"a column: pass columns={{{name!r}: one value per prompt}}, or give the parameter a default"
@@ -57,18 +60,41 @@ class CallableReward(Reward):
     ) -> None:
         self._enter_call()
 
+    def open(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> None:
+        self.check(prompts, max_new_tokens, None)
+
     def end(self) -> None:
         if self._leave_call() and self._loop is not None:
             self._loop.close()
             self._loop = None
 
-    def score(self, completions: Sequence[Completion]) -> Sequence[float | None]:
+    def score(self, completions: Sequence[Completion]) -> Sequence[float | None] | torch.Tensor:
+        groups: dict[tuple[str, ...], list[int]] = {}  # one call serves those with the same columns
+        for place, completion in enumerate(completions):
+            names = tuple(name for name in sorted(completion.response.prompt.columns) if self._takes(name))
+            groups.setdefault(names, []).append(place)
+        if len(groups) == 1:
+            (names,) = groups
+            return self._call(completions, names)
+        rewards: list[float | None] = [None] * len(completions)
+        for names, places in groups.items():
+            values = list(self._call([completions[place] for place in places], names))
+            if len(values) != len(places):
+                raise ValueError(f"the reward returned {len(values)} values for {len(places)} completions")
+            for place, value in zip(places, values, strict=True):
+                rewards[place] = value
+        return rewards
+
+    def _takes(self, name: str) -> bool:
+        return self._takes_all or name in self._names or any(name == p.name for p in self._positional)
+
+    def _call(self, completions: Sequence[Completion], columns: Sequence[str]) -> Sequence[float | None] | torch.Tensor:
         arguments: dict[str, Any] = {
             "prompts": [self._prompt(c) for c in completions],
             "completions": [self._completion(c) for c in completions],
             "completion_ids": [c.tokens for c in completions],
         }
-        for name in completions[0].response.prompt.columns:
+        for name in columns:
             arguments[name] = [c.response.prompt.columns[name] for c in completions]
         positional = [arguments.pop(p.name, p.default) for p in self._positional]
         keywords = arguments if self._takes_all else {k: v for k, v in arguments.items() if k in self._names}
@@ -77,6 +103,9 @@ class CallableReward(Reward):
 
     def _wait(self, awaitable: Awaitable[Any]) -> Any:
         if self._calls:  # from begin to end: one loop for all
+            if self._loop is not None and not self._loop.runs:
+                self._loop.close()
+                self._loop = None
             self._loop = self._loop or _LoopThread()
             return self._loop.wait(awaitable)
         loop = _LoopThread()
@@ -106,38 +135,72 @@ def _is_messages(source: Any) -> bool:
     return isinstance(source, list) and bool(source) and isinstance(source[0], dict)
 
 
+# Loops of a parent process: to close one in its child would reach into the parent's.
+_left_to_parent: list[_LoopThread] = []
+
+
 class _LoopThread:
     """An event loop on a thread of its own, so that one may already run on the caller's (a notebook)."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._ended: Future[BaseException | None] = Future()
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="stars-fast-reward", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
+        cause = None
         with torch.no_grad():  # torch keeps this per thread
-            self._loop.run_forever()
+            try:
+                self._loop.run_forever()
+            except BaseException as error:  # of a task: asyncio lets SystemExit end the loop
+                cause = error
+            self._ended.set_result(cause)
+            with suppress(BaseException):
+                self._loop.run_until_complete(self._wind_up())
+            self._loop.close()
+
+    @property
+    def runs(self) -> bool:
+        """Whether it can wait for anything: neither ended by what ran in it, nor left behind by a fork."""
+        return self._process == os.getpid() and not self._ended.done()
 
     def wait(self, awaitable: Awaitable[Any]) -> Any:
-        """The awaitable's result; it is cancelled where waiting is interrupted."""
+        """The awaitable's result; it is cancelled where waiting is interrupted.
+
+        Raises
+        ------
+        RuntimeError
+            For an awaitable that exits or stops the loop.
+        """
 
         async def result() -> Any:
-            return await awaitable
+            try:
+                return await awaitable
+            except (SystemExit, KeyboardInterrupt) as error:
+                raise RuntimeError(f"it raised {type(error).__name__}: {error}") from error
 
         future = asyncio.run_coroutine_threadsafe(result(), self._loop)
         try:
-            return future.result()
+            wait([future, self._ended], return_when=FIRST_COMPLETED)
         except BaseException:
             future.cancel()
             raise
+        if not future.done():
+            cause = self._ended.result()
+            raise RuntimeError(f"it stopped its event loop{f' by {type(cause).__name__}' if cause else ''}")
+        return future.result()
 
     def close(self) -> None:
         """Cancel what still runs, and end the thread."""
-        asyncio.run_coroutine_threadsafe(self._wind_up(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        if self._process != os.getpid():
+            _left_to_parent.append(self)
+            return
+        with suppress(RuntimeError):  # it has ended by itself
+            self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.close()
 
     async def _wind_up(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}

@@ -61,7 +61,7 @@ class ClassifierReward(RenderedReward):
         tail: str | Sequence[int] = "auto",
     ) -> None:
         self._check_labels(model)
-        self.rendering = Rendering(tokenizer, policy_tokenizer, tail)
+        self._given = Rendering(tokenizer, policy_tokenizer, tail)
         self.model = model
         refuse_dynamic_rope(model, "reward")
         refuse_offloaded(model, "reward")
@@ -115,13 +115,14 @@ class ClassifierReward(RenderedReward):
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return most_tokens(self.model, limit)
 
-    def prepare(self, policy_tokenizer: Any) -> None:
-        given = self.rendering
-        if given.policy_tokenizer is None and policy_tokenizer is not None:
-            self.rendering = Rendering(given.tokenizer, policy_tokenizer, given.tail)
+    def make_rendering(self, policy_tokenizer: Any) -> Rendering:
+        given = self._given
+        if given.policy_tokenizer is not None or policy_tokenizer is None:
+            return given
+        return Rendering(given.tokenizer, policy_tokenizer, given.tail)
 
     def check_vocabulary(self, policy_ids: int, policy: PreTrainedModel) -> None:
-        if self.rendering.tokenizer is not None:
+        if self._given.tokenizer is not None:
             return
         if self.vocab_size < policy_ids:
             raise ValueError(
@@ -151,15 +152,15 @@ class ClassifierReward(RenderedReward):
             )
             self._warned = True
 
-    def score(self, completions: Sequence[Completion]) -> list[float]:
+    def score(self, completions: Sequence[Completion]) -> list[float] | torch.Tensor:
         if self.tree_model is not None:
             return super().score(completions)
         texts = [text.ids + text.tail for text in self.texts(completions)]
         self.tokens += sum(len(ids) for ids in texts)
         return score_in_full(self.model, texts)
 
-    def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> list[float]:
-        rewards: list[float] = self.head(features)[:, 0].float().tolist()
+    def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> torch.Tensor:
+        rewards: torch.Tensor = self.head(features)[:, 0].float()
         return rewards
 
 

@@ -86,17 +86,17 @@ class ImplicitReward(RenderedReward):
             )
         warn_of_foreign_ids(policy, self.caches[0].model.model, "ImplicitReward(..., tokenizer=)")
 
-    def prepare(self, policy_tokenizer: Any) -> None:
-        self.rendering = Rendering(self.tokenizer, policy_tokenizer, "none")
+    def make_rendering(self, policy_tokenizer: Any) -> Rendering:
+        return Rendering(self.tokenizer, policy_tokenizer, "none")
 
     def text(self, completion: Completion) -> Text:
-        text = super().text(completion)
-        ids = text.ids
-        if completion.eos and self.rendering.templated and not self.shared_ids:
+        text, prompt = super().text(completion), completion.response.prompt
+        ids, rendering = text.ids, self.rendering(prompt)
+        if completion.eos and rendering.templated and not rendering.shared_ids:
             # An answer that ends is worth something else than one that stops: the models are asked for its end too.
             eos = self.tokenizer.eos_token_id
             ids = [*ids, eos] if eos is not None else ids
-        start = common_prefix(self._contexts[completion.response.prompt].prefix, ids)
+        start = common_prefix(self._contexts[prompt].prefix, ids)
         # Where nothing stands in front of the answer, its first token is not predicted.
         return text._replace(ids=ids, wanted=range(max(start, 1) - 1, len(ids) - 1))
 

@@ -80,14 +80,12 @@ class JudgeReward(RenderedReward):
                 f"a verdict's first token is {bad[0]}, outside the judge's vocabulary of {self.vocab_size}"
             )
 
-    def prepare(self, policy_tokenizer: Any) -> None:
-        given = policy_tokenizer or self.tokenizer
-        self.rendering = _Question(self.tokenizer, given, self.template, self.question)
+    def make_rendering(self, policy_tokenizer: Any) -> Rendering:
+        return _Question(self.tokenizer, policy_tokenizer or self.tokenizer, self.template, self.question)
 
-    def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> list[float]:
+    def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> torch.Tensor:
         yes, no = features[:, self.verdicts].float().T
-        rewards: list[float] = (yes - no).tolist()
-        return rewards
+        return yes - no
 
 
 class _Question(Rendering):

@@ -133,12 +133,11 @@ class ProcessReward(RenderedReward):
 
     # What they share
 
-    @property
-    def shared_ids(self) -> bool:
+    def shares_ids(self, prompt: RewardPrompt) -> bool:
         return False  # a step's text is tokenised anew
 
-    def prepare(self, policy_tokenizer: Any) -> None:
-        self.rendering = Rendering(self.tokenizer, policy_tokenizer or self.tokenizer, "none")
+    def make_rendering(self, policy_tokenizer: Any) -> Rendering:
+        return Rendering(self.tokenizer, policy_tokenizer or self.tokenizer, "none")
 
     def text(self, completion: Completion) -> Text:
         steps = self._committed_steps(completion)
@@ -212,8 +211,9 @@ class _StepTokens(ProcessReward):
         self.head, self.mark, self.system = head, [mark], system
 
     def context(self, prompt: RewardPrompt) -> Context:
-        messages = self.rendering.messages(prompt)
-        if not self.rendering.templated:
+        rendering = self.rendering(prompt)
+        messages = rendering.messages(prompt)
+        if not rendering.templated:
             return Context(encode_start(self.tokenizer, "\n\n".join(turn["content"] for turn in messages) + "\n"), [])
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
@@ -233,7 +233,7 @@ class _Labels(ProcessReward):
         self.labels = [encode(tokenizer, label)[-1] for label in (good, bad)]
         if self.labels[0] == self.labels[1]:
             raise ValueError(f"good={good!r} and bad={bad!r} end with the same token, {self.labels[0]}")
-        _, _, mark, link = self._rendered([{"role": "user", "content": "a"}])
+        _, _, mark, link = self._shown([{"role": "user", "content": "a"}])
         self.mark, self.link = encode(tokenizer, mark), [*encode(tokenizer, good), *encode(tokenizer, link)]
         self._check_joints(good)
 
@@ -243,7 +243,7 @@ class _Labels(ProcessReward):
         turns = [{"role": "user", "content": f"1 + 1? {steps[0]}"}, {"role": "assistant", "content": good}]
         turns += [{"role": "user", "content": steps[1]}, {"role": "assistant", "content": good}]
         whole = self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-        before, own_start, _, _ = self._rendered([{"role": "user", "content": "1 + 1?"}])
+        before, own_start, _, _ = self._shown([{"role": "user", "content": "1 + 1?"}])
         joined = self._with_step(self._with_step(_NO_STEPS, steps[0]), steps[1]).ids
         joined = encode_turn(self.tokenizer, before, own_start) + joined
         if whole[: len(joined)] != joined:
@@ -255,10 +255,10 @@ class _Labels(ProcessReward):
             )
 
     def context(self, prompt: RewardPrompt) -> Context:
-        before, own_start, _, _ = self._rendered(self.rendering.messages(prompt))
+        before, own_start, _, _ = self._shown(self.rendering(prompt).messages(prompt))
         return Context(encode_turn(self.tokenizer, before, own_start), [])
 
-    def _rendered(self, messages: Messages) -> tuple[str, bool, str, str]:
+    def _shown(self, messages: Messages) -> tuple[str, bool, str, str]:
         """Around the steps and labels of a chat: what is in front of the first step (and whether a bos is in it),
         between a step and its label, and between that and the next step."""
         question = {"role": "user", "content": f"{messages[-1]['content']} {SENTINEL}"}

@@ -101,9 +101,18 @@ class ArmoRMReward(RenderedReward):
         self._gates: dict[RewardPrompt, torch.Tensor] = {}  # [A]
         self._start([TreeCache(checked(TreeModel(self.model, base, "reward")))])
 
-    def prepare(self, policy_tokenizer: Any) -> None:
-        self.rendering = Rendering(self.tokenizer, policy_tokenizer, "auto")
-        self._gates = {}
+    def make_rendering(self, policy_tokenizer: Any) -> Rendering:
+        return Rendering(self.tokenizer, policy_tokenizer, "auto")
+
+    def forget(self, prompts: Sequence[RewardPrompt]) -> None:
+        super().forget(prompts)
+        for prompt in prompts:
+            self._gates.pop(prompt, None)
+
+    def end(self) -> None:
+        super().end()
+        if not self._calls:
+            self._gates.clear()
 
     def context(self, prompt: RewardPrompt) -> Context:
         context = super().context(prompt)
@@ -129,7 +138,7 @@ class ArmoRMReward(RenderedReward):
         gate = [] if prompt in self._gates else [self._gate_position(self._contexts[prompt])]
         return text._replace(wanted=[*gate, last])
 
-    def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> list[float]:
+    def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> torch.Tensor:
         lasts, gates, place = [], [], 0
         for row in rows:
             prompt = texts[row.place].completion.response.prompt
@@ -139,5 +148,5 @@ class ArmoRMReward(RenderedReward):
             lasts.append(place - 1)
             gates.append(self._gates[prompt])
         rewards = self.model.regression_layer(features[lasts]) @ self.model.reward_transform_matrix  # [R, A]
-        scores: list[float] = (torch.stack(gates) * rewards).sum(-1).float().tolist()
+        scores: torch.Tensor = (torch.stack(gates) * rewards).sum(-1).float()
         return scores

@@ -52,11 +52,12 @@ class RuleReward(Reward):
                 name = repr(rule.pattern) if isinstance(rule, re.Pattern) else getattr(rule, "__name__", repr(rule))
                 raise ValueError(f"the rule {name} has weight {weight}: must be finite, or -inf to reject")
 
-    def begin(
-        self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
-    ) -> None:
+    def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
         if self.patterns and any(prompt.tokenizer is None for prompt in prompts):
             raise ValueError("RuleReward's patterns are matched against text: pass tokenizer=")
+
+    def open(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> None:
+        self.check(prompts, max_new_tokens, None)
 
     def score(self, completions: Sequence[Completion]) -> list[float]:
         return [self._score(completion) for completion in completions]

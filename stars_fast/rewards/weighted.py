@@ -109,6 +109,24 @@ class WeightedSum(Reward):
             self._begun.append(part)  # first: a begin that raises is ended, too
             part.reward.begin(prompts, max_new_tokens, rows, kv_cache_tokens)
 
+    def open(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> None:
+        opened: list[_Part] = []
+        try:
+            for part in self._parts:
+                part.reward.open(prompts, max_new_tokens)
+                opened.append(part)
+        except BaseException:
+            for part in opened:
+                part.reward.forget(prompts)
+            raise
+
+    def fits(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> bool:
+        return all(part.reward.fits(prompts, max_new_tokens) for part in self._parts)
+
+    def forget(self, prompts: Sequence[RewardPrompt]) -> None:
+        for part in self._parts:
+            part.reward.forget(prompts)
+
     def read_ahead(self, prompts: Sequence[RewardPrompt], most: int) -> Sequence[RewardPrompt]:
         asked = [part for part in self._parts if part.reward.partial]
         left = [prompt for part in asked for prompt in part.reward.read_ahead(prompts, most)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +15,11 @@ from stars_fast.tree.passes import MOST_TOKENS
 # Of the memory that is free when the pool is made, where no engine has divided the device; the rest is for activations
 # and for everybody else.
 _SHARE_OF_FREE_MEMORY = 0.4
+# Of the physical memory, where a machine does not tell what is free (macOS).
+_SHARE_OF_PHYSICAL_MEMORY = 0.5
+# Where it does not even tell that.
+_UNKNOWN_MEMORY = 4 << 30
+_ROOT = Path("/")
 # Tokens of the largest forward pass: a scoring pass of a reward model, a prefill is smaller.
 _PACKED_TOKENS = 16384
 # Of a token a layer holds at once: residual, norms in float32, queries, keys, values, attention; gate, up, product.
@@ -24,11 +30,62 @@ _bounds: WeakKeyDictionary[TreeModel, int] = WeakKeyDictionary()
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a CUDA device, what torch's allocator keeps in reserve included, or of the machine."""
+    """Free memory of a CUDA device, what torch's allocator keeps in reserve included, or of the machine, as far as its
+    container may use it.
+    """
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserve
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4 << 30
+    limits = [*_available(), *_left_to_container()]
+    if limits:
+        return max(min(limits), 0)
+    try:
+        return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _SHARE_OF_PHYSICAL_MEMORY)
+    except (AttributeError, ValueError, OSError):
+        return _UNKNOWN_MEMORY
+
+
+def _available() -> Iterator[int]:
+    """What Linux says could be had without swapping."""
+    for name, value in _numbers(_ROOT / "proc/meminfo"):
+        if name == "MemAvailable:":
+            yield value << 10
+
+
+def _left_to_container() -> Iterator[int]:
+    """What each control group that this process is in leaves of its limit."""
+    try:
+        groups = (_ROOT / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for number, controllers, path in (line.split(":", 2) for line in groups):
+        if "memory" in controllers.split(","):  # version 1
+            top = _ROOT / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        elif number == "0":
+            top, names = _ROOT / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        else:
+            continue
+        here = top / path.lstrip("/")
+        # A container may see its own group as the top, or all of them.
+        for group in {top, *(parent for parent in (here, *here.parents) if top in parent.parents)}:
+            try:
+                limit, usage = (int((group / name).read_text()) for name in names[:2])
+            except (OSError, ValueError):  # no such group, or "max"
+                continue
+            # Files that were read and may be dropped count as used: weights, above all.
+            yield limit - usage + dict(_numbers(group / "memory.stat")).get(names[2], 0)
+
+
+def _numbers(path: Path) -> Iterator[tuple[str, int]]:
+    """Names and values of a file that has one pair a line."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return
+    for words in map(str.split, lines):
+        if len(words) >= 2 and words[1].isdigit():
+            yield words[0], int(words[1])
 
 
 def default_tokens(model: TreeModel, rows: int, tokens_per_row: int) -> int:

@@ -17,6 +17,7 @@ from stars_fast.ops import check_supported
 from stars_fast.tree.attention import NAME, ShapeRecorder, TreeContext, active, causal_probe, plugged
 from stars_fast.tree.graphs import Graphs
 from stars_fast.tree.passes import MOST_TOKENS, WORTH_CAPTURING, Pass, PassShape
+from stars_fast.tree.prefixes import Prefixes
 from stars_fast.tree.segment_tree import SegmentTree, TreePlan, plan
 from stars_fast.tree.slots import SlotPool
 from stars_fast.tree.support import described, hidden_window, max_positions, place, refuse_unsupported, vocabulary
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # A packed prefill is cut into pieces of this many tokens a row, so that a long prompt's scores fit in memory.
 PREFILL_CHUNK = 512
+# Shapes of small passes whose meetings are counted; those met least often are forgotten.
+_MOST_SHAPES = 512
 
 
 class TreeModel:
@@ -80,7 +83,7 @@ class TreeModel:
         if hidden is not None:
             self.max_positions = min(self.max_positions or hidden, hidden)
         self.pool = SlotPool({}, 1, self.dtype, self.device)
-        self.tree = SegmentTree(1)
+        self._plant(1)
         self.pools_made = 0
         self.graphs = Graphs(self, False)
         self.torch_compile = False
@@ -139,23 +142,27 @@ class TreeModel:
             self.pool = SlotPool({}, 1, self.dtype, self.device)  # free the old one before making the new
             self.pool = SlotPool(self.shapes, tokens + 1, self.dtype, self.device)
             self.pools_made += 1
-        self.tree = SegmentTree(tokens + 1)
+        self._plant(tokens + 1)
         self.graphs.refresh()
 
     def clear(self) -> None:
         """Drop everything the tree holds, whoever holds it."""
-        self.tree = SegmentTree(self.tree.capacity)
+        self._plant(self.tree.capacity)
+
+    def _plant(self, slots: int) -> None:
+        """An empty tree, of which no prefixes are kept."""
+        self.tree = SegmentTree(slots)
+        self.prefixes = Prefixes(self.tree)
 
     def plan(self, leaves: Sequence[int], rows: Sequence[int], new_slots: Sequence[int]) -> TreePlan:
-        """Fork ``rows[g]`` branches of ``leaves[g]`` (-1: from nothing), branch b with ``new_slots[b]`` slots."""
+        """Fork ``rows[g]`` branches of ``leaves[g]`` (-1: from nothing), branch b with ``new_slots[b]`` slots.
+
+        Kept prefixes (:attr:`prefixes`) make way where these are not free.
+        """
         as_array = np.asarray
-        return plan(
-            self.tree,
-            as_array(leaves, dtype=np.int64),
-            as_array(rows, dtype=np.int32),
-            as_array(new_slots, dtype=np.int32),
-            self.device,
-        )
+        slots = as_array(new_slots, dtype=np.int32)
+        self.prefixes.make_room(int(slots.sum()))
+        return plan(self.tree, as_array(leaves, dtype=np.int64), as_array(rows, dtype=np.int32), slots, self.device)
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, context: TreeContext, **kwargs: Any) -> Any:
         """One packed forward pass. ids, positions ``[T]`` int64; returns the body's output, batch size 1."""
@@ -254,6 +261,8 @@ class TreeModel:
             return None
         shape = PassShape.padded(plan, lengths, rows, logits)
         self._met[shape] += 1
+        if len(self._met) > _MOST_SHAPES:
+            self._met = Counter(dict(self._met.most_common(_MOST_SHAPES // 2)))
         if self._met[shape] < WORTH_CAPTURING and shape not in self.graphs:
             return Pass(self, shape)
         try:

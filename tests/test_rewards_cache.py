@@ -15,7 +15,8 @@ def test_texts_that_cut_their_response_short_are_counted_with_what_the_others_th
     reward = tiny_reward(32)
     cache = TreeCache(TreeModel(reward, reward.model, "reward"))
     prompt = RewardPrompt(0, [1, 2], [1, 2])
-    cache.begin({prompt: [1, 2]}, 4, 30, 60)
+    cache.begin(4, 30, 60)
+    cache.open({prompt: [1, 2]})
     response, long = Response(prompt), [1, 2, *range(3, 21)]
     with torch.no_grad():
         first = Completion(response, long[2:])
@@ -76,7 +77,8 @@ def test_a_prompt_read_ahead_is_the_prompt_read_at_once(lag):
     found = []
     for most in (1000, 7):
         cache = TreeCache(TreeModel(reward, reward.model, "reward"), lag=lag)
-        cache.begin(dict(zip(prompts, PROMPTS, strict=True)), 8, 40, 200)
+        cache.begin(8, 40, 200)
+        cache.open(dict(zip(prompts, PROMPTS, strict=True)))
         with torch.no_grad():
             rounds = 0
             while left := cache.read_ahead(prompts, most):
@@ -99,7 +101,8 @@ def test_what_finds_no_slots_ahead_is_read_when_it_is_needed():
     reward = tiny_reward(32, hidden=32)
     cache = TreeCache(TreeModel(reward, reward.model, "reward"))
     prompts = [RewardPrompt(i, ids, ids) for i, ids in enumerate(PROMPTS[:4])]
-    cache.begin(dict(zip(prompts, PROMPTS, strict=False)), 1, 40, 40)
+    cache.begin(1, 40, 40)
+    cache.open(dict(zip(prompts, PROMPTS, strict=False)))
     with torch.no_grad():
         assert cache.read_ahead(prompts, 1000) == []
         assert cache.tokens == 40

@@ -1,11 +1,15 @@
-"""Reward models that make more of a row than their head's value at its last token, and rows they cannot take."""
+"""Reward models of one label, scored on the tree where that gives their own value, else in full."""
 
 import warnings
 
 import pytest
 import torch
 from conftest import tiny_policy, tiny_reward, tiny_tokenizer
+from histories import assert_scores, fresh
+from tiny_tokenizers import byte_bpe, models_for
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     Gemma3TextConfig,
     Gemma3TextForSequenceClassification,
     GPT2Config,
@@ -15,8 +19,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from stars_fast import StarsConfig, StarsEngine
-from stars_fast.rewards import ClassifierReward, Completion, Response, RewardPrompt
+from stars_fast import StarsConfig, StarsEngine, demo
+from stars_fast.rewards import ClassifierReward, Completion, ImplicitReward, Response, RewardPrompt, WeightedSum
 from stars_fast.rewards.classifier import score_in_full
 
 VOCAB = 32
@@ -201,10 +205,11 @@ def test_positions_are_checked_before_anything_runs_and_before_each_score(model)
 def test_shared_ids_must_leave_room_for_the_answer_and_the_tail(tail):
     reward = ClassifierReward(tiny_reward(VOCAB, positions=24), tail=tail)
     fits = 24 - 16 - (2 if tail != "none" else 0)
-    reward.begin([RewardPrompt(0, [1] * fits, [1] * fits)], 16, 2, None)
-    reward.end()
+    prompts = [RewardPrompt(0, [1] * length, [1] * length) for length in (fits, fits + 1)]
+    reward.begin(prompts, 16, 2, None)
+    reward.open(prompts[:1], 16)
     with pytest.raises(ValueError, match=r"prompts\[0\].*positions limit of 24"):
-        reward.begin([RewardPrompt(0, [1] * (fits + 1), [1] * (fits + 1))], 16, 2, None)
+        reward.open(prompts[1:], 16)
     reward.end()
 
 
@@ -216,6 +221,7 @@ def test_an_id_the_reward_has_no_embedding_for_ends_that_request_alone():
     assert "outside the reward model's vocabulary of 32" in out.errors[0]
     scorer = ClassifierReward(reward)
     scorer.begin([prompt := RewardPrompt(0, [1], [1])], 8, 2, None)
+    scorer.open([prompt], 8)
     with pytest.raises(ValueError, match="holds id 32, outside"):
         scorer.score([Completion(Response(prompt), [5, 32])])
     scorer.end()
@@ -224,3 +230,111 @@ def test_an_id_the_reward_has_no_embedding_for_ends_that_request_alone():
 def test_a_tail_outside_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match="reward_tail holds id 99"):
         StarsEngine(tiny_policy(VOCAB), tiny_reward(VOCAB), reward_tail=[99]).generate(PROMPTS, CONFIG)
+
+
+# Which way
+
+
+@pytest.mark.parametrize("tail", ["auto", "none", [3, 4, 5]], ids=str)
+def test_shared_ids_are_scored_as_they_are_with_the_tail_behind_them(policy32, reward32, tail):
+    prompts = [[5, 6, 7], [8]]
+    out = StarsEngine(policy32, reward32, reward_tail=tail).generate(prompts, CONFIG, seed=0, num_return_sequences=4)
+    assert "stop" in out.finish_reasons
+    after = tail if isinstance(tail, list) else []
+
+    def expected(i, tokens, finished):
+        ended = after and tokens[-1] == 31  # an EOS gives way to the tail
+        return fresh(reward32, prompts[i] + (tokens[:-1] if ended else tokens) + after)
+
+    assert_scores(out, expected, samples=4)
+
+
+def test_a_bidirectional_reward_reads_the_whole_text_every_time():
+    ours, theirs = byte_bpe(263 + 40), byte_bpe(263 + 90, add_bos=True)
+    policy, _ = models_for(ours)
+    config = BertConfig(
+        vocab_size=len(theirs),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        num_labels=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        reward = BertForSequenceClassification(config).train()  # dropout must be off while scoring
+    engine = StarsEngine(policy, reward, tokenizer=ours, reward_tokenizer=theirs)
+    with pytest.warns(UserWarning, match=r"BertForSequenceClassification is scored in full .* bidirectional"):
+        out = engine.generate(["the cat", "a dog sat on"], CONFIG, seed=0, ignore_eos=True, target_reward=3.0)
+    assert reward.training
+    reward.eval()
+
+    @torch.no_grad()
+    def expected(i, tokens, finished):
+        text = ours.decode(tokens, skip_special_tokens=True)
+        text = ["the cat", "a dog sat on"][i] + (text if finished else text.rstrip("\ufffd"))
+        return reward(**theirs(text, return_tensors="pt", return_token_type_ids=False)).logits.item()
+
+    assert_scores(out, expected)
+
+
+# Ids of another tokenizer
+
+
+def another(policy_ids=(1, 2), reward_ids=(1, 2), more=0):
+    """Two models by their bos and eos ids, the reward model with more embeddings."""
+    names = ("bos_token_id", "eos_token_id")
+    policy = tiny_policy(32, **dict(zip(names, policy_ids, strict=True)))
+    return policy, tiny_reward(32 + more, **dict(zip(names, reward_ids, strict=True)))
+
+
+def of_a_classifier(policy, reward):
+    return reward
+
+
+def of_a_weighted_sum(policy, reward):
+    return WeightedSum({"liked": (1.0, ClassifierReward(reward))})
+
+
+def of_an_implicit_pair(policy, reward):
+    fields = {name: getattr(reward.config, name) for name in ("bos_token_id", "eos_token_id")}
+    return ImplicitReward(*(tiny_policy(reward.config.vocab_size, seed=seed, **fields) for seed in (2, 3)))
+
+
+@pytest.mark.parametrize("kind", [of_a_classifier, of_a_weighted_sum, of_an_implicit_pair])
+@pytest.mark.parametrize(
+    "models, found",
+    [
+        (another(more=1000), "1032 embeddings, the policy 32"),
+        (another((1, 2), (0, [3, 4])), r"ids \[0\] and \[3, 4\], the policy \[1\] and \[2\]"),
+    ],
+    ids=["size", "ends"],
+)
+def test_a_reward_model_of_another_tokenizers_ids_is_warned_of(models, found, kind):
+    policy, reward = models
+    with pytest.warns(UserWarning, match=f"{found}.*tokenizer=.* of its own"):
+        StarsEngine(policy, kind(policy, reward))
+
+
+@pytest.mark.parametrize(
+    "models",
+    [another(more=399), another((1, 2), (1, 3)), another((1, 2), (None, 3)), another((1, 2), (0, [2, 3]))],
+    ids=["padding", "another eos", "no bos", "an eos in common"],
+)
+def test_reward_models_of_the_same_family_are_not_warned_of(models, recwarn):
+    StarsEngine(*models)
+    assert not recwarn.list
+
+
+def test_the_demo_models_are_not_warned_of(recwarn):
+    policy, reward, tokenizer = demo.load()
+    StarsEngine(policy, reward, tokenizer=tokenizer)
+    assert not recwarn.list
+
+
+def test_a_reward_model_with_a_tokenizer_of_its_own_is_not_warned_of(tokenizer32, recwarn):
+    policy, reward = another(more=1000)
+    StarsEngine(policy, reward, tokenizer=tokenizer32, reward_tokenizer=tiny_tokenizer(40))
+    assert not recwarn.list

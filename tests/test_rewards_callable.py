@@ -1,0 +1,179 @@
+"""A function as the reward: called with what it takes, sync or async, and what it does wrong is told."""
+
+import asyncio
+import copy
+import threading
+
+import pytest
+import torch
+from conftest import sum_reward
+
+from stars_fast import StarsConfig, StarsEngine
+from stars_fast.rewards import CallableReward, Completion, Response, RewardPrompt
+
+CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14)
+PROMPTS = [[5, 6, 7], [8]]
+
+
+# What it is called with
+
+
+def expect_same_text(policy, reward, **kwargs):
+    plain = StarsEngine(policy, sum_reward).generate(PROMPTS, CONFIG, seed=0)
+    out = StarsEngine(policy, reward).generate(PROMPTS, CONFIG, seed=0, **kwargs)
+    assert out.completions == plain.completions
+
+
+def of(completions):
+    return sum_reward(completions)
+
+
+SIGNATURES = {
+    "completions": lambda completions: of(completions),
+    "prompts, completions": lambda prompts, completions: of(completions),
+    "completion_ids": lambda completion_ids: of(completion_ids),
+    "prompts, **kwargs": lambda prompts, **kwargs: of(kwargs["completions"]),
+    "positional only": lambda prompts, completions, /: of(completions),
+    "keyword only": lambda *, completion_ids, prompts: of(completion_ids),
+    "defaults": lambda completions, trainer_state=None, log_extra=None: of(completions),
+    "a column": lambda completions, bonus: [r + b for r, b in zip(of(completions), bonus, strict=True)],
+}
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_a_function_is_called_with_what_it_takes(policy32, signature):
+    expect_same_text(policy32, SIGNATURES[signature], columns={"bonus": [0.0, 0.0], "unused": ["a", "b"]})
+
+
+def test_columns_reach_the_completions_of_their_prompt(policy32):
+    seen = set()
+
+    def reward(prompts, completions, answer):
+        seen.update((tuple(prompt), value) for prompt, value in zip(prompts, answer, strict=True))
+        return sum_reward(completions)
+
+    expect_same_text(policy32, reward, columns={"answer": ["x", "y"]})
+    assert seen == {((5, 6, 7), "x"), ((8,), "y")}
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [lambda completions, answer: 0, lambda completions, answer, /: 0, lambda completions, *, answer, extra=1: 0],
+    ids=["by name or place", "by place", "by name"],
+)
+def test_a_function_that_needs_what_nobody_gives_is_refused_before_work_starts(policy32, reward):
+    engine = StarsEngine(policy32, reward)
+    with pytest.raises(ValueError, match=r"'answer'.*columns="):
+        engine.generate(PROMPTS, CONFIG, seed=0, columns={"other": [1, 2]})
+
+
+def test_optional_parameters_by_place_keep_their_places(policy32):
+    def reward(prompts, bonus=0.5, completions=(), /):
+        assert bonus == 0.5
+        return sum_reward(completions)
+
+    expect_same_text(policy32, reward)
+
+
+def test_chats_arrive_as_message_lists(policy32, tokenizer32):
+    chats = [[{"role": "user", "content": "w5 w6"}], [{"role": "user", "content": "w7"}]]
+    calls = []
+
+    def reward(prompts, completions, completion_ids):
+        calls.append((prompts, completions, completion_ids))
+        return sum_reward(completion_ids)
+
+    StarsEngine(policy32, reward, tokenizer=tokenizer32).generate(chats, CONFIG, seed=0)
+    for prompts, completions, ids in calls:
+        assert all(prompt in chats for prompt in prompts)
+        for completion, tokens in zip(completions, ids, strict=True):
+            text = tokenizer32.decode(tokens, skip_special_tokens=True)
+            assert completion == [{"role": "assistant", "content": text}]
+
+
+def test_a_function_sees_an_answer_that_the_prompt_begins_as_from_trl(policy32, tokenizer32):
+    seen = []
+
+    def reward(prompts, completions):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [0.0] * len(prompts)
+
+    chat = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}]
+    tokenizer32 = copy.deepcopy(tokenizer32)
+    tokenizer32.chat_template = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}"
+    out = StarsEngine(policy32, reward, tokenizer=tokenizer32).generate([chat], CONFIG, seed=0, max_new_tokens=2)
+    assert out.sequences[0, :6].tolist() == [1, 5, 6, 2, 1, 7]
+    assert all(prompt == chat[:1] for prompt, _ in seen)
+    contents = [completion[0]["content"] for _, completion in seen]
+    assert "w7" in contents and all(content.startswith("w7") for content in contents)  # the empty answer among them
+
+
+def test_a_function_may_reject_for_good_and_fail_for_some(policy32):
+    def reward(prompts, completions):
+        if [8] in prompts:
+            raise KeyError("eight")
+        return [-float("inf") if 9 in c else r for c, r in zip(completions, sum_reward(completions), strict=True)]
+
+    out = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=0, num_return_sequences=4)
+    assert out.errors[:4] == [None] * 4
+    assert all("KeyError" in error and "eight" in error for error in out.errors[4:])
+    accepted = [segment for row in out.segments for segment in row if segment.accepted]
+    assert all(9 not in segment.tokens for segment in accepted)
+
+
+# Async functions
+
+
+def test_an_async_function_is_awaited_with_and_without_a_running_loop(policy32):
+    """One event loop for a whole call of the engine, so that what is bound to a loop stays good; then it is gone."""
+    loops, threads = [], []
+
+    async def reward(completions):
+        await asyncio.sleep(0)
+        if asyncio.get_running_loop() not in loops:
+            loops.append(asyncio.get_running_loop())
+            threads.append(threading.current_thread())
+        assert not torch.is_grad_enabled()
+        return sum_reward(completions)
+
+    expect_same_text(policy32, reward)
+    assert len(loops) == 1
+
+    async def notebook():
+        expect_same_text(policy32, reward)
+
+    asyncio.run(notebook())
+    assert len(loops) == 2
+    assert all(loop.is_closed() for loop in loops) and not any(thread.is_alive() for thread in threads)
+
+
+def test_an_async_function_can_be_scored_outside_a_call_of_the_engine():
+    async def reward(completions):
+        await asyncio.sleep(0)
+        return sum_reward(completions)
+
+    scorer = CallableReward(reward)
+    for _ in range(2):
+        assert scorer.score([Completion(Response(RewardPrompt(0, [1], [1])), [2, 3])]) == sum_reward([[2, 3]])
+    assert not [thread for thread in threading.enumerate() if thread.name == "stars-fast-reward"]
+
+
+def test_a_task_left_behind_by_an_async_function_ends_with_the_call(policy32):
+    cancelled = []
+
+    async def forever():
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    async def reward(completions):
+        if not cancelled:
+            tasks.append(asyncio.ensure_future(forever()))
+            await asyncio.sleep(0)
+        return sum_reward(completions)
+
+    tasks = []
+    expect_same_text(policy32, reward)
+    assert tasks and len(cancelled) == len(tasks)
