@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from stars_fast.config import StarsConfig, integer, real
+from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.inputs.call import Arguments
 from stars_fast.loop.pilot import (
@@ -21,6 +21,7 @@ from stars_fast.loop.pilot import (
     spread,
     tilted_mean,
 )
+from stars_fast.methods.numbers import integer, real
 
 # Below this, partial rewards say too little about final ones to guide by.
 _GUIDABLE_CORRELATION = 0.3

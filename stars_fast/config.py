@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from stars_fast.methods import METHODS
 from stars_fast.methods.base import Method, method_from
+from stars_fast.methods.numbers import integer, plain, real
 
 CONFIG_NAME = "stars_config.json"
 
@@ -47,6 +46,7 @@ class StarsConfig:
         Most tokens of a completion. Never exceeded.
     temperature, top_k, top_p, min_p, repetition_penalty : optional
         Sampling of the policy. None: the model's own generation_config if it sets the field, else no effect.
+        The temperature is at least 1e-6.
     num_return_sequences : int
         Samples per prompt; their rows are adjacent in the output.
     eos_token_id : int or sequence of int, optional
@@ -101,7 +101,7 @@ class StarsConfig:
                 raise ValueError(f"candidates={self.candidates!r}: give an integer of at least 1, or 'auto'")
             self._put("candidates", integer("candidates", self.candidates, 1))
         self._put("alpha", real("alpha", self.alpha, 0.0, 1.0))
-        self._put("beta", real("beta", self.beta, 0.0, math.inf, open_below=True, open_above=True))
+        self._put("beta", real("beta", self.beta, 0.0, open_below=True, open_above=True))
         for name in ("target_reward", "base_reward"):
             self._put(name, _rewards(name, getattr(self, name)))
         if self.finished_threshold not in ("target", "ramp"):
@@ -116,10 +116,10 @@ class StarsConfig:
         object.__setattr__(self, name, value)
 
     def _check_sampling(self) -> None:
-        greedy = "; greedy decoding (0) leaves nothing to sample from"
         if self.temperature is not None:
-            value = real("temperature", self.temperature, 0.0, math.inf, open_below=True, open_above=True, hint=greedy)
-            self._put("temperature", value)
+            # Logits divided by less overflow, which looks as if the policy were broken.
+            greedy = "; greedy decoding (0) leaves nothing to sample from"
+            self._put("temperature", real("temperature", self.temperature, 1e-6, open_above=True, hint=greedy))
         if self.top_k is not None:
             self._put("top_k", integer("top_k", self.top_k, 0))
         if self.top_p is not None:
@@ -128,12 +128,12 @@ class StarsConfig:
             self._put("min_p", real("min_p", self.min_p, 0.0, 1.0))
         if self.repetition_penalty is not None:
             name = "repetition_penalty"
-            self._put(name, real(name, self.repetition_penalty, 0.0, math.inf, open_below=True, open_above=True))
+            self._put(name, real(name, self.repetition_penalty, 0.0, open_below=True, open_above=True))
 
     def _check_stopping(self) -> None:
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos={self.ignore_eos!r}: must be True or False")
-        eos = _plain(self.eos_token_id)
+        eos = plain(self.eos_token_id)
         if isinstance(eos, Sequence) and not isinstance(eos, str):
             self._put("eos_token_id", tuple(integer("eos_token_id", token, 0) for token in eos))
         elif eos is not None:
@@ -187,56 +187,10 @@ class StarsConfig:
         return cls().replace(**{**json.loads(path.read_text()), **overrides})
 
 
-def integer(name: str, value: Any, least: int) -> int:
-    """The value as an int; TypeError or ValueError, with the argument's name, if it is none or too small."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}={value!r}: must be an integer of at least {least}")
-    if value < least:
-        raise ValueError(f"{name}={value}: must be at least {least}")
-    return int(value)
-
-
-def real(
-    name: str,
-    value: Any,
-    low: float,
-    high: float,
-    *,
-    open_below: bool = False,
-    open_above: bool = False,
-    hint: str = "",
-) -> float:
-    """The value as a float; TypeError or ValueError, with the argument's name, outside the interval."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}={value!r}: must be a number")
-    number = float(value)
-    above = number > low if open_below else number >= low
-    below = number < high if open_above else number <= high
-    if not (above and below):
-        interval = f"{'(' if open_below else '['}{low:g}, {high:g}{')' if open_above else ']'}"
-        raise ValueError(f"{name}={value}: must lie in {interval}{hint}")
-    return number
-
-
-def _plain(value: Any) -> Any:
-    """Tensors and arrays as numbers and lists."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
 def _rewards(name: str, value: Any) -> float | tuple[float, ...] | None:
-    value = _plain(value)
+    value = plain(value)
     if value is None:
         return None
-    if isinstance(value, (str, bytes, bool)) or (not isinstance(value, Real) and not hasattr(value, "__iter__")):
-        raise TypeError(f"{name}={value!r}: must be a number, or a sequence of one number per prompt")
-    if isinstance(value, Real):
-        if math.isnan(value):
-            raise ValueError(f"{name}={value}: must not be NaN")
-        return float(value)
-    values = [_plain(v) for v in value]
-    for index, v in enumerate(values):
-        if isinstance(v, bool) or not isinstance(v, Real):
-            raise TypeError(f"{name}[{index}]={v!r}: must be a number")
-        if math.isnan(v):
-            raise ValueError(f"{name}[{index}]={v}: must not be NaN")
-    return tuple(float(v) for v in values)
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+        return tuple(real(f"{name}[{index}]", one) for index, one in enumerate(value))
+    return real(name, value, hint=", or a sequence of one number per prompt")

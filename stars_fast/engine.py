@@ -22,6 +22,7 @@ from stars_fast.loop.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, Heartbeat
 from stars_fast.loop.scheduler import Scheduler, candidate_slots
 from stars_fast.loop.stream import new_events, progress_bar
 from stars_fast.methods import RSD, Population
+from stars_fast.methods.numbers import integer, real
 from stars_fast.notices import warn
 from stars_fast.outputs import SegmentEvent, StarsOutput
 from stars_fast.policy.policy import Policy
@@ -86,19 +87,15 @@ class StarsEngine:
         cuda_graphs: bool = True,
         torch_compile: bool = True,
     ) -> None:
-        for name, value in (("max_rows", max_rows), ("kv_cache_tokens", kv_cache_tokens)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
-        if type(gpu_memory_utilization) not in (int, float) or not 0 < gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization!r}: must be in (0, 1]")
+        max_rows = None if max_rows is None else integer("max_rows", max_rows, 1)
+        self.kv_cache_tokens = None if kv_cache_tokens is None else integer("kv_cache_tokens", kv_cache_tokens, 1)
+        self.gpu_memory_utilization = real("gpu_memory_utilization", gpu_memory_utilization, 0.0, 1.0, open_below=True)
         model, self.tokenizer = load_policy(policy, tokenizer)
         self.policy = Policy(model, cuda_graphs, torch_compile)
         self.reward: Reward = load_reward(reward, self.tokenizer, reward_tokenizer, reward_tail, model)
         for tree in self.reward.tree_models:
             tree.accelerate(cuda_graphs, torch_compile)
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)
-        self.kv_cache_tokens = kv_cache_tokens
-        self.gpu_memory_utilization = gpu_memory_utilization
         self._draft: Policy | None = None  # kept until another is asked for
         self.costs: dict[str, HeartbeatCost] = {}  # by method; what is learned on this machine serves the next call
         self._busy = False

@@ -3,10 +3,7 @@
 import asyncio
 import dataclasses
 import inspect
-import json
-import math
 import warnings
-from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -47,61 +44,6 @@ def text_engine(policy32, tokenizer32):
 @pytest.fixture(scope="module")
 def out(engine):
     return engine.generate(PROMPTS, CONFIG, seed=3, num_return_sequences=3)
-
-
-# StarsConfig
-
-
-def test_the_config_has_the_promised_fields_and_defaults():
-    promised = {
-        "segment_length": 16,
-        "max_attempts": 20,
-        "target_reward": None,
-        "alpha": 0.5,
-        "beta": 0.7,
-        "candidates": "auto",
-        "finished_threshold": "target",
-        "max_new_tokens": 128,
-        "temperature": None,
-        "top_k": None,
-        "top_p": None,
-        "min_p": None,
-        "repetition_penalty": None,
-        "num_return_sequences": 1,
-        "eos_token_id": None,
-        "ignore_eos": False,
-        "stop_strings": None,
-        "method": "stars",
-    }
-    assert promised.items() <= dataclasses.asdict(StarsConfig()).items()
-
-
-def test_the_config_is_frozen():
-    with pytest.raises(FrozenInstanceError):
-        StarsConfig().beta = 1.0
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"segment_length": 3, "target_reward": 1.25, "candidates": 4, "top_p": 0.9, "ignore_eos": True},
-        {"target_reward": [0.5, -1.0], "eos_token_id": [3, 4], "stop_strings": ["a", "b\n"]},
-        {"finished_threshold": "ramp", "num_return_sequences": 3},
-        {"target_reward": -math.inf},
-    ],
-    ids=str,
-)
-def test_a_saved_config_comes_back_equal(tmp_path, fields):
-    config = StarsConfig(**fields)
-    config.save_pretrained(tmp_path / "new" / "folder")
-    assert StarsConfig.from_pretrained(tmp_path / "new" / "folder") == config
-
-
-def test_a_saved_config_is_json(tmp_path):
-    StarsConfig(beta=0.25).save_pretrained(tmp_path)
-    (file,) = tmp_path.glob("*.json")
-    assert json.loads(file.read_text())["beta"] == 0.25
 
 
 # Signatures

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Integral
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from stars_fast.config import StarsConfig
@@ -18,6 +16,7 @@ from stars_fast.inputs.sampling import as_ids, resolve_sampling
 from stars_fast.loop.pilot import Pilot
 from stars_fast.loop.request import PromptNode, Request, StopTest
 from stars_fast.methods.base import Method
+from stars_fast.methods.numbers import integer, plain
 from stars_fast.methods.persona import PersonaJudge
 from stars_fast.methods.stars import base_reward
 from stars_fast.notices import warn
@@ -246,19 +245,15 @@ def _shared(seed: Any, policy: Policy) -> Any:
 
 def _keys(seed: Any, prompts: int, samples: int) -> list[int]:
     """Key of each output row's random numbers."""
-    if isinstance(seed, (torch.Tensor, np.ndarray)):
-        seed = seed.tolist()
+    seed = plain(seed)
     if seed is None:
         seed = int(torch.randint(0, 2**63 - 1, (), device="cpu"))
-    if isinstance(seed, (bool, str)) or not isinstance(seed, (Integral, Sequence)):
-        raise TypeError(f"seed={seed!r}: must be an integer, or one integer per prompt")
-    if isinstance(seed, Integral):
-        return [philox_key(int(seed), i, j) for i in range(prompts) for j in range(samples)]
+    if not isinstance(seed, Sequence) or isinstance(seed, str):
+        base = integer("seed", seed, hint=", or a sequence of one integer per prompt")
+        return [philox_key(base, i, j) for i in range(prompts) for j in range(samples)]
     _check_per_prompt("seed", seed, prompts)
-    for i, one in enumerate(seed):
-        if isinstance(one, bool) or not isinstance(one, Integral):
-            raise TypeError(f"seed[{i}]={one!r}: must be an integer")
-    return [philox_key(int(one), 0, j) for one in seed for j in range(samples)]
+    seeds = [integer(f"seed[{i}]", one) for i, one in enumerate(seed)]
+    return [philox_key(one, 0, j) for one in seeds for j in range(samples)]
 
 
 def _explicit_rule(config: StarsConfig, prompt: int) -> Rule:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from stars_fast.methods.base import Enumerated, Scored, Scorer, SettingsT
+from stars_fast.methods.numbers import real
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,7 @@ class Mara(Enumerated):
     def __post_init__(self) -> None:
         self._check_least("top_k", 1)
         self._check_least("temperature", 1e-6)
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"mara: top_p={self.top_p} must lie in (0, 1]")
+        object.__setattr__(self, "top_p", real("mara: top_p", self.top_p, 0.0, 1.0, open_below=True))
 
     def rule(self, config: SettingsT) -> SettingsT:
         return super().rule(config.replace(target_reward=0.0, alpha=1.0))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+from stars_fast.methods.numbers import integer, real
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -158,12 +160,9 @@ class Method:
         return {"name": self.name, **self.changed} if self.changed else self.name
 
     def _check_least(self, name: str, least: float) -> None:
-        value = getattr(self, name)
-        integral = isinstance(least, int)
-        if isinstance(value, bool) or not isinstance(value, int if integral else (int, float)):
-            raise TypeError(f"{self.name}: {name}={value!r} must be {'an integer' if integral else 'a number'}")
-        if not value >= least:
-            raise ValueError(f"{self.name}: {name}={value} must be at least {least:g}")
+        """Check a parameter, an integer where its least value is one, and keep it as Python's own number."""
+        check: Callable[..., float] = integer if isinstance(least, int) else real
+        object.__setattr__(self, name, check(f"{self.name}: {name}", getattr(self, name), least))
 
     def _check_delimiter(self) -> None:
         delimiter = getattr(self, "delimiter", None)
