@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from stars_fast.events import new_events
 from stars_fast.limits import check_positions, most_slots
 from stars_fast.loading import load_policy, load_reward
 from stars_fast.loop.dispatch import draft_policy, generation
-from stars_fast.loop.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, HeartbeatCost
+from stars_fast.loop.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, Heartbeat, HeartbeatCost
 from stars_fast.loop.scheduler import Scheduler, candidate_slots
 from stars_fast.methods import RSD, Population
 from stars_fast.methods.calibration import PILOT_SAMPLES, Pilot, pilot_config, solve
@@ -65,6 +65,11 @@ class StarsEngine:
     torch_compile : bool
         Whether decoder layers of both models run compiled on a CUDA device; the first call takes some seconds longer.
 
+    Attributes
+    ----------
+    on_heartbeat : callable, optional
+        Called after each heartbeat of later calls with a :class:`stars_fast.loop.row_cost.Heartbeat`, to observe them.
+
     Raises
     ------
     NotImplementedError
@@ -102,6 +107,7 @@ class StarsEngine:
         self.gpu_memory_utilization = gpu_memory_utilization
         self._draft: Policy | None = None  # kept until another is asked for
         self.costs: dict[str, HeartbeatCost] = {}  # by method; what is learned on this machine serves the next call
+        self.on_heartbeat: Callable[[Heartbeat], None] | None = None
         self._busy = False
 
     def generate(
@@ -297,6 +303,7 @@ class StarsEngine:
                 draft,
                 *(self.policy, self.reward, live, config, call.sampling, scheduler, self.tokenizer, call.stats),
             )
+            loop.on_heartbeat = self.on_heartbeat
             try:
                 yield from loop.run()
             except BaseException:  # the caller's, or a stream closed early: requests still hold their branches
