@@ -166,7 +166,7 @@ def test_passes_that_a_graph_replays_are_not_told():
 
 
 def test_forward_passes_are_counted_whoever_runs_them(pair):
-    policy, reward = pair.costs["policy"], pair.costs["reward"]
+    policy, reward = pair.weights["policy"], pair.weights["reward"]
     ids = torch.ones(2, 3, dtype=torch.long)
     with counting(pair) as passes, torch.no_grad():
         pair.policy(ids, logits_to_keep=1)

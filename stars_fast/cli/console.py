@@ -50,6 +50,13 @@ def refusing(*errors: type[Exception]) -> Iterator[None]:
         fail(error)
 
 
+def quiet_transformers() -> None:
+    """No bars while weights load. Warnings stay: a head that the checkpoint lacks is drawn at random."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def print_version(wanted: bool) -> None:
     """Callback of ``--version``."""
     if wanted:

@@ -61,7 +61,7 @@ def draw(record: Record, folder: Path) -> list[Path]:
 
 
 def _draw(plot: _Plot, points: list[Record], record: Record, folder: Path) -> list[Path]:
-    figure, axes = new_figure(_title(plot, points[0], record), plot.x, _Y[plot.measure])
+    figure, (axes,) = new_figure(_title(plot, points[0], record), plot.x, _Y[plot.measure])
     field = record["sweeps"][plot.sweep]
     x = [point["workload"][field] for point in points]
     for marker, name in zip(_MARKERS, points[0]["contestants"], strict=False):

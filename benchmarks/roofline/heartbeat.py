@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from stars_fast.roofline.cost import ModelCost
-from stars_fast.roofline.gpus import Achievable, Gpu
-from stars_fast.roofline.stages import Part, Stage, decode_step, draw, prefill, score_pass
+from benchmarks.roofline.cost import ModelCost
+from benchmarks.roofline.gpus import Achievable, Gpu
+from benchmarks.roofline.stages import Part, Stage, prefill, proposal, score_pass
 
 # Per row a reward, a length, flags, a uniform, and a slot per token of a winner: next to nothing.
 _SELECT_BYTES_PER_ROW = 128
@@ -209,32 +208,9 @@ def best_candidates(
     policy: ModelCost, reward: ModelCost, workload: Workload, gpu: Gpu, achievable: Achievable | None = None
 ) -> Heartbeat:
     """The heartbeat with the most achievable tokens per second among those that fit; M = 1 if none does."""
-    first, *others = heartbeats(policy, reward, workload, range(1, workload.max_attempts + 1), gpu, achievable)
+    every = range(1, workload.max_attempts + 1)
+    first, *others = (heartbeat(policy, reward, workload, m, gpu, achievable) for m in every)
     return max([first, *(one for one in others if one.fits)], key=lambda one: one.tokens_per_second)
-
-
-def heartbeats(
-    policy: ModelCost,
-    reward: ModelCost,
-    workload: Workload,
-    candidates: Iterable[int],
-    gpu: Gpu,
-    achievable: Achievable | None = None,
-) -> list[Heartbeat]:
-    """:func:`heartbeat` for each number of candidates."""
-    return [heartbeat(policy, reward, workload, m, gpu, achievable) for m in candidates]
-
-
-def accepted_tokens_per_second(
-    policy: ModelCost,
-    reward: ModelCost,
-    workload: Workload,
-    candidates: int,
-    gpu: Gpu,
-    achievable: Achievable | None = None,
-) -> float:
-    """Achievable committed tokens per second of all requests together."""
-    return heartbeat(policy, reward, workload, candidates, gpu, achievable).tokens_per_second
 
 
 def _propose(
@@ -243,12 +219,8 @@ def _propose(
     # A heartbeat after which nobody committed needs no extension; otherwise it holds those who did.
     extends = 1 - (1 - commit) ** workload.batch
     behind = workload.batch * commit / extends
-    extension = decode_step(policy, behind, behind, workload.context - 1, 0, gpu, achievable)
-    step = decode_step(
-        policy, rows, workload.batch, workload.context, max(workload.segment / 2 - 1, 0), gpu, achievable
-    )
-    stages = [(extends, extension), (1.0, draw(policy, rows, gpu, achievable)), (workload.segment - 1.0, step)]
-    return Stage.total("propose", stages)
+    work = (workload.batch, workload.context, workload.segment)
+    return proposal(policy, rows, *work, gpu, achievable, behind=behind, extends=extends)
 
 
 def _refill(

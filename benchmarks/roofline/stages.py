@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from stars_fast.roofline.cost import ModelCost
-from stars_fast.roofline.gpus import Achievable, Gpu
+from benchmarks.roofline.cost import ModelCost
+from benchmarks.roofline.gpus import Achievable, Gpu
 
 # Beside the layers: embedding, last norm, head, draw (or score).
 _KERNELS_OUTSIDE_LAYERS = 4
@@ -121,6 +121,33 @@ def decode_step(
     return _forward("decode step", cost, rows, groups, context, branch, 1, gpu, achievable)
 
 
+def proposal(
+    cost: ModelCost,
+    rows: float,
+    groups: float,
+    context: float,
+    steps: int,
+    gpu: Gpu,
+    achievable: Achievable | None = None,
+    *,
+    behind: float,
+    extends: float = 1.0,
+) -> Stage:
+    """Candidates of ``steps`` tokens: the leaves' logits, a draw of every row's first token, decode steps.
+
+    Parameters are those of :func:`decode_step`, and
+
+    behind : float
+        Requests whose last token is encoded first, since they have just committed it. Others have their leaf's logits.
+    extends : float
+        Share of the heartbeats in which there are any.
+    """
+    extension = decode_step(cost, behind, behind, context - 1, 0, gpu, achievable)
+    step = decode_step(cost, rows, groups, context, max(steps / 2 - 1, 0), gpu, achievable)
+    first = Stage.of("draw", [Part(_logit_bytes(cost, rows), 0.0)], gpu, achievable or Achievable(), kernels=1)
+    return Stage.total("propose", [(extends, extension), (1.0, first), (steps - 1.0, step)])
+
+
 def score_pass(
     cost: ModelCost,
     rows: float,
@@ -141,11 +168,6 @@ def score_pass(
 def prefill(cost: ModelCost, prompts: float, length: float, gpu: Gpu, achievable: Achievable | None = None) -> Stage:
     """One packed pass over fresh prompts of ``length`` tokens."""
     return _forward("prefill", cost, prompts, prompts, 0.0, 0.0, length, gpu, achievable)
-
-
-def draw(cost: ModelCost, rows: float, gpu: Gpu, achievable: Achievable | None = None) -> Stage:
-    """Draw a token per row from kept logits: the first one of a candidate."""
-    return Stage.of("draw", [Part(_logit_bytes(cost, rows), 0.0)], gpu, achievable or Achievable(), kernels=1)
 
 
 def _forward(

@@ -51,6 +51,12 @@ def gpu_named(name: str) -> Gpu:
         raise ValueError(f"gpu={name!r} is not in the table: choose from {', '.join(sorted(GPUS))}") from None
 
 
+def gpu_called(name: str) -> Gpu | None:
+    """The data sheet of a GPU by what its driver calls it, or None."""
+    words = name.lower().replace("-", " ").split()
+    return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in words), None)
+
+
 @dataclass(frozen=True)
 class Achievable:
     """What good kernels reach of the peaks, and what surrounds them.
