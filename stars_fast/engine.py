@@ -40,7 +40,7 @@ class StarsEngine:
 
     Parameters
     ----------
-    policy : transformers causal LM, path or hub id
+    policy : transformers causal LM, path, hub id or "demo"
         Used as it is: dtype, device, LoRA and quantisation are the caller's. Plugged in only while generating.
     reward : transformers sequence classifier with one label, stars_fast.rewards.Reward, callable, path or hub id
         A callable has TRL's signature ``(prompts, completions, completion_ids=..., **columns) -> list[float | None]``,
@@ -51,6 +51,9 @@ class StarsEngine:
         The reward model's, where it differs or has a chat template.
     reward_tail : "auto", "template", "none" or sequence of int
         What follows the answer whenever it is scored; see :class:`stars_fast.rewards.ClassifierReward`.
+    device : str or torch.device, optional
+        Where models given by name are loaded. Default: a CUDA or ROCm device if torch names one, else the CPU. Objects
+        stay where they are.
     max_rows : int, optional
         Most candidates side by side. Default 64 on a CPU, 256 on a GPU.
     kv_cache_tokens : int, optional
@@ -86,6 +89,7 @@ class StarsEngine:
         tokenizer: Any = None,
         reward_tokenizer: Any = None,
         reward_tail: str | Sequence[int] = "auto",
+        device: str | torch.device | None = None,
         max_rows: int | None = None,
         kv_cache_tokens: int | None = None,
         gpu_memory_utilization: float = 0.9,
@@ -97,9 +101,11 @@ class StarsEngine:
                 raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
         if type(gpu_memory_utilization) not in (int, float) or not 0 < gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization!r}: must be in (0, 1]")
-        model, self.tokenizer = load_policy(policy, tokenizer)
+        if device is not None and not any(isinstance(one, (str, os.PathLike)) for one in (policy, reward)):
+            raise ValueError(f"device={device!r}: policy and reward are objects, which stay where they are")
+        model, self.tokenizer = load_policy(policy, tokenizer, device)
         self.policy = Policy(model, cuda_graphs, torch_compile)
-        self.reward: Reward = load_reward(reward, self.tokenizer, reward_tokenizer, reward_tail, model)
+        self.reward: Reward = load_reward(reward, self.tokenizer, reward_tokenizer, reward_tail, model, device)
         for tree in self.reward.tree_models:
             tree.accelerate(cuda_graphs, torch_compile)
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stars_fast.cli.console import LOADING_ERRORS, fail, note, refusing, stderr, stdout
+from stars_fast.cli.console import LOADING_ERRORS, fail, note, quiet_transformers, refusing, stderr, stdout
 
 if TYPE_CHECKING:
     from stars_fast.bench.models import Pair
@@ -66,7 +66,6 @@ def run(
     from stars_fast.bench import record
     from stars_fast.bench.workload import Workload
     from stars_fast.cli.doctor import examine_machine
-    from stars_fast.cli.models import quiet_transformers
 
     quiet_transformers()
     with refusing(ImportError):
@@ -138,7 +137,7 @@ def _pair(policy: str | None, reward: str | None, demo: bool, size: str, dtype: 
     import torch
 
     from stars_fast.bench.models import Pair, random_pair
-    from stars_fast.cli.models import DEMO, classifier_named, placement, policy_named
+    from stars_fast.loading import DEMO, load_classifier, load_policy, placement
 
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype {dtype!r}: must be one of {', '.join(_DTYPES)}")
@@ -149,8 +148,8 @@ def _pair(policy: str | None, reward: str | None, demo: bool, size: str, dtype: 
     if policy is not None and demo:
         raise ValueError(f"--policy {policy!r} and --demo: give one of them")
     names = (policy or DEMO, reward or DEMO)
-    causal, tokenizer = policy_named(names[0], None, dtype, device)
-    classifier, _ = classifier_named(names[1], None, dtype, device)
+    causal, tokenizer = load_policy(names[0], None, device, dtype)
+    classifier, _ = load_classifier(names[1], None, device, dtype)
     openings = _openings(tokenizer) if demo else []
     return Pair(DEMO if demo else " and ".join(names), causal, classifier, openings)
 

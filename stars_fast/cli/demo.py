@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stars_fast.cli.console import LOADING_ERRORS, fail, refusing, stderr, stdout
+from stars_fast.cli.console import LOADING_ERRORS, fail, quiet_transformers, refusing, stderr, stdout
 
 if TYPE_CHECKING:
     from stars_fast.config import StarsConfig
@@ -78,15 +78,13 @@ def _one_thread() -> Iterator[None]:
 
 def _load(count: int) -> tuple[StarsEngine, list[str]]:
     from stars_fast import StarsEngine, demo
-    from stars_fast.cli.models import DEMO, classifier_named, policy_named, quiet_transformers
+    from stars_fast.loading import DEMO
 
     if count > len(demo.PROMPTS):
         fail(f"--prompts {count}: there are {len(demo.PROMPTS)}")
     quiet_transformers()
     with refusing(*LOADING_ERRORS):
-        policy, tokenizer = policy_named(DEMO, None, "auto", "cpu")
-        reward, _ = classifier_named(DEMO, None, "auto", "cpu")
-        return StarsEngine(policy, reward, tokenizer=tokenizer), list(demo.PROMPTS[:count])
+        return StarsEngine(DEMO, DEMO, device="cpu"), list(demo.PROMPTS[:count])
 
 
 def _config(max_new_tokens: int, candidates: str) -> StarsConfig:

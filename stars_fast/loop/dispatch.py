@@ -42,7 +42,7 @@ def draft_policy(draft: Any, kept: Policy | None, policy: Policy, tokenizer: Any
     """
     if kept is not None and draft in (kept.model, kept.source):
         return kept
-    model, own = load_policy(draft, None)
+    model, own = load_policy(draft, None, policy.device)
     ids, ours = vocabulary(model), policy.vocab_size
     # Tables of one vocabulary may be padded to different sizes, if a tokenizer says how many ids are in use.
     same = ids == ours or (tokenizer is not None and len(tokenizer) <= min(ids, ours))
