@@ -199,24 +199,25 @@ def test_without_a_limit_commits_are_one_less_all_rejected():
 def test_more_acceptance_bandwidth_and_rate_never_cost_speed(costs):
     models = costs["qwen2.5-7b"], costs["llama-2-7b-reward"]
 
-    def speed(workload=None, gpu=H200, achievable=None):
-        return best_candidates(*models, workload or Workload(), gpu, achievable).tokens_per_second
+    def speed(workload=None, gpu=H200):
+        return best_candidates(*models, workload or Workload(), gpu).tokens_per_second
 
     by_acceptance = [speed(Workload(acceptance=a)) for a in (0.05, 0.15, 0.3, 0.5, 0.9, 1.0)]
     assert by_acceptance == sorted(by_acceptance)
     assert speed(Workload(context=1024)) < speed() < speed(Workload(batch=128))
     assert speed(Workload(tail=16)) < speed()
     assert speed(gpu=replace(H200, bandwidth=4e12)) < speed() < speed(gpu=replace(H200, matrix_rate=2e15))
-    assert speed(achievable=Achievable(kernels_per_layer=37)) < speed() < speed(achievable=Achievable(host_s=0))
+    more, less = (replace(H200, achievable=one) for one in (Achievable(kernels_per_layer=37), Achievable(host_s=0)))
+    assert speed(gpu=more) < speed() < speed(gpu=less)
     best = [best_candidates(*models, Workload(acceptance=a), H200).candidates for a in (0.05, 0.3, 1.0)]
     assert best == sorted(best, reverse=True) and best[-1] == 1
 
 
 def test_achievable_is_never_faster_than_the_floor(costs):
     models = costs["llama-3.2-1b"], costs["llama-3.2-1b-reward"]
-    perfect = Achievable(bandwidth=1, matrix=1, launch_s=0, host_s=0)
+    perfect = replace(H200, achievable=Achievable(bandwidth=1, matrix=1, launch_s=0, host_s=0))
     for candidates in (1, 4, 20):
-        row = heartbeat(*models, Workload(), candidates, H200, perfect)
+        row = heartbeat(*models, Workload(), candidates, perfect)
         assert row.tokens_per_second <= row.floor_tokens_per_second
         assert all(stage.achievable_s >= stage.floor_s * (1 - 1e-12) for stage in row.stages)
         assert row.tokens_per_second > heartbeat(*models, Workload(), candidates, H200).tokens_per_second

@@ -34,7 +34,9 @@ def machine(runner: Runner) -> Gpu:
             share = found.copy / sheet.bandwidth if sheet else None
             known = [runner.add("rates", copy=found.copy, matrix=found.matrix, of_data_sheet=share)]
         table = sheet or GPUS["h200"]
-        runner.shared["machine"] = replace(table, bandwidth=known[0]["copy"], matrix_rate=known[0]["matrix"])
+        runner.shared["machine"] = replace(
+            table, bandwidth=known[0]["copy"], matrix_rate=known[0]["matrix"], achievable=REACHABLE
+        )
     return runner.shared["machine"]
 
 
@@ -46,8 +48,8 @@ def expectation(
     work = WorkOnPaper(load.batch, load.segment_length, min(max(acceptance, 0.01), 1.0), context, response=int(context))
     both, gpu = costs(models), machine(runner)
     if candidates is None:
-        candidates = best_candidates(*both, work, gpu, REACHABLE).candidates
-    found = heartbeat(*both, work, candidates, gpu, REACHABLE)
+        candidates = best_candidates(*both, work, gpu).candidates
+    found = heartbeat(*both, work, candidates, gpu)
     stages = {stage.name: stage.achievable_s for stage in found.stages if stage.name != "refill"}
     seconds = sum(stages.values())
     return {
@@ -66,7 +68,6 @@ def compare_engine(
     remark: str = "",
 ) -> None:
     """The engine as it chooses, with the roofline's candidates, and with one."""
-    assert load.prompt_length is not None
     driven, prompts = pilots(runner, models), models.prompts(load.batch, load.prompt_length)
     config, context = driven.config(load), load.prompt_length + load.max_new_tokens / 2
     best = expectation(runner, models, load, load.acceptance, context, None)["candidates"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_parts.compare import REACHABLE, compare_engine, expectation, machine
+from benchmarks.gpu_parts.compare import compare_engine, expectation, machine
 from benchmarks.gpu_parts.heartbeats import pilots, run_engine, workload
 from benchmarks.gpu_parts.models import costs, pair
 from benchmarks.gpu_parts.runner import Runner
@@ -65,7 +65,7 @@ def _against_floor(
     runner: Runner, models: Pair, groups: int, candidates: int, context: int, longest: int, mode: str, seconds: float
 ) -> dict[str, Any]:
     rows = groups * candidates
-    ideal = decode_step(costs(models)[0], rows, groups, context, longest / 2, machine(runner), REACHABLE)
+    ideal = decode_step(costs(models)[0], rows, groups, context, longest / 2, machine(runner))
     return {
         "pair": models.name,
         "mode": mode,
@@ -93,7 +93,6 @@ def time_uncompiled(runner: Runner, name: str, batch: int, segment: int, accepta
 def split(runner: Runner, name: str, batch: int, segment: int, acceptance: float) -> None:
     """How long proposals and scoring take in a heartbeat; then which kernels run in one, and for how long."""
     models, load = pair(runner, name), workload(runner, batch, segment, acceptance)
-    assert load.prompt_length is not None
     driven, prompts = pilots(runner, models), models.prompts(batch, load.prompt_length)
     config, wanted = driven.config(load), 2 if runner.tiny else 6
     best = expectation(runner, models, load, acceptance, load.prompt_length + load.max_new_tokens / 2, None)

@@ -60,18 +60,17 @@ def run(
 ) -> None:
     """Show what a heartbeat must move and compute, how long that takes, and the best number of candidates."""
     with refusing(*LOADING_ERRORS):
-        device = _overridden(gpu_named(gpu), bandwidth, tflops)
         achievable = Achievable(
             bandwidth_fraction, matrix_fraction, launch_us * 1e-6, kernels_per_layer, host_us * 1e-6
         )
+        device = replace(_overridden(gpu_named(gpu), bandwidth, tflops), achievable=achievable)
         workload = Workload(batch, segment, acceptance, context, response, max_attempts, tail)
         costs = _cost(policy, "policy", dtype, tflops), _cost(reward, "reward", dtype, tflops)
-    best = best_candidates(*costs, workload, device, achievable)
+    best = best_candidates(*costs, workload, device)
     shown = sorted({m for m in _SHOWN if m <= max_attempts} | {best.candidates})
-    rows = [heartbeat(*costs, workload, m, device, achievable) for m in shown]
+    rows = [heartbeat(*costs, workload, m, device) for m in shown]
     report = {
         "gpu": asdict(device),
-        "achievable": asdict(achievable),
         "workload": {**asdict(workload), "prompt": workload.prompt},
         "policy": _model_record(policy, costs[0]),
         "reward": _model_record(reward, costs[1]),
@@ -138,7 +137,8 @@ def _print(report: dict[str, Any], best: Heartbeat, rows: list[Heartbeat]) -> No
 
 
 def _assumptions(report: dict[str, Any]) -> Table:
-    gpu, achievable, work = report["gpu"], report["achievable"], report["workload"]
+    gpu, work = report["gpu"], report["workload"]
+    achievable = gpu["achievable"]
     lines = {
         role: f"{report[role]['name']}: {report[role]['parameters'] / 1e9:.2f} B parameters, "
         f"{report[role]['kv_bytes_per_token']:,} bytes of keys and values a token"

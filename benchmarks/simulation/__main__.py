@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -59,7 +58,8 @@ def run(
             if value < 1:
                 raise ValueError(f"{name}={value}: at least 1")
         courses = _courses(acceptance, requests, response, segment, max_attempts, seed)
-        machine = _machine(policy, reward, gpu, batch, segment, response, context, max_attempts, fixed_cost, row_cost)
+        paper = Workload(batch, segment, context=context, response=response, max_attempts=max_attempts)
+        machine = _machine(policy, reward, gpu, paper, fixed_cost, row_cost)
         work = Work(courses, batch, segment, max_attempts, max(int(context - response / 2), 1), max_rows)
         schedules: list[str | int] = ["auto", "oracle", "barrier", *_numbers(fixed, max_attempts)]
         outcomes = [simulate(work, machine, schedule, seed) for schedule in schedules]
@@ -89,27 +89,15 @@ def _courses(acceptance: str, requests: int, response: int, segment: int, max_at
 
 
 def _machine(
-    policy: str,
-    reward: str,
-    gpu: str,
-    batch: int,
-    segment: int,
-    response: int,
-    context: float,
-    max_attempts: int,
-    fixed_cost: float | None,
-    row_cost: float | None,
+    policy: str, reward: str, gpu: str, paper: Workload, fixed_cost: float | None, row_cost: float | None
 ) -> Machine:
     if (fixed_cost is None) != (row_cost is None):
         raise ValueError(f"fixed_cost={fixed_cost}, row_cost={row_cost}: give both or neither")
     if fixed_cost is not None and row_cost is not None:
         return LinearMachine(fixed_cost / 1e3, row_cost / 1e3)
-    costs = [
-        ModelCost.from_config(config_named(name, role), role, torch.bfloat16)
-        for name, role in ((policy, "policy"), (reward, "reward"))
-    ]
-    workload = Workload(batch, segment, context=context, response=response, max_attempts=max_attempts)
-    return RooflineMachine(costs[0], costs[1], workload, gpu_named(gpu))
+    names = {"policy": policy, "reward": reward}
+    costs = [ModelCost.from_config(config_named(name, role), role) for role, name in names.items()]
+    return RooflineMachine(costs[0], costs[1], paper, gpu_named(gpu))
 
 
 def _numbers(fixed: str, most: int) -> list[int]:

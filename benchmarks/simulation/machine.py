@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from benchmarks.roofline import Achievable, Gpu, ModelCost, Workload, prefill, proposal, score_pass
+from benchmarks.roofline import Gpu, ModelCost, Workload, prefill, proposal, score_pass
 from stars_fast.tree.passes import bucket
 
 
@@ -64,7 +64,6 @@ class RooflineMachine:
 
     def __init__(self, policy: ModelCost, reward: ModelCost, workload: Workload, gpu: Gpu) -> None:
         self.policy, self.reward, self.workload, self.gpu = policy, reward, workload, gpu
-        self.achievable = Achievable()
         # Heartbeats of the same few sizes recur by the thousand.
         self.propose = functools.cache(self._propose)
         self.score = functools.cache(self._score)
@@ -78,12 +77,12 @@ class RooflineMachine:
 
     def _propose(self, rows: int, requests: int, steps: int) -> float:
         work = (requests, self.workload.context, steps)
-        stage = proposal(self.policy, rows, *work, self.gpu, self.achievable, behind=requests)
-        return stage.achievable_s + self.achievable.host_s
+        stage = proposal(self.policy, rows, *work, self.gpu, behind=requests)
+        return stage.achievable_s + self.gpu.achievable.host_s
 
     def _score(self, rows: int, requests: int, steps: int) -> float:
         context, tail = self.workload.context, self.workload.tail
-        return score_pass(self.reward, rows, requests, context, steps, self.gpu, self.achievable, tail).achievable_s
+        return score_pass(self.reward, rows, requests, context, steps, self.gpu, tail).achievable_s
 
     def _prefill(self, cost: ModelCost, prompts: int) -> float:
-        return prefill(cost, prompts, self.workload.prompt, self.gpu, self.achievable).achievable_s
+        return prefill(cost, prompts, self.workload.prompt, self.gpu).achievable_s

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 from stars_fast.bench.models import Pair
 from stars_fast.call import Arguments
@@ -94,3 +96,16 @@ def _target(pilot: Pilot, config: StarsConfig, acceptance: float) -> float:
     far = FARTHEST * pilot.beta
     aim(pilot, config, acceptance, min(pilot.finals) - far, max(pilot.finals) + far)
     return pilot.target
+
+
+def title(load: Mapping[str, Any], varied: str | None) -> str:
+    """The fields of a recorded workload in words, but for the one that is varied."""
+    parts = {
+        "batch": f"batch {load['batch']}",
+        "prompt_length": "own prompts" if load["prompt_length"] is None else f"{load['prompt_length']}-token prompts",
+        "max_new_tokens": f"{load['max_new_tokens']} new tokens",
+        "segment_length": f"segments of {load['segment_length']}",
+        "acceptance": f"acceptance {load['acceptance']:.2g}",
+        "candidates": f"candidates {load['candidates']}",
+    }
+    return ", ".join(text for name, text in parts.items() if name != varied)

@@ -57,6 +57,19 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Run with so many of torch's threads, its own number where None."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def print_version(wanted: bool) -> None:
     """Callback of ``--version``."""
     if wanted:
