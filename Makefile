@@ -30,7 +30,7 @@ bench: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/mypy stars_fast
+	$(VENV)/bin/mypy
 
 wheel: $(VENV)/.ready
 	rm -rf build dist

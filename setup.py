@@ -28,7 +28,8 @@ with ParallelCompile(default=0):
         include_package_data=False,  # what is in the sdist for building is not all meant for installing
         package_data={
             "stars_fast": [
-                *("py.typed", "*.pyi", "roofline/configs/*.json"),
+                "py.typed",
+                "*.pyi",
                 *(f"demo/**/*.{end}" for end in ("safetensors", "json", "jinja", "md")),
             ]
         },

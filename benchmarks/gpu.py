@@ -22,25 +22,24 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-for folder in (ROOT, ROOT / "benchmarks"):
-    sys.path.insert(0, str(folder))
+sys.path.insert(0, str(ROOT))
 
-from gpu_parts.report import lines  # noqa: E402
-from gpu_parts.runner import DEVICE_BROKEN, Part, Record, Runner, chosen  # noqa: E402
+from benchmarks.gpu_parts.report import lines  # noqa: E402
+from benchmarks.gpu_parts.runner import DEVICE_BROKEN, Part, Record, Runner, chosen  # noqa: E402
 
 _GRACE = 15.0  # seconds that a part may run past the limit before its process is ended
 
 
 def device(runner: Runner) -> None:
     """Copy bandwidth and matrix rate of this device."""
-    from gpu_parts.compare import machine
+    from benchmarks.gpu_parts.compare import machine
 
     machine(runner)
 
 
 def compare(runner: Runner, name: str, batches: tuple[int, ...], acceptances: tuple[float, ...]) -> None:
     """Heartbeats against one candidate, plain, strong and generate."""
-    from gpu_parts.compare import compare_pair
+    from benchmarks.gpu_parts.compare import compare_pair
 
     if runner.tiny:
         compare_pair(runner, name, 4, (4, 1), (0.3,))
@@ -50,21 +49,21 @@ def compare(runner: Runner, name: str, batches: tuple[int, ...], acceptances: tu
 
 def segments(runner: Runner) -> None:
     """Segments of 32, 15 and 30 tokens."""
-    from gpu_parts.compare import compare_segments
+    from benchmarks.gpu_parts.compare import compare_segments
 
     compare_segments(runner, "llama-2-7b", (3,) if runner.tiny else (32, 15, 30), 4 if runner.tiny else 64, 0.3)
 
 
 def tests(runner: Runner) -> None:
     """pytest -m gpu: what only a GPU can show."""
-    from gpu_parts.operators import run_tests
+    from benchmarks.gpu_parts.operators import run_tests
 
     run_tests(runner, "tests", "-m", "gpu")
 
 
 def kernel_tests(runner: Runner) -> None:
     """The tests of the Triton kernels, which run compiled where there is a GPU."""
-    from gpu_parts.operators import run_tests
+    from benchmarks.gpu_parts.operators import run_tests
 
     files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_triton_*.py"))
     run_tests(runner, "-m", "not gpu", *files)
@@ -72,7 +71,7 @@ def kernel_tests(runner: Runner) -> None:
 
 def split(runner: Runner) -> None:
     """Where the time of a heartbeat goes (a profiling pass)."""
-    from gpu_parts.steps import split as split_heartbeat
+    from benchmarks.gpu_parts.steps import split as split_heartbeat
 
     for batch in (4, 1) if runner.tiny else (64, 1):
         with runner.guarded(f"split, batch {batch}"):
@@ -81,8 +80,8 @@ def split(runner: Runner) -> None:
 
 def steps(runner: Runner, names: tuple[str, ...]) -> None:
     """Decode steps against their floor: compiled and captured, captured, launched."""
-    from gpu_parts.models import pair
-    from gpu_parts.steps import MODES, ROWS, time_steps
+    from benchmarks.gpu_parts.models import pair
+    from benchmarks.gpu_parts.steps import MODES, ROWS, time_steps
 
     for name in names[: 1 if runner.tiny else None]:
         models = pair(runner, name)
@@ -94,28 +93,28 @@ def steps(runner: Runner, names: tuple[str, ...]) -> None:
 
 def uncompiled(runner: Runner) -> None:
     """Heartbeats without compiled layers."""
-    from gpu_parts.steps import time_uncompiled
+    from benchmarks.gpu_parts.steps import time_uncompiled
 
     time_uncompiled(runner, "llama-2-7b", 4 if runner.tiny else 64, 4 if runner.tiny else 16, 0.3)
 
 
 def overlap(runner: Runner) -> None:
     """What scoring on a second stream would gain."""
-    from gpu_parts.overlap import overlapped_scoring
+    from benchmarks.gpu_parts.overlap import overlapped_scoring
 
     overlapped_scoring(runner, "llama-2-7b", *((4, 2, 4) if runner.tiny else (64, 3, 16)))
 
 
 def operators(runner: Runner) -> None:
     """Each operator against its floor."""
-    from gpu_parts.operators import measure_operators
+    from benchmarks.gpu_parts.operators import measure_operators
 
     measure_operators(runner)
 
 
 def tiles(runner: Runner) -> None:
     """Attention with other tiles than the ones it chooses."""
-    from gpu_parts.operators import measure_tiles
+    from benchmarks.gpu_parts.operators import measure_tiles
 
     measure_tiles(runner)
 

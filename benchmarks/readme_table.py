@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))
 
-from stars_fast.roofline import GPUS, Gpu, ModelCost, Workload, best_candidates, config_named  # noqa: E402
+from benchmarks.roofline import GPUS, Gpu, ModelCost, Workload, best_candidates, config_named, gpu_called  # noqa: E402
 
 BEGIN, END = "<!-- benchmarks/readme_table.py -->", "<!-- end -->"
 _PAIRS = {"llama-2-7b": "Llama-2-7B", "qwen2.5-7b": "Qwen2.5-7B"}
@@ -35,8 +34,7 @@ def newest(folder: Path = ROOT / "benchmarks" / "results") -> dict[str, Any] | N
 
 def gpu_of(record: dict[str, Any] | None) -> Gpu:
     """The data sheet of the GPU that a record is from; an H200's where there is none."""
-    words = "" if record is None else record["machine"]["gpu"].lower()
-    return next((gpu for name, gpu in GPUS.items() if name.split("-")[0] in words), GPUS["h200"])
+    return (record and gpu_called(record["machine"]["gpu"])) or GPUS["h200"]
 
 
 def expected(pair: str, acceptance: float, gpu: Gpu = GPUS["h200"]) -> float:

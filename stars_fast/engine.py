@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from stars_fast.inputs.models import draft_policy, load_policy, load_reward
 from stars_fast.loop.dispatch import generation
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot, pilot_config, solve
 from stars_fast.loop.request import Request
-from stars_fast.loop.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, HeartbeatCost
+from stars_fast.loop.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, Heartbeat, HeartbeatCost
 from stars_fast.loop.scheduler import Scheduler, candidate_slots
 from stars_fast.loop.stream import new_events, progress_bar
 from stars_fast.methods import RSD, Population
@@ -40,7 +40,7 @@ class StarsEngine:
 
     Parameters
     ----------
-    policy : transformers causal LM, path or hub id
+    policy : transformers causal LM, path, hub id or "demo"
         Used as it is: dtype, device, LoRA and quantisation are the caller's. Plugged in only while generating.
     reward : transformers sequence classifier with one label, stars_fast.rewards.Reward, callable, path or hub id
         A callable has TRL's signature ``(prompts, completions, completion_ids=..., **columns) -> list[float | None]``,
@@ -51,6 +51,9 @@ class StarsEngine:
         The reward model's, where it differs or has a chat template.
     reward_tail : "auto", "template", "none" or sequence of int
         What follows the answer whenever it is scored; see :class:`stars_fast.rewards.ClassifierReward`.
+    device : str or torch.device, optional
+        Where models given by name are loaded. Default: a CUDA or ROCm device if torch names one, else the CPU. Objects
+        stay where they are.
     max_rows : int, optional
         Most candidates side by side. Default 64 on a CPU, 256 on a GPU.
     kv_cache_tokens : int, optional
@@ -64,6 +67,11 @@ class StarsEngine:
         longer then.
     torch_compile : bool
         Whether decoder layers of both models run compiled on a CUDA device; the first call takes some seconds longer.
+
+    Attributes
+    ----------
+    on_heartbeat : callable, optional
+        Called after each heartbeat of later calls with a :class:`stars_fast.loop.row_cost.Heartbeat`, to observe them.
 
     Raises
     ------
@@ -81,6 +89,7 @@ class StarsEngine:
         tokenizer: Any = None,
         reward_tokenizer: Any = None,
         reward_tail: str | Sequence[int] = "auto",
+        device: str | torch.device | None = None,
         max_rows: int | None = None,
         kv_cache_tokens: int | None = None,
         gpu_memory_utilization: float = 0.9,
@@ -90,14 +99,17 @@ class StarsEngine:
         max_rows = None if max_rows is None else integer("max_rows", max_rows, 1)
         self.kv_cache_tokens = None if kv_cache_tokens is None else integer("kv_cache_tokens", kv_cache_tokens, 1)
         self.gpu_memory_utilization = real("gpu_memory_utilization", gpu_memory_utilization, 0.0, 1.0, open_below=True)
-        model, self.tokenizer = load_policy(policy, tokenizer)
+        if device is not None and not any(isinstance(one, (str, os.PathLike)) for one in (policy, reward)):
+            raise ValueError(f"device={device!r}: policy and reward are objects, which stay where they are")
+        model, self.tokenizer = load_policy(policy, tokenizer, device)
         self.policy = Policy(model, cuda_graphs, torch_compile)
-        self.reward: Reward = load_reward(reward, self.tokenizer, reward_tokenizer, reward_tail, model)
+        self.reward: Reward = load_reward(reward, self.tokenizer, reward_tokenizer, reward_tail, model, device)
         for tree in self.reward.tree_models:
             tree.accelerate(cuda_graphs, torch_compile)
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)
         self._draft: Policy | None = None  # kept until another is asked for
         self.costs: dict[str, HeartbeatCost] = {}  # by method; what is learned on this machine serves the next call
+        self.on_heartbeat: Callable[[Heartbeat], None] | None = None
         self._busy = False
 
     def generate(
@@ -294,6 +306,7 @@ class StarsEngine:
                 draft,
                 *(self.policy, self.reward, live, config, call.sampling, scheduler, self.tokenizer, call.stats),
             )
+            loop.on_heartbeat = self.on_heartbeat
             try:
                 yield from loop.run()
             except BaseException:  # the caller's, or a stream closed early: requests still hold their branches

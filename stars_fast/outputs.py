@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -45,8 +46,8 @@ class Stats:
     committed_tokens: int = 0
     discarded_tokens: int = 0
     heartbeats: int = 0
-    rows: list[int] = field(default_factory=list)  # candidates drawn side by side, heartbeat by heartbeat
-    requests: list[int] = field(default_factory=list)  # and the requests (or answers) they belong to
+    rows: Counter[int] = field(default_factory=Counter)  # candidates drawn side by side -> heartbeats
+    requests: Counter[int] = field(default_factory=Counter)  # requests (or answers) they belong to -> heartbeats
     preemptions: int = 0  # requests that gave their slots back for a while, and were encoded again
     seconds: float = 0.0
     calibration_tokens: int = 0  # of the discarded ones, those of the pilot responses

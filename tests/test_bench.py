@@ -14,7 +14,7 @@ from conftest import tiny_policy, tiny_reward
 from typer.testing import CliRunner
 
 from stars_fast import StarsEngine
-from stars_fast.bench import record, sweeps
+from stars_fast.bench import plots, record, sweeps
 from stars_fast.bench.contestants import ABOUT, BESIDE, BEST, ENGINE, GENERATE, GRAPHED, PLAIN, STRONG, Outcome, Point
 from stars_fast.bench.equal_reward import expected_best, smallest_n
 from stars_fast.bench.measure import Run, measure, number_of_runs, summary
@@ -22,7 +22,6 @@ from stars_fast.bench.models import Pair, counting, random_pair
 from stars_fast.bench.workload import Pilots, Workload
 from stars_fast.cli import app
 from stars_fast.cli import bench as cli_bench
-from stars_fast.report import plots
 
 LOAD = Workload(batch=2, prompt_length=4, max_new_tokens=8, segment_length=4, acceptance=0.3)
 CPU = torch.device("cpu")
@@ -166,7 +165,7 @@ def test_passes_that_a_graph_replays_are_not_told():
 
 
 def test_forward_passes_are_counted_whoever_runs_them(pair):
-    policy, reward = pair.costs["policy"], pair.costs["reward"]
+    policy, reward = pair.weights["policy"], pair.weights["reward"]
     ids = torch.ones(2, 3, dtype=torch.long)
     with counting(pair) as passes, torch.no_grad():
         pair.policy(ids, logits_to_keep=1)

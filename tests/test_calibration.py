@@ -18,7 +18,7 @@ from stars_fast.loop.pilot import (
     solve,
     spread,
 )
-from stars_fast.methods.stars import base_reward
+from stars_fast.methods.stars import base_reward, target_for
 from stars_fast.ops import philox_key
 from stars_fast.policy.policy import Policy
 
@@ -274,3 +274,12 @@ def test_pilots_are_counted_as_discarded_tokens(counted):
     stats = counted.generate(PROMPTS, CONFIG, seed=0).stats
     assert stats["policy_tokens"] == stats["committed_tokens"] + stats["discarded_tokens"]
     assert stats["discarded_tokens"] > 6 * 8 * 4
+
+
+def test_the_target_for_an_acceptance_is_found_or_the_nearer_end():
+    def expected(target):
+        return 1 / (1 + math.exp(target))
+
+    assert target_for(0.3, -5.0, 5.0, expected) == pytest.approx(math.log(7 / 3))
+    assert target_for(0.999, -5.0, 5.0, expected) == pytest.approx(-5)
+    assert target_for(0.001, -5.0, 5.0, expected) == pytest.approx(5)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.cli import app
 from stars_fast.evaluation.cells import cells
-from stars_fast.evaluation.compute import multiplied_parameters, passes
+from stars_fast.evaluation.compute import passes
 from stars_fast.evaluation.judging import judged
 from stars_fast.evaluation.metrics import (
     bootstrap,
@@ -32,7 +32,7 @@ from stars_fast.evaluation.models import load_probe
 from stars_fast.evaluation.prompts import PromptSource
 from stars_fast.evaluation.recipe import read_recipe
 from stars_fast.evaluation.records import Records
-from stars_fast.evaluation.runner import Evaluation, shared_target
+from stars_fast.evaluation.runner import Evaluation, ended_by_eos, shared_target
 from stars_fast.evaluation.tables import at_compute, equal_compute, markdown, summarise, to_csv
 from stars_fast.loop.pilot import Pilot, expected_acceptance, set_target
 from stars_fast.methods import METHODS
@@ -79,13 +79,6 @@ def test_distinct_counts_ngrams_of_all_texts_together():
 def test_compute_is_all_passes_over_committed_tokens():
     totals = {"policy_passes": 40, "reward_passes": 10, "draft_passes": 2.5, "committed_tokens": 10}
     assert compute_per_token(totals) == 5.25
-
-
-def test_an_embedding_table_that_is_only_looked_up_multiplies_nothing():
-    tied, untied = tiny_policy(32, tie_word_embeddings=True), tiny_policy(32, tie_word_embeddings=False)
-    assert multiplied_parameters(tied) == multiplied_parameters(untied)
-    layers = sum(p.numel() for p in tied.model.layers.parameters()) + tied.model.norm.weight.numel()
-    assert multiplied_parameters(tiny_reward(32)) == layers + tiny_reward(32).score.weight.numel()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -253,6 +246,17 @@ def test_one_target_gives_the_acceptance_asked_for_beyond_the_pilots_too(accepta
     pooled = Pilot([run for pilot in pilots for run in pilot.responses], empty=config.base_reward, beta=config.beta)
     set_target(pooled, CONFIG, config.target_reward)
     assert expected_acceptance(pooled, CONFIG) == pytest.approx(acceptance, abs=1e-3)
+
+
+@pytest.mark.parametrize("eos", [[3, 7], None], ids=["the settings' own", "the model's"])
+def test_answers_ended_by_whatever_is_an_eos_are_seen_as_ended(evaluation, eos):
+    engine, config = evaluation.engine("vanilla"), CONFIG.replace(method="vanilla", max_new_tokens=64, eos_token_id=eos)
+    out = engine.generate(PROMPTS, config, seed=0)
+    assert ended_by_eos(out, config, engine) == [reason == "stop" for reason in out.finish_reasons]
+    assert "stop" in out.finish_reasons
+    config = config.replace(ignore_eos=True, stop_strings=("w3",))  # what a stop string ends has no EOS to leave out
+    stopped = engine.generate(PROMPTS, config, seed=0)
+    assert "stop" in stopped.finish_reasons and not any(ended_by_eos(stopped, config, engine))
 
 
 def test_cells_refuse_unknown_methods_and_budgets_below_one():

@@ -5,16 +5,19 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
-import gpu
 import pytest
 import torch
-from gpu_parts import heartbeats as gpu_heartbeats
-from gpu_parts import models as gpu_models
-from gpu_parts.runner import Part, Record, Runner, chosen
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from stars_fast import StarsEngine
-from stars_fast.methods.stars import acceptance_probability
+from benchmarks import gpu
+from benchmarks.gpu_parts import heartbeats as gpu_heartbeats
+from benchmarks.gpu_parts import models as gpu_models
+from benchmarks.gpu_parts import operators as gpu_operators
+from benchmarks.gpu_parts.runner import Part, Record, Runner, chosen
+from stars_fast import StarsConfig, StarsEngine
+from stars_fast.bench.models import made_pair
 
 CPU = torch.device("cpu")
 RUNNING = {"status": "running", "estimate": 1.0, "seconds": 0.0, "rows": []}
@@ -206,17 +209,19 @@ def test_heartbeats_without_compiled_layers_are_measured_beside_the_others(runne
     entry = saved(runner)["uncompiled"]
     assert entry["status"] == "done", entry["error"]
     assert {row["pair"] for row in entry["rows"] if row["kind"] == "engine"} == {"llama-2-7b, unc."}
-    assert "engine" not in runner.shared  # the parts behind compile
+    assert "pilots" not in runner.shared  # the parts behind compile
 
 
 @pytest.mark.parametrize("name", gpu_models.PAIRS)
 def test_models_made_on_a_device_are_those_that_transformers_makes(name):
     """At real head sizes and rotary settings, with few and narrow layers."""
-    for config, auto in zip(gpu_models.configs(name, tiny=False), (gpu_models.AutoModelForCausalLM,
-                            gpu_models.AutoModelForSequenceClassification), strict=True):  # fmt: skip
+    configs = gpu_models.configs(name)
+    for config in configs:
         config.num_hidden_layers, config.intermediate_size, config.vocab_size = 1, 64, 128
         config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim = 128, 2, 1, 64
-        made = gpu_models.built(auto, config, CPU, torch.bfloat16)
+    pair = made_pair(name, *configs, torch.bfloat16, CPU)
+    autos = AutoModelForCausalLM, AutoModelForSequenceClassification
+    for made, auto, config in zip((pair.policy, pair.reward), autos, configs, strict=True):
         usual = auto.from_config(config).eval()
         assert not made.training
         for (key, ours), (other, theirs) in zip(made.named_buffers(), usual.named_buffers(), strict=True):
@@ -226,32 +231,33 @@ def test_models_made_on_a_device_are_those_that_transformers_makes(name):
             assert ours.float().std() == pytest.approx(theirs.detach().float().std(), rel=0.25), key
 
 
-def test_thresholds_accept_what_they_should(runner):
+@pytest.mark.parametrize("acceptance", [0.15, 0.3, 0.5])
+def test_thresholds_accept_what_they_should(runner, acceptance):
     models = gpu_models.pair(runner, "llama-2-7b")
-    engine = gpu_heartbeats.engine(runner, models)
-    rewards = gpu_heartbeats.pilot(engine, models, 4, tiny=True)
-    for acceptance in (0.15, 0.3, 0.5):
-        config = gpu_heartbeats.guided(rewards, acceptance, 4, 16)
-        shares = [acceptance_probability(reward, config.target_reward, config.beta) for reward in rewards]
-        assert sum(shares) / len(shares) == pytest.approx(acceptance, abs=1e-3)
-        watch = gpu_heartbeats.run_engine(runner, engine, models.prompts(64, 8), config, 2, 4, 20.0)
-        assert watch.acceptance == pytest.approx(acceptance, abs=0.1)
-        assert len(watch.steady) >= 4
+    driven = gpu_heartbeats.pilots(runner, models)
+    config = driven.config(gpu_heartbeats.workload(runner, 16, 4, acceptance))
+    watch = gpu_heartbeats.run_engine(runner, driven.engine, models.prompts(16, 8), config, 2, 4, 20.0)
+    assert watch.acceptance == pytest.approx(acceptance, abs=0.1)
+    assert len(watch.steady) >= 4
 
 
 def test_steady_heartbeats_are_those_in_which_all_requests_ran(runner):
     models = gpu_models.pair(runner, "llama-2-7b")
     engine = StarsEngine(models.policy, models.reward)
-    config = gpu_heartbeats.StarsConfig(
+    config = StarsConfig(
         target_reward=-1e9, base_reward=-1e9, segment_length=4, max_new_tokens=8, ignore_eos=True, candidates=1
     )
-    with gpu_heartbeats.watching(3) as watch:
-        engine.generate(models.prompts(3, 8), config, seed=0)
+    watch = gpu_heartbeats.run_engine(runner, engine, models.prompts(3, 8), config, 1, 1, 20.0)
     assert [(beat.steady, beat.committed, beat.drawn) for beat in watch.beats] == [(False, 12, 12), (True, 12, 12)]
     assert watch.beats[1].context == 12
     assert watch.acceptance == 1
-    figures = gpu_heartbeats.figures(watch, 3, 4)
+    figures = gpu_heartbeats.figures(watch, 4)
     assert figures["tokens_per_second"] == pytest.approx(figures["counted_tokens_per_second"])
+    assert engine.on_heartbeat is None
+
+
+def test_the_projects_tests_are_found(runner):
+    assert (gpu_operators.ROOT / "tests" / Path(__file__).name).is_file()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,13 +1,14 @@
-"""Models by name: a tokenizer that is there is loaded, and one that cannot be is never passed over."""
+"""Models by name go where they are told; a tokenizer beside one is loaded, and if it cannot be, never passed over."""
 
 import pytest
+import torch
 from conftest import sum_reward
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
 from transformers import BertConfig, BertForSequenceClassification
 
 from stars_fast import StarsEngine
 from stars_fast.inputs import models as loading
-from stars_fast.inputs.models import load_classifier
+from stars_fast.inputs.models import load_classifier, load_policy, placement
 
 
 @pytest.fixture
@@ -71,3 +72,61 @@ def test_a_repository_has_a_tokenizer_where_it_has_one_of_its_files(monkeypatch)
     assert loading._has_tokenizer("some/model")
     monkeypatch.setattr(loading, "hf_hub_download", repository((), EntryNotFoundError))
     assert not loading._has_tokenizer("some/model")
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """Let torch name an accelerator."""
+
+    def name(kind):
+        named = kind and torch.device(kind)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: named)
+
+    return name
+
+
+def test_models_go_to_an_accelerator_that_the_operators_have_kernels_for(accelerator):
+    for kind, place in (("cuda", "cuda"), ("mps", "cpu"), (None, "cpu")):
+        accelerator(kind)
+        assert placement() == placement("auto") == torch.device(place)
+        assert placement("meta") == torch.device("meta")
+
+
+def test_models_given_by_name_are_placed_and_objects_stay(tmp_path, monkeypatch, policy32, reward32):
+    policy32.save_pretrained(tmp_path / "policy")
+    reward32.save_pretrained(tmp_path / "reward")
+    monkeypatch.setattr(loading, "placement", lambda device=None: torch.device(device or "meta"))
+    for load, role, object_ in ((load_policy, "policy", policy32), (load_classifier, "reward", reward32)):
+        assert load(tmp_path / role, None)[0].device.type == "meta"
+        assert load(tmp_path / role, None, "cpu")[0].device.type == "cpu"
+        assert object_.device.type == "cpu"
+    assert load_policy(policy32, None)[0] is policy32
+    engine = StarsEngine(policy32, tmp_path / "reward", device="cpu")
+    assert engine.reward.model.device.type == "cpu"
+
+
+def test_a_device_is_refused_where_nothing_is_loaded_or_none_is_there(tmp_path, policy32):
+    with pytest.raises(ValueError, match="device='cpu': policy and reward are objects"):
+        StarsEngine(policy32, sum_reward, device="cpu")
+    policy32.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="device='abacus'"):
+        StarsEngine(tmp_path, sum_reward, device="abacus")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_this_machine_lacks_is_named(tmp_path, policy32):
+    policy32.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="device='cuda'"):
+        load_policy(tmp_path, None, "cuda")
+
+
+def test_the_models_of_the_package_are_called_demo():
+    policy, tokenizer = load_policy("demo", None, "cpu")
+    reward, own = load_classifier("demo", None, "cpu", dtype="bfloat16")
+    assert policy.dtype == torch.float32 and reward.dtype == torch.bfloat16
+    assert tokenizer.get_vocab() == own.get_vocab()
+
+
+def test_a_folder_that_is_not_there_is_said_in_one_line():
+    with pytest.raises(FileNotFoundError, match=r"no folder \./nowhere: give a model's folder, a hub id or 'demo'$"):
+        load_policy("./nowhere", None)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from micro.attention import Tree
-from micro.cases import OPERATORS, Absent, Case, Prepared, contenders, refcheck
-from micro.limits import alternating
-from micro.sampling import FILTERS, Draw, Gather
-from micro.tables import Append, Select
-from micro.timing import Rates, floor_seconds, median_seconds
-from micro.trees import Forest, tables_of_lists
+
+from benchmarks.micro.attention import Tree
+from benchmarks.micro.cases import OPERATORS, Absent, Case, Prepared, contenders, refcheck
+from benchmarks.micro.limits import alternating
+from benchmarks.micro.sampling import FILTERS, Draw, Gather
+from benchmarks.micro.tables import Append, Select
+from benchmarks.micro.timing import Rates, floor_seconds, median_seconds
+from benchmarks.micro.trees import Forest, tables_of_lists
 
 CPU = torch.device("cpu")
 TINY = [
@@ -29,9 +30,9 @@ TINY = [
 def few_copies(monkeypatch):
     """Enough to rotate, not enough to leave a cache."""
     for module in ("attention", "sampling", "tables"):
-        monkeypatch.setattr(f"micro.{module}.copies", lambda size, device: 2)
+        monkeypatch.setattr(f"benchmarks.micro.{module}.copies", lambda size, device: 2)
     for name in ("_ROUND", "_ROTATION", "_TOTAL"):
-        monkeypatch.setattr(f"micro.timing.{name}", 1e-4)
+        monkeypatch.setattr(f"benchmarks.micro.timing.{name}", 1e-4)
 
 
 @pytest.mark.parametrize(("operator", "shape"), TINY, ids=lambda x: getattr(x, "name", x))

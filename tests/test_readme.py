@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-import readme_table
+
+from benchmarks import readme_table
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 PAGES = [README, *sorted((README.parent / "docs").rglob("*.md"))]

@@ -11,14 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig, MambaConfig, T5Config
 from typer.testing import CliRunner
 
-from stars_fast.cli import app
-from stars_fast.roofline import (
+from benchmarks.roofline import (
     GPUS,
     Achievable,
     AttentionLayer,
     ModelCost,
     Workload,
-    accepted_tokens_per_second,
     best_candidates,
     config_named,
     decode_step,
@@ -29,6 +27,7 @@ from stars_fast.roofline import (
     score_pass,
     short_names,
 )
+from benchmarks.roofline.__main__ import app
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.slots import SlotPool
 
@@ -144,7 +143,7 @@ def keys_read(rows, groups, context, branch, queries, window):
 )
 def test_attention_reads_a_trunk_once_per_request(context, branch, queries, window):
     layer = AttentionLayer(4, 2, 8, 12, window=window)
-    cost = ModelCost("one layer", 0, 0, 0, 0, 0, 0, 0, (layer,), torch.bfloat16)
+    cost = ModelCost(0, 0, 0, 0, 0, "one layer", 0, 0, (layer,), torch.bfloat16)
     forward = score_pass(cost, 6, 2, context, queries, H200)
     if queries == 1:
         forward = decode_step(cost, 6, 2, context, branch, H200)
@@ -200,27 +199,28 @@ def test_without_a_limit_commits_are_one_less_all_rejected():
 def test_more_acceptance_bandwidth_and_rate_never_cost_speed(costs):
     models = costs["qwen2.5-7b"], costs["llama-2-7b-reward"]
 
-    def speed(workload=None, gpu=H200, achievable=None):
-        return best_candidates(*models, workload or Workload(), gpu, achievable).tokens_per_second
+    def speed(workload=None, gpu=H200):
+        return best_candidates(*models, workload or Workload(), gpu).tokens_per_second
 
     by_acceptance = [speed(Workload(acceptance=a)) for a in (0.05, 0.15, 0.3, 0.5, 0.9, 1.0)]
     assert by_acceptance == sorted(by_acceptance)
     assert speed(Workload(context=1024)) < speed() < speed(Workload(batch=128))
     assert speed(Workload(tail=16)) < speed()
     assert speed(gpu=replace(H200, bandwidth=4e12)) < speed() < speed(gpu=replace(H200, matrix_rate=2e15))
-    assert speed(achievable=Achievable(kernels_per_layer=37)) < speed() < speed(achievable=Achievable(host_s=0))
+    more, less = (replace(H200, achievable=one) for one in (Achievable(kernels_per_layer=37), Achievable(host_s=0)))
+    assert speed(gpu=more) < speed() < speed(gpu=less)
     best = [best_candidates(*models, Workload(acceptance=a), H200).candidates for a in (0.05, 0.3, 1.0)]
     assert best == sorted(best, reverse=True) and best[-1] == 1
 
 
 def test_achievable_is_never_faster_than_the_floor(costs):
     models = costs["llama-3.2-1b"], costs["llama-3.2-1b-reward"]
-    perfect = Achievable(bandwidth=1, matrix=1, launch_s=0, host_s=0)
+    perfect = replace(H200, achievable=Achievable(bandwidth=1, matrix=1, launch_s=0, host_s=0))
     for candidates in (1, 4, 20):
-        row = heartbeat(*models, Workload(), candidates, H200, perfect)
+        row = heartbeat(*models, Workload(), candidates, perfect)
         assert row.tokens_per_second <= row.floor_tokens_per_second
         assert all(stage.achievable_s >= stage.floor_s * (1 - 1e-12) for stage in row.stages)
-        assert row.tokens_per_second > accepted_tokens_per_second(*models, Workload(), candidates, H200)
+        assert row.tokens_per_second > heartbeat(*models, Workload(), candidates, H200).tokens_per_second
 
 
 def test_a_retry_needs_no_forward_pass_for_its_first_token(costs):
@@ -270,11 +270,11 @@ GOALS = [
 @pytest.mark.parametrize(("policy", "acceptance", "candidates", "goal", "gain"), GOALS)
 def test_the_speed_goals_of_the_design_come_out(costs, policy, acceptance, candidates, goal, gain):
     models, workload = (costs[policy], costs["llama-2-7b-reward"]), Workload(acceptance=acceptance)
-    assert accepted_tokens_per_second(*models, workload, candidates, H200) == pytest.approx(goal, rel=0.15)
+    assert heartbeat(*models, workload, candidates, H200).tokens_per_second == pytest.approx(goal, rel=0.15)
     best = best_candidates(*models, workload, H200)
     assert abs(best.candidates - candidates) <= 1
     if gain is not None:
-        alone = accepted_tokens_per_second(*models, workload, 1, H200)
+        alone = heartbeat(*models, workload, 1, H200).tokens_per_second
         assert best.tokens_per_second / alone == pytest.approx(gain, rel=0.05)
 
 
@@ -282,7 +282,7 @@ def test_the_speed_goals_of_the_design_come_out(costs, policy, acceptance, candi
 def test_the_gain_of_candidates_at_batch_one_is_that_of_the_design(costs, acceptance, gain):
     models, workload = (costs["qwen2.5-7b"], costs["llama-2-7b-reward"]), Workload(1, acceptance=acceptance)
     best = best_candidates(*models, workload, H200)
-    alone = accepted_tokens_per_second(*models, workload, 1, H200)
+    alone = heartbeat(*models, workload, 1, H200).tokens_per_second
     assert best.tokens_per_second / alone == pytest.approx(gain, rel=0.1)
 
 
@@ -293,7 +293,7 @@ def test_prefill_of_long_prompts_is_bound_by_matrix_work(costs):
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(app, ["roofline", *(str(argument) for argument in arguments)])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 PAIR = ("--policy", "llama-3.2-1b", "--reward", "llama-3.2-1b-reward")

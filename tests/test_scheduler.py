@@ -5,6 +5,7 @@ What happens where requests outgrow the slots stands in test_memory.py.
 
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -259,7 +260,7 @@ def test_candidates_shrink_before_requests_wait(monkeypatch):
 
 
 def long_prompt_among_short_ones(monkeypatch, **limits):
-    """What twelve prompts give, one of them of 900 tokens; and how many tokens each pass of prefill took."""
+    """What twelve prompts give, one of them of 900 tokens; how many tokens each pass of prefill took; who drew when."""
     policy = tiny_policy(32, hidden=32, positions=1200)
     engine = StarsEngine(policy, tiny_reward(32, hidden=32, positions=1200), **limits)
     prompts = [[5, 6, 7], [(7 * i + i // 5) % 31 for i in range(900)], *([8, i] for i in range(10))]
@@ -268,20 +269,22 @@ def long_prompt_among_short_ones(monkeypatch, **limits):
         engine.policy, "prefill", lambda *args: encoded.append(sum(map(len, args[1]))) or prefill(*args)
     )
     config = CONFIG.replace(max_new_tokens=40, target_reward=-1e6, candidates=1)
-    return engine.generate(prompts, config, seed=list(range(12)), ignore_eos=True), encoded
+    requests = []
+    engine.on_heartbeat = lambda one: requests.append(one.requests)
+    return engine.generate(prompts, config, seed=list(range(12)), ignore_eos=True), encoded, requests
 
 
 def test_running_requests_commit_segments_while_a_long_prompt_is_encoded(monkeypatch):
     """Everything is accepted, so in each heartbeat all requests that run commit a segment."""
-    out, encoded = long_prompt_among_short_ones(monkeypatch, max_rows=12)
+    out, encoded, _ = long_prompt_among_short_ones(monkeypatch, max_rows=12)
     assert out.errors == [None] * 12
     # All fits into the first heartbeat, where nobody decodes who could be stalled.
-    assert out.stats["rows"] == [12] * 10 and encoded[0] == 900 + 3 + 20
+    assert out.stats["rows"] == {12: 10} and encoded[0] == 900 + 3 + 20
     # With less room for it, the first request does not wait: it commits three segments before the others run.
     monkeypatch.setattr("stars_fast.loop.scheduler._PREFILL_TOKENS", 256)
-    chunked, pieces = long_prompt_among_short_ones(monkeypatch, max_rows=12)
+    chunked, pieces, requests = long_prompt_among_short_ones(monkeypatch, max_rows=12)
     assert chunked.completions == out.completions
-    assert chunked.stats["requests"][:3] == [1, 1, 1] and max(pieces) <= 256
+    assert requests[:3] == [1, 1, 1] and max(pieces) <= 256
     assert sum(pieces) == sum(encoded), "nothing is encoded twice"
 
 
@@ -298,12 +301,26 @@ def test_samples_of_a_long_prompt_encode_it_once(monkeypatch):
     assert out.errors == [None] * 3 and encoded == [100, 100, 100, 50]
 
 
-def test_rows_and_requests_of_every_heartbeat_are_in_the_stats(monkeypatch):
+def test_every_heartbeat_is_counted_by_its_rows_and_requests(monkeypatch):
     engine = StarsEngine(tiny_policy(32, hidden=32), sum_reward, max_rows=7)
     watch = Watch(engine, monkeypatch)
     stats = engine.generate(PROMPTS, CONFIG, seed=0, num_return_sequences=2).stats
-    assert stats["rows"] == watch.rows and stats["requests"] == watch.requests
+    assert stats["rows"] == Counter(watch.rows) and stats["requests"] == Counter(watch.requests)
     assert len(watch.rows) == stats["heartbeats"] and max(stats["rows"]) == 7
+
+
+def test_an_observer_is_told_of_every_heartbeat():
+    engine = StarsEngine(tiny_policy(32, hidden=32), sum_reward, max_rows=7)
+    seen = []
+    engine.on_heartbeat = seen.append
+    out = engine.generate(PROMPTS, CONFIG, seed=0, num_return_sequences=2)
+    assert Counter(one.timing.rows for one in seen) == out.stats["rows"]
+    assert Counter(one.requests for one in seen) == out.stats["requests"]
+    assert sum(one.drawn for one in seen) == out.stats["policy_tokens"]
+    assert sum(one.committed for one in seen) == out.stats["committed_tokens"]
+    assert seen[-1].tested == sum(one.timing.rows for one in seen)
+    assert 0 < seen[-1].accepted < seen[-1].tested
+    assert seen[0].timing.encoded and not seen[0].measured and seen[-1].measured
 
 
 def test_what_a_call_has_learned_of_costs_serves_the_next():

@@ -5,10 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from conftest import sum_reward, tiny_policy
+from typer.testing import CliRunner
 
-from stars_fast.loop.scheduler import Scheduler
-from stars_fast.roofline import GPUS, ModelCost, Workload, config_named, heartbeat, renewal
-from stars_fast.simulation import (
+from benchmarks.roofline import GPUS, ModelCost, Workload, config_named, heartbeat, renewal
+from benchmarks.simulation import (
     LinearMachine,
     RooflineMachine,
     Work,
@@ -17,6 +18,11 @@ from stars_fast.simulation import (
     simulate,
     synthetic,
 )
+from benchmarks.simulation.__main__ import app
+from stars_fast import StarsConfig, StarsEngine
+from stars_fast.cli.responses import finished_rows
+from stars_fast.cli.rows import read_rows, to_line
+from stars_fast.loop.scheduler import Scheduler
 
 SMALL = LinearMachine(10e-3, 0.3e-3)  # a row costs 3 % of what is fixed
 
@@ -155,3 +161,54 @@ def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="schedule='fast'"):
         simulate(work("0.3", 2), SMALL, "fast")
     assert math.isfinite(simulate(work("0.3", 2), SMALL).tokens_per_second)
+
+
+# The command
+
+COMMAND = ("--requests", "60", "--batch", "4", "--fixed", "1,4")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [*COMMAND, *map(str, arguments)])
+
+
+def test_the_command_compares_schedules_on_a_gpu_on_paper():
+    result = invoke("--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    schedules = {one["name"]: one for one in report["schedules"]}
+    assert list(schedules) == ["auto", "oracle", "barrier", "1", "4"]
+    assert all(one["committed"] == 60 * 128 for one in schedules.values())
+    assert schedules["auto"]["tokens_per_second"] > 1.2 * schedules["1"]["tokens_per_second"]
+    assert schedules["1"]["tokens_per_second"] > schedules["barrier"]["tokens_per_second"]
+    assert report["machine"]["gpu"] == "h200"
+
+
+def test_the_command_replays_what_generate_wrote(tmp_path):
+    engine = StarsEngine(tiny_policy(32), sum_reward)
+    config = StarsConfig(max_new_tokens=14, segment_length=4, max_attempts=6, beta=0.3)
+    rows = read_rows(['{"prompt_ids": [3, 4]}', '{"prompt_ids": [5]}', '{"prompt_ids": [7, 8, 9]}'], 0)
+    records = [record for done in finished_rows(engine, rows, config, 8, lambda event: None) for record in done]
+    path = tmp_path / "out.jsonl"
+    path.write_text("".join(map(to_line, records)))
+    costs = ("--fixed-cost", "10", "--row-cost", "0.3", "--max-attempts", "6", "--segment", "4")
+    result = invoke("--acceptance", path, *costs)
+    assert result.exit_code == 0, result.stderr
+    assert "3 requests" in result.stdout and "barrier" in result.stdout
+    report = json.loads(invoke("--acceptance", path, *costs, "--json").stdout)
+    assert report["schedules"][0]["committed"] == sum(record["tokens"] for record in records)
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (("--acceptance", "2"), "acceptance='2'"),
+        (("--fixed-cost", "3"), "row_cost=None"),
+        (("--fixed", "1,x"), "fixed='1,x'"),
+        (("--batch", "0"), "batch=0"),
+        (("--gpu", "h900"), "h900"),
+    ],
+)
+def test_the_command_names_what_it_cannot_use(options, named):
+    result = invoke(*options)
+    assert result.exit_code == 2 and named in result.stderr

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import replace
 from typing import Any
 
-import torch
-from baselines import plain, strong
-from micro.timing import in_table
-from transformers import GenerationConfig
-
-from gpu_parts.heartbeats import PROMPT, RESPONSE, engine, figures, guided, pilot, run_engine, synchronize
-from gpu_parts.models import Pair, pair
-from gpu_parts.runner import Runner
-from stars_fast.bench.yardsticks import rates
-from stars_fast.roofline import GPUS, Achievable, Gpu, Workload, best_candidates, heartbeat, renewal
+from benchmarks.gpu_parts.heartbeats import PROMPT, RESPONSE, figures, pilots, run_engine, workload
+from benchmarks.gpu_parts.models import costs, pair
+from benchmarks.gpu_parts.runner import Runner
+from benchmarks.micro.timing import in_table
+from benchmarks.roofline import GPUS, Achievable, Gpu, best_candidates, heartbeat, renewal
+from benchmarks.roofline import Workload as WorkOnPaper
+from stars_fast import StarsConfig
+from stars_fast.bench.baselines import generate_batch, plain, strong
+from stars_fast.bench.models import Pair
+from stars_fast.bench.workload import Workload
+from stars_fast.bench.yardsticks import rates, synchronize
 
 # Of a copy's bandwidth and a large product's rate, as measured here. On an H200 these are the 0.85 of its data sheet's
 # bandwidth and the 600 TFLOP/s that the roofline takes for achievable.
@@ -27,33 +27,29 @@ BEATS = {64: 8, 16: 16, 1: 40}  # steady heartbeats to see, by batch size
 def machine(runner: Runner) -> Gpu:
     """This device with the rates that it has shown; measured when first asked for."""
     if "machine" not in runner.shared:
+        sheet = in_table(runner.device)
         known = runner.rows("rates")
         if not known:
             found = rates(runner.device)
-            sheet = in_table(runner.device)
-            known = [
-                runner.add(
-                    "rates",
-                    copy=found.copy,
-                    matrix=found.matrix,
-                    of_data_sheet=found.copy / sheet.bandwidth if sheet else None,
-                )
-            ]
-        table = in_table(runner.device) or GPUS["h200"]
-        runner.shared["machine"] = replace(table, bandwidth=known[0]["copy"], matrix_rate=known[0]["matrix"])
+            share = found.copy / sheet.bandwidth if sheet else None
+            known = [runner.add("rates", copy=found.copy, matrix=found.matrix, of_data_sheet=share)]
+        table = sheet or GPUS["h200"]
+        runner.shared["machine"] = replace(
+            table, bandwidth=known[0]["copy"], matrix_rate=known[0]["matrix"], achievable=REACHABLE
+        )
     return runner.shared["machine"]
 
 
 def expectation(
-    runner: Runner, models: Pair, batch: int, segment: int, acceptance: float, context: float, candidates: int | None
+    runner: Runner, models: Pair, load: Workload, acceptance: float, context: float, candidates: int | None
 ) -> dict[str, Any]:
     """What the roofline expects of heartbeats without a prefill; with the best number of candidates where None."""
     context = max(context, 2.0)
-    workload = Workload(batch, segment, min(max(acceptance, 0.01), 1.0), context, response=int(context))
-    costs, gpu = (models.policy_cost, models.reward_cost), machine(runner)
+    work = WorkOnPaper(load.batch, load.segment_length, min(max(acceptance, 0.01), 1.0), context, response=int(context))
+    both, gpu = costs(models), machine(runner)
     if candidates is None:
-        candidates = best_candidates(*costs, workload, gpu, REACHABLE).candidates
-    found = heartbeat(*costs, workload, candidates, gpu, REACHABLE)
+        candidates = best_candidates(*both, work, gpu).candidates
+    found = heartbeat(*both, work, candidates, gpu)
     stages = {stage.name: stage.achievable_s for stage in found.stages if stage.name != "refill"}
     seconds = sum(stages.values())
     return {
@@ -67,64 +63,42 @@ def expectation(
 def compare_engine(
     runner: Runner,
     models: Pair,
-    rewards: list[float],
-    batch: int,
-    segment: int,
-    acceptance: float,
+    load: Workload,
     seconds: float,
     remark: str = "",
 ) -> None:
     """The engine as it chooses, with the roofline's candidates, and with one."""
-    length, response = (8, 4 * segment) if runner.tiny else (PROMPT, max(RESPONSE, 4 * segment))
-    prompts, config = models.prompts(batch, length), guided(rewards, acceptance, segment, response)
-    best = expectation(runner, models, batch, segment, acceptance, length + response / 2, None)["candidates"]
-    for contestant in ("auto", best, 1) if best > 1 else ("auto", 1):
+    driven, prompts = pilots(runner, models), models.prompts(load.batch, load.prompt_length)
+    config, context = driven.config(load), load.prompt_length + load.max_new_tokens / 2
+    best = expectation(runner, models, load, load.acceptance, context, None)["candidates"]
+    for chosen in (None, best, 1) if best > 1 else (None, 1):
         if not runner.time_for(0.5 * seconds):
             return
-        wanted = 2 if runner.tiny else BEATS[batch]
-        with runner.guarded(f"engine, batch {batch}, candidates {contestant}"):
-            watch = run_engine(runner, engine(runner, models), prompts, config, contestant, wanted, seconds)
-            found = figures(watch, batch, segment)
-            chosen = None if contestant == "auto" else contestant
+        contestant, wanted = chosen or "auto", 2 if runner.tiny else BEATS[load.batch]
+        with runner.guarded(f"engine, batch {load.batch}, candidates {contestant}"):
+            watch = run_engine(runner, driven.engine, prompts, config, contestant, wanted, seconds)
+            found = figures(watch, load.segment_length)
             expected = {}
             if found["beats"]:
-                expected = expectation(runner, models, batch, segment, found["acceptance"], found["context"], chosen)
-            runner.add(
-                "engine",
-                pair=models.name + remark,
-                batch=batch,
-                segment=segment,
-                wanted=acceptance,
-                candidates=contestant,
-                **found,
-                expected=expected,
-            )
+                expected = expectation(runner, models, load, found["acceptance"], found["context"], chosen)
+            fields = {**_fields(models, load), "pair": models.name + remark}
+            runner.add("engine", **fields, candidates=contestant, **found, expected=expected)
 
 
-def compare_strong(
-    runner: Runner, models: Pair, rewards: list[float], batch: int, segment: int, acceptance: float
-) -> None:
+def compare_strong(runner: Runner, models: Pair, load: Workload) -> None:
     """The batched baseline, for one segment of every prompt, at the engine's mean context."""
-    if not runner.time_for(0 if runner.tiny else 12 if batch > 1 else 4):
+    if not runner.time_for(0 if runner.tiny else 12 if load.batch > 1 else 4):
         return
-    prompts, config = models.prompts(batch, _context(runner, segment)), guided(rewards, acceptance, segment, segment)
-    with runner.guarded(f"strong, batch {batch}"):
+    load = _one_segment(runner, load)
+    prompts, config = models.prompts(load.batch, load.prompt_length), pilots(runner, models).config(load)
+    with runner.guarded(f"strong, batch {load.batch}"):
         strong(models.policy, models.reward, prompts, config.replace(max_attempts=1, max_new_tokens=2), set())
         texts, seconds = _timed(runner, lambda: strong(models.policy, models.reward, prompts, config, set()))
-        runner.add(
-            "strong",
-            pair=models.name,
-            batch=batch,
-            segment=segment,
-            wanted=acceptance,
-            **_cost(texts, seconds),
-            rounds=max(text.attempts for text in texts),
-        )
+        rounds = max(text.attempts for text in texts)
+        runner.add("strong", **_fields(models, load), **_cost(texts, seconds), rounds=rounds)
 
 
-def compare_plain(
-    runner: Runner, models: Pair, rewards: list[float], segment: int, acceptances: tuple[float, ...]
-) -> None:
+def compare_plain(runner: Runner, models: Pair, load: Workload, acceptances: tuple[float, ...]) -> None:
     """A few attempts of the baseline that takes one prompt and one attempt at a time.
 
     What an attempt takes does not depend on how many are accepted, so that one measurement gives the rate at each
@@ -132,7 +106,8 @@ def compare_plain(
     """
     if not runner.time_for(0 if runner.tiny else 6):
         return
-    prompt, config = models.prompts(1, _context(runner, segment))[0], guided(rewards, acceptances[0], segment, segment)
+    load = replace(_one_segment(runner, load), batch=1)
+    (prompt,), config = models.prompts(1, load.prompt_length), pilots(runner, models).config(load)
     texts: list[Any] = []
     with runner.guarded("plain"):
         plain(models.policy, models.reward, prompt, config.replace(max_attempts=1, max_new_tokens=2), set())
@@ -144,13 +119,16 @@ def compare_plain(
         cost = _cost(texts, seconds)
         for acceptance in acceptances:
             attempts = renewal(acceptance, 1, config.max_attempts).heartbeats
-            rate = segment / (attempts * seconds / cost["attempts"])
-            fields = {"pair": models.name, "batch": 1, "segment": segment, "wanted": acceptance}
+            rate = load.segment_length / (attempts * seconds / cost["attempts"])
+            fields = _fields(models, replace(load, acceptance=acceptance))
             runner.add("plain", **fields, **{**cost, "tokens_per_second": rate})
 
 
-def _context(runner: Runner, segment: int) -> int:
-    return 8 if runner.tiny else PROMPT + (RESPONSE - segment) // 2
+def _one_segment(runner: Runner, load: Workload) -> Workload:
+    """What is left of it for programs that take as long for each segment: one, in the middle of the response."""
+    segment = load.segment_length
+    context = 8 if runner.tiny else PROMPT + (RESPONSE - segment) // 2
+    return replace(load, prompt_length=context, max_new_tokens=segment)
 
 
 def compare_generate(runner: Runner, models: Pair, batch: int) -> None:
@@ -158,14 +136,10 @@ def compare_generate(runner: Runner, models: Pair, batch: int) -> None:
     if not runner.time_for(0 if runner.tiny else 4):
         return
     tokens = 4 if runner.tiny else 32
-    ids = torch.tensor(models.prompts(batch, 8 if runner.tiny else PROMPT), device=runner.device)
+    prompts = models.prompts(batch, 8 if runner.tiny else PROMPT)
 
     def run(count: int) -> float:
-        settings = GenerationConfig(
-            do_sample=True, top_k=0, max_new_tokens=count, eos_token_id=[models.vocab], pad_token_id=0
-        )
-        mask = torch.ones_like(ids)
-        return _timed(runner, lambda: models.policy.generate(ids, attention_mask=mask, generation_config=settings))[1]
+        return _timed(runner, lambda: generate_batch(models.policy, prompts, count, StarsConfig(), set()))[1]
 
     with runner.guarded(f"generate, batch {batch}"):
         run(2)
@@ -180,8 +154,7 @@ def compare_segments(runner: Runner, name: str, segments: tuple[int, ...], batch
     models = pair(runner, name)
     for segment in segments:
         if runner.time_for(0 if runner.tiny else 6):
-            rewards = pilot(engine(runner, models), models, segment, runner.tiny)
-            compare_engine(runner, models, rewards, batch, segment, acceptance, 5.0)
+            compare_engine(runner, models, workload(runner, batch, segment, acceptance), 5.0)
 
 
 def compare_pair(
@@ -194,40 +167,36 @@ def compare_pair(
     """Everything about one pair of models; the first batch and acceptance with all contestants come first."""
     started = time.time()
     models = pair(runner, name)
-    rewards = pilot(engine(runner, models), models, segment, runner.tiny)
-    runner.add(
-        "pair",
-        pair=name,
-        seconds_to_start=time.time() - started,
-        rewards=len(rewards),
-        rewards_deviation=statistics.pstdev(rewards),
-    )
-    first, acceptance = batches[0], acceptances[0]
-    compare_engine(runner, models, rewards, first, segment, acceptance, 10.0)
-    compare_strong(runner, models, rewards, first, segment, acceptance)
-    compare_plain(runner, models, rewards, segment, acceptances)
-    compare_generate(runner, models, first)
+    first = workload(runner, batches[0], segment, acceptances[0])
+    beta = pilots(runner, models).config(first).beta
+    runner.add("pair", pair=name, seconds_to_start=time.time() - started, beta=beta)
+    compare_engine(runner, models, first, 10.0)
+    compare_strong(runner, models, first)
+    compare_plain(runner, models, first, acceptances)
+    compare_generate(runner, models, first.batch)
     for batch in batches:
         if not runner.time_for(0 if runner.tiny else 4):
             return
-        law = rewards
-        if batch == 1:  # the rewards of one prompt have a law of their own
-            law = pilot(engine(runner, models), models, segment, runner.tiny, prompts=1)
-        for one in acceptances:
-            if (batch, one) != (first, acceptance):
-                compare_engine(runner, models, law, batch, segment, one, 5.0)
-        if batch != first:
+        loads = [workload(runner, batch, segment, one) for one in acceptances]
+        for load in loads:
+            if load != first:
+                compare_engine(runner, models, load, 5.0)
+        if batch != first.batch:
             compare_generate(runner, models, batch)
-            compare_strong(runner, models, law, batch, segment, acceptance)
+            compare_strong(runner, models, loads[0])
     for one in reversed(acceptances[1:]):
-        compare_strong(runner, models, rewards, first, segment, one)
+        compare_strong(runner, models, replace(first, acceptance=one))
+
+
+def _fields(models: Pair, load: Workload) -> dict[str, Any]:
+    return {"pair": models.name, "batch": load.batch, "segment": load.segment_length, "wanted": load.acceptance}
 
 
 def _timed(runner: Runner, call: Any) -> tuple[Any, float]:
-    synchronize(runner)
+    synchronize(runner.device)
     started = time.perf_counter()
     result = call()
-    synchronize(runner)
+    synchronize(runner.device)
     return result, time.perf_counter() - started
 
 

@@ -1,127 +1,86 @@
-"""Whole heartbeats of the engine in a steady state, and what the baselines do in that time."""
+"""Whole heartbeats of the engine in a steady state."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-
-from gpu_parts.models import Pair
-from gpu_parts.runner import Runner
+from benchmarks.gpu_parts.runner import Runner
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.loop.heartbeat import Generation
-from stars_fast.methods.stars import acceptance_probability
-from stars_fast.tree.graphs import Graphs
+from stars_fast.bench.models import Pair
+from stars_fast.bench.workload import Pilots, Workload
+from stars_fast.loop.row_cost import Heartbeat
 
 PROMPT, RESPONSE = 128, 256  # tokens: a mean context of 256, and time for a steady state
-_BETA = 0.5  # standard deviations of the rewards
 
 
 class Beat(NamedTuple):
-    """One heartbeat, from outside."""
+    """One heartbeat."""
 
-    seconds: float
+    propose: float  # seconds from its start until candidates were drawn
+    score: float  # seconds from then on
     committed: int  # tokens
     drawn: int  # tokens
     context: float  # mean tokens of prompt and accepted text
     steady: bool  # all requests ran, nothing was prefilled, no graph was captured
 
+    @property
+    def seconds(self) -> float:
+        return self.propose + self.score
+
 
 @dataclass
 class Watch:
-    """What :func:`watching` has seen of one run."""
+    """What an engine tells of its heartbeats with these prompts, call after call."""
 
+    prompts: list[list[int]]
     beats: list[Beat] = field(default_factory=list)
-    acceptance: float = math.nan  # mean acceptance probability of all candidates scored
-    on_beat: Callable[[Generation], Any] | None = None  # before each
+    calls: list[Heartbeat] = field(default_factory=list)  # the last one of each
+    context: float = math.nan
+
+    def begin(self) -> None:
+        """The next call starts."""
+        self.context = statistics.fmean(map(len, self.prompts))
+
+    def __call__(self, one: Heartbeat) -> None:
+        timing, batch = one.timing, len(self.prompts)
+        steady = one.measured and one.requests == batch and not timing.encoded
+        work = (one.committed, one.drawn, self.context, steady)
+        self.beats.append(Beat(timing.propose_seconds, timing.score_seconds, *work))
+        self.context += one.committed / batch
+        self.last = one
+
+    def end(self) -> None:
+        """The call has ended."""
+        self.calls.append(self.last)
 
     @property
     def steady(self) -> list[Beat]:
         return [beat for beat in self.beats if beat.steady]
 
-
-@contextmanager
-def watching(batch: int) -> Iterator[Watch]:
-    """Note every heartbeat inside: a clock, and no wait, as a heartbeat ends when the host has its verdicts."""
-    watch, beat = Watch(), Generation.heartbeat
-    requests: dict[int, Any] = {}
-
-    def watched(self: Generation) -> Any:
-        full = not self.waiting and len(self.running) == batch
-        requests.update((id(request), request) for request in self.running)
-        context = statistics.fmean(len(r.prompt.ids) + len(r.tokens) for r in self.running) if self.running else 0.0
-        prepared, committed, drawn = Graphs.prepared_by_all, self.stats.committed_tokens, self.stats.policy_tokens
-        if watch.on_beat is not None:
-            watch.on_beat(self)
-        started = time.perf_counter()
-        changed = beat(self)
-        seconds = time.perf_counter() - started
-        steady = full and prepared == Graphs.prepared_by_all
-        watch.beats.append(
-            Beat(seconds, self.stats.committed_tokens - committed, self.stats.policy_tokens - drawn, context, steady)
-        )
-        return changed
-
-    Generation.heartbeat = watched  # type: ignore[method-assign]
-    try:
-        yield watch
-    finally:
-        Generation.heartbeat = beat  # type: ignore[method-assign]
-        scored = sum(request.scored for request in requests.values())
-        if scored:
-            watch.acceptance = sum(request.acceptance_sum for request in requests.values()) / scored
+    @property
+    def acceptance(self) -> float:
+        """Mean acceptance probability of all candidates scored."""
+        return sum(one.accepted for one in self.calls) / sum(one.tested for one in self.calls)
 
 
-def engine(runner: Runner, pair: Pair, torch_compile: bool = True) -> StarsEngine:
-    """An engine on these models whose trees keep their size, so that graphs serve all calls."""
-    kept = runner.shared.get("engine")
-    if kept is None or kept.policy.model is not pair.policy:
-        slots = 2_000 if runner.tiny else 30_000
-        runner.shared["engine"] = kept = StarsEngine(
-            pair.policy,
-            pair.reward,
-            kv_cache_tokens=slots,
-            torch_compile=torch_compile,
-        )
+def workload(runner: Runner, batch: int, segment: int, acceptance: float) -> Workload:
+    """Requests that are long enough for a steady state."""
+    length, response = (8, 8 * segment) if runner.tiny else (PROMPT, max(RESPONSE, 4 * segment))
+    return Workload(batch, length, response, segment, acceptance, top_k=0)
+
+
+def pilots(runner: Runner, pair: Pair, torch_compile: bool = True) -> Pilots:
+    """An engine on these models whose trees keep their size, so that graphs serve all calls, and its targets."""
+    kept = runner.shared.get("pilots")
+    if kept is None or kept.pair is not pair:
+        slots = 4_000 if runner.tiny else 30_000
+        engine = StarsEngine(pair.policy, pair.reward, kv_cache_tokens=slots, torch_compile=torch_compile)
+        runner.shared["pilots"] = kept = Pilots(pair, engine)
     return kept
-
-
-def pilot(engine: StarsEngine, pair: Pair, segment: int, tiny: bool, prompts: int = 64) -> list[float]:
-    """Rewards of unguided segments after the first of the pair's prompts, as many for one prompt as for 64."""
-    config = StarsConfig(target_reward=-math.inf, max_attempts=1, segment_length=segment, ignore_eos=True)
-    out = engine.generate(
-        pair.prompts(prompts, 8 if tiny else PROMPT),
-        config,
-        seed=0,
-        max_new_tokens=2 * segment,
-        num_return_sequences=64 // prompts,
-        on_error="raise",
-    )
-    return [one.reward for row in out.segments for one in row]
-
-
-def guided(rewards: list[float], acceptance: float, segment: int, response: int) -> StarsConfig:
-    """A config whose threshold, the same at every length, accepts these rewards with that probability."""
-    beta = _BETA * statistics.pstdev(rewards) or 1.0
-    low, high = min(rewards) - 40 * beta, max(rewards) + 40 * beta
-    for _ in range(60):
-        middle = (low + high) / 2
-        expected = statistics.fmean(acceptance_probability(reward, middle, beta) for reward in rewards)
-        low, high = (middle, high) if expected > acceptance else (low, middle)
-    return StarsConfig(
-        segment_length=segment,
-        max_new_tokens=response,
-        target_reward=low,
-        alpha=1.0,
-        beta=beta,
-        ignore_eos=True,
-    )
 
 
 def run_engine(
@@ -135,37 +94,39 @@ def run_engine(
 ) -> Watch:
     """Run until so many steady heartbeats are seen, or the time is up; a stream closed early leaves nothing behind."""
     ends = time.time() + min(seconds, max(runner.left(), 1.0))
-    with watching(len(prompts)) as watch:
-        seed = 0
+    engine.on_heartbeat = watch = Watch(prompts)
+    try:
         while len(watch.steady) < wanted and time.time() < ends:
-            events = engine.stream(prompts, config, candidates=candidates, seed=seed, on_error="raise")
+            watch.begin()
+            events = engine.stream(prompts, config, candidates=candidates, seed=len(watch.calls), on_error="raise")
             for _ in events:
                 if len(watch.steady) >= wanted or time.time() >= ends:
                     break
             events.close()
-            seed += 1
+            watch.end()
+    finally:
+        engine.on_heartbeat = None
     return watch
 
 
-def figures(watch: Watch, batch: int, segment: int) -> dict[str, Any]:
+def figures(watch: Watch, segment: int) -> dict[str, Any]:
     """What the steady heartbeats say.
 
     ``tokens_per_second`` is batch x K x P(commit) over the mean heartbeat, where P(commit) = 1 - (1 - a)^M with the
     mean acceptance ``a`` of all candidates scored and M the candidates per request: of a few heartbeats it is far more
     exact than what they happened to commit, which ``counted_tokens_per_second`` is.
     """
-    beats = watch.steady
-    if beats:  # a kernel may have been compiled in one of them
-        longest = 3 * statistics.median(beat.seconds for beat in beats)
-        beats = [beat for beat in beats if beat.seconds <= longest]
-    else:
-        return {"beats": 0, "all_beats": [beat._asdict() for beat in watch.beats]}
+    beats, batch = watch.steady, len(watch.prompts)
+    told = [{"seconds": beat.seconds, **beat._asdict()} for beat in watch.beats]
+    if not beats:
+        return {"beats": 0, "all_beats": told}
+    longest = 3 * statistics.median(beat.seconds for beat in beats)  # a kernel may have been compiled in one of them
+    beats = [beat for beat in beats if beat.seconds <= longest]
     mean = statistics.fmean(beat.seconds for beat in beats)
-    rows = statistics.fmean(beat.drawn for beat in beats) / segment
     commit = statistics.fmean(1 - (1 - watch.acceptance) ** (beat.drawn / segment / batch) for beat in beats)
     return {
         "acceptance": watch.acceptance,
-        "rows": rows,
+        "rows": statistics.fmean(beat.drawn for beat in beats) / segment,
         "beats": len(beats),
         "outliers": len(watch.steady) - len(beats),
         "milliseconds": mean * 1e3,
@@ -173,10 +134,5 @@ def figures(watch: Watch, batch: int, segment: int) -> dict[str, Any]:
         "tokens_per_second": batch * segment * commit / mean,
         "counted_tokens_per_second": sum(beat.committed for beat in beats) / sum(beat.seconds for beat in beats),
         "context": statistics.fmean(beat.context for beat in beats),
-        "all_beats": [beat._asdict() for beat in watch.beats],
+        "all_beats": told,
     }
-
-
-def synchronize(runner: Runner) -> None:
-    if runner.on_gpu:
-        torch.cuda.synchronize()

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from micro.attention import PER_ROW, Tree
-from micro.cases import OPERATORS, refcheck
-from micro.refcheck import OURS
-from micro.sampling import Draw, Gather
-from micro.tables import Append, Select
-from micro.timing import Rates, floor_seconds, median_seconds
 
-from gpu_parts.compare import machine
-from gpu_parts.models import free
-from gpu_parts.runner import Runner
+from benchmarks.gpu_parts.compare import machine
+from benchmarks.gpu_parts.models import free
+from benchmarks.gpu_parts.runner import Runner
+from benchmarks.micro.attention import PER_ROW, Tree
+from benchmarks.micro.cases import OPERATORS, refcheck
+from benchmarks.micro.refcheck import OURS
+from benchmarks.micro.sampling import Draw, Gather
+from benchmarks.micro.tables import Append, Select
+from benchmarks.micro.timing import Rates, floor_seconds, median_seconds
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _PROCESSES = 6  # of pytest-xdist: most of the time goes into compiling kernels
 _OUTPUT = 30_000  # characters kept
 

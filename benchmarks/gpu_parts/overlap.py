@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from gpu_parts.heartbeats import PROMPT
-from gpu_parts.models import Pair, pair
-from gpu_parts.runner import Runner
+from benchmarks.gpu_parts.heartbeats import PROMPT
+from benchmarks.gpu_parts.models import pair
+from benchmarks.gpu_parts.runner import Runner
+from stars_fast.bench.models import Pair
 from stars_fast.bench.yardsticks import seconds
 from stars_fast.policy.policy import Policy
 from stars_fast.policy.steps import Leaf, Sampling
@@ -25,11 +26,12 @@ def overlapped_scoring(runner: Runner, name: str, batch: int, candidates: int, s
     The saving is what a heartbeat could gain at most: the second half of the segment is scored afterwards either way.
     """
     models = pair(runner, name)
-    runner.shared.pop("engine", None)
+    runner.shared.pop("pilots", None)
     length, half = 8 if runner.tiny else PROMPT, segment // 2
     prompts, rows = models.prompts(batch, length), batch * candidates
     with plugged(models.policy), plugged(models.reward), torch.no_grad():
-        decode = _decode_steps(models, prompts, candidates, segment, half)
+        policy = Policy(models.policy)  # its decode steps refer to it weakly
+        decode = _decode_steps(policy, prompts, candidates, segment, half)
         score = _scoring_pass(models, prompts, candidates, half)
         score()
         side = torch.cuda.Stream() if runner.on_gpu else None
@@ -61,10 +63,9 @@ def overlapped_scoring(runner: Runner, name: str, batch: int, candidates: int, s
 
 
 def _decode_steps(
-    models: Pair, prompts: list[list[int]], candidates: int, segment: int, half: int
+    policy: Policy, prompts: list[list[int]], candidates: int, segment: int, half: int
 ) -> Callable[[], None]:
     """Half a segment's decode steps, as the engine runs them."""
-    policy = Policy(models.policy)
     batch, length = len(prompts), len(prompts[0])
     policy.begin(batch * length + batch * candidates * segment, length, segment)
     nodes, logits = policy.prefill([-1] * batch, prompts)

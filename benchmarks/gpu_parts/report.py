@@ -72,11 +72,10 @@ def _others(rows: list[dict[str, Any]]) -> Iterable[str]:
 def _split(rows: list[dict[str, Any]]) -> Iterable[str]:
     for row in _of(rows, "split"):
         stages = row["stages_milliseconds"]
-        rest = row["heartbeat_milliseconds"] - sum(stages.values())
         expected = row["expected"]["stages_milliseconds"]
         yield ""
-        yield f"a heartbeat of {row['pair']}, batch {row['batch']}, M {row['candidates']}, profiled (waits added): ms"
-        yield "  " + ", ".join(f"{name} {value:.1f}" for name, value in {**stages, "rest": rest}.items())
+        yield f"a heartbeat of {row['pair']}, batch {row['batch']}, M {row['candidates']}: ms"
+        yield "  " + ", ".join(f"{name} {value:.1f}" for name, value in stages.items())
         yield "  roofline: " + ", ".join(f"{name} {value:.1f}" for name, value in expected.items())
     for row in _of(rows, "kernels"):
         share = row["busy_milliseconds"] / row["milliseconds"]

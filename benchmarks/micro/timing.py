@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.roofline import Gpu, gpu_called
 from stars_fast.bench.yardsticks import Rates, synchronize
-from stars_fast.roofline import GPUS, Gpu
 
 from .refcheck import Case, Prepared
 
@@ -116,7 +116,4 @@ def floor_seconds(case: Case, reached: Rates) -> float:
 
 def in_table(device: torch.device) -> Gpu | None:
     """The data sheet of this GPU, if the roofline knows it."""
-    if device.type != "cuda":
-        return None
-    words = torch.cuda.get_device_name(device).lower().replace("-", " ").split()
-    return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in words), None)
+    return gpu_called(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

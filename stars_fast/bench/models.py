@@ -9,9 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from stars_fast.roofline import ModelCost
+from stars_fast.report.weights import Weights
+from stars_fast.tree.model import vocabulary
 
 # Llamas with random weights, by their parameters: speed does not depend on the weights.
 SIZES: dict[str, dict[str, int]] = {
@@ -57,26 +64,27 @@ class Pair:
     random: bool = False
 
     def __post_init__(self) -> None:
-        dtype = self.policy.dtype
-        self.costs = {
-            "policy": ModelCost.from_config(self.policy.config, "policy", dtype),
-            "reward": ModelCost.from_config(self.reward.config, "reward", self.reward.dtype),
-        }
+        self.weights = {"policy": Weights.of(self.policy), "reward": Weights.of(self.reward)}
 
     @property
     def device(self) -> torch.device:
         return self.policy.device
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids the policy has embeddings for."""
+        return vocabulary(self.policy)
 
     def prompts(self, count: int, length: int | None) -> list[list[int]]:
         """Prompts, the same ones whenever they are asked for: random ids, or the openings where ``length`` is None."""
         if length is None:
             return [self.openings[i % len(self.openings)] for i in range(count)]
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(1, self.costs["policy"].vocab, (count, length), generator=generator).tolist()
+        return torch.randint(1, self.vocabulary, (count, length), generator=generator).tolist()
 
 
 def random_pair(size: str, dtype: torch.dtype, device: torch.device) -> Pair:
-    """Policy and reward model of a size in :data:`SIZES`, with transformers' own random weights, always the same ones.
+    """Policy and reward model of a size in :data:`SIZES`, as :func:`made_pair` makes them.
 
     Raises
     ------
@@ -87,13 +95,24 @@ def random_pair(size: str, dtype: torch.dtype, device: torch.device) -> Pair:
         raise ValueError(f"size={size!r}: choose from {', '.join(SIZES)}")
     shape: dict[str, Any] = dict(SIZES[size])
     shape |= {"max_position_embeddings": _POSITIONS, "tie_word_embeddings": True, "pad_token_id": 0}
-    with torch.random.fork_rng():
+    configs = LlamaConfig(**shape), LlamaConfig(**shape | {"num_labels": 1})
+    return made_pair(f"random Llamas of {size.upper()} parameters", *configs, dtype, device)
+
+
+def made_pair(
+    name: str, policy: PreTrainedConfig, reward: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> Pair:
+    """Models of these shapes with transformers' own random weights, always the same ones.
+
+    They are made on the device, where 7B parameters take a second or two.
+    """
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        policy = LlamaForCausalLM(LlamaConfig(**shape))
-        reward = LlamaForSequenceClassification(LlamaConfig(**shape | {"num_labels": 1}))
-    for model in (policy, reward):
-        model.eval().requires_grad_(False).to(device=device, dtype=dtype)
-    return Pair(f"random Llamas of {size.upper()} parameters", policy, reward, random=True)
+        causal = AutoModelForCausalLM.from_config(policy, dtype=dtype)
+        classifier = AutoModelForSequenceClassification.from_config(reward, dtype=dtype)
+    for model in (causal, classifier):
+        model.eval().requires_grad_(False)
+    return Pair(name, causal, classifier, random=True)
 
 
 @dataclass
@@ -112,12 +131,12 @@ def counting(pair: Pair) -> Iterator[Passes]:
     """
     passes = Passes()
 
-    def body(cost: ModelCost) -> Any:
+    def body(weights: Weights, itemsize: int) -> Any:
         def hook(module: nn.Module, inputs: Any, keywords: dict[str, Any]) -> None:
             ids = keywords.get("input_ids", inputs[0] if inputs else None)
             tokens = 0 if ids is None else ids.numel()
-            passes.bytes += cost.body * cost.dtype.itemsize
-            passes.operations += 2 * cost.active * tokens
+            passes.bytes += weights.body * itemsize
+            passes.operations += 2 * weights.active * tokens
 
         return hook
 
@@ -128,7 +147,7 @@ def counting(pair: Pair) -> Iterator[Passes]:
 
     with ExitStack() as stack:
         for role, model in (("policy", pair.policy), ("reward", pair.reward)):
-            hook = body(pair.costs[role])
+            hook = body(pair.weights[role], model.dtype.itemsize)
             stack.callback(model.base_model.register_forward_pre_hook(hook, with_kwargs=True).remove)
         output = pair.policy.get_output_embeddings()
         stack.callback(output.register_forward_pre_hook(head).remove)

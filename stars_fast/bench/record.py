@@ -58,7 +58,7 @@ def run(pair: Pair, series: Sequence[Series], rounds: int, done: Callable[[], No
     return {
         "models": pair.name,
         "random": pair.random,
-        "weight_bytes": {role: cost.weight_bytes for role, cost in pair.costs.items()},
+        "weight_bytes": {role: sum(p.nbytes for p in getattr(pair, role).parameters()) for role in pair.weights},
         "dtype": str(pair.policy.dtype).removeprefix("torch."),
         "device": str(pair.device),
         "threads": torch.get_num_threads(),

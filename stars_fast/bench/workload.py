@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 from stars_fast.bench.models import Pair
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.inputs.call import Arguments
-from stars_fast.loop.pilot import Pilot, expected_acceptance, set_target, spread
+from stars_fast.loop.pilot import FARTHEST, Pilot, aim, spread
 
 _PILOT_SEGMENTS = 4
 _PILOT_RESPONSES = 128  # of all prompts together
@@ -26,7 +28,7 @@ class Workload:
         Prompts of one call.
     prompt_length : int, optional
         Tokens of each prompt, random ids; None: the models' own openings.
-    max_new_tokens, segment_length, max_attempts, candidates
+    max_new_tokens, segment_length, max_attempts, candidates, top_k
         As in :class:`stars_fast.StarsConfig`.
     acceptance : float
         Share of candidates to be accepted. 1/6: CARDS' published call counts imply about six attempts a segment.
@@ -39,6 +41,7 @@ class Workload:
     acceptance: float = 1 / 6
     max_attempts: int = 20
     candidates: int | str = "auto"
+    top_k: int = 50
 
     def config(self) -> StarsConfig:
         """Settings without a target. With alpha = 1 the threshold is the target at every length, so that one number
@@ -50,7 +53,7 @@ class Workload:
             max_attempts=self.max_attempts,
             candidates=self.candidates,
             alpha=1.0,
-            top_k=50,
+            top_k=self.top_k,
             ignore_eos=True,
         )
 
@@ -90,8 +93,19 @@ class Pilots:
 
 def _target(pilot: Pilot, config: StarsConfig, acceptance: float) -> float:
     pilot.beta = config.beta
-    low, high = min(pilot.finals) - 40 * pilot.beta, max(pilot.finals) + 40 * pilot.beta
-    for _ in range(60):
-        set_target(pilot, config, (low + high) / 2)
-        low, high = (pilot.target, high) if expected_acceptance(pilot, config) > acceptance else (low, pilot.target)
+    far = FARTHEST * pilot.beta
+    aim(pilot, config, acceptance, min(pilot.finals) - far, max(pilot.finals) + far)
     return pilot.target
+
+
+def title(load: Mapping[str, Any], varied: str | None) -> str:
+    """The fields of a recorded workload in words, but for the one that is varied."""
+    parts = {
+        "batch": f"batch {load['batch']}",
+        "prompt_length": "own prompts" if load["prompt_length"] is None else f"{load['prompt_length']}-token prompts",
+        "max_new_tokens": f"{load['max_new_tokens']} new tokens",
+        "segment_length": f"segments of {load['segment_length']}",
+        "acceptance": f"acceptance {load['acceptance']:.2g}",
+        "candidates": f"candidates {load['candidates']}",
+    }
+    return ", ".join(text for name, text in parts.items() if name != varied)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stars_fast.cli import bench, demo, doctor, eval, generate, kernels, roofline, simulate
+from stars_fast.cli import bench, demo, doctor, eval, generate, kernels
 from stars_fast.cli.console import print_version
 
 app = typer.Typer(
@@ -22,8 +22,6 @@ app.command("eval")(eval.run)
 app.command("doctor")(doctor.run)
 app.command("bench")(bench.run)
 app.command("kernels")(kernels.run)
-app.command("roofline")(roofline.run)
-app.command("simulate")(simulate.run)
 
 __all__ = ["app"]
 

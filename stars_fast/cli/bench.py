@@ -13,7 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stars_fast.cli.console import LOADING_ERRORS, fail, note, refusing, stderr, stdout
+from stars_fast.cli.console import (
+    LOADING_ERRORS,
+    fail,
+    note,
+    quiet_transformers,
+    refusing,
+    stderr,
+    stdout,
+    torch_threads,
+)
 
 if TYPE_CHECKING:
     from stars_fast.bench.models import Pair
@@ -66,12 +75,11 @@ def run(
     from stars_fast.bench import record
     from stars_fast.bench.workload import Workload
     from stars_fast.cli.doctor import examine_machine
-    from stars_fast.cli.models import quiet_transformers
 
     quiet_transformers()
     with refusing(ImportError):
         _check_plots(plots, sweep)
-    with refusing(*LOADING_ERRORS), _threads(threads):
+    with refusing(*LOADING_ERRORS), torch_threads(threads):
         if not 0 < acceptance < 1:
             raise ValueError(f"--acceptance {acceptance}: must lie strictly between 0 and 1")
         if sweep and batch and len(batch) > 1:
@@ -89,7 +97,7 @@ def run(
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     if plots is not None:
-        from stars_fast.report.plots import draw
+        from stars_fast.bench.plots import draw
 
         note("plots: " + " ".join(str(path) for path in draw(found, plots)))
 
@@ -103,18 +111,6 @@ def _check_plots(plots: Path | None, sweep: list[str] | None) -> None:
     from stars_fast.report.figures import require_matplotlib
 
     require_matplotlib()
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -138,7 +134,7 @@ def _pair(policy: str | None, reward: str | None, demo: bool, size: str, dtype: 
     import torch
 
     from stars_fast.bench.models import Pair, random_pair
-    from stars_fast.cli.models import DEMO, classifier_named, placement, policy_named
+    from stars_fast.inputs.models import DEMO, load_classifier, load_policy, placement
 
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype {dtype!r}: must be one of {', '.join(_DTYPES)}")
@@ -149,8 +145,8 @@ def _pair(policy: str | None, reward: str | None, demo: bool, size: str, dtype: 
     if policy is not None and demo:
         raise ValueError(f"--policy {policy!r} and --demo: give one of them")
     names = (policy or DEMO, reward or DEMO)
-    causal, tokenizer = policy_named(names[0], None, dtype, device)
-    classifier, _ = classifier_named(names[1], None, dtype, device)
+    causal, tokenizer = load_policy(names[0], None, device, dtype)
+    classifier, _ = load_classifier(names[1], None, device, dtype)
     openings = _openings(tokenizer) if demo else []
     return Pair(DEMO if demo else " and ".join(names), causal, classifier, openings)
 
@@ -199,7 +195,9 @@ _HEADINGS = ("x", "range", "all", "per attempt", "tok/s", "range", "attempts", "
 
 def _table(points: list[Record], field: str | None) -> Table:
     """Of one workload, or of a sweep over ``field``: then with seconds, and how many times those of the first value."""
-    table = Table(title=_title(points[0]["workload"], field), title_justify="left", title_style="bold", box=None)
+    from stars_fast.bench.workload import title
+
+    table = Table(title=title(points[0]["workload"], field), title_justify="left", title_style="bold", box=None)
     if field is not None:
         table.add_column(field.replace("_", " "), justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
@@ -215,19 +213,6 @@ def _table(points: list[Record], field: str | None) -> Table:
                 cells = [value, label, _number(own / first, 2), _number(own, 2), *cells[1:]]
             table.add_row(*cells)
     return table
-
-
-def _title(load: Record, field: str | None) -> str:
-    prompts = "own prompts" if load["prompt_length"] is None else f"{load['prompt_length']}-token prompts"
-    parts = {
-        "batch": f"batch {load['batch']}",
-        "prompt_length": prompts,
-        "max_new_tokens": f"{load['max_new_tokens']} new tokens",
-        "segment_length": f"segments of {load['segment_length']}",
-        "acceptance": f"acceptance {load['acceptance']:.2g}",
-        "candidates": f"candidates {load['candidates']}",
-    }
-    return ", ".join(text for name, text in parts.items() if name != field)
 
 
 def _cells(one: Record) -> list[str]:

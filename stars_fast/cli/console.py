@@ -50,6 +50,26 @@ def refusing(*errors: type[Exception]) -> Iterator[None]:
         fail(error)
 
 
+def quiet_transformers() -> None:
+    """No bars while weights load. Warnings stay: a head that the checkpoint lacks is drawn at random."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Run with so many of torch's threads, its own number where None."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def print_version(wanted: bool) -> None:
     """Callback of ``--version``."""
     if wanted:

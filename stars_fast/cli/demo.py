@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stars_fast.cli.console import LOADING_ERRORS, fail, refusing, stderr, stdout
+from stars_fast.cli.console import LOADING_ERRORS, fail, quiet_transformers, refusing, stderr, stdout, torch_threads
 
 if TYPE_CHECKING:
     from stars_fast.config import StarsConfig
@@ -51,7 +50,7 @@ def run(
     with stderr().status("loading the demo models"):
         engine, openings = _load(prompts)
     config = _config(max_new_tokens, candidates)
-    with refusing(ValueError), _one_thread():
+    with refusing(ValueError), torch_threads(1):  # more gain little in models this small, and lose much on busy cores
         with stderr().status("writing without guidance"):
             vanilla = engine.generate(openings, config, seed=seed, target_reward=-math.inf, max_attempts=1)
         with stderr().status("calibrating on unguided responses, then writing with guidance"):
@@ -63,30 +62,15 @@ def run(
     _show_python(console, prompts, config, seed)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Models this small gain little from more threads, and lose a great deal where the cores are busy."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _load(count: int) -> tuple[StarsEngine, list[str]]:
     from stars_fast import StarsEngine, demo
-    from stars_fast.cli.models import DEMO, classifier_named, policy_named, quiet_transformers
+    from stars_fast.inputs.models import DEMO
 
     if count > len(demo.PROMPTS):
         fail(f"--prompts {count}: there are {len(demo.PROMPTS)}")
     quiet_transformers()
     with refusing(*LOADING_ERRORS):
-        policy, tokenizer = policy_named(DEMO, None, "auto", "cpu")
-        reward, _ = classifier_named(DEMO, None, "auto", "cpu")
-        return StarsEngine(policy, reward, tokenizer=tokenizer), list(demo.PROMPTS[:count])
+        return StarsEngine(DEMO, DEMO, device="cpu"), list(demo.PROMPTS[:count])
 
 
 def _config(max_new_tokens: int, candidates: str) -> StarsConfig:

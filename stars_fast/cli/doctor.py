@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stars_fast.cli.console import fail, one_line, refusing, stdout
+from stars_fast.cli.console import fail, one_line, quiet_transformers, refusing, stdout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +33,6 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show versions, devices and kernels, and how given models would run. Exit code 1 if one is refused."""
-    from stars_fast.cli.models import quiet_transformers
 
     quiet_transformers()
     with refusing(RuntimeError, ValueError):  # a setting of the kernels that does not exist
@@ -123,11 +122,11 @@ def _kernels() -> dict[str, dict[str, str]]:
 
 def _examine(role: str, name: str) -> Report:
     """Load a model and say which path it takes. Raises OSError for a name that leads nowhere."""
-    from stars_fast.cli.models import classifier_named, policy_named
+    from stars_fast.inputs.models import load_classifier, load_policy
 
     try:
-        named = policy_named if role == "policy" else classifier_named
-        model, _ = named(name, None, "auto", "auto")
+        load = load_policy if role == "policy" else load_classifier
+        model, _ = load(name, None)
         described = _describe(model)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         return {"name": name, "path": REFUSED, "reason": one_line(error)}

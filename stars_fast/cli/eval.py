@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stars_fast.cli.console import LOADING_ERRORS, fail, note, refusing
+from stars_fast.cli.console import LOADING_ERRORS, fail, note, quiet_transformers, refusing
 from stars_fast.evaluation.recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -87,7 +87,6 @@ def _prepare(
     task: Recipe, assignments: Sequence[str], output: Path, dtype: str, device: str
 ) -> tuple[Evaluation, list[Cell], Records]:
     """Read settings and prompts, load the models, open the folder."""
-    from stars_fast.cli.models import quiet_transformers
     from stars_fast.cli.settings import read_settings
     from stars_fast.evaluation.cells import cells
     from stars_fast.evaluation.models import Models
@@ -130,6 +129,6 @@ def _report(records: Records, output: Path, tie: float) -> None:
     (output / "table.csv").write_text(to_csv(rows), encoding="utf-8")
     typer.echo(table, nl=False)
     try:
-        plot(rows, output / "quality_against_compute.png", output.name)
+        plot(rows, output)
     except ImportError as error:
         note(f"no plot: {error}")

@@ -14,7 +14,7 @@ import typer
 from rich.padding import Padding
 from rich.text import Text
 
-from stars_fast.cli.console import LOADING_ERRORS, fail, note, one_line, refusing, stdout
+from stars_fast.cli.console import LOADING_ERRORS, fail, note, one_line, quiet_transformers, refusing, stdout
 
 if TYPE_CHECKING:
     from stars_fast.cli.rows import Row
@@ -152,14 +152,14 @@ def _todo(rows: list[Row], output: Path | None, samples: int, made_with: dict[st
 
 
 def _engine(names: _Names, dtype: str, device: str, max_rows: int | None, kv_cache_tokens: int | None) -> StarsEngine:
-    from stars_fast.cli.models import classifier_named, policy_named, quiet_transformers
     from stars_fast.engine import StarsEngine
+    from stars_fast.inputs.models import load_classifier, load_policy
 
     quiet_transformers()
     assert names.policy is not None and names.reward is not None
     with refusing(*LOADING_ERRORS):
-        policy, tokenizer = policy_named(names.policy, names.tokenizer, dtype, device)
-        classifier, reward_tokenizer = classifier_named(names.reward, names.reward_tokenizer, dtype, device)
+        policy, tokenizer = load_policy(names.policy, names.tokenizer, device, dtype)
+        classifier, reward_tokenizer = load_classifier(names.reward, names.reward_tokenizer, device, dtype)
         return StarsEngine(
             policy,
             classifier,

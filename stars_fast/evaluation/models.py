@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from stars_fast.cli.models import classifier_named, policy_named
 from stars_fast.engine import StarsEngine
 from stars_fast.evaluation.recipe import Recipe
-from stars_fast.inputs.models import load_reward
+from stars_fast.inputs.models import Device, load_classifier, load_policy, load_reward
 from stars_fast.rewards import ImplicitReward, Reward
 
 
@@ -24,14 +23,14 @@ class Models:
     ----------
     recipe : Recipe
         With policy, guide and judge.
-    dtype, device : str
-        Of all models, as the command line has them.
+    dtype, device
+        Of all models, as in :func:`stars_fast.inputs.models.load_policy`.
     """
 
-    def __init__(self, recipe: Recipe, dtype: str, device: str) -> None:
+    def __init__(self, recipe: Recipe, dtype: str = "auto", device: Device = None) -> None:
         assert recipe.policy is not None and recipe.guide is not None and recipe.judge is not None
         self.recipe, self.dtype, self.device = recipe, dtype, device
-        self.policy, self.tokenizer = policy_named(recipe.policy, None, dtype, device)
+        self.policy, self.tokenizer = load_policy(recipe.policy, None, device, dtype)
         self.guide, self.judge = self._scorer(recipe.guide), self._scorer(recipe.judge)
 
     def engine(self, method: str) -> StarsEngine:
@@ -49,7 +48,7 @@ class Models:
         parameters = {name: dict(values) for name, values in (self.recipe.parameters or {}).items()}
         if "rsd" in methods:
             draft = self._needed("rsd", "draft")
-            parameters.setdefault("rsd", {})["draft"] = policy_named(draft, None, self.dtype, self.device)[0]
+            parameters.setdefault("rsd", {})["draft"] = load_policy(draft, None, self.device, self.dtype)[0]
         if "mara" in methods:
             probe = load_probe(Path(self._needed("mara", "probe"))).to(self.policy.device)
             parameters.setdefault("mara", {})["mlp"] = probe
@@ -62,7 +61,7 @@ class Models:
         return value
 
     def _scorer(self, name: str) -> Reward:
-        model, tokenizer = classifier_named(name, None, self.dtype, self.device)
+        model, tokenizer = load_classifier(name, None, self.device, self.dtype)
         return load_reward(model, self.tokenizer, tokenizer, "auto", self.policy)
 
     @cached_property
@@ -72,7 +71,7 @@ class Models:
     @cached_property
     def _implicit(self) -> StarsEngine:
         assert self.recipe.aligned is not None
-        aligned, _ = policy_named(self.recipe.aligned, None, self.dtype, self.device)
+        aligned, _ = load_policy(self.recipe.aligned, None, self.device, self.dtype)
         reward = ImplicitReward(aligned, self.policy, weights="1/k")
         return StarsEngine(self.policy, reward, tokenizer=self.tokenizer)
 

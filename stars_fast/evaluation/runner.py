@@ -12,17 +12,18 @@ from typing import Any
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.evaluation.cells import Cell
-from stars_fast.evaluation.compute import multiplied_parameters, passes, reward_parameters
+from stars_fast.evaluation.compute import passes, reward_parameters
 from stars_fast.evaluation.judging import judged
 from stars_fast.evaluation.records import Record, Records, rounded
 from stars_fast.inputs.call import Arguments
-from stars_fast.loop.pilot import Pilot, expected_acceptance, set_target, solve, spread
+from stars_fast.inputs.sampling import resolve_sampling
+from stars_fast.loop.pilot import FARTHEST, Pilot, aim, expected_acceptance, solve, spread
 from stars_fast.methods import RSD
 from stars_fast.ops.philox import philox_key
 from stars_fast.outputs import SegmentTrace, StarsOutput
+from stars_fast.report.weights import Weights
 from stars_fast.rewards import Reward
 
-_FARTHEST, _BISECTIONS = 40.0, 60  # in units of beta beyond the pilots, and steps of the search there
 PILOTS = 8  # responses to each calibration prompt
 _CALIBRATION = 1 << 32  # index of the first calibration prompt: its random numbers are nobody else's
 
@@ -85,7 +86,7 @@ class Evaluation:
         places, engine = self._places(batch), self.engine(cell.method)
         prompts = [self.prompts[place] for place in places]
         out = engine.generate(prompts, config, seed=[philox_key(self.seed, place, 0) for place in places])
-        eos = _ended_by_eos(out, engine)
+        eos = ended_by_eos(out, config, engine)
         scores = [
             judged(reward, engine.tokenizer, prompts, out.completions, eos) for reward in (self.guide, self.judge)
         ]
@@ -114,17 +115,14 @@ def shared_target(config: StarsConfig, pilots: Sequence[Pilot], acceptance: floa
         raise RuntimeError(failed)
     pooled = Pilot([run for pilot in pilots for run in pilot.responses])
     solve(pooled, config, acceptance, config.beta * median(spread(pilot) for pilot in pilots))
-    low, high = pooled.target, pooled.target + _FARTHEST * pooled.beta
-    for _ in range(_BISECTIONS if expected_acceptance(pooled, config) > acceptance else 0):
-        set_target(pooled, config, (low + high) / 2)
-        rare = expected_acceptance(pooled, config) < acceptance
-        low, high = (low, pooled.target) if rare else (pooled.target, high)
+    if expected_acceptance(pooled, config) > acceptance:
+        aim(pooled, config, acceptance, pooled.target, pooled.target + FARTHEST * pooled.beta)
     return config.replace(target_reward=pooled.target, base_reward=pooled.empty, beta=pooled.beta)
 
 
-def _ended_by_eos(out: StarsOutput, engine: StarsEngine) -> list[bool]:
-    ends = engine.policy.model.generation_config.eos_token_id
-    ids = ends if isinstance(ends, list) else [ends]
+def ended_by_eos(out: StarsOutput, config: StarsConfig, engine: StarsEngine) -> list[bool]:
+    """Whether each answer ended by one of the ids that end answers under these settings."""
+    ids = resolve_sampling(config, engine.policy.model, engine.tokenizer).eos_token_ids
     return [
         reason == "stop" and tokens[-1] in ids
         for reason, tokens in zip(out.finish_reasons, out.completions, strict=True)
@@ -161,9 +159,9 @@ def _number(target: Any) -> float | None:
 def _spent(out: StarsOutput, config: StarsConfig, engine: StarsEngine) -> Record:
     """Tokens through each model, in units of the policy's parameters."""
     method = config.chosen_method
-    policy = multiplied_parameters(engine.policy.model)
+    policy = Weights.of(engine.policy.model).multiplied
     own, drafted = passes(method, out.stats)
-    draft = multiplied_parameters(method.draft) if isinstance(method, RSD) else 0
+    draft = Weights.of(method.draft).multiplied if isinstance(method, RSD) else 0
     return {
         "policy_passes": own,
         "draft_passes": drafted * draft / policy,

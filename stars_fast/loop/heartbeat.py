@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from stars_fast.config import StarsConfig
 from stars_fast.loop.queue import Queue
 from stars_fast.loop.request import Candidate, PromptNode, Request
-from stars_fast.loop.row_cost import Timing
+from stars_fast.loop.row_cost import Heartbeat, Timing
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.loop.selection import first_accepted
 from stars_fast.loop.trunks import Trunks
@@ -61,6 +61,8 @@ class Generation(Queue):
         self.segments = self.method.segments()
         self.scores_soon = self.method.scores_unfinished
         self.prepared = -1  # captures and compilations so far; the first heartbeat has too many to be a measure
+        self.on_heartbeat: Callable[[Heartbeat], None] | None = None
+        self.committed = stats.committed_tokens  # as of the heartbeat before
         self.has_parts = type(reward).parts is not Reward.parts
 
     def run(self) -> Iterator[Request]:
@@ -102,17 +104,23 @@ class Generation(Queue):
         """
         if not candidates:
             return
+        ended = time.perf_counter()
         lengths = [len(candidate.draw.tokens) for group in candidates for candidate in group]
-        self.stats.rows.append(len(lengths))
-        self.stats.requests.append(len(candidates))
+        self.stats.rows[len(lengths)] += 1
+        self.stats.requests[len(candidates)] += 1
         models = (*(trunks.policy for trunks in self.trees), *self.reward.tree_models)
         prepared, self.prepared = self.prepared, sum(model.prepared for model in models)
-        if prepared == self.prepared and any(lengths):
-            ended = time.perf_counter()
-            beside = max(scored - sum(lengths), 0)
-            self.scheduler.observe(
-                Timing(len(lengths), max(lengths), self.encoded, beside, proposed - started, ended - proposed)
-            )
+        measured = prepared == self.prepared and any(lengths)
+        beside = max(scored - sum(lengths), 0)
+        timing = Timing(len(lengths), max(lengths), self.encoded, beside, proposed - started, ended - proposed)
+        if measured:
+            self.scheduler.observe(timing)
+        if self.on_heartbeat is not None:
+            committed, self.committed = self.stats.committed_tokens - self.committed, self.stats.committed_tokens
+            every = [*self.admitted, *self.waiting]
+            accepted = self.scheduler.past[0] + sum(request.acceptance_sum for request in every)
+            tested = self.scheduler.past[1] + sum(request.scored for request in every)
+            self.on_heartbeat(Heartbeat(len(candidates), sum(lengths), committed, accepted, tested, measured, timing))
 
     def extend(self) -> None:
         """Encode what is not in the tree."""

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 
 from stars_fast.config import StarsConfig
-from stars_fast.methods.stars import acceptance_probability, base_reward, threshold
+from stars_fast.methods.stars import acceptance_probability, base_reward, target_for, threshold
 
 PILOT_SAMPLES = 8
 _CAP_QUANTILE = 0.9
+FARTHEST = 40.0  # a target is looked for so many betas beyond the rewards that were seen
 
 
 @dataclass
@@ -66,14 +67,20 @@ def solve(pilot: Pilot, config: StarsConfig, acceptance: float, beta: float | No
     pilot.beta = config.beta * spread(pilot) if beta is None else beta
     rewards = [reward for run in pilot.responses for _, reward in run if math.isfinite(reward)]
     high = quantile(pilot.finals, _CAP_QUANTILE)
-    low = min(rewards) - 40 * pilot.beta
-    set_target(pilot, config, high)
-    if expected_acceptance(pilot, config) < acceptance:
-        for _ in range(60):
-            middle = (low + high) / 2
-            set_target(pilot, config, middle)
-            low, high = (middle, high) if expected_acceptance(pilot, config) > acceptance else (low, middle)
+    if acceptance_at(high, pilot, config) < acceptance:
+        aim(pilot, config, acceptance, min(rewards) - FARTHEST * pilot.beta, high)
     return pilot
+
+
+def aim(pilot: Pilot, config: StarsConfig, acceptance: float, low: float, high: float) -> None:
+    """Put the r_star between ``low`` and ``high`` whose expected acceptance is ``acceptance``."""
+    set_target(pilot, config, target_for(acceptance, low, high, lambda target: acceptance_at(target, pilot, config)))
+
+
+def acceptance_at(target: float, pilot: Pilot, config: StarsConfig) -> float:
+    """:func:`expected_acceptance` with this r_star, which is put."""
+    set_target(pilot, config, target)
+    return expected_acceptance(pilot, config)
 
 
 def set_target(pilot: Pilot, config: StarsConfig, target: float) -> None:

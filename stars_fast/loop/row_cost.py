@@ -93,6 +93,18 @@ class Timing(NamedTuple):
     score_seconds: float  # from then on
 
 
+class Heartbeat(NamedTuple):
+    """What :attr:`StarsEngine.on_heartbeat` is told of a heartbeat in which candidates were drawn."""
+
+    requests: int  # that drew
+    drawn: int  # tokens
+    committed: int  # tokens
+    accepted: float  # sum of the acceptance probabilities of all candidates tested since the call began
+    tested: int  # how many these were
+    measured: bool  # False where something was captured or compiled since the heartbeat before: seconds mean nothing
+    timing: Timing
+
+
 class HeartbeatCost:
     """Seconds of a heartbeat, per token of its segments, as a function of its rows.
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,6 +30,18 @@ def acceptance_probability(reward: float, tau: float, beta: float) -> float:
     if reward >= tau:
         return 1.0
     return math.exp((reward - tau) / beta)  # 0 where the difference is minus infinity
+
+
+def target_for(acceptance: float, low: float, high: float, expected: Callable[[float], float]) -> float:
+    """The target between ``low`` and ``high`` at which ``expected`` says ``acceptance``; the nearer end if none does.
+
+    ``expected`` is the acceptance to be expected with a target: the higher the target, the lower.
+    """
+    middle = low
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected(middle) > acceptance else (low, middle)
+    return middle
 
 
 @dataclass(frozen=True)

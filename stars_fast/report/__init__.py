@@ -1,1 +1,1 @@
-"""Figures of what was measured: matplotlib, which the extra ``report`` brings, drawn to files without a display."""
+"""What measurements share: figures, drawn to files by matplotlib of the extra ``report``, and the weights of models."""

@@ -1,4 +1,4 @@
-"""One figure with one pair of axes, and its files."""
+"""A figure, and its files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SIZE = (6.4, 4.0)  # inches
+_SIZE = (6.4, 4.0)  # inches, of a pair of axes
 _DOTS_PER_INCH = 160
 
 
@@ -22,19 +22,20 @@ def require_matplotlib() -> None:
         raise ImportError(f"plots need matplotlib: pip install 'stars-fast[report]' ({error})") from error
 
 
-def new_figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    """An empty figure with labelled axes. It belongs to no display and no global state."""
+def new_figure(title: str, x: str, *y: str) -> tuple[Figure, list[Axes]]:
+    """An empty figure with a pair of labelled axes for each ``y``. It belongs to no display and no global state."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_SIZE, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(True, which="major", color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    figure = Figure(figsize=(_SIZE[0] * len(y), _SIZE[1]), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    every: list[Axes] = list(figure.subplots(1, len(y), squeeze=False)[0])
+    for axes, label in zip(every, y, strict=True):
+        axes.set_xlabel(x)
+        axes.set_ylabel(label)
+        axes.grid(True, which="major", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, every
 
 
 def log_axis(axes: Axes, which: str, values: Sequence[float]) -> None:

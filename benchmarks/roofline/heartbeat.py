@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from stars_fast.roofline.cost import ModelCost
-from stars_fast.roofline.gpus import Achievable, Gpu
-from stars_fast.roofline.stages import Part, Stage, decode_step, draw, prefill, score_pass
+from benchmarks.roofline.cost import ModelCost
+from benchmarks.roofline.gpus import Gpu
+from benchmarks.roofline.stages import Part, Stage, prefill, proposal, score_pass
 
 # Per row a reward, a length, flags, a uniform, and a slot per token of a winner: next to nothing.
 _SELECT_BYTES_PER_ROW = 128
@@ -161,7 +160,6 @@ def heartbeat(
     workload: Workload,
     candidates: int,
     gpu: Gpu,
-    achievable: Achievable | None = None,
 ) -> Heartbeat:
     """Model the mean heartbeat.
 
@@ -180,7 +178,6 @@ def heartbeat(
     ValueError
         Unless 1 <= candidates <= workload.max_attempts.
     """
-    achievable = achievable or Achievable()
     cycle = renewal(workload.acceptance, candidates, workload.max_attempts)
     commit, rows = 1 / cycle.heartbeats, workload.batch * cycle.candidates / cycle.heartbeats
     committed = workload.batch * commit * workload.segment
@@ -194,71 +191,36 @@ def heartbeat(
         memory=memory,
         fits=memory <= gpu.memory,
         stages=(
-            _propose(policy, workload, rows, commit, gpu, achievable),
-            score_pass(
-                reward, rows, workload.batch, workload.context, workload.segment, gpu, achievable, workload.tail
-            ),
-            Stage.of("select", [Part(rows * _SELECT_BYTES_PER_ROW, 0)], gpu, achievable, kernels=_SELECT_KERNELS),
-            Stage("host", achievable_s=achievable.host_s),
-            _refill(policy, reward, workload, committed / workload.response, gpu, achievable),
+            _propose(policy, workload, rows, commit, gpu),
+            score_pass(reward, rows, workload.batch, workload.context, workload.segment, gpu, workload.tail),
+            Stage.of("select", [Part(rows * _SELECT_BYTES_PER_ROW, 0)], gpu, kernels=_SELECT_KERNELS),
+            Stage("host", achievable_s=gpu.achievable.host_s),
+            _refill(policy, reward, workload, committed / workload.response, gpu),
         ),
     )
 
 
-def best_candidates(
-    policy: ModelCost, reward: ModelCost, workload: Workload, gpu: Gpu, achievable: Achievable | None = None
-) -> Heartbeat:
+def best_candidates(policy: ModelCost, reward: ModelCost, workload: Workload, gpu: Gpu) -> Heartbeat:
     """The heartbeat with the most achievable tokens per second among those that fit; M = 1 if none does."""
-    first, *others = heartbeats(policy, reward, workload, range(1, workload.max_attempts + 1), gpu, achievable)
+    every = range(1, workload.max_attempts + 1)
+    first, *others = (heartbeat(policy, reward, workload, m, gpu) for m in every)
     return max([first, *(one for one in others if one.fits)], key=lambda one: one.tokens_per_second)
 
 
-def heartbeats(
-    policy: ModelCost,
-    reward: ModelCost,
-    workload: Workload,
-    candidates: Iterable[int],
-    gpu: Gpu,
-    achievable: Achievable | None = None,
-) -> list[Heartbeat]:
-    """:func:`heartbeat` for each number of candidates."""
-    return [heartbeat(policy, reward, workload, m, gpu, achievable) for m in candidates]
-
-
-def accepted_tokens_per_second(
-    policy: ModelCost,
-    reward: ModelCost,
-    workload: Workload,
-    candidates: int,
-    gpu: Gpu,
-    achievable: Achievable | None = None,
-) -> float:
-    """Achievable committed tokens per second of all requests together."""
-    return heartbeat(policy, reward, workload, candidates, gpu, achievable).tokens_per_second
-
-
-def _propose(
-    policy: ModelCost, workload: Workload, rows: float, commit: float, gpu: Gpu, achievable: Achievable
-) -> Stage:
+def _propose(policy: ModelCost, workload: Workload, rows: float, commit: float, gpu: Gpu) -> Stage:
     # A heartbeat after which nobody committed needs no extension; otherwise it holds those who did.
     extends = 1 - (1 - commit) ** workload.batch
     behind = workload.batch * commit / extends
-    extension = decode_step(policy, behind, behind, workload.context - 1, 0, gpu, achievable)
-    step = decode_step(
-        policy, rows, workload.batch, workload.context, max(workload.segment / 2 - 1, 0), gpu, achievable
-    )
-    stages = [(extends, extension), (1.0, draw(policy, rows, gpu, achievable)), (workload.segment - 1.0, step)]
-    return Stage.total("propose", stages)
+    work = (workload.batch, workload.context, workload.segment)
+    return proposal(policy, rows, *work, gpu, behind=behind, extends=extends)
 
 
-def _refill(
-    policy: ModelCost, reward: ModelCost, workload: Workload, prompts: float, gpu: Gpu, achievable: Achievable
-) -> Stage:
+def _refill(policy: ModelCost, reward: ModelCost, workload: Workload, prompts: float, gpu: Gpu) -> Stage:
     # Prompts admitted together share a pass; with fewer than one a heartbeat, most heartbeats have none.
     passes = min(prompts, 1.0)
     return Stage.total(
         "refill",
-        [(passes, prefill(cost, prompts / passes, workload.prompt, gpu, achievable)) for cost in (policy, reward)],
+        [(passes, prefill(cost, prompts / passes, workload.prompt, gpu)) for cost in (policy, reward)],
     )
 
 

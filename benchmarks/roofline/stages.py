@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from stars_fast.roofline.cost import ModelCost
-from stars_fast.roofline.gpus import Achievable, Gpu
+from benchmarks.roofline.cost import ModelCost
+from benchmarks.roofline.gpus import Gpu
 
 # Beside the layers: embedding, last norm, head, draw (or score).
 _KERNELS_OUTSIDE_LAYERS = 4
@@ -63,7 +63,6 @@ class Stage:
         name: str,
         parts: Sequence[Part],
         gpu: Gpu,
-        achievable: Achievable,
         *,
         kernels: int,
         attention_bytes: float = 0.0,
@@ -71,6 +70,7 @@ class Stage:
     ) -> Stage:
         """The stage that runs these parts one after another, in so many kernels."""
         bytes_, operations = sum(part.bytes for part in parts), sum(part.operations for part in parts)
+        achievable = gpu.achievable
         bandwidth, matrix_rate = achievable.bandwidth * gpu.bandwidth, achievable.matrix * gpu.matrix_rate
         launch_s = kernels * achievable.launch_s
         return cls(
@@ -101,7 +101,6 @@ def decode_step(
     context: float,
     branch: float,
     gpu: Gpu,
-    achievable: Achievable | None = None,
 ) -> Stage:
     """One decode step: forward pass of one token a row, append, and a draw.
 
@@ -116,9 +115,34 @@ def decode_step(
     branch : float
         Tokens of a row that lie in slots of its own before this step.
     gpu : Gpu
-    achievable : Achievable, optional
     """
-    return _forward("decode step", cost, rows, groups, context, branch, 1, gpu, achievable)
+    return _forward("decode step", cost, rows, groups, context, branch, 1, gpu)
+
+
+def proposal(
+    cost: ModelCost,
+    rows: float,
+    groups: float,
+    context: float,
+    steps: int,
+    gpu: Gpu,
+    *,
+    behind: float,
+    extends: float = 1.0,
+) -> Stage:
+    """Candidates of ``steps`` tokens: the leaves' logits, a draw of every row's first token, decode steps.
+
+    Parameters are those of :func:`decode_step`, and
+
+    behind : float
+        Requests whose last token is encoded first, since they have just committed it. Others have their leaf's logits.
+    extends : float
+        Share of the heartbeats in which there are any.
+    """
+    extension = decode_step(cost, behind, behind, context - 1, 0, gpu)
+    step = decode_step(cost, rows, groups, context, max(steps / 2 - 1, 0), gpu)
+    first = Stage.of("draw", [Part(_logit_bytes(cost, rows), 0.0)], gpu, kernels=1)
+    return Stage.total("propose", [(extends, extension), (1.0, first), (steps - 1.0, step)])
 
 
 def score_pass(
@@ -128,24 +152,18 @@ def score_pass(
     context: float,
     segment: float,
     gpu: Gpu,
-    achievable: Achievable | None = None,
     tail: float = 0.0,
 ) -> Stage:
     """One packed pass of the reward model over ``segment`` new tokens a row and ``tail`` tokens of its template.
 
     Parameters are those of :func:`decode_step`; scored rows have no tokens in slots of their own before.
     """
-    return _forward("score", cost, rows, groups, context, 0.0, segment + tail, gpu, achievable)
+    return _forward("score", cost, rows, groups, context, 0.0, segment + tail, gpu)
 
 
-def prefill(cost: ModelCost, prompts: float, length: float, gpu: Gpu, achievable: Achievable | None = None) -> Stage:
+def prefill(cost: ModelCost, prompts: float, length: float, gpu: Gpu) -> Stage:
     """One packed pass over fresh prompts of ``length`` tokens."""
-    return _forward("prefill", cost, prompts, prompts, 0.0, 0.0, length, gpu, achievable)
-
-
-def draw(cost: ModelCost, rows: float, gpu: Gpu, achievable: Achievable | None = None) -> Stage:
-    """Draw a token per row from kept logits: the first one of a candidate."""
-    return Stage.of("draw", [Part(_logit_bytes(cost, rows), 0.0)], gpu, achievable or Achievable(), kernels=1)
+    return _forward("prefill", cost, prompts, prompts, 0.0, 0.0, length, gpu)
 
 
 def _forward(
@@ -157,20 +175,17 @@ def _forward(
     branch: float,
     queries: float,
     gpu: Gpu,
-    achievable: Achievable | None,
 ) -> Stage:
     """``queries`` new tokens in each of ``rows`` rows; the head for the last of each row."""
-    achievable, itemsize, tokens = achievable or Achievable(), cost.dtype.itemsize, rows * queries
+    itemsize, tokens = cost.dtype.itemsize, rows * queries
     shared, per_row, operations = _attention(cost, rows, groups, context, branch, queries)
     parts = [
         Part((cost.body + tokens * cost.hidden) * itemsize, 2 * cost.active * tokens),
         Part(shared, operations),
         Part(cost.head * itemsize + 2 * _logit_bytes(cost, rows), 2 * cost.head * rows),  # logits written, then read
     ]
-    kernels = achievable.kernels_per_layer * len(cost.layers) + _KERNELS_OUTSIDE_LAYERS
-    return Stage.of(
-        name, parts, gpu, achievable, kernels=kernels, attention_bytes=shared, per_row_attention_bytes=per_row
-    )
+    kernels = gpu.achievable.kernels_per_layer * len(cost.layers) + _KERNELS_OUTSIDE_LAYERS
+    return Stage.of(name, parts, gpu, kernels=kernels, attention_bytes=shared, per_row_attention_bytes=per_row)
 
 
 def _logit_bytes(cost: ModelCost, rows: float) -> float:

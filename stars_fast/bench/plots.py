@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from stars_fast.bench.workload import title
 from stars_fast.report.figures import log_axis, new_figure, save
 
 if TYPE_CHECKING:
@@ -61,8 +62,9 @@ def draw(record: Record, folder: Path) -> list[Path]:
 
 
 def _draw(plot: _Plot, points: list[Record], record: Record, folder: Path) -> list[Path]:
-    figure, axes = new_figure(_title(plot, points[0], record), plot.x, _Y[plot.measure])
     field = record["sweeps"][plot.sweep]
+    same = title(points[0]["workload"], field)
+    figure, (axes,) = new_figure(f"{record['models']}, {record['dtype']}\n{same}", plot.x, _Y[plot.measure])
     x = [point["workload"][field] for point in points]
     for marker, name in zip(_MARKERS, points[0]["contestants"], strict=False):
         found = [point["contestants"][name][plot.measure] for point in points]
@@ -75,20 +77,6 @@ def _draw(plot: _Plot, points: list[Record], record: Record, folder: Path) -> li
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(frameon=False, fontsize=9)
     return save(figure, folder, plot.name)
-
-
-def _title(plot: _Plot, point: Record, record: Record) -> str:
-    """Models and dtype, then what of the workload stays the same in this plot."""
-    load, field = point["workload"], record["sweeps"][plot.sweep]
-    parts = {
-        "batch": f"batch {load['batch']}",
-        "prompt_length": "own prompts" if load["prompt_length"] is None else f"{load['prompt_length']}-token prompts",
-        "max_new_tokens": f"{load['max_new_tokens']} new tokens",
-        "segment_length": f"K = {load['segment_length']}",
-        "acceptance": f"acceptance {load['acceptance']:.2g}",
-    }
-    same = ", ".join(text for name, text in parts.items() if name != field)
-    return f"{record['models']}, {record['dtype']}\n{same}"
 
 
 def _scale_y(axes: Axes, plot: _Plot, x: list[float], points: list[Record]) -> None:

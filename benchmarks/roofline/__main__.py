@@ -1,25 +1,38 @@
-"""``stars-fast roofline``: how fast the loop can be on a GPU, on paper."""
+"""``python -m benchmarks.roofline``: how fast the loop can be on a GPU, on paper."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.roofline import (
+    Achievable,
+    Gpu,
+    Heartbeat,
+    ModelCost,
+    Stage,
+    Workload,
+    best_candidates,
+    config_named,
+    gpu_named,
+    heartbeat,
+)
 from stars_fast.cli.console import LOADING_ERRORS, refusing, stdout
 
-if TYPE_CHECKING:
-    from stars_fast.roofline import Gpu, Heartbeat, ModelCost, Stage
+app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Numbers of candidates in the table, beside the best.
 _SHOWN = (1, 2, 3, 4, 6, 8, 12, 16, 20)
 
 
+@app.command()
 def run(
     policy: Annotated[
         str, typer.Option(help="Config of the policy: folder, config.json, hub id, short name or 'demo'.")
@@ -46,23 +59,18 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what a heartbeat must move and compute, how long that takes, and the best number of candidates."""
-    from stars_fast.cli.models import quiet_transformers
-    from stars_fast.roofline import Achievable, Workload, best_candidates, gpu_named, heartbeats
-
-    quiet_transformers()
     with refusing(*LOADING_ERRORS):
-        device = _overridden(gpu_named(gpu), bandwidth, tflops)
         achievable = Achievable(
             bandwidth_fraction, matrix_fraction, launch_us * 1e-6, kernels_per_layer, host_us * 1e-6
         )
+        device = replace(_overridden(gpu_named(gpu), bandwidth, tflops), achievable=achievable)
         workload = Workload(batch, segment, acceptance, context, response, max_attempts, tail)
         costs = _cost(policy, "policy", dtype, tflops), _cost(reward, "reward", dtype, tflops)
-    best = best_candidates(*costs, workload, device, achievable)
+    best = best_candidates(*costs, workload, device)
     shown = sorted({m for m in _SHOWN if m <= max_attempts} | {best.candidates})
-    rows = heartbeats(*costs, workload, shown, device, achievable)
+    rows = [heartbeat(*costs, workload, m, device) for m in shown]
     report = {
         "gpu": asdict(device),
-        "achievable": asdict(achievable),
         "workload": {**asdict(workload), "prompt": workload.prompt},
         "policy": _model_record(policy, costs[0]),
         "reward": _model_record(reward, costs[1]),
@@ -88,16 +96,11 @@ def _overridden(gpu: Gpu, bandwidth: float | None, tflops: float | None) -> Gpu:
 
 
 def _cost(name: str, role: str, dtype: str, tflops: float | None) -> ModelCost:
-    import torch
-
-    from stars_fast.cli.models import config_of
-    from stars_fast.roofline import ModelCost
-
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose from {', '.join(_DTYPES)}")
     if dtype == "fp32" and tflops is None:
         raise ValueError("dtype='fp32': the table holds 16-bit matrix rates, so say --tflops")
-    return ModelCost.from_config(config_of(name, role), role, getattr(torch, _DTYPES[dtype]))
+    return ModelCost.from_config(config_named(name, role), role, getattr(torch, _DTYPES[dtype]))
 
 
 def _model_record(name: str, cost: ModelCost) -> dict[str, Any]:
@@ -134,7 +137,8 @@ def _print(report: dict[str, Any], best: Heartbeat, rows: list[Heartbeat]) -> No
 
 
 def _assumptions(report: dict[str, Any]) -> Table:
-    gpu, achievable, work = report["gpu"], report["achievable"], report["workload"]
+    gpu, work = report["gpu"], report["workload"]
+    achievable = gpu["achievable"]
     lines = {
         role: f"{report[role]['name']}: {report[role]['parameters'] / 1e9:.2f} B parameters, "
         f"{report[role]['kv_bytes_per_token']:,} bytes of keys and values a token"
@@ -197,3 +201,7 @@ def _candidates_table(best: Heartbeat, rows: list[Heartbeat]) -> Table:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.2f}"
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks.roofline")

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks.simulation.acceptance import Course
+from benchmarks.simulation.machine import Machine
 from stars_fast.config import StarsConfig
 from stars_fast.loop.request import PromptNode, Request
 from stars_fast.loop.row_cost import Timing
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.rewards import Response, RewardPrompt
-from stars_fast.simulation.acceptance import Course
-from stars_fast.simulation.machine import Machine
 
 _AMPLE = 1 << 40  # slots
+# Disturbances of what the scheduler learns, left out of what is compared: standard deviation of the logarithm of the
+# seconds, and the share of heartbeats that seem to take five times as long.
+_SCATTER, _STALLS = 0.03, 0.01
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,6 @@ class Work:
         Tokens of a prompt.
     max_rows : int
         Most candidates in one heartbeat.
-    scatter, stalls : float
-        Standard deviation of the logarithm of the seconds that the scheduler learns from, and the share of heartbeats
-        that seem to take five times as long. They disturb what it learns, and are left out of what is compared.
     """
 
     courses: list[Course]
@@ -47,8 +47,6 @@ class Work:
     max_attempts: int = 20
     prompt: int = 192
     max_rows: int = 256
-    scatter: float = 0.03
-    stalls: float = 0.01
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= self.max_rows:
@@ -210,8 +208,8 @@ class _Run:
 
     def _time(self, shares: Sequence[int], steps: int, prompts: int) -> Timing:
         rows = sum(shares)
-        noise = float(np.exp(self.work.scatter * self.rng.standard_normal()))
-        if self.rng.random() < self.work.stalls:
+        noise = float(np.exp(_SCATTER * self.rng.standard_normal()))
+        if self.rng.random() < _STALLS:
             noise *= 5
         propose, score = self.machine.heartbeat(rows, len(shares), steps, prompts)
         self.seconds += propose + score

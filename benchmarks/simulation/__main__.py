@@ -1,22 +1,35 @@
-"""``stars-fast simulate``: the engine's scheduler on thousands of requests, without models."""
+"""``python -m benchmarks.simulation``: the engine's scheduler on thousands of requests, without models."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.roofline import ModelCost, Workload, config_named, gpu_named
+from benchmarks.simulation import (
+    Course,
+    LinearMachine,
+    Machine,
+    Outcome,
+    RooflineMachine,
+    Work,
+    rates,
+    recorded,
+    simulate,
+    synthetic,
+)
 from stars_fast.cli.console import LOADING_ERRORS, refusing, stdout
 
-if TYPE_CHECKING:
-    from stars_fast.simulation import Course, Machine, Outcome
+app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
 
+@app.command()
 def run(
     acceptance: Annotated[
         str, typer.Option(help="P(accept): a number, beta(a,b) drawn per request, or rows that generate wrote.")
@@ -40,16 +53,13 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare adaptive candidates with fixed ones, with waiting for the slowest, and with knowing everything."""
-    from stars_fast.cli.models import quiet_transformers
-    from stars_fast.simulation import Work, simulate
-
-    quiet_transformers()
     with refusing(*LOADING_ERRORS):
         for name, value in (("requests", requests), ("segment", segment), ("response", response)):
             if value < 1:
                 raise ValueError(f"{name}={value}: at least 1")
         courses = _courses(acceptance, requests, response, segment, max_attempts, seed)
-        machine = _machine(policy, reward, gpu, batch, segment, response, context, max_attempts, fixed_cost, row_cost)
+        paper = Workload(batch, segment, context=context, response=response, max_attempts=max_attempts)
+        machine = _machine(policy, reward, gpu, paper, fixed_cost, row_cost)
         work = Work(courses, batch, segment, max_attempts, max(int(context - response / 2), 1), max_rows)
         schedules: list[str | int] = ["auto", "oracle", "barrier", *_numbers(fixed, max_attempts)]
         outcomes = [simulate(work, machine, schedule, seed) for schedule in schedules]
@@ -72,8 +82,6 @@ def run(
 
 
 def _courses(acceptance: str, requests: int, response: int, segment: int, max_attempts: int, seed: int) -> list[Course]:
-    from stars_fast.simulation import rates, recorded, synthetic
-
     if Path(acceptance).is_file():
         with Path(acceptance).open() as lines:
             return recorded(lines, max_attempts)[:requests]
@@ -81,33 +89,15 @@ def _courses(acceptance: str, requests: int, response: int, segment: int, max_at
 
 
 def _machine(
-    policy: str,
-    reward: str,
-    gpu: str,
-    batch: int,
-    segment: int,
-    response: int,
-    context: float,
-    max_attempts: int,
-    fixed_cost: float | None,
-    row_cost: float | None,
+    policy: str, reward: str, gpu: str, paper: Workload, fixed_cost: float | None, row_cost: float | None
 ) -> Machine:
-    import torch
-
-    from stars_fast.cli.models import config_of
-    from stars_fast.roofline import ModelCost, Workload, gpu_named
-    from stars_fast.simulation import LinearMachine, RooflineMachine
-
     if (fixed_cost is None) != (row_cost is None):
         raise ValueError(f"fixed_cost={fixed_cost}, row_cost={row_cost}: give both or neither")
     if fixed_cost is not None and row_cost is not None:
         return LinearMachine(fixed_cost / 1e3, row_cost / 1e3)
-    costs = [
-        ModelCost.from_config(config_of(name, role), role, torch.bfloat16)
-        for name, role in ((policy, "policy"), (reward, "reward"))
-    ]
-    workload = Workload(batch, segment, context=context, response=response, max_attempts=max_attempts)
-    return RooflineMachine(costs[0], costs[1], workload, gpu_named(gpu))
+    names = {"policy": policy, "reward": reward}
+    costs = [ModelCost.from_config(config_named(name, role), role) for role, name in names.items()]
+    return RooflineMachine(costs[0], costs[1], paper, gpu_named(gpu))
 
 
 def _numbers(fixed: str, most: int) -> list[int]:
@@ -152,3 +142,7 @@ def _print(outcomes: list[Outcome], requests: int, batch: int, acceptance: str) 
             "committed. host us: the scheduler's own time per heartbeat, here."
         )
     )
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks.simulation")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+
+from stars_fast import demo
+from stars_fast.report.weights import Weights, head_weights
 
 _CONFIGS = Path(__file__).parent / "configs"
 _ROLES: dict[str, tuple[Any, str]] = {
@@ -45,24 +48,13 @@ class AttentionLayer:
 
 
 @dataclass(frozen=True)
-class ModelCost:
-    """Weights of a model, by when they are read. All counts are numbers, not bytes.
+class ModelCost(Weights):
+    """Weights of a model, and what else its forward passes read and compute. All counts are numbers, not bytes.
 
     Parameters
     ----------
     name : str
         Class of the model.
-    parameters : int
-        All weights, tied ones once.
-    body : int
-        Weights every forward pass reads: all but embedding tables and head. Of a mixture of experts all experts, an
-        upper bound that few rows do not reach.
-    active : int
-        Matrix weights of ``body`` that one token is multiplied with: of the experts, those it is routed to.
-    experts : int
-        Weights of experts, in ``body``.
-    head : int
-        Weights read for rows that sample or are scored: a policy's output embedding, tied or not.
     hidden, vocab : int
         Numbers gathered per token from the embedding table, and numbers the head leaves per row.
     layers : tuple of AttentionLayer
@@ -71,15 +63,23 @@ class ModelCost:
     """
 
     name: str
-    parameters: int
-    body: int
-    active: int
-    experts: int
-    head: int
     hidden: int
     vocab: int
     layers: tuple[AttentionLayer, ...]
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> ModelCost:
+        """Count a causal model of transformers, which may lie on the ``meta`` device. Its dtype unless one is given."""
+        causal = cast(PreTrainedModel, model)
+        return cls(
+            **asdict(Weights.of(model)),
+            name=type(model).__name__,
+            hidden=int(cast(nn.Embedding, causal.get_input_embeddings()).weight.shape[1]),
+            vocab=max((int(p.shape[0]) for p in head_weights(model)), default=0),
+            layers=_attention_layers(causal.config),
+            dtype=dtype or causal.dtype,
+        )
 
     @classmethod
     def from_config(
@@ -104,26 +104,7 @@ class ModelCost:
         with torch.device("meta"):
             model = _ROLES[role][0].from_config(config)
         _refuse_bidirectional(model, role)
-        head = model.get_output_embeddings() if role == "policy" else None
-        in_head = {id(head.weight)} if head is not None else set()
-        in_head |= {id(p) for p in model.parameters()} - {id(p) for p in model.base_model.parameters()}
-        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        named = list(model.named_parameters())
-        body = [(name, p) for name, p in named if id(p) not in in_head | tables]
-        heads = [p for _, p in named if id(p) in in_head]
-        share = _routed_share(config)
-        return cls(
-            name=type(model).__name__,
-            parameters=sum(p.numel() for _, p in named),
-            body=sum(p.numel() for _, p in body),
-            active=round(sum(p.numel() * (share if ".experts." in name else 1) for name, p in body if p.ndim > 1)),
-            experts=sum(p.numel() for name, p in body if ".experts." in name),
-            head=sum(p.numel() for p in heads),
-            hidden=int(model.get_input_embeddings().weight.shape[1]),
-            vocab=max((int(p.shape[0]) for p in heads), default=0),
-            layers=_attention_layers(config),
-            dtype=dtype,
-        )
+        return cls.of(model, dtype)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -137,12 +118,12 @@ class ModelCost:
 
 
 def short_names() -> list[str]:
-    """Names of the configs that come with the package."""
+    """Names of the configs that lie beside this module."""
     return sorted(path.stem for path in _CONFIGS.glob("*.json"))
 
 
-def config_named(name: str) -> PreTrainedConfig:
-    """The config behind a short name, a folder, a ``config.json`` or a hub id.
+def config_named(name: str, role: str = "policy") -> PreTrainedConfig:
+    """The config behind a short name, a folder, a ``config.json`` or a hub id; of the demo model of that role: "demo".
 
     Raises
     ------
@@ -151,6 +132,8 @@ def config_named(name: str) -> PreTrainedConfig:
     """
     if name in short_names():
         return AutoConfig.from_pretrained(_CONFIGS / f"{name}.json")
+    if name == "demo":
+        return AutoConfig.from_pretrained(Path(demo.__file__).parent / role)
     if name.startswith((".", "/", "~")) or name.endswith(".json"):
         path = Path(name).expanduser()
         if not path.exists():
@@ -186,14 +169,6 @@ def _refuse_bidirectional(model: PreTrainedModel, role: str) -> None:
             f"the {role}'s config (model_type={model.config.model_type!r}) makes a {type(model).__name__} that is not "
             "causal: it reads a text in full each time, and this model counts new tokens only"
         )
-
-
-def _routed_share(config: Any) -> float:
-    """Share of the experts that one token is routed to."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next((value for name in names if (value := getattr(config, name, None))), None)
-    routed = getattr(config, "num_experts_per_tok", None)
-    return routed / experts if experts and routed else 1.0
 
 
 def _attention_layers(config: Any) -> tuple[AttentionLayer, ...]:
