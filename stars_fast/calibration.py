@@ -11,7 +11,7 @@ from typing import Any
 
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
-from stars_fast.inputs.call import Arguments
+from stars_fast.inputs.arguments import Arguments
 from stars_fast.loop.pilot import (
     PILOT_SAMPLES,
     Pilot,

@@ -14,7 +14,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
-from stars_fast.inputs.call import Arguments
+from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.hooks import foreign_processors, row_processor, row_stop
 from stars_fast.inputs.sampling import NEUTRAL, SAMPLING_FIELDS
 from stars_fast.outputs import StarsOutput

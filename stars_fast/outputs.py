@@ -36,7 +36,7 @@ class SegmentEvent:
     error: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Stats:
     """Counts of one call. ``policy_tokens == committed_tokens + discarded_tokens``."""
 

@@ -12,13 +12,12 @@ from typing import Any
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.evaluation.cells import Cell
-from stars_fast.evaluation.compute import passes, reward_parameters
+from stars_fast.evaluation.compute import reward_parameters
 from stars_fast.evaluation.judging import judged
 from stars_fast.evaluation.records import Record, Records, rounded
 from stars_fast.inputs.call import Arguments
 from stars_fast.inputs.sampling import resolve_sampling
 from stars_fast.loop.pilot import FARTHEST, Pilot, aim, expected_acceptance, solve, spread
-from stars_fast.methods import RSD
 from stars_fast.ops.philox import philox_key
 from stars_fast.outputs import SegmentTrace, StarsOutput
 from stars_fast.report.weights import Weights
@@ -160,8 +159,8 @@ def _spent(out: StarsOutput, config: StarsConfig, engine: StarsEngine) -> Record
     """Tokens through each model, in units of the policy's parameters."""
     method = config.chosen_method
     policy = Weights.of(engine.policy.model).multiplied
-    own, drafted = passes(method, out.stats)
-    draft = Weights.of(method.draft).multiplied if isinstance(method, RSD) else 0
+    own, drafted = method.passes(out.stats["policy_tokens"], out.stats["committed_tokens"])
+    draft = 0 if method.draft_model is None else Weights.of(method.draft_model).multiplied
     return {
         "policy_passes": own,
         "draft_passes": drafted * draft / policy,

@@ -1,48 +1,35 @@
-"""One call of the engine: its arguments, checked before any work starts, and the requests they become."""
+"""A checked call, and the requests it becomes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-
 from stars_fast.config import StarsConfig
+from stars_fast.inputs.arguments import (
+    Arguments,
+    check_limits,
+    check_per_prompt,
+    most_slots,
+    read_keys,
+    read_reward_prompts,
+    under_preferences,
+    warn_of_overruled,
+)
 from stars_fast.inputs.hooks import stop_test
-from stars_fast.inputs.limits import check_prompt
 from stars_fast.inputs.sampling import as_ids, resolve_sampling
-from stars_fast.loop.pilot import Pilot
-from stars_fast.loop.request import PromptNode, Request, StopTest
-from stars_fast.methods.base import Method
-from stars_fast.methods.numbers import integer, plain
-from stars_fast.methods.persona import PersonaJudge
+from stars_fast.loop.core import Size
+from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot, of_prompt, pilot_config
+from stars_fast.loop.request import PromptNode, Request, StopTest, Terms
 from stars_fast.methods.stars import base_reward
-from stars_fast.notices import warn
-from stars_fast.ops.philox import philox_key
+from stars_fast.ops.philox import Domain, philox_key
 from stars_fast.outputs import Stats
+from stars_fast.policy.leaf import Sampling
 from stars_fast.policy.policy import Policy
-from stars_fast.policy.steps import RowProcessor, Sampling
-from stars_fast.rewards import Response, Reward, RewardPrompt
-from stars_fast.text.prompts import Prompt, read_personas, read_prompts
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What :meth:`StarsEngine.generate` and its kin were called with, as it came."""
-
-    prompts: Any
-    config: StarsConfig | None = None
-    overrides: dict[str, Any] = field(default_factory=dict)
-    attention_mask: torch.Tensor | None = None
-    reward_prompts: Any = None
-    columns: dict[str, Sequence[Any]] | None = None
-    seed: int | Sequence[int] | None = None
-    on_error: str = "return"
-    # From inside transformers, per row of the output: further processing of logits, further reasons to stop.
-    processor: Callable[[int], RowProcessor | None] = lambda row: None
-    stop: Callable[[int], StopTest | None] = lambda row: None
+from stars_fast.rewards import Reward, RewardPrompt
+from stars_fast.text.prompts import Prompt, read_prompts
 
 
 class Rule(NamedTuple):
@@ -61,57 +48,67 @@ class Call:
     """A checked call. Row ``i * num_return_sequences + j`` of the output is sample j of prompt i."""
 
     arguments: Arguments
-    config: StarsConfig
-    sampling: Sampling
+    terms: Terms
     prompts: Sequence[Prompt]
-    reward_prompts: Sequence[RewardPrompt]
-    personas: Sequence[list[list[int]]]  # per prompt, its ids under further preferences
+    nodes: Sequence[PromptNode]
     keys: Sequence[int]  # of the random numbers, per row
     stop: StopTest | None
-    stats: Stats = field(default_factory=Stats)
-    requests: list[Request] = field(default_factory=list)
+    size: Size
+    samples: int = PILOT_SAMPLES  # of a pilot
+    priority: int = 0  # of its requests; lower runs first
+    pilot_terms: Terms = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = pilot_config(self.config, self.samples)
+        self.pilot_terms = _terms(
+            config, config.chosen_method, self.terms.sampling, self.terms.stats, self.terms.whole, pilot=True
+        )
+
+    @property
+    def config(self) -> StarsConfig:
+        """The call's settings, with what the method decides itself."""
+        return self.terms.config
 
     @property
     def rows(self) -> int:
         """Responses asked for."""
         return len(self.keys)
 
-    def guided_requests(self, pilots: Sequence[Pilot] | None) -> list[Request]:
-        """A request per row of the output, under its pilot's rule where targets are calibrated."""
+    @property
+    def calibrates(self) -> bool:
+        """Whether targets come from pilots."""
+        return self.config.target_reward is None and self.terms.method.has_target
+
+    def guided_requests(self, prompt: int, pilot: Pilot | None) -> list[Request]:
+        """A request per sample of a prompt, under its pilot's rule where targets are calibrated."""
         samples = self.config.num_return_sequences
-        requests = []
-        for i in range(len(self.prompts)):
-            pilot = pilots[i] if pilots is not None else None
-            rule = Rule(pilot.target, pilot.base, pilot.beta) if pilot else _explicit_rule(self.config, i)
-            keys = self.keys[i * samples : (i + 1) * samples]
-            for request in self._samples(i, keys, rule):
-                if pilot is not None and pilot.error is not None:
-                    request.error, request.finish_reason = pilot.error, "error"
-                requests.append(request)
+        rule = Rule(pilot.target, pilot.base, pilot.beta) if pilot else _explicit_rule(self.config, prompt)
+        requests = self._samples(prompt, self.keys[prompt * samples : (prompt + 1) * samples], rule, self.terms)
+        if pilot is not None and pilot.error is not None:
+            for request in requests:
+                request.error, request.finish_reason = pilot.error, "error"
         return requests
 
-    def pilot_requests(self, samples: int) -> list[Request]:
+    def pilot_requests(self, prompt: int) -> list[Request]:
         """Unguided requests, on a random stream of their own that depends on the prompt's key alone."""
-        requests = []
-        for i in range(len(self.prompts)):
-            key = self.keys[i * self.config.num_return_sequences]
-            requests += self._samples(i, [philox_key(key, 0, j, domain=1) for j in range(samples)], UNGUIDED)
-        return requests
+        key = self.keys[prompt * self.config.num_return_sequences]
+        keys = [philox_key(key, 0, j, domain=Domain.PILOT) for j in range(self.samples)]
+        return self._samples(prompt, keys, UNGUIDED, self.pilot_terms)
 
-    def _samples(self, prompt: int, keys: Sequence[int], rule: Rule) -> list[Request]:
-        node = PromptNode(self.prompts[prompt].ids, self.reward_prompts[prompt], personas=self.personas[prompt])
+    def _samples(self, prompt: int, keys: Sequence[int], rule: Rule, terms: Terms) -> list[Request]:
         first_row = prompt * self.config.num_return_sequences
         return [
             Request(
-                index=first_row + j,
-                prompt_index=prompt,
-                sample_index=j,
-                prompt=node,
+                terms=terms,
+                prompt=self.nodes[prompt],
                 key=key,
                 target=rule.target,
                 base=rule.base,
                 beta=rule.beta,
-                response=Response(node.reward_prompt),
+                index=first_row + j,
+                prompt_index=prompt,
+                sample_index=j,
+                priority=self.priority,
                 # A pilot has samples beyond the rows of the output; all samples of a prompt share its hooks.
                 processor=self.arguments.processor(first_row),
                 stop=_either(self.stop, self.arguments.stop(first_row)),
@@ -120,14 +117,47 @@ class Call:
         ]
 
 
-def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any, kv_cache_tokens: int | None) -> Call:
-    """Check every argument and read the prompts.
+def prepare(
+    arguments: Arguments,
+    policy: Policy,
+    reward: Reward,
+    tokenizer: Any,
+    kv_cache_tokens: int | None,
+    samples: int = PILOT_SAMPLES,
+) -> Call:
+    """Check every argument and read the prompts: settings, texts, limits, keys.
 
     Raises
     ------
     ValueError, TypeError
         Naming the argument, the value, the prompt's index and the limit. Nothing has run when this raises.
     """
+    given, config, sampling = _settings(arguments, policy, reward, tokenizer)
+    method = config.chosen_method
+    prompts, preferred, reward_prompts = _texts(arguments, given, sampling, policy, tokenizer)
+    check_limits(prompts, preferred, config, policy, kv_cache_tokens)
+    reward.check(reward_prompts, config.max_new_tokens, kv_cache_tokens)
+    keys = read_keys(arguments.seed, len(prompts), config.num_return_sequences, policy.sharded)
+    whole = method.needs_hidden_state or reward.needs_hidden_state
+    return Call(
+        arguments=arguments,
+        terms=_terms(config, method, sampling, Stats(), whole),
+        prompts=prompts,
+        nodes=[
+            PromptNode(prompt.ids, rewarded, under_preferences=ids)
+            for prompt, rewarded, ids in zip(prompts, reward_prompts, preferred, strict=True)
+        ],
+        keys=keys,
+        stop=stop_test(config.stop_strings, tokenizer),
+        size=_size(config, prompts, preferred, samples, reward_prompts),
+        samples=samples,
+    )
+
+
+def _settings(
+    arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
+) -> tuple[StarsConfig, StarsConfig, Sampling]:
+    """What the caller set, what the method makes of it, and how the policy is sampled."""
     config = arguments.config
     if config is not None and not isinstance(config, StarsConfig):
         raise TypeError(f"config is a {type(config).__name__}: give a StarsConfig")
@@ -136,129 +166,64 @@ def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
         raise ValueError(f"on_error={arguments.on_error!r}: must be 'return' or 'raise'")
     method = given.chosen_method
     method.check(reward)
-    config = method.rule(given)
-    _warn_of_overruled(method, given, config)
+    ruled = method.rule(given)
+    warn_of_overruled(method, given, ruled)
     if method.segments().delimiter is not None and tokenizer is None:
         raise ValueError(
             f"method={method.name!r}: delimiter={method.segments().delimiter!r} needs a tokenizer: pass tokenizer=, "
             "or delimiter=None for steps of a fixed length"
         )
-    sampling = resolve_sampling(config, policy.model, tokenizer)
-    if config.eos_token_id is not None and max(eos := as_ids(config.eos_token_id), default=0) >= policy.vocab_size:
+    sampling = resolve_sampling(ruled, policy.model, tokenizer)
+    if ruled.eos_token_id is not None and max(eos := as_ids(ruled.eos_token_id), default=0) >= policy.vocab_size:
         raise ValueError(f"eos_token_id={max(eos)} lies outside the policy's vocabulary of {policy.vocab_size}")
+    return given, ruled, sampling
+
+
+def _texts(
+    arguments: Arguments, given: StarsConfig, sampling: Sampling, policy: Policy, tokenizer: Any
+) -> tuple[Sequence[Prompt], Sequence[list[list[int]]], list[RewardPrompt]]:
+    """Prompts, the same under the method's preferences, and as the reward sees them."""
     prompts = read_prompts(arguments.prompts, tokenizer, arguments.attention_mask)
     for name in ("target_reward", "base_reward"):
         if isinstance(value := getattr(given, name), tuple):
-            _check_per_prompt(name, value, len(prompts), ": calibrated for other prompts?")
-    personas = [list[list[int]]()] * len(prompts)
-    if isinstance(method, PersonaJudge):
-        _check_judgeable(method, sampling, arguments)
-        bos = getattr(tokenizer, "bos_token_id", None)
-        bos = policy.text_config.bos_token_id if bos is None else bos
-        personas = read_personas(prompts, (method.judge_prompt, method.draft_prompt), tokenizer, bos)
-    for index, (prompt, variants) in enumerate(zip(prompts, personas, strict=True)):
-        check_prompt(index, prompt, variants, config, policy, kv_cache_tokens)
-    columns = {} if arguments.columns is None else arguments.columns
-    if not isinstance(columns, Mapping):
-        raise TypeError(f"columns is a {type(columns).__name__}: give a mapping of name to one value per prompt")
-    for name, values in columns.items():
-        if name in ("prompts", "completions", "completion_ids"):
-            raise ValueError(f"columns[{name!r}]: the reward is called with {name} of its own; rename the column")
-        _check_per_prompt(f"columns[{name!r}]", values, len(prompts))
-    reward_prompts = _reward_prompts(arguments.reward_prompts, prompts, columns, tokenizer)
-    reward.check(reward_prompts, config.max_new_tokens, kv_cache_tokens)
-    return Call(
-        arguments=arguments,
-        config=config,
-        sampling=sampling,
-        prompts=prompts,
-        reward_prompts=reward_prompts,
-        personas=personas,
-        keys=_keys(_shared(arguments.seed, policy), len(prompts), config.num_return_sequences),
-        stop=stop_test(config.stop_strings, tokenizer),
+            check_per_prompt(name, value, len(prompts), ": calibrated for other prompts?")
+    preferred = under_preferences(given.chosen_method, prompts, arguments, sampling, policy, tokenizer)
+    return prompts, preferred, read_reward_prompts(arguments, prompts, tokenizer)
+
+
+def _terms(
+    config: StarsConfig, method: Any, sampling: Sampling, stats: Stats, whole: bool, pilot: bool = False
+) -> Terms:
+    return Terms(config, method, method.segments(), sampling, stats, whole, pilot=pilot)
+
+
+def _size(
+    config: StarsConfig,
+    prompts: Sequence[Prompt],
+    preferred: Sequence[Sequence[list[int]]],
+    samples: int,
+    reward_prompts: Sequence[RewardPrompt],
+) -> Size:
+    """Most of what the call takes at a time."""
+    method = config.chosen_method
+    width = method.rows(config)
+    answers = len(prompts) * config.num_return_sequences
+    pilots = len(prompts) * samples if config.target_reward is None and method.has_target else 0
+    read = [[prompt.ids, *variants] for prompt, variants in zip(prompts, preferred, strict=True)]
+    return Size(
+        length=max((len(ids) for texts in read for ids in texts), default=0) + config.max_new_tokens,
+        slots=max((most_slots(p, ids, config) for p, ids in zip(prompts, preferred, strict=True)), default=0),
+        holders=max(answers if method.reserves else answers * width, pilots),
+        rows=max(answers * width, pilots),
+        segment_length=min(config.segment_length, config.max_new_tokens),
+        max_new_tokens=config.max_new_tokens,
+        prompts=reward_prompts,
     )
-
-
-def _warn_of_overruled(method: Method, given: StarsConfig, ruled: StarsConfig) -> None:
-    """Say it where a method decides a field itself that the caller has set."""
-    for field_ in fields(StarsConfig):
-        before, after = getattr(given, field_.name), getattr(ruled, field_.name)
-        if before not in (field_.default, after):
-            warn(f"method={method.name!r} sets {field_.name}={after} itself: {field_.name}={before} has no effect")
-
-
-class _Unread:
-    """Stands in for the policy's tokenizer: text and chats are checked for their form, and keep it."""
-
-    bos_token = None
-
-    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
-        return {"input_ids": [0]}
-
-    def apply_chat_template(self, messages: Any, **kwargs: Any) -> list[int]:
-        return [0]
-
-
-def _reward_prompts(
-    given: Any, prompts: Sequence[Prompt], columns: Mapping[str, Sequence[Any]], tokenizer: Any
-) -> list[RewardPrompt]:
-    """The prompts as the reward sees them. What is given for it alone need not suit the policy's tokenizer."""
-    argument = "prompts" if given is None else "reward_prompts"
-    rewarded = prompts if given is None else read_prompts(given, _Unread(), name=argument)
-    _check_per_prompt(argument, rewarded, len(prompts))
-    warned: set[str] = set()
-    return [
-        RewardPrompt(
-            index=index,
-            source=prompt.source,
-            given_ids=prompt.ids if given is None or prompt.source == prompt.ids else None,
-            columns={name: values[index] for name, values in columns.items()},
-            argument=argument,
-            tokenizer=tokenizer,
-            warned=warned,
-        )
-        for index, prompt in enumerate(rewarded)
-    ]
-
-
-def _check_judgeable(method: Method, sampling: Sampling, arguments: Arguments) -> None:
-    """What changes a distribution by the text so far is not applied where drafts are judged."""
-    if sampling.repetition_penalty != 1.0:
-        raise ValueError(f"method={method.name!r} does not know repetition_penalty={sampling.repetition_penalty}")
-    if arguments.processor(0) is not None:
-        raise ValueError(f"method={method.name!r} does not know logits processors")
-
-
-def _check_per_prompt(name: str, values: Any, prompts: int, guess: str = "") -> None:
-    indexed = hasattr(values, "__getitem__") and hasattr(values, "__len__") and getattr(values, "ndim", 1) > 0
-    if not indexed or isinstance(values, (str, Mapping)):
-        raise TypeError(f"{name} is a {type(values).__name__}: give a sequence of one entry per prompt")
-    if len(values) != prompts:
-        raise ValueError(f"{name} has {len(values)} entries for {prompts} prompts{guess}")
-
-
-def _shared(seed: Any, policy: Policy) -> Any:
-    if seed is None and policy.sharded:
-        raise ValueError("seed is None: a policy that is sharded over processes needs a seed that all of them share")
-    return seed
-
-
-def _keys(seed: Any, prompts: int, samples: int) -> list[int]:
-    """Key of each output row's random numbers."""
-    seed = plain(seed)
-    if seed is None:
-        seed = int(torch.randint(0, 2**63 - 1, (), device="cpu"))
-    if not isinstance(seed, Sequence) or isinstance(seed, str):
-        base = integer("seed", seed, hint=", or a sequence of one integer per prompt")
-        return [philox_key(base, i, j) for i in range(prompts) for j in range(samples)]
-    _check_per_prompt("seed", seed, prompts)
-    seeds = [integer(f"seed[{i}]", one) for i, one in enumerate(seed)]
-    return [philox_key(one, 0, j) for one in seeds for j in range(samples)]
 
 
 def _explicit_rule(config: StarsConfig, prompt: int) -> Rule:
     """The acceptance rule as the config states it; r0 stays open where it takes r(x) from the reward model."""
-    target, empty = _of_prompt(config.target_reward, prompt), _of_prompt(config.base_reward, prompt)
+    target, empty = of_prompt(config.target_reward, prompt), of_prompt(config.base_reward, prompt)
     if target is None:
         raise ValueError("target_reward is None, and there is no pilot to take it from")
     base = None
@@ -267,30 +232,7 @@ def _explicit_rule(config: StarsConfig, prompt: int) -> Rule:
     return Rule(target, base, config.beta)
 
 
-def _of_prompt(value: Any, prompt: int) -> float | None:
-    return value[prompt] if isinstance(value, tuple) else value
-
-
 def _either(a: StopTest | None, b: StopTest | None) -> StopTest | None:
     if a is None or b is None:
         return a or b
     return lambda tokens: a(tokens) or b(tokens)
-
-
-def read_pilot(requests: Sequence[Request], config: StarsConfig) -> Pilot:
-    """Collect the partial rewards of one prompt's pilot responses; ``config`` is the caller's."""
-    error = next((request.error for request in requests if request.error is not None), None)
-    if error is not None:
-        return Pilot(error=f"calibration: {error}")
-    responses = []
-    for request in requests:
-        tokens, run = 0, []
-        for segment in request.segments:
-            tokens += len(segment.tokens)
-            if not math.isnan(segment.reward):  # unfinished, under a method that scores finished answers only
-                run.append((tokens, segment.reward))
-        responses.append(run)
-    pilot = Pilot(responses, _of_prompt(config.base_reward, requests[0].prompt_index))
-    if not pilot.finals:
-        pilot.error = "calibration: every pilot response has a reward of -inf"
-    return pilot

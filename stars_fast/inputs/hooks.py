@@ -29,7 +29,7 @@ from transformers.generation import (
 )
 
 from stars_fast.loop.request import StopTest
-from stars_fast.policy.steps import RowProcessor
+from stars_fast.policy.leaf import RowProcessor
 
 # Class -> the attribute that holds its setting, which is the generation_config's field of the same meaning.
 _NATIVE = {

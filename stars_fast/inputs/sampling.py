@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from stars_fast.config import StarsConfig
-from stars_fast.policy.steps import Sampling
+from stars_fast.policy.leaf import Sampling
 
 # Field -> the value that switches it off.
 NEUTRAL: dict[str, Any] = {field.name: field.default for field in fields(Sampling) if field.name != "eos_token_ids"}

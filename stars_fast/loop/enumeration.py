@@ -1,62 +1,97 @@
-"""The loop whose candidates are the policy's likely next tokens, which are not drawn."""
+"""Candidates that are not drawn: the policy's likely next tokens (ARGS, MARA)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
-from stars_fast.loop.heartbeat import Generation, after
-from stars_fast.loop.request import Candidate, Request
+from stars_fast.loop.one_answer import OneAnswer, after
+from stars_fast.loop.queue import Queue
+from stars_fast.loop.request import Drawn, Request
 from stars_fast.methods.base import Enumerated
-from stars_fast.ops.philox import acceptance_uniform
-from stars_fast.policy.policy import Draw
+from stars_fast.ops.philox import choice_noise
+from stars_fast.policy.leaf import Draw
 
 
-class Enumeration(Generation):
+class Enumeration(OneAnswer):
     """Attempt i of a segment is the i-th of the method's tokens."""
 
-    def shares(self, drawers: Sequence[Request]) -> list[int]:
-        for request in drawers:
-            request.limit = request.limit or len(self._tokens(request, self._logits(request)))
-        return super().shares(drawers)
+    judges_on_device = False
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__(queue)
+        self._tokens: dict[Request, list[int]] = {}  # of the position that is being decided
+
+    def attempts_there_are(self, request: Request) -> int:
+        return min(len(self._tokens[request]), request.terms.config.max_attempts)
+
+    def asks(self, requests: Sequence[Request], rows: int) -> list[tuple[Request, int]]:
+        return []
+
+    def draw(self, requests: Sequence[Request], rows: int) -> Drawn:
+        looked_at, drawn = list[torch.Tensor](), Drawn()
+        for request in requests:
+            try:
+                logits = self._logits(request)
+                if request not in self._tokens:
+                    self._tokens[request] = self._allowed(request, logits)
+                looked_at.append(logits)
+            except Exception as error:
+                failed = Draw(-1, [], [], [], False, f"its logits processor raised {type(error).__name__}: {error}")
+                drawn[request], self._tokens[request] = [self.candidate(request, failed)], [-1]
+        requests = [request for request in requests if request not in drawn]
+        if not requests:
+            return drawn
+        shares = [share for _, share in super().asks(requests, rows)]
+        tokens = [
+            self._tokens[request][request.attempts : request.attempts + share]
+            for request, share in zip(requests, shares, strict=True)
+        ]
+        leaves = [request.trunk.leaf for request in requests]
+        logits = torch.stack([request.trunk.logits for request in requests if request.trunk.logits is not None])
+        eos = [request.terms.sampling.eos_token_ids for request in requests]
+        groups = self.trunks.policy.fork_tokens(leaves, tokens, eos, logits, torch.stack(looked_at))
+        for request, draws in zip(requests, groups, strict=True):
+            drawn[request] = [self.candidate(request, draw) for draw in draws]
+        self._name_noise(drawn)
+        return drawn
+
+    def _name_noise(self, drawn: Drawn) -> None:
+        """Each candidate's noise, for methods that draw among them."""
+        named = [
+            (candidate, (request.key, len(request.segments), request.attempts + i))
+            for request, group in drawn.items()
+            for i, candidate in enumerate(group)
+        ]
+        if named:
+            noise = choice_noise(*torch.tensor([name for _, name in named], device="cpu").unbind(1))
+            for (candidate, _), value in zip(named, noise.tolist(), strict=True):
+                candidate.gumbel = value
 
     def _logits(self, request: Request) -> torch.Tensor:
         """What the method looks at ``[V]``, after the request's logits processor."""
-        logits = self.trunks.of(request).logits
+        logits = request.trunk.logits
         assert logits is not None
         processor = after(request)
         return logits.float() if processor is None else processor([], logits.float()[None])[0]
 
-    def _tokens(self, request: Request, logits: torch.Tensor) -> list[int]:
+    def _allowed(self, request: Request, logits: torch.Tensor) -> list[int]:
         """The method's tokens, without those that the request's logits processor forbids."""
-        assert isinstance(self.method, Enumerated)
-        tokens = self.method.tokens(logits)
+        tokens = cast(Enumerated, request.terms.method).tokens(logits)
         if request.processor is None:
             return tokens
         allowed = (logits[tokens] != -torch.inf).tolist()
         # Where it forbids everything one is kept, whose log-probability then says so.
         return [token for token, may in zip(tokens, allowed, strict=True) if may] or tokens[:1]
 
-    def draw(self, drawers: Sequence[Request], shares: Sequence[int]) -> list[list[Draw]]:
-        trunks = [self.trunks.of(request) for request in drawers]
-        looked_at = [self._logits(request) for request in drawers]
-        tokens = [
-            self._tokens(request, logits)[request.attempts : request.attempts + share]
-            for request, logits, share in zip(drawers, looked_at, shares, strict=True)
-        ]
-        logits = torch.stack([trunk.logits for trunk in trunks if trunk.logits is not None])
-        eos = self.sampling.eos_token_ids
-        return self.policy.fork_tokens([trunk.leaf for trunk in trunks], tokens, eos, logits, torch.stack(looked_at))
+    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> list[Request]:
+        moved = super().judge(requests, drawn, rewards)
+        for request in moved:
+            self._tokens.pop(request, None)
+        return moved
 
-    def score(self, candidates: Sequence[Sequence[Candidate]]) -> None:
-        named = [
-            (candidate, (request.key, len(request.segments), request.attempts + i))
-            for request, group in zip(self.running, candidates, strict=False)
-            for i, candidate in enumerate(group)
-        ]
-        if named:
-            uniforms = acceptance_uniform(*torch.tensor([name for _, name in named], device="cpu").unbind(1))
-            for (candidate, _), noise in zip(named, (-(-uniforms.log()).log()).tolist(), strict=True):
-                candidate.gumbel = noise
-        super().score(candidates)
+    def close(self, request: Request) -> None:
+        self._tokens.pop(request, None)
+        super().close(request)

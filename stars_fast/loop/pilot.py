@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 
 from stars_fast.config import StarsConfig
+from stars_fast.loop.request import Request
 from stars_fast.methods.stars import acceptance_probability, base_reward, target_for, threshold
 
 PILOT_SAMPLES = 8
@@ -138,3 +139,27 @@ def tilted_mean(pilot: Pilot) -> float:
     top = max(min(reward, pilot.target) for reward in pilot.finals)
     weights = [math.exp((min(reward, pilot.target) - top) / pilot.beta) for reward in pilot.finals]
     return sum(w * r for w, r in zip(weights, pilot.finals, strict=True)) / sum(weights)
+
+
+def read_pilot(requests: Sequence[Request], config: StarsConfig) -> Pilot:
+    """Collect the partial rewards of one prompt's pilot responses; ``config`` is the caller's."""
+    error = next((request.error for request in requests if request.error is not None), None)
+    if error is not None:
+        return Pilot(error=f"calibration: {error}")
+    responses = []
+    for request in requests:
+        tokens, run = 0, []
+        for segment in request.segments:
+            tokens += len(segment.tokens)
+            if not math.isnan(segment.reward):  # unfinished, under a method that scores finished answers only
+                run.append((tokens, segment.reward))
+        responses.append(run)
+    pilot = Pilot(responses, of_prompt(config.base_reward, requests[0].prompt_index))
+    if not pilot.finals:
+        pilot.error = "calibration: every pilot response has a reward of -inf"
+    return pilot
+
+
+def of_prompt(value: float | Sequence[float] | None, prompt: int) -> float | None:
+    """A prompt's own, of a setting that is one for all or one per prompt."""
+    return value[prompt] if isinstance(value, Sequence) else value

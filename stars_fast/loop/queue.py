@@ -1,162 +1,204 @@
-"""Who runs and who waits: admission, and what gives way where the running requests have outgrown the slots."""
+"""Who runs and who waits: admission, and who gives way where the running requests have outgrown the slots."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from bisect import insort
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
-from stars_fast.loop.request import Request
+from stars_fast.loop.memory import is_lack_of_memory
+from stars_fast.loop.request import Request, Strategy, Tree, Trunk
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.loop.trunks import Trunks
-from stars_fast.outputs import Stats
-from stars_fast.rewards.base import Response, Reward, RewardPrompt
+from stars_fast.notices import warn
+from stars_fast.rewards.base import Reward, RewardPrompt
+
+_order = attrgetter("order")
 
 
 class Queue:
-    """The requests of a call. Whoever gives its slots back goes on where it was: nothing here changes a text.
+    """The requests of a core. Whoever gives its slots back resumes from its committed tokens: no text changes.
 
     Parameters
     ----------
-    requests : sequence of Request
-        Admitted in this order.
     trunks : Trunks
         Of the policy's tree.
     reward : Reward
-        Forgets the responses that wait.
-    scheduler, stats
+        Begun by the caller.
+    scheduler : Scheduler
+    tokenizer : transformers tokenizer, optional
+        The policy's.
     """
 
-    def __init__(
-        self, requests: Sequence[Request], trunks: Trunks, reward: Reward, scheduler: Scheduler, stats: Stats
-    ) -> None:
-        self.trunks, self.reward, self.scheduler, self.stats = trunks, reward, scheduler, stats
-        self.trees = [trunks]  # all that a method uses
-        self.waiting = deque(requests)
-        self.running: list[Request] = []  # the oldest first
+    def __init__(self, trunks: Trunks, reward: Reward, scheduler: Scheduler, tokenizer: object) -> None:
+        self.trunks, self.reward, self.scheduler, self.tokenizer = trunks, reward, scheduler, tokenizer
+        self.strategies: list[Strategy] = []  # of those that are here
+        self.waiting: list[Request] = []  # in order
+        self.running: list[Request] = []
         self.encoding: list[Request] = []  # admitted after these; not all of their text is in the tree yet
         self.encoded = 0  # tokens of them in this heartbeat
-        self.scores_soon = True  # whether unfinished answers are scored
+        self.committed = 0  # tokens, so far
+        self.preemptions = 0
 
-    def admit(self) -> None:
-        """Give waiting requests the rows and slots that are free. Their texts are encoded first (:meth:`join`)."""
-        count = self.scheduler.admit(self.waiting, self.admitted)
-        if not count and self.waiting and not self.admitted:
-            raise RuntimeError(
-                f"prompts[{self.waiting[0].prompt_index}] is never admitted, though it alone was found to fit into "
-                f"{self.scheduler.kv_cache_tokens} slots: the two counts differ, which is a bug of stars_fast"
-            )
-        self.encoding += [self.waiting.popleft() for _ in range(count)]
-        for trunks in self.trees:
-            trunks.keep_prompts(self.admitted)
+    def submit(self, requests: Sequence[Request]) -> None:
+        """They wait for rows and slots; their ``strategy`` is set."""
+        for request in requests:
+            insort(self.waiting, request, key=_order)
 
     @property
     def admitted(self) -> list[Request]:
-        """All that hold slots, the oldest first."""
-        return self.running + self.encoding
+        """All that hold slots, in order."""
+        return sorted(self.running + self.encoding, key=_order)
 
-    def join(self) -> list[Request]:
+    def admit(self) -> list[Request]:
+        """Give waiting requests the rows and slots that are free. Their texts are encoded first (:meth:`join`).
+
+        Returns who fails because it does not fit alone.
+        """
+        failed = []
+        count = self.scheduler.admit(self.waiting, self.admitted)
+        while not count and self.waiting and not self.admitted:
+            request = self.waiting.pop(0)
+            slots = self.scheduler.kv_cache_tokens
+            self.fail(request, f"it does not fit into kv_cache_tokens={slots} slots, even alone")
+            failed.append(request)
+            count = self.scheduler.admit(self.waiting, [])
+        self.encoding += self.waiting[:count]
+        del self.waiting[:count]
+        self.keep_prompts()
+        return failed
+
+    def keep_prompts(self) -> None:
+        """Release the prompts of requests that hold no slots."""
+        admitted = self.admitted
+        self.trunks.keep_prompts([prompt for request in admitted for prompt in request.strategy.prompts(request)])
+        for strategy in self.strategies:
+            strategy.keep([request for request in admitted if request.strategy is strategy])
+
+    def _clear_trees(self) -> None:
+        for tree in [self.trunks, *(tree for strategy in self.strategies for tree in strategy.trees)]:
+            tree.clear()
+
+    def join(self) -> tuple[list[Request], list[Request]]:
         """Encode of the admitted requests what a heartbeat has room for. Those that are ready run from now on.
 
         The policy reads their texts and, where answers are scored before they end, the reward model their prompts: as
-        many tokens each.
+        many tokens each. Returns who runs now, and who failed because its prompt cannot be scored.
         """
         self.encoded = 0
         if not self.encoding:
-            return []
-        trunks, before = self.trunks_ahead(), self.reward.tokens
-        leaves = [leaf for request in self.encoding for leaf in request.leaves]
-        most = self.scheduler.encoding_tokens(len(self.running), len(self.encoding))
-        self.encoded = trunks.encode(leaves, most)
-        joined = [request for request in self.encoding if all(map(trunks.ready, request.leaves))]
-        if self.scores_soon:
-            behind = self._behind([request.response.prompt for request in joined], most)
-            joined = [request for request in joined if request.response.prompt not in behind]
-            self.encoded += self.reward.tokens - before
-        self.encoding = [request for request in self.encoding if request not in joined]
+            return [], []
+        before = self.reward.tokens
+        longest = max((request.room for request in self.running), default=1)
+        most = self.scheduler.encoding_tokens(len(self.running), len(self.encoding), longest)
+        for tree, trunks in due(self.encoding).items():
+            self.encoded += tree.encode(trunks, most - self.encoded) if self.encoded < most else 0
+        joined = [r for r in self.encoding if all(tree.ready(trunk) for tree, trunk in r.strategy.due(r))]
+        soon = dict.fromkeys(r.response.prompt for r in joined if r.terms.method.scores_unfinished)
+        behind, errors = self._read_ahead(list(soon), most) if soon else (set[RewardPrompt](), {})
+        self.encoded += self.reward.tokens - before
+        failed = [request for request in joined if request.response.prompt in errors]
+        joined = [r for r in joined if r.response.prompt not in behind and r not in failed]
+        self.encoding = [request for request in self.encoding if request not in joined and request not in failed]
+        for request in failed:
+            self.fail(request, errors[request.response.prompt])
         self.running += joined
-        return joined
+        return joined, failed
 
-    def _behind(self, prompts: Sequence[RewardPrompt], most: int) -> set[RewardPrompt]:
-        """Prompts that the reward model has not read to their end. Where it fails, scoring meets that again, and says
-        for whom.
+    def _read_ahead(
+        self, prompts: Sequence[RewardPrompt], most: int
+    ) -> tuple[set[RewardPrompt], dict[RewardPrompt, str]]:
+        """Prompts that the reward model has not read to their end, and what it raised about others.
+
+        Where it raises, each prompt is asked for alone, so that one costs no other.
         """
         try:
-            return set(self.reward.read_ahead(prompts, most))
-        except Exception:
-            return set()
-
-    def trunks_ahead(self) -> Trunks:
-        """Where a request's text is encoded before it runs."""
-        return self.trunks
+            return set(self.reward.read_ahead(prompts, most)), {}
+        except Exception as error:
+            if is_lack_of_memory(error):  # scoring makes room for itself
+                return set(), {}
+            if len(prompts) == 1:
+                return set(), {prompts[0]: f"the reward raised {type(error).__name__}: {error}"}
+            behind, errors = set[RewardPrompt](), dict[RewardPrompt, str]()
+            for prompt in prompts:
+                late, wrong = self._read_ahead([prompt], most)
+                behind |= late
+                errors |= wrong
+            if not errors:
+                kind = type(error).__name__
+                warn(f"the reward raised {kind} for {len(prompts)} prompts at once but not for each alone: {error}")
+            return behind, errors
 
     def make_room(self) -> None:
-        """Where the running requests have outgrown the slots, the youngest give way: first waiting best candidates."""
-        lacking = -self.scheduler.spare(self.admitted)
-        for request in reversed(self.admitted):
+        """Where running requests have outgrown the slots, the last in order give way: first waiting best candidates."""
+        admitted = self.admitted
+        lacking = -self.scheduler.spare(admitted)
+        for request in reversed(admitted):
             if lacking <= 0:
                 return
-            lacking -= self._release_best(request)
-        while len(self.admitted) > 1 and self.scheduler.spare(self.admitted) < 0:
-            self.preempt(self.admitted[-1])
+            lacking -= request.strategy.give_back(request)
+        while len(admitted) > 1 and self.scheduler.spare(admitted) < 0:
+            self.preempt(admitted.pop())
 
     def preempt(self, request: Request) -> None:
-        """Give all the request's slots back. It waits at the front of the queue, and goes on where it was."""
-        self._release_best(request)
-        for leaf in request.leaves:
-            for trunks in self.trees:
-                trunks.give_back(leaf)
-            # The scorer forgets it too: a response that waits does not grow.
-            self.reward.close(leaf.response)
-            leaf.response = Response(leaf.prompt.reward_prompt, leaf.tokens, ends=leaf.response.ends)
-        if request.best is not None:
-            request.best.completion.response = request.response
+        """Give all the request's slots back. It waits in its place, and resumes from its committed tokens."""
+        request.strategy.preempt(request)
+        self._wait_again(request)
+        self.preemptions += 1
+        request.terms.stats.preemptions += 1
+
+    def _wait_again(self, request: Request) -> None:
         (self.running if request in self.running else self.encoding).remove(request)
-        self.waiting.appendleft(request)
-        self.stats.preemptions += 1
+        insort(self.waiting, request, key=_order)
 
-    def _release_best(self, request: Request) -> int:
-        """Forget the keys and values of the best candidate so far, not its tokens: a fallback encodes them again.
-
-        Returns the slots that this frees.
-        """
-        if request.best is None or request.best.draw.node < 0:
-            return 0
-        self.trunks.policy.tree.release(request.best.draw.node)
-        request.best.draw.node = -1
-        return self.scheduler.branch_slots(request)
-
-    def retreat(self, cause: str) -> list[Request]:
-        """After a forward pass that ran out of memory: from an empty tree, with half the tokens. Returns who failed."""
+    def retreat(self, tokens: int, cause: str) -> list[Request]:
+        """After a pass over so many tokens that did not fit: from empty trees, with half. Returns who failed."""
         for request in self.admitted[::-1]:
             self.preempt(request)
-        for trunks in self.trees:
-            trunks.keep_prompts([])
-        for trunks in self.trees:  # two may share a tree: all have let go of it by now
-            trunks.policy.clear()  # the failed pass may have left branches
-        if self.scheduler.shrink(self.scheduler.packed // 2):
+        self._clear_trees()  # the failed pass may have left branches
+        if self.scheduler.shrink(tokens // 2):
             return []
-        request = self.waiting.popleft()
+        request = self.waiting.pop(0)
         self.fail(request, f"too little memory for this request alone, a token at a time: {cause}")
         return [request]
+
+    def start_over(self) -> None:
+        """After a heartbeat that broke off: all wait again, and nothing is left in any tree."""
+        for request in self.admitted:
+            request.strategy.drop(request)
+            self._wait_again(request)
+        self._clear_trees()
 
     def drop_finished(self) -> None:
         """Requests that have ended run no longer."""
         self.running = [request for request in self.running if request.finish_reason is None]
 
-    def fail(self, request: Request, cause: str) -> None:
+    def withdraw(self, requests: Iterable[Request], reason: str) -> None:
+        """End requests, wherever they are, with what they have committed; all they hold is free."""
+        for request in requests:
+            if request.finish_reason is None:
+                self.fail(request, reason, reason)
+        self.drop_finished()
+        self.waiting = [request for request in self.waiting if request.finish_reason is None]
+        self.encoding = [request for request in self.encoding if request.finish_reason is None]
+        self.keep_prompts()
+
+    def fail(self, request: Request, cause: str, reason: str = "error") -> None:
         """End a request with an error; what it has committed is kept."""
-        if request.best is not None:
-            self._release_best(request)
-            self.reward.discard(request.best.completion)
-            request.best = None
         request.error, request.reward = cause, float("nan")
-        self.finish(request, "error")
+        self.finish(request, reason)
 
     def finish(self, request: Request, reason: str) -> None:
-        """End a request, and free what it and its members hold."""
+        """End a request, and free what it holds."""
         self.scheduler.retire(request)
-        for member in dict.fromkeys([*request.leaves, request]):
-            member.finish_reason = reason
-            for trunks in self.trees:
-                trunks.give_back(member)
-            self.reward.close(member.response)
+        request.finish_reason = reason
+        request.strategy.close(request)
+
+
+def due(requests: Sequence[Request]) -> dict[Tree, list[Trunk]]:
+    """What has to be in which tree before these requests draw."""
+    wanted: dict[Tree, list[Trunk]] = {}
+    for request in requests:
+        for tree, trunk in request.strategy.due(request):
+            wanted.setdefault(tree, []).append(trunk)
+    return wanted

@@ -1,24 +1,43 @@
-"""State of one request (a sample of a prompt) and of its candidates."""
+"""State of one request (a sample of a prompt) and of its candidates, and what the loop asks of its strategy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Protocol
 
 import torch
 
-from stars_fast.outputs import SegmentTrace
-from stars_fast.policy.policy import Draw
-from stars_fast.policy.steps import RowProcessor
-from stars_fast.rewards import Completion, Response, RewardPrompt
+from stars_fast.config import StarsConfig
+from stars_fast.methods.base import Method, Segments
+from stars_fast.outputs import SegmentTrace, Stats
+from stars_fast.policy.leaf import Draw, Leaf, RowProcessor, Sampling
+from stars_fast.rewards.base import Completion, Response, RewardPrompt
 
 # Tokens of a completion so far -> whether it ends there (a stop string, a stopping criterion).
 StopTest = Callable[[list[int]], bool]
 
+_ids = count()
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """What the requests of one call have in common."""
+
+    config: StarsConfig  # with what its method decides itself
+    method: Method
+    segments: Segments
+    sampling: Sampling
+    stats: Stats  # of the call; the loop counts up
+    whole: bool = False  # whether a candidate's last token is encoded with it: its hidden state is needed
+    draft: Any = None  # a second Policy, where the method has one
+    pilot: bool = False  # drawn for a calibration
+
 
 @dataclass(eq=False)
 class PromptNode:
-    """A prompt in the policy's tree, shared by its samples."""
+    """A prompt in a policy's tree, shared by its samples."""
 
     ids: list[int]
     reward_prompt: RewardPrompt
@@ -26,12 +45,12 @@ class PromptNode:
     encoded: int = 0  # tokens that the node holds
     logits: torch.Tensor | None = None  # [V], once it holds all of them
     empty_reward: float | None = None  # r(x), once scored
-    personas: Sequence[list[int]] = ()  # its ids under the preferences of who judges and who drafts
+    under_preferences: Sequence[list[int]] = ()  # its ids under each of the method's preferences
 
 
 @dataclass(eq=False)
 class Trunk:
-    """What a request holds of a policy's tree: the leaf its answer has grown to."""
+    """What an answer holds of a policy's tree: the leaf it has grown to."""
 
     prompt: PromptNode
     leaf: int = -1
@@ -41,13 +60,12 @@ class Trunk:
 
 @dataclass(eq=False)
 class Candidate:
-    """A drawn segment of a request, while it is being judged."""
+    """A drawn segment of an answer, while it is being judged."""
 
+    answer: Request
     draw: Draw
     completion: Completion
     ended: bool  # ends the answer before max_new_tokens does
-    leaf: int = -1  # the node that it continues
-    place: int = 0  # of the trunks whose tree its branch is in
     reward: float = float("nan")
     score: float = float("nan")  # what the selection compares; the reward, unless the method says otherwise
     unscored: bool = False  # the reward was not asked
@@ -59,49 +77,142 @@ class Candidate:
 
 @dataclass(eq=False)
 class Request:
-    """One sample of one prompt."""
+    """One sample of one prompt: who asked for it, its answer so far, and the segment that is being drawn."""
 
-    index: int  # row of the output
-    prompt_index: int
-    sample_index: int
+    terms: Terms
     prompt: PromptNode
     key: int  # of the random numbers, int64
     target: float  # r_star
     base: float | None  # r0; None until r(x) is scored
     beta: float
-    response: Response
+    index: int = 0  # row of the output
+    prompt_index: int = 0
+    sample_index: int = 0
+    priority: int = 0  # lower runs first
     processor: RowProcessor | None = None
     stop: StopTest | None = None
-    # Progress
-    trunks: list[Trunk] = field(init=False)  # one per tree that the method uses
-    prompts: Sequence[PromptNode] = field(init=False)  # what its answers stand on in the policy's tree
-    tokens: list[int] = field(default_factory=list)
+    id: int = field(default_factory=lambda: next(_ids))  # grows: who came first
+
+    strategy: Strategy = field(init=False)
+    trunk: Trunk = field(init=False)
+    response: Response = field(init=False)  # holds the committed tokens
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
     segments: list[SegmentTrace] = field(default_factory=list)
     reported: int = 0  # segments already streamed
     text_length: int = 0  # characters already streamed
-    # The segment being drawn
-    attempts: int = 0
-    best: Candidate | None = None
+
+    attempts: int = 0  # candidates of the segment being drawn that were looked at
+    best: Candidate | None = None  # of them
     best_attempt: int = -1
-    limit: int | None = None  # candidates that there are, where they can be counted
-    # Several answers at once: each is a request of its own, and this one stands for all of them
-    members: list[Request] = field(default_factory=list)
-    width: int = 1  # rows it takes in a heartbeat, at most
-    reserve: int | None = None  # slots set aside for all of it; None: admitted by what it holds
-    # Evidence for the scheduler
-    acceptance_sum: float = 0.0
+
+    acceptance_sum: float = 0.0  # probabilities of its candidates, added up: evidence for the scheduler
     scored: int = 0
-    # Result
+
     reward: float = float("nan")
     finish_reason: str | None = None
     error: str | None = None
 
     def __post_init__(self) -> None:
-        self.trunks, self.prompts = [Trunk(self.prompt)], (self.prompt,)
+        self.trunk, self.response = Trunk(self.prompt), Response(self.prompt.reward_prompt)
 
     @property
-    def leaves(self) -> list[Request]:
-        """The answers that grow: its own, or those of its members that are not finished."""
-        return [member for member in self.members if member.finish_reason is None] if self.members else [self]
+    def tokens(self) -> list[int]:
+        """What is committed."""
+        return self.response.tokens
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who comes first: the lower priority number, then the older."""
+        return self.priority, self.id
+
+    @property
+    def room(self) -> int:
+        """Tokens of the next segment, at most."""
+        config = self.terms.config
+        return min(config.segment_length, config.max_new_tokens - len(self.tokens))
+
+
+Drawn = dict[Request, list[Candidate]]  # by the answer that they continue, which may be one of several of a request
+
+
+class Tree(Protocol):
+    """Where trunks are encoded; :class:`stars_fast.loop.trunks.Trunks`."""
+
+    def extend(self, trunks: Sequence[Trunk]) -> None: ...
+    def encode(self, trunks: Sequence[Trunk], most: int | None = None) -> int: ...
+    def ready(self, trunk: Trunk) -> bool: ...
+    def clear(self) -> None: ...
+
+
+class Strategy(Protocol):
+    """How the requests of a kind of method live in the loop.
+
+    :class:`stars_fast.loop.one_answer.OneAnswer` is the plain case: one answer grows, a segment at a time.
+    """
+
+    trees: Sequence[Tree]  # of its own, besides the policy's
+    judges_on_device: bool  # whether :meth:`judge` takes rewards that nobody on the host has looked at
+
+    def enter(self, requests: Sequence[Request]) -> None:
+        """These were submitted together."""
+
+    def rows(self, request: Request) -> int:
+        """Rows that it takes in a heartbeat, at least."""
+
+    def prompts(self, request: Request) -> Sequence[PromptNode]:
+        """What it stands on in the policy's tree."""
+
+    def held(self, request: Request) -> int:
+        """Slots that it has, or that are set aside for it, besides its prompts'."""
+
+    def branch(self, request: Request) -> int:
+        """Slots of a further candidate."""
+
+    def peak(self, request: Request) -> int:
+        """Slots that it may take by the end of the next heartbeat, besides its prompts'."""
+
+    def keep(self, requests: Sequence[Request]) -> None:
+        """These hold slots, and no others of its kind: prompts of others leave its trees."""
+
+    def due(self, request: Request) -> list[tuple[Tree, Trunk]]:
+        """What is to be in which tree before it draws."""
+
+    def attempts_there_are(self, request: Request) -> int:
+        """Candidates of the segment being drawn, at most."""
+
+    def asks(self, requests: Sequence[Request], rows: int) -> list[tuple[Request, int]]:
+        """Which answers draw how many candidates in the proposal that all share; of ``rows`` rows where it is free."""
+
+    def leaf(self, answer: Request, candidates: int, first: int = 0) -> Leaf:
+        """What an answer contributes to that proposal: so many candidates, from the ``first`` not looked at on."""
+
+    def candidate(self, answer: Request, draw: Draw) -> Candidate:
+        """A draw as it would be returned, to be scored."""
+
+    def draw(self, requests: Sequence[Request], rows: int) -> Drawn:
+        """Candidates that it draws by itself."""
+
+    def asks_reward(self, candidate: Candidate) -> bool:
+        """Whether the reward of a candidate is needed: for the selection, or because it would be the answer."""
+
+    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> list[Request]:
+        """Accept, fall back or go on, and roll everything else back. Returns who moved, or ended.
+
+        ``rewards`` are those of all candidates in their order, where they lie on a device and nobody has looked yet.
+        """
+
+    def give_back(self, request: Request) -> int:
+        """Release its waiting candidates' slots; returns how many those are. Their tokens are kept."""
+
+    def preempt(self, request: Request) -> None:
+        """Give all its slots back: it goes on where it was, from its committed tokens."""
+
+    def close(self, request: Request) -> None:
+        """It has ended: free what it holds."""
+
+    def leave(self) -> None:
+        """The last of its requests has ended."""
+
+    def drop(self, request: Request) -> None:
+        """Its trees were cleared: what it held of them is gone."""

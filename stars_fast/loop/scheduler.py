@@ -9,11 +9,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from stars_fast.config import StarsConfig
 from stars_fast.loop.request import PromptNode, Request
 from stars_fast.loop.row_cost import HeartbeatCost, Timing
 from stars_fast.loop.shares import row_values, share_evenly, share_rows
-from stars_fast.methods.base import Population
 from stars_fast.tree.passes import bucket
 
 # Acceptance of a request is shrunk to the batch's by this many imaginary candidates.
@@ -31,100 +29,97 @@ class Scheduler:
     """Divides rows and slots among requests. Nothing it decides can change a text.
 
     Admission counts what requests hold now, not how long they may become: more of them run, and where they outgrow the
-    slots, the youngest has to give way. Further candidates use what is left.
+    slots, the last in order have to give way. Further candidates use what is left.
 
     Parameters
     ----------
-    config : StarsConfig
     max_rows : int
         Most candidates in one heartbeat, and most running requests.
     kv_cache_tokens : int
-        Slots of the policy's tree. One request alone always fits (:func:`response_slots`).
-    whole : bool
-        Whether a candidate's last token is encoded with it.
+        Slots of the policy's tree. One request alone always fits (:meth:`stars_fast.methods.Method.slots`).
     cost : HeartbeatCost, optional
         What is known of this machine and pair of models; goes on learning. Default: nothing yet.
     padded : bool
-        Whether decode steps run in buckets of rows (:func:`stars_fast.policy.steps.bucket`).
+        Whether decode steps run in buckets of rows (:func:`stars_fast.tree.passes.bucket`).
     """
 
     def __init__(
-        self,
-        config: StarsConfig,
-        max_rows: int,
-        kv_cache_tokens: int,
-        whole: bool = False,
-        cost: HeartbeatCost | None = None,
-        padded: bool = False,
+        self, max_rows: int, kv_cache_tokens: int, cost: HeartbeatCost | None = None, padded: bool = False
     ) -> None:
-        self.config = config
-        self.whole = whole
         self.max_rows = max_rows
         self.kv_cache_tokens = kv_cache_tokens
         self.cost = cost or HeartbeatCost()
         self.padded = padded
         self.learns = True  # from measured times
         self.prefill_tokens = _PREFILL_TOKENS
-        self.past = (0.0, 0)  # of requests that have ended: acceptance probabilities, added up, and candidates
-        self.packed = 0  # tokens of the forward pass that runs
+        self.seen = (0.0, 0)  # of requests that have ended: acceptance probabilities, added up, and candidates
 
     def held(self, running: Iterable[Request]) -> int:
         """Slots of what is committed, each prompt once, and of waiting best candidates."""
         running = list(running)
-        prompts = {prompt for request in running for prompt in request.prompts}
-        best = sum(self.branch_slots(r) for r in running if r.best is not None and r.best.draw.node >= 0)
-        own = sum(len(r.tokens) if r.reserve is None else r.reserve for r in running)
-        return sum(len(prompt.ids) for prompt in prompts) + own + best
-
-    def branch_slots(self, request: Request) -> int:
-        """Slots of one candidate. Its last token is encoded once it is committed, unless its hidden state is needed."""
-        if request.reserve is not None:
-            return 0
-        return min(self.config.segment_length, self.config.max_new_tokens - len(request.tokens)) - (not self.whole)
+        prompts = {prompt for request in running for prompt in request.strategy.prompts(request)}
+        return sum(len(prompt.ids) for prompt in prompts) + sum(r.strategy.held(r) for r in running)
 
     def spare(self, running: Sequence[Request]) -> int:
         """Slots left in this heartbeat when each running request draws one candidate; negative where they lack."""
-        return self.kv_cache_tokens - self.held(running) - sum(map(self.branch_slots, running))
+        return self.kv_cache_tokens - self.held(running) - sum(r.strategy.branch(r) for r in running)
 
     def admit(self, waiting: Sequence[Request], running: Sequence[Request]) -> int:
         """How many of the waiting requests, from the first, may join the running ones.
 
         They may if the next heartbeat will fit too, whether this one's candidates are committed or wait as the best.
         """
-        prompts: Counter[PromptNode] = Counter(prompt for request in running for prompt in request.prompts)
-        wanted = sum(len(prompt.ids) for prompt in prompts) + sum(map(self._two_heartbeats, running))
-        rows = sum(request.width for request in running)
+        prompts: Counter[PromptNode] = Counter(p for request in running for p in request.strategy.prompts(request))
+        wanted = sum(len(prompt.ids) for prompt in prompts) + sum(r.strategy.peak(r) for r in running)
+        rows = sum(request.strategy.rows(request) for request in running)
         prefill = 0
         for count, request in enumerate(waiting):
-            fresh = sum(len(prompt.ids) for prompt in request.prompts if not prompts[prompt])
-            wanted += fresh + self._two_heartbeats(request)
+            own = request.strategy.prompts(request)
+            fresh = sum(len(prompt.ids) for prompt in own if not prompts[prompt])
+            wanted += fresh + request.strategy.peak(request)
             prefill += fresh + len(request.tokens)
             joins = len(running) + count
-            rows += request.width
+            rows += request.strategy.rows(request)
             spared = int(_WATERMARK * self.kv_cache_tokens) if joins else 0
             too_long = prefill > self.prefill_tokens and count > 0
             if (joins and rows > self.max_rows) or wanted + spared > self.kv_cache_tokens or too_long:
                 return count
-            prompts.update(request.prompts)
+            prompts.update(own)
         return len(waiting)
 
-    def _two_heartbeats(self, request: Request) -> int:
-        return len(request.tokens) + 2 * self.branch_slots(request) + 1 if request.reserve is None else request.reserve
+    def candidates(self, requests: Sequence[Request], limits: Sequence[int], rows: int, spare: int) -> list[int]:
+        """Candidates of each of these requests, which compete for rows: at least 1, at most its limit.
 
-    def candidates(self, running: Sequence[Request], encoding: Sequence[Request] = ()) -> list[int]:
-        """Candidates per request: at least 1, at most the attempts left; rows and slots are shared out by value.
-
-        What requests hold that are still being encoded is left to them.
+        Parameters
+        ----------
+        requests : sequence of Request
+        limits : sequence of int
+            Attempts that each has left.
+        rows : int
+            What they share.
+        spare : int
+            Slots for candidates beyond the first of each.
         """
-        further = max(self.spare([*running, *encoding]), 0) // candidate_slots(self.config)
-        rows = min(self.max_rows - len(encoding), len(running) + further)
-        limits = [most_attempts(request, self.config) - request.attempts for request in running]
-        if self.config.candidates != "auto":
-            limits = [min(limit, int(self.config.candidates)) for limit in limits]
-            return share_evenly(limits, rows)
-        if all(request.target == math.inf for request in running):
-            return share_evenly(limits, rows)  # the best of all attempts: none ends a segment before its last
-        return self.shares(self.acceptance(running), limits, rows)
+        largest = max(min(r.terms.config.segment_length, r.terms.config.max_new_tokens) for r in requests)
+        rows = min(rows, len(requests) + max(spare, 0) // largest)
+        chosen = [r.terms.config.candidates for r in requests]
+        limits = [most if one == "auto" else min(most, int(one)) for most, one in zip(limits, chosen, strict=True)]
+        # Of those that look at all their attempts, or were told how many, none gains more from a row than another.
+        even = [i for i, r in enumerate(requests) if chosen[i] != "auto" or r.target == math.inf]
+        free = [i for i, r in enumerate(requests) if chosen[i] == "auto" and math.isfinite(r.target)]
+        shares = [1] * len(requests)
+        if even:
+            part = max(
+                len(even), (rows - (len(requests) - len(even) - len(free))) * len(even) // (len(even) + len(free))
+            )
+            for i, share in zip(even, share_evenly([limits[i] for i in even], part), strict=True):
+                shares[i] = share
+        if free:
+            acceptance = self.acceptance([requests[i] for i in free])
+            left = rows - sum(shares) + len(free)
+            for i, share in zip(free, self.shares(acceptance, [limits[i] for i in free], left), strict=True):
+                shares[i] = share
+        return shares
 
     def shares(self, acceptance: Sequence[float], limits: Sequence[int], rows: int) -> list[int]:
         """Candidates per request, each at least 1 and at most its limit, that take least time in the long run."""
@@ -144,21 +139,22 @@ class Scheduler:
 
     def acceptance(self, running: Sequence[Request]) -> list[float]:
         """P(accept) of a candidate of each request, as far as is known."""
-        return acceptance_estimates(running, self.past)
+        return acceptance_estimates(running, self.seen)
 
     def retire(self, request: Request) -> None:
         """The request has ended: what is known of its candidates is all that is known of those to come."""
-        self.past = self.past[0] + request.acceptance_sum, self.past[1] + request.scored
+        if math.isfinite(request.target):
+            self.seen = self.seen[0] + request.acceptance_sum, self.seen[1] + request.scored
 
-    def encoding_tokens(self, running: int, encoding: int) -> int:
-        """Tokens of admitted requests to encode in a heartbeat.
+    def encoding_tokens(self, running: int, encoding: int, segment_length: int) -> int:
+        """Tokens of admitted requests to encode in a heartbeat of segments of this length.
 
         As many as take the time that decoding takes; more where more requests encode than decode, so that all have an
         equal share of the time; and without bound but memory's where nobody decodes.
         """
         if not running:
             return self.prefill_tokens
-        worth = self.cost.encoding_worth(running, self.config.segment_length) * max(1.0, encoding / running)
+        worth = self.cost.encoding_worth(running, segment_length) * max(1.0, encoding / running)
         return max(1, int(min(worth, self.prefill_tokens)))
 
     def observe(self, timing: Timing) -> None:
@@ -176,32 +172,6 @@ class Scheduler:
         self.max_rows = min(self.max_rows, max(tokens, 1))
         self.prefill_tokens = min(self.prefill_tokens, max(tokens, 1))
         return (self.max_rows, self.prefill_tokens) != before
-
-
-def most_attempts(request: Request, config: StarsConfig) -> int:
-    """Candidates of the segment being drawn, at most."""
-    return config.max_attempts if request.limit is None else min(request.limit, config.max_attempts)
-
-
-def response_slots(config: StarsConfig) -> int:
-    """Most slots a response takes: its tokens, and a waiting best candidate beside the one being drawn.
-
-    Of a population, all of its answers.
-    """
-    method = config.chosen_method
-    if isinstance(method, Population):
-        return method.slots(config)
-    return config.max_new_tokens + candidate_slots(config)
-
-
-def persona_slots(personas: Sequence[Sequence[int]], config: StarsConfig) -> int:
-    """Most slots of a request with two prompts: these, the answer below each, and the block that is being drafted."""
-    return sum(map(len, personas)) + 2 * config.max_new_tokens + config.segment_length
-
-
-def candidate_slots(config: StarsConfig) -> int:
-    """Slots a candidate may take."""
-    return min(config.segment_length, config.max_new_tokens)
 
 
 def acceptance_estimates(running: Sequence[Request], past: tuple[float, int] = (0.0, 0)) -> list[float]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from stars_fast.config import StarsConfig
 from stars_fast.loop.request import Candidate, Request
-from stars_fast.loop.scheduler import most_attempts
 from stars_fast.methods.stars import acceptance_probability
 from stars_fast.ops.select_and_commit import select_and_commit
+from stars_fast.rewards.base import Scores
+
+_INTS, _FLOATS = torch.int32, torch.float64
 
 
 class Verdict(NamedTuple):
@@ -21,66 +22,88 @@ class Verdict(NamedTuple):
     accepted: bool
     attempts: int
     best_attempt: int
+    finish: int  # GOES_ON, STOP or LENGTH
 
 
 def first_accepted(
-    requests: Sequence[Request], candidates: Sequence[Sequence[Candidate]], config: StarsConfig
+    requests: Sequence[Request], groups: Sequence[Sequence[Candidate]], rewards: torch.Tensor | None = None
 ) -> list[Verdict]:
-    """Ask the operator, and note thresholds and acceptance."""
-    drawn = [candidate for group in candidates for candidate in group]
-    counts = [0, *(len(group) for group in candidates)]
-    int32, float64 = torch.int32, torch.float64
-    attempts = torch.tensor([request.attempts for request in requests], dtype=int32, device="cpu")
-    best_attempt = torch.tensor([request.best_attempt for request in requests], dtype=int32, device="cpu")
-    first_row = torch.tensor(counts, device="cpu").cumsum(0, dtype=int32)
-    groups, rows = len(requests), len(drawn)
-    winner, accepted, thresholds = select_and_commit(
-        torch.tensor([candidate.score for candidate in drawn], dtype=torch.float32, device="cpu"),
-        torch.tensor([len(candidate.draw.tokens) for candidate in drawn], dtype=int32, device="cpu"),
-        torch.tensor([candidate.ended for candidate in drawn], device="cpu"),
-        first_row,
-        torch.tensor([request.key for request in requests], device="cpu"),
-        torch.tensor([len(request.segments) for request in requests], dtype=int32, device="cpu"),
-        attempts,
-        torch.tensor([len(request.tokens) for request in requests], dtype=int32, device="cpu"),
-        torch.full((groups,), config.max_new_tokens, dtype=int32, device="cpu"),
-        torch.tensor([most_attempts(request, config) for request in requests], dtype=int32, device="cpu"),
-        torch.tensor([_known(request.base) for request in requests], dtype=float64, device="cpu"),
-        torch.tensor([request.target for request in requests], dtype=float64, device="cpu"),
-        torch.tensor([request.beta for request in requests], dtype=float64, device="cpu"),
-        config.finished_threshold == "target",
-        torch.tensor(
-            [request.best.score if request.best else 0.0 for request in requests], dtype=torch.float32, device="cpu"
-        ),
-        best_attempt,
-        # The tree writes the slot tables anew in its next plan: nothing to keep in the operator's.
-        *_empty_tables(groups, rows),
+    """Ask the operator, and note thresholds and acceptance.
+
+    Parameters
+    ----------
+    requests : sequence of Request
+    groups : sequence of sequences of Candidate
+        Of each request, in index order.
+    rewards : torch.Tensor, optional
+        float ``[B]``, of all candidates in their order, where they lie on a device: everything is decided there, and
+        one copy brings verdicts, thresholds and rewards to the host. None: candidates have their scores.
+    """
+    drawn = [candidate for group in groups for candidate in group]
+    device = torch.device("cpu") if rewards is None else rewards.device
+    counts = [0, *(len(group) for group in groups)]
+
+    def column(values: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
+
+    def of_requests(*columns: Sequence[int]) -> Sequence[torch.Tensor]:
+        return column(columns, _INTS).unbind(0)
+
+    bests = [request.best for request in requests]
+    configs = [request.terms.config for request in requests]
+    segment, attempts, committed, best_attempt, best_length, longest, most = of_requests(
+        [len(request.segments) for request in requests],
+        [request.attempts for request in requests],
+        [len(request.tokens) for request in requests],
+        [request.best_attempt for request in requests],
+        [0 if best is None else len(best.draw.tokens) for best in bests],
+        [config.max_new_tokens for config in configs],
+        [request.strategy.attempts_there_are(request) for request in requests],
     )
-    for candidate, tau in zip(drawn, thresholds.tolist(), strict=True):
-        candidate.threshold = tau
-    for request, group in zip(requests, candidates, strict=True):
-        for candidate in group:
-            if candidate.error is None:
-                request.acceptance_sum += acceptance_probability(candidate.score, candidate.threshold, request.beta)
+    base, target, beta = column([[_known(r.base), r.target, r.beta] for r in requests], _FLOATS).T.contiguous()
+    scores = column([one.score for one in drawn], torch.float32) if rewards is None else rewards.float()
+    winner, accepted, threshold, finish = select_and_commit(
+        scores,
+        column([len(one.draw.tokens) for one in drawn], _INTS),
+        column([one.ended for one in drawn], torch.bool),
+        column(counts, _INTS).cumsum(0, dtype=_INTS),
+        column([request.key for request in requests], torch.int64),
+        segment,
+        attempts,
+        committed,
+        longest,
+        most,
+        base,
+        target,
+        beta,
+        column([config.finished_threshold == "ramp" for config in configs], torch.bool),
+        column([0.0 if best is None else best.score for best in bests], torch.float32),
+        best_attempt,
+        best_length,
+        column([best is not None and best.ended for best in bests], torch.bool),
+    )
+    verdicts = torch.stack((winner, accepted.int(), attempts, best_attempt, finish))  # [5, G]
+    values = torch.stack((threshold, scores.float()))  # [2, B]
+    if rewards is not None:
+        packed = torch.cat((verdicts.flatten(), values.view(torch.int32).flatten())).cpu()  # the one look
+        verdicts, values = packed[: verdicts.numel()].view(5, -1), packed[verdicts.numel() :]
+        values = values.view(torch.float32).view(2, -1)
+        for one, (reward, error) in zip(drawn, Scores(None, values[1]), strict=True):
+            one.reward, one.error, one.score = reward, error, reward
+    for one, tau in zip(drawn, values[0].tolist(), strict=True):
+        one.threshold = tau
+    for request, group in zip(requests, groups, strict=True):
+        for one in group:
+            if one.error is None:
+                request.acceptance_sum += acceptance_probability(one.score, one.threshold, request.beta)
                 request.scored += 1
-    starts = first_row.tolist()
+    starts = torch.tensor(counts, device="cpu").cumsum(0).tolist()
     return [
-        Verdict(row - start if row >= 0 else row, won, looked, best)
-        for row, start, won, looked, best in zip(
-            winner.tolist(), starts, accepted.tolist(), attempts.tolist(), best_attempt.tolist(), strict=False
-        )
+        Verdict(row - start if row >= 0 else row, bool(won), looked, best, ends)
+        for (row, won, looked, best, ends), start in zip(verdicts.T.tolist(), starts, strict=False)
     ]
 
 
 def _known(base: float | None) -> float:
     assert base is not None, "r0 is set when a request is admitted"
     return base
-
-
-def _empty_tables(groups: int, rows: int) -> tuple[torch.Tensor, ...]:
-    """best_slots, best_len, trunk_slots, trunk_len, branch_slots, branch_len, keep: all without width."""
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device="cpu")
-
-    return zeros(groups, 0), zeros(groups), zeros(groups, 0), zeros(groups), zeros(rows, 0), zeros(rows), zeros(rows)

@@ -1,14 +1,16 @@
-"""What the requests of a call hold of one policy's tree: prompts, and the leaves their answers have grown to."""
+"""What requests hold of one policy's tree: prompts, and the leaves their answers have grown to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from stars_fast.loop.request import PromptNode, Request, Trunk
+from stars_fast.loop.memory import passing
+from stars_fast.loop.request import PromptNode, Trunk
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.policy.policy import Policy
+from stars_fast.tree.prefixes import first_of_each
 
 
 class Trunks:
@@ -20,40 +22,53 @@ class Trunks:
         Begun by the caller.
     scheduler : Scheduler
         Says how many tokens a forward pass may take.
-    place : int
-        Which of a request's trunks these are.
     """
 
-    def __init__(self, policy: Policy, scheduler: Scheduler, place: int = 0) -> None:
-        self.policy, self.scheduler, self.place = policy, scheduler, place
+    def __init__(self, policy: Policy, scheduler: Scheduler) -> None:
+        self.policy, self.scheduler = policy, scheduler
         self._prompts: set[PromptNode] = set()  # in the tree
 
-    def of(self, request: Request) -> Trunk:
-        """The request's trunk in this tree."""
-        return request.trunks[self.place]
+    def extend(self, trunks: Sequence[Trunk]) -> None:
+        """Encode what is not in the tree: prompts, last tokens of segments just committed, all of who was preempted.
 
-    def extend(self, requests: Sequence[Request]) -> None:
-        """Encode what is not in the tree: prompts, last tokens of segments just committed, all of who was preempted."""
-        self.encode(requests)
-        for trunk in map(self.of, requests):
+        Raises
+        ------
+        TooLarge
+            Where slots or memory lack.
+        """
+        self.encode(trunks)
+        for trunk in trunks:
             self._join_prompt(trunk)
 
-    def encode(self, requests: Sequence[Request], most: int | None = None) -> int:
-        """Encode at most so many tokens of what is not in the tree, the first requests' first. Returns how many."""
-        trunks, count = [self.of(request) for request in requests], 0
+    def encode(self, trunks: Sequence[Trunk], most: int | None = None) -> int:
+        """Encode at most so many tokens of what is not in the tree, the first ones' first. Returns how many."""
+        count = 0
         while most is None or count < most:
-            behind: dict[PromptNode | Trunk, list[int]] = {}
+            behind: dict[PromptNode | Trunk, list[int]] = {
+                prompt: prompt.ids[prompt.encoded :] for prompt in self._fresh(trunks)
+            }
             for trunk in trunks:
-                prompt = trunk.prompt
-                if prompt.logits is None:
-                    behind[prompt] = prompt.ids[prompt.encoded :]
-                elif trunk.pending:
+                if trunk.prompt.logits is not None and trunk.pending:
                     self._join_prompt(trunk)
                     behind[trunk] = trunk.pending
             if not behind:
                 break
             count += self._encode(behind, None if most is None else most - count)
         return count
+
+    def _fresh(self, trunks: Sequence[Trunk]) -> list[PromptNode]:
+        """Prompts that are not in the tree as a whole, from where others that are begin alike.
+
+        What several have in common is encoded for the first of them; the others wait for the next pass.
+        """
+        prompts = [p for p in dict.fromkeys(trunk.prompt for trunk in trunks) if p.logits is None]
+        for prompt in prompts:
+            if not prompt.encoded:
+                prompt.node, prompt.encoded = self.policy.prefixes.longest(prompt.ids)
+                if prompt.node >= 0:
+                    self._prompts.add(prompt)
+        places = first_of_each([prompt.ids for prompt in prompts], [prompt.encoded for prompt in prompts])
+        return [prompts[place] for place in places]
 
     def _join_prompt(self, trunk: Trunk) -> None:
         if trunk.leaf < 0:
@@ -70,33 +85,33 @@ class Trunks:
                 pieces[holder] = piece
                 count += len(piece)
         limit = self.scheduler.prefill_tokens
-        self.scheduler.packed = min(count, limit)
         leaves = [holder.node if isinstance(holder, PromptNode) else holder.leaf for holder in pieces]
-        nodes, logits = self.policy.prefill(leaves, list(pieces.values()), limit)
+        with passing(min(count, limit)):
+            nodes, logits = self.policy.prefill(leaves, list(pieces.values()), limit)
         for (holder, piece), old, node, row in zip(pieces.items(), leaves, nodes, logits, strict=True):
             if old >= 0:
                 self.policy.tree.release(old)
             if isinstance(holder, PromptNode):
                 holder.node, holder.encoded = node, holder.encoded + len(piece)
-                holder.logits = row if holder.encoded == len(holder.ids) else None
                 self._prompts.add(holder)
+                if holder.encoded == len(holder.ids):
+                    holder.logits = row
+                    self.policy.prefixes.keep(holder.ids, node)
             else:
                 holder.leaf, holder.pending = node, holder.pending[len(piece) :]
                 holder.logits = None if holder.pending else row
         return count
 
-    def ready(self, request: Request) -> bool:
-        """Whether all that the request has is in the tree."""
-        trunk = self.of(request)
+    def ready(self, trunk: Trunk) -> bool:
+        """Whether all that the answer has is in the tree."""
         return trunk.prompt.logits is not None and not trunk.pending
 
-    def append(self, request: Request, tokens: Sequence[int], node: int, logits: torch.Tensor | None = None) -> None:
-        """The request goes on with ``tokens``.
+    def append(self, trunk: Trunk, tokens: Sequence[int], node: int, logits: torch.Tensor | None = None) -> None:
+        """The answer goes on with ``tokens``.
 
         ``node`` holds all but the last; all of them where ``logits`` are those that follow. It is -1 where none is in
         this tree.
         """
-        trunk = self.of(request)
         if node >= 0:
             self._release(trunk)
             trunk.leaf, trunk.pending = node, [] if logits is not None else list(tokens[-1:])
@@ -104,32 +119,42 @@ class Trunks:
             trunk.pending = [*trunk.pending, *tokens]
         trunk.logits = logits if node >= 0 else None
 
-    def advance(self, request: Request, node: int) -> None:
+    def advance(self, trunk: Trunk, node: int) -> None:
         """``node`` holds all that is pending but the last token."""
-        trunk = self.of(request)
         self._release(trunk)
         trunk.leaf, trunk.pending = node, trunk.pending[-1:]
 
-    def fork(self, request: Request) -> Trunk:
-        """Another trunk that goes on from the request's."""
-        trunk = self.of(request)
+    def fork(self, trunk: Trunk) -> Trunk:
+        """Another trunk that goes on from this one."""
         if trunk.leaf >= 0:
             self.policy.tree.retain(trunk.leaf)
         return Trunk(trunk.prompt, trunk.leaf, trunk.logits, list(trunk.pending))
 
-    def give_back(self, request: Request) -> None:
-        """Release the request's slots. All that it has is to be encoded again if it goes on."""
-        trunk = self.of(request)
+    def give_back(self, trunk: Trunk, tokens: Sequence[int]) -> None:
+        """Release the trunk's slots. ``tokens``, all that is committed, are to be encoded again if it goes on."""
         self._release(trunk)
-        trunk.leaf, trunk.logits, trunk.pending = -1, None, list(request.tokens)
+        self.forget(trunk, tokens)
+
+    def forget(self, trunk: Trunk, tokens: Sequence[int]) -> None:
+        """The tree was cleared: nothing of the trunk is in it any more."""
+        trunk.leaf, trunk.logits, trunk.pending = -1, None, list(tokens)
 
     def _release(self, trunk: Trunk) -> None:
         if trunk.leaf >= 0:
             self.policy.tree.release(trunk.leaf)
 
-    def keep_prompts(self, requests: Iterable[Request]) -> None:
-        """Release prompts that none of these requests has."""
-        for prompt in self._prompts - {self.of(request).prompt for request in requests}:
+    def keep_prompts(self, prompts: Sequence[PromptNode]) -> None:
+        """Release all prompts but these."""
+        for prompt in self._prompts - set(prompts):
             self.policy.tree.release(prompt.node)
-            prompt.node, prompt.encoded, prompt.logits = -1, 0, None
-            self._prompts.remove(prompt)
+            self._out(prompt)
+
+    def clear(self) -> None:
+        """Drop everything from the tree, whoever holds it."""
+        for prompt in list(self._prompts):
+            self._out(prompt)
+        self.policy.clear()
+
+    def _out(self, prompt: PromptNode) -> None:
+        prompt.node, prompt.encoded, prompt.logits = -1, 0, None
+        self._prompts.remove(prompt)

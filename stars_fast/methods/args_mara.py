@@ -45,6 +45,10 @@ class Args(Enumerated):
                 "stars_fast.rewards.Reward where the function is fit for it"
             )
 
+    def passes(self, drawn: int, committed: int) -> tuple[int, int]:
+        """Likely tokens are looked at without running the policy over them."""
+        return committed, 0
+
     def tokens(self, logits: Any) -> list[int]:
         top: list[int] = logits.topk(min(self.top_k, logits.shape[0])).indices.tolist()
         return top

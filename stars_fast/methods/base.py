@@ -78,6 +78,8 @@ class Method:
         Whether r_star matters: calibrated from pilot responses where ``target_reward`` is None.
     needs_hidden_state : bool
         Whether :meth:`values` reads ``Completion.hidden``.
+    reserves : bool
+        Whether :meth:`slots` are of all of a request's answers together, which are set aside when it is admitted.
     gives_hidden_state : bool
         Whether the policy reads every candidate that is scored, so that it has a hidden state.
     """
@@ -88,6 +90,7 @@ class Method:
     has_target: ClassVar[bool] = True
     needs_hidden_state: ClassVar[bool] = False
     gives_hidden_state: ClassVar[bool] = True
+    reserves: ClassVar[bool] = False
 
     def rule(self, config: SettingsT) -> SettingsT:
         """The call's settings with what this method decides itself."""
@@ -115,6 +118,14 @@ class Method:
     def slots(self, config: Settings) -> int:
         """Most slots of a response: its tokens, and a waiting best candidate beside the one being drawn."""
         return config.max_new_tokens + min(config.segment_length, config.max_new_tokens)
+
+    def rows(self, config: Settings) -> int:
+        """Most candidates of a request in a heartbeat."""
+        return config.max_attempts
+
+    def passes(self, drawn: int, committed: int) -> tuple[int, int]:
+        """Tokens that went through the policy and through a draft model, about, prompts left out."""
+        return drawn, 0
 
     def pilot(self) -> Method:
         """What draws the unguided responses of a calibration: the same segments, scored where these are."""
@@ -202,6 +213,7 @@ class Population(Method):
 
     loop: ClassVar[str] = "population"
     has_target: ClassVar[bool] = False
+    reserves: ClassVar[bool] = True
 
     def rule(self, config: SettingsT) -> SettingsT:
         return config.replace(target_reward=-math.inf, base_reward=None)
@@ -223,6 +235,9 @@ class Population(Method):
         independent numbers in (0, 1).
         """
         raise NotImplementedError
+
+    def rows(self, config: Settings) -> int:
+        return self.width
 
     def slots(self, config: Settings) -> int:
         """Most slots that the answers of one request take together, candidates included, the prompt not."""

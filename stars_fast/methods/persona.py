@@ -52,6 +52,10 @@ class PersonaJudge(Method):
         """The answer below each of the two prompts, and the block that is being drafted."""
         return 2 * config.max_new_tokens + config.segment_length
 
+    def passes(self, drawn: int, committed: int) -> tuple[int, int]:
+        """It drafts, reads the draft under the other prompt, and catches up."""
+        return 3 * drawn, 0
+
     def check(self, reward: Scorer) -> None:
         super().check(reward)
         if not self.draft_prompt or not self.judge_prompt:

@@ -48,6 +48,12 @@ class RSD(Method):
     def draft_model(self) -> Any:
         return self.draft
 
+    def passes(self, drawn: int, committed: int) -> tuple[int, int]:
+        """The draft model writes every segment and reads what the policy writes instead; the policy reads or writes
+        what is committed.
+        """
+        return committed, drawn
+
     def segments(self) -> Segments:
         return Segments(delimiter=self.delimiter)
 

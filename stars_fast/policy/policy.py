@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from stars_fast.policy.steps import Leaf, Sampling, Shape, Steps
+from stars_fast.policy.leaf import NOT_FINITE, Draw, Leaf
+from stars_fast.policy.steps import Shape, Steps
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.passes import trunk_room
 
 _LOOKS = 8  # steps between looks at whether anybody goes on, where each makes the host wait
-
-
-@dataclass
-class Draw:
-    """One candidate as it was drawn."""
-
-    node: int  # its branch: the keys and values of all its tokens but the last, or of all where `logits` is set
-    tokens: list[int]
-    logprobs: list[float]
-    sampling_logprobs: list[float]
-    ended: bool  # by EOS
-    finite: bool  # False where the policy's logits were not
-    logits: torch.Tensor | None = None  # [V], after its last token
-
-    def cut(self, length: int) -> None:
-        """Keep the first ``length`` tokens. The branch keeps its slots: see :meth:`Policy.trim`."""
-        self.tokens = self.tokens[:length]
-        self.logprobs = self.logprobs[:length]
-        self.sampling_logprobs = self.sampling_logprobs[:length]
 
 
 class Policy(TreeModel):
@@ -66,6 +48,10 @@ class Policy(TreeModel):
         trunk, length = self._room  # never smaller again, so that later calls find graphs that fit
         self._room = (max(trunk, trunk_room(longest)), max(length, segment_length))
 
+    def has_room(self, longest: int, segment_length: int) -> bool:
+        """Whether trunks and segments of these lengths go into the graphs that :meth:`begin` made room for."""
+        return not self.graphs.enabled or (longest <= self._room[0] and segment_length <= self._room[1])
+
     def prefill(
         self, leaves: Sequence[int], tokens: Sequence[Sequence[int]], limit: int | None = None
     ) -> tuple[list[int], list[torch.Tensor]]:
@@ -76,26 +62,37 @@ class Policy(TreeModel):
         nodes, outputs = self.extend(leaves, tokens, limit, logits_to_keep=0)
         return nodes, [output.logits[0, place] for output, _, place in outputs]
 
-    def propose(self, leaves: Sequence[Leaf], sampling: Sampling) -> list[list[Draw]]:
+    def propose(self, leaves: Sequence[Leaf]) -> list[list[Draw]]:
         """Draw ``leaf.candidates`` segments of up to ``leaf.length`` tokens below each leaf, all in parallel.
 
         The first token comes from the leaf's logits; a segment of K tokens costs K - 1 forward passes.
+
+        Raises
+        ------
+        SlotsExhausted, torch.OutOfMemoryError
+            Where slots or memory lack.
         """
         with self.on_device():
-            return self._propose(leaves, sampling)
+            return self._propose(leaves)
 
-    def _propose(self, leaves: Sequence[Leaf], sampling: Sampling) -> list[list[Draw]]:
+    def _propose(self, leaves: Sequence[Leaf]) -> list[list[Draw]]:
         rows = [leaf.candidates for leaf in leaves]
         lengths = [leaf.length for leaf in leaves for _ in range(leaf.candidates)]
         plan = self.plan([leaf.node for leaf in leaves], rows, [length - 1 for length in lengths])
-        steps = self._prepared(Shape.of(leaves, plan, sampling), any(leaf.processor for leaf in leaves))
-        steps.load(leaves, plan, sampling)
+        steps = self._prepared(Shape.of(leaves, plan), any(leaf.processor for leaf in leaves))
+        steps.load(leaves, plan)
         for step in range(1, max(lengths)):
             look = self.device.type == "cpu" or (steps.shape.uncertain and step % _LOOKS == 0)
             if look and not steps.alive.any():
                 break
             steps.run()
-        draws = iter(_draws(steps, plan.branches, sampling))
+        draws = iter(
+            _draws(
+                steps,
+                plan.branches,
+                [set(leaf.sampling.eos_token_ids) for leaf in leaves for _ in range(leaf.candidates)],
+            )
+        )
         groups = [[next(draws) for _ in range(n)] for n in rows]
         if steps.shape.uncertain:
             for leaf, group in zip(leaves, groups, strict=True):
@@ -115,11 +112,12 @@ class Policy(TreeModel):
         self,
         leaves: Sequence[int],
         tokens: Sequence[Sequence[int]],
-        eos_token_ids: Sequence[int],
+        eos_token_ids: Sequence[Sequence[int]],
         logits: torch.Tensor,
         processed: torch.Tensor,
     ) -> list[list[Draw]]:
         """Candidates of one given token each, several below each leaf, whose logits are ``logits [G, V]``.
+        ``eos_token_ids[g]`` end its answer.
 
         Their log-probabilities are those of ``logits``, and, as what is sampled from, of ``processed [G, V]``.
         """
@@ -131,9 +129,10 @@ class Policy(TreeModel):
         nodes = self.plan(leaves, counts, [0] * len(ids)).branches
         finite = (raw.amax(1).isfinite() & looked_at.amax(1).isfinite())[group]
         columns = raw[place].tolist(), looked_at[place].tolist(), finite.tolist()
+        ends = [set(eos) for eos, count in zip(eos_token_ids, counts, strict=True) for _ in range(count)]
         draws = iter(
-            Draw(node, [token], [logprob], [sampling_logprob], token in eos_token_ids, finite)
-            for node, token, logprob, sampling_logprob, finite in zip(nodes, ids, *columns, strict=True)
+            Draw(node, [token], [logprob], [sampling_logprob], token in eos, None if finite else NOT_FINITE)
+            for node, token, eos, logprob, sampling_logprob, finite in zip(nodes, ids, ends, *columns, strict=True)
         )
         return [[next(draws) for _ in range(count)] for count in counts]
 
@@ -154,9 +153,7 @@ class Policy(TreeModel):
         """What the output embedding reads at the last token of each node ``[B, H]``, by encoding it once more."""
         lengths = [self.tree.length(node) - 1 for node in nodes]
         before = [self.tree.cut(node, length) if length else -1 for node, length in zip(nodes, lengths, strict=True)]
-        draws = [
-            Draw(node, [token], [0.0], [0.0], False, True) for node, token in zip(before, last_tokens, strict=True)
-        ]
+        draws = [Draw(node, [token], [0.0], [0.0], False) for node, token in zip(before, last_tokens, strict=True)]
         hidden = self.finish_branches(draws)
         for draw in draws:
             self.tree.release(draw.node)
@@ -164,10 +161,18 @@ class Policy(TreeModel):
 
     @contextmanager
     def _head_inputs(self) -> Iterator[list[torch.Tensor]]:
-        """What the output embedding is given inside, one tensor ``[1, rows, H]`` per forward pass."""
+        """What this thread gives the output embedding inside, one tensor ``[1, rows, H]`` per forward pass.
+
+        Other engines, and the model's ordinary users, may run the same head in threads of their own.
+        """
         seen: list[torch.Tensor] = []
-        head = self.model.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        here, head = threading.get_ident(), self.model.get_output_embeddings()
+
+        def look(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            if threading.get_ident() == here:
+                seen.append(args[0])
+
+        handle = head.register_forward_pre_hook(look)
         self.watched = True  # a graph would not call the hook
         try:
             yield seen
@@ -190,9 +195,9 @@ class Policy(TreeModel):
         return self.graphs.get(shape, lambda: Steps(self, shape), capture=shape.length > 1)
 
 
-def _draws(steps: Steps, branches: Sequence[int], sampling: Sampling) -> list[Draw]:
+def _draws(steps: Steps, branches: Sequence[int], eos: Sequence[set[int]]) -> list[Draw]:
     """Copy what was drawn to the host in one piece: the one look per heartbeat."""
-    rows, eos = len(branches), set(sampling.eos_token_ids)
+    rows = len(branches)
     position, tokens = steps.position[:rows, None], steps.tokens[:rows].int()
     floats = [column[:rows].view(torch.int32) for column in (steps.logprobs, steps.sampling_logprobs)]
     packed = torch.cat((position, tokens, *floats), 1).cpu()
@@ -200,18 +205,18 @@ def _draws(steps: Steps, branches: Sequence[int], sampling: Sampling) -> list[Dr
     ids, logprobs, sampling_logprobs = packed[:, 1:].split(length, 1)
     logprobs, sampling_logprobs = (column.contiguous().view(torch.float32) for column in (logprobs, sampling_logprobs))
     draws = []
-    for node, count, row, row_logprobs, row_sampling in zip(
-        branches, lengths, ids.tolist(), logprobs.tolist(), sampling_logprobs.tolist(), strict=True
-    ):
+    columns = (branches, lengths, ids.tolist(), logprobs.tolist(), sampling_logprobs.tolist(), eos)
+    for place, (node, count, row, row_logprobs, row_sampling, ends) in enumerate(zip(*columns, strict=True)):
+        # Logits that are not finite end a row with a NaN log-probability.
+        finite = not any(math.isnan(value) for value in row_sampling[: count + 1])
         draws.append(
             Draw(
                 node=node,
                 tokens=row[:count],
                 logprobs=row_logprobs[:count],
                 sampling_logprobs=row_sampling[:count],
-                ended=count > 0 and row[count - 1] in eos,
-                # Logits that are not finite end a row with a NaN log-probability.
-                finite=not any(math.isnan(value) for value in row_sampling[: count + 1]),
+                ended=count > 0 and row[count - 1] in ends,
+                error=steps.failures.get(place) or (None if finite else NOT_FINITE),
             )
         )
     return draws

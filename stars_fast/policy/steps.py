@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from stars_fast.ops import gather_logprobs, sample_step
+from stars_fast.policy.leaf import Leaf, RowProcessor
 from stars_fast.tree.attention import TreeContext
 from stars_fast.tree.graphs import Captured
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.passes import bucket
 from stars_fast.tree.segment_tree import TreePlan
-
-# Called once per row with the candidate's ids so far and its logits [1, V]; returns the processed logits [1, V].
-RowProcessor = Callable[[list[int], torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the policy is sampled. Neutral values switch a filter off."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    eos_token_ids: tuple[int, ...] = ()
-
-
-@dataclass
-class Leaf:
-    """What a request contributes to a proposal."""
-
-    node: int
-    logits: torch.Tensor  # [V], of the next token
-    key: int
-    segment: int
-    first_attempt: int
-    candidates: int
-    length: int  # tokens to draw per candidate
-    seen: torch.Tensor | None = None  # [V] bool, ids in prompt and response; for the repetition penalty
-    processor: RowProcessor | None = None
-    entropy: float = math.inf  # nats: a segment ends before a token whose distribution, as the model gave it, has more
-    shortest: int = 1  # once it has this many tokens
 
 
 class Shape(NamedTuple):
@@ -57,15 +25,16 @@ class Shape(NamedTuple):
     most_rows: int  # of a group
     trunk: int  # tokens that a trunk has room for
     length: int  # tokens of a segment
-    eos: int  # ids that end a text
-    penalised: bool  # by what has been seen
+    eos: int  # most ids that end a text
+    penalised: bool  # whether any row is, by what has been seen
     uncertain: bool = False  # whether segments end where entropy is high
 
     @classmethod
-    def of(cls, leaves: Sequence[Leaf], plan: TreePlan, sampling: Sampling) -> Shape:
+    def of(cls, leaves: Sequence[Leaf], plan: TreePlan) -> Shape:
         """Exactly what these need."""
         candidates, length = [leaf.candidates for leaf in leaves], max(leaf.length for leaf in leaves)
-        eos, penalised = len(sampling.eos_token_ids), sampling.repetition_penalty != 1.0
+        eos = max(len(leaf.sampling.eos_token_ids) for leaf in leaves)
+        penalised = any(leaf.sampling.repetition_penalty != 1.0 for leaf in leaves)
         uncertain = any(leaf.entropy < math.inf for leaf in leaves)
         trunk = plan.trunk_slots.shape[1]
         return cls(sum(candidates), len(leaves), max(candidates), trunk, length, eos, penalised, uncertain)
@@ -101,8 +70,11 @@ class Steps(Captured):
             return torch.zeros(size, dtype=dtype, device=device)
 
         self.plan = TreePlan.empty(shape.groups, shape.trunk, rows, max(1, shape.length - 1), device)
-        self.row_state = zeros(4, rows)
-        self.segment, self.attempt, self.limit, self.first_position = self.row_state  # first_position: after the trunk
+        self.counts = zeros(5, rows)
+        self.segment, self.attempt, self.limit, self.top_k, self.shortest = self.counts
+        self.filters = zeros(5, rows, dtype=torch.float32)
+        self.temperature, self.top_p, self.min_p, self.penalty, self.entropy = self.filters
+        self.first_position = zeros(rows)  # after the trunk
         self.keys = zeros(rows, dtype=torch.int64)
         self.position, self.alive = zeros(rows), zeros(rows, dtype=torch.bool)
         self.step = zeros(1, dtype=torch.int64)  # tokens drawn by rows that go on
@@ -110,33 +82,41 @@ class Steps(Captured):
         self.logprobs, self.sampling_logprobs = zeros(2, rows, shape.length, dtype=torch.float32)
         self.query_indptr = torch.arange(rows + 1, dtype=int32, device=device)
         self.every_row = torch.arange(rows, device=device)
-        self.eos = zeros(shape.eos, dtype=torch.int64)
-        self.temperature, self.top_p, self.min_p, self.penalty = zeros(4, rows, dtype=torch.float32)
-        self.top_k = zeros(rows)
+        self.eos = zeros(rows, shape.eos, dtype=torch.int64)
         self.seen = zeros(rows, policy.vocab_size, dtype=torch.bool) if shape.penalised else None
-        self.entropy, self.shortest = zeros(rows, dtype=torch.float32), zeros(rows)
         self.processors: list[RowProcessor | None] = []
+        self.failures: dict[int, str] = {}  # by row: what its logits processor raised
 
-    def load(self, leaves: Sequence[Leaf], plan: TreePlan, sampling: Sampling) -> None:
+    def load(self, leaves: Sequence[Leaf], plan: TreePlan) -> None:
         """Start a proposal, and draw the first token of every row from its leaf's logits."""
         rows = len(plan.branches)
         assert len(leaves) <= self.shape.groups and rows <= self.shape.rows
         group = [g for g, leaf in enumerate(leaves) for _ in range(leaf.candidates)]
-        rank = [i for leaf in leaves for i in range(leaf.candidates)]
-        state = torch.tensor(
-            [
-                [leaves[g].segment for g in group],
-                [leaves[g].first_attempt + i for g, i in zip(group, rank, strict=True)],
-                [leaves[g].length for g in group],
-            ],
-            dtype=torch.int32,
-            device="cpu",
-        )
+        attempt = [leaf.first_attempt + i for leaf in leaves for i in range(leaf.candidates)]
+
+        def loaded(into: torch.Tensor, values: Sequence[Any]) -> None:
+            into.copy_(torch.tensor(values, dtype=into.dtype, device="cpu"), non_blocking=True)
+
         self.groups = torch.tensor(group, device="cpu").to(self.tokens.device, non_blocking=True)  # [rows in use]
         self.plan.load(plan)
-        self._set(sampling)
-        self.row_state[:3, :rows].copy_(state, non_blocking=True)
-        self.keys[:rows].copy_(torch.tensor([leaves[g].key for g in group], device="cpu"), non_blocking=True)
+        self._rest_settings()
+        settings = [leaf.sampling for leaf in leaves]
+        of_leaves = [
+            [leaf.segment for leaf in leaves],
+            [0] * len(leaves),
+            [leaf.length for leaf in leaves],
+            [sampling.top_k for sampling in settings],
+            [leaf.shortest for leaf in leaves],
+        ]
+        loaded(self.counts[:, :rows], [attempt if at == 1 else [v[g] for g in group] for at, v in enumerate(of_leaves)])
+        names = ("temperature", "top_p", "min_p", "repetition_penalty")
+        filters = [[getattr(sampling, name) for sampling in settings] for name in names]
+        filters.append([leaf.entropy for leaf in leaves])
+        loaded(self.filters[:, :rows], [[values[g] for g in group] for values in filters])
+        if self.shape.eos:
+            eos = [[*s.eos_token_ids, *[-1] * (self.shape.eos - len(s.eos_token_ids))] for s in settings]
+            loaded(self.eos[:rows], [eos[g] for g in group])
+        loaded(self.keys[:rows], [leaves[g].key for g in group])
         torch.index_select(plan.trunk_len, 0, self.groups, out=self.first_position[:rows])
         self.position.zero_()
         self.alive.zero_()
@@ -144,33 +124,27 @@ class Steps(Captured):
         self.step.zero_()
         self.sampling_logprobs.zero_()  # what an earlier proposal left there is not this one's
         if self.seen is not None:
-            self.seen[:rows] = torch.stack([_seen(leaf) for leaf in leaves])[self.groups]
-        if self.shape.uncertain:
-            self.entropy[:rows].copy_(
-                torch.tensor([leaves[g].entropy for g in group], dtype=torch.float32, device="cpu"), non_blocking=True
-            )
-            shortest = torch.tensor([leaves[g].shortest for g in group], dtype=torch.int32, device="cpu")
-            self.shortest[:rows].copy_(shortest, non_blocking=True)
-        self.processors = [leaves[g].processor for g in group]
+            nothing = torch.zeros_like(self.seen[0])
+            seen = [nothing if leaf.seen is None else leaf.seen for leaf in leaves]
+            self.seen[:rows] = torch.stack(seen)[self.groups]
+        self.processors, self.failures = [leaves[g].processor for g in group], {}
         logits = torch.stack([leaf.logits for leaf in leaves])[self.groups]  # [rows in use, V]
         if rows < self.shape.rows:
             logits = torch.cat((logits, logits.new_zeros(self.shape.rows - rows, logits.shape[1])))
         self.draw(logits)
 
-    def _set(self, sampling: Sampling) -> None:
-        self.temperature.fill_(sampling.temperature)
-        self.top_k.fill_(sampling.top_k)
-        self.top_p.fill_(sampling.top_p)
-        self.min_p.fill_(sampling.min_p)
-        self.penalty.fill_(sampling.repetition_penalty)
+    def _rest_settings(self) -> None:
+        """Neutral settings of every row."""
+        self.counts.zero_()
+        self.filters.fill_(1)
+        self.min_p.zero_()
+        self.entropy.fill_(math.inf)
         self.eos.fill_(-1)  # no token
-        for place, token in enumerate(sampling.eos_token_ids):
-            self.eos[place] = token
 
     def rest(self) -> None:
         """All rows are dead."""
         self.alive.zero_()
-        self._set(Sampling())
+        self._rest_settings()
         self.step.fill_(1)
 
     def work(self) -> None:
@@ -237,14 +211,15 @@ class Steps(Captured):
         self.alive.logical_and_(~uncertain)
 
     def _process(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits ``[rows, V]`` after each row's processor. A row whose processor raises ends there, and only that."""
         out, drawn = logits.clone(), self.tokens[:, : int(self.step)].tolist()
         for row, (processor, alive) in enumerate(zip(self.processors, self.alive.tolist(), strict=False)):
             if alive and processor is not None:
-                out[row] = processor(drawn[row], logits[row : row + 1])[0]
+                try:
+                    out[row] = processor(drawn[row], logits[row : row + 1])[0]
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    self.failures[row] = f"its logits processor raised {type(error).__name__}: {error}"
+                    self.alive[row] = False
         return out
-
-
-def _seen(leaf: Leaf) -> torch.Tensor:
-    if leaf.seen is None:
-        raise ValueError("a repetition penalty needs the ids seen so far")
-    return leaf.seen

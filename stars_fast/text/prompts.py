@@ -58,8 +58,6 @@ def read_prompts(prompts: Any, tokenizer: Any, attention_mask: Any = None, name:
             f"{name} is a {type(prompts).__name__}{keys}: give text, chat messages, id lists, an id tensor or what a "
             "tokenizer returns"
         )
-    if not prompts:
-        raise ValueError(f"{name} is empty: give at least one")
     return [_read_one(f"{name}[{index}]", prompt, tokenizer) for index, prompt in enumerate(prompts)]
 
 
@@ -148,8 +146,6 @@ def _read_tensor(
     mask = torch.ones_like(ids) if attention_mask is None else torch.atleast_2d(attention_mask)
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, {name} {tuple(ids.shape)}: they must agree")
-    if not ids.shape[0]:
-        raise ValueError(f"{name} is empty: give at least one")
     rows = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
     return [Prompt(row, _not_empty(f"{name}[{index}]", row)) for index, row in enumerate(rows)]
 

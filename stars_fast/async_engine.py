@@ -1,0 +1,268 @@
+"""Many callers on one event loop: a thread that takes the core's steps, and a stream of events for each caller."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict, fields
+from itertools import count
+from typing import Any
+
+from stars_fast.config import StarsConfig
+from stars_fast.engine import StarsEngine
+from stars_fast.inputs.arguments import Arguments
+from stars_fast.inputs.job import Job
+from stars_fast.loop.core import Size
+from stars_fast.methods.numbers import integer
+from stars_fast.outputs import SegmentEvent, Stats
+
+# Of max_model_len, where the policy has more positions: what is set aside for graphs and pools grows with it.
+_MOST_POSITIONS = 8192
+
+
+class QueueFull(RuntimeError):
+    """As many requests are open as may be."""
+
+
+class AsyncStarsEngine:
+    """Serves requests of many callers at a time, each with its own configuration, seed, deadline and priority.
+
+    They share both models, their trees and every heartbeat; the text of (prompt, config, seed) is that of
+    ``StarsEngine.generate([prompt], config, seed=[seed])``. Prompts that begin alike share their keys and values, also
+    with requests that have ended, as far as room allows: the models' weights must not change while this is open.
+
+    Parameters
+    ----------
+    engine : StarsEngine
+        Held open until :meth:`close`. Its own ``generate`` and ``stream`` may be used meanwhile, from other threads.
+    max_model_len : int, optional
+        Most tokens of a prompt with its answer. Default: the policy's positions, at most 8,192.
+    max_segment_length : int
+        Longest segment. A heartbeat lasts as long as its longest segment, and admission, abort, timeout and the first
+        event wait for one.
+    max_waiting : int
+        Most open requests; one more raises :class:`QueueFull`.
+
+    Raises
+    ------
+    RuntimeError
+        If the engine is generating.
+
+    Examples
+    --------
+    >>> async def answer(prompt):  # doctest: +SKIP
+    ...     async for event in engine.generate(prompt, StarsConfig(target_reward=2.0), seed=0):
+    ...         print(event.text, end="", flush=True)
+    """
+
+    def __init__(
+        self,
+        engine: StarsEngine,
+        *,
+        max_model_len: int | None = None,
+        max_segment_length: int = 32,
+        max_waiting: int = 256,
+    ) -> None:
+        positions = engine.policy.max_positions or _MOST_POSITIONS
+        self.engine = engine
+        self.max_model_len = (
+            min(positions, _MOST_POSITIONS) if max_model_len is None else integer("max_model_len", max_model_len, 2)
+        )
+        self.max_segment_length = integer("max_segment_length", max_segment_length, 1)
+        self.max_waiting = integer("max_waiting", max_waiting, 1)
+        self.dead: BaseException | None = None  # what ended the thread
+        self._jobs: dict[str, Job] = {}
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._names, self._reserved, self._draining = count(), 0, False
+        self._ended = Stats()  # of requests that have ended, added up
+        rows = engine.max_rows
+        longest = self.max_model_len + self.max_segment_length
+        size = Size(self.max_model_len, longest, rows, rows, self.max_segment_length, self.max_model_len)
+        engine.core.hold(size)
+        self._thread = threading.Thread(target=self._run, name="stars-fast-engine", daemon=True)
+        self._thread.start()
+
+    def reserve(self, requests: int = 1) -> None:
+        """Count further open requests, before anything is awaited: a burst may not pass the limit together.
+
+        Raises
+        ------
+        QueueFull
+            Where they would be more than ``max_waiting``.
+        """
+        if self._reserved + requests > self.max_waiting:
+            raise QueueFull(f"{self._reserved} requests are open, of max_waiting={self.max_waiting}")
+        self._reserved += requests
+
+    async def generate(
+        self,
+        prompt: Any,
+        config: StarsConfig | None = None,
+        request_id: str | None = None,
+        *,
+        seed: int | None = None,
+        reward_prompt: Any = None,
+        columns: dict[str, Any] | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        reserved: bool = False,
+    ) -> AsyncIterator[SegmentEvent]:
+        """Answer one prompt. Leaving the loop early, or cancelling it, aborts the request.
+
+        Parameters
+        ----------
+        prompt : str, chat message list or list of int
+        config : StarsConfig, optional
+        request_id : str, optional
+            For :meth:`abort`.
+        seed : int, optional
+            None draws one from torch's global generator.
+        reward_prompt : like prompt, optional
+            What the reward sees as the prompt, where that differs.
+        columns : dict, optional
+            Further arguments of a callable reward: a value each.
+        priority : int
+            Lower is let in first, and gives way last.
+        timeout : float, optional
+            Seconds.
+        reserved : bool
+            Whether :meth:`reserve` has counted this request already.
+
+        Yields
+        ------
+        SegmentEvent
+            One per committed segment. The last of every sample has a ``finish_reason``: "stop", "length", "error"
+            (with ``error``), or "abort".
+
+        Raises
+        ------
+        ValueError, TypeError, NotImplementedError
+            For what :meth:`StarsEngine.generate` refuses, and what the session has no room for.
+        QueueFull
+            Where as many requests are open as may be.
+        TimeoutError
+            When the time is up; what was yielded stays good.
+        RuntimeError
+            If this is closed or draining, or the thread that takes the steps has died.
+        """
+        if not reserved:
+            self.reserve()
+        name, job, loop = request_id or f"request-{next(self._names)}", None, asyncio.get_running_loop()
+        news = asyncio.Event()
+
+        def notify() -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop is gone, and its callers with it
+                loop.call_soon_threadsafe(news.set)
+
+        try:
+            self._check_open(name)
+            deadline = None if timeout is None else time.monotonic() + timeout
+            given: dict[str, Any] = {key: [value] for key, value in (columns or {}).items()}
+            shown = None if reward_prompt is None else [reward_prompt]
+            seeds = None if seed is None else [seed]
+            arguments = Arguments([prompt], config, columns=given, reward_prompts=shown, seed=seeds)
+            call = await asyncio.to_thread(self.engine.prepare, arguments)
+            call.priority = priority
+            job = self._jobs[name] = Job(call, self.engine.tokenizer, deadline=deadline, notify=notify)
+            self._inbox.put(job)
+            while not (job.over and not job.events):
+                await news.wait()
+                news.clear()
+                while job.events:
+                    yield job.events.popleft()
+            if job.error is not None:
+                raise job.error
+        finally:
+            self._reserved -= 1
+            if job is not None:
+                if not job.over:
+                    job.aborted = True
+                    self.engine.core.abort(job)
+                self._jobs.pop(name, None)
+                _add(self._ended, job.stats)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request: its last events say "abort". Nothing happens where it is not known, or over."""
+        job = self._jobs.get(request_id)
+        if job is not None and not job.over:
+            job.aborted = True
+            self.engine.core.abort(job)
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Take no more requests and wait until the open ones have ended; after ``timeout`` seconds abort them."""
+        self._draining = True
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self._jobs and (deadline is None or time.monotonic() < deadline):
+            await asyncio.sleep(0.01)
+        for name in list(self._jobs):
+            await self.abort(name)
+
+    def metrics(self) -> dict[str, Any]:
+        """Counts since this was opened: the fields of :class:`Stats` added up over all requests, ``open_requests``,
+        ``running``, ``waiting``, ``preemptions``, and slots of both trees (``policy_slots``, ``policy_slots_free``).
+        """
+        total, loop = Stats(), self.engine.core.loop
+        for stats in (self._ended, *(job.stats for job in list(self._jobs.values()))):
+            _add(total, stats)
+        tree = self.engine.policy.tree
+        return {
+            **asdict(total),
+            "open_requests": self._reserved,
+            "running": 0 if loop is None else len(loop.running) + len(loop.encoding),
+            "waiting": 0 if loop is None else len(loop.waiting),
+            "policy_slots": tree.capacity - 1,
+            "policy_slots_free": tree.free_slots,
+        }
+
+    def close(self) -> None:
+        """End all requests and the thread; the engine is free again, and every slot."""
+        if self._thread.is_alive():
+            self._inbox.put(None)
+            self._thread.join()
+        self._draining = True
+
+    def _check_open(self, name: str) -> None:
+        if self.dead is not None:
+            raise RuntimeError("the engine's thread has died") from self.dead
+        if self._draining or not self._thread.is_alive():
+            raise RuntimeError("this engine takes no more requests: it is draining or closed")
+        if name in self._jobs:
+            raise ValueError(f"request_id={name!r} is in use")
+
+    def _run(self) -> None:
+        """The thread: lets jobs in between steps, and sleeps where there is nothing to do."""
+        core, busy = self.engine.core, False
+        try:
+            while True:
+                try:
+                    job = self._inbox.get(block=not busy)
+                except queue.Empty:
+                    busy = core.step()
+                    continue
+                if job is None:
+                    return
+                try:
+                    if job.aborted:
+                        job.end(None)
+                    else:
+                        core.submit(job)
+                        busy = True
+                except Exception as error:  # what the session has no room for, or the reward cannot score
+                    job.end(error)
+        except BaseException as error:
+            self.dead = error
+            for job in list(self._jobs.values()):
+                job.end(error)
+            raise
+        finally:
+            core.let_go()
+
+
+def _add(total: Stats, stats: Stats) -> None:
+    for field in fields(Stats):
+        value = getattr(stats, field.name)
+        setattr(total, field.name, getattr(total, field.name) + value)  # a Counter adds up, too

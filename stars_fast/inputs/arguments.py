@@ -1,0 +1,181 @@
+"""What the engine was called with, checked before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from stars_fast.config import StarsConfig
+from stars_fast.loop.request import StopTest
+from stars_fast.methods.base import Method
+from stars_fast.methods.numbers import integer, plain
+from stars_fast.notices import warn
+from stars_fast.ops.philox import philox_key
+from stars_fast.policy.leaf import RowProcessor, Sampling
+from stars_fast.policy.policy import Policy
+from stars_fast.rewards import RewardPrompt
+from stars_fast.text.prompts import Prompt, read_personas, read_prompts
+from stars_fast.tree.model import TreeModel
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What :meth:`StarsEngine.generate` and its kin were called with, as it came."""
+
+    prompts: Any
+    config: StarsConfig | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+    attention_mask: torch.Tensor | None = None
+    reward_prompts: Any = None
+    columns: dict[str, Sequence[Any]] | None = None
+    seed: int | Sequence[int] | None = None
+    on_error: str = "return"
+    # From inside transformers, per row of the output: further processing of logits, further reasons to stop.
+    processor: Callable[[int], RowProcessor | None] = lambda row: None
+    stop: Callable[[int], StopTest | None] = lambda row: None
+
+
+def check_limits(
+    prompts: Sequence[Prompt],
+    preferred: Sequence[Sequence[list[int]]],
+    config: StarsConfig,
+    policy: Policy,
+    kv_cache_tokens: int | None,
+) -> None:
+    """Raise ValueError where a prompt is too much for the policy or for the slots, by its index.
+
+    ``preferred`` has per prompt its ids under each of the method's preferences, which stand in its place.
+    """
+    for index, (prompt, variants) in enumerate(zip(prompts, preferred, strict=True)):
+        for ids, under in [(prompt.ids, ""), *((ids, ", under a preference,") for ids in variants)]:
+            bad = [token for token in ids if not 0 <= token < policy.vocab_size]
+            if bad:
+                raise ValueError(
+                    f"prompts[{index}]{under} holds id {bad[0]}, outside the policy's vocabulary of {policy.vocab_size}"
+                )
+        length = max(map(len, [prompt.ids, *variants]))
+        check_positions(index, length, config, policy, "policy")
+        slots = most_slots(prompt, variants, config)
+        if kv_cache_tokens is not None and slots > kv_cache_tokens:
+            raise ValueError(
+                f"prompts[{index}] has {length} tokens and needs {slots} slots with max_new_tokens="
+                f"{config.max_new_tokens} and segment_length={config.segment_length}; kv_cache_tokens={kv_cache_tokens}"
+            )
+
+
+def check_positions(index: int, length: int, config: StarsConfig, model: TreeModel, role: str) -> None:
+    """Raise ValueError where a prompt of so many tokens and its answer may outgrow the model's positions."""
+    positions = model.max_positions
+    if positions is not None and length + config.max_new_tokens > positions:
+        raise ValueError(
+            f"prompts[{index}] has {length} tokens, which with max_new_tokens={config.max_new_tokens} exceeds the "
+            f"limit of the {role}'s {positions} positions"
+        )
+
+
+def most_slots(prompt: Prompt, preferred: Sequence[Sequence[int]], config: StarsConfig) -> int:
+    """Slots that a request may take by itself, with its prompt or what stands in its place."""
+    return sum(map(len, preferred or [prompt.ids])) + config.chosen_method.slots(config)
+
+
+def warn_of_overruled(method: Method, given: StarsConfig, ruled: StarsConfig) -> None:
+    """Say it where a method decides a field itself that the caller has set."""
+    for field_ in fields(StarsConfig):
+        before, after = getattr(given, field_.name), getattr(ruled, field_.name)
+        if before not in (field_.default, after):
+            warn(f"method={method.name!r} sets {field_.name}={after} itself: {field_.name}={before} has no effect")
+
+
+def under_preferences(
+    method: Method, prompts: Sequence[Prompt], arguments: Arguments, sampling: Sampling, policy: Policy, tokenizer: Any
+) -> Sequence[list[list[int]]]:
+    """Per prompt its ids under each of the method's preferences; none where it has none.
+
+    Raises
+    ------
+    ValueError
+        For what changes a distribution by the text so far: it is not applied where drafts are judged.
+    """
+    if not method.preferences:
+        return [list[list[int]]()] * len(prompts)
+    if sampling.repetition_penalty != 1.0:
+        raise ValueError(f"method={method.name!r} does not know repetition_penalty={sampling.repetition_penalty}")
+    if arguments.processor(0) is not None:
+        raise ValueError(f"method={method.name!r} does not know logits processors")
+    bos = getattr(tokenizer, "bos_token_id", None)
+    bos = policy.text_config.bos_token_id if bos is None else bos
+    return read_personas(prompts, method.preferences, tokenizer, bos)
+
+
+class _Unread:
+    """Stands in for the policy's tokenizer: text and chats are checked for their form, and keep it."""
+
+    bos_token = None
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
+        return {"input_ids": [0]}
+
+    def apply_chat_template(self, messages: Any, **kwargs: Any) -> list[int]:
+        return [0]
+
+
+def read_reward_prompts(arguments: Arguments, prompts: Sequence[Prompt], tokenizer: Any) -> list[RewardPrompt]:
+    """The prompts as the reward sees them, with their columns.
+
+    What is given for the reward alone need not suit the policy's tokenizer.
+    """
+    given, columns = arguments.reward_prompts, _columns(arguments.columns, len(prompts))
+    argument = "prompts" if given is None else "reward_prompts"
+    rewarded = prompts if given is None else read_prompts(given, _Unread(), name=argument)
+    check_per_prompt(argument, rewarded, len(prompts))
+    warned: set[str] = set()
+    return [
+        RewardPrompt(
+            index=index,
+            source=prompt.source,
+            given_ids=prompt.ids if given is None or prompt.source == prompt.ids else None,
+            columns={name: values[index] for name, values in columns.items()},
+            argument=argument,
+            tokenizer=tokenizer,
+            warned=warned,
+        )
+        for index, prompt in enumerate(rewarded)
+    ]
+
+
+def _columns(columns: Any, prompts: int) -> Mapping[str, Sequence[Any]]:
+    columns = {} if columns is None else columns
+    if not isinstance(columns, Mapping):
+        raise TypeError(f"columns is a {type(columns).__name__}: give a mapping of name to one value per prompt")
+    for name, values in columns.items():
+        if name in ("prompts", "completions", "completion_ids"):
+            raise ValueError(f"columns[{name!r}]: the reward is called with {name} of its own; rename the column")
+        check_per_prompt(f"columns[{name!r}]", values, prompts)
+    return columns
+
+
+def check_per_prompt(name: str, values: Any, prompts: int, guess: str = "") -> None:
+    """Raise TypeError or ValueError for anything but a sequence of one entry per prompt."""
+    indexed = hasattr(values, "__getitem__") and hasattr(values, "__len__") and getattr(values, "ndim", 1) > 0
+    if not indexed or isinstance(values, (str, Mapping)):
+        raise TypeError(f"{name} is a {type(values).__name__}: give a sequence of one entry per prompt")
+    if len(values) != prompts:
+        raise ValueError(f"{name} has {len(values)} entries for {prompts} prompts{guess}")
+
+
+def read_keys(seed: Any, prompts: int, samples: int, sharded: bool) -> list[int]:
+    """Key of each output row's random numbers."""
+    if seed is None and sharded:
+        raise ValueError("seed is None: a policy that is sharded over processes needs a seed that all of them share")
+    seed = plain(seed)
+    if seed is None:
+        seed = int(torch.randint(0, 2**63 - 1, (), device="cpu"))
+    if not isinstance(seed, Sequence) or isinstance(seed, str):
+        base = integer("seed", seed, hint=", or a sequence of one integer per prompt")
+        return [philox_key(base, i, j) for i in range(prompts) for j in range(samples)]
+    check_per_prompt("seed", seed, prompts)
+    seeds = [integer(f"seed[{i}]", one) for i, one in enumerate(seed)]
+    return [philox_key(one, 0, j) for one in seeds for j in range(samples)]

@@ -1,0 +1,439 @@
+"""The core: one loop over both models that many callers share, each with its own requests."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, Protocol
+
+from stars_fast.loop.enumeration import Enumeration
+from stars_fast.loop.heartbeat import Loop
+from stars_fast.loop.one_answer import OneAnswer
+from stars_fast.loop.persona import SelfJudging
+from stars_fast.loop.population import Populations
+from stars_fast.loop.request import Request, Strategy
+from stars_fast.loop.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, Heartbeat, HeartbeatCost
+from stars_fast.loop.rsd import Drafting
+from stars_fast.loop.scheduler import Scheduler
+from stars_fast.loop.trials import Trials
+from stars_fast.loop.trunks import Trunks
+from stars_fast.policy.policy import Policy
+from stars_fast.rewards.base import Reward, RewardPrompt
+from stars_fast.tree.attention import plugged
+from stars_fast.tree.memory import default_tokens, divide_devices
+
+_STRATEGIES: dict[str, type[OneAnswer]] = {
+    "segments": OneAnswer,
+    "trials": Trials,
+    "population": Populations,
+    "tokens": Enumeration,
+    "persona": SelfJudging,
+}
+
+
+class Size(NamedTuple):
+    """What a caller's requests take, at most: pools are made for it."""
+
+    length: int  # of a prompt with its answer
+    slots: int  # of all that one request holds at a time
+    holders: int  # requests that hold slots side by side
+    rows: int
+    segment_length: int
+    max_new_tokens: int
+    prompts: Sequence[RewardPrompt] = ()
+    draft: Policy | None = None
+
+
+class Caller(Protocol):
+    """Who submits requests, and is told what becomes of them, by whichever thread takes the step."""
+
+    size: Size
+    deadline: float | None  # of time.monotonic()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to take: an event, or the end."""
+
+    def start(self) -> Sequence[Request]:
+        """Its first requests."""
+
+    def moved(self, request: Request) -> Sequence[Request]:
+        """A request has committed a segment, or has ended. Returns further ones."""
+
+    def end(self, error: BaseException | None) -> None:
+        """All its requests have ended, or were ended because of ``error``."""
+
+
+class Core:
+    """Owns both models' trees, the queue and the loop. Requests join at the next heartbeat and leave when they end.
+
+    It opens with the first caller and closes with the last, unless it is held open (:meth:`hold`): weights may change
+    while it is closed, and nothing is kept then but the pools' memory. Pools are sized when it opens. A caller that
+    needs larger ones waits until the others are through; a held core refuses it.
+
+    Whoever waits for news takes the steps, one thread at a time, for all; nobody's text depends on who that is.
+
+    Parameters
+    ----------
+    policy : Policy
+    reward : Reward
+    tokenizer : transformers tokenizer, optional
+        The policy's.
+    max_rows : int
+    kv_cache_tokens : int, optional
+    gpu_memory_utilization : float
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Reward,
+        tokenizer: Any,
+        max_rows: int,
+        kv_cache_tokens: int | None,
+        gpu_memory_utilization: float,
+    ) -> None:
+        self.policy, self.reward, self.tokenizer = policy, reward, tokenizer
+        self.max_rows, self.kv_cache_tokens = max_rows, kv_cache_tokens
+        self.gpu_memory_utilization = gpu_memory_utilization
+        self._ratio = PRIOR_RATIO if policy.device.type == "cpu" else PRIOR_RATIO_OF_GPUS
+        self.cost = HeartbeatCost(self._ratio)  # what is learned on this machine serves the next caller
+        self.on_heartbeat: Callable[[Heartbeat], None] | None = None  # told of each, from the next opening on
+        self.loop: Loop | None = None  # while it is open
+        self.closed = False
+        self._held = False
+        self._size = Size(0, 0, 0, 0, 0, 0)
+        self._stack = ExitStack()
+        self._process = os.getpid()
+        self._forget_callers()
+
+    def _forget_callers(self) -> None:
+        self._changed = threading.Condition()
+        self._busy: int | None = None  # the thread whose turn it is
+        self._asking = 0  # threads that want a turn without a step
+        self._callers: dict[Caller, set[Request]] = {}  # with what of theirs has not ended
+        self._caller_of: dict[Request, Caller] = {}
+        self._later: deque[Caller] = deque()  # wait for larger pools
+        self._gone: deque[tuple[Caller, BaseException | None]] = deque()  # to be withdrawn by whoever has the turn
+        self._strategies: dict[tuple[str, Policy | None], Strategy] = {}
+        self._uses: Counter[Strategy] = Counter()
+
+    # What callers do
+
+    def submit(self, caller: Caller) -> None:
+        """Let the caller's requests in, at the next heartbeat.
+
+        Raises
+        ------
+        ValueError
+            For prompts that the reward cannot score, and for what a held core has no room for.
+        RuntimeError
+            If the core is closed for good, or asked from within its own step.
+        """
+        with self._turn():
+            if self.closed:
+                raise RuntimeError("this engine is closed: make a new one")
+            loop = self.loop or self._open(caller.size)
+            if not self._later and self._fits(caller.size):
+                self._enter(caller)
+            elif self._held:
+                size, tokens = caller.size, loop.scheduler.kv_cache_tokens
+                raise ValueError(
+                    f"the request has up to {size.length} tokens with its answer, segments of {size.segment_length} "
+                    f"and {size.slots} slots; this session takes max_model_len={self._size.length}, max_segment_length="
+                    f"{self._size.segment_length} and {tokens} slots, and prompts that fit the reward model's"
+                )
+            else:
+                self._later.append(caller)
+
+    def abort(self, caller: Caller, error: BaseException | None = None) -> None:
+        """End the caller's requests, and free what they hold: at once, or after the step that is being taken.
+
+        Never waits: it may be called while the interpreter collects garbage.
+        """
+        self._gone.append((caller, error))
+        with self._changed:
+            if self._busy is not None:
+                return
+            self._busy = threading.get_ident()
+        self._release()
+
+    def wait(self, caller: Caller) -> None:
+        """Take steps, or let another thread take them, until the caller has news."""
+        self._check_process()
+        while not caller.has_news:
+            if self._my_step(caller):
+                try:
+                    self._step()
+                finally:
+                    self._release()
+
+    def step(self) -> bool:
+        """One heartbeat for all. Returns whether there is more to do."""
+        with self._turn():
+            self._step()
+            return bool(self._callers or self._later)
+
+    def hold(self, size: Size) -> None:
+        """Open it for a session: pools of this size, until :meth:`let_go`.
+
+        Raises
+        ------
+        RuntimeError
+            While calls are under way.
+        """
+        with self._turn():
+            if self.loop is not None:
+                raise RuntimeError("this engine is generating: let its calls and streams end before a session opens")
+            self._open(size)
+            self._held = True
+
+    def let_go(self) -> None:
+        """End the session and what is under way in it."""
+        with self._turn():
+            self._held = False
+            for caller in [*self._callers, *self._later]:
+                self._withdraw(caller, RuntimeError("the session was closed"))
+            self._close_if_idle()
+
+    def close(self) -> None:
+        """End everything, for good, and free all slots."""
+        self.let_go()
+        self.closed = True
+
+    @property
+    def open_calls(self) -> int:
+        return len(self._callers) + len(self._later)
+
+    # Whose turn it is
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The core is this thread's inside. Comes before steps, and waits for one at most."""
+        self._check_process()
+        with self._changed:
+            self._asking += 1
+            try:
+                while self._busy is not None:
+                    self._refuse_reentry()
+                    self._changed.wait()
+            finally:
+                self._asking -= 1
+            self._busy = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _my_step(self, caller: Caller) -> bool:
+        """Whether it is for this thread to take a step: nobody else does, or wants a turn, while there are no news."""
+        with self._changed:
+            while self._busy is not None or self._asking:
+                self._refuse_reentry()
+                self._changed.wait()
+                if caller.has_news:
+                    return False
+            self._busy = threading.get_ident()
+            return True
+
+    def _refuse_reentry(self) -> None:
+        if self._busy == threading.get_ident():
+            raise RuntimeError("this engine is already generating: a reward or hook of its own call cannot call it")
+
+    def _release(self) -> None:
+        """Withdraw who has gone meanwhile, and let others have their turn."""
+        while True:
+            try:
+                while self._gone:
+                    self._withdraw(*self._gone.popleft())
+                self._close_if_idle()
+            finally:
+                with self._changed:
+                    if not self._gone:
+                        self._busy = None
+                        self._changed.notify_all()
+            if self._busy != threading.get_ident():
+                return
+
+    def _check_process(self) -> None:
+        """A forked child begins anew: the parent's callers and threads are not there."""
+        if self._process == os.getpid():
+            return
+        self._process, self._held = os.getpid(), False
+        self._forget_callers()
+        if self.loop is not None:
+            self._shut()
+
+    # Opening and closing
+
+    def _fits(self, size: Size) -> bool:
+        assert self.loop is not None
+        held, own = self._held, self._size
+        return (
+            size.slots <= self.loop.scheduler.kv_cache_tokens
+            and (not held or (size.length <= own.length and size.segment_length <= own.segment_length))
+            and self.policy.has_room(size.length, size.segment_length)
+            and self.reward.fits(size.prompts, size.max_new_tokens)
+        )
+
+    def _open(self, size: Size) -> Loop:
+        policy, rows = self.policy, min(size.rows, self.max_rows)
+        trees = [policy, *self.reward.tree_models, *([] if size.draft is None else [size.draft])]
+        divide_devices(trees, rows, self.gpu_memory_utilization)
+        tokens = self.kv_cache_tokens or default_tokens(policy, min(size.holders, self.max_rows), size.slots)
+        with ExitStack() as stack:
+            policy.begin(tokens, size.length, size.segment_length)
+            stack.callback(policy.clear)
+            stack.enter_context(plugged(policy.model))
+            stack.callback(self.reward.end)
+            self.reward.begin(size.prompts, size.max_new_tokens, rows, self.kv_cache_tokens)
+            self._stack = stack.pop_all()
+        scheduler = Scheduler(self.max_rows, tokens, self.cost, policy.graphs.enabled)
+        if policy.sharded:  # every process must plan alike, and each has a clock of its own
+            scheduler.cost, scheduler.learns = HeartbeatCost(self._ratio), False
+        loop = self.loop = Loop(Trunks(policy, scheduler), self.reward, scheduler, self.tokenizer)
+        loop.on_heartbeat, self._size = self.on_heartbeat, size
+        return loop
+
+    def _shut(self) -> None:
+        for strategy in self._strategies.values():
+            strategy.leave()
+        self._strategies, self.loop, stack = {}, None, self._stack
+        self._uses.clear()
+        self._stack = ExitStack()
+        stack.close()
+
+    def _close_if_idle(self) -> None:
+        if self.loop is not None and not self._callers and not self._held:
+            self._shut()
+        while self.loop is None and self._later:
+            caller = self._later.popleft()
+            try:
+                self._open(caller.size)
+                self._enter(caller)
+            except Exception as error:
+                caller.end(error)
+                self._shut()
+
+    # One step
+
+    def _step(self) -> None:
+        loop, now = self.loop, time.monotonic()
+        for caller in [one for one in self._callers if one.deadline is not None and one.deadline < now]:
+            self._withdraw(caller, TimeoutError("the request's time is up"))
+        if loop is None or not self._callers:
+            return
+        try:
+            moved = loop.heartbeat()
+        except Exception as error:  # of the models, or of what serves all: nobody's alone
+            self._fail_all(error)
+            return
+        except BaseException:  # somebody's interrupt, in the midst of everybody's work
+            self._start_over()
+            raise
+        for request in moved:
+            self._deliver(request)
+        for caller in [one for one, live in self._callers.items() if not live]:
+            self._withdraw(caller, None)
+
+    def _enter(self, caller: Caller) -> None:
+        try:
+            self.reward.open(caller.size.prompts, caller.size.max_new_tokens)
+        except BaseException:
+            if not self._callers and not self._held:
+                self._shut()
+            raise
+        self._callers[caller] = set()
+        self._add(caller, caller.start())
+        if not self._callers[caller]:
+            self._withdraw(caller, None)
+
+    def _add(self, caller: Caller, requests: Sequence[Request]) -> None:
+        assert self.loop is not None
+        together: dict[Strategy, list[Request]] = {}
+        for request in requests:
+            request.strategy = self._strategy(request)
+            together.setdefault(request.strategy, []).append(request)
+            self._caller_of[request] = caller
+            self._callers[caller].add(request)
+            self._uses[request.strategy] += 1
+        for strategy, group in together.items():
+            strategy.enter(group)
+        self.loop.submit(requests)
+
+    def _strategy(self, request: Request) -> Strategy:
+        assert self.loop is not None
+        kind, draft = request.terms.method.loop, request.terms.draft
+        if (kind, draft) not in self._strategies:
+            made: Strategy
+            if draft is not None:
+                made = Drafting(self.loop, draft, self._size.length, self._size.segment_length)
+            else:
+                made = _STRATEGIES[kind](self.loop)
+            self._strategies[kind, draft] = made
+            self.loop.strategies = list(self._strategies.values())
+        return self._strategies[kind, draft]
+
+    def _deliver(self, request: Request) -> None:
+        caller = self._caller_of.get(request)
+        if caller is None:
+            return
+        if request.finish_reason is not None:
+            self._out(caller, request)
+        try:
+            self._add(caller, caller.moved(request))
+        except Exception as error:  # the caller's own: its tokenizer, its report
+            self._withdraw(caller, error)
+
+    def _out(self, caller: Caller, request: Request) -> None:
+        assert self.loop is not None
+        del self._caller_of[request]
+        self._callers[caller].discard(request)
+        strategy = request.strategy
+        self._uses[strategy] -= 1
+        if not self._uses[strategy]:
+            del self._uses[strategy]
+            strategy.leave()
+            self._strategies = {key: one for key, one in self._strategies.items() if one is not strategy}
+            self.loop.strategies = list(self._strategies.values())
+
+    def _withdraw(self, caller: Caller, error: BaseException | None) -> None:
+        """The caller is through, or has gone."""
+        if caller in self._later:
+            self._later.remove(caller)
+            caller.end(error)
+        live = self._callers.get(caller)
+        if live is None:
+            return
+        assert self.loop is not None
+        if live:
+            self.loop.withdraw(live, "abort")
+            for request in list(live):
+                self._out(caller, request)
+        del self._callers[caller]
+        self.reward.forget(caller.size.prompts)
+        caller.end(error)
+
+    def _fail_all(self, error: Exception) -> None:
+        """Nothing is known of the trees any more: all callers end, and the next finds an open core."""
+        callers, held, size = list(self._callers), self._held, self._size
+        self._callers, self._caller_of = {}, {}
+        self._shut()
+        for caller in callers:
+            caller.end(error)
+        if held:
+            self._open(size)
+
+    def _start_over(self) -> None:
+        """A heartbeat broke off: all requests go on from what they have committed, on empty trees."""
+        assert self.loop is not None
+        self.loop.start_over()
+        self.reward.end()
+        self.reward.begin(self._size.prompts, self._size.max_new_tokens, self._size.rows, self.kv_cache_tokens)
+        self.loop.counted = 0
+        for caller in self._callers:
+            self.reward.open(caller.size.prompts, caller.size.max_new_tokens)

@@ -1,0 +1,250 @@
+"""The plain way to live in the loop: one answer grows, a segment at a time, and the first accepted candidate wins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from stars_fast.loop.queue import Queue
+from stars_fast.loop.request import Candidate, Drawn, PromptNode, Request, Tree, Trunk
+from stars_fast.loop.selection import first_accepted
+from stars_fast.loop.trunks import Trunks
+from stars_fast.ops.select_and_commit import EARLIER, INVALID
+from stars_fast.outputs import SegmentTrace
+from stars_fast.policy.leaf import Draw, Leaf, RowProcessor
+from stars_fast.rewards.base import Completion, Response
+
+
+class OneAnswer:
+    """stars, vanilla, cards, blockwise best-of-n, and the pilots of a calibration.
+
+    Parameters
+    ----------
+    queue : Queue
+        Who runs, and what all strategies share: the policy's tree, the reward, the scheduler.
+    """
+
+    judges_on_device = True
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue, self.scheduler, self.reward, self.trunks = queue, queue.scheduler, queue.reward, queue.trunks
+        self.trees: Sequence[Tree] = ()
+
+    def enter(self, requests: Sequence[Request]) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
+
+    # Rows and slots
+
+    def rows(self, request: Request) -> int:
+        return 1
+
+    def prompts(self, request: Request) -> Sequence[PromptNode]:
+        return (request.prompt,)
+
+    def held(self, request: Request) -> int:
+        waits = request.best is not None and request.best.draw.node >= 0
+        return len(request.tokens) + (self.branch(request) if waits else 0)
+
+    def branch(self, request: Request) -> int:
+        """A candidate's last token is encoded once it is committed, unless its hidden state is needed."""
+        return request.room - (not request.terms.whole)
+
+    def peak(self, request: Request) -> int:
+        return len(request.tokens) + 2 * self.branch(request) + (not request.terms.whole)
+
+    def keep(self, requests: Sequence[Request]) -> None:
+        pass
+
+    # Drawing
+
+    def due(self, request: Request) -> list[tuple[Tree, Trunk]]:
+        return [(self.trunks, request.trunk)]
+
+    def attempts_there_are(self, request: Request) -> int:
+        return request.terms.config.max_attempts
+
+    def asks(self, requests: Sequence[Request], rows: int) -> list[tuple[Request, int]]:
+        limits = [self.attempts_there_are(request) - request.attempts for request in requests]
+        spare = self.scheduler.spare(self.queue.admitted)
+        return list(zip(requests, self.scheduler.candidates(requests, limits, rows, spare), strict=True))
+
+    def draw(self, requests: Sequence[Request], rows: int) -> Drawn:
+        return {}
+
+    def leaf(self, answer: Request, candidates: int, first: int = 0, trunk: Trunk | None = None) -> Leaf:
+        """What the answer contributes to a proposal: so many candidates, from the ``first`` not looked at on."""
+        terms, trunk = answer.terms, trunk or answer.trunk
+        assert trunk.logits is not None
+        return Leaf(
+            node=trunk.leaf,
+            logits=trunk.logits,
+            sampling=terms.sampling,
+            key=answer.key,
+            segment=len(answer.segments),
+            first_attempt=answer.attempts + first,
+            candidates=candidates,
+            length=answer.room,
+            seen=self._seen(answer),
+            processor=after(answer),
+            entropy=terms.segments.entropy,
+            shortest=terms.segments.shortest,
+        )
+
+    def _seen(self, answer: Request) -> torch.Tensor | None:
+        if answer.terms.sampling.repetition_penalty == 1.0:
+            return None
+        policy = self.trunks.policy
+        seen = torch.zeros(policy.vocab_size, dtype=torch.bool, device=policy.device)
+        seen[answer.prompt.ids + answer.tokens] = True
+        return seen
+
+    def candidate(
+        self, answer: Request, draw: Draw, trunks: Trunks | None = None, trunk: Trunk | None = None
+    ) -> Candidate:
+        """Cut a draw at its delimiter, stop string or criterion, so that it is scored as it would be returned.
+
+        What these raise is the candidate's error.
+        """
+        answer.terms.stats.policy_tokens += len(draw.tokens)
+        answer.terms.stats.calibration_tokens += len(draw.tokens) * answer.terms.pilot
+        ended, eos, error = draw.ended, draw.ended, draw.error
+        try:
+            if (length := self._step(answer, draw.tokens)) < len(draw.tokens):
+                draw.cut(length)
+                (trunks or self.trunks).policy.trim((trunk or answer.trunk).leaf, draw)
+                ended, eos = False, False
+            if answer.stop is not None:
+                for length in range(1, len(draw.tokens) + 1):
+                    if answer.stop(answer.tokens + draw.tokens[:length]):
+                        ended, eos = True, eos and length == len(draw.tokens)
+                        draw.cut(length)
+                        break
+        except Exception as raised:
+            error = error or f"{type(raised).__name__}: {raised}"
+        length = len(answer.tokens) + len(draw.tokens)
+        finished = ended or length == answer.terms.config.max_new_tokens
+        completion = Completion(answer.response, draw.tokens, finished, eos, self.queue.tokenizer)
+        return Candidate(answer, draw, completion, ended, error=error)
+
+    def _step(self, answer: Request, tokens: list[int]) -> int:
+        """Tokens up to and including the one that completes the delimiter; all of them where none does."""
+        delimiter, tokenizer = answer.terms.segments.delimiter, self.queue.tokenizer
+        if delimiter is not None:
+            assert isinstance(tokenizer, PreTrainedTokenizerBase)
+            if delimiter in tokenizer.decode(tokens):
+                for length in range(1, len(tokens)):
+                    if delimiter in tokenizer.decode(tokens[:length]):
+                        return length
+        return len(tokens)
+
+    # Judging
+
+    def asks_reward(self, candidate: Candidate) -> bool:
+        return candidate.answer.terms.method.scores_unfinished or candidate.completion.finished
+
+    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> list[Request]:
+        moved, groups = [], [drawn[request] for request in requests]
+        for request, group, verdict in zip(requests, groups, first_accepted(requests, groups, rewards), strict=True):
+            if verdict.winner == INVALID:
+                culprit = group[verdict.attempts - request.attempts - 1]
+                self.roll_back(group)
+                self.queue.fail(request, culprit.error or "a candidate could not be scored")
+                moved.append(request)
+                continue
+            best = request.best
+            if verdict.best_attempt >= request.attempts:
+                best = group[verdict.best_attempt - request.attempts]
+            chosen = best if verdict.winner == EARLIER else None
+            if verdict.winner >= 0:
+                chosen = group[verdict.winner]
+            self.roll_back(group if request.best is None else [*group, request.best], keep=chosen or best)
+            request.attempts, request.best, request.best_attempt = verdict.attempts, best, verdict.best_attempt
+            if chosen is not None:
+                request.terms.stats.committed_tokens += len(chosen.draw.tokens) * (not request.terms.pilot)
+                self.commit(request, chosen, verdict.accepted)
+                moved.append(request)
+        return moved
+
+    def roll_back(self, candidates: Sequence[Candidate], keep: Candidate | None = None) -> None:
+        """Release the branches of all but one."""
+        dropped = [candidate for candidate in candidates if candidate is not keep]
+        self.trunks.policy.tree.release_all([one.draw.node for one in dropped if one.draw.node >= 0])
+        for candidate in dropped:
+            self.reward.discard(candidate.completion)
+
+    def commit(self, answer: Request, chosen: Candidate, accepted: bool) -> None:
+        """The chosen branch becomes the answer's leaf; its last token waits for the next heartbeat's forward pass.
+
+        All its tokens do where the branch was given up for room.
+        """
+        draw = chosen.draw
+        self.queue.committed += len(draw.tokens)
+        self.reward.commit(chosen.completion)
+        self.grow(answer, chosen)
+        trace = (draw.tokens, chosen.reward, chosen.threshold, answer.attempts, accepted, sum(draw.logprobs))
+        answer.segments.append(SegmentTrace(*trace, chosen.parts))
+        answer.tokens.extend(draw.tokens)
+        answer.logprobs += draw.logprobs
+        answer.sampling_logprobs += draw.sampling_logprobs
+        answer.response.ends.append(len(answer.tokens))
+        answer.reward = chosen.reward
+        answer.attempts, answer.best, answer.best_attempt = 0, None, -1
+        if chosen.ended:
+            self.queue.finish(answer, "stop")
+        elif not answer.room:
+            self.queue.finish(answer, "length")
+
+    def grow(self, answer: Request, chosen: Candidate) -> None:
+        """The trunks follow what is committed."""
+        self.trunks.append(answer.trunk, chosen.draw.tokens, chosen.draw.node, chosen.draw.logits)
+
+    # Giving way and ending
+
+    def give_back(self, request: Request) -> int:
+        """A fallback encodes its tokens again."""
+        if request.best is None or request.best.draw.node < 0:
+            return 0
+        self.roll_back_branch(request.best)
+        return self.branch(request)
+
+    def roll_back_branch(self, candidate: Candidate) -> None:
+        """Forget the keys and values of a candidate, not its tokens."""
+        self.trunks.policy.tree.release(candidate.draw.node)
+        candidate.draw.node = -1
+
+    def preempt(self, request: Request) -> None:
+        self.give_back(request)
+        self.trunks.give_back(request.trunk, request.tokens)
+        self.reopen(request)
+
+    def reopen(self, answer: Request) -> None:
+        """The scorer forgets the answer: a response that waits does not grow."""
+        self.reward.close(answer.response)
+        answer.response = Response(answer.prompt.reward_prompt, list(answer.tokens), ends=list(answer.response.ends))
+        if answer.best is not None:
+            answer.best.completion.response = answer.response
+
+    def close(self, request: Request) -> None:
+        if request.best is not None:
+            self.give_back(request)
+            self.reward.discard(request.best.completion)
+            request.best = None
+        self.trunks.give_back(request.trunk, request.tokens)
+        self.reward.close(request.response)
+
+    def drop(self, request: Request) -> None:
+        self.trunks.forget(request.trunk, request.tokens)
+        if request.best is not None:
+            request.best.draw.node = -1
+            request.best.draw.logits = None
+
+
+def after(answer: Request) -> RowProcessor | None:
+    """The answer's logits processor, on top of what it has committed."""
+    processor = answer.processor
+    return processor and (lambda drawn, logits: processor(answer.tokens + drawn, logits))

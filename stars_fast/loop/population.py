@@ -1,0 +1,95 @@
+"""Populations of answers that grow in step and are resampled: particle filters and trees of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+
+from stars_fast.loop.members import Members
+from stars_fast.loop.request import Candidate, Drawn, Request
+from stars_fast.methods.base import Population
+from stars_fast.ops.philox import Stream, uniform
+
+
+class Populations(Members):
+    """A segment in each heartbeat, after which the method says which answers go on."""
+
+    def rows(self, request: Request) -> int:
+        return _method(request).width
+
+    def reserve(self, request: Request) -> int:
+        return _method(request).slots(request.terms.config)
+
+    def start(self, request: Request) -> None:
+        if not self.members[request]:
+            self.members[request] = [self.member(request, 0)]
+
+    def asks(self, requests: Sequence[Request], rows: int) -> list[tuple[Request, int]]:
+        return [
+            (leaf, _method(request).children if leaf.segments else _method(request).width)
+            for request in requests
+            for leaf in self.leaves(request)
+        ]
+
+    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> list[Request]:
+        for request in requests:
+            pairs = [(leaf, candidate) for leaf in self.leaves(request) for candidate in drawn[leaf]]
+            error = next((candidate.error for _, candidate in pairs if candidate.error is not None), None)
+            if error is not None:
+                self.roll_back([candidate for _, candidate in pairs])
+                self.queue.fail(request, error)
+            else:
+                self._resample(request, pairs)
+        return [request for request in requests if request.finish_reason is not None]
+
+    def _resample(self, request: Request, drawn: Sequence[tuple[Request, Candidate]]) -> None:
+        """The members of the next round: whom the method selects from finished answers and this round's candidates."""
+        parents = self.leaves(request)
+        finished = [member for member in self.members[request] if member.finish_reason is not None]
+        values = [answer.reward for answer in finished] + [candidate.score for _, candidate in drawn]
+        places = _method(request).select(values, self._uniforms(request))
+        chosen: dict[int, Request] = dict(enumerate(finished))
+        members = []
+        for slot, place in enumerate(places):
+            if place not in chosen:
+                chosen[place] = self._continued(request, slot, *drawn[place - len(finished)], attempts=len(drawn))
+                members.append(chosen[place])
+            else:  # a finished answer holds nothing that copies would need of their own
+                one = chosen[place]
+                members.append(one if one.finish_reason is not None else self._fork(request, slot, one))
+        self.roll_back([candidate for i, (_, candidate) in enumerate(drawn, len(finished)) if i not in chosen])
+        for parent in parents:
+            self.trunks.give_back(parent.trunk, parent.tokens)
+            self.reward.close(parent.response)
+        self.members[request], request.attempts = members, request.attempts + 1
+        if not self.leaves(request):
+            winner = max(members, key=lambda answer: answer.reward)
+            self.settle(request, winner, winner.segments)
+
+    def _uniforms(self, request: Request) -> list[float]:
+        slots = torch.arange(_method(request).width, device="cpu")
+        key, step = torch.tensor(request.key, device="cpu"), torch.tensor(request.attempts, device="cpu")
+        numbers: list[float] = uniform(key, step, slots, stream=Stream.RESAMPLE).tolist()
+        return numbers
+
+    def _continued(self, request: Request, slot: int, parent: Request, candidate: Candidate, attempts: int) -> Request:
+        """A member that has committed the candidate."""
+        child = self._fork(request, slot, parent)
+        child.attempts, candidate.completion.response = attempts, child.response
+        self.commit_all(child, candidate)
+        return child
+
+    def _fork(self, request: Request, slot: int, answer: Request) -> Request:
+        """A member that goes on from an answer."""
+        twin = self.member(request, slot)
+        twin.segments = list(answer.segments)
+        twin.logprobs, twin.sampling_logprobs = list(answer.logprobs), list(answer.sampling_logprobs)
+        twin.trunk = self.trunks.fork(answer.trunk)
+        twin.response = self.reward.fork(answer.response)
+        return twin
+
+
+def _method(request: Request) -> Population:
+    return cast(Population, request.terms.method)

@@ -1,0 +1,152 @@
+"""Reward-guided speculative decoding: a draft model writes each segment first, the policy where that does not stand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import cast
+
+import torch
+
+from stars_fast.loop.memory import passing
+from stars_fast.loop.one_answer import OneAnswer
+from stars_fast.loop.queue import Queue
+from stars_fast.loop.request import Candidate, Drawn, PromptNode, Request, Tree, Trunk
+from stars_fast.loop.trunks import Trunks
+from stars_fast.methods.rsd import RSD
+from stars_fast.policy.policy import Policy
+from stars_fast.tree.attention import plugged
+
+
+class Drafting(OneAnswer):
+    """Both models' trees hold all that is committed.
+
+    A tree is brought up to date when its model is next asked, so that the policy reads accepted drafts in one pass.
+
+    Parameters
+    ----------
+    queue : Queue
+    draft : Policy
+        Its tree is allocated here, as large as the policy's, and its model plugged in until :meth:`leave`.
+    longest, segment_length : int
+        Tokens of a trunk and of a segment, at most.
+    """
+
+    judges_on_device = False
+
+    def __init__(self, queue: Queue, draft: Policy, longest: int, segment_length: int) -> None:
+        super().__init__(queue)
+        self.drafts = Trunks(draft, self.scheduler)
+        self.trees = (self.drafts,)
+        self._draft_trunks: dict[Request, Trunk] = {}
+        self._drafted: set[Candidate] = set()  # whose branches lie in the draft model's tree
+        self._nodes: dict[PromptNode, PromptNode] = {}  # the same prompts, there
+        self._plugged = ExitStack()
+        draft.begin(self.scheduler.kv_cache_tokens, longest, segment_length)
+        self._plugged.enter_context(plugged(draft.model))
+
+    def leave(self) -> None:
+        """The last of its requests has ended."""
+        self.drafts.clear()
+        self._plugged.close()
+
+    def enter(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            prompt = request.prompt
+            node = self._nodes.setdefault(prompt, PromptNode(prompt.ids, prompt.reward_prompt))
+            self._draft_trunks[request] = Trunk(node)
+
+    def keep(self, requests: Sequence[Request]) -> None:
+        self.drafts.keep_prompts([self._draft_trunks[request].prompt for request in requests])
+
+    def _drafts(self, request: Request) -> bool:
+        """Whether it is the draft model's turn."""
+        return request.attempts == 0
+
+    def due(self, request: Request) -> list[tuple[Tree, Trunk]]:
+        own = (self.drafts, self._draft_trunks[request])
+        return [own if self._drafts(request) else (self.trunks, request.trunk)]
+
+    def asks(self, requests: Sequence[Request], rows: int) -> list[tuple[Request, int]]:
+        return [(request, 1) for request in requests if not self._drafts(request)]
+
+    def draw(self, requests: Sequence[Request], rows: int) -> Drawn:
+        drawn: Drawn = {}
+        asked = [request for request in requests if self._drafts(request)]
+        if not asked:
+            return drawn
+        trunks = [self._draft_trunks[request] for request in asked]
+        with passing(len(asked)):
+            groups = self.drafts.policy.propose(
+                [self.leaf(request, 1, trunk=trunk) for request, trunk in zip(asked, trunks, strict=True)]
+            )
+        for request, trunk, (draw,) in zip(asked, trunks, groups, strict=True):
+            request.terms.stats.draft_tokens += len(draw.tokens)
+            draw.logprobs = [math.nan] * len(draw.tokens)  # the policy has not read it, and may never do
+            candidate = self.candidate(request, draw, self.drafts, trunk)
+            self._drafted.add(candidate)
+            drawn[request] = [candidate]
+        return drawn
+
+    def asks_reward(self, candidate: Candidate) -> bool:
+        return candidate in self._drafted or candidate.completion.finished
+
+    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> list[Request]:
+        moved = []
+        for request in requests:
+            (candidate,) = drawn[request]
+            error = candidate.error or self._foreign(candidate)
+            drafted, threshold = candidate in self._drafted, cast(RSD, request.terms.method).threshold
+            request.attempts += 1
+            if error is not None:
+                self.roll_back([candidate])
+                self.queue.fail(request, error)
+            elif drafted and candidate.reward < threshold:
+                self.roll_back([candidate])
+                continue
+            else:
+                if drafted:
+                    candidate.threshold = threshold
+                request.terms.stats.committed_tokens += len(candidate.draw.tokens)
+                self.commit(request, candidate, accepted=drafted)
+            moved.append(request)
+        return moved
+
+    def _foreign(self, candidate: Candidate) -> str | None:
+        """Embedding tables of one vocabulary may be padded differently."""
+        least = min(trunks.policy.vocab_size for trunks in (self.trunks, self.drafts))
+        beyond = next((token for token in candidate.draw.tokens if token >= least), None)
+        return None if beyond is None else f"id {beyond} lies outside the {least} ids that draft and policy share"
+
+    def roll_back(self, candidates: Sequence[Candidate], keep: Candidate | None = None) -> None:
+        drafted = [one for one in candidates if one in self._drafted]
+        self.drafts.policy.tree.release_all([one.draw.node for one in drafted if one.draw.node >= 0])
+        for one in drafted:
+            self._drafted.discard(one)
+            self.reward.discard(one.completion)
+        super().roll_back([one for one in candidates if one not in drafted])
+
+    def grow(self, answer: Request, chosen: Candidate) -> None:
+        draw, drafted = chosen.draw, chosen in self._drafted
+        self._drafted.discard(chosen)
+        for trunks, trunk, mine in (
+            (self.trunks, answer.trunk, not drafted),
+            (self.drafts, self._draft_trunks[answer], drafted),
+        ):
+            trunks.append(trunk, draw.tokens, draw.node if mine else -1, draw.logits if mine else None)
+
+    def preempt(self, request: Request) -> None:
+        self.drafts.give_back(self._draft_trunks[request], request.tokens)
+        super().preempt(request)
+
+    def close(self, request: Request) -> None:
+        self.drafts.give_back(self._draft_trunks.pop(request), request.tokens)
+        if not any(other.prompt is request.prompt for other in self._draft_trunks):
+            self._nodes.pop(request.prompt, None)
+        super().close(request)
+
+    def drop(self, request: Request) -> None:
+        self._drafted.clear()
+        self.drafts.forget(self._draft_trunks[request], request.tokens)
+        super().drop(request)
