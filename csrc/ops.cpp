@@ -53,23 +53,19 @@ void bind_sampling(py::module_& m) {
 
 void bind_selection(py::module_& m) {
     m.def("select_and_commit",
-          [](int64_t rows, int64_t groups, int64_t branch_capacity, int64_t trunk_capacity, uintptr_t reward,
-             uintptr_t length, uintptr_t ended, uintptr_t group_indptr, uintptr_t keys, uintptr_t segment,
-             uintptr_t attempts, uintptr_t committed, uintptr_t max_new_tokens, uintptr_t max_attempts,
-             uintptr_t base, uintptr_t target, uintptr_t beta, bool finished_at_target, uintptr_t best_reward,
-             uintptr_t best_attempt, uintptr_t best_slots, uintptr_t best_len, uintptr_t trunk_slots,
-             uintptr_t trunk_len, uintptr_t branch_slots, uintptr_t branch_len, uintptr_t keep, uintptr_t winner,
-             uintptr_t accepted, uintptr_t threshold) {
+          [](int64_t rows, int64_t groups, uintptr_t reward, uintptr_t length, uintptr_t ended,
+             uintptr_t group_indptr, uintptr_t keys, uintptr_t segment, uintptr_t attempts, uintptr_t committed,
+             uintptr_t max_new_tokens, uintptr_t max_attempts, uintptr_t base, uintptr_t target, uintptr_t beta,
+             uintptr_t ramp, uintptr_t best_reward, uintptr_t best_attempt, uintptr_t best_length,
+             uintptr_t best_ended, uintptr_t winner, uintptr_t accepted, uintptr_t threshold, uintptr_t finish) {
               const py::gil_scoped_release release;
-              select_and_commit({rows, groups, branch_capacity, trunk_capacity, at<float>(reward),
-                                 at<int32_t>(length), at<bool>(ended), at<int32_t>(group_indptr), at<int64_t>(keys),
-                                 at<int32_t>(segment), at<int32_t>(attempts), at<int32_t>(committed),
-                                 at<int32_t>(max_new_tokens), at<int32_t>(max_attempts), at<double>(base),
-                                 at<double>(target), at<double>(beta), finished_at_target, at<float>(best_reward),
-                                 at<int32_t>(best_attempt), at<int32_t>(best_slots), at<int32_t>(best_len),
-                                 at<int32_t>(trunk_slots), at<int32_t>(trunk_len), at<int32_t>(branch_slots),
-                                 at<int32_t>(branch_len), at<int32_t>(keep), at<int32_t>(winner),
-                                 at<bool>(accepted), at<float>(threshold)});
+              select_and_commit({rows, groups, at<float>(reward), at<int32_t>(length), at<bool>(ended),
+                                 at<int32_t>(group_indptr), at<int64_t>(keys), at<int32_t>(segment),
+                                 at<int32_t>(attempts), at<int32_t>(committed), at<int32_t>(max_new_tokens),
+                                 at<int32_t>(max_attempts), at<double>(base), at<double>(target), at<double>(beta),
+                                 at<bool>(ramp), at<float>(best_reward), at<int32_t>(best_attempt),
+                                 at<int32_t>(best_length), at<bool>(best_ended), at<int32_t>(winner),
+                                 at<bool>(accepted), at<float>(threshold), at<int32_t>(finish)});
           });
 }
 

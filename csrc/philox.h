@@ -6,7 +6,7 @@
 
 namespace stars_fast {
 
-enum class Stream : uint32_t { kTile = 0, kToken = 1, kAccept = 2 };
+enum class Stream : uint32_t { kTile = 0, kToken = 1, kAccept = 2 };  // of those in stars_fast/ops/philox.py
 
 using Counter = std::array<uint32_t, 4>;
 

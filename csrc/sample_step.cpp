@@ -254,7 +254,8 @@ void sample_row(const SampleStep& step, int64_t b) {
     step.sampling_logprob[b] = row.sums.logprob(row.x[token]);
     step.entropy[b] = static_cast<float>(raw.entropy());
     if (seen != nullptr) seen[token] = true;
-    const bool ended = std::find(step.eos, step.eos + step.eos_count, token) != step.eos + step.eos_count;
+    const int64_t *eos = step.eos + b * step.eos_count, *eos_end = eos + step.eos_count;
+    const bool ended = std::find(eos, eos_end, token) != eos_end;
     step.alive[b] = ++step.position[b] < step.limit[b] && !ended;
 }
 

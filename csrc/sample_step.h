@@ -21,8 +21,8 @@ struct SampleStep {
     const int32_t* top_k;
     const float *top_p, *min_p, *repetition_penalty;
     bool* seen;  // [B, V] or null
-    const int64_t* eos;
-    int64_t eos_count;
+    const int64_t* eos;  // [B, E]
+    int64_t eos_count;   // E
     int64_t* token;
     float *logprob, *sampling_logprob, *entropy;
 };

@@ -2,9 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
 #include "philox.h"
 
@@ -12,17 +9,9 @@ namespace stars_fast {
 
 namespace {
 
-// What becomes of a group; decided for all groups before anything is written.
-struct Decision {
-    int32_t winner = kNone;
-    bool accepted = false;
-    int32_t looked = 0;
-    int32_t best_row = -1;  // row that replaces the best so far
-};
-
 double threshold_of(const SelectAndCommit& call, int64_t g, int64_t b) {
     const double base = call.base[g], target = call.target[g];
-    if (std::isinf(target) || (call.finished_at_target && call.ended[b])) return target;
+    if (std::isinf(target) || (call.ended[b] && !call.ramp[g])) return target;
     const double n = static_cast<double>(call.committed[g] + call.length[b]);
     return std::min(base + (target - base) * n / call.max_new_tokens[g], target);
 }
@@ -36,77 +25,53 @@ bool accepts(const SelectAndCommit& call, int64_t g, int32_t attempt, double rew
     return uniform < std::exp(std::min(0.0, (reward - threshold) / call.beta[g]));
 }
 
-Decision decide(const SelectAndCommit& call, int64_t g) {
-    Decision decision;
+// The group's winner; keeps the books of attempts and of the best so far.
+int32_t look(const SelectAndCommit& call, int64_t g) {
     const int32_t first = call.group_indptr[g];
     const int32_t left = std::max(0, call.max_attempts[g] - call.attempts[g]);
     const int32_t count = std::min(call.group_indptr[g + 1] - first, left);
-    float best = call.best_reward[g];
-    bool any = call.best_attempt[g] >= 0;
-    for (int32_t i = 0; i < count; ++i) {
-        const int32_t row = first + i;
+    int32_t best_row = -1;
+    for (int32_t row = first; row < first + count; ++row) {
+        const int32_t attempt = call.attempts[g]++;
         const float reward = call.reward[row];
-        ++decision.looked;
-        if (std::isnan(reward) || reward == HUGE_VALF) {
-            decision.winner = kInvalid;
-            return decision;
+        if (std::isnan(reward) || reward == HUGE_VALF) return kInvalid;
+        if (call.best_attempt[g] < 0 || reward > call.best_reward[g]) {
+            best_row = row;
+            call.best_reward[g] = reward;
+            call.best_attempt[g] = attempt;
+            call.best_length[g] = call.length[row];
+            call.best_ended[g] = call.ended[row];
         }
-        if (!any || reward > best) {
-            best = reward;
-            any = true;
-            decision.best_row = row;
-        }
-        if (accepts(call, g, call.attempts[g] + i, reward, threshold_of(call, g, row))) {
-            decision.winner = row;
-            decision.accepted = true;
-            return decision;
+        if (accepts(call, g, attempt, reward, threshold_of(call, g, row))) {
+            call.accepted[g] = true;
+            return row;
         }
     }
-    if (count > 0 && count == left) decision.winner = decision.best_row >= 0 ? decision.best_row : kEarlier;
-    return decision;
+    if (count == 0 || count < left) return kNone;
+    return best_row >= 0 ? best_row : kEarlier;
 }
 
-int32_t committed_slots(const SelectAndCommit& call, int64_t g, const Decision& decision) {
-    if (decision.winner == kEarlier) return call.best_len[g];
-    return decision.winner >= 0 ? call.keep[decision.winner] : 0;
-}
-
-void write(const SelectAndCommit& call, int64_t g, const Decision& decision) {
-    int32_t* best_slots = call.best_slots + g * call.branch_capacity;
-    if (decision.best_row >= 0) {
-        const int32_t row = decision.best_row;
-        call.best_reward[g] = call.reward[row];
-        call.best_attempt[g] = call.attempts[g] + row - call.group_indptr[g];
-        call.best_len[g] = call.keep[row];
-        std::copy_n(call.branch_slots + row * call.branch_capacity, call.keep[row], best_slots);
-    }
-    const int32_t* source = decision.winner >= 0 ? call.branch_slots + decision.winner * call.branch_capacity : best_slots;
-    const int32_t count = committed_slots(call, g, decision);
-    std::copy_n(source, count, call.trunk_slots + g * call.trunk_capacity + call.trunk_len[g]);
-    call.trunk_len[g] += count;
-    call.attempts[g] += decision.looked;
-    call.winner[g] = decision.winner;
-    call.accepted[g] = decision.accepted;
-    for (int32_t row = call.group_indptr[g]; row < call.group_indptr[g + 1]; ++row) {
-        call.threshold[row] = static_cast<float>(threshold_of(call, g, row));
-        call.branch_len[row] = 0;
-    }
+Finish finish_of(const SelectAndCommit& call, int64_t g, int32_t winner) {
+    if (winner == kNone || winner == kInvalid) return kGoesOn;
+    const bool earlier = winner == kEarlier;
+    if (earlier ? call.best_ended[g] : call.ended[winner]) return kStop;
+    const int32_t length = earlier ? call.best_length[g] : call.length[winner];
+    return call.committed[g] + length >= call.max_new_tokens[g] ? kLength : kGoesOn;
 }
 
 }  // namespace
 
 void select_and_commit(const SelectAndCommit& call) {
-    std::vector<Decision> decisions(call.groups);
     for (int64_t g = 0; g < call.groups; ++g) {
-        decisions[g] = decide(call, g);
-        const int64_t needed = int64_t{call.trunk_len[g]} + committed_slots(call, g, decisions[g]);
-        if (needed > call.trunk_capacity) {
-            throw std::invalid_argument("trunk_slots holds " + std::to_string(call.trunk_capacity) +
-                                        " slots, but group " + std::to_string(g) + " would need " +
-                                        std::to_string(needed) + " after the commit");
+        call.accepted[g] = false;
+        const int32_t winner = look(call, g);
+        call.winner[g] = winner;
+        call.finish[g] = finish_of(call, g, winner);
+        for (int32_t row = call.group_indptr[g]; row < call.group_indptr[g + 1]; ++row) {
+            call.threshold[row] = static_cast<float>(threshold_of(call, g, row));
         }
     }
-    for (int64_t g = 0; g < call.groups; ++g) write(call, g, decisions[g]);
+    std::fill(call.threshold + call.group_indptr[call.groups], call.threshold + call.rows, 0.0f);
 }
 
 }  // namespace stars_fast

@@ -19,7 +19,7 @@ from stars_fast.methods.calibration import Pilot
 from stars_fast.methods.stars import base_reward
 from stars_fast.methods.two_policies import PersonaJudge
 from stars_fast.notices import warn
-from stars_fast.ops.philox import philox_key
+from stars_fast.ops.philox import Domain, philox_key
 from stars_fast.outputs import Stats
 from stars_fast.policy import Policy
 from stars_fast.prompts import Prompt, read_personas, read_prompts
@@ -96,7 +96,8 @@ class Call:
         requests = []
         for i in range(len(self.prompts)):
             key = self.keys[i * self.config.num_return_sequences]
-            requests += self._samples(i, [philox_key(key, 0, j, domain=1) for j in range(samples)], UNGUIDED)
+            keys = [philox_key(key, 0, j, domain=Domain.PILOT) for j in range(samples)]
+            requests += self._samples(i, keys, UNGUIDED)
         return requests
 
     def _samples(self, prompt: int, keys: Sequence[int], rule: Rule) -> list[Request]:

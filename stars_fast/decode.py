@@ -112,7 +112,7 @@ class Steps(Captured):
         self.logprobs, self.sampling_logprobs = zeros(2, rows, shape.length, dtype=torch.float32)
         self.query_indptr = torch.arange(rows + 1, dtype=int32, device=device)
         self.every_row = torch.arange(rows, device=device)
-        self.eos = zeros(shape.eos, dtype=torch.int64)
+        self.eos = zeros(rows, shape.eos, dtype=torch.int64)
         self.temperature, self.top_p, self.min_p, self.penalty = zeros(4, rows, dtype=torch.float32)
         self.top_k = zeros(rows)
         self.seen = zeros(rows, policy.vocab_size, dtype=torch.bool) if shape.penalised else None
@@ -167,7 +167,7 @@ class Steps(Captured):
         self.penalty.fill_(sampling.repetition_penalty)
         self.eos.fill_(-1)  # no token
         for place, token in enumerate(sampling.eos_token_ids):
-            self.eos[place] = token
+            self.eos[:, place] = token
 
     def rest(self) -> None:
         """All rows are dead."""

@@ -11,8 +11,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from stars_fast.ops._library import FLOAT_CODES
-from stars_fast.ops.philox import TILE, TOKEN
-from stars_fast.ops.sample_step import TILE_SIZE, state_addresses
+from stars_fast.ops.philox import Stream
+from stars_fast.ops.sample_step import STATE, TILE_SIZE, state_addresses
 
 from .filters import LANES, TILE_LANES, processed_logits, rank_threshold, reaching_tiles, tiles_of_row
 from .philox import gumbel_noise
@@ -175,6 +175,7 @@ def draw_kernel(
     tl.store(logprob + row, (raw_logit.to(tl.float64) - raw_top - log_total).to(tl.float32))
     tl.store(sampling_logprob + row, (logit.to(tl.float64) - top - tl.log(total)).to(tl.float32))
     tl.store(entropy + row, (log_total - row_weighted_sum(raw_maxima, raw_totals, weighted) / raw_total).to(tl.float32))
+    eos += row * eos_count
     ended = tl.zeros((32,), tl.int32)
     for start in range(0, eos_count, 32):
         e = start + tl.arange(0, 32)
@@ -193,25 +194,10 @@ def check(logits: torch.Tensor, *state: torch.Tensor | None) -> None:
     rows, vocab = logits.shape
     if not 1 <= vocab <= _LARGEST_VOCABULARY:
         raise ValueError(f"the vocabulary must have 1 to {_LARGEST_VOCABULARY} tokens, got {vocab}")
-    state_addresses(rows, vocab, *state)
+    state_addresses(rows, vocab, state[-1].shape[-1], state)
 
 
-def sample_step(
-    logits: torch.Tensor,
-    keys: torch.Tensor,
-    segment: torch.Tensor,
-    attempt: torch.Tensor,
-    position: torch.Tensor,
-    alive: torch.Tensor,
-    limit: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    repetition_penalty: torch.Tensor,
-    seen: torch.Tensor | None,
-    eos: torch.Tensor,
-) -> _Result:
+def sample_step(logits: torch.Tensor, *state: torch.Tensor | None) -> _Result:
     """:func:`stars_fast.ops.sample_step`, launched. Needs 128 KiB a row for candidates of filters, at most.
 
     Raises
@@ -219,8 +205,8 @@ def sample_step(
     ValueError
         If an argument has a dtype, a shape or strides that the kernels do not read.
     """
-    settings = (temperature, top_k, top_p, min_p, repetition_penalty, seen)
-    check(logits, keys, segment, attempt, position, alive, limit, *settings, eos)
+    check(logits, *state)
+    named = {name: tensor for (name, _, _), tensor in zip(STATE, state, strict=True)}
     rows, vocab = logits.shape
     if vocab > 1 and logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -237,10 +223,7 @@ def sample_step(
     tile_sums_kernel[(rows, tiles)](
         logits,
         sums,
-        alive,
-        temperature,
-        repetition_penalty,
-        seen,
+        *(named[name] for name in ("alive", "temperature", "repetition_penalty", "seen")),
         vocab,
         stride,
         TILE_SIZE,
@@ -249,8 +232,8 @@ def sample_step(
     )
     limited, warp = ({}, 64) if torch.version.hip else ({"maxnreg": DRAW_REGISTERS}, 32)
     draw_kernel[(rows,)](
-        logits, sums, lists, keys, segment, attempt, position, alive, limit, *settings, eos, token, *outputs,
-        vocab, stride, eos.numel(), **constants, num_warps=LANES.value // warp, enable_fp_fusion=False, **limited,
+        logits, sums, lists, *state, token, *outputs, vocab, stride, named["eos"].shape[1], **constants,
+        num_warps=LANES.value // warp, enable_fp_fusion=False, **limited,
     )  # fmt: skip
     return token, *outputs
 
@@ -261,8 +244,8 @@ def _constants(vocab: int) -> dict[str, int]:
         "TILES": max(4, triton.next_power_of_2(triton.cdiv(vocab, TILE_SIZE))),
         "TILE_SIZE": TILE_SIZE,
         "CAPACITY": min(CAPACITY, max(1, vocab // TILE_SIZE) * 2048),
-        "TILE_STREAM": TILE,
-        "TOKEN_STREAM": TOKEN,
+        "TILE_STREAM": int(Stream.TILE),
+        "TOKEN_STREAM": int(Stream.TOKEN),
     }
 
 

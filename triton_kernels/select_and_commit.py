@@ -1,35 +1,50 @@
-"""Acceptance, fallback and commit of every group in one launch."""
+"""Acceptance and fallback of every group in one launch."""
 
 import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from stars_fast.ops._library import address
-from stars_fast.ops.philox import ACCEPT
-from stars_fast.ops.select_and_commit import EARLIER, INVALID, NONE
+from stars_fast.ops.philox import Stream
+from stars_fast.ops.select_and_commit import (
+    EARLIER,
+    GOES_ON,
+    INVALID,
+    LENGTH,
+    NONE,
+    STOP,
+    argument_addresses,
+    results,
+)
 
 from .philox import acceptance_uniform
 from .variant import Variant
 
-_WARPS = 1  # the tables a group's program reads it also writes, so all of it must move in step
-_BLOCK = 32  # rows and slots at a time
-
-_Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_WARPS = 1  # a group has few candidates
+_BLOCK = 32  # of them at a time
+_CONSTANTS = dict(
+    ACCEPT=int(Stream.ACCEPT),
+    NONE=NONE,
+    EARLIER=EARLIER,
+    INVALID=INVALID,
+    GOES_ON=GOES_ON,
+    STOP=STOP,
+    LENGTH=LENGTH,
+    BLOCK=_BLOCK,
+)
 
 
 @triton.jit
-def _threshold(length, ended, committed, max_new_tokens, base, target, FINISHED_AT_TARGET: tl.constexpr):
+def _threshold(length, ended, committed, max_new_tokens, base, target, ramp):
     """float64 thresholds of candidates of ``length`` tokens."""
     n = (committed + length).to(tl.float64)
-    ramp = base + (target - base) * n / max_new_tokens
-    tau = tl.where(ramp > target, target, ramp)
-    if FINISHED_AT_TARGET:
-        tau = tl.where(ended, target, tau)
+    tau = base + (target - base) * n / max_new_tokens
+    tau = tl.where(tau > target, target, tau)
+    tau = tl.where(ended & (ramp == 0), target, tau)
     return tl.where(tl.abs(target) == float("inf"), target, tau)  # the ramp may be inf - inf
 
 
-@triton.jit(do_not_specialize=["rows", "groups", "branch_capacity", "trunk_capacity"])
+@triton.jit(do_not_specialize=["rows", "groups"])
 def select_and_commit_kernel(
     reward,
     length,
@@ -44,27 +59,24 @@ def select_and_commit_kernel(
     base,
     target,
     beta,
+    ramp,
     best_reward,
     best_attempt,
-    best_slots,
-    best_len,
-    trunk_slots,
-    trunk_len,
-    branch_slots,
-    branch_len,
-    keep,
+    best_length,
+    best_ended,
     winner,
     accepted,
     threshold,
+    finish,
     rows,
     groups,
-    branch_capacity,
-    trunk_capacity,
-    FINISHED_AT_TARGET: tl.constexpr,
     ACCEPT: tl.constexpr,
     NONE: tl.constexpr,
     EARLIER: tl.constexpr,
     INVALID: tl.constexpr,
+    GOES_ON: tl.constexpr,
+    STOP: tl.constexpr,
+    LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One group, and a share of the thresholds of padding rows."""
@@ -81,8 +93,8 @@ def select_and_commit_kernel(
     key, segment_index, drawn = tl.load(keys + group), tl.load(segment + group), tl.load(attempts + group)
     committed_here, new_tokens = tl.load(committed + group), tl.load(max_new_tokens + group)
     first_target, last_target, softness = tl.load(base + group), tl.load(target + group), tl.load(beta + group)
+    ramps = tl.load(ramp + group)
     best, best_from = tl.load(best_reward + group), tl.load(best_attempt + group)
-    best_length, trunk_length = tl.load(best_len + group), tl.load(trunk_len + group)
     left = tl.maximum(tl.load(max_attempts + group) - drawn, 0)
     count = tl.minimum(here, left)
 
@@ -96,10 +108,9 @@ def select_and_commit_kernel(
         candidate_length = tl.load(length + start + i, exists, other=0)
         candidate_ended = tl.load(ended + start + i, exists, other=0) != 0
         tau = _threshold(
-            candidate_length, candidate_ended, committed_here, new_tokens, first_target, last_target, FINISHED_AT_TARGET
+            candidate_length, candidate_ended, committed_here, new_tokens, first_target, last_target, ramps
         )
         tl.store(threshold + start + i, tau.to(tl.float32), exists)
-        tl.store(branch_len + start + i, tl.zeros((BLOCK,), tl.int32), exists)
 
         exponent = (r.to(tl.float64) - tau) / softness
         chance = tl.exp(tl.where(exponent > 0, 0.0, exponent))
@@ -120,110 +131,48 @@ def select_and_commit_kernel(
     exhausted = (stopped == 0) & (count > 0) & (count == left)
     improved = best_offset >= 0
     best_row = start + tl.maximum(best_offset, 0)
-    source_row = tl.where(is_accepted, start + first_stop, best_row)
-    winning_row = tl.where(is_accepted | (exhausted & improved), source_row, tl.where(exhausted, EARLIER, NONE))
-    best_length = tl.load(keep + best_row, improved, other=best_length)
-    won = tl.load(keep + source_row, is_accepted, other=best_length)
-    won = tl.where(is_accepted | exhausted, won, 0)
-    source = branch_slots + source_row.to(tl.int64) * branch_capacity
-    if winning_row == EARLIER:
-        source = best_slots + group * branch_capacity
-    replaced = tl.where(improved, best_length, 0)
-    trunk = trunk_slots + group * trunk_capacity + trunk_length
-    for first in range(0, branch_capacity, BLOCK):
-        j = first + block
-        moved = tl.load(source + j, (j < won) & (j < branch_capacity), other=0)
-        tl.store(trunk + j, moved, (j < won) & (j < branch_capacity) & (trunk_length + j < trunk_capacity))
-        better = (j < replaced) & (j < branch_capacity)
-        slots = tl.load(branch_slots + best_row.to(tl.int64) * branch_capacity + j, better, other=0)
-        tl.store(best_slots + group * branch_capacity + j, slots, better)
-
-    tl.store(trunk_len + group, tl.minimum(trunk_length + won, trunk_capacity))
+    best_tokens = tl.load(length + best_row, improved, other=tl.load(best_length + group))
+    best_ends = tl.where(improved, tl.load(ended + best_row, improved, other=0), tl.load(best_ended + group)) != 0
     tl.store(best_reward + group, best)
     tl.store(best_attempt + group, best_from)
-    tl.store(best_len + group, best_length)
+    tl.store(best_length + group, best_tokens)
+    tl.store(best_ended + group, best_ends)
     tl.store(attempts + group, drawn + tl.where(stopped, first_stop + 1, count))
+
+    accepted_row = start + tl.where(is_accepted, first_stop, 0)
+    fallback = tl.where(improved, best_row, EARLIER)
+    winning_row = tl.where(is_accepted, accepted_row, tl.where(exhausted, fallback, NONE))
     tl.store(winner + group, tl.where(invalid, INVALID, winning_row))
     tl.store(accepted + group, is_accepted)
+    tokens = tl.load(length + accepted_row, is_accepted, other=best_tokens)
+    ends = tl.where(is_accepted, tl.load(ended + accepted_row, is_accepted, other=0) != 0, best_ends)
+    at_end = tl.where(ends, STOP, tl.where(committed_here + tokens >= new_tokens, LENGTH, GOES_ON))
+    tl.store(finish + group, tl.where(is_accepted | exhausted, at_end, GOES_ON))
 
 
-def select_and_commit(
-    reward: torch.Tensor,
-    length: torch.Tensor,
-    ended: torch.Tensor,
-    group_indptr: torch.Tensor,
-    keys: torch.Tensor,
-    segment: torch.Tensor,
-    attempts: torch.Tensor,
-    committed: torch.Tensor,
-    max_new_tokens: torch.Tensor,
-    max_attempts: torch.Tensor,
-    base: torch.Tensor,
-    target: torch.Tensor,
-    beta: torch.Tensor,
-    finished_at_target: bool,
-    best_reward: torch.Tensor,
-    best_attempt: torch.Tensor,
-    best_slots: torch.Tensor,
-    best_len: torch.Tensor,
-    trunk_slots: torch.Tensor,
-    trunk_len: torch.Tensor,
-    branch_slots: torch.Tensor,
-    branch_len: torch.Tensor,
-    keep: torch.Tensor,
-) -> _Result:
-    """:func:`stars_fast.ops.select_and_commit` in Triton. A trunk that would outgrow its table is cut off there."""
-    rows, groups = reward.shape[0], keys.shape[0]
-    branch_capacity, trunk_capacity = branch_slots.shape[1], trunk_slots.shape[1]
-    row, group, i32, f64 = (rows,), (groups,), torch.int32, torch.float64
-    tensors = {
-        "reward": (reward, torch.float32, row),
-        "length": (length, i32, row),
-        "ended": (ended, torch.bool, row),
-        "group_indptr": (group_indptr, i32, (groups + 1,)),
-        "keys": (keys, torch.int64, group),
-        "segment": (segment, i32, group),
-        "attempts": (attempts, i32, group),
-        "committed": (committed, i32, group),
-        "max_new_tokens": (max_new_tokens, i32, group),
-        "max_attempts": (max_attempts, i32, group),
-        "base": (base, f64, group),
-        "target": (target, f64, group),
-        "beta": (beta, f64, group),
-        "best_reward": (best_reward, torch.float32, group),
-        "best_attempt": (best_attempt, i32, group),
-        "best_slots": (best_slots, i32, (groups, branch_capacity)),
-        "best_len": (best_len, i32, group),
-        "trunk_slots": (trunk_slots, i32, (groups, trunk_capacity)),
-        "trunk_len": (trunk_len, i32, group),
-        "branch_slots": (branch_slots, i32, (rows, branch_capacity)),
-        "branch_len": (branch_len, i32, row),
-        "keep": (keep, i32, row),
-    }
-    for name, (tensor, dtype, shape) in tensors.items():
-        address(tensor, name, dtype, shape)
-    winner = reward.new_empty(groups, dtype=i32)
-    accepted = reward.new_empty(groups, dtype=torch.bool)
-    threshold = reward.new_empty(rows)
+def select_and_commit(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """:func:`stars_fast.ops.select_and_commit` in Triton.
+
+    Raises
+    ------
+    ValueError
+        If an argument has a dtype, a shape or strides that the kernel does not read.
+    """
+    found = results(*arguments)
+    winner, _, threshold, _ = found
+    rows, groups = threshold.shape[0], winner.shape[0]
+    argument_addresses(rows, groups, arguments)
     if rows or groups:
         select_and_commit_kernel[(max(groups, 1),)](
-            *(tensor for tensor, _, _ in tensors.values()),
-            winner,
-            accepted,
-            threshold,
+            *arguments,
+            *found,
             rows,
             groups,
-            branch_capacity,
-            trunk_capacity,
-            FINISHED_AT_TARGET=bool(finished_at_target),
             **_CONSTANTS,
             num_warps=_WARPS,
             enable_fp_fusion=False,  # thresholds round as those of C++ do
         )
-    return winner, accepted, threshold
-
-
-_CONSTANTS = dict(ACCEPT=ACCEPT, NONE=NONE, EARLIER=EARLIER, INVALID=INVALID, BLOCK=_BLOCK)
+    return found
 
 
 def variants(target: GPUTarget) -> list[Variant]:
@@ -231,7 +180,6 @@ def variants(target: GPUTarget) -> list[Variant]:
     types = {name: "*i32" for name in select_and_commit_kernel.arg_names if name.islower()}
     types |= dict.fromkeys(("reward", "best_reward", "threshold"), "*fp32")
     types |= dict.fromkeys(("base", "target", "beta"), "*fp64")
-    types |= dict.fromkeys(("ended", "accepted"), "*i1") | {"keys": "*i64"}
-    types |= dict.fromkeys(("rows", "groups", "branch_capacity", "trunk_capacity"), "i32")
-    constants = _CONSTANTS | {"FINISHED_AT_TARGET": True}
-    return [Variant("select_and_commit", select_and_commit_kernel, types, constants, num_warps=_WARPS)]
+    types |= dict.fromkeys(("ended", "ramp", "best_ended", "accepted"), "*i1") | {"keys": "*i64"}
+    types |= dict.fromkeys(("rows", "groups"), "i32")
+    return [Variant("select_and_commit", select_and_commit_kernel, types, _CONSTANTS, num_warps=_WARPS)]

@@ -14,7 +14,7 @@ from stars_fast.loop.heartbeat import Generation
 from stars_fast.loop.scheduler import persona_slots
 from stars_fast.loop.trunks import Trunks
 from stars_fast.methods.two_policies import RSD
-from stars_fast.ops.philox import acceptance_uniform
+from stars_fast.ops.philox import uniform
 from stars_fast.ops.sample_step import filter_logits, sample_step
 from stars_fast.policy import Draw, Policy
 from stars_fast.request import Candidate, PromptNode, Request, Trunk
@@ -214,7 +214,7 @@ class SelfJudging(Generation):
             for position in range(length)
         ]
         keys, segments, positions = torch.tensor(names, dtype=torch.int64, device="cpu").view(-1, 3).unbind(1)
-        return acceptance_uniform(keys, segments, torch.tensor(0, device="cpu"), positions)
+        return uniform(keys, segments, torch.tensor(0, device="cpu"), positions)
 
     def _replacements(self, fallen: Sequence[int], positions: Sequence[int], logits: torch.Tensor) -> list[int]:
         """A token with these logits ``[F, V]`` for each, by the random numbers of attempt 1: drafts are attempt 0."""
@@ -241,7 +241,7 @@ class SelfJudging(Generation):
             full(0, float32),
             full(1, float32),
             None,
-            torch.empty(0, dtype=torch.int64, device=logits.device),
+            torch.empty(rows, 0, dtype=torch.int64, device=logits.device),
         )
         ids: list[int] = tokens.tolist()
         return ids

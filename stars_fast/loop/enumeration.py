@@ -8,7 +8,7 @@ import torch
 
 from stars_fast.loop.heartbeat import Generation, after
 from stars_fast.methods.base import Enumerated
-from stars_fast.ops.philox import acceptance_uniform
+from stars_fast.ops.philox import choice_noise
 from stars_fast.policy import Draw
 from stars_fast.request import Candidate, Request
 
@@ -56,7 +56,7 @@ class Enumeration(Generation):
             for i, candidate in enumerate(group)
         ]
         if named:
-            uniforms = acceptance_uniform(*torch.tensor([name for _, name in named], device="cpu").unbind(1))
-            for (candidate, _), noise in zip(named, (-(-uniforms.log()).log()).tolist(), strict=True):
-                candidate.gumbel = noise
+            noise = choice_noise(*torch.tensor([name for _, name in named], device="cpu").unbind(1))
+            for (candidate, _), gumbel in zip(named, noise.tolist(), strict=True):
+                candidate.gumbel = gumbel
         super().score(candidates)

@@ -12,13 +12,12 @@ from stars_fast.decode import Leaf
 from stars_fast.loop.heartbeat import Generation
 from stars_fast.methods.base import Population
 from stars_fast.methods.stars import acceptance_probability
-from stars_fast.ops.philox import acceptance_uniform, philox_key
+from stars_fast.ops.philox import Domain, Stream, philox_key, uniform
 from stars_fast.outputs import SegmentTrace
 from stars_fast.policy import Draw
 from stars_fast.request import Candidate, Request
 from stars_fast.rewards.base import Response
 
-_MEMBERS = 2  # domain of the random numbers' keys
 # Expected share of whole answers accepted, before any is seen.
 _ACCEPTANCE = 0.3
 
@@ -51,7 +50,7 @@ class Members(Generation):
             prompt_index=request.prompt_index,
             sample_index=request.sample_index,
             prompt=request.prompt,
-            key=philox_key(request.key, 0, slot, domain=_MEMBERS),
+            key=philox_key(request.key, 0, slot, domain=Domain.MEMBER),
             target=-math.inf,
             base=-math.inf,
             beta=1.0,
@@ -138,8 +137,8 @@ class Trials(Members):
 
     def _accepts(self, request: Request, answer: Request) -> bool:
         key, attempt = torch.tensor(request.key, device="cpu"), torch.tensor(request.attempts - 1, device="cpu")
-        uniform = acceptance_uniform(key, torch.tensor(0, device="cpu"), attempt).item()
-        return uniform < acceptance_probability(answer.reward, request.target, request.beta)
+        drawn = uniform(key, torch.tensor(0, device="cpu"), attempt).item()
+        return drawn < acceptance_probability(answer.reward, request.target, request.beta)
 
     def _settle_at(self, request: Request, answer: Request, accepted: bool) -> None:
         logprob, parts = sum(answer.logprobs), answer.segments[-1].parts
@@ -206,7 +205,7 @@ class Populations(Members):
     def _uniforms(self, request: Request) -> list[float]:
         slots = torch.arange(self.population.width, device="cpu")
         key, step = torch.tensor(request.key, device="cpu"), torch.tensor(request.attempts, device="cpu")
-        uniforms: list[float] = acceptance_uniform(key, step, slots).tolist()
+        uniforms: list[float] = uniform(key, step, slots, stream=Stream.RESAMPLE).tolist()
         return uniforms
 
     def _continued(self, request: Request, slot: int, parent: Request, candidate: Candidate, attempts: int) -> Request:

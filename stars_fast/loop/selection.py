@@ -33,8 +33,8 @@ def first_accepted(
     attempts = torch.tensor([request.attempts for request in requests], dtype=int32, device="cpu")
     best_attempt = torch.tensor([request.best_attempt for request in requests], dtype=int32, device="cpu")
     first_row = torch.tensor(counts, device="cpu").cumsum(0, dtype=int32)
-    groups, rows = len(requests), len(drawn)
-    winner, accepted, thresholds = select_and_commit(
+    groups, best = len(requests), [request.best for request in requests]
+    winner, accepted, thresholds, _ = select_and_commit(
         torch.tensor([candidate.score for candidate in drawn], dtype=torch.float32, device="cpu"),
         torch.tensor([len(candidate.draw.tokens) for candidate in drawn], dtype=int32, device="cpu"),
         torch.tensor([candidate.ended for candidate in drawn], device="cpu"),
@@ -48,13 +48,11 @@ def first_accepted(
         torch.tensor([_known(request.base) for request in requests], dtype=float64, device="cpu"),
         torch.tensor([request.target for request in requests], dtype=float64, device="cpu"),
         torch.tensor([request.beta for request in requests], dtype=float64, device="cpu"),
-        config.finished_threshold == "target",
-        torch.tensor(
-            [request.best.score if request.best else 0.0 for request in requests], dtype=torch.float32, device="cpu"
-        ),
+        torch.full((groups,), config.finished_threshold != "target", device="cpu"),
+        torch.tensor([one.score if one else 0.0 for one in best], dtype=torch.float32, device="cpu"),
         best_attempt,
-        # The tree writes the slot tables anew in its next plan: nothing to keep in the operator's.
-        *_empty_tables(groups, rows),
+        torch.tensor([len(one.draw.tokens) if one else 0 for one in best], dtype=int32, device="cpu"),
+        torch.tensor([one is not None and one.ended for one in best], device="cpu"),
     )
     for candidate, tau in zip(drawn, thresholds.tolist(), strict=True):
         candidate.threshold = tau
@@ -75,12 +73,3 @@ def first_accepted(
 def _known(base: float | None) -> float:
     assert base is not None, "r0 is set when a request is admitted"
     return base
-
-
-def _empty_tables(groups: int, rows: int) -> tuple[torch.Tensor, ...]:
-    """best_slots, best_len, trunk_slots, trunk_len, branch_slots, branch_len, keep: all without width."""
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device="cpu")
-
-    return zeros(groups, 0), zeros(groups), zeros(groups, 0), zeros(groups), zeros(rows, 0), zeros(rows), zeros(rows)

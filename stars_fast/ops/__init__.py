@@ -2,15 +2,20 @@
 
 from stars_fast.ops.gather_logprobs import gather_logprobs
 from stars_fast.ops.kv_append import kv_append
-from stars_fast.ops.philox import philox_key
+from stars_fast.ops.philox import Domain, Stream, philox_key
 from stars_fast.ops.sample_step import sample_step
-from stars_fast.ops.select_and_commit import EARLIER, INVALID, NONE, select_and_commit
+from stars_fast.ops.select_and_commit import EARLIER, GOES_ON, INVALID, LENGTH, NONE, STOP, select_and_commit
 from stars_fast.ops.tree_attention import check_supported, tree_attention
 
 __all__ = [
     "EARLIER",
+    "GOES_ON",
     "INVALID",
+    "LENGTH",
     "NONE",
+    "STOP",
+    "Domain",
+    "Stream",
     "check_supported",
     "gather_logprobs",
     "kv_append",

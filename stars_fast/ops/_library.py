@@ -14,14 +14,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
 library = torch.library.Library("stars_fast", "DEF")
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _SETTING = "STARS_FAST_KERNELS"
 _MODE = os.environ.get(_SETTING, "")
@@ -66,8 +70,13 @@ def native(name: str) -> Any:
 
 
 def define(
-    name: str, schema: str, *, reference: Callable[..., Any], cpu: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+    name: str,
+    *,
+    reference: Callable[P, R],
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    written: Collection[str] = (),
+) -> Callable[P, R]:
     """Define ``stars_fast::name`` and return its overload, which costs less to call than the packet.
 
     Parameters
@@ -75,14 +84,14 @@ def define(
     name
         Of the operator, of its C++ function, and of the function in ``stars_fast.kernels.<name>`` that launches its
         Triton kernels on the same arguments.
-    schema
-        In torch's notation, from the first parenthesis on.
     reference
-        In plain torch.
+        In plain torch. Its signature and its docstring are the operator's.
     cpu
-        Calls the C++ function.
+        Calls the C++ function; takes the same arguments by position.
     fake
-        Shapes and dtypes of what is returned.
+        What is returned, with shapes and dtypes but not yet with values.
+    written
+        Arguments that the operator changes in place.
     """
     in_torch = Kernel(reference, "torch reference")
     compiled = Kernel(cpu, "C++") if native(name) else in_torch
@@ -93,11 +102,16 @@ def define(
         "interpret": Operator(triton, triton),
     }[_MODE]
     operators[name] = operator
+    # Launchers choose tiles by integers, so a symbolic one would be turned into a number there anyway.
+    schema = torch.library.infer_schema(reference, mutates_args=written).replace("SymInt", "int")
     library.define(name + schema)
     library.impl(name, operator.cpu.function, "CPU")
     library.impl(name, operator.cuda.function, "CUDA")
     torch.library.register_fake(f"stars_fast::{name}", fake, lib=library)
-    return getattr(torch.ops.stars_fast, name).default
+    overload = getattr(torch.ops.stars_fast, name).default
+    overload.__signature__ = inspect.signature(reference)
+    overload.__doc__ = f"{name}{schema}\n\n{inspect.getdoc(reference)}"
+    return overload
 
 
 def triton_kernel(name: str) -> Any:
@@ -154,3 +168,26 @@ def address(tensor: torch.Tensor, name: str, dtype: torch.dtype, shape: tuple[in
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {list(shape)}")
     return tensor.data_ptr()
+
+
+Layout = Sequence[tuple[str, torch.dtype, str]]  # an operator's arguments: name, dtype, and the name of the shape
+
+
+def addresses(
+    tensors: Sequence[torch.Tensor | None], layout: Layout, shapes: Mapping[str, tuple[int, ...]]
+) -> list[int]:
+    """:func:`address` of each argument, 0 for None; ``shapes`` are those that the layout names.
+
+    Raises
+    ------
+    ValueError
+        If a tensor is not what a kernel will take it for.
+    """
+    return [
+        0
+        if tensor is None
+        else tensor.data_ptr()
+        if tensor.dtype is dtype and tensor.shape == shapes[shape] and tensor.is_contiguous()
+        else address(tensor, name, dtype, shapes[shape])  # says what is wrong
+        for tensor, (name, dtype, shape) in zip(tensors, layout, strict=True)
+    ]

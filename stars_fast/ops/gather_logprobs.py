@@ -9,7 +9,7 @@ from stars_fast.ops._library import FLOAT_CODES, address, define, native
 _native = native("gather_logprobs")
 
 
-def gather_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def gather_logprobs_reference(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Log-softmax of the logits at one token per row.
 
     Parameters
@@ -24,11 +24,6 @@ def gather_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         float32 ``[T]``, nats.
     """
-    return _operator(logits, tokens)
-
-
-def gather_logprobs_reference(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """:func:`gather_logprobs` in plain torch."""
     return logits.log_softmax(1, dtype=torch.float32).gather(1, tokens[:, None])[:, 0]
 
 
@@ -53,10 +48,4 @@ def _fake(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-_operator = define(
-    "gather_logprobs",
-    "(Tensor logits, Tensor tokens) -> Tensor",
-    reference=gather_logprobs_reference,
-    cpu=_cpu,
-    fake=_fake,
-)
+gather_logprobs = define("gather_logprobs", reference=gather_logprobs_reference, cpu=_cpu, fake=_fake)

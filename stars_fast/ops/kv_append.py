@@ -9,7 +9,7 @@ from stars_fast.ops._library import address, define, native
 _native = native("kv_append")
 
 
-def kv_append(
+def kv_append_reference(
     k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor
 ) -> None:
     """Write the keys and values of new tokens to their slots.
@@ -28,13 +28,6 @@ def kv_append(
     Where a token's value is not finite, attention gives NaN to the queries that see it, and to no others; an
     implementation may write another value and a key of NaN to that end.
     """
-    _operator(k, v, k_pool, v_pool, slots)
-
-
-def kv_append_reference(
-    k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor
-) -> None:
-    """:func:`kv_append` in plain torch."""
     index = slots.long()
     k_pool.index_copy_(0, index, k.to(k_pool.dtype))
     v_pool.index_copy_(0, index, v.to(v_pool.dtype))
@@ -60,14 +53,6 @@ def _cpu(k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.T
         )
 
 
-def _fake(k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor) -> None:
-    return None
-
-
-_operator = define(
-    "kv_append",
-    "(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slots) -> ()",
-    reference=kv_append_reference,
-    cpu=_cpu,
-    fake=_fake,
+kv_append = define(
+    "kv_append", reference=kv_append_reference, cpu=_cpu, fake=lambda *_: None, written=("k_pool", "v_pool")
 )

@@ -6,9 +6,28 @@ position and purpose. Nothing depends on the batch, so candidates may be drawn s
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import torch
 
-TILE, TOKEN, ACCEPT = 0, 1, 2  # streams: what a number is for
+
+class Stream(IntEnum):
+    """What a number is for: the upper four bits of the counter's last word."""
+
+    TILE = 0  # Gumbel noise: which tile of ids a token is drawn from
+    TOKEN = 1  # Gumbel noise: which id of that tile
+    ACCEPT = 2  # whether a candidate, or a token of it, is accepted
+    CHOICE = 3  # Gumbel noise: which of candidates that all stand
+    RESAMPLE = 4  # which members of a population go on
+
+
+class Domain(IntEnum):
+    """Whose number it is: part of the key."""
+
+    ANSWER = 0  # a row of the output
+    PILOT = 1  # a response from which a rule is calibrated
+    MEMBER = 2  # one of several answers that a request has at a time
+
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -17,7 +36,7 @@ _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
-def philox_key(seed: int, prompt: int, sample: int, domain: int = 0) -> int:
+def philox_key(seed: int, prompt: int, sample: int, domain: int = Domain.ANSWER) -> int:
     """64-bit Philox key of one sample of one prompt.
 
     Parameters
@@ -25,7 +44,7 @@ def philox_key(seed: int, prompt: int, sample: int, domain: int = 0) -> int:
     seed, prompt, sample
         Any integers; what differs in one of them draws independent numbers.
     domain
-        Keeps apart uses that must not share numbers, such as the pilot of a calibration.
+        A :class:`Domain`: keeps apart those who must not share numbers.
 
     Returns
     -------
@@ -95,6 +114,8 @@ def gumbel_noise(
     ----------
     keys, segment, attempt, position
         ``[rows]``, int64 and int32.
+    stream
+        A :class:`Stream`.
     first
         ``[rows]`` first index, a multiple of 4.
 
@@ -118,12 +139,21 @@ def gumbel(bits: torch.Tensor) -> torch.Tensor:
     return (-torch.log1p(-v)).log_().neg_()
 
 
-def acceptance_uniform(
-    keys: torch.Tensor, segment: torch.Tensor, attempt: torch.Tensor, position: torch.Tensor | int = 0
+def uniform(
+    keys: torch.Tensor,
+    segment: torch.Tensor,
+    attempt: torch.Tensor,
+    position: torch.Tensor | int = 0,
+    stream: int = Stream.ACCEPT,
 ) -> torch.Tensor:
-    """The uniform that decides whether a candidate (or its token at ``position``) is accepted, float64 inside (0, 1).
+    """A uniform number float64 inside (0, 1) for each candidate, or for its token at ``position``.
 
     Arguments broadcast.
     """
-    bits = philox4x32(keys, (segment, attempt, position, ACCEPT << 28))[..., 0]
+    bits = philox4x32(keys, (segment, attempt, position, stream << 28))[..., 0]
     return (bits.double() + 0.5) * 2.0**-32
+
+
+def choice_noise(keys: torch.Tensor, segment: torch.Tensor, attempt: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise float64 for a choice among candidates; arguments broadcast."""
+    return -(-uniform(keys, segment, attempt, stream=Stream.CHOICE).log()).log()

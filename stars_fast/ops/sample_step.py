@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
-from stars_fast.ops._library import FLOAT_CODES, address, define, native
-from stars_fast.ops.philox import TILE, TOKEN, gumbel_noise
+from stars_fast.ops._library import FLOAT_CODES, Layout, addresses, define, native
+from stars_fast.ops.philox import Stream, gumbel_noise
 
 TILE_SIZE = 1024  # token ids drawn together; part of the specification of the draw
 
@@ -13,7 +16,7 @@ _native = native("sample_step")
 _Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def sample_step(
+def sample_step_reference(
     logits: torch.Tensor,
     keys: torch.Tensor,
     segment: torch.Tensor,
@@ -66,7 +69,7 @@ def sample_step(
     seen
         bool ``[B, V]`` or None, written: tokens of the prompt and of the text so far.
     eos
-        int64 ``[E]``; E may be 0.
+        int64 ``[B, E]``: tokens that end the row, padded with -1; E may be 0.
 
     Returns
     -------
@@ -84,41 +87,6 @@ def sample_step(
     A row that is not alive gives token 0 and zeros and keeps its state. A row with a NaN, a +inf or no finite logit
     gives token 0 and NaN, is no longer alive, and otherwise keeps its state.
     """
-    return _operator(
-        logits,
-        keys,
-        segment,
-        attempt,
-        position,
-        alive,
-        limit,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        repetition_penalty,
-        seen,
-        eos,
-    )
-
-
-def sample_step_reference(
-    logits: torch.Tensor,
-    keys: torch.Tensor,
-    segment: torch.Tensor,
-    attempt: torch.Tensor,
-    position: torch.Tensor,
-    alive: torch.Tensor,
-    limit: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    repetition_penalty: torch.Tensor,
-    seen: torch.Tensor | None,
-    eos: torch.Tensor,
-) -> _Result:
-    """:func:`sample_step` in plain torch."""
     raw = logits.float()
     processed = raw
     if seen is not None:
@@ -178,29 +146,30 @@ def _draw(
     tiled = torch.nn.functional.pad(processed, (0, padding), value=-torch.inf).view(rows, tiles, TILE_SIZE)
     counter = (keys, segment, attempt, position)
     first = torch.zeros_like(keys)
-    tile = (tiled.logsumexp(2) + gumbel_noise(*counter, TILE, first, tiles)).argmax(1)  # [B]
+    tile = (tiled.logsumexp(2) + gumbel_noise(*counter, Stream.TILE, first, tiles)).argmax(1)  # [B]
     inside = tiled.gather(1, tile[:, None, None].expand(-1, 1, TILE_SIZE))[:, 0]  # [B, TILE_SIZE]
     first = tile * TILE_SIZE
-    return first + (inside + gumbel_noise(*counter, TOKEN, first, TILE_SIZE)).argmax(1)
+    return first + (inside + gumbel_noise(*counter, Stream.TOKEN, first, TILE_SIZE)).argmax(1)
 
 
-def state_addresses(
-    rows: int,
-    vocab: int,
-    keys: torch.Tensor,
-    segment: torch.Tensor,
-    attempt: torch.Tensor,
-    position: torch.Tensor,
-    alive: torch.Tensor,
-    limit: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    repetition_penalty: torch.Tensor,
-    seen: torch.Tensor | None,
-    eos: torch.Tensor,
-) -> tuple[int, ...]:
+STATE: Layout = (  # what follows the logits
+    ("keys", torch.int64, "B"),
+    ("segment", torch.int32, "B"),
+    ("attempt", torch.int32, "B"),
+    ("position", torch.int32, "B"),
+    ("alive", torch.bool, "B"),
+    ("limit", torch.int32, "B"),
+    ("temperature", torch.float32, "B"),
+    ("top_k", torch.int32, "B"),
+    ("top_p", torch.float32, "B"),
+    ("min_p", torch.float32, "B"),
+    ("repetition_penalty", torch.float32, "B"),
+    ("seen", torch.bool, "BV"),
+    ("eos", torch.int64, "BE"),
+)
+
+
+def state_addresses(rows: int, vocab: int, eos_count: int, state: Sequence[torch.Tensor | None]) -> list[int]:
     """Where the arguments after the logits lie, in their order; 0 for ``seen`` where there is none.
 
     Raises
@@ -208,69 +177,22 @@ def state_addresses(
     ValueError
         For a dtype, shape or strides that a kernel would misread.
     """
-    i32, i64, f32, row = torch.int32, torch.int64, torch.float32, (rows,)
-    return (
-        address(keys, "keys", i64, row),
-        address(segment, "segment", i32, row),
-        address(attempt, "attempt", i32, row),
-        address(position, "position", i32, row),
-        address(alive, "alive", torch.bool, row),
-        address(limit, "limit", i32, row),
-        address(temperature, "temperature", f32, row),
-        address(top_k, "top_k", i32, row),
-        address(top_p, "top_p", f32, row),
-        address(min_p, "min_p", f32, row),
-        address(repetition_penalty, "repetition_penalty", f32, row),
-        0 if seen is None else address(seen, "seen", torch.bool, (rows, vocab)),
-        address(eos, "eos", i64, (eos.numel(),)),
-    )
+    return addresses(state, STATE, {"B": (rows,), "BV": (rows, vocab), "BE": (rows, eos_count)})
 
 
-def _cpu(
-    logits: torch.Tensor,
-    keys: torch.Tensor,
-    segment: torch.Tensor,
-    attempt: torch.Tensor,
-    position: torch.Tensor,
-    alive: torch.Tensor,
-    limit: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    repetition_penalty: torch.Tensor,
-    seen: torch.Tensor | None,
-    eos: torch.Tensor,
-) -> _Result:
-    rows, vocab = logits.shape
+def _cpu(logits: torch.Tensor, *state: Any) -> _Result:
+    (rows, vocab), eos_count = logits.shape, state[-1].shape[-1]
     if logits.dtype not in FLOAT_CODES:
         raise ValueError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
     logits = logits.contiguous()
-    token = logits.new_empty(rows, dtype=torch.int64)
-    logprob, sampling_logprob, entropy = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    token, logprob, sampling_logprob, entropy = _results(logits)
     _native(
-        address(logits, "logits", logits.dtype, (rows, vocab)),
+        logits.data_ptr(),
         FLOAT_CODES[logits.dtype],
         rows,
         vocab,
-        *state_addresses(
-            rows,
-            vocab,
-            keys,
-            segment,
-            attempt,
-            position,
-            alive,
-            limit,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            seen,
-            eos,
-        ),
-        eos.numel(),
+        *state_addresses(rows, vocab, eos_count, state),
+        eos_count,
         token.data_ptr(),
         logprob.data_ptr(),
         sampling_logprob.data_ptr(),
@@ -280,19 +202,19 @@ def _cpu(
     return token, logprob, sampling_logprob, entropy
 
 
-def _fake(logits: torch.Tensor, *state: torch.Tensor | None) -> _Result:
+def _results(logits: torch.Tensor, *state: Any) -> _Result:
     rows = logits.shape[0]
     token = logits.new_empty(rows, dtype=torch.int64)
-    logprob, sampling_logprob, entropy = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    logprob = logits.new_empty(rows, dtype=torch.float32)
+    sampling_logprob = logits.new_empty(rows, dtype=torch.float32)
+    entropy = logits.new_empty(rows, dtype=torch.float32)
     return token, logprob, sampling_logprob, entropy
 
 
-_operator = define(
+sample_step = define(
     "sample_step",
-    "(Tensor logits, Tensor keys, Tensor segment, Tensor attempt, Tensor(a!) position, Tensor(b!) alive, Tensor limit,"
-    " Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor repetition_penalty, Tensor(c!)? seen,"
-    " Tensor eos) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=sample_step_reference,
     cpu=_cpu,
-    fake=_fake,
+    fake=_results,
+    written=("position", "alive", "seen"),
 )

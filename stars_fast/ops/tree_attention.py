@@ -9,7 +9,23 @@ from stars_fast.ops._library import FLOAT_CODES, address, define, native, operat
 _native = native("tree_attention")
 
 
-def tree_attention(
+def check_supported(key_size: int, value_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse keys and values that the kernel of this device does not support, before any work is planned.
+
+    Raises
+    ------
+    ValueError
+        Naming the head size or dtype, and what is supported.
+    RuntimeError
+        If the device's kernels need Triton and it cannot be imported.
+    """
+    if operators["tree_attention"].kernel(device.type).startswith("Triton"):
+        triton_kernel("tree_attention").check(key_size, value_size, dtype)
+    elif dtype not in FLOAT_CODES:
+        raise ValueError(f"tree_attention: keys and values must be float32, float16 or bfloat16, got {dtype}")
+
+
+def tree_attention_reference(
     q: torch.Tensor,
     k_pool: torch.Tensor,
     v_pool: torch.Tensor,
@@ -63,65 +79,8 @@ def tree_attention(
     sinks
         ``[Hq]`` or None: one more logit per head in the softmax's denominator (gpt-oss).
     """
-    _operator(
-        q,
-        k_pool,
-        v_pool,
-        out,
-        trunk_slots,
-        trunk_len,
-        branch_slots,
-        branch_len,
-        group_indptr,
-        query_indptr,
-        max_rows,
-        max_queries,
-        scale,
-        window,
-        softcap,
-        sinks,
-    )
-
-
-def check_supported(key_size: int, value_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse keys and values that the kernel of this device does not support, before any work is planned.
-
-    Raises
-    ------
-    ValueError
-        Naming the head size or dtype, and what is supported.
-    RuntimeError
-        If the device's kernels need Triton and it cannot be imported.
-    """
-    if operators["tree_attention"].kernel(device.type).startswith("Triton"):
-        triton_kernel("tree_attention").check(key_size, value_size, dtype)
-    elif dtype not in FLOAT_CODES:
-        raise ValueError(f"tree_attention: keys and values must be float32, float16 or bfloat16, got {dtype}")
-
-
-def tree_attention_reference(
-    q: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    out: torch.Tensor,
-    trunk_slots: torch.Tensor,
-    trunk_len: torch.Tensor,
-    branch_slots: torch.Tensor,
-    branch_len: torch.Tensor,
-    group_indptr: torch.Tensor,
-    query_indptr: torch.Tensor,
-    max_rows: int,
-    max_queries: int,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-) -> None:
-    """:func:`tree_attention` in plain torch; without a wait for the device on CUDA.
-
-    The queries of all rows of a group make one matrix for the trunk; the branches are a batched product of their own.
-    Each part has a softmax of its own, and the two are merged by their maxima and sums.
-    """
+    # The queries of all rows of a group make one matrix for the trunk; the branches are a batched product of their own.
+    # Each part has a softmax of its own, and the two are merged by their maxima and sums. Nothing waits for a GPU.
     tokens, heads, head_size = q.shape
     rows, groups, kv_heads = branch_len.shape[0], trunk_len.shape[0], k_pool.shape[1]
     device, folded_heads = q.device, heads // kv_heads
@@ -282,16 +241,6 @@ def _cpu(
         out.copy_(result)
 
 
-def _fake(*args: torch.Tensor | float | None) -> None:
-    return None
-
-
-_operator = define(
-    "tree_attention",
-    "(Tensor q, Tensor k_pool, Tensor v_pool, Tensor(a!) out, Tensor trunk_slots, Tensor trunk_len,"
-    " Tensor branch_slots, Tensor branch_len, Tensor group_indptr, Tensor query_indptr, int max_rows, int max_queries,"
-    " float scale, int window=0, float softcap=0.0, Tensor? sinks=None) -> ()",
-    reference=tree_attention_reference,
-    cpu=_cpu,
-    fake=_fake,
+tree_attention = define(
+    "tree_attention", reference=tree_attention_reference, cpu=_cpu, fake=lambda *_: None, written=("out",)
 )
