@@ -36,7 +36,9 @@ def config(kind) -> StarsConfig:
 
 
 def jobs(kinds, count):
-    return [(SYSTEM * (i % 3 == 0) + [i % 29, (7 * i) % 31], config(kinds[i % len(kinds)]), 50 + i) for i in range(count)]
+    return [
+        (SYSTEM * (i % 3 == 0) + [i % 29, (7 * i) % 31], config(kinds[i % len(kinds)]), 50 + i) for i in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -256,9 +258,10 @@ def test_a_reward_that_raises_for_one_caller_costs_it_alone_and_one_whose_commit
                 raise RuntimeError("commit is broken")
 
     def picky(prompts, completions):
-        return [ValueError("not this one") if prompt == [13] else value for prompt, value in zip(prompts, sum_reward(completions))]
+        values = zip(prompts, sum_reward(completions), strict=True)
+        return [ValueError("not this one") if prompt == [13] else value for prompt, value in values]
 
-    reward = Fragile(lambda prompts, completions: picky(prompts, completions))
+    reward = Fragile(picky)
     engine = StarsEngine(tiny_policy(VOCAB), reward)
 
     async def run():

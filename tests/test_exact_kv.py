@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 import stars_fast.tree.model
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.policy.policy import Policy
 from stars_fast.policy.leaf import Leaf, Sampling
+from stars_fast.policy.policy import Policy
 from stars_fast.rewards import ClassifierReward, Completion, Response, RewardPrompt
 from stars_fast.tree import memory
 from stars_fast.tree.attention import plugged

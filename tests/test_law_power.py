@@ -10,8 +10,8 @@ from test_law import PROMPT, RULE, SAMPLES, VOCAB, oracle, p_attempts, p_text, r
 
 from stars_fast import engine
 from stars_fast.loop import selection
-from stars_fast.ops.philox import acceptance_uniform
-from stars_fast.policy.policy import steps as decode
+from stars_fast.ops.philox import uniform
+from stars_fast.policy import steps as decode
 
 # Faults of the fallback show where most segments need it; those of the choice among accepted ones where most rounds
 # have several; those of the noise where the first attempt often wins; those of the acceptance test where few candidates
@@ -30,18 +30,18 @@ def wrap(monkeypatch, module, name, change):
 def best_accepted_instead_of_first(monkeypatch, candidates):
     def select(operator, a):
         before = a["attempts"].clone()
-        winner, accepted, threshold = operator(**a)
+        winner, accepted, threshold, finish = operator(**a)
         for group in accepted.nonzero().flatten().tolist():
             rows = torch.arange(a["group_indptr"][group], a["group_indptr"][group + 1])
-            uniform = acceptance_uniform(
+            drawn = uniform(
                 a["keys"][group].expand(len(rows)),
                 a["segment"][group].expand(len(rows)),
                 before[group] + torch.arange(len(rows), dtype=torch.int32),
             )
-            passed = uniform < ((a["reward"][rows] - threshold[rows]) / a["beta"][group]).exp()
+            passed = drawn < ((a["reward"][rows] - threshold[rows]) / a["beta"][group]).exp()
             assert winner[group] == rows[passed][0]  # the fault is all that differs
             winner[group] = rows[passed][a["reward"][rows[passed]].argmax()]
-        return winner, accepted, threshold
+        return winner, accepted, threshold, finish
 
     wrap(monkeypatch, selection, "select_and_commit", select)
 
