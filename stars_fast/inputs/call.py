@@ -67,7 +67,7 @@ class Call:
     reward_prompts: Sequence[RewardPrompt]
     personas: Sequence[list[list[int]]]  # per prompt, its ids under further preferences
     keys: Sequence[int]  # of the random numbers, per row
-    stop: StopTest | None
+    stops: Sequence[StopTest | None]  # per prompt, for the config's stop strings
     stats: Stats = field(default_factory=Stats)
     requests: list[Request] = field(default_factory=list)
 
@@ -114,7 +114,7 @@ class Call:
                 response=Response(node.reward_prompt),
                 # A pilot has samples beyond the rows of the output; all samples of a prompt share its hooks.
                 processor=self.arguments.processor(first_row),
-                stop=_either(self.stop, self.arguments.stop(first_row)),
+                stop=_either(self.stops[prompt], self.arguments.stop(first_row)),
             )
             for j, key in enumerate(keys)
         ]
@@ -175,7 +175,7 @@ def prepare(arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
         reward_prompts=reward_prompts,
         personas=personas,
         keys=_keys(_shared(arguments.seed, policy), len(prompts), config.num_return_sequences),
-        stop=stop_test(config.stop_strings, tokenizer),
+        stops=[stop_test(config.stop_strings, tokenizer, prompt.ids) for prompt in prompts],
     )
 
 

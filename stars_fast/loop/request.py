@@ -11,8 +11,9 @@ from stars_fast.outputs import SegmentTrace
 from stars_fast.policy.policy import Draw
 from stars_fast.policy.steps import RowProcessor
 from stars_fast.rewards import Completion, Response, RewardPrompt
+from stars_fast.text.decode import TextStream
 
-# Tokens of a completion so far -> whether it ends there (a stop string, a stopping criterion).
+# Tokens of a completion so far -> whether it ends there (a stop string, a stopping criterion). Asked after every token.
 StopTest = Callable[[list[int]], bool]
 
 
@@ -80,7 +81,7 @@ class Request:
     sampling_logprobs: list[float] = field(default_factory=list)
     segments: list[SegmentTrace] = field(default_factory=list)
     reported: int = 0  # segments already streamed
-    text_length: int = 0  # characters already streamed
+    text: TextStream = field(default_factory=TextStream)  # what of the answer's text was streamed
     # The segment being drawn
     attempts: int = 0
     best: Candidate | None = None
