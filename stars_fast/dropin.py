@@ -193,9 +193,7 @@ class _Decoder:
             stop=lambda row: row_stop(stopping_criteria, generation_config, input_ids[row]),
             **self.call,
         )
-        kept = _kept_engine(model, self.reward_model, self.engine)
-        out = kept.engine.run(arguments, self.streamer)
-        vars(model)[_KEPT] = kept
+        out = _kept_engine(model, self.reward_model, self.engine).run(arguments, self.streamer)
         return _as_transformers(out, input_ids, generation_config)
 
 
@@ -216,18 +214,18 @@ class _Kept:
         return all(_same(self.made_of[name], made_of[name]) for name in made_of)
 
 
-def _kept_engine(model: PreTrainedModel, reward: Any, options: dict[str, Any]) -> _Kept:
+def _kept_engine(model: PreTrainedModel, reward: Any, options: dict[str, Any]) -> StarsEngine:
     """The engine of an earlier call on the model, where it was made of the same things, else a new one."""
     modules = [one for one in (model, reward) if isinstance(one, torch.nn.Module)]
     weights = [(weight.dtype, weight.device, weight.shape) for one in modules for weight in one.parameters()]
     made_of = {"reward": reward, "weights": weights, **options}
     made_of = {name: tuple(v) if isinstance(v := plain(value), list) else v for name, value in made_of.items()}
-    # An engine serves one call at a time: while it does, the model has none, and other threads make their own.
-    kept: _Kept | None = vars(model).pop(_KEPT, None)
+    kept: _Kept | None = vars(model).get(_KEPT)
     if kept is None or not kept.serves(model, made_of):
         del kept  # its pools make room for those of the next
-        kept = _Kept(StarsEngine(model, reward, **options), made_of)
-    return kept
+        vars(model).pop(_KEPT, None)
+        kept = vars(model)[_KEPT] = _Kept(StarsEngine(model, reward, **options), made_of)
+    return kept.engine
 
 
 def _same(one: Any, other: Any) -> bool:

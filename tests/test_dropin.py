@@ -155,9 +155,9 @@ def used(monkeypatch, generate, policy, config=ANYTHING, **kwargs):
     seen = {}
     propose = Policy.propose
 
-    def watch(self, leaves, sampling):
-        seen.update(vars(sampling), length=leaves[0].length, processor=leaves[0].processor)
-        return propose(self, leaves, sampling)
+    def watch(self, leaves):
+        seen.update(vars(leaves[0].sampling), length=leaves[0].length, processor=leaves[0].processor)
+        return propose(self, leaves)
 
     monkeypatch.setattr(Policy, "propose", watch)
     generate(policy, config=config, prompts=[[5, 6, 7]], **kwargs)
@@ -776,7 +776,7 @@ def test_cards_segments_end_by_the_entropy_before_processors(policy):
 def test_cards_own_top_k_wins_over_defaults_and_loses_to_the_call(monkeypatch, policy, generate):
     seen = []
     propose = Policy.propose
-    monkeypatch.setattr(Policy, "propose", lambda *args: seen.append(args[2].top_k) or propose(*args))
+    monkeypatch.setattr(Policy, "propose", lambda *args: seen.append(args[1][0].sampling.top_k) or propose(*args))
     config = ANYTHING.replace(method="cards", max_new_tokens=3)
     generate(policy, config=config)
     generate(policy, config=config, top_k=9)

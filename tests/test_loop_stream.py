@@ -1,6 +1,6 @@
 """Streamed text: its pieces make up the whole, and no character is told of before it is complete."""
 
-from test_rewards import byte_bpe
+from tiny_tokenizers import byte_bpe
 from test_text_decode import tokenizers
 
 from stars_fast.loop.request import PromptNode, Request
