@@ -1,22 +1,26 @@
 """Streamed text: its pieces make up the whole, and no character is told of before it is complete."""
 
-from tiny_tokenizers import byte_bpe
 from test_text_decode import tokenizers
+from tiny_tokenizers import byte_bpe
 
-from stars_fast.loop.request import PromptNode, Request
+from stars_fast import StarsConfig
+from stars_fast.loop.request import PromptNode, Request, Terms
 from stars_fast.loop.stream import new_events
-from stars_fast.outputs import SegmentTrace
-from stars_fast.rewards import Response, RewardPrompt
+from stars_fast.methods import Segments, Stars
+from stars_fast.outputs import SegmentTrace, Stats
+from stars_fast.policy.leaf import Sampling
+from stars_fast.rewards import RewardPrompt
 
 
 def streamed(tokenizer, ids, length):
     """The text of each event, where segments have ``length`` tokens."""
     prompt = RewardPrompt(0, [1], [1])
-    request = Request(0, 0, 0, PromptNode([1], prompt), 0, 0.0, 0.0, 1.0, Response(prompt))
+    sampled = Terms(StarsConfig(), Stars(), Segments(), Sampling(), Stats())
+    request = Request(sampled, PromptNode([1], prompt), key=0, target=0.0, base=0.0, beta=1.0)
     pieces = []
     for start in range(0, len(ids), length):
         segment = ids[start : start + length]
-        request.tokens += segment
+        request.tokens.extend(segment)
         request.segments.append(SegmentTrace(segment, 0.0, 0.0, 1, True, 0.0))
         request.finish_reason = "length" if len(request.tokens) == len(ids) else None
         pieces += [event.text for event in new_events(request, tokenizer)]
