@@ -120,9 +120,11 @@ def test_a_data_sets_row_is_no_chat(policy32, tokenizer32, prompts, keys):
         engine.generate("w1", CONFIG, reward_prompts=prompts)
 
 
-def test_no_prompts_at_all_are_refused(engine):
-    with refused("prompts", "empty"):
-        engine.generate([], CONFIG)
+@pytest.mark.parametrize("prompts", [[], torch.zeros(0, 3, dtype=torch.long)], ids=["list", "tensor"])
+def test_no_prompts_at_all_give_an_empty_output(engine, prompts):
+    out = engine.generate(prompts, CONFIG)
+    assert out.sequences.shape[0] == 0 and out.completions == out.rewards == out.errors == out.segments == []
+    assert list(engine.stream(prompts, CONFIG)) == []
 
 
 def test_a_fully_masked_row_is_an_empty_prompt(engine):

@@ -19,7 +19,7 @@ from stars_fast.loop.pilot import (
     spread,
 )
 from stars_fast.methods.stars import base_reward, target_for
-from stars_fast.ops import philox_key
+from stars_fast.ops.philox import Domain, philox_key
 from stars_fast.policy.policy import Policy
 
 VOCAB, EOS = 32, 31
@@ -67,18 +67,17 @@ def test_pilots_never_reuse_the_randomness_of_candidates(monkeypatch):
     keys = []
     propose = Policy.propose
 
-    def watch(self, leaves, sampling):
-        keys.append({leaf.key for leaf in leaves})
-        return propose(self, leaves, sampling)
+    def watch(self, leaves):
+        keys.extend(leaf.key for leaf in leaves)
+        return propose(self, leaves)
 
     monkeypatch.setattr(Policy, "propose", watch)
     engine().generate(PROMPTS[:2], CONFIG, seed=7, num_return_sequences=3)
     candidates = {philox_key(7, i, j) for i in range(2) for j in range(3)}
-    assert set().union(*keys) > candidates
-    pilots = set().union(*(group for group in keys if not group & candidates))
-    assert pilots and not pilots & candidates
+    of_pilots = [(philox_key(7, i, 0), j) for i in range(2) for j in range(PILOT_SAMPLES)]
+    pilots = {philox_key(key, 0, j, domain=Domain.PILOT) for key, j in of_pilots}
+    assert set(keys) == candidates | pilots and not candidates & pilots
     assert len(pilots) == 2 * PILOT_SAMPLES
-    assert all(group <= pilots or group <= candidates for group in keys)
 
 
 @pytest.mark.parametrize("scale", [128.0, 2.0**-10])

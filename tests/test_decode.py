@@ -110,10 +110,10 @@ def test_padding_rows_are_dead_and_write_to_slot_0(padded):
     loaded = []
     original = Steps.load
 
-    def load(steps, leaves, plan, sampling):
+    def load(steps, leaves, plan):
         steps.alive.fill_(True)  # as a larger proposal leaves them
         steps.plan.branch_slots.fill_(7)
-        original(steps, leaves, plan, sampling)
+        original(steps, leaves, plan)
         rows = len(plan.branches)
         assert not steps.alive[rows:].any() and not steps.plan.branch_slots[rows:].any()
         loaded.append(steps.shape.rows - rows)

@@ -9,8 +9,8 @@ import torch
 from conftest import sum_reward, tiny_policy, tiny_reward
 
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.loop.heartbeat import Generation
-from stars_fast.loop.scheduler import response_slots
+from stars_fast.loop.heartbeat import Loop
+from stars_fast.loop.one_answer import OneAnswer
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards.callable import CallableReward
 from stars_fast.tree import memory
@@ -145,35 +145,35 @@ class Seen(Counter):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        for name in ("preempt", "_commit", "retreat", "propose"):
-            monkeypatch.setattr(Generation, name, self._watch(getattr(Generation, name), getattr(self, name)))
+        for owner, name in ((Loop, "preempt"), (OneAnswer, "commit"), (Loop, "retreat"), (Loop, "propose")):
+            monkeypatch.setattr(owner, name, self._watch(getattr(owner, name), getattr(self, name)))
 
     def _watch(self, method, look):
-        def watched(generation, *args):
-            look(generation, *args)
-            return method(generation, *args)
+        def watched(owner, *args):
+            look(owner, *args)
+            return method(owner, *args)
 
         return watched
 
-    def preempt(self, generation, request):
-        assert request is generation.admitted[-1]
+    def preempt(self, loop, request):
+        assert request is loop.admitted[-1]
         self["preempted"] += 1
         self["with a best"] += request.best is not None
         self["in a segment"] += request.attempts > 0
 
-    def _commit(self, generation, request, chosen, accepted):
+    def commit(self, strategy, request, chosen, accepted):
         self["fallbacks encoded again"] += chosen.draw.node < 0
 
-    def retreat(self, generation, cause):
+    def retreat(self, loop, tokens, cause):
         self["retreats"] += 1
 
-    def propose(self, generation):
+    def propose(self, loop):
         """Just before: the slots taken are those that the scheduler counts."""
-        behind = sum(len(request.trunks[0].pending) for request in generation.encoding)
-        prompts = {request.prompt for request in generation.encoding}
+        behind = sum(len(request.trunk.pending) for request in loop.encoding)
+        prompts = {request.prompt for request in loop.encoding}
         behind += sum(len(prompt.ids) - prompt.encoded for prompt in prompts)
-        assert generation.policy.tree.live_slots + behind == generation.scheduler.held(generation.admitted)
-        self["most at once"] = max(self["most at once"], len(generation.running))
+        assert loop.trunks.policy.tree.live_slots + behind == loop.scheduler.held(loop.admitted)
+        self["most at once"] = max(self["most at once"], len(loop.running))
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_a_fallback_may_have_been_drawn_before_its_request_was_preempted(kind, s
 def test_slots_are_counted_to_the_last_one(seen, segment_length, max_new_tokens):
     """From the fewest that one request needs up: nothing ever asks the tree for a slot it does not have."""
     config = CONFIG.replace(segment_length=segment_length, max_new_tokens=max_new_tokens)
-    fewest = max(map(len, PROMPTS)) + response_slots(config)
+    fewest = max(map(len, PROMPTS)) + config.chosen_method.slots(config)
     plenty = generate(make_engine("callable"), config, samples=1)
     for slots, candidates in itertools.product((fewest, fewest + 1, fewest + 7, 2 * fewest), (1, "auto")):
         engine = make_engine("callable", kv_cache_tokens=slots)
@@ -272,7 +272,7 @@ def test_more_requests_run_at_once_than_have_room_to_their_end(seen):
     for slots in (80, 200):
         seen.clear()
         generate(make_engine("callable", kv_cache_tokens=slots))
-        to_their_end = slots // response_slots(CONFIG)  # prompts not even counted
+        to_their_end = slots // CONFIG.chosen_method.slots(CONFIG)  # prompts not even counted
         assert seen["most at once"] >= 2 * to_their_end
 
 

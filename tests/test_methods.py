@@ -10,7 +10,7 @@ import torch
 from conftest import sum_reward, tiny_policy, tiny_reward, tiny_tokenizer
 
 from stars_fast import StarsConfig, StarsEngine, calibrate
-from stars_fast.loop.heartbeat import Generation
+from stars_fast.loop.heartbeat import Loop
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.methods import (
     METHODS,
@@ -71,7 +71,7 @@ def generate(engine, method, prompts=PROMPTS, seed=SEEDS, **overrides):
 
 
 def assert_all_free(engine):
-    trees = [engine.policy.tree] + ([engine._draft.tree] if engine._draft else [])
+    trees = [engine.policy.tree] + ([engine._drafts.tree] if engine._drafts else [])
     if getattr(engine.reward, "tree_model", None) is not None:
         trees.append(engine.reward.tree_model.tree)
     assert all(tree.live_slots == tree.nodes == 0 for tree in trees)
@@ -190,7 +190,7 @@ def test_populations_shrink_until_passes_fit(monkeypatch, method, reward):
 
 def test_a_pass_that_runs_out_of_memory_changes_no_text(monkeypatch, method, together):
     engine, calls, retreats = make_engine(tiny_reward(VOCAB, hidden=32)), itertools.count(), []
-    forward, retreat = engine.policy.forward, Generation.retreat
+    forward, retreat = engine.policy.forward, Loop.retreat
 
     def scarce(*args, **kwargs):
         output = forward(*args, **kwargs)
@@ -199,7 +199,9 @@ def test_a_pass_that_runs_out_of_memory_changes_no_text(monkeypatch, method, tog
         return output
 
     monkeypatch.setattr(engine.policy, "forward", scarce)
-    monkeypatch.setattr(Generation, "retreat", lambda loop, cause: retreats.append(cause) or retreat(loop, cause))
+    monkeypatch.setattr(
+        Loop, "retreat", lambda loop, tokens, cause: retreats.append(cause) or retreat(loop, tokens, cause)
+    )
     assert generate(engine, method).completions == together.completions
     assert retreats
     assert_all_free(engine)
