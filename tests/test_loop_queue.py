@@ -2,7 +2,6 @@
 
 import itertools
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +10,7 @@ from conftest import sum_reward, tiny_policy, tiny_reward
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.loop.heartbeat import Loop
 from stars_fast.loop.one_answer import OneAnswer
-from stars_fast.policy.policy import Policy
 from stars_fast.rewards.callable import CallableReward
-from stars_fast.tree import memory
 
 VOCAB = 32
 PROMPTS = [[(5 * i + j * j) % (VOCAB - 1) for j in range(1 + i % 7)] for i in range(12)]
@@ -25,119 +22,6 @@ CONFIG = StarsConfig(
 HARD = CONFIG.replace(target_reward=[50.0, -50.0] * 6)  # nothing but fallbacks for the others
 FILTERED = dict(top_k=12, top_p=0.95, repetition_penalty=1.1, temperature=1.3)
 SCARCE = 60  # slots: little more than one request at its end, where twelve with two samples each would run
-GIB = 1 << 30
-
-
-# The size of the pools
-
-
-def test_pools_of_both_models_and_everything_else_fill_the_share_and_no_more():
-    """Llama-2-7B with a reward model of its size, bfloat16, on 139 GiB."""
-    total, weights, rows = 139 * GIB, 2 * 13 * GIB, 256
-    token = 32 * 32 * (128 + 128) * 2
-    workspace = memory.workspace_bytes(rows, 32000, 4096, 11008, 2) + memory.workspace_bytes(rows, 0, 4096, 11008, 2)
-    for utilization in (0.3, 0.9, 1.0):
-        tokens = memory.pool_tokens(total, weights, workspace, [token, token], utilization)
-        used = weights + workspace + 2 * tokens * token
-        assert used <= utilization * total < used + 2 * token
-    assert 90_000 < memory.pool_tokens(total, weights, workspace, [token, token], 0.9) < 110_000
-
-
-def test_a_device_that_is_full_already_has_room_for_no_tokens():
-    assert memory.pool_tokens(100, 95, 0, [1], 0.9) == 0
-
-
-def test_logits_and_activations_are_set_aside():
-    assert memory.workspace_bytes(8, 1000, 0, 0, 2) == 8 * 1000 * 4 * 2
-    assert memory.workspace_bytes(0, 1000, 64, 256, 2) == 16384 * (8 * 64 + 4 * 256) * 2
-    assert memory.workspace_bytes(8, 1000, 64, 256, 2, 1024) == 8 * 1000 * 4 * 2 + 1024 * (8 * 64 + 4 * 256) * 2
-
-
-def test_what_graphs_keep_to_themselves_is_counted():
-    policy = Policy(tiny_policy(64, hidden=32))
-    launched = memory._workspace(policy, 8)
-    policy.graphs.enabled = True
-    config = policy.model.config
-    captured = memory.workspace_bytes(8, 64, 32, config.intermediate_size, 4, 1024)
-    assert memory._workspace(policy, 8) == launched + captured
-
-
-class FakeModel:
-    """What the arithmetic asks of a tree model."""
-
-    def __init__(self, device, bytes_per_token, slots=1):
-        self.device, self.bytes_per_token, self.vocab_size = torch.device(device), bytes_per_token, 1000
-        self.pool, self.dtype = SimpleNamespace(slots=slots), torch.bfloat16
-        self.model = self.body = None
-        self.graphs = SimpleNamespace(enabled=True)
-        self.text_config = SimpleNamespace(hidden_size=64, intermediate_size=256)
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A GPU of 1 GiB with 200 MB of weights, on which the models' own pools are the only other thing."""
-    models = []
-
-    def free(device):
-        return GIB - 200_000_000 - sum(m.pool.slots * m.bytes_per_token for m in models if m.device == device)
-
-    monkeypatch.setattr(memory, "free_bytes", free)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free(device), GIB))
-    return models
-
-
-def test_both_models_get_equally_many_tokens_however_often_a_device_is_divided(gpu):
-    gpu += [FakeModel("cuda:0", 3000), FakeModel("cuda:0", 1000)]
-    sizes = []
-    for _ in range(3):
-        memory.divide_devices(gpu, 8, 0.9)
-        for model in gpu:
-            model.pool.slots = memory.default_tokens(model, rows=10**6, tokens_per_row=100) + 1
-            sizes.append(model.pool.slots)
-            assert memory._bounds[model] + 1 == model.pool.slots  # not kept only because it is there
-    assert len(set(sizes)) == 1
-    used = 200_000_000 + sizes[0] * 4000 + sum(memory._workspace(model, 8) for model in gpu)
-    assert 0.89 * GIB < used < 0.9 * GIB + 4000
-
-
-def test_a_call_that_wants_less_takes_less_and_one_row_is_always_tried(gpu):
-    gpu.append(FakeModel("cuda:0", 1000))
-    memory.divide_devices(gpu, 8, 0.9)
-    assert memory.default_tokens(gpu[0], rows=2, tokens_per_row=100) == 200
-    memory.divide_devices(gpu, 8, 0.1)
-    assert memory.default_tokens(gpu[0], rows=20, tokens_per_row=100) == 100
-
-
-def test_devices_are_divided_one_by_one(gpu):
-    gpu += [FakeModel("cuda:0", 1000), FakeModel("cuda:1", 1000)]
-    memory.divide_devices(gpu, 8, 0.9)
-    alone = memory.default_tokens(gpu[0], 10**6, 1)
-    memory.divide_devices([gpu[0], FakeModel("cuda:0", 1000)], 8, 0.9)
-    assert memory.default_tokens(gpu[1], 10**6, 1) == alone > 1.9 * memory.default_tokens(gpu[0], 10**6, 1)
-
-
-def test_all_models_on_a_cpu_share_what_one_would_get(monkeypatch):
-    models = [FakeModel("cpu", size) for size in (3000, 1000, 1000)]
-    monkeypatch.setattr(
-        memory, "free_bytes", lambda device: GIB - sum(m.pool.slots * m.bytes_per_token for m in models)
-    )
-    sizes = []
-    for _ in range(2):
-        memory.divide_devices(models, 8, 0.9)
-        for model in models:
-            model.pool.slots = memory.default_tokens(model, rows=10**6, tokens_per_row=100) + 1
-        sizes.append([model.pool.slots for model in models])
-    assert sizes[0] == sizes[1] == [sizes[0][0]] * 3
-    assert 0.39 * GIB < sum(m.pool.slots * m.bytes_per_token for m in models) < 0.4 * GIB + 5000
-
-
-@pytest.mark.parametrize("share", [0, -0.5, 1.01, float("nan"), True, "most"])
-def test_a_share_of_memory_lies_between_nothing_and_everything(policy32, share):
-    with pytest.raises(ValueError, match=r"gpu_memory_utilization=.*\(0, 1\]"):
-        StarsEngine(policy32, sum_reward, gpu_memory_utilization=share)
-
-
-# Requests that outgrow the slots
 
 
 class Seen(Counter):
