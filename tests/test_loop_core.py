@@ -258,7 +258,7 @@ def test_a_session_opens_only_where_nobody_generates_and_refuses_what_is_too_lar
     engine.core.hold(size)
     assert engine.generate(PROMPTS, CONFIG, seed=1).completions == alone(PROMPTS, 1)
     assert engine.core.loop is not None, "held open"
-    with pytest.raises(ValueError, match="has up to 214 tokens with its answer.*this session takes max_model_len=40"):
+    with pytest.raises(ValueError, match=r"has up to 214 tokens with its answer.*this session takes max_model_len=40"):
         engine.generate(LONG, CONFIG, seed=1)
     engine.core.let_go()
     assert engine.generate(LONG, CONFIG, seed=1).completions == alone(LONG, 1)

@@ -5,11 +5,15 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import sum_reward, tiny_policy, tiny_reward
+from conftest import make_requests, sum_reward, tiny_policy, tiny_reward
 
 from stars_fast import StarsConfig, StarsEngine
+from stars_fast.inputs.arguments import Arguments
+from stars_fast.inputs.job import Job
 from stars_fast.loop.heartbeat import Loop
 from stars_fast.loop.one_answer import OneAnswer
+from stars_fast.loop.scheduler import Scheduler
+from stars_fast.rewards import Reward
 from stars_fast.rewards.callable import CallableReward
 
 VOCAB = 32
@@ -21,6 +25,7 @@ CONFIG = StarsConfig(
 )
 HARD = CONFIG.replace(target_reward=[50.0, -50.0] * 6)  # nothing but fallbacks for the others
 FILTERED = dict(top_k=12, top_p=0.95, repetition_penalty=1.1, temperature=1.3)
+TIGHT = dict(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=11, ignore_eos=True)
 SCARCE = 60  # slots: little more than one request at its end, where twelve with two samples each would run
 
 
@@ -189,6 +194,106 @@ def test_an_engine_closed_in_the_middle_keeps_nothing(kind):
         next(stream)
     stream.close()
     assert_all_free(engine)
+
+
+# Who comes first
+
+
+def submit(engine, priority, prompt, **settings):
+    call = engine.prepare(Arguments([prompt], CONFIG, {"target_reward": -50.0} | settings, seed=0))
+    call.priority = priority
+    job = Job(call, None)
+    engine.core.submit(job)
+    return job
+
+
+def test_the_lower_priority_runs_first_and_the_older_of_equals():
+    engine = make_engine("callable", max_rows=1)
+    jobs = [submit(engine, priority, [5, 6]) for priority in (2, 0, 1, 0, 1)]
+    over = []
+    while engine.core.step():
+        over += [i for i, job in enumerate(jobs) if job.over and i not in over]
+    assert over + [i for i in range(5) if i not in over] == [1, 3, 2, 4, 0]
+
+
+def test_who_gives_way_has_the_highest_number_and_of_those_is_the_youngest(monkeypatch):
+    engine, gone = make_engine("callable", kv_cache_tokens=SCARCE), []
+    preempt = Loop.preempt
+
+    def watched(loop, request):
+        others = [one for one in loop.running + loop.encoding if one is not request]
+        assert all((one.priority, one.id) < (request.priority, request.id) for one in others)
+        gone.append(request)
+        preempt(loop, request)
+
+    monkeypatch.setattr(Loop, "preempt", watched)
+    jobs = [submit(engine, priority, [5, 6]) for priority in (1, 0, 1, 2)]
+    while engine.core.step():
+        pass
+    plenty = make_engine("callable").generate([[5, 6]], CONFIG, seed=0, target_reward=-50.0).completions
+    assert all(engine.output(job).completions == plenty for job in jobs)
+    assert gone and gone[0] is jobs[3].requests[0] and jobs[1].requests[0] not in gone
+
+
+def test_a_request_that_does_not_fit_alone_fails_by_name_and_others_go_on(monkeypatch):
+    """Where memory, and no setting, says how many slots there are."""
+    monkeypatch.setattr("stars_fast.loop.core.default_tokens", lambda *args: SCARCE)
+    engine, prompts = make_engine("callable"), [[5, 6], [7] * SCARCE, [8]]
+    plenty = make_engine("callable", kv_cache_tokens=500).generate(
+        [[5, 6], [8]], CONFIG, seed=[1, 3], target_reward=1.5
+    )
+    out = engine.generate(prompts, CONFIG, seed=[1, 2, 3], target_reward=1.5)
+    assert out.errors == [None, f"it does not fit into kv_cache_tokens={SCARCE} slots, even alone", None]
+    assert [out.completions[0], out.completions[2]] == plenty.completions
+    assert_all_free(engine)
+
+
+def test_an_error_in_counting_slots_is_no_endless_loop(monkeypatch):
+    monkeypatch.setattr(Scheduler, "admit", lambda *args: 0)
+    engine = make_engine("callable")
+    with pytest.warns(UserWarning, match="no request succeeded"):
+        out = generate(engine)
+    assert all("does not fit into kv_cache_tokens" in error for error in out.errors)
+    assert_all_free(engine)
+
+
+class Hidden(Reward):
+    """A reward of hidden states, which fails where it is given none."""
+
+    needs_hidden_state = True
+
+    def score(self, completions):
+        assert all(completion.hidden.shape == (32,) for completion in completions)
+        return sum_reward([completion.tokens for completion in completions])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("segment_length", [1, 3, 5, 50])
+def test_what_admission_counts_for_one_is_never_more_than_its_method_says(segment_length, whole):
+    config = CONFIG.replace(segment_length=segment_length, max_new_tokens=13)
+    (request,) = make_requests(config, 7, whole=whole)
+    for _ in range(13):
+        peak, alone = request.strategy.peak(request), config.chosen_method.slots(config)
+        assert len(request.tokens) + request.strategy.branch(request) <= peak <= alone
+        assert Scheduler(1, 7 + alone).admit([request], []) == 1
+        request.tokens.append(1)
+
+
+@pytest.mark.parametrize("method", ["stars", "cards", "args", "best_of_n", "particle_filter"])
+@pytest.mark.filterwarnings("ignore:method=.* itself")
+def test_the_fewest_slots_suffice_where_hidden_states_are_needed(monkeypatch, method):
+    """A candidate's last token is encoded with it then."""
+    monkeypatch.setattr(Loop, "retreat", lambda loop, tokens, cause: pytest.fail(cause))
+    config, prompts = StarsConfig(**TIGHT, method=method), [[1, 2, 3, 4], [5]]
+    slots = 4 + config.chosen_method.slots(config.chosen_method.rule(config))
+    plenty = StarsEngine(tiny_policy(VOCAB, hidden=32), Hidden()).generate(prompts, config, seed=[1, 2])
+    engine = StarsEngine(tiny_policy(VOCAB, hidden=32), Hidden(), kv_cache_tokens=slots)
+    out = engine.generate(prompts, config, seed=[1, 2])
+    assert out.errors == [None] * 2 and out.completions == plenty.completions
+    assert_all_free(engine)
+    few = StarsEngine(tiny_policy(VOCAB, hidden=32), Hidden(), kv_cache_tokens=slots - 1)
+    with pytest.raises(ValueError, match=f"needs {slots} slots"):
+        few.generate(prompts, config)
 
 
 # Forward passes that run out of memory

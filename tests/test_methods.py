@@ -11,7 +11,6 @@ from conftest import sum_reward, tiny_policy, tiny_reward, tiny_tokenizer
 
 from stars_fast import StarsConfig, StarsEngine, calibrate
 from stars_fast.loop.heartbeat import Loop
-from stars_fast.loop.scheduler import Scheduler
 from stars_fast.methods import (
     METHODS,
     RSD,
@@ -161,12 +160,6 @@ def test_one_request_by_itself_finds_the_slots_that_it_was_given(method):
     one = {"num_return_sequences": 1}
     assert generate(alone, method, PROMPTS[:1], SEEDS[:1], **one).errors == [None]
     assert generate(rowwise, method, PROMPTS, SEEDS, **one).errors == [None] * 3
-
-
-def test_an_error_in_counting_slots_is_no_endless_loop(monkeypatch):
-    monkeypatch.setattr(Scheduler, "admit", lambda *args: 0)
-    with pytest.raises(RuntimeError, match=r"prompts\[0\] is never admitted"):
-        generate(make_engine(), "vanilla")
 
 
 @pytest.mark.parametrize("method", [ParticleFilter(particles=16), BestOfN(n=16)], ids=["population", "trials"])
