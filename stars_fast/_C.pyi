@@ -118,8 +118,6 @@ def gather_logprobs(logits: int, type: int, rows: int, vocab: int, tokens: int, 
 def select_and_commit(
     rows: int,
     groups: int,
-    branch_capacity: int,
-    trunk_capacity: int,
     reward: int,
     length: int,
     ended: int,
@@ -133,22 +131,16 @@ def select_and_commit(
     base: int,
     target: int,
     beta: int,
-    finished_at_target: bool,
+    ramp: int,
     best_reward: int,
     best_attempt: int,
-    best_slots: int,
-    best_len: int,
-    trunk_slots: int,
-    trunk_len: int,
-    branch_slots: int,
-    branch_len: int,
-    keep: int,
+    best_length: int,
+    best_ended: int,
     winner: int,
     accepted: int,
     threshold: int,
+    finish: int,
     /,
-) -> None:
-    """Raises ValueError where a trunk would outgrow its capacity; nothing has been written then."""
-
+) -> None: ...
 def cpu_is_amd() -> bool:
     """Whether this is an x86 processor of AMD's."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from stars_fast import _source_tree
 
 if TYPE_CHECKING:
+    from stars_fast.async_engine import AsyncStarsEngine, QueueFull
     from stars_fast.calibration import Calibration, calibrate
     from stars_fast.config import StarsConfig
     from stars_fast.dropin import StarsGenerateOutput, decoding, generate
@@ -17,7 +18,9 @@ _source_tree.install()
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncStarsEngine",
     "Calibration",
+    "QueueFull",
     "SegmentEvent",
     "SegmentTrace",
     "StarsConfig",
@@ -31,7 +34,9 @@ __all__ = [
 
 # Public name -> its module. Imported on first use: torch and transformers take seconds, `stars-fast --help` none.
 _HOMES = {
+    "AsyncStarsEngine": "async_engine",
     "Calibration": "calibration",
+    "QueueFull": "async_engine",
     "SegmentEvent": "outputs",
     "SegmentTrace": "outputs",
     "StarsConfig": "config",

@@ -75,7 +75,8 @@ class AsyncStarsEngine:
         self.max_segment_length = integer("max_segment_length", max_segment_length, 1)
         self.max_waiting = integer("max_waiting", max_waiting, 1)
         self.dead: BaseException | None = None  # what ended the thread
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, Job | None] = {}  # None while the prompt is being read
+        self._closed = False
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._names, self._reserved, self._draining = count(), 0, False
         self._ended = Stats()  # of requests that have ended, added up
@@ -152,7 +153,7 @@ class AsyncStarsEngine:
         if not reserved:
             self.reserve()
         name, job, loop = request_id or f"request-{next(self._names)}", None, asyncio.get_running_loop()
-        news = asyncio.Event()
+        news, mine = asyncio.Event(), False
 
         def notify() -> None:
             with contextlib.suppress(RuntimeError):  # the event loop is gone, and its callers with it
@@ -160,6 +161,7 @@ class AsyncStarsEngine:
 
         try:
             self._check_open(name)
+            self._jobs[name], mine = None, True
             deadline = None if timeout is None else time.monotonic() + timeout
             given: dict[str, Any] = {key: [value] for key, value in (columns or {}).items()}
             shown = None if reward_prompt is None else [reward_prompt]
@@ -167,6 +169,8 @@ class AsyncStarsEngine:
             arguments = Arguments([prompt], config, columns=given, reward_prompts=shown, seed=seeds)
             call = await asyncio.to_thread(self.engine.prepare, arguments)
             call.priority = priority
+            if self._closed:
+                raise RuntimeError("this engine was closed while the prompt was read")
             job = self._jobs[name] = Job(call, self.engine.tokenizer, deadline=deadline, notify=notify)
             self._inbox.put(job)
             while not (job.over and not job.events):
@@ -178,11 +182,12 @@ class AsyncStarsEngine:
                 raise job.error
         finally:
             self._reserved -= 1
+            if mine:
+                del self._jobs[name]
             if job is not None:
                 if not job.over:
                     job.aborted = True
                     self.engine.core.abort(job)
-                self._jobs.pop(name, None)
                 _add(self._ended, job.stats)
 
     async def abort(self, request_id: str) -> None:
@@ -206,7 +211,7 @@ class AsyncStarsEngine:
         ``running``, ``waiting``, ``preemptions``, and slots of both trees (``policy_slots``, ``policy_slots_free``).
         """
         total, loop = Stats(), self.engine.core.loop
-        for stats in (self._ended, *(job.stats for job in list(self._jobs.values()))):
+        for stats in (self._ended, *(job.stats for job in list(self._jobs.values()) if job is not None)):
             _add(total, stats)
         tree = self.engine.policy.tree
         return {
@@ -220,15 +225,18 @@ class AsyncStarsEngine:
 
     def close(self) -> None:
         """End all requests and the thread; the engine is free again, and every slot."""
+        self._closed = True
         if self._thread.is_alive():
             self._inbox.put(None)
             self._thread.join()
-        self._draining = True
+        while not self._inbox.empty():
+            if (job := self._inbox.get()) is not None:
+                job.end(RuntimeError("this engine was closed"))
 
     def _check_open(self, name: str) -> None:
         if self.dead is not None:
             raise RuntimeError("the engine's thread has died") from self.dead
-        if self._draining or not self._thread.is_alive():
+        if self._draining or self._closed:
             raise RuntimeError("this engine takes no more requests: it is draining or closed")
         if name in self._jobs:
             raise ValueError(f"request_id={name!r} is in use")
@@ -255,8 +263,9 @@ class AsyncStarsEngine:
                     job.end(error)
         except BaseException as error:
             self.dead = error
-            for job in list(self._jobs.values()):
-                job.end(error)
+            for waiting in list(self._jobs.values()):
+                if waiting is not None:
+                    waiting.end(error)
             raise
         finally:
             core.let_go()

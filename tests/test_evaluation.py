@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.cli import app
 from stars_fast.evaluation.cells import cells
-from stars_fast.evaluation.compute import passes
 from stars_fast.evaluation.judging import judged
 from stars_fast.evaluation.metrics import (
     bootstrap,
@@ -109,7 +108,7 @@ def test_passes_are_about_the_tokens_that_the_models_read(name):
             with_kwargs=True,
         )
     out = engine.generate(["a b c d", "d e f"], config, seed=0)
-    policy_passes, draft_passes = passes(method, out.stats)
+    policy_passes, draft_passes = method.passes(out.stats["policy_tokens"], out.stats["committed_tokens"])
     prompts = len(tokenizer("a b c d")["input_ids"]) + len(tokenizer("d e f")["input_ids"])
     assert 0.7 < policy_passes / (read[policy] - prompts) < 1.4
     assert draft_passes == 0 or 0.7 < draft_passes / (read[draft] - prompts) < 1.4

@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import stars_fast
 from stars_fast import StarsEngine
-from stars_fast.loop.heartbeat import Loop
+from stars_fast.loop.queue import Queue
 from stars_fast.methods import Cards
 from stars_fast.policy.steps import Steps
 from stars_fast.tree.passes import WORTH_CAPTURING
@@ -211,10 +211,8 @@ def test_calls_that_come_back_capture_nothing_and_leave_nothing_behind():
 def test_running_out_of_memory_changes_no_text(monkeypatch):
     """The logits of 256 rows take most of the memory here; what one call takes is too much for the next."""
     vocab, retreats = 32_000, []
-    retreat = Loop.retreat
-    monkeypatch.setattr(
-        Loop, "retreat", lambda loop, tokens, cause: retreats.append(cause) or retreat(loop, tokens, cause)
-    )
+    retreat = Queue.retreat
+    monkeypatch.setattr(Queue, "retreat", lambda self, n, cause: retreats.append(cause) or retreat(self, n, cause))
 
     def once():
         engine = StarsEngine(tiny_policy(vocab, hidden=32).to(DEVICE), sum_reward, **EAGER)

@@ -1,10 +1,16 @@
 """The operators keep torch.library's contract, so that torch.compile and CUDA graphs see through them."""
 
+import inspect
+import pydoc
+import re
+
 import pytest
 import torch
 from test_sample_step import arguments, random_logits
 from test_select_and_commit import tables
 from test_tree_attention import SHAPES, tree
+
+from stars_fast import ops
 
 CASES = {
     "kv_append": lambda: (
@@ -30,3 +36,14 @@ def test_opcheck(name):
 
 def test_opcheck_without_seen_tokens():
     torch.library.opcheck(torch.ops.stars_fast.sample_step.default, tuple(arguments(random_logits(3, 50)).values()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_help_states_arguments_shapes_and_what_is_written(name):
+    operator = getattr(ops, name)
+    words = pydoc.plain(pydoc.render_doc(operator))
+    assert f"{name}(Tensor " in words
+    for argument in operator._schema.arguments:
+        assert re.search(rf"^ +(\w+, )*{argument.name}(, \w+)*$", words, re.M), f"{argument.name} has no paragraph"
+    assert words.count("``[") >= 3 and ("written" in words) == operator._schema.is_mutable
+    assert list(inspect.signature(operator).parameters) == [argument.name for argument in operator._schema.arguments]

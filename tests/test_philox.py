@@ -2,14 +2,26 @@
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
 
 from stars_fast.ops._library import native
-from stars_fast.ops.philox import ACCEPT, TOKEN, acceptance_uniform, gumbel, gumbel_noise, philox4x32, philox_key
+from stars_fast.ops.philox import (
+    Domain,
+    Stream,
+    choice_noise,
+    gumbel,
+    gumbel_noise,
+    philox4x32,
+    philox_key,
+    uniform,
+)
 
+HEADER = Path(__file__).resolve().parents[1] / "csrc/philox.h"
 # Random123 (D. E. Shaw Research), tests/kat_vectors, philox4x32 with 10 rounds: counter, key, answer.
 KNOWN_ANSWERS = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -58,7 +70,22 @@ def test_keys_differ_in_every_argument():
     assert philox_key(2**64 + 5, 0, 0) == philox_key(5, 0, 0) == philox_key(5, 0, 0, 0)
 
 
-def noise(rows, count, *, stream=TOKEN, first=0):
+def test_streams_and_domains_never_share_a_number():
+    keys = torch.tensor([philox_key(0, 0, 0, domain) for domain in Domain.__members__.values()])
+    places = torch.tensor([0, 1, 2**28 - 1])  # within a stream: blocks of tiles, of ids, or none
+    streams = torch.tensor(list(Stream.__members__.values()))
+    blocks = philox4x32(keys[:, None, None], (3, 4, 5, streams[:, None] << 28 | places)).flatten(0, -2)
+    assert len(blocks.unique(dim=0)) == len(blocks) == 3 * 5 * 3
+
+
+def test_cpp_names_its_streams_alike():
+    spelled = dict(re.findall(r"\bk(\w+) = (\d+)", HEADER.read_text()))
+    assert {name.upper(): int(number) for name, number in spelled.items()} == {
+        stream.name: stream for stream in (Stream.TILE, Stream.TOKEN, Stream.ACCEPT)
+    }
+
+
+def noise(rows, count, *, stream=Stream.TOKEN, first=0):
     zeros = torch.zeros(rows, dtype=torch.int32)
     keys = torch.tensor([philox_key(0, row, 0) for row in range(rows)])
     return gumbel_noise(keys, zeros, zeros, zeros, stream, torch.full((rows,), first), count)
@@ -70,7 +97,7 @@ def test_noise_is_gumbel():
 
 def test_an_index_has_the_same_noise_wherever_the_tile_begins():
     assert torch.equal(noise(3, 4096)[:, 1024:2048], noise(3, 1024, first=1024))
-    assert not torch.equal(noise(3, 1024), noise(3, 1024, stream=ACCEPT))
+    assert not torch.equal(noise(3, 1024), noise(3, 1024, stream=Stream.TILE))
 
 
 def test_the_winning_tail_has_full_resolution():
@@ -87,6 +114,14 @@ def test_the_winning_tail_has_full_resolution():
 def test_uniforms_are_uniform_and_never_0_or_1():
     attempts = torch.arange(20_000, dtype=torch.int32)
     keys = torch.full((20_000,), philox_key(7, 0, 0))
-    uniforms = acceptance_uniform(keys, torch.zeros_like(attempts), attempts)
+    uniforms = uniform(keys, torch.zeros_like(attempts), attempts)
     assert stats.kstest(uniforms.numpy(), "uniform").pvalue > 1e-3
     assert uniforms.min() > 0 and uniforms.max() < 1
+
+
+def test_noise_for_a_choice_is_gumbel_and_has_nothing_to_do_with_acceptance():
+    attempts = torch.arange(20_000, dtype=torch.int32)
+    names = torch.full((20_000,), philox_key(7, 0, 0)), torch.zeros_like(attempts), attempts
+    noise = choice_noise(*names).numpy()
+    assert stats.kstest(noise, "gumbel_r").pvalue > 1e-3
+    assert stats.spearmanr(noise, uniform(*names).numpy()).pvalue > 1e-3

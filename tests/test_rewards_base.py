@@ -1,15 +1,18 @@
 """What every scorer is promised, and what is made of what it returns."""
 
+import math
 import warnings
 
 import pytest
+import torch
 from conftest import sum_reward, tiny_tokenizer
 from histories import assert_scores, fresh
 from test_rewards_callable import CONFIG, PROMPTS, expect_same_text
 from tiny_tokenizers import CHAT, LLAMA3, byte_bpe, chat_prefix, models_for
 
 from stars_fast import StarsEngine
-from stars_fast.rewards import CallableReward, ClassifierReward, Reward
+from stars_fast.rewards import CallableReward, ClassifierReward, Completion, Response, Reward, RewardPrompt
+from stars_fast.rewards.base import score_each
 
 # Prompts
 
@@ -146,3 +149,53 @@ def test_a_failure_that_ends_its_request_is_told_there_alone(policy32, recwarn):
     out = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=0)
     assert out.errors[0] is None and "eight" in out.errors[1]
     assert not recwarn.list
+
+
+class Returns(Reward):
+    """Scores that are known beforehand."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def score(self, completions):
+        return self.values
+
+
+def answers(count):
+    prompt = RewardPrompt(0, [1], [1])
+    return [Completion(Response(prompt), [k]) for k in range(count)]
+
+
+def test_scores_in_a_tensor_stay_there_until_somebody_looks_and_are_copied_once(monkeypatch):
+    values, copies = torch.tensor([0.5, -math.inf, 2.0]), []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: copies.append(1) or tolist(tensor))
+    scores = score_each(Returns(values), answers(3))
+    assert scores.tensor is values and len(scores) == 3 and not copies
+    assert list(scores) == [(0.5, None), (-math.inf, None), (2.0, None)] and scores[2] == (2.0, None)
+    assert len(copies) == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_reward_in_a_tensor_is_told_as_in_a_list(value):
+    in_a_list, in_a_tensor = (score_each(Returns(make([1.0, value])), answers(2)) for make in (list, torch.tensor))
+    assert in_a_tensor.tensor is not None and in_a_list.tensor is None
+    assert in_a_tensor[0] == in_a_list[0] == (1.0, None)
+    assert in_a_tensor[1][1] == in_a_list[1][1] == f"the reward returned {value}; it must be finite, or -inf to reject"
+    assert math.isnan(in_a_tensor[1][0])
+
+
+def test_a_list_keeps_its_full_precision():
+    assert score_each(Returns([0.1 + 0.2]), answers(1))[0] == (0.1 + 0.2, None)
+
+
+@pytest.mark.parametrize("values", [torch.tensor([[1.0], [2.0]]), torch.tensor([1, 2]), [torch.tensor(1), 2]])
+def test_tensors_of_another_form_are_read_one_by_one(values):
+    scores = score_each(Returns(values), answers(2))
+    assert scores.tensor is None and list(scores) == [(1.0, None), (2.0, None)]
+
+
+def test_a_tensor_of_another_length_is_an_error_of_each():
+    scores = score_each(Returns(torch.zeros(3)), answers(2))
+    assert scores.tensor is None
+    assert all("returned 3 values for 1 completions" in error for _, error in scores)

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import os
 import threading
 
 import pytest
@@ -54,6 +55,33 @@ def test_columns_reach_the_completions_of_their_prompt(policy32):
 
     expect_same_text(policy32, reward, columns={"answer": ["x", "y"]})
     assert seen == {((5, 6, 7), "x"), ((8,), "y")}
+
+
+def test_callers_with_different_columns_are_asked_apart_and_nobody_of_them_one_by_one():
+    calls = []
+
+    def reward(completions, bonus=None, **columns):
+        calls.append((len(completions), sorted(columns.keys() - {"prompts", "completion_ids"})))
+        return [float(len(c)) + (bonus[i] if bonus else 0.0) for i, c in enumerate(completions)]
+
+    columns = [{"bonus": 0.5}, {"other": "x"}, {}, {"bonus": 0.25}, {"other": "y"}]
+    prompts = [RewardPrompt(i, [1], [1], columns=own) for i, own in enumerate(columns)]
+    completions = [Completion(Response(prompt), [2] * (i + 1)) for i, prompt in enumerate(prompts)]
+    assert CallableReward(reward).score(completions) == [1.5, 2.0, 3.0, 4.25, 5.0]
+    assert calls == [(2, []), (2, ["other"]), (1, [])]
+    calls.clear()
+    picky = CallableReward(lambda completions, bonus=None: reward(completions, bonus))
+    assert picky.score(completions) == [1.5, 2.0, 3.0, 4.25, 5.0]
+    assert [count for count, _ in calls] == [2, 3], "columns that it does not take make no difference"
+
+
+def test_a_prompt_that_joins_without_a_column_that_is_needed_is_refused():
+    scorer = CallableReward(lambda completions, answer: 0)
+    scorer.begin([], 8, 8, None)
+    scorer.open([RewardPrompt(0, [1], [1], columns={"answer": 1})], 8)
+    with pytest.raises(ValueError, match=r"'answer'.*columns="):
+        scorer.open([RewardPrompt(0, [1], [1], columns={"answer": 1}), RewardPrompt(1, [1], [1])], 8)
+    scorer.end()
 
 
 @pytest.mark.parametrize(
@@ -177,3 +205,54 @@ def test_a_task_left_behind_by_an_async_function_ends_with_the_call(policy32):
     tasks = []
     expect_same_text(policy32, reward)
     assert tasks and len(cancelled) == len(tasks)
+
+
+@pytest.mark.parametrize("how", ["exits", "stops its loop", "exits in a task of its own"])
+def test_an_async_function_that_ends_its_loop_fails_and_does_not_hang(policy32, how):
+    """The next one is asked in a loop that runs."""
+
+    tasks = []
+
+    async def quit():
+        raise SystemExit(3)
+
+    async def reward(prompts, completions):
+        await asyncio.sleep(0)
+        if [8] in prompts:
+            if how == "exits":
+                raise SystemExit(3)
+            if how == "stops its loop":
+                asyncio.get_running_loop().stop()
+            else:
+                tasks.append(asyncio.ensure_future(quit()))
+            await asyncio.sleep(0.1)
+        return sum_reward(completions)
+
+    out = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=0)
+    assert all(isinstance(task.exception(), SystemExit) for task in tasks)  # looked at, so that asyncio does not log it
+    plain = StarsEngine(policy32, sum_reward).generate(PROMPTS, CONFIG, seed=0)
+    assert out.errors[0] is None and out.completions[0] == plain.completions[0]
+    assert "raised RuntimeError: it " in out.errors[1] and ("SystemExit" in out.errors[1]) == ("exits" in how)
+    assert not [thread for thread in threading.enumerate() if thread.name == "stars-fast-reward"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_has_a_loop_of_its_own():
+    async def reward(completions):
+        await asyncio.sleep(0)
+        return sum_reward(completions)
+
+    scorer, completions = CallableReward(reward), [Completion(Response(RewardPrompt(0, [1], [1])), [2, 3])]
+    scorer.begin([], 8, 8, None)
+    expected = scorer.score(completions)
+    child = os.fork()
+    if not child:
+        found = []
+        thread = threading.Thread(target=lambda: found.append(scorer.score(completions)), daemon=True)
+        thread.start()
+        thread.join(20)
+        os._exit(int(found != [expected]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert scorer.score(completions) == expected, "the parent's loop still runs"
+    scorer.end()

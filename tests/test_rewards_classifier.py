@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from conftest import tiny_policy, tiny_reward, tiny_tokenizer
-from histories import assert_scores, fresh
+from histories import assert_scores, fresh, ids_prompts
 from tiny_tokenizers import byte_bpe, models_for
 from transformers import (
     BertConfig,
@@ -21,6 +21,7 @@ from transformers import (
 
 from stars_fast import StarsConfig, StarsEngine, demo
 from stars_fast.rewards import ClassifierReward, Completion, ImplicitReward, Response, RewardPrompt, WeightedSum
+from stars_fast.rewards.base import score_each
 from stars_fast.rewards.classifier import score_in_full
 
 VOCAB = 32
@@ -118,6 +119,21 @@ def test_a_model_that_makes_more_of_its_heads_value_is_scored_in_full():
 @pytest.mark.parametrize("pad", [None, 0, 4])
 def test_a_plain_head_is_scored_on_the_tree_whatever_its_pad_id_and_dtype(dtype, pad):
     assert ClassifierReward(tiny_reward(VOCAB, hidden=32, pad_token_id=pad).to(dtype)).tree_model is not None
+
+
+def test_rewards_stay_on_the_device_of_their_model(reward32, monkeypatch):
+    scorer, prompts = ClassifierReward(reward32), ids_prompts(PROMPTS)
+    scorer.begin(prompts, 8, 8, None)
+    scorer.open(prompts, 8)
+    completions = [Completion(Response(prompt), [5, k]) for prompt in prompts for k in range(3)]
+    with torch.no_grad(), monkeypatch.context() as patch:
+        for name in ("tolist", "item", "cpu", "numpy", "__float__", "__iter__"):
+            patch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} copies to the host"))
+        scores = score_each(scorer, completions)
+        assert scores.tensor is not None and scores.tensor.shape == (6,)
+    expected = [fresh(reward32, completion.response.prompt.ids + completion.tokens) for completion in completions]
+    assert [reward for reward, _ in scores] == pytest.approx(expected, abs=1e-4)
+    scorer.end()
 
 
 # PEFT

@@ -216,3 +216,13 @@ def test_a_candidate_whose_response_came_back_without_its_state_is_committed_to_
     completion.response = Response(completion.response.prompt)
     scorer.commit(completion)
     assert scorer.score([Completion(completion.response, [3])]) == [2.0]
+
+
+def test_a_prompt_that_one_part_refuses_is_forgotten_by_the_parts_before_it():
+    first, last = ClassifierReward(tiny_reward(VOCAB, seed=7)), CallableReward(lambda completions, answer: 0)
+    scorer, prompts = WeightedSum([(1.0, first), (1.0, last)]), ids_prompts(PROMPTS)
+    scorer.begin(prompts, 8, 8, None)
+    with pytest.raises(ValueError, match="'answer'"):
+        scorer.open(prompts, 8)
+    assert not first._contexts and not first.caches[0]._runs
+    scorer.end()

@@ -44,7 +44,7 @@ def arguments(logits, *, seed=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
         "min_p": full(min_p),
         "repetition_penalty": full(penalty),
         "seen": seen,
-        "eos": torch.tensor(eos, dtype=torch.int64),
+        "eos": torch.tensor(eos, dtype=torch.int64).expand(rows, -1).clone(),
     }
 
 
@@ -163,12 +163,32 @@ def test_a_row_draws_the_same_alone_and_in_any_batch(draw):
     together = draw(**{name: value.clone() if torch.is_tensor(value) else value for name, value in case.items()})
     for row in range(9):
         alone = {
-            name: value[row : row + 1].clone() if torch.is_tensor(value) and name != "eos" else value
-            for name, value in case.items()
+            name: value[row : row + 1].clone() if torch.is_tensor(value) else value for name, value in case.items()
         }
         for mine, theirs in zip(draw(**alone), together, strict=True):
             assert torch.equal(mine, theirs[row : row + 1]) or draw is sample_step_reference
             torch.testing.assert_close(mine, theirs[row : row + 1])
+
+
+@pytest.mark.parametrize("draw", BOTH)
+def test_a_rows_settings_are_its_own(draw):
+    rows, vocab = 4, 1500
+    seen = torch.rand(rows, vocab, generator=torch.Generator().manual_seed(1)) < 0.3
+    others = torch.arange(rows) % 2 == 1
+    neutral = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penalty=1.0)
+    mixed = {name: torch.where(others, FILTERS["all"][name], neutral[name]) for name in neutral}
+
+    def drawn(**settings):
+        case = arguments(random_logits(rows, vocab), **settings)
+        case["eos"] = torch.where(others[:, None], torch.arange(1400), -1)  # the others end at nearly any
+        return *draw(**case), case["alive"]
+
+    together = drawn(**mixed, seen=seen.clone())
+    for mine, expected, bare in zip(together, drawn(**neutral, seen=seen.clone()), drawn(**neutral), strict=True):
+        assert torch.equal(mine[~others], expected[~others])
+        assert torch.equal(mine[~others], bare[~others])
+    for mine, expected in zip(together, drawn(**FILTERS["all"], seen=seen.clone()), strict=True):
+        assert torch.equal(mine[others], expected[others])
 
 
 @pytest.mark.parametrize("draw", BOTH)
@@ -195,19 +215,20 @@ def test_top_p_is_exact_on_nearly_equal_logits(draw):
 
 
 @pytest.mark.parametrize("draw", BOTH)
-def test_a_row_ends_at_eos_or_at_its_limit(draw):
-    logits = torch.full((4, 10), -torch.inf)
+def test_a_row_ends_at_an_eos_of_its_own_or_at_its_limit(draw):
+    logits = torch.full((5, 10), -torch.inf)
     logits[:, 7] = 0
-    case = arguments(logits, seen=torch.zeros(4, 10, dtype=torch.bool), eos=(3, 7))
+    case = arguments(logits, seen=torch.zeros(5, 10, dtype=torch.bool), eos=(3, 7))
     case["logits"][1:3] = torch.tensor([-torch.inf] * 9 + [0.0])
-    case["limit"] = torch.tensor([100, 6, 7, 100], dtype=torch.int32)
+    case["limit"] = torch.tensor([100, 6, 7, 100, 100], dtype=torch.int32)
     case["alive"][3] = False
+    case["eos"][4] = torch.tensor([9, -1])
     token, logprob, sampling_logprob, entropy = draw(**case)
-    assert token.tolist() == [7, 9, 9, 0]
-    assert case["alive"].tolist() == [False, False, True, False]
-    assert case["position"].tolist() == [6, 6, 6, 5]
-    assert case["seen"].nonzero().tolist() == [[0, 7], [1, 9], [2, 9]]
-    assert logprob.tolist() == sampling_logprob.tolist() == entropy.tolist() == [0, 0, 0, 0]
+    assert token.tolist() == [7, 9, 9, 0, 7]
+    assert case["alive"].tolist() == [False, False, True, False, True]
+    assert case["position"].tolist() == [6, 6, 6, 5, 6]
+    assert case["seen"].nonzero().tolist() == [[0, 7], [1, 9], [2, 9], [4, 7]]
+    assert logprob.tolist() == sampling_logprob.tolist() == entropy.tolist() == [0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("draw", BOTH)

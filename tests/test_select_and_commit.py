@@ -8,28 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stars_fast.ops import EARLIER, INVALID, NONE, philox_key, select_and_commit
-from stars_fast.ops.philox import acceptance_uniform
+from stars_fast.ops import EARLIER, GOES_ON, INVALID, LENGTH, NONE, STOP, philox_key, select_and_commit
+from stars_fast.ops.philox import uniform
 from stars_fast.ops.select_and_commit import select_and_commit_reference
 
 BOTH = [pytest.param(select_and_commit, id="operator"), pytest.param(select_and_commit_reference, id="reference")]
-WRITTEN = (
-    "attempts",
-    "best_reward",
-    "best_attempt",
-    "best_slots",
-    "best_len",
-    "trunk_slots",
-    "trunk_len",
-    "branch_len",
-)
-S, P = 4, 40
+WRITTEN = ("attempts", "best_reward", "best_attempt", "best_length", "best_ended")
 
 
 def tables(rows_of, rewards, *, attempts=None, seed=0, **fields):
     """Arguments for groups with the given numbers of rows; ``fields`` override the defaults, scalars for all groups."""
     groups, rows = len(rows_of), sum(rows_of)
-    generator = torch.Generator().manual_seed(seed)
     defaults = dict(segment=2, attempts=0, committed=4, max_new_tokens=16, max_attempts=6)
     reals = dict(base=-0.5, target=1.0, beta=0.7)
 
@@ -48,33 +37,27 @@ def tables(rows_of, rewards, *, attempts=None, seed=0, **fields):
         "keys": torch.tensor([philox_key(seed, g, 0) for g in range(groups)]),
         **ints,
         **{name: column(name, value, torch.float64, groups) for name, value in reals.items()},
-        "finished_at_target": fields.get("finished_at_target", True),
+        "ramp": column("ramp", False, torch.bool, groups),
         "best_reward": torch.zeros(groups),
         "best_attempt": torch.full((groups,), -1, dtype=torch.int32),
-        "best_slots": torch.zeros(groups, S, dtype=torch.int32),
-        "best_len": torch.zeros(groups, dtype=torch.int32),
-        "trunk_slots": torch.randint(1, 1000, (groups, P), dtype=torch.int32, generator=generator),
-        "trunk_len": torch.randint(0, 8, (groups,), dtype=torch.int32, generator=generator),
-        "branch_slots": torch.randint(1000, 9999, (rows, S), dtype=torch.int32, generator=generator),
-        "branch_len": torch.full((rows,), 3, dtype=torch.int32),
-        "keep": torch.randint(0, S + 1, (rows,), dtype=torch.int32, generator=generator),
+        "best_length": torch.zeros(groups, dtype=torch.int32),
+        "best_ended": torch.zeros(groups, dtype=torch.bool),
     }
 
 
 def one_at_a_time(case):
-    """The rule as METHODS state it, on Python numbers; changes ``case`` and returns (winner, accepted, threshold)."""
+    """The rule as METHODS state it, on Python numbers; changes ``case`` and returns what the operator returns."""
     c = {name: value.tolist() if torch.is_tensor(value) else value for name, value in case.items()}
-    winners, accepteds, thresholds = [], [], [0.0] * len(c["reward"])
+    winners, accepteds, thresholds, finishes = [], [], [0.0] * len(c["reward"]), []
     for g, (start, stop) in enumerate(zip(c["group_indptr"], c["group_indptr"][1:], strict=False)):
         winner, accepted, drawn = NONE, False, c["attempts"][g]
         for row in range(start, stop):
             base, target, r = c["base"][g], c["target"][g], c["reward"][row]
             tau = target
-            if not math.isinf(target) and not (c["ended"][row] and c["finished_at_target"]):
+            if not math.isinf(target) and (c["ramp"][g] or not c["ended"][row]):
                 n = c["committed"][g] + c["length"][row]
                 tau = min(base + (target - base) * n / c["max_new_tokens"][g], target)
             thresholds[row] = tau
-            c["branch_len"][row] = 0
             if winner != NONE or c["attempts"][g] >= c["max_attempts"][g]:
                 continue
             attempt = c["attempts"][g]
@@ -83,42 +66,36 @@ def one_at_a_time(case):
                 winner = INVALID
                 continue
             if c["best_attempt"][g] < 0 or r > c["best_reward"][g]:
-                keep = c["keep"][row]
-                c["best_reward"][g], c["best_attempt"][g], c["best_len"][g] = r, attempt, keep
-                c["best_slots"][g][:keep] = c["branch_slots"][row][:keep]
-            u = acceptance_uniform(case["keys"][g], case["segment"][g], torch.tensor(attempt)).item()
+                c["best_reward"][g], c["best_attempt"][g] = r, attempt
+                c["best_length"][g], c["best_ended"][g] = c["length"][row], c["ended"][row]
+            u = uniform(case["keys"][g], case["segment"][g], torch.tensor(attempt)).item()
             if r >= tau or (r > -math.inf and u < math.exp(min(0.0, (r - tau) / c["beta"][g]))):
                 winner, accepted = row, True
         if winner == NONE and stop > start and c["attempts"][g] == c["max_attempts"][g] > drawn:
             winner = start + c["best_attempt"][g] - drawn if c["best_attempt"][g] >= drawn else EARLIER
-        slots = c["branch_slots"][winner][: c["keep"][winner]] if accepted else c["best_slots"][g][: c["best_len"][g]]
-        if accepted or winner not in (NONE, INVALID):
-            length = c["trunk_len"][g]
-            c["trunk_slots"][g][length : length + len(slots)] = slots
-            c["trunk_len"][g] += len(slots)
+        finish = GOES_ON
+        if winner not in (NONE, INVALID):
+            place, column = (winner, "") if winner >= 0 else (g, "best_")
+            full = c["committed"][g] + c[column + "length"][place] >= c["max_new_tokens"][g]
+            finish = STOP if c[column + "ended"][place] else LENGTH if full else GOES_ON
         winners.append(winner)
         accepteds.append(accepted)
+        finishes.append(finish)
     for name in WRITTEN:
         case[name].copy_(torch.tensor(c[name], dtype=case[name].dtype))
-    return winners, accepteds, thresholds
+    return winners, accepteds, thresholds, finishes
 
 
 def assert_same(select, case):
     expected_case = copy.deepcopy(case)
-    winners, accepteds, thresholds = one_at_a_time(expected_case)
-    winner, accepted, threshold = select(**case)
+    winners, accepteds, thresholds, finishes = one_at_a_time(expected_case)
+    winner, accepted, threshold, finish = select(**case)
     assert winner.tolist() == winners
     assert accepted.tolist() == accepteds
+    assert finish.tolist() == finishes
     torch.testing.assert_close(threshold, torch.tensor(thresholds), rtol=0, atol=0)
-    for outcome in (case, expected_case):
-        _clear_unused(outcome)
     for name in WRITTEN:
         torch.testing.assert_close(case[name], expected_case[name], rtol=0, atol=0, msg=name)
-
-
-def _clear_unused(case):
-    """Places of ``best_slots`` past ``best_len`` may hold anything."""
-    case["best_slots"][torch.arange(S) >= case["best_len"][:, None]] = 0
 
 
 rewards = st.sampled_from([-3.0, -1.0, -1.0, -0.25, 0.0, 0.5, 2.0, -math.inf, math.inf, math.nan])
@@ -139,11 +116,12 @@ def test_candidates_side_by_side_are_judged_as_one_after_another(select, data):
         each(rewards, rows),
         seed=data.draw(st.integers(0, 1000)),
         length=each(st.integers(1, 4), rows),
+        max_new_tokens=each(st.sampled_from([6, 7, 16]), groups),
         ended=each(st.booleans(), rows),
         target=each(st.sampled_from([1.0, 0.0, -2.0, math.inf, -math.inf]), groups),
         beta=each(st.sampled_from([0.7, 1e-3, 50.0]), groups),
         max_attempts=each(st.integers(1, 6), groups),
-        finished_at_target=data.draw(st.booleans()),
+        ramp=each(st.booleans(), groups),
     )
     for _ in range(3):  # attempts and the best so far carry over, as from heartbeat to heartbeat
         assert_same(select, case)
@@ -159,10 +137,7 @@ def test_one_candidate_a_round_is_the_same_as_all_at_once(select):
         winner = select(**together)[0].item()
         single = copy.deepcopy(together) | tables([6], scores, seed=seed)
         for row in range(6):
-            part = single | {
-                name: single[name][row : row + 1]
-                for name in ("reward", "length", "ended", "branch_slots", "branch_len", "keep")
-            }
+            part = single | {name: single[name][row : row + 1] for name in ("reward", "length", "ended")}
             part["group_indptr"] = torch.tensor([0, 1], dtype=torch.int32)
             outcome = select(**part)[0].item()
             if outcome != NONE:
@@ -170,32 +145,49 @@ def test_one_candidate_a_round_is_the_same_as_all_at_once(select):
         assert (outcome in (0, EARLIER)) and winner >= 0
         if outcome == 0:
             assert row == winner or single["best_attempt"].item() == winner
-        _clear_unused(single)
-        _clear_unused(together)
-        for name in set(WRITTEN) - {"branch_len"}:
+        for name in WRITTEN:
             assert torch.equal(single[name], together[name]), name
 
 
 @pytest.mark.parametrize("select", BOTH)
 def test_the_best_of_all_rounds_is_the_fallback(select):
-    case = tables([3], [-50.0, -40.0, -60.0], max_attempts=6, beta=0.01)
-    case["keep"][:] = torch.tensor([4, 2, 1])
-    slots = case["branch_slots"][1, :2].clone()
+    case = tables([3], [-50.0, -40.0, -60.0], max_attempts=6, beta=0.01, length=[4, 2, 1], ended=[False, True, False])
     assert select(**case)[0].tolist() == [NONE]
-    assert (case["best_attempt"].item(), case["best_reward"].item(), case["attempts"].item()) == (1, -40.0, 3)
+    best = {name: case[name].item() for name in WRITTEN}
+    assert best == dict(attempts=3, best_reward=-40.0, best_attempt=1, best_length=2, best_ended=True)
     case["reward"] = torch.tensor([-40.0, -55.0, -41.0])  # a tie goes to the earlier attempt
-    case["branch_slots"] = case["branch_slots"] + 1
-    length = case["trunk_len"].item()
-    winner, accepted, _ = select(**case)
-    assert (winner.tolist(), accepted.tolist()) == ([EARLIER], [False])
-    assert torch.equal(case["trunk_slots"][0, length : length + 2], slots)
-    assert case["trunk_len"].item() == length + 2
+    winner, accepted, _, finish = select(**case)
+    assert (winner.tolist(), accepted.tolist(), finish.tolist()) == ([EARLIER], [False], [STOP])
+    assert {name: case[name].item() for name in WRITTEN} == best | dict(attempts=6)
+
+
+@pytest.mark.parametrize("select", BOTH)
+def test_an_answer_finishes_with_the_candidate_that_is_committed(select):
+    sure, never = 9.0, -99.0
+    case = tables(
+        [1, 2, 1, 1, 2, 1],
+        [sure, never, sure, sure, sure, never, never, never],
+        length=[3, 3, 3, 4, 4, 4, 3, 4],
+        ended=[False, True, False, False, True, False, False, True],
+        max_new_tokens=8,
+        max_attempts=[6, 6, 6, 6, 2, 6],
+    )
+    case["reward"][7] = math.inf
+    winner, _, _, finish = select(**case)
+    assert winner.tolist() == [0, 2, 3, 4, 5, INVALID]
+    assert finish.tolist() == [GOES_ON, GOES_ON, LENGTH, STOP, LENGTH, GOES_ON]
+
+
+@pytest.mark.parametrize("select", BOTH)
+def test_ended_candidates_are_held_against_the_target_or_where_the_group_says_so_against_the_ramp(select):
+    case = tables([2, 2], [0.0] * 4, ended=[True, False, True, False], ramp=[False, True], base=0.0, target=16.0)
+    assert select(**case)[2].tolist() == [16.0, 7.0, 7.0, 7.0]
 
 
 @pytest.mark.parametrize("select", BOTH)
 def test_minus_infinity_is_a_rejection_and_can_still_be_the_fallback(select):
     case = tables([2, 2], [-math.inf] * 4, max_attempts=2, target=[1.0, -math.inf])
-    winner, accepted, threshold = select(**case)
+    winner, accepted, threshold, _ = select(**case)
     assert winner.tolist() == [0, 2]
     assert accepted.tolist() == [False, True]
     assert threshold[2:].tolist() == [-math.inf, -math.inf]
@@ -204,25 +196,22 @@ def test_minus_infinity_is_a_rejection_and_can_still_be_the_fallback(select):
 @pytest.mark.parametrize("select", BOTH)
 def test_an_invalid_reward_counts_only_if_it_is_reached(select):
     case = tables([2, 2], [5.0, math.nan, -99.0, math.inf], beta=0.01)
-    trunk = case["trunk_len"].clone()
-    winner, accepted, _ = select(**case)
+    winner, accepted, *_ = select(**case)
     assert winner.tolist() == [0, INVALID]
     assert accepted.tolist() == [True, False]
     assert case["attempts"].tolist() == [1, 2]
-    assert case["trunk_len"][1] == trunk[1]
 
 
 @pytest.mark.parametrize("select", BOTH)
 def test_padding_rows_and_empty_groups_change_nothing(select):
     case = tables([2, 0], [-0.1, 0.2])
-    for name in ("reward", "length", "ended", "branch_slots", "branch_len", "keep"):
+    for name in ("reward", "length", "ended"):
         case[name] = torch.cat((case[name], case[name][:1]))
     before = {name: case[name].clone() for name in WRITTEN}
-    winner, _, threshold = select(**case)
-    assert winner[1] == NONE
-    assert case["branch_len"].tolist() == [0, 0, 3]
+    winner, _, threshold, finish = select(**case)
+    assert (winner[1], finish[1]) == (NONE, GOES_ON)
     assert threshold[2] == 0
-    for name in WRITTEN[:-1]:
+    for name in WRITTEN:
         assert torch.equal(case[name][1], before[name][1]), name
 
 
@@ -233,15 +222,3 @@ def test_acceptance_has_the_probability_of_the_rule(select):
     rate = select(**case)[1].double().mean().item()
     expected = math.exp(-1 / 0.7)
     assert abs(rate - expected) < 4 * math.sqrt(expected * (1 - expected) / groups)
-
-
-@pytest.mark.parametrize("select", BOTH)
-def test_a_full_trunk_is_an_error_that_changes_nothing(select):
-    case = tables([1, 1], [9.0, 9.0])
-    case["keep"][:] = 4
-    case["trunk_len"][:] = torch.tensor([0, P - 3])
-    before = copy.deepcopy(case)
-    with pytest.raises(ValueError, match=f"holds {P} slots, but group 1 would need {P + 1}"):
-        select(**case)
-    for name in WRITTEN:
-        assert torch.equal(case[name], before[name]), name

@@ -113,6 +113,70 @@ def test_all_models_on_a_cpu_share_what_one_would_get(monkeypatch):
     assert 0.39 * GIB < sum(m.pool.slots * m.bytes_per_token for m in models) < 0.4 * GIB + 5000
 
 
+# What a machine has
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with these files under its root."""
+    monkeypatch.setattr(memory, "_ROOT", tmp_path)
+
+    def put(**files):
+        for path, text in files.items():
+            path = tmp_path / path.replace("__", "/").replace("memory_", "memory.")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return memory.free_bytes(torch.device("cpu"))
+
+    return put
+
+
+LINUX = {"proc__meminfo": "MemTotal:  33554432 kB\nMemAvailable:  16777216 kB\nHugePages_Total: 0\n"}
+
+
+def test_linux_says_what_is_available(machine):
+    assert machine(**LINUX) == 16 * GIB
+
+
+def test_a_container_leaves_its_limit_and_files_that_may_be_dropped_count_as_free(machine):
+    group = "sys__fs__cgroup__"
+    own = LINUX | {"proc__self__cgroup": "0::/\n", f"{group}memory_max": "max\n", f"{group}memory_current": str(GIB)}
+    assert machine(**own) == 16 * GIB
+    own |= {f"{group}memory_max": str(4 * GIB), f"{group}memory_stat": f"anon 5\ninactive_file {GIB // 2}\n"}
+    assert machine(**own) == 3.5 * GIB
+    assert machine(**own | {f"{group}memory_current": str(5 * GIB)}) == 0
+
+
+def test_the_least_of_nested_groups_is_what_counts(machine):
+    outer, inner = "sys__fs__cgroup__a.slice__", "sys__fs__cgroup__a.slice__b.scope__"
+    files = {f"{outer}memory_max": 2 * GIB, f"{outer}memory_current": GIB, f"{inner}memory_max": 3 * GIB}
+    files |= {f"{inner}memory_current": GIB, "proc__self__cgroup": "0::/a.slice/b.scope\n"}
+    assert machine(**LINUX, **{path: str(text) for path, text in files.items()}) == GIB
+
+
+@pytest.mark.parametrize("seen_as", ["", "docker__f00__"], ids=["as the top", "by its path"])
+def test_groups_of_the_first_version_count_too(machine, seen_as):
+    group = f"sys__fs__cgroup__memory__{seen_as}"
+    files = {f"{group}memory_limit_in_bytes": str(3 * GIB), f"{group}memory_usage_in_bytes": str(GIB)}
+    assert machine(**LINUX, **files, proc__self__cgroup="5:cpu,memory:/docker/f00\n0::/\n") == 2 * GIB
+
+
+def test_macos_shares_its_physical_memory_and_an_unknown_machine_has_a_little(machine, monkeypatch):
+    sizes = {"SC_PHYS_PAGES": 1 << 21, "SC_PAGE_SIZE": 1 << 14}
+
+    def sysconf(name):
+        if name not in sizes:
+            raise ValueError("unrecognized configuration name")
+        return sizes[name]
+
+    monkeypatch.setattr("os.sysconf", sysconf)
+    assert machine() == 16 * GIB
+    sizes.clear()
+    assert machine() == 4 * GIB
+    monkeypatch.delattr("os.sysconf")
+    assert machine() == 4 * GIB
+
+
 @pytest.mark.parametrize("share", [0, -0.5, 1.01, float("nan")])
 def test_a_share_of_memory_lies_between_nothing_and_everything(policy32, share):
     with pytest.raises(ValueError, match=r"gpu_memory_utilization=.*\(0, 1\]"):

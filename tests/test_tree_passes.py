@@ -93,6 +93,21 @@ def test_large_passes_watched_passes_and_unusual_outputs_are_left_alone():
         assert small() is None
 
 
+def test_shapes_that_were_met_are_forgotten_at_last_but_not_those_met_often(monkeypatch):
+    monkeypatch.setattr("stars_fast.tree.model._MOST_SHAPES", 4)
+    model = policy()
+    model.graphs.enabled = True
+    model.allocate(2 * MOST_TOKENS)
+    often = 0
+    for tokens in (1, 2, 4, 8, 16, 32, 64):
+        for length in (512, tokens):
+            model._small_pass(model.plan([-1], [1], [length]), [length], 1, {"logits_to_keep": 0})
+            model.clear()
+        often = max(model._met.values())
+        assert len(model._met) <= 5
+    assert often == 7 >= WORTH_CAPTURING
+
+
 def test_passes_and_proposals_do_not_drive_each_other_out(monkeypatch):
     monkeypatch.setattr("stars_fast.tree.graphs._MOST_GRAPHS", 1)
     engine = StarsEngine(tiny_policy(VOCAB, hidden=32), sum_reward)

@@ -1,5 +1,6 @@
 """The Triton kernels draw what the reference and the C++ code draw, whatever the row, its settings and its batch."""
 
+import importlib
 from unittest import mock
 
 import pytest
@@ -13,8 +14,9 @@ from test_sample_step import FILTERS, arguments, random_logits
 from stars_fast.ops import sample_step
 from stars_fast.ops.sample_step import sample_step_reference
 
-kernel = pytest.importorskip("stars_fast.kernels.sample_step", exc_type=ImportError)
-filters = pytest.importorskip("stars_fast.kernels.filters", exc_type=ImportError)
+pytest.importorskip("triton")
+kernel = importlib.import_module("stars_fast.kernels.sample_step")
+filters = importlib.import_module("stars_fast.kernels.filters")
 
 empty = torch.empty
 
@@ -161,8 +163,12 @@ def test_a_temperature_that_overflows_ends_its_row():
     assert case["alive"].tolist() == [False, True]
 
 
-def test_a_row_ends_at_eos_or_at_its_limit():
-    promises.test_a_row_ends_at_eos_or_at_its_limit(launch)
+def test_a_row_ends_at_an_eos_of_its_own_or_at_its_limit():
+    promises.test_a_row_ends_at_an_eos_of_its_own_or_at_its_limit(launch)
+
+
+def test_a_rows_settings_are_its_own():
+    promises.test_a_rows_settings_are_its_own(launch)
 
 
 def test_a_row_draws_the_same_bits_alone_and_in_any_batch():

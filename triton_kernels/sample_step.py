@@ -194,7 +194,7 @@ def check(logits: torch.Tensor, *state: torch.Tensor | None) -> None:
     rows, vocab = logits.shape
     if not 1 <= vocab <= _LARGEST_VOCABULARY:
         raise ValueError(f"the vocabulary must have 1 to {_LARGEST_VOCABULARY} tokens, got {vocab}")
-    state_addresses(rows, vocab, *state)
+    state_addresses(rows, vocab, state[-1].shape[-1], state)
 
 
 def sample_step(logits: torch.Tensor, *state: torch.Tensor | None) -> _Result:
@@ -206,7 +206,7 @@ def sample_step(logits: torch.Tensor, *state: torch.Tensor | None) -> _Result:
         If an argument has a dtype, a shape or strides that the kernels do not read.
     """
     check(logits, *state)
-    named = dict(zip(STATE, state, strict=True))
+    named = {name: tensor for (name, _, _), tensor in zip(STATE, state, strict=True)}
     rows, vocab = logits.shape
     if vocab > 1 and logits.stride(1) != 1:
         logits = logits.contiguous()

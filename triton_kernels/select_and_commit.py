@@ -161,7 +161,7 @@ def select_and_commit(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
     found = results(*arguments)
     winner, _, threshold, _ = found
     rows, groups = threshold.shape[0], winner.shape[0]
-    argument_addresses(rows, groups, *arguments)
+    argument_addresses(rows, groups, arguments)
     if rows or groups:
         select_and_commit_kernel[(max(groups, 1),)](
             *arguments,

@@ -12,8 +12,8 @@ from benchmarks.gpu_parts.models import pair
 from benchmarks.gpu_parts.runner import Runner
 from stars_fast.bench.models import Pair
 from stars_fast.bench.yardsticks import seconds
+from stars_fast.policy.leaf import Leaf, Sampling
 from stars_fast.policy.policy import Policy
-from stars_fast.policy.steps import Leaf, Sampling
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.model import TreeModel
 
@@ -70,13 +70,13 @@ def _decode_steps(
     policy.begin(batch * length + batch * candidates * segment, length, segment)
     nodes, logits = policy.prefill([-1] * batch, prompts)
     leaves = [
-        Leaf(node, row, i, segment=0, first_attempt=0, candidates=candidates, length=segment)
+        Leaf(node, row, Sampling(), i, segment=0, first_attempt=0, candidates=candidates, length=segment)
         for i, (node, row) in enumerate(zip(nodes, logits, strict=True))
     ]
     prepared: list[Any] = []
     original = policy._prepared
     policy._prepared = lambda *args: prepared.append(original(*args)) or prepared[-1]  # type: ignore[method-assign]
-    policy.propose(leaves, Sampling())  # compiles and captures; its branches stay, and so do their slots
+    policy.propose(leaves)  # compiles and captures; its branches stay, and so do their slots
     steps = prepared[0]
 
     def run() -> None:

@@ -16,8 +16,8 @@ from benchmarks.roofline import decode_step
 from stars_fast.bench.models import Pair
 from stars_fast.bench.yardsticks import synchronize
 from stars_fast.loop.row_cost import Heartbeat
+from stars_fast.policy.leaf import Leaf, Sampling
 from stars_fast.policy.policy import Policy
-from stars_fast.policy.steps import Leaf, Sampling
 from stars_fast.tree.attention import plugged
 
 # Requests and candidates of each: 1, 8, 64, 128, 192 and 256 rows.
@@ -43,12 +43,12 @@ def time_steps(runner: Runner, models: Pair, shapes: tuple[tuple[int, int], ...]
 
             def propose(length: int, chosen: list[Any] = chosen, candidates: int = candidates) -> float:
                 leaves = [
-                    Leaf(node, row, i, segment=0, first_attempt=0, candidates=candidates, length=length)
+                    Leaf(node, row, Sampling(), i, segment=0, first_attempt=0, candidates=candidates, length=length)
                     for i, (node, row) in enumerate(chosen)
                 ]
                 synchronize(runner.device)
                 started = time.perf_counter()
-                draws = policy.propose(leaves, Sampling())
+                draws = policy.propose(leaves)
                 synchronize(runner.device)
                 taken = time.perf_counter() - started
                 for draw in (draw for group in draws for draw in group):

@@ -48,8 +48,6 @@ class Case:
         For each of ``expected``, the largest :func:`deviation`.
     restore : callable
         Puts back what calls have written to.
-    most_calls : int
-        So many calls may follow each other before ``restore`` is needed.
     """
 
     operator: str
@@ -61,7 +59,6 @@ class Case:
     expected: dict[str, torch.Tensor]
     tolerance: dict[str, float]
     restore: Callable[[], None] = lambda: None
-    most_calls: int = 1024
 
 
 def refcheck(case: Case, contender: str, prepared: Prepared) -> None:

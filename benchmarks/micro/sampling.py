@@ -103,7 +103,7 @@ def build_draw(shape: Draw, device: torch.device) -> Case:
         "min_p": full(options.get("min_p", 0.0)),
         "repetition_penalty": full(options.get("penalty", 1.0)),
         "seen": seen,
-        "eos": torch.tensor([shape.vocab - 1], device=device),
+        "eos": torch.full((rows, 1), shape.vocab - 1, device=device),
     }
     written = {name: state[name].clone() for name in ("position", "alive", "seen") if state[name] is not None}
 

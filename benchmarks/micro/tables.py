@@ -14,7 +14,6 @@ from stars_fast.ops.select_and_commit import select_and_commit_reference
 from .refcheck import OURS, REFERENCE, Case, Prepared, copies, require_kernel, short
 
 COPY = "torch index_copy_"
-_MOST_CALLS = 64  # commits that the trunks have room for
 
 
 class Append(NamedTuple):
@@ -109,16 +108,13 @@ def build_append(shape: Append, device: torch.device) -> Case:
 
 def build_select(shape: Select, device: torch.device) -> Case:
     """Rewards around the threshold, so that some groups commit and some do not; attempts are never used up."""
-    groups, rows, segment, trunk = shape.groups, shape.groups * shape.rows, 16, 512
+    groups, rows, segment = shape.groups, shape.groups * shape.rows, 16
     generator = torch.Generator().manual_seed(0)
 
     def full(count: int, value: float, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.full((count,), value, dtype=dtype)
 
-    def slots(count: int, width: int) -> torch.Tensor:
-        return torch.randint(1, 2**20, (count, width), dtype=torch.int32, generator=generator)
-
-    arguments: dict[str, Any] = {
+    arguments = {
         "reward": torch.randn(rows, generator=generator) - 1.5,
         "length": full(rows, segment),
         "ended": full(rows, False, torch.bool),
@@ -132,27 +128,22 @@ def build_select(shape: Select, device: torch.device) -> Case:
         "base": full(groups, -0.5, torch.float64),
         "target": full(groups, 1.0, torch.float64),
         "beta": full(groups, 0.2, torch.float64),
-        "finished_at_target": True,
+        "ramp": full(groups, False, torch.bool),
         "best_reward": full(groups, 0, torch.float32),
         "best_attempt": full(groups, -1),
-        "best_slots": torch.zeros(groups, segment, dtype=torch.int32),
-        "best_len": full(groups, 0),
-        "trunk_slots": slots(groups, trunk + segment * _MOST_CALLS),
-        "trunk_len": full(groups, trunk),
-        "branch_slots": slots(rows, segment),
-        "branch_len": full(rows, segment),
-        "keep": full(rows, segment),
+        "best_length": full(groups, 0),
+        "best_ended": full(groups, False, torch.bool),
     }
-    arguments = {name: x.to(device) if torch.is_tensor(x) else x for name, x in arguments.items()}
-    written = ("attempts", "best_reward", "best_attempt", "best_slots", "best_len", "trunk_slots", "trunk_len")
-    saved = {name: arguments[name].clone() for name in (*written, "branch_len")}
+    arguments = {name: x.to(device) for name, x in arguments.items()}
+    written = ("attempts", "best_reward", "best_attempt", "best_length", "best_ended")
+    saved = {name: arguments[name].clone() for name in written}
 
     def restore() -> None:
         for name, value in saved.items():
             arguments[name].copy_(value)
 
     def observe(result: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        returned = dict(zip(("winner", "accepted", "threshold"), result, strict=True))
+        returned = dict(zip(("winner", "accepted", "threshold", "finish"), result, strict=True))
         return returned | {name: arguments[name].clone() for name in saved}
 
     def prepared(select: Callable[..., Any]) -> Prepared:
@@ -163,12 +154,11 @@ def build_select(shape: Select, device: torch.device) -> Case:
 
     expected = observe(select_and_commit_reference(**arguments))
     restore()
-    read = sum(x.nbytes for name, x in arguments.items() if torch.is_tensor(x) and name != "trunk_slots")
     return Case(
         "select_and_commit",
         shape.name,
         device,
-        bytes=read + sum(x.nbytes for x in expected.values()) - expected["trunk_slots"].nbytes,
+        bytes=sum(x.nbytes for x in (*arguments.values(), *expected.values())),
         operations=0,
         contenders={
             OURS[device.type]: lambda: prepared(select_and_commit),
@@ -177,5 +167,4 @@ def build_select(shape: Select, device: torch.device) -> Case:
         expected=expected,
         tolerance=dict.fromkeys(expected, 0.0),
         restore=restore,
-        most_calls=_MOST_CALLS,
     )

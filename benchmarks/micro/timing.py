@@ -18,6 +18,7 @@ _ROUND = 2e-3  # seconds that a round lasts at least, so that the clock, the lau
 _ROTATION = 40e-3  # and at most, for the sake of visiting all sets
 _TOTAL = 0.15  # of all rounds of a contender
 _ROUNDS = (5, 50)
+_MOST_CALLS = 1024  # of a round
 
 
 class Round(NamedTuple):
@@ -56,7 +57,7 @@ def round_of(case: Case, prepared: Prepared) -> Round:
         wanted = 1 + int(max(_ROUND / once, min(prepared.sets, _ROTATION / once)))
         if taken >= _ROUND and calls >= min(prepared.sets, _ROTATION / once):
             break
-        calls = min(wanted, case.most_calls)
+        calls = min(wanted, _MOST_CALLS)
         run, graph = _run(case, prepared, calls)
         taken = timed(run)
     rounds = min(max(int(_TOTAL / taken), _ROUNDS[0]), _ROUNDS[1])

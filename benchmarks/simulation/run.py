@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,10 +11,15 @@ import numpy as np
 from benchmarks.simulation.acceptance import Course
 from benchmarks.simulation.machine import Machine
 from stars_fast.config import StarsConfig
-from stars_fast.loop.request import PromptNode, Request
+from stars_fast.loop.one_answer import OneAnswer
+from stars_fast.loop.queue import Queue
+from stars_fast.loop.request import PromptNode, Request, Terms
 from stars_fast.loop.row_cost import Timing
 from stars_fast.loop.scheduler import Scheduler
-from stars_fast.rewards import Response, RewardPrompt
+from stars_fast.methods import Stars
+from stars_fast.outputs import Stats
+from stars_fast.policy.leaf import Sampling
+from stars_fast.rewards import RewardPrompt
 
 _AMPLE = 1 << 40  # slots
 # Disturbances of what the scheduler learns, left out of what is compared: standard deviation of the logarithm of the
@@ -94,7 +97,7 @@ class Informed(Scheduler):
     """Knows each request's acceptance, and what heartbeats cost on average."""
 
     def __init__(self, work: Work, machine: Machine) -> None:
-        super().__init__(_config(work, "auto"), work.max_rows, _AMPLE)
+        super().__init__(work.max_rows, _AMPLE)
         self.work, self.machine = work, machine
 
     def acceptance(self, running: Sequence[Request]) -> list[float]:
@@ -136,11 +139,12 @@ def simulate(work: Work, machine: Machine, schedule: str | int = "auto", seed: i
     return _Run(work, machine, schedule, seed).outcome()
 
 
-def _config(work: Work, candidates: str | int) -> StarsConfig:
-    longest = max(sum(course.tokens) for course in work.courses)
-    return StarsConfig(
+def _terms(work: Work, candidates: str | int) -> Terms:
+    longest, method = max(sum(course.tokens) for course in work.courses), Stars()
+    config = StarsConfig(
         segment_length=work.segment, max_attempts=work.max_attempts, max_new_tokens=longest, candidates=candidates
     )
+    return Terms(config, method, method.segments(), Sampling(), Stats())
 
 
 def _scheduler(work: Work, machine: Machine, schedule: str | int) -> Scheduler:
@@ -148,8 +152,7 @@ def _scheduler(work: Work, machine: Machine, schedule: str | int) -> Scheduler:
         return Informed(work, machine)
     if schedule != "auto" and schedule != "barrier" and not isinstance(schedule, int):
         raise ValueError(f"schedule={schedule!r}: 'auto', 'oracle', 'barrier' or a number of candidates")
-    config = _config(work, 1 if schedule == "barrier" else schedule)
-    return Scheduler(config, work.max_rows, _AMPLE, padded=machine.padded)
+    return Scheduler(work.max_rows, _AMPLE, padded=machine.padded)
 
 
 class _Run:
@@ -157,14 +160,16 @@ class _Run:
         self.work, self.machine, self.schedule = work, machine, schedule
         self.scheduler = _scheduler(work, machine, schedule)
         self.rng = np.random.default_rng(seed)
-        self.waiting = deque(_request(i, work) for i in range(len(work.courses)))
-        self.running: list[Request] = []
+        self.queue = Queue(None, None, self.scheduler, None)  # type: ignore[arg-type]  # there are no models
+        self.strategy = OneAnswer(self.queue)
+        terms = _terms(work, "auto" if schedule == "oracle" else 1 if schedule == "barrier" else schedule)
+        self.queue.submit([_request(i, work, terms, self.strategy) for i in range(len(work.courses))])
         self.behind: list[Request] = []  # of the running ones, those that draw: with a barrier, some wait
         self.heartbeats = self.committed = self.drawn = self.rows = 0
         self.seconds = self.host_seconds = 0.0
 
     def outcome(self) -> Outcome:
-        while self.waiting or self.running:
+        while self.queue.waiting or self.queue.running:
             self._heartbeat()
         return Outcome(
             str(self.schedule),
@@ -177,14 +182,15 @@ class _Run:
         )
 
     def _heartbeat(self) -> None:
-        started = time.thread_time()
+        queue, started = self.queue, time.thread_time()
         admitted = 0
         if not self.behind or self.schedule != "barrier":
-            free = self.work.batch - len(self.running)
-            admitted = self.scheduler.admit(list(itertools.islice(self.waiting, free)), self.running) if free else 0
-            self.running += [self.waiting.popleft() for _ in range(admitted)]
-            self.behind = self.running
-        shares = self.scheduler.candidates(self.behind)
+            free = self.work.batch - len(queue.running)
+            admitted = self.scheduler.admit(queue.waiting[:free], queue.running) if free else 0
+            queue.running += queue.waiting[:admitted]
+            del queue.waiting[:admitted]
+            self.behind = queue.running
+        shares = [count for _, count in self.strategy.asks(self.behind, self.scheduler.max_rows)]
         self.host_seconds += time.thread_time() - started
         drawing, lengths = self.behind, [self._length(request) for request in self.behind]
         timing = self._time(shares, max(lengths), admitted)
@@ -196,8 +202,8 @@ class _Run:
             for request, share, length in zip(drawing, shares, lengths, strict=True)
             if self._judge(request, share, length)
         }
-        self.running = [request for request in self.running if request.finish_reason is None]
-        self.behind = self.running
+        queue.drop_finished()
+        self.behind = queue.running
         if self.schedule == "barrier":
             self.behind = [request for request in drawing if request not in moved]
         self.heartbeats += 1
@@ -235,7 +241,7 @@ class _Run:
         return True
 
     def _commit(self, request: Request, length: int, segments: int) -> None:
-        request.tokens += [0] * length
+        request.tokens.extend([0] * length)
         request.segments.append(None)  # type: ignore[arg-type]  # only counted
         request.attempts = 0
         self.committed += length
@@ -244,8 +250,9 @@ class _Run:
             self.scheduler.retire(request)
 
 
-def _request(index: int, work: Work) -> Request:
+def _request(index: int, work: Work, terms: Terms, strategy: OneAnswer) -> Request:
     ids = [0] * work.prompt
-    prompt = RewardPrompt(index, ids, ids)
-    node = PromptNode(ids, prompt)
-    return Request(index, index, 0, node, 0, target=0.0, base=0.0, beta=1.0, response=Response(prompt))
+    node = PromptNode(ids, RewardPrompt(index, ids, ids))
+    request = Request(terms, node, index, target=0.0, base=0.0, beta=1.0, index=index)
+    request.strategy = strategy
+    return request

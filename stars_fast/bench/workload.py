@@ -10,7 +10,7 @@ from typing import Any
 from stars_fast.bench.models import Pair
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
-from stars_fast.inputs.call import Arguments
+from stars_fast.inputs.arguments import Arguments
 from stars_fast.loop.pilot import FARTHEST, Pilot, aim, spread
 
 _PILOT_SEGMENTS = 4

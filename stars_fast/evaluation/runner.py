@@ -15,7 +15,7 @@ from stars_fast.evaluation.cells import Cell
 from stars_fast.evaluation.compute import reward_parameters
 from stars_fast.evaluation.judging import judged
 from stars_fast.evaluation.records import Record, Records, rounded
-from stars_fast.inputs.call import Arguments
+from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.sampling import resolve_sampling
 from stars_fast.loop.pilot import FARTHEST, Pilot, aim, expected_acceptance, solve, spread
 from stars_fast.ops.philox import philox_key

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
 
 from stars_fast.loop.enumeration import Enumeration
@@ -251,13 +251,13 @@ class Core:
                 while self._gone:
                     self._withdraw(*self._gone.popleft())
                 self._close_if_idle()
-            finally:
-                with self._changed:
-                    if not self._gone:
-                        self._busy = None
-                        self._changed.notify_all()
-            if self._busy != threading.get_ident():
-                return
+            except Exception as error:  # of a scorer that lets go of somebody
+                self._fail_all(error)
+            with self._changed:
+                if not self._gone:
+                    self._busy = None
+                    self._changed.notify_all()
+                    return
 
     def _check_process(self) -> None:
         """A forked child begins anew: the parent's callers and threads are not there."""
@@ -276,9 +276,13 @@ class Core:
         return (
             size.slots <= self.loop.scheduler.kv_cache_tokens
             and (not held or (size.length <= own.length and size.segment_length <= own.segment_length))
-            and self.policy.has_room(size.length, size.segment_length)
+            and all(model.has_room(size.length, size.segment_length) for model in (self.policy, *self._drafts(size)))
             and self.reward.fits(size.prompts, size.max_new_tokens)
         )
+
+    def _drafts(self, size: Size) -> list[Policy]:
+        """The caller's draft model, where it is in use already: its room is made."""
+        return [draft for _, draft in self._strategies if draft is not None and draft is size.draft]
 
     def _open(self, size: Size) -> Loop:
         policy, rows = self.policy, min(size.rows, self.max_rows)
@@ -300,12 +304,11 @@ class Core:
         return loop
 
     def _shut(self) -> None:
-        for strategy in self._strategies.values():
-            strategy.leave()
-        self._strategies, self.loop, stack = {}, None, self._stack
-        self._uses.clear()
-        self._stack = ExitStack()
-        stack.close()
+        strategies, stack = self._strategies.values(), self._stack
+        self._strategies, self._uses, self.loop, self._stack = {}, Counter(), None, ExitStack()
+        with stack:  # closed whatever raises
+            for strategy in strategies:
+                strategy.leave()
 
     def _close_if_idle(self) -> None:
         if self.loop is not None and not self._callers and not self._held:
@@ -343,12 +346,12 @@ class Core:
     def _enter(self, caller: Caller) -> None:
         try:
             self.reward.open(caller.size.prompts, caller.size.max_new_tokens)
-        except BaseException:
-            if not self._callers and not self._held:
-                self._shut()
+            self._callers[caller] = set()
+            self._add(caller, caller.start())
+        except BaseException as error:
+            self._withdraw(caller, error)
+            self._close_if_idle()
             raise
-        self._callers[caller] = set()
-        self._add(caller, caller.start())
         if not self._callers[caller]:
             self._withdraw(caller, None)
 
@@ -356,7 +359,7 @@ class Core:
         assert self.loop is not None
         together: dict[Strategy, list[Request]] = {}
         for request in requests:
-            request.strategy = self._strategy(request)
+            request.strategy = self._strategy(request, caller.size)
             together.setdefault(request.strategy, []).append(request)
             self._caller_of[request] = caller
             self._callers[caller].add(request)
@@ -365,13 +368,14 @@ class Core:
             strategy.enter(group)
         self.loop.submit(requests)
 
-    def _strategy(self, request: Request) -> Strategy:
+    def _strategy(self, request: Request, size: Size) -> Strategy:
         assert self.loop is not None
         kind, draft = request.terms.method.loop, request.terms.draft
         if (kind, draft) not in self._strategies:
             made: Strategy
             if draft is not None:
-                made = Drafting(self.loop, draft, self._size.length, self._size.segment_length)
+                longest = max(self._size.length, size.length), max(self._size.segment_length, size.segment_length)
+                made = Drafting(self.loop, draft, *longest)
             else:
                 made = _STRATEGIES[kind](self.loop)
             self._strategies[kind, draft] = made
@@ -422,7 +426,8 @@ class Core:
         """Nothing is known of the trees any more: all callers end, and the next finds an open core."""
         callers, held, size = list(self._callers), self._held, self._size
         self._callers, self._caller_of = {}, {}
-        self._shut()
+        with suppress(Exception):  # the first cause is told
+            self._shut()
         for caller in callers:
             caller.end(error)
         if held:

@@ -238,10 +238,10 @@ class OneAnswer:
         self.reward.close(request.response)
 
     def drop(self, request: Request) -> None:
-        self.trunks.forget(request.trunk, request.tokens)
         if request.best is not None:
-            request.best.draw.node = -1
-            request.best.draw.logits = None
+            request.best.draw.node, request.best.draw.logits = -1, None
+        self.trunks.forget(request.trunk, request.tokens)
+        self.reopen(request)
 
 
 def after(answer: Request) -> RowProcessor | None:

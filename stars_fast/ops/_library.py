@@ -170,7 +170,7 @@ def address(tensor: torch.Tensor, name: str, dtype: torch.dtype, shape: tuple[in
     return tensor.data_ptr()
 
 
-Layout = Mapping[str, tuple[torch.dtype, str]]  # an operator's arguments in order: dtype, and the name of the shape
+Layout = Sequence[tuple[str, torch.dtype, str]]  # an operator's arguments: name, dtype, and the name of the shape
 
 
 def addresses(
@@ -183,12 +183,11 @@ def addresses(
     ValueError
         If a tensor is not what a kernel will take it for.
     """
-    found = []
-    for tensor, (name, (dtype, shape)) in zip(tensors, layout.items(), strict=True):
-        if tensor is None:
-            found.append(0)
-        elif tensor.dtype is dtype and tensor.shape == shapes[shape] and tensor.is_contiguous():
-            found.append(tensor.data_ptr())
-        else:
-            address(tensor, name, dtype, shapes[shape])  # says what is wrong
-    return found
+    return [
+        0
+        if tensor is None
+        else tensor.data_ptr()
+        if tensor.dtype is dtype and tensor.shape == shapes[shape] and tensor.is_contiguous()
+        else address(tensor, name, dtype, shapes[shape])  # says what is wrong
+        for tensor, (name, dtype, shape) in zip(tensors, layout, strict=True)
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -151,24 +152,24 @@ def _draw(
     return first + (inside + gumbel_noise(*counter, Stream.TOKEN, first, TILE_SIZE)).argmax(1)
 
 
-STATE: Layout = {  # what follows the logits
-    "keys": (torch.int64, "B"),
-    "segment": (torch.int32, "B"),
-    "attempt": (torch.int32, "B"),
-    "position": (torch.int32, "B"),
-    "alive": (torch.bool, "B"),
-    "limit": (torch.int32, "B"),
-    "temperature": (torch.float32, "B"),
-    "top_k": (torch.int32, "B"),
-    "top_p": (torch.float32, "B"),
-    "min_p": (torch.float32, "B"),
-    "repetition_penalty": (torch.float32, "B"),
-    "seen": (torch.bool, "BV"),
-    "eos": (torch.int64, "BE"),
-}
+STATE: Layout = (  # what follows the logits
+    ("keys", torch.int64, "B"),
+    ("segment", torch.int32, "B"),
+    ("attempt", torch.int32, "B"),
+    ("position", torch.int32, "B"),
+    ("alive", torch.bool, "B"),
+    ("limit", torch.int32, "B"),
+    ("temperature", torch.float32, "B"),
+    ("top_k", torch.int32, "B"),
+    ("top_p", torch.float32, "B"),
+    ("min_p", torch.float32, "B"),
+    ("repetition_penalty", torch.float32, "B"),
+    ("seen", torch.bool, "BV"),
+    ("eos", torch.int64, "BE"),
+)
 
 
-def state_addresses(rows: int, vocab: int, *state: Any) -> list[int]:
+def state_addresses(rows: int, vocab: int, eos_count: int, state: Sequence[torch.Tensor | None]) -> list[int]:
     """Where the arguments after the logits lie, in their order; 0 for ``seen`` where there is none.
 
     Raises
@@ -176,31 +177,37 @@ def state_addresses(rows: int, vocab: int, *state: Any) -> list[int]:
     ValueError
         For a dtype, shape or strides that a kernel would misread.
     """
-    return addresses(state, STATE, {"B": (rows,), "BV": (rows, vocab), "BE": (rows, state[-1].shape[-1])})
+    return addresses(state, STATE, {"B": (rows,), "BV": (rows, vocab), "BE": (rows, eos_count)})
 
 
 def _cpu(logits: torch.Tensor, *state: Any) -> _Result:
-    rows, vocab = logits.shape
+    (rows, vocab), eos_count = logits.shape, state[-1].shape[-1]
     if logits.dtype not in FLOAT_CODES:
         raise ValueError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
-    logits, results = logits.contiguous(), _results(logits)
+    logits = logits.contiguous()
+    token, logprob, sampling_logprob, entropy = _results(logits)
     _native(
         logits.data_ptr(),
         FLOAT_CODES[logits.dtype],
         rows,
         vocab,
-        *state_addresses(rows, vocab, *state),
-        state[-1].shape[-1],
-        *(result.data_ptr() for result in results),
+        *state_addresses(rows, vocab, eos_count, state),
+        eos_count,
+        token.data_ptr(),
+        logprob.data_ptr(),
+        sampling_logprob.data_ptr(),
+        entropy.data_ptr(),
         torch.get_num_threads(),
     )
-    return results
+    return token, logprob, sampling_logprob, entropy
 
 
 def _results(logits: torch.Tensor, *state: Any) -> _Result:
     rows = logits.shape[0]
     token = logits.new_empty(rows, dtype=torch.int64)
-    logprob, sampling_logprob, entropy = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    logprob = logits.new_empty(rows, dtype=torch.float32)
+    sampling_logprob = logits.new_empty(rows, dtype=torch.float32)
+    entropy = logits.new_empty(rows, dtype=torch.float32)
     return token, logprob, sampling_logprob, entropy
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from stars_fast.ops._library import Layout, addresses, define, native
@@ -139,29 +141,29 @@ def select_and_commit_reference(
     return winner.int(), accepted, torch.where(in_group, tau, 0).float(), finish.int()
 
 
-ARGUMENTS: Layout = {
-    "reward": (torch.float32, "B"),
-    "length": (torch.int32, "B"),
-    "ended": (torch.bool, "B"),
-    "group_indptr": (torch.int32, "G+1"),
-    "keys": (torch.int64, "G"),
-    "segment": (torch.int32, "G"),
-    "attempts": (torch.int32, "G"),
-    "committed": (torch.int32, "G"),
-    "max_new_tokens": (torch.int32, "G"),
-    "max_attempts": (torch.int32, "G"),
-    "base": (torch.float64, "G"),
-    "target": (torch.float64, "G"),
-    "beta": (torch.float64, "G"),
-    "ramp": (torch.bool, "G"),
-    "best_reward": (torch.float32, "G"),
-    "best_attempt": (torch.int32, "G"),
-    "best_length": (torch.int32, "G"),
-    "best_ended": (torch.bool, "G"),
-}
+ARGUMENTS: Layout = (
+    ("reward", torch.float32, "B"),
+    ("length", torch.int32, "B"),
+    ("ended", torch.bool, "B"),
+    ("group_indptr", torch.int32, "G+1"),
+    ("keys", torch.int64, "G"),
+    ("segment", torch.int32, "G"),
+    ("attempts", torch.int32, "G"),
+    ("committed", torch.int32, "G"),
+    ("max_new_tokens", torch.int32, "G"),
+    ("max_attempts", torch.int32, "G"),
+    ("base", torch.float64, "G"),
+    ("target", torch.float64, "G"),
+    ("beta", torch.float64, "G"),
+    ("ramp", torch.bool, "G"),
+    ("best_reward", torch.float32, "G"),
+    ("best_attempt", torch.int32, "G"),
+    ("best_length", torch.int32, "G"),
+    ("best_ended", torch.bool, "G"),
+)
 
 
-def argument_addresses(rows: int, groups: int, *arguments: torch.Tensor) -> list[int]:
+def argument_addresses(rows: int, groups: int, arguments: Sequence[torch.Tensor]) -> list[int]:
     """Where the arguments lie, in their order.
 
     Raises
@@ -173,11 +175,18 @@ def argument_addresses(rows: int, groups: int, *arguments: torch.Tensor) -> list
 
 
 def _cpu(*arguments: torch.Tensor) -> _Result:
-    found = results(*arguments)
-    winner, _, threshold, _ = found
+    winner, accepted, threshold, finish = results(*arguments)
     rows, groups = threshold.shape[0], winner.shape[0]
-    _native(rows, groups, *argument_addresses(rows, groups, *arguments), *(result.data_ptr() for result in found))
-    return found
+    _native(
+        rows,
+        groups,
+        *argument_addresses(rows, groups, arguments),
+        winner.data_ptr(),
+        accepted.data_ptr(),
+        threshold.data_ptr(),
+        finish.data_ptr(),
+    )
+    return winner, accepted, threshold, finish
 
 
 def results(reward: torch.Tensor, *arguments: torch.Tensor) -> _Result:

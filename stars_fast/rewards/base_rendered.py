@@ -97,7 +97,9 @@ class RenderedReward(Reward):
     ) -> None:
         self._enter_call()
         self.tokens = 0
-        self._rows, self._kv_cache_tokens = rows, kv_cache_tokens
+        self._rows, self._kv_cache_tokens, self._latest = rows, kv_cache_tokens, None
+        for prompt in prompts[:1]:
+            self.rendering(prompt)  # so that the session's is not that of a call that never began
         longest = self._longest(prompts, max_new_tokens)
         for cache in self.caches:
             cache.begin(rows, longest, kv_cache_tokens)
@@ -173,9 +175,9 @@ class RenderedReward(Reward):
         if not passes:
             return []
         rewards = torch.cat(passes) if len(passes) > 1 else passes[0]  # [n], in the order of the passes
-        order = sorted(range(len(places)), key=places.__getitem__)
-        if order == places:
+        if places == sorted(places):
             return rewards
+        order = sorted(range(len(places)), key=places.__getitem__)
         return rewards[torch.tensor(order, device=rewards.device)]
 
     def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> torch.Tensor:

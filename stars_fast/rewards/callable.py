@@ -188,7 +188,7 @@ class _LoopThread:
         except BaseException:
             future.cancel()
             raise
-        if not future.done():
+        if self._ended.done() and (not future.done() or future.cancelled()):
             cause = self._ended.result()
             raise RuntimeError(f"it stopped its event loop{f' by {type(cause).__name__}' if cause else ''}")
         return future.result()
@@ -198,7 +198,7 @@ class _LoopThread:
         if self._process != os.getpid():
             _left_to_parent.append(self)
             return
-        with suppress(RuntimeError):  # it has ended by itself
+        if not self._ended.done():
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 

@@ -43,6 +43,13 @@ class TreeModel:
     role : str
         "policy" or "reward", for error messages.
 
+    Attributes
+    ----------
+    tree : SegmentTree
+        Another one after :meth:`allocate` and :meth:`clear`.
+    prefixes : Prefixes
+        What the tree holds for texts that begin alike; of this tree. For as long as the weights do not change.
+
     Notes
     -----
     Whoever makes one has its numbers compared (:func:`stars_fast.tree.check.checked`) before anything is captured or

@@ -1,0 +1,303 @@
+"""Many callers share one core: everybody's text is what it is alone, and nobody's end costs anybody anything."""
+
+import asyncio
+import random
+from contextlib import suppress
+
+import pytest
+from conftest import sum_reward, tiny_policy, tiny_reward
+
+from stars_fast import AsyncStarsEngine, QueueFull, StarsConfig, StarsEngine
+from stars_fast.methods import RSD, BestOfN, BlockwiseBestOfN, PersonaJudge
+
+VOCAB = 32
+BASE = dict(segment_length=4, max_attempts=6, max_new_tokens=12, target_reward=1.5, base_reward=0.0, beta=0.6)
+SYSTEM = [(3 * i + i * i) % (VOCAB - 1) for i in range(40)]
+KINDS = [
+    {},
+    dict(segment_length=7, temperature=0.7, top_k=9),
+    dict(method="cards", max_new_tokens=10, top_p=0.9),
+    dict(method=BlockwiseBestOfN(n=3), num_return_sequences=2, target_reward=None, base_reward=None),
+    dict(target_reward=None, base_reward=None, max_new_tokens=8),  # calibrated by pilots of its own
+    dict(method="vanilla", repetition_penalty=1.3, target_reward=None, base_reward=None),
+    dict(finished_threshold="ramp", ignore_eos=True),
+    dict(method=BestOfN(n=3), eos_token_id=[3, 7], target_reward=None, base_reward=None),
+]
+OTHERS = [
+    dict(method="treebon", target_reward=None, base_reward=None),
+    dict(method="args", target_reward=None, base_reward=None),
+    dict(method="rejection_sampling", max_attempts=4),
+    dict(method=PersonaJudge(draft_prompt=[4, 5], judge_prompt=[6]), target_reward=None, base_reward=None),
+]
+
+
+def config(kind) -> StarsConfig:
+    return StarsConfig(**{**BASE, **kind})
+
+
+def jobs(kinds, count):
+    return [
+        (SYSTEM * (i % 3 == 0) + [i % 29, (7 * i) % 31], config(kinds[i % len(kinds)]), 50 + i) for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return StarsEngine(tiny_policy(VOCAB, hidden=32), tiny_reward(VOCAB, hidden=32))
+
+
+def alone(engine, wanted):
+    return [engine.generate([prompt], settings, seed=[seed]).completions for prompt, settings, seed in wanted]
+
+
+async def answer(shared, prompt, settings, seed, **options):
+    rows = {}
+    async for event in shared.generate(prompt, settings, seed=seed, **options):
+        rows.setdefault(event.index, []).extend(event.segment.tokens if event.segment else [])
+        assert event.error is None
+    return [rows[row] for row in sorted(rows)]
+
+
+def served(engine, wanted, callers, neighbours=(), **options):
+    """What each of the wanted gets, so many of them at a time, arriving at random moments."""
+
+    async def run():
+        shared, gate, rng = AsyncStarsEngine(engine, **options), asyncio.Semaphore(callers), random.Random(0)
+
+        async def one(job):
+            async with gate:
+                await asyncio.sleep(rng.random() / 50)
+                return await answer(shared, *job)
+
+        async def disturb(job):
+            async for _ in shared.generate(job[0], job[1], seed=job[2]):
+                break  # and that was all it wanted
+
+        try:
+            got = await asyncio.gather(*map(one, wanted), *map(disturb, neighbours))
+        finally:
+            shared.close()
+        return got[: len(wanted)]
+
+    return asyncio.run(run())
+
+
+def nothing_held(engine) -> bool:
+    trees = [engine.policy.tree, *(model.tree for model in engine.reward.tree_models)]
+    return all(tree.free_slots == tree.capacity - 1 for tree in trees)
+
+
+@pytest.mark.parametrize("callers", [1, 4, 16, 32])
+def test_everybody_gets_the_text_it_has_alone(engine, callers):
+    wanted = jobs(KINDS, 32)
+    want, got = alone(engine, wanted), served(engine, wanted, callers)
+    assert sum(a != b for a, b in zip(want, got, strict=True)) <= 1  # rounding may flip one in a hundred
+    assert nothing_held(engine)
+
+
+def test_all_kinds_of_methods_share_a_session(engine):
+    wanted = jobs([*OTHERS, dict(method=RSD(draft=engine.policy.model, threshold=0.1, delimiter=None, longest=4))], 10)
+    wanted = [(p, c.replace(target_reward=None, base_reward=None) if c.method == "rsd" else c, s) for p, c, s in wanted]
+    assert served(engine, wanted, 10) == alone(engine, wanted)
+    assert nothing_held(engine)
+
+
+def test_neighbours_that_leave_and_preemption_change_no_text():
+    small = StarsEngine(tiny_policy(VOCAB, hidden=32), tiny_reward(VOCAB, hidden=32), kv_cache_tokens=120)
+    long = [dict(kind, max_new_tokens=40, ignore_eos=True) for kind in KINDS[:2]]  # they outgrow what they start with
+    wanted, leaving = [([i, 2], config(long[i % 2]), i) for i in range(14)], jobs(KINDS[:3], 6)
+    want = alone(small, wanted)
+    seen = []
+    small.on_heartbeat = lambda beat: seen.append(small.core.loop.preemptions)
+    got = served(small, wanted, 14, leaving, max_model_len=80, max_segment_length=16)
+    assert got == want
+    assert max(seen) > 0
+    assert nothing_held(small)
+
+
+def test_a_storm_leaves_only_kept_prefixes(engine):
+    rng = random.Random(1)
+
+    async def storm():
+        shared = AsyncStarsEngine(engine, max_waiting=400)
+
+        async def one(i):
+            prompt, settings, seed = jobs(KINDS, 300)[i]
+            await asyncio.sleep(rng.random())
+            options = dict(priority=rng.randrange(3), timeout=rng.choice([None, None, 0.01, 0.2]))
+            with suppress(TimeoutError):
+                left = rng.choice([1, 2, 99])
+                async for _ in shared.generate(prompt, settings, f"r{i}", seed=seed, **options):
+                    left -= 1
+                    if not left:
+                        break
+                    if rng.random() < 0.1:
+                        await shared.abort(f"r{rng.randrange(300)}")
+
+        await asyncio.gather(*map(one, range(300)))
+        await shared.drain()
+        while engine.core.open_calls:  # who left is withdrawn after the heartbeat that is under way
+            await asyncio.sleep(0.01)
+        core, caches = engine.core, engine.reward.caches
+        held = len(core._callers), len(core._caller_of), len(core._strategies), len(core._later), len(shared._jobs)
+        kept = [*engine.reward._contexts], *(cache._prefixes or cache._responses or cache._runs for cache in caches)
+        for tree in (engine.policy, *engine.reward.tree_models):
+            tree.prefixes.clear()
+        free = nothing_held(engine)
+        shared.close()
+        return held, kept, free, shared.metrics()["open_requests"]
+
+    held, kept, free, open_requests = asyncio.run(storm())
+    assert held == (0, 0, 0, 0, 0) and not any(kept) and free and open_requests == 0
+    assert nothing_held(engine)
+
+
+def test_a_system_prompt_is_read_once_while_anybody_uses_it_and_afterwards(engine):
+    one_candidate = config(dict(candidates=1))
+
+    async def run():
+        shared = AsyncStarsEngine(engine)
+        counted = []
+        for seed in range(3):
+            await answer(shared, [*SYSTEM, seed], one_candidate, seed)
+            counted.append(shared.metrics()["reward_tokens"])
+        shared.close()
+        return counted
+
+    first, second, third = asyncio.run(run())
+    outs = [engine.generate([[*SYSTEM, seed]], one_candidate, seed=[seed]) for seed in range(3)]
+    assert first == outs[0].stats["reward_tokens"]
+    assert third - second == outs[2].stats["reward_tokens"] - len(SYSTEM)
+
+
+def test_a_timeout_and_an_abort_end_their_request_alone(engine):
+    endless = config(dict(max_new_tokens=200, ignore_eos=True, target_reward=99.0))
+
+    async def run():
+        shared = AsyncStarsEngine(engine)
+        with pytest.raises(TimeoutError):
+            await answer(shared, [1, 2], endless, 0, timeout=0.05)
+        events = []
+        async for event in shared.generate([1, 2], endless, "mine", seed=0):
+            events.append(event)
+            await shared.abort("mine")
+        text = await answer(shared, [1, 2], config({}), 0)
+        shared.close()
+        return events, text
+
+    events, text = asyncio.run(run())
+    assert [event.finish_reason for event in events][-1] == "abort" and len(events) < 50
+    assert text == alone(engine, [([1, 2], config({}), 0)])[0]
+
+
+def test_lower_priority_numbers_are_let_in_first():
+    engine = StarsEngine(tiny_policy(VOCAB), sum_reward, max_rows=1)
+    ended = []
+
+    async def run():
+        shared = AsyncStarsEngine(engine)
+
+        async def one(priority):
+            await answer(shared, [1, 2], config(dict(max_new_tokens=24, ignore_eos=True)), 0, priority=priority)
+            ended.append(priority)
+
+        first = asyncio.create_task(one(9))
+        await asyncio.sleep(0.02)  # it runs by now
+        await asyncio.gather(first, *(one(priority) for priority in (5, 3, 4)))
+        shared.close()
+
+    asyncio.run(run())
+    assert [priority for priority in ended if priority != 9] == [3, 4, 5]
+
+
+def test_what_is_refused_leaves_no_reservation(engine):
+    async def run():
+        shared = AsyncStarsEngine(engine, max_model_len=40, max_segment_length=8, max_waiting=2)
+        for prompt, kind, error, named in [
+            ([99], {}, ValueError, "99"),
+            ([1] * 60, {}, ValueError, "max_model_len"),
+            ([1], dict(segment_length=9, max_new_tokens=9), ValueError, "max_segment_length"),
+            ("text", {}, ValueError, "tokenizer"),
+        ]:
+            with pytest.raises(error, match=named):
+                await answer(shared, prompt, config(kind), 0)
+        shared.reserve(2)
+        with pytest.raises(QueueFull, match="max_waiting=2"):
+            await answer(shared, [1], config({}), 0)
+        got = await answer(shared, [1], config({}), 0, reserved=True)
+        metrics = shared.metrics()
+        shared.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            await answer(shared, [1], config({}), 0)
+        return got, metrics
+
+    got, metrics = asyncio.run(run())
+    assert got == alone(engine, [([1], config({}), 0)])[0]
+    assert metrics["open_requests"] == 1 and metrics["running"] == metrics["waiting"] == 0
+
+
+def test_draining_ends_what_is_open_and_takes_no_more(engine):
+    async def run():
+        shared = AsyncStarsEngine(engine)
+        task = asyncio.create_task(answer(shared, [1, 2], config({}), 0))
+        while not shared.metrics()["open_requests"]:
+            await asyncio.sleep(0)
+        await shared.drain()
+        with pytest.raises(RuntimeError, match="draining"):
+            await answer(shared, [1, 2], config({}), 0)
+        shared.close()
+        return await task
+
+    assert asyncio.run(run()) == alone(engine, [([1, 2], config({}), 0)])[0]
+
+
+def test_a_reward_that_raises_for_one_caller_costs_it_alone_and_one_whose_commit_raises_all():
+    from stars_fast.rewards import CallableReward
+
+    class Fragile(CallableReward):
+        broken = False
+
+        def commit(self, completion):
+            if self.broken:
+                raise RuntimeError("commit is broken")
+
+    def picky(prompts, completions):
+        values = zip(prompts, sum_reward(completions), strict=True)
+        return [ValueError("not this one") if prompt == [13] else value for prompt, value in values]
+
+    reward = Fragile(picky)
+    engine = StarsEngine(tiny_policy(VOCAB), reward)
+
+    async def run():
+        shared = AsyncStarsEngine(engine)
+        good, bad = await asyncio.gather(
+            answer(shared, [1, 2], config({}), 0), answer(shared, [13], config({}), 0), return_exceptions=True
+        )
+        reward.broken = True
+        all_of_them = await asyncio.gather(
+            *(answer(shared, [i], config({}), 0) for i in range(3)), return_exceptions=True
+        )
+        reward.broken = False
+        afterwards = await answer(shared, [1, 2], config({}), 0)
+        shared.close()
+        return good, bad, all_of_them, afterwards
+
+    good, bad, all_of_them, afterwards = asyncio.run(run())
+    assert good == afterwards == alone(engine, [([1, 2], config({}), 0)])[0]
+    assert isinstance(bad, AssertionError)
+    assert all(isinstance(error, RuntimeError) and "commit is broken" in str(error) for error in all_of_them)
+
+
+def test_calls_of_the_engine_itself_are_served_beside_a_session(engine):
+    wanted = jobs(KINDS, 4)
+    want = alone(engine, wanted)
+
+    async def run():
+        shared = AsyncStarsEngine(engine)
+        calls = [asyncio.to_thread(engine.generate, [p], c, seed=[s]) for p, c, s in wanted]
+        together = await asyncio.gather(*(answer(shared, *job) for job in wanted), *calls)
+        shared.close()
+        return together
+
+    got = asyncio.run(run())
+    assert got[:4] == want and [out.completions for out in got[4:]] == want
