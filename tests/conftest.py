@@ -99,6 +99,12 @@ def make_requests(config: StarsConfig, *lengths: int, samples: int = 1, whole: b
     return made
 
 
+def refused(*parts):
+    """The call is refused before any work, with a message that has every one of ``parts`` as a word of its own."""
+    words = "".join(rf"(?=[\s\S]*(?<![\w.]){part}(?![\w]))" for part in parts)
+    return pytest.raises((ValueError, TypeError, NotImplementedError), match=words)
+
+
 class FickleScheduler(Scheduler):
     """In each heartbeat it draws other numbers of candidates at random, and encodes as much or as little."""
 

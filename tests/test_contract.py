@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 import torch
-from conftest import sum_reward
+from conftest import refused, sum_reward, tiny_policy
 
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine
@@ -194,3 +194,31 @@ def test_the_drop_in_and_the_callback_give_the_same_text(policy32, reward32):
         **inputs, do_sample=True, max_new_tokens=9, custom_generate=stars_fast.decoding(reward32, CONFIG)
     )
     assert torch.equal(facade, callback)
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("do_sample", False),
+        ("num_beams", 2),
+        ("assistant_model", "a model"),
+        ("prompt_lookup_num_tokens", 3),
+    ],
+)
+def test_the_drop_in_refuses_what_is_not_sampling(policy32, argument, value):
+    value = tiny_policy(VOCAB) if argument == "assistant_model" else value
+    with refused(argument):
+        stars_fast.generate(
+            policy32,
+            input_ids=torch.tensor([[5, 6]]),
+            reward_model=sum_reward,
+            stars_config=CONFIG,
+            **{argument: value},
+        )
+
+
+@pytest.mark.parametrize("argument, value", [("do_sample", False), ("num_beams", 2)])
+def test_the_callback_refuses_what_is_not_sampling(policy32, argument, value):
+    options = {"do_sample": True, "max_new_tokens": 8, argument: value}
+    with refused(argument):
+        policy32.generate(torch.tensor([[5, 6]]), custom_generate=stars_fast.decoding(sum_reward, CONFIG), **options)
