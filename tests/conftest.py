@@ -22,7 +22,7 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
-from stars_fast import StarsConfig  # noqa: E402
+from stars_fast import StarsConfig, StarsEngine  # noqa: E402
 from stars_fast.loop import core  # noqa: E402
 from stars_fast.loop.one_answer import OneAnswer  # noqa: E402
 from stars_fast.loop.queue import Queue  # noqa: E402
@@ -123,6 +123,15 @@ class FickleScheduler(Scheduler):
 def fickle(monkeypatch) -> None:
     """Engines whose scheduler changes its mind at random."""
     monkeypatch.setattr(core, "Scheduler", FickleScheduler)
+
+
+@pytest.fixture
+def padded() -> StarsEngine:
+    """An engine whose passes are padded as they are where graphs are captured."""
+    engine = StarsEngine(tiny_policy(32, hidden=32), tiny_reward(32, hidden=32))
+    for tree in (engine.policy, *engine.reward.tree_models):
+        tree.graphs.enabled = True
+    return engine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

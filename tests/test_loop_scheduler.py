@@ -232,19 +232,6 @@ def test_running_requests_commit_segments_while_a_long_prompt_is_encoded(monkeyp
     assert sum(pieces) == sum(encoded), "nothing is encoded twice"
 
 
-def test_samples_of_a_long_prompt_encode_it_once(monkeypatch):
-    policy = tiny_policy(32, hidden=32, positions=1200)
-    engine = StarsEngine(policy, sum_reward)
-    encoded, prefill = [], engine.policy.prefill
-    monkeypatch.setattr(
-        engine.policy, "prefill", lambda *args: encoded.append(sum(map(len, args[1]))) or prefill(*args)
-    )
-    monkeypatch.setattr("stars_fast.loop.scheduler._PREFILL_TOKENS", 100)
-    prompt = [(7 * i + i // 5) % 31 for i in range(350)]
-    out = engine.generate([prompt], CONFIG, seed=0, num_return_sequences=3, max_new_tokens=4)
-    assert out.errors == [None] * 3 and encoded == [100, 100, 100, 50]
-
-
 def test_every_heartbeat_is_counted_by_its_rows_and_requests(monkeypatch):
     engine = StarsEngine(tiny_policy(32, hidden=32), sum_reward, max_rows=7)
     watch = Watch(engine, monkeypatch)
