@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
+import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -14,24 +15,19 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
+from stars_fast.inputs import transformers_call
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.hooks import foreign_processors, row_processor, row_stop
-from stars_fast.inputs.sampling import NEUTRAL, SAMPLING_FIELDS
+from stars_fast.inputs.sampling import NEUTRAL
+from stars_fast.methods.numbers import plain
 from stars_fast.outputs import StarsOutput
 
-_CACHES = ("past_key_values", "cache")  # until transformers 5.23, and from 5.24 on
-# What transformers hands to every decoding loop.
-_PREPARED = ("attention_mask", "position_ids", *_CACHES, "use_cache", "logits_to_keep", "cache_position")
-_ENGINE_ARGUMENTS = (
-    "reward_tokenizer",
-    "reward_tail",
-    "max_rows",
-    "kv_cache_tokens",
-    "gpu_memory_utilization",
-    "cuda_graphs",
-    "torch_compile",
-)
-_SETTINGS = {field.name for field in dataclasses.fields(StarsConfig)}
+_ENGINE_OPTIONS = {
+    name
+    for name, parameter in inspect.signature(StarsEngine.__init__).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+}
+_KEPT = "_stars_fast_engine"  # attribute of a policy
 
 
 @dataclass
@@ -59,13 +55,9 @@ def generate(
     stars_config: StarsConfig | None = None,
     streamer: Any = None,
     tokenizer: Any = None,
-    reward_tokenizer: Any = None,
-    reward_tail: str | Sequence[int] = "auto",
     reward_prompts: Any = None,
     columns: dict[str, Sequence[Any]] | None = None,
     seed: int | Sequence[int] | None = None,
-    max_rows: int | None = None,
-    kv_cache_tokens: int | None = None,
     **kwargs: Any,
 ) -> torch.LongTensor | StarsGenerateOutput:
     """``model.generate(...)`` with guidance: takes what it takes, returns what it returns.
@@ -73,7 +65,7 @@ def generate(
     Parameters
     ----------
     model : transformers causal LM
-    inputs, generation_config, **kwargs
+    inputs, generation_config
         As for ``model.generate``. Its generation_config is honoured, transformers' default of ``top_k=50`` included.
         ``do_sample`` unset means True. What is set here wins over ``stars_config``, which wins over what the model
         brings. Ids and their mask only: no embeddings, no cache, no images.
@@ -82,9 +74,10 @@ def generate(
     streamer : transformers streamer, optional
     tokenizer : transformers tokenizer, optional
         For stop strings and for rewards of text.
-    reward_tokenizer, reward_tail, max_rows, kv_cache_tokens : as in :class:`StarsEngine`
-        So are ``gpu_memory_utilization``, ``cuda_graphs`` and ``torch_compile`` (here False by default).
     reward_prompts, columns, seed : as in :meth:`StarsEngine.generate`
+    **kwargs
+        What ``model.generate`` takes, and options of :class:`StarsEngine`, such as ``reward_tokenizer`` and
+        ``max_rows`` (``torch_compile`` is False here by default).
 
     Returns
     -------
@@ -96,59 +89,26 @@ def generate(
     ------
     ValueError
         For greedy decoding, beams, assistants, and whatever :meth:`StarsEngine.generate` refuses.
+
+    Notes
+    -----
+    The engine of a call stays with the model, with its pools of keys and values and the reward model, until a call
+    with another reward, tokenizer or option takes its place, or the model is dropped. A copy of the model has none.
     """
-    config = _with_methods_sampling(stars_config or StarsConfig())
-    engine = {name: kwargs.pop(name) for name in _ENGINE_ARGUMENTS if name in kwargs}
-    for name in _SETTINGS - vars(GenerationConfig()).keys():  # those that transformers does not know
-        if name in kwargs:
-            raise _misplaced(name, kwargs[name])
-    explicit = _explicit_settings(generation_config, kwargs)
-    if explicit.get("do_sample") is False:
-        raise ValueError("do_sample=False: reward-guided decoding samples; leave do_sample unset or pass True")
-    for name in ("assistant_model", "prompt_lookup_num_tokens"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name} is set: assisted decoding and reward-guided decoding cannot be combined")
-    settings: dict[str, Any] = {}  # what the call leaves open
-    if explicit.get("do_sample") is None:
-        settings["do_sample"] = True
-    explicit |= _models_own(model, config)
-    if explicit.get("max_new_tokens") is None and explicit.get("max_length") is None:
-        settings["max_new_tokens"] = config.max_new_tokens
-    if explicit.get("num_return_sequences") is None:
-        settings["num_return_sequences"] = config.num_return_sequences
-    for name in ("inputs_embeds", "position_ids", *_CACHES):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name} is given: reward-guided decoding starts from token ids alone")
-    for name in (*SAMPLING_FIELDS, "eos_token_id"):
-        value = getattr(config, name)
-        if explicit.get(name) is None and value is not None:
-            settings[name] = list(value) if isinstance(value, tuple) else value
-    stop_strings = kwargs.pop("stop_strings", None) or explicit.get("stop_strings")
-    if stop_strings is not None:
-        config = config.replace(stop_strings=stop_strings)
-    if generation_config is None:
-        kwargs |= settings
-    else:  # transformers wants no settings beside one
-        generation_config = copy.deepcopy(generation_config)
-        for name, value in {**settings, "stop_strings": None}.items():
-            setattr(generation_config, name, value)
-            kwargs.pop(name, None)
+    engine = {"tokenizer": tokenizer, **{name: kwargs.pop(name) for name in _ENGINE_OPTIONS & kwargs.keys()}}
+    config = transformers_call.with_methods_sampling(stars_config or StarsConfig())
+    call = transformers_call.merge(model, config, generation_config, kwargs)
     decoder = _Decoder(
         reward_model,
-        config,
-        explicit=set(explicit),
-        tokenizer=tokenizer,
+        call.config,
+        explicit=call.explicit,
         streamer=streamer,
-        engine={
-            "reward_tokenizer": reward_tokenizer,
-            "reward_tail": reward_tail,
-            "max_rows": max_rows,
-            "kv_cache_tokens": kv_cache_tokens,
-            **engine,
-        },
+        engine=engine,
         call={"reward_prompts": reward_prompts, "columns": columns, "seed": seed},
     )
-    out = GenerationMixin.generate(cast(Any, model), inputs, generation_config, custom_generate=decoder, **kwargs)
+    out = GenerationMixin.generate(
+        cast(Any, model), inputs, call.generation_config, custom_generate=decoder, **call.kwargs
+    )
     return cast("torch.LongTensor | StarsGenerateOutput", out)
 
 
@@ -169,53 +129,22 @@ def decoding(
         transformers hands neither its tokenizer nor its streamer to a custom method: pass them here, and stop strings
         in ``stars_config``.
     **options
-        ``reward_tokenizer``, ``reward_tail``, ``max_rows``, ``kv_cache_tokens``, ``gpu_memory_utilization``,
-        ``cuda_graphs``, ``torch_compile`` (here False by default) of :class:`StarsEngine`; ``seed``,
-        ``reward_prompts``, ``columns`` of :meth:`StarsEngine.generate`.
+        Further options of :class:`StarsEngine`, such as ``reward_tokenizer`` and ``max_rows`` (``torch_compile`` is
+        False here by default); ``seed``, ``reward_prompts``, ``columns`` of :meth:`StarsEngine.generate`.
 
     Notes
     -----
-    A setting counts as the call's own where it differs from what the model's generation_config would have given.
+    A setting counts as the call's own where it differs from what the model's generation_config would have given. The
+    engine stays with the model, as that of :func:`generate` does.
     """
-    known = {*_ENGINE_ARGUMENTS, "seed", "reward_prompts", "columns"}
+    known = {*_ENGINE_OPTIONS, "seed", "reward_prompts", "columns"}
     for name, value in options.items():
-        if name in _SETTINGS:
-            raise _misplaced(name, value)
+        transformers_call.refuse_setting(name, value)
         if name not in known:
             raise TypeError(f"{name!r} is not an option of decoding; the options are {', '.join(sorted(known))}")
-    engine = {name: options.pop(name) for name in _ENGINE_ARGUMENTS if name in options}
-    config = _with_methods_sampling(stars_config or StarsConfig())
-    return _Decoder(
-        reward_model, config, explicit=None, tokenizer=tokenizer, streamer=streamer, engine=engine, call=options
-    )
-
-
-def _misplaced(name: str, value: Any) -> TypeError:
-    return TypeError(f"{name} is a setting of StarsConfig: pass stars_config=StarsConfig({name}={value!r:.80})")
-
-
-def _with_methods_sampling(config: StarsConfig) -> StarsConfig:
-    """Sampling settings of its own that a method has, such as CARDS' top_k, win over what the model brings."""
-    ruled = config.chosen_method.rule(config)
-    return config.replace(**{name: getattr(ruled, name) for name in SAMPLING_FIELDS})
-
-
-def _explicit_settings(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What the transformers call itself sets, by keyword or by a generation_config of its own."""
-    given = {} if generation_config is None else generation_config.to_dict()
-    return {name: value for name, value in {**given, **kwargs}.items() if value is not None}
-
-
-def _models_own(model: PreTrainedModel, config: StarsConfig) -> dict[str, Any]:
-    """Lengths and counts that the model's generation_config sets, where the StarsConfig leaves its defaults."""
-    own, default = model.generation_config, StarsConfig()
-    names = []
-    if config.max_new_tokens == default.max_new_tokens:
-        names += ["max_new_tokens", "max_length"]
-    if config.num_return_sequences == default.num_return_sequences:
-        names.append("num_return_sequences")
-    values = {name: getattr(own, name, None) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
+    engine = {"tokenizer": tokenizer, **{name: options.pop(name) for name in _ENGINE_OPTIONS & options.keys()}}
+    config = transformers_call.with_methods_sampling(stars_config or StarsConfig())
+    return _Decoder(reward_model, config, explicit=None, streamer=streamer, engine=engine, call=options)
 
 
 class _Decoder:
@@ -227,13 +156,13 @@ class _Decoder:
         config: StarsConfig,
         *,
         explicit: set[str] | None,  # None: not known, to be told from the prepared generation_config
-        tokenizer: Any,
         streamer: Any,
         engine: dict[str, Any],
         call: dict[str, Any],
     ) -> None:
         self.reward_model, self.config, self.explicit = reward_model, config, explicit
-        self.tokenizer, self.streamer, self.engine, self.call = tokenizer, streamer, engine, call
+        # Calls through this door are few and short: what compiling costs, they would not earn back.
+        self.streamer, self.engine, self.call = streamer, {"torch_compile": False, **engine}, call
 
     def __call__(
         self,
@@ -245,17 +174,15 @@ class _Decoder:
         **model_kwargs: Any,
     ) -> torch.LongTensor | StarsGenerateOutput:
         assert generation_config is not None
-        _refuse(generation_config)
-        samples = generation_config.num_return_sequences or 1
-        _refuse_inputs(model_kwargs)
-        explicit = self.explicit
-        if explicit is None:
-            explicit = _differing(model, generation_config, input_ids.shape[1]) | _models_own(model, self.config).keys()
-        config = self._merge(generation_config, explicit, input_ids.shape[1])
-        mask = model_kwargs.get("attention_mask")
+        transformers_call.refuse_modes(generation_config)
+        transformers_call.refuse_inputs(model_kwargs)
+        config = transformers_call.settled(
+            self.config, self.explicit, model, generation_config, prompt_length=input_ids.shape[1]
+        )
+        mask, samples = model_kwargs.get("attention_mask"), config.num_return_sequences
         processors = foreign_processors(logits_processor, generation_config)
         if processors is not None:
-            _check_in_force(config, generation_config)
+            transformers_call.check_in_force(config, generation_config)
             config = config.replace(**NEUTRAL)
         arguments = Arguments(
             input_ids[::samples].cpu(),
@@ -266,100 +193,61 @@ class _Decoder:
             stop=lambda row: row_stop(stopping_criteria, generation_config, input_ids[row]),
             **self.call,
         )
-        # An engine of one call: what compiling costs, it would not earn back.
-        engine = StarsEngine(
-            model, self.reward_model, tokenizer=self.tokenizer, **{"torch_compile": False, **self.engine}
-        )
-        out = engine.run(arguments, self.streamer)
-        return self._as_transformers(out, input_ids, model, generation_config)
-
-    def _merge(self, generation_config: GenerationConfig, explicit: set[str], prompt_length: int) -> StarsConfig:
-        """Settings of the transformers call over those of the StarsConfig, over the model's."""
-        values: dict[str, Any] = {"num_return_sequences": generation_config.num_return_sequences or 1}
-        for name in SAMPLING_FIELDS:
-            value = getattr(generation_config, name, None)
-            if value is not None and (name in explicit or getattr(self.config, name) is None):
-                values[name] = value
-        if "eos_token_id" in explicit or self.config.eos_token_id is None:
-            eos = generation_config._eos_token_tensor
-            values["eos_token_id"] = None if eos is None else tuple(eos.tolist())
-            if eos is None:
-                values["ignore_eos"] = True
-        if explicit & {"max_new_tokens", "max_length"}:
-            values["max_new_tokens"] = max(generation_config.max_length - prompt_length, 1)
-        if "stop_strings" in explicit and generation_config.stop_strings is not None:
-            values["stop_strings"] = generation_config.stop_strings
-        return self.config.replace(**values)
-
-    def _as_transformers(
-        self, out: StarsOutput, input_ids: torch.Tensor, model: PreTrainedModel, generation_config: GenerationConfig
-    ) -> torch.LongTensor | StarsGenerateOutput:
-        """Prompts as they came (padding on the left kept), completions behind them, padded on the right."""
-        pad = generation_config._pad_token_tensor
-        width = max(len(completion) for completion in out.completions)
-        tail = input_ids.new_full((len(out.completions), width), 0 if pad is None else int(pad))
-        for row, completion in enumerate(out.completions):
-            tail[row, : len(completion)] = torch.tensor(completion, dtype=tail.dtype)
-        sequences = cast(torch.LongTensor, torch.cat([input_ids, tail], dim=1))
-        if not generation_config.return_dict_in_generate:
-            return sequences
-        return StarsGenerateOutput(
-            sequences=sequences,
-            rewards=cast(torch.FloatTensor, torch.tensor(out.rewards, dtype=torch.float32, device=sequences.device)),
-            stats=out.stats,
-        )
+        out = _kept_engine(model, self.reward_model, self.engine).run(arguments, self.streamer)
+        return _as_transformers(out, input_ids, generation_config)
 
 
-def _refuse(generation_config: GenerationConfig) -> None:
-    """Modes of ``generate`` that guidance cannot have."""
-    beams = generation_config.num_beams or 1
-    if beams > 1:
-        raise ValueError(f"num_beams={beams}: beam search and reward-guided decoding cannot be combined")
-    if getattr(generation_config, "prompt_lookup_num_tokens", None) or getattr(generation_config, "is_assistant", None):
-        raise ValueError("prompt_lookup_num_tokens is set: assisted decoding cannot be combined with guidance")
-    if not generation_config.do_sample:
-        raise ValueError("do_sample=False: reward-guided decoding samples; pass do_sample=True")
-    for name in ("dola_layers", "constraints", "force_words_ids"):
-        if getattr(generation_config, name, None) is not None:
-            raise ValueError(f"{name} asks for another way of decoding: it cannot be combined with guidance")
-    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        if getattr(generation_config, name, False):
-            raise ValueError(f"{name}=True is not supported: use StarsEngine, whose output has log-probabilities")
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """An engine and what it was made of, hung on its policy so that the two are dropped together."""
+
+    engine: StarsEngine
+    made_of: dict[str, Any]
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # copies and pickles of the policy have no engine
+
+    def serves(self, model: PreTrainedModel, made_of: dict[str, Any]) -> bool:
+        """Whether an engine made now would be the same."""
+        if self.engine.policy.model is not model or self.made_of.keys() != made_of.keys():
+            return False
+        return all(_same(self.made_of[name], made_of[name]) for name in made_of)
 
 
-def _refuse_inputs(model_kwargs: dict[str, Any]) -> None:
-    """Anything to start from besides ids and their mask. transformers itself adds what is let through here."""
-    for name in _CACHES:
-        if model_kwargs.get(name) is not None and model_kwargs[name].get_seq_length():
-            raise ValueError(f"{name} holds tokens: reward-guided decoding starts from token ids alone")
-    for name, value in model_kwargs.items():
-        if value is not None and name not in _PREPARED:
-            raise ValueError(f"{name} is given: reward-guided decoding starts from token ids alone")
+def _kept_engine(model: PreTrainedModel, reward: Any, options: dict[str, Any]) -> StarsEngine:
+    """The engine of an earlier call on the model, where it was made of the same things, else a new one."""
+    modules = [one for one in (model, reward) if isinstance(one, torch.nn.Module)]
+    weights = [(weight.dtype, weight.device, weight.shape) for one in modules for weight in one.parameters()]
+    made_of = {"reward": reward, "weights": weights, **options}
+    made_of = {name: tuple(v) if isinstance(v := plain(value), list) else v for name, value in made_of.items()}
+    kept: _Kept | None = vars(model).get(_KEPT)
+    if kept is None or not kept.serves(model, made_of):
+        del kept  # its pools make room for those of the next
+        vars(model).pop(_KEPT, None)
+        kept = vars(model)[_KEPT] = _Kept(StarsEngine(model, reward, **options), made_of)
+    return kept.engine
 
 
-def _check_in_force(config: StarsConfig, generation_config: GenerationConfig) -> None:
-    """A list of processors that transformers has built already cannot take settings of the StarsConfig any more."""
-    for name, neutral in NEUTRAL.items():
-        value, built = getattr(config, name), getattr(generation_config, name, None)
-        if value is not None and value != (neutral if built is None else built):
-            raise ValueError(
-                f"{name}={value!r} of the StarsConfig comes too late for the logits processors of this call: "
-                f"pass {name} to model.generate, or use stars_fast.generate"
-            )
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments mean the same: objects by identity, names and numbers by value."""
+    by_value = isinstance(one, (str, os.PathLike, int, float, tuple, MethodType)) and type(one) is type(other)
+    return one is other or (by_value and one == other)
 
 
-def _differing(model: PreTrainedModel, generation_config: GenerationConfig, prompt_length: int) -> set[str]:
-    """Settings that the model's own generation_config and transformers' defaults do not explain."""
-    own, defaults = model.generation_config, generation_config._get_default_generation_params()
-    differing = set()
-    for name in (field.name for field in dataclasses.fields(StarsConfig)):
-        value = getattr(generation_config, name, None)
-        expected = getattr(own, name, None)
-        expected = defaults.get(name) if expected is None else expected
-        if value is not None and value != expected:
-            differing.add(name)
-    # By now transformers has put the prompt's length on top of its default.
-    unset = (own.max_length, defaults["max_length"] + prompt_length)
-    if generation_config.max_new_tokens is None and generation_config.max_length not in unset:
-        differing.add("max_length")
-    return differing
+def _as_transformers(
+    out: StarsOutput, input_ids: torch.Tensor, generation_config: GenerationConfig
+) -> torch.LongTensor | StarsGenerateOutput:
+    """Prompts as they came (padding on the left kept), completions behind them, padded on the right."""
+    pad = generation_config._pad_token_tensor
+    width = max(len(completion) for completion in out.completions)
+    tail = input_ids.new_full((len(out.completions), width), 0 if pad is None else int(pad))
+    for row, completion in enumerate(out.completions):
+        tail[row, : len(completion)] = torch.tensor(completion, dtype=tail.dtype)
+    sequences = cast(torch.LongTensor, torch.cat([input_ids, tail], dim=1))
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return StarsGenerateOutput(
+        sequences=sequences,
+        rewards=cast(torch.FloatTensor, torch.tensor(out.rewards, dtype=torch.float32, device=sequences.device)),
+        stats=out.stats,
+    )

@@ -1,9 +1,15 @@
 """``stars_fast.generate`` and ``custom_generate=decoding(...)`` take and honour what ``model.generate`` does."""
 
+import copy
+import gc
 import inspect
 import itertools
 import math
+import pickle
 import re
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -149,9 +155,9 @@ def used(monkeypatch, generate, policy, config=ANYTHING, **kwargs):
     seen = {}
     propose = Policy.propose
 
-    def watch(self, leaves, sampling):
-        seen.update(vars(sampling), length=leaves[0].length, processor=leaves[0].processor)
-        return propose(self, leaves, sampling)
+    def watch(self, leaves):
+        seen.update(vars(leaves[0].sampling), length=leaves[0].length, processor=leaves[0].processor)
+        return propose(self, leaves)
 
     monkeypatch.setattr(Policy, "propose", watch)
     generate(policy, config=config, prompts=[[5, 6, 7]], **kwargs)
@@ -578,7 +584,12 @@ def test_stop_strings_without_a_tokenizer_say_where_it_goes(policy, generate):
         generate(policy, config=CONFIG.replace(stop_strings=["w9"]))
 
 
-def test_settings_of_the_engine_reach_it(policy32, reward32, monkeypatch):
+# The engine, which stays with the model
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The options of each engine that is made."""
     given = []
     original = StarsEngine.__init__
 
@@ -587,13 +598,143 @@ def test_settings_of_the_engine_reach_it(policy32, reward32, monkeypatch):
         original(self, *args, **options)
 
     monkeypatch.setattr(StarsEngine, "__init__", init)
-    ids, settings = torch.tensor([[1, 2, 3]]), dict(gpu_memory_utilization=0.5, cuda_graphs=False, max_rows=3)
-    stars_fast.generate(policy32, ids, reward_model=reward32, max_new_tokens=4, **settings)
-    policy32.generate(ids, do_sample=True, max_new_tokens=4, custom_generate=stars_fast.decoding(reward32, **settings))
-    for options in given:
-        assert options.items() >= settings.items()
-        assert options["torch_compile"] is False
-    assert len(given) == 2
+    return given
+
+
+@both
+def test_settings_of_the_engine_reach_it(made, generate):
+    settings = dict(gpu_memory_utilization=0.5, cuda_graphs=False, max_rows=3)
+    if generate is facade:
+        facade(tiny_policy(VOCAB), **settings)
+    else:
+        tiny_policy(VOCAB).generate(
+            **inputs(), do_sample=True, custom_generate=stars_fast.decoding(sum_reward, **settings)
+        )
+    (options,) = made
+    assert options.items() >= settings.items()
+    assert options["torch_compile"] is False
+
+
+def test_calls_on_the_same_models_share_an_engine(made):
+    policy, reward = tiny_policy(VOCAB), tiny_reward(VOCAB)
+    for seed, generate, options in ((0, facade, {}), (1, callback, {}), (2, facade, {"max_new_tokens": 5})):
+        out = generate(policy, reward, seed=seed, **options)
+        assert len(made) == seed + 1
+        assert torch.equal(out, generate(tiny_policy(VOCAB), reward, seed=seed, **options))
+
+
+def test_weights_may_change_between_calls():
+    policy, fresh = tiny_policy(VOCAB), tiny_policy(VOCAB, seed=7)
+    before = facade(policy, seed=0)
+    policy.load_state_dict(fresh.state_dict())
+    after = facade(policy, seed=0)
+    assert torch.equal(after, facade(fresh, seed=0)) and not torch.equal(before, after)
+
+
+class Scorer:
+    def score(self, completions):
+        return sum_reward(completions)
+
+
+def test_another_reward_tokenizer_or_option_makes_another_engine(made, tmp_path):
+    policy, scorer = tiny_policy(VOCAB), Scorer()
+    tiny_reward(VOCAB).save_pretrained(tmp_path)
+    calls = [
+        (sum_reward, {}),
+        (scorer.score, {}),
+        (scorer.score, {}),  # another object of the same method
+        (Scorer().score, {}),
+        (str(tmp_path), {}),
+        (str(tmp_path), {"reward_tail": [1, 2]}),
+        (str(tmp_path), {"reward_tail": torch.tensor([1, 2])}),
+        (str(tmp_path), {"reward_tail": [1, 3]}),
+        (tmp_path, {"max_rows": 2}),
+        (tmp_path, {"max_rows": 3}),
+    ]
+    counts = []
+    for reward, options in calls:
+        facade(policy, reward, max_new_tokens=2, **options)
+        counts.append(len(made))
+    assert counts == [1, 2, 2, 3, 4, 5, 5, 6, 7, 8]
+    for tokenizer in (tiny_tokenizer(VOCAB), tiny_tokenizer(VOCAB)):
+        facade(policy, tokenizer=tokenizer, reward=lambda completion_ids: sum_reward(completion_ids), max_new_tokens=2)
+    assert len(made) == 10
+
+
+@pytest.mark.parametrize("changed", ["policy", "reward"])
+def test_a_model_that_has_moved_gets_another_engine(made, changed):
+    models = {"policy": tiny_policy(VOCAB), "reward": tiny_reward(VOCAB)}
+    facade(**models, max_new_tokens=2)
+    models[changed].bfloat16()
+    facade(**models, max_new_tokens=2)
+    models[changed].float()
+    assert torch.equal(facade(**models, seed=0), facade(tiny_policy(VOCAB), tiny_reward(VOCAB), seed=0))
+    assert len(made) == 4
+    models["reward"].resize_token_embeddings(VOCAB + 8)
+    facade(**models, max_new_tokens=2)
+    assert len(made) == 5
+
+
+def test_a_dropped_model_takes_its_engine_with_it():
+    policy, reward = tiny_policy(VOCAB), tiny_reward(VOCAB)
+    facade(policy, reward)
+    gone = [weakref.ref(model) for model in (policy, reward, vars(policy)["_stars_fast_engine"].engine)]
+    del policy, reward
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_has_an_engine_of_its_own(made, copied):
+    policy, fresh = tiny_policy(VOCAB), tiny_policy(VOCAB, seed=7)
+    expected = facade(policy, seed=0)
+    other = copied(policy)
+    assert vars(other)["_stars_fast_engine"] is None
+    other.load_state_dict(fresh.state_dict())
+    assert torch.equal(facade(other, seed=0), facade(fresh, seed=0))
+    assert torch.equal(facade(policy, seed=0), expected)
+    assert len(made) == 3
+
+
+def test_a_copy_that_shares_its_layers_is_another_model_still(made):
+    policy = tiny_policy(VOCAB)
+    assert torch.equal(facade(policy, seed=0), facade(copy.copy(policy), seed=0))
+    assert len(made) == 2
+
+
+def test_the_model_is_saved_as_before(tmp_path):
+    policy = tiny_policy(VOCAB)
+    names = policy.state_dict().keys()
+    facade(policy)
+    assert policy.state_dict().keys() == names
+    policy.save_pretrained(tmp_path)
+    assert torch.equal(facade(type(policy).from_pretrained(tmp_path), seed=0), facade(policy, seed=0))
+
+
+def test_threads_on_one_model_are_all_served():
+    policy = tiny_policy(VOCAB)
+    expected = [facade(policy, seed=seed) for seed in range(8)]
+    barrier = threading.Barrier(4)
+
+    def run(seed):
+        barrier.wait()
+        return facade(policy, seed=seed)
+
+    with ThreadPoolExecutor(4) as threads:
+        outs = list(threads.map(run, range(8)))
+    assert all(map(torch.equal, outs, expected))
+
+
+def test_a_call_within_a_call_has_an_engine_of_its_own():
+    policy = tiny_policy(VOCAB)
+    inner = []
+
+    def reward(completions):
+        inner.append(facade(policy, max_new_tokens=2, seed=0))
+        return sum_reward(completions)
+
+    assert torch.equal(facade(policy, reward, seed=1), facade(tiny_policy(VOCAB), seed=1))
+    assert all(torch.equal(out, inner[0]) for out in inner)
 
 
 # Methods
@@ -635,7 +776,7 @@ def test_cards_segments_end_by_the_entropy_before_processors(policy):
 def test_cards_own_top_k_wins_over_defaults_and_loses_to_the_call(monkeypatch, policy, generate):
     seen = []
     propose = Policy.propose
-    monkeypatch.setattr(Policy, "propose", lambda *args: seen.append(args[2].top_k) or propose(*args))
+    monkeypatch.setattr(Policy, "propose", lambda *args: seen.append(args[1][0].sampling.top_k) or propose(*args))
     config = ANYTHING.replace(method="cards", max_new_tokens=3)
     generate(policy, config=config)
     generate(policy, config=config, top_k=9)

@@ -52,7 +52,7 @@ class Call:
     prompts: Sequence[Prompt]
     nodes: Sequence[PromptNode]
     keys: Sequence[int]  # of the random numbers, per row
-    stop: StopTest | None
+    stops: Sequence[StopTest | None]  # per prompt, for the config's stop strings
     size: Size
     samples: int = PILOT_SAMPLES  # of a pilot
     priority: int = 0  # of its requests; lower runs first
@@ -111,7 +111,7 @@ class Call:
                 priority=self.priority,
                 # A pilot has samples beyond the rows of the output; all samples of a prompt share its hooks.
                 processor=self.arguments.processor(first_row),
-                stop=_either(self.stop, self.arguments.stop(first_row)),
+                stop=_either(self.stops[prompt], self.arguments.stop(first_row)),
             )
             for j, key in enumerate(keys)
         ]
@@ -148,7 +148,7 @@ def prepare(
             for prompt, rewarded, ids in zip(prompts, reward_prompts, preferred, strict=True)
         ],
         keys=keys,
-        stop=stop_test(config.stop_strings, tokenizer),
+        stops=[stop_test(config.stop_strings, tokenizer, prompt.ids) for prompt in prompts],
         size=_size(config, prompts, preferred, samples, reward_prompts),
         samples=samples,
     )

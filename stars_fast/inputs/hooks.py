@@ -30,6 +30,7 @@ from transformers.generation import (
 
 from stars_fast.loop.request import StopTest
 from stars_fast.policy.leaf import RowProcessor
+from stars_fast.text.decode import CONTEXT_TOKENS, continuation
 
 # Class -> the attribute that holds its setting, which is the generation_config's field of the same meaning.
 _NATIVE = {
@@ -138,8 +139,16 @@ def _is_the_calls_own(criterion: StoppingCriteria, generation_config: Generation
     return False
 
 
-def stop_test(stop_strings: str | Sequence[str] | None, tokenizer: Any) -> StopTest | None:
-    """A test whether the text of a completion contains a stop string.
+def stop_test(stop_strings: str | Sequence[str] | None, tokenizer: Any, prompt: Sequence[int] = ()) -> StopTest | None:
+    """A test whether the text of a completion, asked about after every token, has come to contain a stop string.
+
+    Parameters
+    ----------
+    stop_strings : str or sequence of str, optional
+    tokenizer
+        The policy's.
+    prompt : sequence of int
+        Ids that the completion goes on from. Stop strings are not sought in them.
 
     Raises
     ------
@@ -154,9 +163,22 @@ def stop_test(stop_strings: str | Sequence[str] | None, tokenizer: Any) -> StopT
             "decoding"
         )
     strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+    # A token has a byte at least; two where transformers' clean-up may have taken a space from between them.
+    most = 2 * max(len(string.encode()) for string in strings) + CONTEXT_TOKENS
+    context = list(prompt[-CONTEXT_TOKENS:])
 
     def ends(tokens: list[int]) -> bool:
-        text = tokenizer.decode(tokens, skip_special_tokens=False)
+        size = most
+        while size < len(tokens):
+            last = [*context, *tokens][-size - CONTEXT_TOKENS :]
+            before = tokenizer.decode(last[:-size], skip_special_tokens=False)
+            whole = tokenizer.decode(last, skip_special_tokens=False)
+            if whole.startswith(before) and not before.startswith("\ufffd"):
+                text = whole[len(before) :]
+                break
+            size *= 2  # the cut goes through a character
+        else:
+            text = continuation(tokenizer, context, tokens, skip_special_tokens=False)
         return any(string in text for string in strings)
 
     return ends

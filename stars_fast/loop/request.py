@@ -14,8 +14,9 @@ from stars_fast.methods.base import Method, Segments
 from stars_fast.outputs import SegmentTrace, Stats
 from stars_fast.policy.leaf import Draw, Leaf, RowProcessor, Sampling
 from stars_fast.rewards.base import Completion, Response, RewardPrompt
+from stars_fast.text.decode import TextStream
 
-# Tokens of a completion so far -> whether it ends there (a stop string, a stopping criterion).
+# Tokens of a completion so far -> whether it ends there (a stop string, a stopping criterion). Asked after every token.
 StopTest = Callable[[list[int]], bool]
 
 _ids = count()
@@ -100,7 +101,7 @@ class Request:
     sampling_logprobs: list[float] = field(default_factory=list)
     segments: list[SegmentTrace] = field(default_factory=list)
     reported: int = 0  # segments already streamed
-    text_length: int = 0  # characters already streamed
+    text: TextStream = field(default_factory=TextStream)  # what of the answer's text was streamed
 
     attempts: int = 0  # candidates of the segment being drawn that were looked at
     best: Candidate | None = None  # of them

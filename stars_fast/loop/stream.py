@@ -29,13 +29,7 @@ def new_events(request: Request, tokenizer: Any) -> Iterator[SegmentEvent]:
 def _event(
     request: Request, segment: SegmentTrace | None, tokens: Sequence[int], reason: str | None, tokenizer: Any
 ) -> SegmentEvent:
-    text = None
-    if tokenizer is not None:
-        whole = tokenizer.decode(tokens, skip_special_tokens=True)
-        # A character may be split between segments: what is not complete waits for the next event.
-        ready = whole if reason else whole.rstrip("\ufffd")
-        text = ready[request.text_length :]
-        request.text_length = max(len(ready), request.text_length)
+    text = None if tokenizer is None else request.text.piece(tokenizer, tokens, last=reason is not None)
     return SegmentEvent(
         index=request.index,
         prompt_index=request.prompt_index,

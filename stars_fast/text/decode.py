@@ -1,0 +1,63 @@
+"""Text of tokens that go on from others. Decoded alone, they may lose a space, or half a character."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+CONTEXT_TOKENS = 8  # decoded in front of others, these read as they do behind the whole text
+_UNSETTLED = 8  # characters at the end of a text that transformers' clean-up of spaces may still change
+
+
+def continuation(tokenizer: Any, context: Sequence[int], tokens: Sequence[int], skip_special_tokens: bool) -> str:
+    """Text of ``tokens`` as it goes on from that of ``context``; alone where the two cannot be told apart."""
+    before = tokenizer.decode(list(context), skip_special_tokens=skip_special_tokens)
+    whole = tokenizer.decode([*context, *tokens], skip_special_tokens=skip_special_tokens)
+    if whole.startswith(before):
+        return str(whole[len(before) :])
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+
+
+@dataclass
+class TextStream:
+    """The text of a growing list of tokens, piece by piece. The pieces add up to the text of all tokens.
+
+    Attributes
+    ----------
+    start : int
+        The first token that is still decoded.
+    told : int
+        Characters of the text from there on that are in earlier pieces.
+    """
+
+    start: int = 0
+    told: int = 0
+
+    def piece(self, tokenizer: Any, tokens: Sequence[int], last: bool) -> str:
+        """What the text has grown by. What later tokens may still change waits for them, unless these are the last."""
+        end = len(tokens)
+        while not last and end > self.start and _is_byte(tokenizer, tokens[end - 1]):
+            end -= 1
+        text = tokenizer.decode(list(tokens[self.start : end]), skip_special_tokens=True)
+        ready = len(text)
+        if not last:
+            unsettled = _UNSETTLED if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
+            ready = max(self.told, len(text.rstrip("\ufffd")) - unsettled)
+        piece, self.told = text[self.told : ready], ready
+        self._forget(tokenizer, tokens[:end], text)
+        return str(piece)
+
+    def _forget(self, tokenizer: Any, tokens: Sequence[int], text: str) -> None:
+        """Decode only the end from now on, if that reads as it does in ``text`` and the rest has been told."""
+        start = len(tokens) - CONTEXT_TOKENS
+        if start > self.start:
+            end = tokenizer.decode(list(tokens[start:]), skip_special_tokens=True)
+            forgotten = len(text) - len(end)
+            if end and text.endswith(end) and forgotten <= self.told:
+                self.start, self.told = start, self.told - forgotten
+
+
+def _is_byte(tokenizer: Any, token: int) -> bool:
+    """Whether a token is one of the bytes that decoders join, and give up all together where one is missing."""
+    return str(tokenizer.convert_ids_to_tokens(token)).startswith("<0x")
