@@ -22,8 +22,15 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
-from stars_fast import engine  # noqa: E402
+from stars_fast import StarsConfig, StarsEngine  # noqa: E402
+from stars_fast.loop import core  # noqa: E402
+from stars_fast.loop.one_answer import OneAnswer  # noqa: E402
+from stars_fast.loop.queue import Queue  # noqa: E402
+from stars_fast.loop.request import PromptNode, Request, Terms  # noqa: E402
 from stars_fast.loop.scheduler import Scheduler  # noqa: E402
+from stars_fast.outputs import Stats  # noqa: E402
+from stars_fast.policy.leaf import Sampling  # noqa: E402
+from stars_fast.rewards import RewardPrompt  # noqa: E402
 
 
 def tiny_config(vocab: int, *, hidden: int = 16, layers: int = 2, positions: int = 256, **fields) -> LlamaConfig:
@@ -78,6 +85,26 @@ def sum_reward(completions):
     return [((3 * sum(completion) + len(completion)) % 17) / 6 - 1 for completion in completions]
 
 
+def make_requests(config: StarsConfig, *lengths: int, samples: int = 1, whole: bool = False, **fields) -> list[Request]:
+    """Requests that grow one answer each, for prompts of these lengths; they belong to no engine."""
+    method, strategy = config.chosen_method, OneAnswer(Queue(None, None, None, None))
+    terms = Terms(config, method, method.segments(), Sampling(), Stats(), whole)
+    made = []
+    for i, length in enumerate(lengths):
+        prompt = PromptNode([1] * length, RewardPrompt(i, [1] * length, [1] * length))
+        for j in range(samples):
+            settings = {"target": 1.5, "base": 0.0, "beta": 0.6} | fields
+            made.append(Request(terms, prompt, key=0, prompt_index=i, sample_index=j, **settings))
+            made[-1].strategy = strategy
+    return made
+
+
+def refused(*parts):
+    """The call is refused before any work, with a message that has every one of ``parts`` as a word of its own."""
+    words = "".join(rf"(?=[\s\S]*(?<![\w.]){part}(?![\w]))" for part in parts)
+    return pytest.raises((ValueError, TypeError, NotImplementedError), match=words)
+
+
 class FickleScheduler(Scheduler):
     """In each heartbeat it draws other numbers of candidates at random, and encodes as much or as little."""
 
@@ -85,18 +112,26 @@ class FickleScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self.rng = random.Random(0)
 
-    def candidates(self, running, encoding=()) -> list[int]:
-        left = [self.config.max_attempts - request.attempts for request in running]
-        return [self.rng.randint(1, most) for most in left]
+    def candidates(self, requests, limits, rows, spare) -> list[int]:
+        return [self.rng.randint(1, most) for most in limits]
 
-    def encoding_tokens(self, running: int, encoding: int) -> int:
+    def encoding_tokens(self, running: int, encoding: int, segment_length: int) -> int:
         return self.rng.randint(1, 8)
 
 
 @pytest.fixture
 def fickle(monkeypatch) -> None:
     """Engines whose scheduler changes its mind at random."""
-    monkeypatch.setattr(engine, "Scheduler", FickleScheduler)
+    monkeypatch.setattr(core, "Scheduler", FickleScheduler)
+
+
+@pytest.fixture
+def padded() -> StarsEngine:
+    """An engine whose passes are padded as they are where graphs are captured."""
+    engine = StarsEngine(tiny_policy(32, hidden=32), tiny_reward(32, hidden=32))
+    for tree in (engine.policy, *engine.reward.tree_models):
+        tree.graphs.enabled = True
+    return engine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,22 +1,10 @@
-"""What the public interface promises: every parameter of ``generate`` and ``stream``, every field that comes back."""
+"""What a reward function, and transformers' own generate, are promised."""
 
 import asyncio
-import dataclasses
-import inspect
-import warnings
 
-import numpy as np
 import pytest
 import torch
-from conftest import sum_reward, tiny_policy, tiny_reward, tiny_tokenizer
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from conftest import refused, sum_reward, tiny_policy
 
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine
@@ -24,11 +12,6 @@ from stars_fast import StarsConfig, StarsEngine
 VOCAB, EOS = 32, 31
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14)
-EVERYTHING_PASSES = {"target_reward": -1e6}
-
-
-def word_reward(completions):
-    return sum_reward([[int(word[1:]) for word in completion.split()] for completion in completions])
 
 
 @pytest.fixture(scope="module")
@@ -36,524 +19,7 @@ def engine(policy32, reward32):
     return StarsEngine(policy32, reward32)
 
 
-@pytest.fixture(scope="module")
-def text_engine(policy32, tokenizer32):
-    return StarsEngine(policy32, word_reward, tokenizer=tokenizer32)
-
-
-@pytest.fixture(scope="module")
-def out(engine):
-    return engine.generate(PROMPTS, CONFIG, seed=3, num_return_sequences=3)
-
-
-# Signatures
-
-
-def test_generate_and_stream_take_the_promised_keywords():
-    promised = ["attention_mask", "reward_prompts", "columns", "seed", "on_error", "streamer", "progress"]
-    parameters = inspect.signature(StarsEngine.generate).parameters
-    assert list(parameters)[1:3] == ["prompts", "config"]
-    for name in promised:
-        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY, name
-    assert parameters["on_error"].default == "return"
-    constructor = inspect.signature(StarsEngine).parameters
-    for name in ("tokenizer", "reward_tokenizer", "reward_tail", "max_rows", "kv_cache_tokens"):
-        assert constructor[name].kind is inspect.Parameter.KEYWORD_ONLY, name
-    assert constructor["reward_tail"].default == "auto"
-
-
-# StarsOutput
-
-
-def test_there_is_one_row_per_prompt_and_sample(out):
-    assert out.sequences.shape[0] == 12 and out.sequences.dtype == torch.int64
-    for name in ("completions", "rewards", "finish_reasons", "errors", "logprobs", "sampling_logprobs", "segments"):
-        assert len(getattr(out, name)) == 12, name
-    assert out.errors == [None] * 12
-    assert all(isinstance(reward, float) for reward in out.rewards)
-
-
-def test_sequences_are_prompt_and_completion_padded_on_the_right(out):
-    whole = [PROMPTS[row // 3] + completion for row, completion in enumerate(out.completions)]
-    assert out.sequences.shape[1] == max(map(len, whole))
-    for ids, expected in zip(out.sequences.tolist(), whole, strict=True):
-        assert ids[: len(expected)] == expected
-        assert len(set(ids[len(expected) :])) <= 1
-
-
-def test_completions_end_with_eos_or_at_the_limit_and_say_which(out):
-    assert set(out.finish_reasons) == {"stop", "length"}
-    for completion, reason in zip(out.completions, out.finish_reasons, strict=True):
-        assert EOS not in completion[:-1]
-        assert (completion[-1] == EOS) == (reason == "stop")
-        assert len(completion) == CONFIG.max_new_tokens or reason == "stop"
-
-
-def test_segments_concatenate_to_the_completion(out):
-    for completion, segments in zip(out.completions, out.segments, strict=True):
-        assert [token for segment in segments for token in segment.tokens] == completion
-        assert all(len(segment.tokens) == CONFIG.segment_length for segment in segments[:-1])
-
-
-def test_segments_report_attempts_and_acceptance(out):
-    segments = [segment for row in out.segments for segment in row]
-    assert {s.accepted for s in segments} == {True, False}
-    assert all(1 <= s.attempts <= CONFIG.max_attempts for s in segments)
-    assert all(s.attempts == CONFIG.max_attempts for s in segments if not s.accepted)
-    assert all(s.reward > s.threshold - 20 * CONFIG.beta for s in segments if s.accepted)
-
-
-@torch.no_grad()
-def test_rewards_are_those_of_a_fresh_full_forward_pass(out, reward32):
-    for row, segments in enumerate(out.segments):
-        ids = list(PROMPTS[row // 3])
-        for segment in segments:
-            ids += segment.tokens
-            assert segment.reward == pytest.approx(reward32(torch.tensor([ids])).logits.item(), abs=1e-4)
-        assert out.rewards[row] == pytest.approx(segments[-1].reward, abs=1e-6)
-
-
-@torch.no_grad()
-def fresh_logits(policy, prompt, completion):
-    ids = torch.tensor([prompt + completion])
-    return policy(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-
-
-def picked(logits, completion):
-    return logits.log_softmax(-1)[torch.arange(len(completion)), torch.tensor(completion)]
-
-
-def test_logprobs_are_those_of_a_fresh_forward_pass(out, policy32):
-    for row, completion in enumerate(out.completions):
-        expected = picked(fresh_logits(policy32, PROMPTS[row // 3], completion), completion)
-        torch.testing.assert_close(torch.tensor(out.logprobs[row]), expected, atol=1e-4, rtol=0)
-        torch.testing.assert_close(torch.tensor(out.sampling_logprobs[row]), expected, atol=1e-4, rtol=0)
-        sums = [segment.logprob for segment in out.segments[row]]
-        ends = torch.tensor([len(segment.tokens) for segment in out.segments[row]]).cumsum(0)
-        assert sums == pytest.approx([part.sum().item() for part in expected.tensor_split(ends[:-1])], abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        {"temperature": 0.7},
-        {"top_k": 5},
-        {"top_p": 0.8},
-        {"min_p": 0.1},
-        {"repetition_penalty": 1.5},
-        {"temperature": 1.4, "top_k": 12, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2},
-    ],
-    ids=str,
-)
-def test_sampling_logprobs_are_those_after_transformers_processors(engine, policy32, sampling):
-    made = {
-        "repetition_penalty": RepetitionPenaltyLogitsProcessor,
-        "temperature": TemperatureLogitsWarper,
-        "top_k": TopKLogitsWarper,
-        "top_p": TopPLogitsWarper,
-        "min_p": MinPLogitsWarper,
-    }
-    processors = LogitsProcessorList([make(sampling[name]) for name, make in made.items() if name in sampling])
-    out = engine.generate(PROMPTS, CONFIG, seed=1, **sampling)
-    for prompt, completion, raw, processed in zip(
-        PROMPTS, out.completions, out.logprobs, out.sampling_logprobs, strict=True
-    ):
-        logits = fresh_logits(policy32, prompt, completion)
-        torch.testing.assert_close(torch.tensor(raw), picked(logits, completion), atol=1e-4, rtol=0)
-        rows = [
-            processors(torch.tensor([prompt + completion[:t]]), logits[t : t + 1].clone())[0]
-            for t in range(len(completion))
-        ]
-        torch.testing.assert_close(torch.tensor(processed), picked(torch.stack(rows), completion), atol=1e-4, rtol=0)
-
-
-def test_rewards_are_pooled_by_length_even_when_pad_is_eos(policy32):
-    reward = tiny_reward(VOCAB, hidden=32, pad_token_id=EOS)
-    out = StarsEngine(policy32, reward).generate(PROMPTS * 8, CONFIG, seed=0)
-    assert "stop" in out.finish_reasons
-    for prompt, completion, value in zip(PROMPTS * 8, out.completions, out.rewards, strict=True):
-        with torch.no_grad():
-            hidden = reward.model(torch.tensor([prompt + completion]), use_cache=False).last_hidden_state
-        assert value == pytest.approx(reward.score(hidden[0, -1]).item(), abs=1e-4)
-
-
-def test_texts_are_the_decoded_completions_or_none(out, text_engine, tokenizer32):
-    assert out.texts is None
-    texts = text_engine.generate(PROMPTS, CONFIG, seed=0)
-    assert texts.texts == tokenizer32.batch_decode(texts.completions, skip_special_tokens=True)
-
-
-def test_stats_add_up(out):
-    stats = out.stats
-    assert stats["committed_tokens"] == sum(map(len, out.completions))
-    assert stats["policy_tokens"] == stats["committed_tokens"] + stats["discarded_tokens"]
-    assert stats["reward_tokens"] > stats["policy_tokens"] / 2
-    assert stats["heartbeats"] >= max(map(len, out.segments))
-    assert stats["seconds"] > 0
-
-
-def test_one_at_a_time_discards_exactly_the_attempts_that_were_looked_at(engine):
-    out = engine.generate(PROMPTS, CONFIG, seed=2, candidates=1, ignore_eos=True)
-    wasted = sum((s.attempts - 1) * len(s.tokens) for row in out.segments for s in row)
-    assert wasted > 0
-    assert out.stats["discarded_tokens"] == wasted
-
-
-# Prompts
-
-
-def test_all_five_forms_of_prompt_mean_the_same(policy32, tokenizer32):
-    engine = StarsEngine(policy32, lambda completion_ids: sum_reward(completion_ids), tokenizer=tokenizer32)
-    generate = lambda prompts, **kw: engine.generate(prompts, CONFIG, seed=4, **kw)  # noqa: E731
-    expected = generate([[1, 5, 6, 2, 3]])
-    assert generate("w1 w5 w6 w2 w3").completions == expected.completions
-    assert generate(["w1 w5 w6 w2 w3"]).completions == expected.completions
-    assert generate([[{"role": "user", "content": "w5 w6"}]]).completions == expected.completions
-    padded = torch.tensor([[0, 0, 1, 5, 6, 2, 3]])
-    tensor = generate(padded, attention_mask=(torch.arange(7) > 1).long()[None])
-    assert tensor.completions == expected.completions
-    assert tensor.sequences[0, :5].tolist() == [1, 5, 6, 2, 3]
-
-
-ARRAYS = [torch.tensor, np.array]
-
-
-@pytest.mark.parametrize("array", ARRAYS)
-def test_tensors_and_arrays_mean_what_lists_mean(engine, array):
-    ids, mask = [[5, 6], [8, 0]], [[1, 1], [1, 0]]
-    expected = engine.generate([[5, 6], [8]], CONFIG, seed=[3, 4], target_reward=[0.5, 1.0], eos_token_id=[7, 9])
-    out = engine.generate(
-        array(ids),
-        CONFIG,
-        attention_mask=mask,
-        seed=array([3, 4]),
-        target_reward=array([0.5, 1.0]),
-        eos_token_id=array([7, 9]),
-    )
-    assert out.completions == expected.completions
-    assert (
-        engine.generate([[5]], CONFIG, seed=array(3)).completions == engine.generate([[5]], CONFIG, seed=3).completions
-    )
-    assert StarsConfig(target_reward=array(1.0)) == StarsConfig(target_reward=1.0)
-
-
-def test_an_array_of_texts_is_a_list_of_texts(text_engine):
-    texts = ["w5 w6", "w8"]
-    out = text_engine.generate(np.array(texts), CONFIG, seed=0)
-    assert out.completions == text_engine.generate(texts, CONFIG, seed=0).completions
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_of_an_id_tensor_is_ignored_on_either_side(engine, side):
-    ids, mask = torch.zeros(4, 5, dtype=torch.long), torch.zeros(4, 5, dtype=torch.long)
-    for row, prompt in enumerate(PROMPTS):
-        where = slice(5 - len(prompt), 5) if side == "left" else slice(0, len(prompt))
-        ids[row, where], mask[row, where] = torch.tensor(prompt), 1
-    expected = engine.generate(PROMPTS, CONFIG, seed=4)
-    assert engine.generate(ids, CONFIG, seed=4, attention_mask=mask).completions == expected.completions
-
-
-def test_a_tensor_without_a_mask_is_taken_whole(engine):
-    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    assert engine.generate(ids, CONFIG, seed=4).completions == engine.generate(ids.tolist(), CONFIG, seed=4).completions
-
-
-@pytest.fixture(scope="module", params=["w0", "</s>"], ids=["pad", "pad is eos"])
-def padding_tokenizer(request):
-    tokenizer = tiny_tokenizer(VOCAB)
-    tokenizer.pad_token = request.param
-    return tokenizer
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", ["pt", "np", None])
-def test_a_tokenizers_output_is_a_prompt_without_its_padding(policy32, padding_tokenizer, kind, side):
-    padding_tokenizer.padding_side = side
-    engine = StarsEngine(policy32, word_reward, tokenizer=padding_tokenizer)
-    texts = ["w5 w6 w7", "w8"]
-    expected = engine.generate(texts, CONFIG, seed=4).completions
-    encoded = padding_tokenizer(texts, padding=True, return_tensors=kind)
-    assert engine.generate(encoded, CONFIG, seed=4).completions == expected
-    assert engine.generate(dict(encoded), CONFIG, seed=4).completions == expected
-    unpadded = padding_tokenizer(texts, return_attention_mask=False)
-    assert engine.generate(unpadded, CONFIG, seed=4).completions == expected
-
-
-@pytest.mark.parametrize("kind", ["pt", None])
-def test_a_rendered_chat_is_a_prompt_and_a_mask_of_ones_own_wins(policy32, tokenizer32, kind):
-    engine = StarsEngine(policy32, lambda completion_ids: sum_reward(completion_ids), tokenizer=tokenizer32)
-    chat = [{"role": "user", "content": "w5 w6"}]
-    encoded = tokenizer32.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors=kind)
-    assert engine.generate(encoded, CONFIG, seed=4).completions == engine.generate(chat, CONFIG, seed=4).completions
-    if kind == "pt":
-        mask = torch.tensor([[0, 1, 1, 1, 1]])
-        out = engine.generate(encoded, CONFIG, seed=4, attention_mask=mask)
-        assert out.sequences[0, :4].tolist() == [5, 6, 2, 3]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_tensor_without_a_mask_is_warned_of(policy32, padding_tokenizer, side):
-    padding_tokenizer.padding_side = side
-    engine = StarsEngine(policy32, word_reward, tokenizer=padding_tokenizer)
-    ids = padding_tokenizer(["w5 w6 w7", "w8"], padding=True, return_tensors="pt")["input_ids"]
-    with pytest.warns(UserWarning, match=rf"prompts: some rows.*pad token {padding_tokenizer.pad_token_id}.*no atten"):
-        engine.generate(ids, CONFIG)
-
-
-def test_pad_tokens_that_all_rows_share_are_not_warned_of(policy32, padding_tokenizer):
-    """A BOS or EOS that pads, too."""
-    engine = StarsEngine(policy32, word_reward, tokenizer=padding_tokenizer)
-    pad = padding_tokenizer.pad_token_id
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for ids in ([[pad, 5, pad, 6], [pad, 7, 8, 9]], [[5, pad], [6, pad]], [[pad, 5]]):
-            engine.generate(torch.tensor(ids), CONFIG)
-        engine.generate(torch.tensor([[pad, 5], [6, 7]]), CONFIG, attention_mask=torch.tensor([[0, 1], [1, 1]]))
-
-
-def test_samples_of_one_prompt_are_adjacent(engine):
-    together = engine.generate(PROMPTS, CONFIG, seed=[7, 8, 9, 10], num_return_sequences=3)
-    for i, prompt in enumerate(PROMPTS):
-        alone = engine.generate([prompt], CONFIG, seed=[7 + i], num_return_sequences=3)
-        assert together.completions[3 * i : 3 * i + 3] == alone.completions
-    assert len({tuple(c) for c in together.completions[:3]}) == 3
-
-
-def test_models_may_be_given_as_paths(tmp_path, policy32, reward32, engine):
-    policy32.save_pretrained(tmp_path / "policy")
-    reward32.save_pretrained(tmp_path / "reward")
-    loaded = StarsEngine(str(tmp_path / "policy"), str(tmp_path / "reward"))
-    assert loaded.generate(PROMPTS, CONFIG, seed=4).completions == engine.generate(PROMPTS, CONFIG, seed=4).completions
-
-
-# Seeds
-
-
-def test_no_seed_means_torchs_global_generator(engine):
-    torch.manual_seed(11)
-    first, second = (engine.generate(PROMPTS, CONFIG).completions for _ in range(2))
-    torch.manual_seed(11)
-    assert engine.generate(PROMPTS, CONFIG).completions == first
-    assert first != second
-
-
-def test_a_seed_leaves_torchs_global_generator_alone(engine):
-    state = torch.get_rng_state()
-    engine.generate(PROMPTS, CONFIG, seed=5)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_an_integer_seed_keys_each_request_by_its_index(engine):
-    same = [PROMPTS[0]] * 6
-    out = engine.generate(same, CONFIG, seed=5)
-    assert len({tuple(c) for c in out.completions}) == 6
-    assert engine.generate(same[:2], CONFIG, seed=5).completions == out.completions[:2]
-    assert engine.generate(same, CONFIG, seed=6).completions != out.completions
-
-
-def test_a_list_of_seeds_keys_each_request_by_its_own(engine):
-    out = engine.generate([PROMPTS[0]] * 3, CONFIG, seed=[5, 6, 5], num_return_sequences=2)
-    assert out.completions[0:2] == out.completions[4:6]
-    assert out.completions[0:2] != out.completions[2:4]
-    assert engine.generate([PROMPTS[0]], CONFIG, seed=5, num_return_sequences=2).completions == out.completions[:2]
-
-
-def test_large_and_negative_seeds_are_seeds(engine):
-    texts = {str(engine.generate(PROMPTS, CONFIG, seed=seed).completions) for seed in (0, 1, 2**32, 2**63 - 1, -1)}
-    assert len(texts) == 5
-
-
-# Configuration: who wins
-
-
-def test_a_keyword_wins_over_the_config(engine):
-    out = engine.generate(PROMPTS, CONFIG, seed=1, max_new_tokens=3, segment_length=2)
-    assert max(map(len, out.completions)) == 3
-    assert {len(row[0].tokens) for row in out.segments} <= {1, 2}
-
-
-def test_an_unknown_keyword_is_named(engine):
-    with pytest.raises(TypeError, match="segment_lenght"):
-        engine.generate(PROMPTS, CONFIG, segment_lenght=2)
-
-
-def test_sampling_fields_left_out_come_from_the_models_own_generation_config(reward32):
-    policy = tiny_policy(VOCAB, hidden=32)
-    engine = StarsEngine(policy, reward32)
-    explicit = engine.generate(PROMPTS, CONFIG, seed=1, temperature=0.5, top_k=4).completions
-    plain = engine.generate(PROMPTS, CONFIG, seed=1).completions
-    policy.generation_config.temperature, policy.generation_config.top_k = 0.5, 4
-    assert engine.generate(PROMPTS, CONFIG, seed=1).completions == explicit != plain
-    assert engine.generate(PROMPTS, CONFIG, seed=1, temperature=1.0, top_k=VOCAB).completions == plain
-    assert engine.generate(PROMPTS, dataclasses.replace(CONFIG, temperature=1.0, top_k=0), seed=1).completions == plain
-
-
-def test_max_new_tokens_is_never_exceeded(engine):
-    for segment_length in (1, 3, 5, 50):
-        out = engine.generate(PROMPTS, CONFIG, seed=1, segment_length=segment_length, max_new_tokens=7)
-        assert max(map(len, out.completions)) == 7
-
-
-def test_a_segment_longer_than_the_answer_needs_no_more_room_than_the_answer(policy32):
-    engine = StarsEngine(policy32, sum_reward, kv_cache_tokens=40)
-    long, exact = (engine.generate(PROMPTS, CONFIG, seed=1, segment_length=n).completions for n in (10**9, 14))
-    assert long == exact
-
-
-def test_ignore_eos_goes_on_to_the_limit(engine):
-    out = engine.generate(PROMPTS * 8, CONFIG, seed=1, ignore_eos=True)
-    assert {len(c) for c in out.completions} == {CONFIG.max_new_tokens}
-    assert set(out.finish_reasons) == {"length"}
-    assert any(EOS in c for c in out.completions)
-
-
-def last_tokens(out, finish_reason):
-    return {c[-1] for c, reason in zip(out.completions, out.finish_reasons, strict=True) if reason == finish_reason}
-
-
-def test_eos_token_id_may_be_several_and_replaces_the_models(engine):
-    out = engine.generate(PROMPTS * 8, CONFIG, seed=1, eos_token_id=[3, 4])
-    assert last_tokens(out, "stop") == {3, 4}
-    assert not any({3, 4} & set(c[:-1]) for c in out.completions)
-    assert any(EOS in c for c in out.completions)
-
-
-def test_an_eos_in_the_generation_config_is_the_models(reward32):
-    policy = tiny_policy(VOCAB, hidden=32)
-    policy.generation_config.eos_token_id = [3, EOS]
-    out = StarsEngine(policy, reward32).generate(PROMPTS * 8, CONFIG, seed=1)
-    assert last_tokens(out, "stop") == {3, EOS}
-
-
-def test_stop_strings_end_a_candidate_before_it_is_scored(policy32, reward32, tokenizer32):
-    engine = StarsEngine(policy32, reward32, tokenizer=tokenizer32)
-    free = engine.generate(PROMPTS, CONFIG, seed=1, **EVERYTHING_PASSES)
-    row = max(range(4), key=lambda i: len(free.completions[i]))
-    stop = tokenizer32.decode(free.completions[row][3:5])  # begins in one segment and ends in the next
-    assert len(stop.split()) == 2
-    out = engine.generate(PROMPTS, CONFIG, seed=1, stop_strings=stop, **EVERYTHING_PASSES)
-    assert out.completions[row] == free.completions[row][:5]
-    assert out.finish_reasons[row] == "stop"
-    assert out.texts[row].endswith(stop)
-    assert [len(segment.tokens) for segment in out.segments[row]] == [4, 1]
-    with torch.no_grad():
-        fresh = reward32(torch.tensor([PROMPTS[row] + out.completions[row]])).logits.item()
-    assert out.rewards[row] == pytest.approx(fresh, abs=1e-4)
-
-
-def test_stop_strings_hold_under_rejection_and_are_not_sought_in_the_prompt(text_engine):
-    out = text_engine.generate([[7, 9]] * 16, CONFIG, seed=1, stop_strings=["w7", "w9"], candidates=3)
-    stopped = [c for c in out.completions if c[-1] in (7, 9)]
-    assert stopped
-    for completion, reason, segments in zip(out.completions, out.finish_reasons, out.segments, strict=True):
-        assert not {7, 9} & set(completion[:-1])
-        assert (reason == "stop") == (completion[-1] in (7, 9, EOS))
-        if reason == "stop":
-            assert segments[-1].threshold == pytest.approx(CONFIG.target_reward)
-
-
-def test_a_calibrated_target_depends_on_the_prompt_alone(engine):
-    config = dataclasses.replace(CONFIG, target_reward=None)
-    together = engine.generate(PROMPTS, config, seed=[1, 2, 3, 4])
-    assert together.errors == [None] * 4
-    for i, prompt in enumerate(PROMPTS):
-        alone = engine.generate([prompt], config, seed=[1 + i])
-        assert alone.completions == [together.completions[i]]
-        expected = [segment.threshold for segment in together.segments[i]]
-        assert [segment.threshold for segment in alone.segments[0]] == pytest.approx(expected, rel=1e-5)
-
-
-def test_calibrate_returns_a_config_a_report_and_saves_it(engine, tmp_path):
-    calibration = stars_fast.calibrate(engine, PROMPTS, acceptance=0.3)
-    assert isinstance(calibration.config, StarsConfig)
-    assert calibration.report()
-    calibration.save_pretrained(tmp_path)
-    assert any(tmp_path.iterdir())
-    out = engine.generate(PROMPTS, calibration.config, seed=0, max_new_tokens=8)
-    assert out.errors == [None] * 4
-
-
-# Stream
-
-
-@pytest.mark.parametrize("candidates", [1, 4])
-def test_the_stream_yields_each_committed_segment_once(engine, candidates):
-    options = {"seed": 3, "num_return_sequences": 2, "candidates": candidates}
-    out = engine.generate(PROMPTS, CONFIG, **options)
-    tokens, segments, reasons = [[] for _ in range(8)], [[] for _ in range(8)], {}
-    for event in engine.stream(PROMPTS, CONFIG, **options):
-        assert event.index not in reasons, "an event after the last one"
-        assert (event.prompt_index, event.sample_index) == divmod(event.index, 2)
-        tokens[event.index] += event.segment.tokens
-        segments[event.index].append(event.segment)
-        if event.finish_reason is not None:
-            reasons[event.index] = event.finish_reason
-    assert tokens == out.completions
-    assert segments == out.segments
-    assert [reasons[row] for row in range(8)] == out.finish_reasons
-
-
-def test_the_stream_carries_text(text_engine):
-    out = text_engine.generate(PROMPTS, CONFIG, seed=3)
-    texts = [""] * 4
-    for event in text_engine.stream(PROMPTS, CONFIG, seed=3):
-        texts[event.index] += event.text
-    assert texts == out.texts
-
-
-def test_the_stream_does_not_wait_for_the_end(policy32):
-    calls = []
-
-    def reward(completions):
-        calls.append(len(completions))
-        return sum_reward(completions)
-
-    stream = StarsEngine(policy32, reward).stream([PROMPTS[0]], CONFIG, seed=3, ignore_eos=True, **EVERYTHING_PASSES)
-    assert len(next(stream).segment.tokens) == CONFIG.segment_length
-    seen = len(calls)
-    assert len(list(stream)) == 3  # 14 tokens: 4 + 4 + 4 + 2
-    assert len(calls) > seen
-
-
-def test_an_abandoned_stream_leaves_the_engine_usable(engine):
-    expected = engine.generate(PROMPTS, CONFIG, seed=3).completions
-    stream = engine.stream(PROMPTS, CONFIG, seed=8)
-    next(stream)
-    stream.close()
-    assert engine.generate(PROMPTS, CONFIG, seed=3).completions == expected
-
-
-class Collector:
-    """A streamer."""
-
-    def __init__(self):
-        self.ids, self.ended = [], 0
-
-    def put(self, value):
-        self.ids += value.flatten().tolist()
-
-    def end(self):
-        self.ended += 1
-
-
-def test_a_transformers_streamer_gets_the_tokens_and_the_end(engine):
-    collector = Collector()
-    out = engine.generate([PROMPTS[0]], CONFIG, seed=3, streamer=collector)
-    assert collector.ids[-len(out.completions[0]) :] == out.completions[0]
-    assert collector.ended == 1
-
-
-def test_whoever_reads_a_streamer_is_told_of_the_end_of_a_call_that_fails(policy32):
-    def broken(completions):
-        raise ArithmeticError
-
-    collector = Collector()
-    with pytest.raises(RuntimeError, match="ArithmeticError"):
-        StarsEngine(policy32, broken).generate([PROMPTS[0]], CONFIG, streamer=collector, on_error="raise")
-    assert collector.ended == 1
-
-
-# Callable rewards
+# Reward functions
 
 
 def recorded(signature, policy, **engine_arguments):
@@ -686,21 +152,6 @@ def test_reward_prompts_are_what_the_classifier_reads(engine, reward32):
         assert out.sequences[row, : len(PROMPTS[row])].tolist() == PROMPTS[row]
 
 
-# The host models stay themselves
-
-
-@torch.no_grad()
-def test_ordinary_use_of_the_models_is_untouched(reward32):
-    policy, ids = tiny_policy(VOCAB, hidden=32), torch.tensor([[5, 6, 7]])
-    logits, text = policy(ids).logits, policy.generate(ids, do_sample=False, max_new_tokens=8)
-    engine = StarsEngine(policy, reward32)
-    for _ in range(2):
-        torch.testing.assert_close(policy(ids).logits, logits)
-        assert torch.equal(policy.generate(ids, do_sample=False, max_new_tokens=8), text)
-        engine.generate(PROMPTS, CONFIG, seed=0)
-    assert not policy.training
-
-
 # The drop-in
 
 
@@ -743,3 +194,31 @@ def test_the_drop_in_and_the_callback_give_the_same_text(policy32, reward32):
         **inputs, do_sample=True, max_new_tokens=9, custom_generate=stars_fast.decoding(reward32, CONFIG)
     )
     assert torch.equal(facade, callback)
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("do_sample", False),
+        ("num_beams", 2),
+        ("assistant_model", "a model"),
+        ("prompt_lookup_num_tokens", 3),
+    ],
+)
+def test_the_drop_in_refuses_what_is_not_sampling(policy32, argument, value):
+    value = tiny_policy(VOCAB) if argument == "assistant_model" else value
+    with refused(argument):
+        stars_fast.generate(
+            policy32,
+            input_ids=torch.tensor([[5, 6]]),
+            reward_model=sum_reward,
+            stars_config=CONFIG,
+            **{argument: value},
+        )
+
+
+@pytest.mark.parametrize("argument, value", [("do_sample", False), ("num_beams", 2)])
+def test_the_callback_refuses_what_is_not_sampling(policy32, argument, value):
+    options = {"do_sample": True, "max_new_tokens": 8, argument: value}
+    with refused(argument):
+        policy32.generate(torch.tensor([[5, 6]]), custom_generate=stars_fast.decoding(sum_reward, CONFIG), **options)

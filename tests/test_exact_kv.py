@@ -69,11 +69,18 @@ def test_the_policy_is_exact_after_any_history(policy32, seed):
             leaves = chance.sample(sorted(texts), k=min(len(texts), 3))
             asked = [
                 Leaf(
-                    node, texts[node][1], chance.getrandbits(60), segment, 0, chance.randint(1, 5), chance.randint(1, 4)
+                    node=node,
+                    logits=texts[node][1],
+                    sampling=Sampling(),
+                    key=chance.getrandbits(60),
+                    segment=segment,
+                    first_attempt=0,
+                    candidates=chance.randint(1, 5),
+                    length=chance.randint(1, 4),
                 )
                 for node in leaves
             ]
-            for node, draws in zip(leaves, policy.propose(asked, Sampling()), strict=True):
+            for node, draws in zip(leaves, policy.propose(asked), strict=True):
                 kept = chance.randrange(len(draws))
                 for place, draw in enumerate(draws):
                     ids = texts[node][0]

@@ -8,10 +8,10 @@ import torch
 from conftest import tiny_policy
 from test_law import PROMPT, RULE, SAMPLES, VOCAB, oracle, p_attempts, p_text, run, wave_reward
 
-from stars_fast import engine
 from stars_fast.loop import selection
+from stars_fast.loop.one_answer import OneAnswer
 from stars_fast.ops.philox import uniform
-from stars_fast.policy import steps as decode
+from stars_fast.policy import steps
 
 # Faults of the fallback show where most segments need it; those of the choice among accepted ones where most rounds
 # have several; those of the noise where the first attempt often wins; those of the acceptance test where few candidates
@@ -33,12 +33,12 @@ def best_accepted_instead_of_first(monkeypatch, candidates):
         winner, accepted, threshold, finish = operator(**a)
         for group in accepted.nonzero().flatten().tolist():
             rows = torch.arange(a["group_indptr"][group], a["group_indptr"][group + 1])
-            drawn = uniform(
+            numbers = uniform(
                 a["keys"][group].expand(len(rows)),
                 a["segment"][group].expand(len(rows)),
                 before[group] + torch.arange(len(rows), dtype=torch.int32),
             )
-            passed = drawn < ((a["reward"][rows] - threshold[rows]) / a["beta"][group]).exp()
+            passed = numbers < ((a["reward"][rows] - threshold[rows]) / a["beta"][group]).exp()
             assert winner[group] == rows[passed][0]  # the fault is all that differs
             winner[group] = rows[passed][a["reward"][rows[passed]].argmax()]
         return winner, accepted, threshold, finish
@@ -47,15 +47,10 @@ def best_accepted_instead_of_first(monkeypatch, candidates):
 
 
 def attempts_counted_in_rounds(monkeypatch, candidates):
-    def select(operator, a):
-        return operator(**a | {"max_attempts": candidates * a["max_attempts"]})
-
-    def scheduler(config, *limits):
-        return original(replace(config, max_attempts=candidates * config.max_attempts), *limits)
-
-    original = engine.Scheduler
-    wrap(monkeypatch, selection, "select_and_commit", select)
-    monkeypatch.setattr(engine, "Scheduler", scheduler)
+    attempts = OneAnswer.attempts_there_are
+    monkeypatch.setattr(
+        OneAnswer, "attempts_there_are", lambda strategy, request: candidates * attempts(strategy, request)
+    )
 
 
 def noise_without_the_segment_index(monkeypatch, candidates):
@@ -65,7 +60,7 @@ def noise_without_the_segment_index(monkeypatch, candidates):
     def without_segment(operator, a):
         return operator(**a | {"segment": torch.zeros_like(a["segment"])})
 
-    wrap(monkeypatch, decode, "sample_step", without_segment)
+    wrap(monkeypatch, steps, "sample_step", without_segment)
 
 
 def acceptance_without_the_segment_index(monkeypatch, candidates):

@@ -2,18 +2,19 @@
 
 import itertools
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import sum_reward, tiny_policy, tiny_reward
+from conftest import make_requests, sum_reward, tiny_policy, tiny_reward
 
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.loop.heartbeat import Generation
-from stars_fast.loop.scheduler import response_slots
-from stars_fast.policy.policy import Policy
+from stars_fast.inputs.arguments import Arguments
+from stars_fast.inputs.job import Job
+from stars_fast.loop.heartbeat import Loop
+from stars_fast.loop.one_answer import OneAnswer
+from stars_fast.loop.scheduler import Scheduler
+from stars_fast.rewards import Reward
 from stars_fast.rewards.callable import CallableReward
-from stars_fast.tree import memory
 
 VOCAB = 32
 PROMPTS = [[(5 * i + j * j) % (VOCAB - 1) for j in range(1 + i % 7)] for i in range(12)]
@@ -24,184 +25,8 @@ CONFIG = StarsConfig(
 )
 HARD = CONFIG.replace(target_reward=[50.0, -50.0] * 6)  # nothing but fallbacks for the others
 FILTERED = dict(top_k=12, top_p=0.95, repetition_penalty=1.1, temperature=1.3)
+TIGHT = dict(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=11, ignore_eos=True)
 SCARCE = 60  # slots: little more than one request at its end, where twelve with two samples each would run
-GIB = 1 << 30
-
-
-# The size of the pools
-
-
-def test_pools_of_both_models_and_everything_else_fill_the_share_and_no_more():
-    """Llama-2-7B with a reward model of its size, bfloat16, on 139 GiB."""
-    total, weights, rows = 139 * GIB, 2 * 13 * GIB, 256
-    token = 32 * 32 * (128 + 128) * 2
-    workspace = memory.workspace_bytes(rows, 32000, 4096, 11008, 2) + memory.workspace_bytes(rows, 0, 4096, 11008, 2)
-    for utilization in (0.3, 0.9, 1.0):
-        tokens = memory.pool_tokens(total, weights, workspace, [token, token], utilization)
-        used = weights + workspace + 2 * tokens * token
-        assert used <= utilization * total < used + 2 * token
-    assert 90_000 < memory.pool_tokens(total, weights, workspace, [token, token], 0.9) < 110_000
-
-
-def test_a_device_that_is_full_already_has_room_for_no_tokens():
-    assert memory.pool_tokens(100, 95, 0, [1], 0.9) == 0
-
-
-def test_logits_and_activations_are_set_aside():
-    assert memory.workspace_bytes(8, 1000, 0, 0, 2) == 8 * 1000 * 4 * 2
-    assert memory.workspace_bytes(0, 1000, 64, 256, 2) == 16384 * (8 * 64 + 4 * 256) * 2
-    assert memory.workspace_bytes(8, 1000, 64, 256, 2, 1024) == 8 * 1000 * 4 * 2 + 1024 * (8 * 64 + 4 * 256) * 2
-
-
-def test_what_graphs_keep_to_themselves_is_counted():
-    policy = Policy(tiny_policy(64, hidden=32))
-    launched = memory._workspace(policy, 8)
-    policy.graphs.enabled = True
-    config = policy.model.config
-    captured = memory.workspace_bytes(8, 64, 32, config.intermediate_size, 4, 1024)
-    assert memory._workspace(policy, 8) == launched + captured
-
-
-class FakeModel:
-    """What the arithmetic asks of a tree model."""
-
-    def __init__(self, device, bytes_per_token, slots=1):
-        self.device, self.bytes_per_token, self.vocab_size = torch.device(device), bytes_per_token, 1000
-        self.pool, self.dtype = SimpleNamespace(slots=slots), torch.bfloat16
-        self.model = self.body = None
-        self.graphs = SimpleNamespace(enabled=True)
-        self.text_config = SimpleNamespace(hidden_size=64, intermediate_size=256)
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A GPU of 1 GiB with 200 MB of weights, on which the models' own pools are the only other thing."""
-    models = []
-
-    def free(device):
-        return GIB - 200_000_000 - sum(m.pool.slots * m.bytes_per_token for m in models if m.device == device)
-
-    monkeypatch.setattr(memory, "free_bytes", free)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free(device), GIB))
-    return models
-
-
-def test_both_models_get_equally_many_tokens_however_often_a_device_is_divided(gpu):
-    gpu += [FakeModel("cuda:0", 3000), FakeModel("cuda:0", 1000)]
-    sizes = []
-    for _ in range(3):
-        memory.divide_devices(gpu, 8, 0.9)
-        for model in gpu:
-            model.pool.slots = memory.default_tokens(model, rows=10**6, tokens_per_row=100) + 1
-            sizes.append(model.pool.slots)
-            assert memory._bounds[model] + 1 == model.pool.slots  # not kept only because it is there
-    assert len(set(sizes)) == 1
-    used = 200_000_000 + sizes[0] * 4000 + sum(memory._workspace(model, 8) for model in gpu)
-    assert 0.89 * GIB < used < 0.9 * GIB + 4000
-
-
-def test_a_call_that_wants_less_takes_less_and_one_row_is_always_tried(gpu):
-    gpu.append(FakeModel("cuda:0", 1000))
-    memory.divide_devices(gpu, 8, 0.9)
-    assert memory.default_tokens(gpu[0], rows=2, tokens_per_row=100) == 200
-    memory.divide_devices(gpu, 8, 0.1)
-    assert memory.default_tokens(gpu[0], rows=20, tokens_per_row=100) == 100
-
-
-def test_devices_are_divided_one_by_one(gpu):
-    gpu += [FakeModel("cuda:0", 1000), FakeModel("cuda:1", 1000)]
-    memory.divide_devices(gpu, 8, 0.9)
-    alone = memory.default_tokens(gpu[0], 10**6, 1)
-    memory.divide_devices([gpu[0], FakeModel("cuda:0", 1000)], 8, 0.9)
-    assert memory.default_tokens(gpu[1], 10**6, 1) == alone > 1.9 * memory.default_tokens(gpu[0], 10**6, 1)
-
-
-def test_all_models_on_a_cpu_share_what_one_would_get(monkeypatch):
-    models = [FakeModel("cpu", size) for size in (3000, 1000, 1000)]
-    monkeypatch.setattr(
-        memory, "free_bytes", lambda device: GIB - sum(m.pool.slots * m.bytes_per_token for m in models)
-    )
-    sizes = []
-    for _ in range(2):
-        memory.divide_devices(models, 8, 0.9)
-        for model in models:
-            model.pool.slots = memory.default_tokens(model, rows=10**6, tokens_per_row=100) + 1
-        sizes.append([model.pool.slots for model in models])
-    assert sizes[0] == sizes[1] == [sizes[0][0]] * 3
-    assert 0.39 * GIB < sum(m.pool.slots * m.bytes_per_token for m in models) < 0.4 * GIB + 5000
-
-
-# What a machine has
-
-
-@pytest.fixture
-def machine(monkeypatch, tmp_path):
-    """A machine with these files under its root."""
-    monkeypatch.setattr(memory, "_ROOT", tmp_path)
-
-    def put(**files):
-        for path, text in files.items():
-            path = tmp_path / path.replace("__", "/").replace("memory_", "memory.")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        return memory.free_bytes(torch.device("cpu"))
-
-    return put
-
-
-LINUX = {"proc__meminfo": "MemTotal:  33554432 kB\nMemAvailable:  16777216 kB\nHugePages_Total: 0\n"}
-
-
-def test_linux_says_what_is_available(machine):
-    assert machine(**LINUX) == 16 * GIB
-
-
-def test_a_container_leaves_its_limit_and_files_that_may_be_dropped_count_as_free(machine):
-    group = "sys__fs__cgroup__"
-    own = LINUX | {"proc__self__cgroup": "0::/\n", f"{group}memory_max": "max\n", f"{group}memory_current": str(GIB)}
-    assert machine(**own) == 16 * GIB
-    own |= {f"{group}memory_max": str(4 * GIB), f"{group}memory_stat": f"anon 5\ninactive_file {GIB // 2}\n"}
-    assert machine(**own) == 3.5 * GIB
-    assert machine(**own | {f"{group}memory_current": str(5 * GIB)}) == 0
-
-
-def test_the_least_of_nested_groups_is_what_counts(machine):
-    outer, inner = "sys__fs__cgroup__a.slice__", "sys__fs__cgroup__a.slice__b.scope__"
-    files = {f"{outer}memory_max": 2 * GIB, f"{outer}memory_current": GIB, f"{inner}memory_max": 3 * GIB}
-    files |= {f"{inner}memory_current": GIB, "proc__self__cgroup": "0::/a.slice/b.scope\n"}
-    assert machine(**LINUX, **{path: str(text) for path, text in files.items()}) == GIB
-
-
-@pytest.mark.parametrize("seen_as", ["", "docker__f00__"], ids=["as the top", "by its path"])
-def test_groups_of_the_first_version_count_too(machine, seen_as):
-    group = f"sys__fs__cgroup__memory__{seen_as}"
-    files = {f"{group}memory_limit_in_bytes": str(3 * GIB), f"{group}memory_usage_in_bytes": str(GIB)}
-    assert machine(**LINUX, **files, proc__self__cgroup="5:cpu,memory:/docker/f00\n0::/\n") == 2 * GIB
-
-
-def test_macos_shares_its_physical_memory_and_an_unknown_machine_has_a_little(machine, monkeypatch):
-    sizes = {"SC_PHYS_PAGES": 1 << 21, "SC_PAGE_SIZE": 1 << 14}
-
-    def sysconf(name):
-        if name not in sizes:
-            raise ValueError("unrecognized configuration name")
-        return sizes[name]
-
-    monkeypatch.setattr("os.sysconf", sysconf)
-    assert machine() == 16 * GIB
-    sizes.clear()
-    assert machine() == 4 * GIB
-    monkeypatch.delattr("os.sysconf")
-    assert machine() == 4 * GIB
-
-
-@pytest.mark.parametrize("share", [0, -0.5, 1.01, float("nan"), True, "most"])
-def test_a_share_of_memory_lies_between_nothing_and_everything(policy32, share):
-    with pytest.raises(ValueError, match=r"gpu_memory_utilization=.*\(0, 1\]"):
-        StarsEngine(policy32, sum_reward, gpu_memory_utilization=share)
-
-
-# Requests that outgrow the slots
 
 
 class Seen(Counter):
@@ -209,35 +34,35 @@ class Seen(Counter):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        for name in ("preempt", "_commit", "retreat", "propose"):
-            monkeypatch.setattr(Generation, name, self._watch(getattr(Generation, name), getattr(self, name)))
+        for owner, name in ((Loop, "preempt"), (OneAnswer, "commit"), (Loop, "retreat"), (Loop, "propose")):
+            monkeypatch.setattr(owner, name, self._watch(getattr(owner, name), getattr(self, name)))
 
     def _watch(self, method, look):
-        def watched(generation, *args):
-            look(generation, *args)
-            return method(generation, *args)
+        def watched(owner, *args):
+            look(owner, *args)
+            return method(owner, *args)
 
         return watched
 
-    def preempt(self, generation, request):
-        assert request is generation.admitted[-1]
+    def preempt(self, loop, request):
+        assert request is loop.admitted[-1]
         self["preempted"] += 1
         self["with a best"] += request.best is not None
         self["in a segment"] += request.attempts > 0
 
-    def _commit(self, generation, request, chosen, accepted):
+    def commit(self, strategy, request, chosen, accepted):
         self["fallbacks encoded again"] += chosen.draw.node < 0
 
-    def retreat(self, generation, cause):
+    def retreat(self, loop, tokens, cause):
         self["retreats"] += 1
 
-    def propose(self, generation):
+    def propose(self, loop):
         """Just before: the slots taken are those that the scheduler counts."""
-        behind = sum(len(request.trunks[0].pending) for request in generation.encoding)
-        prompts = {request.prompt for request in generation.encoding}
+        behind = sum(len(request.trunk.pending) for request in loop.encoding)
+        prompts = {request.prompt for request in loop.encoding}
         behind += sum(len(prompt.ids) - prompt.encoded for prompt in prompts)
-        assert generation.policy.tree.live_slots + behind == generation.scheduler.held(generation.admitted)
-        self["most at once"] = max(self["most at once"], len(generation.running))
+        assert loop.trunks.policy.tree.live_slots + behind == loop.scheduler.held(loop.admitted)
+        self["most at once"] = max(self["most at once"], len(loop.running))
 
 
 @pytest.fixture
@@ -314,7 +139,7 @@ def test_a_fallback_may_have_been_drawn_before_its_request_was_preempted(kind, s
 def test_slots_are_counted_to_the_last_one(seen, segment_length, max_new_tokens):
     """From the fewest that one request needs up: nothing ever asks the tree for a slot it does not have."""
     config = CONFIG.replace(segment_length=segment_length, max_new_tokens=max_new_tokens)
-    fewest = max(map(len, PROMPTS)) + response_slots(config)
+    fewest = max(map(len, PROMPTS)) + config.chosen_method.slots(config)
     plenty = generate(make_engine("callable"), config, samples=1)
     for slots, candidates in itertools.product((fewest, fewest + 1, fewest + 7, 2 * fewest), (1, "auto")):
         engine = make_engine("callable", kv_cache_tokens=slots)
@@ -336,7 +161,7 @@ def test_more_requests_run_at_once_than_have_room_to_their_end(seen):
     for slots in (80, 200):
         seen.clear()
         generate(make_engine("callable", kv_cache_tokens=slots))
-        to_their_end = slots // response_slots(CONFIG)  # prompts not even counted
+        to_their_end = slots // CONFIG.chosen_method.slots(CONFIG)  # prompts not even counted
         assert seen["most at once"] >= 2 * to_their_end
 
 
@@ -369,6 +194,106 @@ def test_an_engine_closed_in_the_middle_keeps_nothing(kind):
         next(stream)
     stream.close()
     assert_all_free(engine)
+
+
+# Who comes first
+
+
+def submit(engine, priority, prompt, **settings):
+    call = engine.prepare(Arguments([prompt], CONFIG, {"target_reward": -50.0} | settings, seed=0))
+    call.priority = priority
+    job = Job(call, None)
+    engine.core.submit(job)
+    return job
+
+
+def test_the_lower_priority_runs_first_and_the_older_of_equals():
+    engine = make_engine("callable", max_rows=1)
+    jobs = [submit(engine, priority, [5, 6]) for priority in (2, 0, 1, 0, 1)]
+    over = []
+    while engine.core.step():
+        over += [i for i, job in enumerate(jobs) if job.over and i not in over]
+    assert over + [i for i in range(5) if i not in over] == [1, 3, 2, 4, 0]
+
+
+def test_who_gives_way_has_the_highest_number_and_of_those_is_the_youngest(monkeypatch):
+    engine, gone = make_engine("callable", kv_cache_tokens=SCARCE), []
+    preempt = Loop.preempt
+
+    def watched(loop, request):
+        others = [one for one in loop.running + loop.encoding if one is not request]
+        assert all((one.priority, one.id) < (request.priority, request.id) for one in others)
+        gone.append(request)
+        preempt(loop, request)
+
+    monkeypatch.setattr(Loop, "preempt", watched)
+    jobs = [submit(engine, priority, [5, 6]) for priority in (1, 0, 1, 2)]
+    while engine.core.step():
+        pass
+    plenty = make_engine("callable").generate([[5, 6]], CONFIG, seed=0, target_reward=-50.0).completions
+    assert all(engine.output(job).completions == plenty for job in jobs)
+    assert gone and gone[0] is jobs[3].requests[0] and jobs[1].requests[0] not in gone
+
+
+def test_a_request_that_does_not_fit_alone_fails_by_name_and_others_go_on(monkeypatch):
+    """Where memory, and no setting, says how many slots there are."""
+    monkeypatch.setattr("stars_fast.loop.core.default_tokens", lambda *args: SCARCE)
+    engine, prompts = make_engine("callable"), [[5, 6], [7] * SCARCE, [8]]
+    plenty = make_engine("callable", kv_cache_tokens=500).generate(
+        [[5, 6], [8]], CONFIG, seed=[1, 3], target_reward=1.5
+    )
+    out = engine.generate(prompts, CONFIG, seed=[1, 2, 3], target_reward=1.5)
+    assert out.errors == [None, f"it does not fit into kv_cache_tokens={SCARCE} slots, even alone", None]
+    assert [out.completions[0], out.completions[2]] == plenty.completions
+    assert_all_free(engine)
+
+
+def test_an_error_in_counting_slots_is_no_endless_loop(monkeypatch):
+    monkeypatch.setattr(Scheduler, "admit", lambda *args: 0)
+    engine = make_engine("callable")
+    with pytest.warns(UserWarning, match="no request succeeded"):
+        out = generate(engine)
+    assert all("does not fit into kv_cache_tokens" in error for error in out.errors)
+    assert_all_free(engine)
+
+
+class Hidden(Reward):
+    """A reward of hidden states, which fails where it is given none."""
+
+    needs_hidden_state = True
+
+    def score(self, completions):
+        assert all(completion.hidden.shape == (32,) for completion in completions)
+        return sum_reward([completion.tokens for completion in completions])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("segment_length", [1, 3, 5, 50])
+def test_what_admission_counts_for_one_is_never_more_than_its_method_says(segment_length, whole):
+    config = CONFIG.replace(segment_length=segment_length, max_new_tokens=13)
+    (request,) = make_requests(config, 7, whole=whole)
+    for _ in range(13):
+        peak, alone = request.strategy.peak(request), config.chosen_method.slots(config)
+        assert len(request.tokens) + request.strategy.branch(request) <= peak <= alone
+        assert Scheduler(1, 7 + alone).admit([request], []) == 1
+        request.tokens.append(1)
+
+
+@pytest.mark.parametrize("method", ["stars", "cards", "args", "best_of_n", "particle_filter"])
+@pytest.mark.filterwarnings("ignore:method=.* itself")
+def test_the_fewest_slots_suffice_where_hidden_states_are_needed(monkeypatch, method):
+    """A candidate's last token is encoded with it then."""
+    monkeypatch.setattr(Loop, "retreat", lambda loop, tokens, cause: pytest.fail(cause))
+    config, prompts = StarsConfig(**TIGHT, method=method), [[1, 2, 3, 4], [5]]
+    slots = 4 + config.chosen_method.slots(config.chosen_method.rule(config))
+    plenty = StarsEngine(tiny_policy(VOCAB, hidden=32), Hidden()).generate(prompts, config, seed=[1, 2])
+    engine = StarsEngine(tiny_policy(VOCAB, hidden=32), Hidden(), kv_cache_tokens=slots)
+    out = engine.generate(prompts, config, seed=[1, 2])
+    assert out.errors == [None] * 2 and out.completions == plenty.completions
+    assert_all_free(engine)
+    few = StarsEngine(tiny_policy(VOCAB, hidden=32), Hidden(), kv_cache_tokens=slots - 1)
+    with pytest.raises(ValueError, match=f"needs {slots} slots"):
+        few.generate(prompts, config)
 
 
 # Forward passes that run out of memory

@@ -1,110 +1,38 @@
 """Rows and slots are never exceeded, are given to whom they help most, and waiting is the last resort.
 
-What happens where requests outgrow the slots stands in test_memory.py.
+What happens where requests outgrow the slots stands in test_loop_queue.py.
 """
 
 import itertools
 import math
 from collections import Counter
 
-import numpy as np
 import pytest
-from conftest import sum_reward, tiny_policy, tiny_reward
+from conftest import make_requests, sum_reward, tiny_policy, tiny_reward
 
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.loop.request import PromptNode, Request
 from stars_fast.loop.row_cost import HeartbeatCost
 from stars_fast.loop.scheduler import Scheduler, acceptance_estimates
-from stars_fast.loop.shares import row_values, share_evenly, share_rows
-from stars_fast.rewards import Response, RewardPrompt
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=6, target_reward=1.5, beta=0.6, max_new_tokens=12)
 
 
-def requests(*lengths, samples=1):
-    made = []
-    for i, length in enumerate(lengths):
-        prompt = PromptNode([1] * length, RewardPrompt(i, [1] * length, [1] * length))
-        for j in range(samples):
-            response = Response(prompt.reward_prompt)
-            made.append(Request(len(made), i, j, prompt, 0, target=1.5, base=0.0, beta=0.6, response=response))
-    return made
+def requests(*lengths, config=CONFIG, **fields):
+    return make_requests(config, *lengths, **fields)
 
 
-# What one row more is worth
-
-
-def test_rows_go_where_they_save_most():
-    """Against every other way of sharing rows, a bucket's padding included."""
-    values = [[0.9, 0.4, 0.1], [2.0, 1.9, 1.8, 0.2], [], [0.5, 0.5, 0.5]]
-    for costs in (0.3 * np.arange(11.0), 0.7 * np.arange(11.0), np.array([0.0, 3, 3, 3, 3.1, 3.1, 7, 7, 7, 7, 7])):
-        shares = share_rows(values, costs)
-        assert all(1 <= m <= 1 + len(value) for m, value in zip(shares, values, strict=True))
-
-        def saved(shares, costs=costs):
-            gained = sum(sum(value[: m - 1]) for m, value in zip(shares, values, strict=True))
-            return gained - costs[sum(shares) - len(values)]
-
-        others = itertools.product(*(range(1, 2 + len(value)) for value in values))
-        assert saved(shares) == pytest.approx(max(saved(m) for m in others if sum(m) < len(values) + len(costs)))
-
-
-def test_a_bucket_is_filled_where_its_padding_costs_the_same():
-    values = [[0.9, 0.4, 0.1]] * 4  # two further rows pay at 0.5 a row, and no more
-    assert sum(share_rows(values, 0.5 * np.arange(13))) == 4 + 4
-    steps = np.array([0.0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6])
-    assert sum(share_rows(values, steps)) == 4 + 4
-    assert sum(share_rows(values, steps / 1.5)) == 4 + 8
-
-
-def expected_cost(acceptance, shares, fixed):
-    """Of a segment that draws ``shares[0]`` candidates, then ``shares[1]`` ..., in costs of a row."""
-    total, still = 0.0, 1.0
-    for m in shares:
-        total += still * (fixed + m)
-        still *= (1 - acceptance) ** m
-    return total
-
-
-def compositions(n):
-    return [[]] if n == 0 else [[m, *rest] for m in range(1, n + 1) for rest in compositions(n - m)]
-
-
-@pytest.mark.parametrize("acceptance", [0.05, 0.3, 0.8])
-def test_following_the_values_costs_least_of_all_ways_to_draw_a_segment(acceptance):
-    for fixed in (0.5, 4.0, 30.0):
-        left, shares = 9, []
-        while left:
-            m = share_rows([row_values(acceptance, left, fixed)], np.arange(left) * 1.0)[0]
-            shares.append(m)
-            left -= m
-        best = min(expected_cost(acceptance, other, fixed) for other in compositions(9))
-        assert expected_cost(acceptance, shares, fixed) <= 1.02 * best  # tables are shared by what differs by a tenth
-
-
-def test_values_never_grow_and_are_larger_for_who_is_seldom_accepted():
-    for acceptance, left, fixed in itertools.product([0.02, 0.3, 0.98], [1, 2, 20], [0.1, 300.0]):
-        values = row_values(acceptance, left, fixed)
-        assert len(values) == left - 1 and all(a >= b for a, b in itertools.pairwise(values))
-    assert sum(row_values(0.05, 20, 10.0)) > sum(row_values(0.5, 20, 10.0))
+# Rows
 
 
 def test_no_row_is_added_that_costs_more_than_it_brings():
-    scheduler = Scheduler(CONFIG, 64, 10_000)
+    scheduler = Scheduler(64, 10_000)
     assert scheduler.shares([0.98] * 3, [20] * 3, 60) == [1, 1, 1]
     (few,), (many,) = scheduler.shares([0.6], [20], 64), scheduler.shares([0.1], [20], 64)
     assert 1 < few < many <= 20
 
 
-def test_a_fixed_number_of_candidates_is_shared_out_evenly():
-    assert share_evenly([4, 4, 4], 12) == [4, 4, 4]
-    assert share_evenly([4, 4, 4], 9) == [3, 3, 3]
-    assert sorted(share_evenly([4, 4, 4], 8)) == [2, 3, 3]
-    assert share_evenly([4, 1, 4], 9) == [4, 1, 4]
-
-
 def test_everybody_has_a_row_even_where_there_are_too_few():
-    assert share_evenly([5, 5, 5], 2) == Scheduler(CONFIG, 2, 10_000).shares([0.5] * 3, [5] * 3, 2) == [1, 1, 1]
+    assert Scheduler(2, 10_000).shares([0.5] * 3, [5] * 3, 2) == [1, 1, 1]
 
 
 def test_requests_that_were_accepted_more_often_are_expected_to_be_again():
@@ -117,7 +45,7 @@ def test_requests_that_were_accepted_more_often_are_expected_to_be_again():
 
 
 def test_a_new_request_is_expected_to_be_like_those_that_have_ended():
-    scheduler, (ended, new) = Scheduler(CONFIG, 4, 1000), requests(3, 3)
+    scheduler, (ended, new) = Scheduler(4, 1000), requests(3, 3)
     ended.acceptance_sum, ended.scored = 1.0, 100
     before = scheduler.acceptance([new])
     scheduler.retire(ended)
@@ -127,14 +55,20 @@ def test_a_new_request_is_expected_to_be_like_those_that_have_ended():
 # Candidates
 
 
+def drawn(scheduler, running):
+    """Candidates of requests that have the scheduler to themselves."""
+    limits = [request.terms.config.max_attempts - request.attempts for request in running]
+    return scheduler.candidates(running, limits, scheduler.max_rows, scheduler.spare(running))
+
+
 @pytest.mark.parametrize("candidates", ["auto", 1, 3, 50])
 def test_candidates_stay_within_rows_slots_attempts_and_the_setting(candidates):
     for max_rows, slots in itertools.product([3, 5, 100], [21, 26, 40, 1000]):
-        running = requests(3, 4, 5)
+        running = requests(3, 4, 5, config=CONFIG.replace(candidates=candidates))
         running[1].attempts = CONFIG.max_attempts - 1
-        scheduler = Scheduler(CONFIG.replace(candidates=candidates), max_rows, slots)
+        scheduler = Scheduler(max_rows, slots)
         assert scheduler.held(running) == 12 and scheduler.spare(running) == slots - 21
-        shares = scheduler.candidates(running)
+        shares = drawn(scheduler, running)
         assert min(shares) >= 1 and shares[1] == 1 and max(shares) <= CONFIG.max_attempts
         assert sum(shares) <= max_rows
         assert scheduler.held(running) + sum(shares) * (CONFIG.segment_length - 1) <= slots
@@ -142,19 +76,33 @@ def test_candidates_stay_within_rows_slots_attempts_and_the_setting(candidates):
             assert max(shares) <= candidates
 
 
+@pytest.mark.parametrize("rows", [6, 7, 9, 14, 40])
+@pytest.mark.parametrize("spare", [-3, 0, 9, 1000])
+def test_requests_of_any_settings_share_rows_and_nobody_goes_without(rows, spare):
+    """Those that were told how many beside those that are free, that accept nothing, and that accept everything."""
+    told = [request for count in (1, 3, 50) for request in requests(3, config=CONFIG.replace(candidates=count))]
+    running = told + requests(3) + requests(3, target=math.inf) + requests(3, target=-math.inf)
+    limits = [6, 6, 5, 4, 6, 6]
+    shares = Scheduler(rows, 1000).candidates(running, limits, rows, spare)
+    assert min(shares) >= 1 and all(share <= most for share, most in zip(shares, limits, strict=True))
+    assert shares[0] == 1 and shares[1] <= 3
+    assert shares[5] == 1, "what accepts everything has no use for a second candidate"
+    assert sum(shares) <= min(rows, 6 + max(spare, 0) // CONFIG.segment_length)
+    if rows == 40 and spare == 1000:
+        assert shares[:3] == [1, 3, 5] and shares[4] == 6
+
+
 def test_where_nothing_is_accepted_all_attempts_are_drawn_at_once():
-    running = requests(3, 4, 5)
-    for request in running:
-        request.target = math.inf
-    assert Scheduler(CONFIG, 100, 1000).candidates(running) == [CONFIG.max_attempts] * 3
-    assert Scheduler(CONFIG, 9, 1000).candidates(running) == [3, 3, 3]
+    running = requests(3, 4, 5, target=math.inf)
+    assert drawn(Scheduler(100, 1000), running) == [CONFIG.max_attempts] * 3
+    assert drawn(Scheduler(9, 1000), running) == [3, 3, 3]
 
 
 # Admission
 
 
 def test_admission_stops_at_the_last_row():
-    scheduler, waiting = Scheduler(CONFIG, 4, 10_000), requests(3, 3, 3, 3, 3, 3)
+    scheduler, waiting = Scheduler(4, 10_000), requests(3, 3, 3, 3, 3, 3)
     assert scheduler.admit(waiting, []) == 4
     assert scheduler.admit(waiting[3:], waiting[:3]) == 1
     assert scheduler.admit(waiting[4:], waiting[:4]) == 0
@@ -164,15 +112,15 @@ def test_admission_counts_a_shared_prompt_once():
     waiting = requests(100, samples=4)
     two_heartbeats = 2 * CONFIG.segment_length - 1
     enough = 100 + 4 * two_heartbeats + 1  # and a slot in a hundred to spare
-    assert Scheduler(CONFIG, 64, enough).admit(waiting, []) == 4
-    assert Scheduler(CONFIG, 64, enough - 1).admit(waiting, []) == 3
-    assert Scheduler(CONFIG, 64, enough).admit(waiting[2:], waiting[:2]) == 2
+    assert Scheduler(64, enough).admit(waiting, []) == 4
+    assert Scheduler(64, enough - 1).admit(waiting, []) == 3
+    assert Scheduler(64, enough).admit(waiting[2:], waiting[:2]) == 2
 
 
 def test_admission_counts_what_a_request_had_before_it_was_preempted():
-    scheduler, waiting = Scheduler(CONFIG, 64, 55), requests(10, 10, 10)
+    scheduler, waiting = Scheduler(64, 55), requests(10, 10, 10)
     assert scheduler.admit(waiting, []) == 3
-    waiting[1].tokens = [1] * 8
+    waiting[1].tokens[:] = [1] * 8
     assert scheduler.admit(waiting, []) == 2
     scheduler.prefill_tokens = 20
     assert scheduler.admit(waiting, []) == 1
@@ -180,28 +128,24 @@ def test_admission_counts_what_a_request_had_before_it_was_preempted():
 
 def test_admission_keeps_the_order():
     """A long prompt that does not fit yet is not overtaken for ever."""
-    scheduler, waiting = Scheduler(CONFIG, 64, 60), requests(40, 2)
+    scheduler, waiting = Scheduler(64, 60), requests(40, 2)
     assert scheduler.admit(waiting, requests(10)) == 0
 
 
 def test_one_very_long_prompt_is_admitted_by_itself():
-    scheduler = Scheduler(CONFIG, 64, 100_000)
+    scheduler = Scheduler(64, 100_000)
     assert scheduler.admit(requests(9000, 5), []) == 1
     assert scheduler.admit(requests(5, 9000), []) == 1
 
 
 def test_what_is_encoded_takes_no_longer_than_decoding_unless_more_requests_wait_for_it():
-    scheduler = Scheduler(CONFIG, 64, 10_000)
-    assert scheduler.encoding_tokens(running=0, encoding=3) == scheduler.prefill_tokens
-    one = scheduler.encoding_tokens(running=8, encoding=1)
-    assert (
-        one
-        == int((CONFIG.segment_length * (1 + 0.06 * 8) - 1) / 0.06)
-        == scheduler.encoding_tokens(running=8, encoding=8)
-    )
-    assert scheduler.encoding_tokens(running=8, encoding=24) == pytest.approx(3 * one, abs=3)
+    scheduler, length = Scheduler(64, 10_000), CONFIG.segment_length
+    assert scheduler.encoding_tokens(running=0, encoding=3, segment_length=length) == scheduler.prefill_tokens
+    one = scheduler.encoding_tokens(running=8, encoding=1, segment_length=length)
+    assert one == int((length * (1 + 0.06 * 8) - 1) / 0.06) == scheduler.encoding_tokens(8, 8, length)
+    assert scheduler.encoding_tokens(8, 24, length) == pytest.approx(3 * one, abs=3)
     scheduler.prefill_tokens = 5
-    assert scheduler.encoding_tokens(running=8, encoding=24) == 5
+    assert scheduler.encoding_tokens(8, 24, length) == 5
 
 
 # In the engine
@@ -214,8 +158,8 @@ class Watch:
         self.rows, self.requests, self.live = [], [], []
         policy, propose = engine.policy, engine.policy.propose
 
-        def watched(leaves, sampling):
-            draws = propose(leaves, sampling)
+        def watched(leaves):
+            draws = propose(leaves)
             self.requests.append(len(leaves))
             self.rows.append(sum(leaf.candidates for leaf in leaves))
             self.live.append(policy.tree.live_slots)
@@ -288,19 +232,6 @@ def test_running_requests_commit_segments_while_a_long_prompt_is_encoded(monkeyp
     assert sum(pieces) == sum(encoded), "nothing is encoded twice"
 
 
-def test_samples_of_a_long_prompt_encode_it_once(monkeypatch):
-    policy = tiny_policy(32, hidden=32, positions=1200)
-    engine = StarsEngine(policy, sum_reward)
-    encoded, prefill = [], engine.policy.prefill
-    monkeypatch.setattr(
-        engine.policy, "prefill", lambda *args: encoded.append(sum(map(len, args[1]))) or prefill(*args)
-    )
-    monkeypatch.setattr("stars_fast.loop.scheduler._PREFILL_TOKENS", 100)
-    prompt = [(7 * i + i // 5) % 31 for i in range(350)]
-    out = engine.generate([prompt], CONFIG, seed=0, num_return_sequences=3, max_new_tokens=4)
-    assert out.errors == [None] * 3 and encoded == [100, 100, 100, 50]
-
-
 def test_every_heartbeat_is_counted_by_its_rows_and_requests(monkeypatch):
     engine = StarsEngine(tiny_policy(32, hidden=32), sum_reward, max_rows=7)
     watch = Watch(engine, monkeypatch)
@@ -326,17 +257,19 @@ def test_an_observer_is_told_of_every_heartbeat():
 def test_what_a_call_has_learned_of_costs_serves_the_next():
     engine = StarsEngine(tiny_policy(32, hidden=32), sum_reward)
     engine.generate(PROMPTS, CONFIG, seed=0, num_return_sequences=2)
-    cost = engine.costs["stars"]
+    cost = engine.core.cost
     assert 0 < cost.line()[0] < 1, "seconds, not the prior"
     engine.generate(PROMPTS, CONFIG, seed=1)
-    assert engine.costs["stars"] is cost
+    assert engine.core.cost is cost
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_policy_in_several_processes_plans_without_a_clock(sharded):
+def test_a_policy_in_several_processes_plans_without_a_clock(sharded, monkeypatch):
     """Each process has a clock of its own, and all must draw and encode alike."""
     engine = StarsEngine(tiny_policy(32, hidden=32), sum_reward)
     engine.policy.sharded = sharded
+    used, costs = [], Scheduler.costs
+    monkeypatch.setattr(Scheduler, "costs", lambda self, rows: used.append(self.cost.line()) or costs(self, rows))
     engine.generate([[1, 2], [3]], CONFIG, seed=0)
-    fresh = HeartbeatCost()
-    assert all((cost.line() == fresh.line()) == sharded for cost in engine.costs.values())
+    fresh = HeartbeatCost().line()
+    assert all(line == fresh for line in used) == (engine.core.cost.line() == fresh) == sharded

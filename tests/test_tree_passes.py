@@ -10,7 +10,6 @@ from test_same_text import CONFIG, PROMPTS, SEEDS, VOCAB
 
 from stars_fast import StarsEngine
 from stars_fast.policy.policy import Policy
-from stars_fast.policy.steps import Steps
 from stars_fast.rewards import ImplicitReward
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.model import TreeModel
@@ -106,27 +105,6 @@ def test_shapes_that_were_met_are_forgotten_at_last_but_not_those_met_often(monk
         often = max(model._met.values())
         assert len(model._met) <= 5
     assert often == 7 >= WORTH_CAPTURING
-
-
-def test_passes_and_proposals_do_not_drive_each_other_out(monkeypatch):
-    monkeypatch.setattr("stars_fast.tree.graphs._MOST_GRAPHS", 1)
-    engine = StarsEngine(tiny_policy(VOCAB, hidden=32), sum_reward)
-    engine.policy.graphs.enabled = True
-    for _ in range(WORTH_CAPTURING):
-        engine.generate(PROMPTS[:1], CONFIG, seed=0, candidates=2)
-    assert {type(work) for work in engine.policy.graphs._kept.values()} == {Pass, Steps}
-
-
-def test_graphs_go_before_a_larger_pool_is_made(monkeypatch):
-    model, seen = policy(), []
-    model.graphs.enabled = True
-    model.allocate(10)
-    small = model.pool.slots
-    monkeypatch.setattr(model.graphs, "drop", lambda: seen.append(model.pool.slots))
-    model.allocate(10)
-    assert seen == []
-    model.allocate(100)
-    assert seen[0] == small
 
 
 @pytest.mark.parametrize("padded", [False, True])

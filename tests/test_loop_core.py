@@ -1,0 +1,275 @@
+"""One core for all callers: who comes, goes, fails or is interrupted changes nobody else's text, and leaves nothing."""
+
+import gc
+import itertools
+import threading
+
+import pytest
+import torch
+from conftest import sum_reward, tiny_policy, tiny_reward
+
+from stars_fast import StarsConfig, StarsEngine
+from stars_fast.inputs.arguments import Arguments
+from stars_fast.inputs.job import Job
+from stars_fast.loop.core import Size
+from stars_fast.rewards import Reward
+
+VOCAB = 32
+CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14, ignore_eos=True)
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11]]
+OTHERS = [[14, 15], [3] * 9]
+LONG = [[7] * 200]  # more than the pools of calls with short prompts have room for
+
+pytestmark = pytest.mark.filterwarnings("ignore:method=.* itself")
+
+
+class Sums(Reward):
+    def score(self, completions):
+        return sum_reward([completion.tokens for completion in completions])
+
+
+def make_engine(reward=None, **limits):
+    return StarsEngine(tiny_policy(VOCAB, hidden=32), reward or Sums(), **limits)
+
+
+def alone(prompts, seed, **settings):
+    return make_engine().generate(prompts, CONFIG, seed=seed, **settings).completions
+
+
+def assert_nothing_left(engine):
+    core = engine.core
+    assert core.loop is None and core.open_calls == 0 and not core._caller_of and not core._uses
+    trees = [engine.policy.tree, *(model.tree for model in engine.reward.tree_models)]
+    assert all(tree.live_slots == tree.nodes == 0 for tree in trees)
+    assert engine.policy.model.config._attn_implementation == "sdpa"
+
+
+def text(events, index=0):
+    return [token for event in events if event.index == index for token in event.segment.tokens]
+
+
+# Joining and leaving
+
+
+def test_calls_join_in_the_midst_of_others_and_leave_before_them():
+    engine = make_engine(tiny_reward(VOCAB, hidden=32))
+    longer = CONFIG.replace(max_new_tokens=50)
+    first = make_engine(tiny_reward(VOCAB, hidden=32)).generate(PROMPTS, longer, seed=1).completions
+    second = make_engine(tiny_reward(VOCAB, hidden=32)).generate(OTHERS, CONFIG, seed=2).completions
+    stream = engine.stream(PROMPTS, longer, seed=1)
+    events = [next(stream)]
+    rows = []
+    engine.core.loop.on_heartbeat = lambda beat: rows.append(beat.requests)
+    assert engine.generate(OTHERS, CONFIG, seed=2).completions == second
+    assert max(rows) == len(PROMPTS) + len(OTHERS), "they were drawn side by side"
+    assert engine.core.loop is not None and engine.core.open_calls == 1
+    events += stream
+    assert [text(events, i) for i in range(3)] == first
+    assert_nothing_left(engine)
+
+
+def test_interleaved_streams_tell_what_each_tells_alone():
+    engine = make_engine()
+    settings = [dict(), dict(max_attempts=2, temperature=0.7), dict(method="best_of_n"), dict(method="particle_filter")]
+    streams = [engine.stream([[5, 6, i]], CONFIG, seed=i, **each) for i, each in enumerate(settings)]
+    told = [[] for _ in streams]
+    for events in itertools.zip_longest(*streams):
+        for place, event in enumerate(events):
+            told[place] += [event] if event else []
+    for i, each in enumerate(settings):
+        assert [text(told[i])] == alone([[5, 6, i]], i, **each)
+    assert_nothing_left(engine)
+
+
+def test_a_stream_that_is_forgotten_frees_its_slots_while_others_go_on():
+    engine = make_engine(tiny_reward(VOCAB, hidden=32))
+    kept, lost = engine.stream(PROMPTS, CONFIG, seed=1), engine.stream(OTHERS, CONFIG, seed=2)
+    events = [next(kept)]
+    next(lost)
+    del lost
+    gc.collect()
+    assert engine.core.open_calls == 1
+    events += kept
+    expected = make_engine(tiny_reward(VOCAB, hidden=32)).generate(PROMPTS, CONFIG, seed=1).completions
+    assert [text(events, i) for i in range(3)] == expected
+    assert_nothing_left(engine)
+
+
+def test_a_call_that_needs_larger_pools_waits_until_the_others_are_through():
+    engine = make_engine()
+    small = engine.stream([[5]], CONFIG, seed=1)
+    events = [next(small)]
+    found, thread = [], threading.Thread(target=lambda: found.append(engine.generate(LONG, CONFIG, seed=2)))
+    thread.start()
+    while not engine.core._later:
+        thread.join(0.01)
+    events += small
+    thread.join(30)
+    assert [text(events)] == alone([[5]], 1)
+    assert found[0].completions == alone(LONG, 2)
+    assert_nothing_left(engine)
+
+
+def test_calls_behind_one_that_waits_for_larger_pools_keep_their_order():
+    """Else whoever needs much would wait for ever."""
+    engine = make_engine()
+    first = engine.stream([[5]], CONFIG, seed=1)
+    events = [next(first)]
+    second, third = engine.stream(LONG, CONFIG, seed=2), engine.stream([[6]], CONFIG, seed=3)
+    told = {}
+    threads = [
+        threading.Thread(target=lambda name=name, stream=stream: told.update({name: text(list(stream))}))
+        for name, stream in (("second", second), ("third", third))
+    ]
+    threads[0].start()
+    while not engine.core._later:
+        threads[0].join(0.01)
+    threads[1].start()
+    while len(engine.core._later) < 2:
+        threads[1].join(0.01)
+    events += first
+    for thread in threads:
+        thread.join(30)
+    assert [text(events)] == alone([[5]], 1)
+    assert [told["second"]] == alone(LONG, 2) and [told["third"]] == alone([[6]], 3)
+    assert_nothing_left(engine)
+
+
+# Whose fault it is
+
+
+@pytest.mark.filterwarnings("ignore:no request succeeded")
+def test_a_reward_that_calls_its_own_engine_is_told_so():
+    engine = make_engine(lambda completions: engine.generate([[1]], CONFIG) and sum_reward(completions))
+    out = engine.generate([[5]], CONFIG, seed=1)
+    assert "already generating" in out.errors[0]
+    assert_nothing_left(engine)
+
+
+@pytest.mark.parametrize("hook", ["commit", "discard", "close"])
+def test_a_reward_whose_hook_raises_ends_the_call_and_the_next_one_works(hook):
+    class Raising(Sums):
+        healthy = False
+
+    def fail(self, *args):
+        if not self.healthy:
+            raise ArithmeticError("the books do not balance")
+
+    setattr(Raising, hook, fail)
+    engine = make_engine(Raising())
+    with pytest.raises(ArithmeticError, match="the books"):
+        engine.generate(PROMPTS, CONFIG, seed=1)
+    assert_nothing_left(engine)
+    engine.reward.healthy = True
+    assert engine.generate(PROMPTS, CONFIG, seed=1).completions == alone(PROMPTS, 1)
+    assert_nothing_left(engine)
+
+
+def test_what_breaks_for_all_is_told_to_all_and_a_later_call_works(monkeypatch):
+    engine = make_engine()
+    streams = [engine.stream(PROMPTS, CONFIG, seed=1), engine.stream(OTHERS, CONFIG, seed=2)]
+    for stream in streams:
+        next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.policy, "propose", lambda leaves: 1 / 0)
+        for stream in streams:
+            with pytest.raises(ZeroDivisionError):
+                list(stream)
+    assert engine.generate(PROMPTS, CONFIG, seed=1).completions == alone(PROMPTS, 1)
+    assert_nothing_left(engine)
+
+
+class Interrupted(Sums):
+    """A Ctrl-C comes while one thread scores, once."""
+
+    def __init__(self):
+        self.victim = None
+
+    def score(self, completions):
+        if self.victim == threading.get_ident():
+            self.victim = None
+            raise KeyboardInterrupt
+        return super().score(completions)
+
+
+@pytest.mark.parametrize("method", ["stars", "best_of_n", "particle_filter", "args"])
+def test_an_interrupt_in_one_thread_leaves_the_others_text_right(method):
+    """Whose thread it is decides nothing: it is in the midst of everybody's work."""
+    engine, settings = make_engine(Interrupted()), dict(num_return_sequences=2, method=method)
+    other = Job(engine.prepare(Arguments(PROMPTS, CONFIG, settings, seed=1)), None)
+    engine.core.submit(other)
+    engine.core.step()
+    engine.reward.victim = threading.get_ident()
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(OTHERS, CONFIG, seed=2, method=method)
+    assert engine.core.open_calls == 1
+    while not other.over:
+        engine.core.step()
+    assert engine.output(other).completions == alone(PROMPTS, 1, **settings)
+    assert_nothing_left(engine)
+
+
+@pytest.mark.parametrize("when", range(1, 9, 2))
+def test_an_interrupt_within_a_forward_pass_costs_only_the_call_it_hits(monkeypatch, when):
+    engine = make_engine(tiny_reward(VOCAB, hidden=32))
+    stream = engine.stream(PROMPTS, CONFIG, seed=1)
+    events = [next(stream)]
+    forward, calls = engine.policy.forward, itertools.count(1)
+
+    def interrupted(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if next(calls) == when:
+            raise KeyboardInterrupt
+        return output
+
+    monkeypatch.setattr(engine.policy, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(OTHERS, CONFIG, seed=2)
+    events += stream
+    expected = make_engine(tiny_reward(VOCAB, hidden=32)).generate(PROMPTS, CONFIG, seed=1).completions
+    assert [text(events, i) for i in range(3)] == expected
+    assert_nothing_left(engine)
+
+
+# Opening and closing
+
+
+def test_a_closed_engine_refuses_and_ends_what_is_under_way():
+    engine = make_engine()
+    stream = engine.stream(PROMPTS, CONFIG, seed=1)
+    next(stream)
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        list(stream)
+    assert_nothing_left(engine)
+    with pytest.raises(RuntimeError, match="this engine is closed: make a new one"):
+        engine.generate(PROMPTS, CONFIG, seed=1)
+    engine.close()
+
+
+def test_a_session_opens_only_where_nobody_generates_and_refuses_what_is_too_large():
+    engine = make_engine()
+    size = Size(length=40, slots=60, holders=4, rows=4, segment_length=4, max_new_tokens=20)
+    stream = engine.stream(PROMPTS, CONFIG, seed=1)
+    next(stream)
+    with pytest.raises(RuntimeError, match="is generating"):
+        engine.core.hold(size)
+    stream.close()
+    engine.core.hold(size)
+    assert engine.generate(PROMPTS, CONFIG, seed=1).completions == alone(PROMPTS, 1)
+    assert engine.core.loop is not None, "held open"
+    with pytest.raises(ValueError, match=r"has up to 214 tokens with its answer.*this session takes max_model_len=40"):
+        engine.generate(LONG, CONFIG, seed=1)
+    engine.core.let_go()
+    assert engine.generate(LONG, CONFIG, seed=1).completions == alone(LONG, 1)
+    assert_nothing_left(engine)
+
+
+def test_a_forked_child_finds_an_engine_of_its_own(monkeypatch):
+    engine = make_engine()
+    stream = engine.stream(PROMPTS, CONFIG, seed=1)
+    next(stream)
+    engine.core._process -= 1  # as a child sees it
+    assert engine.generate(OTHERS, CONFIG, seed=2).completions == alone(OTHERS, 2)
+    assert torch.is_grad_enabled()
+    assert_nothing_left(engine)
