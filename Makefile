@@ -10,7 +10,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # A file of tests to each core; the tests themselves run on one thread.
 SHARED := --numprocesses auto --dist loadfile
 # What depends on transformers, and on Triton's compiler.
-OLDEST_TESTS := tests/test_architectures.py tests/test_contract.py tests/test_dropin.py tests/test_kernels_compile.py
+OLDEST_TESTS := tests/test_architectures.py tests/test_contract.py tests/test_dropin.py tests/test_inputs_hooks.py tests/test_kernels_compile.py
 
 .PHONY: demo test test-oldest bench lint wheel clean
 .NOTPARALLEL: # both environments build the extension into the same folder

@@ -18,9 +18,8 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-import stars_fast
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.rewards import ClassifierReward, JudgeReward, Reward, RuleReward, WeightedSum
+from stars_fast.rewards import ClassifierReward, JudgeReward, Reward, WeightedSum
 
 VOCAB = 32
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11], [14, 15]]
@@ -68,18 +67,6 @@ def test_a_target_per_prompt_must_have_one_value_per_prompt(engine):
             engine.generate(PROMPTS, CONFIG, target_reward=value)
 
 
-def test_an_eos_outside_the_vocabulary_is_refused(engine):
-    with refused("eos_token_id", "99", "32"):
-        engine.generate(PROMPTS, CONFIG, eos_token_id=99)
-
-
-@pytest.mark.parametrize("name, value", [("temperature", 0.0), ("top_k", -1), ("top_p", 1.5)])
-def test_the_models_own_settings_are_checked_too(monkeypatch, engine, policy32, name, value):
-    monkeypatch.setattr(policy32.generation_config, name, value)
-    with refused("generation_config", name, str(value)):
-        engine.generate(PROMPTS, CONFIG.replace(**{name: None}))
-
-
 def test_the_config_must_be_a_config(engine):
     with refused("config"):
         engine.generate(PROMPTS, {"beta": 0.5})
@@ -88,86 +75,12 @@ def test_the_config_must_be_a_config(engine):
 # Prompts
 
 
-@pytest.mark.parametrize("prompts", [[[5], [], [6]], torch.zeros(3, 0, dtype=torch.long)], ids=["ids", "tensor"])
-def test_an_empty_prompt_is_named_by_its_index(engine, prompts):
-    with refused(rf"prompts\[{1 if isinstance(prompts, list) else 0}\]", "empty"):
-        engine.generate(prompts, CONFIG)
-
-
-def test_an_empty_text_or_chat_is_named_by_its_index(policy32, tokenizer32):
-    engine = StarsEngine(policy32, sum_reward, tokenizer=tokenizer32)
-    with refused(r"prompts\[1\]", "empty"):
-        engine.generate(["w1", ""], CONFIG)
-    with refused(r"prompts\[1\]"):
-        engine.generate([[{"role": "user", "content": "w1"}], []], CONFIG)
-
-
-@pytest.mark.parametrize(
-    "prompts, keys",
-    [
-        ([{"messages": [{"role": "user", "content": "w1"}]}], "messages"),
-        ([{"prompt": "w1"}, {"prompt": "w2"}], "prompt"),
-        ([[{"role": "user", "content": "w1"}, {"content": "w2", "from": "bot"}]], "from"),
-        ({"prompt": "w1"}, "prompt"),
-    ],
-    ids=str,
-)
-def test_a_data_sets_row_is_no_chat(policy32, tokenizer32, prompts, keys):
-    engine = StarsEngine(policy32, sum_reward, tokenizer=tokenizer32)
-    with refused(r"prompts(\[0\])?", f"keys.*{keys}"):
-        engine.generate(prompts, CONFIG)
-    with refused(r"reward_prompts(\[0\])?", f"keys.*{keys}"):
-        engine.generate("w1", CONFIG, reward_prompts=prompts)
-
-
-def test_no_prompts_at_all_are_refused(engine):
-    with refused("prompts", "empty"):
-        engine.generate([], CONFIG)
-
-
-def test_a_fully_masked_row_is_an_empty_prompt(engine):
-    mask = torch.tensor([[1, 1], [0, 0]])
-    with refused(r"prompts\[1\]", "empty"):
-        engine.generate(torch.ones(2, 2, dtype=torch.long), CONFIG, attention_mask=mask)
-
-
-def test_a_mask_of_another_shape_is_refused(engine):
-    with refused("attention_mask"):
-        engine.generate(torch.ones(2, 3, dtype=torch.long), CONFIG, attention_mask=torch.ones(2, 4))
-    with refused("attention_mask"):
-        engine.generate(PROMPTS, CONFIG, attention_mask=torch.ones(4, 3))
-    with refused("attention_mask", r"\(1, 5\)", r"\(2, 3\)"):
-        engine.generate(torch.ones(2, 3, dtype=torch.long), CONFIG, attention_mask=[1] * 5)
-    with refused("attention_mask"):
-        engine.generate(torch.ones(2, 3, dtype=torch.long), CONFIG, attention_mask=[[1, 1], [1]])
-
-
 @pytest.mark.parametrize("token", [32, 1000, -1])
 def test_ids_outside_the_vocabulary_are_named(engine, token):
     with refused(r"prompts\[1\]", str(token).strip("-"), "32"):
         engine.generate([[5], [6, token], [7]], CONFIG)
     with refused(r"prompts\[1\]", str(token).strip("-"), "32"):
         engine.generate(torch.tensor([[5, 5], [6, token]]), CONFIG)
-
-
-def test_text_needs_a_tokenizer(engine):
-    with refused(r"prompts\[0\]", "tokenizer"):
-        engine.generate(["once upon a time"], CONFIG)
-    with refused(r"prompts\[0\]", "tokenizer"):
-        engine.generate([[{"role": "user", "content": "hello"}]], CONFIG)
-    with refused("stop_strings", "tokenizer"):
-        engine.generate(PROMPTS, CONFIG, stop_strings=["x"])
-
-
-@pytest.mark.parametrize("prompts", [[5, 6, 7], [[5], 3.5], [[5.0]], [None], 7, None, b"bytes", [[True]]], ids=str)
-def test_what_is_no_prompt_is_refused(engine, prompts):
-    with refused(r"prompts(\[\d\])?"):
-        engine.generate(prompts, CONFIG)
-
-
-def test_float_ids_are_refused(engine):
-    with refused("prompts", r"torch\.float32"):
-        engine.generate(torch.ones(2, 3), CONFIG)
 
 
 def test_a_prompt_longer_than_the_models_positions_is_named(policy32):
@@ -280,25 +193,6 @@ def test_a_call_that_is_refused_leaves_a_running_one_alone(policy32, tokenizer32
 # Models
 
 
-def test_a_reward_model_with_more_than_one_label_is_refused(policy32):
-    reward = LlamaForSequenceClassification(tiny_config(VOCAB, num_labels=2))
-    with refused("reward", "2", "1"):
-        StarsEngine(policy32, reward)
-
-
-def test_a_causal_lm_as_the_reward_is_told_what_it_can_be(tmp_path, policy32):
-    policy32.save_pretrained(tmp_path)
-    for reward in (policy32, str(tmp_path)):
-        with refused("reward", "JudgeReward", "ImplicitReward"):
-            StarsEngine(policy32, reward)
-
-
-@pytest.mark.parametrize("reward", [RuleReward, LlamaForSequenceClassification])
-def test_a_class_is_no_reward(policy32, reward):
-    with refused("reward", "class", rf"{reward.__name__}\(\.\.\.\)"):
-        StarsEngine(policy32, reward)
-
-
 def test_a_reward_of_text_needs_a_tokenizer(policy32):
     class OfText(Reward):
         def score(self, completions):
@@ -306,17 +200,6 @@ def test_a_reward_of_text_needs_a_tokenizer(policy32):
 
     out = StarsEngine(policy32, OfText()).generate(PROMPTS, CONFIG)
     assert all("no text without a tokenizer: pass tokenizer=" in error for error in out.errors)
-
-
-def test_what_is_no_model_or_reward_is_refused(policy32, reward32):
-    with refused("policy"):
-        StarsEngine(reward32, sum_reward)
-    with refused("policy"):
-        StarsEngine(7, sum_reward)
-    with refused("reward"):
-        StarsEngine(policy32, 7)
-    with refused("reward"):
-        StarsEngine(policy32, tiny_policy(VOCAB))
 
 
 def test_an_unreachable_family_is_refused_by_name():
@@ -362,42 +245,6 @@ def test_dynamic_rotary_scaling_is_refused(policy32, role):
             StarsEngine(LlamaForCausalLM(config), sum_reward)
         else:
             StarsEngine(policy32, LlamaForSequenceClassification(config))
-
-
-def test_a_reward_model_of_another_vocabulary_needs_its_tokenizer(policy32):
-    with refused("reward_tokenizer"):
-        StarsEngine(policy32, tiny_reward(VOCAB // 2)).generate(PROMPTS, CONFIG)
-
-
-# The drop-in
-
-
-@pytest.mark.parametrize(
-    "argument, value",
-    [
-        ("do_sample", False),
-        ("num_beams", 2),
-        ("assistant_model", "a model"),
-        ("prompt_lookup_num_tokens", 3),
-    ],
-)
-def test_the_drop_in_refuses_what_is_not_sampling(policy32, argument, value):
-    value = tiny_policy(VOCAB) if argument == "assistant_model" else value
-    with refused(argument):
-        stars_fast.generate(
-            policy32,
-            input_ids=torch.tensor([[5, 6]]),
-            reward_model=sum_reward,
-            stars_config=CONFIG,
-            **{argument: value},
-        )
-
-
-@pytest.mark.parametrize("argument, value", [("do_sample", False), ("num_beams", 2)])
-def test_the_callback_refuses_what_is_not_sampling(policy32, argument, value):
-    options = {"do_sample": True, "max_new_tokens": 8, argument: value}
-    with refused(argument):
-        policy32.generate(torch.tensor([[5, 6]]), custom_generate=stars_fast.decoding(sum_reward, CONFIG), **options)
 
 
 # Failing callables: the bad request alone ends

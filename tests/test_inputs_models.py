@@ -1,13 +1,18 @@
-"""Models by name: a tokenizer that is there is loaded, and one that cannot be is never passed over."""
+"""Models as users name them, or a refusal that says what they can be.
+
+A tokenizer that is there is loaded, and one that cannot be is never passed over.
+"""
 
 import pytest
-from conftest import sum_reward
+from conftest import sum_reward, tiny_config, tiny_policy, tiny_reward
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
-from transformers import BertConfig, BertForSequenceClassification
+from test_bad_input import CONFIG, PROMPTS, VOCAB, refused
+from transformers import BertConfig, BertForSequenceClassification, LlamaForSequenceClassification
 
 from stars_fast import StarsEngine
 from stars_fast.inputs import models as loading
 from stars_fast.inputs.models import load_classifier
+from stars_fast.rewards import RuleReward
 
 
 @pytest.fixture
@@ -71,3 +76,45 @@ def test_a_repository_has_a_tokenizer_where_it_has_one_of_its_files(monkeypatch)
     assert loading._has_tokenizer("some/model")
     monkeypatch.setattr(loading, "hf_hub_download", repository((), EntryNotFoundError))
     assert not loading._has_tokenizer("some/model")
+
+
+def test_models_may_be_given_as_paths(tmp_path, policy32, reward32):
+    policy32.save_pretrained(tmp_path / "policy")
+    reward32.save_pretrained(tmp_path / "reward")
+    paths = StarsEngine(str(tmp_path / "policy"), tmp_path / "reward").generate(PROMPTS, CONFIG, seed=4)
+    assert paths.completions == StarsEngine(policy32, reward32).generate(PROMPTS, CONFIG, seed=4).completions
+
+
+def test_a_reward_model_with_more_than_one_label_is_refused(policy32):
+    reward = LlamaForSequenceClassification(tiny_config(VOCAB, num_labels=2))
+    with refused("reward", "2", "1"):
+        StarsEngine(policy32, reward)
+
+
+def test_a_causal_lm_as_the_reward_is_told_what_it_can_be(tmp_path, policy32):
+    policy32.save_pretrained(tmp_path)
+    for reward in (policy32, str(tmp_path)):
+        with refused("reward", "JudgeReward", "ImplicitReward"):
+            StarsEngine(policy32, reward)
+
+
+@pytest.mark.parametrize("reward", [RuleReward, LlamaForSequenceClassification])
+def test_a_class_is_no_reward(policy32, reward):
+    with refused("reward", "class", rf"{reward.__name__}\(\.\.\.\)"):
+        StarsEngine(policy32, reward)
+
+
+def test_what_is_no_model_or_reward_is_refused(policy32, reward32):
+    with refused("policy"):
+        StarsEngine(reward32, sum_reward)
+    with refused("policy"):
+        StarsEngine(7, sum_reward)
+    with refused("reward"):
+        StarsEngine(policy32, 7)
+    with refused("reward"):
+        StarsEngine(policy32, tiny_policy(VOCAB))
+
+
+def test_a_reward_model_of_another_vocabulary_needs_its_tokenizer(policy32):
+    with refused("reward_tokenizer"):
+        StarsEngine(policy32, tiny_reward(VOCAB // 2)).generate(PROMPTS, CONFIG)
