@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import sum_reward, tiny_policy, tiny_tokenizer
+from conftest import sum_reward, tiny_policy, tiny_tokenizer, word_reward
 
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine
@@ -24,10 +24,6 @@ VOCAB, EOS = 32, 31
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14)
 EVERYTHING_PASSES = {"target_reward": -1e6}
-
-
-def word_reward(completions):
-    return sum_reward([[int(word[1:]) for word in completion.split()] for completion in completions])
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,9 @@ import math
 
 import pytest
 import torch
-from conftest import sum_reward, tiny_policy, tiny_tokenizer
+from conftest import sum_reward, tiny_policy, tiny_tokenizer, word_reward
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_contract import word_reward
 from test_dropin import CONFIG, EOS, PAD, PROMPTS, VOCAB, both, callback, completions, facade
 from test_text_decode import TOKENIZERS, ids_of, tokenizers
 from transformers import (

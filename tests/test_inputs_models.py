@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import refused, sum_reward, tiny_config, tiny_policy, tiny_reward
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
-from test_bad_input import CONFIG, PROMPTS, VOCAB, refused
+from test_inputs_arguments import CONFIG, PROMPTS
 from transformers import (
     BertConfig,
     BertForSequenceClassification,

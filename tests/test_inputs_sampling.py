@@ -1,11 +1,10 @@
 """Which sampling settings hold: the call's, the config's, the model's own; and which tokens end an answer."""
 
 import pytest
-from conftest import tiny_policy
-from test_bad_input import refused
-from test_contract import CONFIG, EOS, PROMPTS, VOCAB
+from conftest import refused, tiny_policy
+from test_inputs_arguments import PROMPTS, VOCAB
 
-from stars_fast import StarsEngine
+from stars_fast import StarsConfig, StarsEngine
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +20,10 @@ def idle(policy32):
         raise AssertionError("work started before the input was checked")
 
     return StarsEngine(policy32, unreachable)
+
+
+EOS = VOCAB - 1
+CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14)
 
 
 def test_sampling_fields_left_out_come_from_the_models_own_generation_config(reward32):

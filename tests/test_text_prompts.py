@@ -5,10 +5,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import sum_reward, tiny_tokenizer
-from test_bad_input import CONFIG, PROMPTS, VOCAB, refused
-from test_contract import word_reward
-from test_rewards import BEGUN, CHAT, LLAMA3, begun_ids, byte_bpe, chat_prefix
+from conftest import refused, sum_reward, tiny_tokenizer, word_reward
+from test_inputs_arguments import CONFIG, PROMPTS, VOCAB
+from tiny_tokenizers import BEGUN, CHAT, LLAMA3, begun_ids, byte_bpe, chat_prefix
 
 from stars_fast import StarsEngine
 from stars_fast.text.prompts import read_prompts
