@@ -209,6 +209,40 @@ def test_an_interrupt_in_one_thread_leaves_the_others_text_right(method):
     assert_nothing_left(engine)
 
 
+class Breaking(Sums):
+    """A Ctrl-C comes within the n-th call of one of its hooks."""
+
+    def __init__(self, hook, when):
+        self.calls, self.when = itertools.count(1), when
+        setattr(self, hook, self.interrupt)
+
+    def interrupt(self, *args):
+        if next(self.calls) == self.when:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["stars", "best_of_n", "particle_filter", "args"])
+@pytest.mark.parametrize("hook", ["commit", "discard", "close"])
+def test_an_interrupt_between_two_commits_changes_no_text(method, hook):
+    """Some requests have moved or ended by then, and others have not."""
+    texts, settings = [alone(PROMPTS, 1, method=method), alone(OTHERS, 2, method=method)], dict(method=method)
+    for when in range(1, 26, 3):
+        engine, interrupts = make_engine(Breaking(hook, when)), 0
+        jobs = []
+        for prompts, seed in ((PROMPTS, 1), (OTHERS, 2)):
+            jobs.append(Job(engine.prepare(Arguments(prompts, CONFIG, settings, seed=seed)), None))
+            engine.core.submit(jobs[-1])
+        for _ in range(400):
+            try:
+                if not engine.core.step():
+                    break
+            except KeyboardInterrupt:
+                interrupts += 1
+        assert interrupts == 1 and all(job.over and job.error is None for job in jobs)
+        assert [engine.output(job).completions for job in jobs] == texts
+        assert_nothing_left(engine)
+
+
 @pytest.mark.parametrize("when", range(1, 9, 2))
 def test_an_interrupt_within_a_forward_pass_costs_only_the_call_it_hits(monkeypatch, when):
     engine = make_engine(tiny_reward(VOCAB, hidden=32))
