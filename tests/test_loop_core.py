@@ -222,12 +222,13 @@ class Breaking(Sums):
 
 
 @pytest.mark.parametrize("method", ["stars", "best_of_n", "particle_filter", "args"])
-@pytest.mark.parametrize("hook", ["commit", "discard", "close"])
+@pytest.mark.parametrize("hook", ["commit", "close"])
 def test_an_interrupt_between_two_commits_changes_no_text(method, hook):
     """Some requests have moved or ended by then, and others have not."""
     texts, settings = [alone(PROMPTS, 1, method=method), alone(OTHERS, 2, method=method)], dict(method=method)
+    interrupts = 0
     for when in range(1, 26, 3):
-        engine, interrupts = make_engine(Breaking(hook, when)), 0
+        engine = make_engine(Breaking(hook, when))
         jobs = []
         for prompts, seed in ((PROMPTS, 1), (OTHERS, 2)):
             jobs.append(Job(engine.prepare(Arguments(prompts, CONFIG, settings, seed=seed)), None))
@@ -238,8 +239,35 @@ def test_an_interrupt_between_two_commits_changes_no_text(method, hook):
                     break
             except KeyboardInterrupt:
                 interrupts += 1
-        assert interrupts == 1 and all(job.over and job.error is None for job in jobs)
+        assert all(job.over and job.error is None for job in jobs)
         assert [engine.output(job).completions for job in jobs] == texts
+        assert_nothing_left(engine)
+    assert interrupts > 1
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(target_reward=None)], ids=["explicit", "calibrated"])
+def test_an_interrupt_while_somebody_is_told_loses_nobodys_segment(settings):
+    texts = [alone(PROMPTS, 1, **settings), alone(OTHERS, 2, **settings)]
+    for when in range(1, 14, 3):
+        engine, calls = make_engine(), itertools.count(1)
+
+        def notify(calls=calls, when=when):
+            if next(calls) == when:
+                raise KeyboardInterrupt
+
+        jobs = []
+        for prompts, seed in ((PROMPTS, 1), (OTHERS, 2)):
+            call = engine.prepare(Arguments(prompts, CONFIG, settings, seed=seed))
+            jobs.append(Job(call, None, notify=notify))
+            engine.core.submit(jobs[-1])
+        with pytest.raises(KeyboardInterrupt):
+            while engine.core.step():
+                pass
+        while engine.core.step():
+            pass
+        for job, expected in zip(jobs, texts, strict=True):
+            assert [text(job.events, i) for i in range(len(expected))] == expected
+            assert sum(event.finish_reason is not None for event in job.events) == len(expected)
         assert_nothing_left(engine)
 
 

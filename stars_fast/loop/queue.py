@@ -162,11 +162,11 @@ class Queue:
         self.fail(request, f"too little memory for this request alone, a token at a time: {cause}")
         return [request]
 
-    def start_over(self) -> None:
-        """After a heartbeat that broke off: all wait again, and nothing is left in any tree."""
-        for request in self.admitted:
+    def start_over(self, requests: Iterable[Request]) -> None:
+        """After a heartbeat that broke off, wherever that was: these wait again, and nothing is left in any tree."""
+        self.waiting, self.running, self.encoding = sorted(requests, key=_order), [], []
+        for request in self.waiting:
             request.strategy.drop(request)
-            self._wait_again(request)
         self._clear_trees()
 
     def drop_finished(self) -> None:
