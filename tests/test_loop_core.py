@@ -335,3 +335,13 @@ def test_a_forked_child_finds_an_engine_of_its_own(monkeypatch):
     assert engine.generate(OTHERS, CONFIG, seed=2).completions == alone(OTHERS, 2)
     assert torch.is_grad_enabled()
     assert_nothing_left(engine)
+
+
+def test_a_session_that_is_idle_holds_no_prompt():
+    """But for what it keeps on purpose, because others may begin alike."""
+    engine = make_engine(tiny_reward(VOCAB, hidden=32))
+    engine.core.hold(Size(length=40, slots=60, holders=4, rows=4, segment_length=4, max_new_tokens=20))
+    engine.generate(PROMPTS, CONFIG, seed=1)
+    assert engine.policy.tree.live_slots == 0
+    engine.core.let_go()
+    assert_nothing_left(engine)

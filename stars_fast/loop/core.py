@@ -414,10 +414,9 @@ class Core:
         if live is None:
             return
         assert self.loop is not None
-        if live:
-            self.loop.withdraw(live, "abort")
-            for request in list(live):
-                self._out(caller, request)
+        self.loop.withdraw(live, "abort")
+        for request in list(live):
+            self._out(caller, request)
         del self._callers[caller]
         self.reward.forget(caller.size.prompts)
         caller.end(error)
