@@ -99,6 +99,11 @@ def make_requests(config: StarsConfig, *lengths: int, samples: int = 1, whole: b
     return made
 
 
+def word_reward(completions):
+    """:func:`sum_reward` of texts in the words of :func:`tiny_tokenizer`."""
+    return sum_reward([[int(word[1:]) for word in completion.split()] for completion in completions])
+
+
 def refused(*parts):
     """The call is refused before any work, with a message that has every one of ``parts`` as a word of its own."""
     words = "".join(rf"(?=[\s\S]*(?<![\w.]){part}(?![\w]))" for part in parts)

@@ -3,7 +3,6 @@
 import copy
 import gc
 import inspect
-import itertools
 import math
 import pickle
 import re
@@ -18,16 +17,9 @@ from scipy.stats import chisquare
 from transformers import (
     DynamicCache,
     GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
 )
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation import utils as transformers_generate
 
 import stars_fast
@@ -274,191 +266,6 @@ def test_the_law_is_that_of_transformers_own_processors(policy, generate, kwargs
     both_seen = a + b > 20
     statistic = ((a - b)[both_seen] ** 2 / (a + b)[both_seen]).sum().item()
     assert statistic < both_seen.sum() + 5 * math.sqrt(2 * both_seen.sum())
-
-
-# Processors and criteria that the engine does not know
-
-
-def processed_scores(policy, reward=sum_reward, **kwargs):
-    """Per row, the logits that were sampled from at each step of the text that was returned."""
-    engine_runs = []
-    run = StarsEngine.run
-
-    def watch(self, arguments, streamer=None, progress=False):
-        out = run(self, arguments, streamer, progress)
-        engine_runs.append(out)
-        return out
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StarsEngine, "run", watch)
-        facade(policy, reward, **kwargs)
-    return engine_runs[0]
-
-
-@torch.no_grad()
-def assert_sampled_from(policy, out, processors_of, prompts=PROMPTS):
-    """``sampling_logprobs`` are those of transformers' own processors on the same unpadded text, ``logprobs`` raw."""
-    for row, (prompt, completion) in enumerate(zip(prompts, out.completions, strict=True)):
-        logits = policy(torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        for t, token in enumerate(completion):
-            ids = torch.tensor([prompt + completion[:t]])
-            expected = processors_of(len(prompt))(ids, logits[t : t + 1].clone()).log_softmax(-1)[0, token]
-            assert out.sampling_logprobs[row][t] == pytest.approx(expected.item(), abs=1e-4)
-            assert out.logprobs[row][t] == pytest.approx(logits[t].log_softmax(-1)[token].item(), abs=1e-4)
-
-
-class OnlyEven(LogitsProcessor):
-    def __call__(self, input_ids, scores):
-        return scores.masked_fill(torch.arange(scores.shape[-1]) % 2 == 1, -math.inf)
-
-
-def made_by_transformers(policy, **kwargs):
-    """The processor list that ``model.generate`` would build, for one row without padding."""
-    built = {}
-
-    def take(model, input_ids, logits_processor, stopping_criteria, generation_config, **_):
-        built["list"] = logits_processor
-        return input_ids
-
-    def of_length(length):
-        if length not in built:
-            policy.generate(torch.zeros(1, length, dtype=torch.long), do_sample=True, custom_generate=take, **kwargs)
-            built[length] = built["list"]
-        return built[length]
-
-    return of_length
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"no_repeat_ngram_size": 2},
-        {"bad_words_ids": [[4], [6, 7]]},
-        {"typical_p": 0.7, "temperature": 0.8},
-        {"repetition_penalty": 1.4},
-        {"repetition_penalty": 1.4, "no_repeat_ngram_size": 3, "top_p": 0.9},
-        {"logits_processor": LogitsProcessorList([OnlyEven()])},
-        {"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(0.3)])},
-        {"logits_processor": LogitsProcessorList([TopKLogitsWarper(3)]), "temperature": 0.7},
-        {"min_new_tokens": 9, "epsilon_cutoff": 0.02},
-        {"suppress_tokens": [1, 2, 3], "renormalize_logits": True},
-    ],
-    ids=lambda kwargs: " and ".join(kwargs),  # objects print addresses, which test runners cannot compare
-)
-def test_processors_mean_what_they_mean_in_transformers(policy, kwargs):
-    """With a left-padded batch; so the pads may neither be penalised nor count as text."""
-    out = processed_scores(policy, max_new_tokens=12, **kwargs)
-    # A prompt-length criterion counts the padding, as transformers' own loop does.
-    make = made_by_transformers(policy, max_new_tokens=12, **kwargs)
-    assert_sampled_from(policy, out, make)
-
-
-def test_settings_of_the_config_join_processors_of_the_call(policy):
-    config = CONFIG.replace(temperature=0.4, top_k=6, repetition_penalty=1.3)
-    out = processed_scores(policy, config=config, no_repeat_ngram_size=2)
-    make = made_by_transformers(policy, temperature=0.4, top_k=6, repetition_penalty=1.3, no_repeat_ngram_size=2)
-    assert_sampled_from(policy, out, make)
-    with pytest.raises(ValueError, match=r"temperature=0\.4 of the StarsConfig.*pass temperature to model\.generate"):
-        callback(policy, config=config, no_repeat_ngram_size=2)
-
-
-def test_a_users_repetition_penalty_is_not_taken_for_transformers_own(policy):
-    """It leaves the prompt alone, which the engine's does not."""
-    prompts = [[5, 6, 7, 8]]
-    own = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.4, prompt_ignore_length=4)])
-    out = processed_scores(policy, prompts=prompts, logits_processor=own)
-    assert_sampled_from(policy, out, lambda length: LogitsProcessorList([*own, TopKLogitsWarper(VOCAB)]), prompts)
-
-
-def test_no_repeated_bigram_is_ever_returned(policy):
-    out = facade(policy, no_repeat_ngram_size=2, max_new_tokens=14, num_return_sequences=4)
-    for row, completion in enumerate(completions(out)):
-        text = PROMPTS[row // 4] + completion
-        bigrams = list(itertools.pairwise(text))
-        assert len(set(bigrams)) == len(bigrams)
-
-
-@both
-def test_allowed_tokens_are_asked_for_by_row(policy, generate):
-    def allowed(row, ids):
-        return [row + 1, row + 11]
-
-    out = generate(policy, prefix_allowed_tokens_fn=allowed, max_new_tokens=6)
-    for row, completion in enumerate(completions(out)):
-        assert set(completion) <= {row + 1, row + 11}
-
-
-@pytest.mark.parametrize("extra", [{"guidance_scale": 1.5}], ids=str)
-def test_processors_with_a_state_are_refused(policy, extra):
-    with pytest.raises(ValueError, match="keeps a state"):
-        facade(policy, **extra)
-
-
-class AfterToken(StoppingCriteria):
-    """Stops a row at a token."""
-
-    def __init__(self, token):
-        self.token = token
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return input_ids[:, -1] == self.token
-
-
-@both
-@pytest.mark.parametrize(
-    "criterion", [AfterToken(9), EosTokenCriteria(torch.tensor([9]))], ids=["a user's own", "transformers' EOS"]
-)
-def test_stopping_criteria_end_a_text_before_it_is_scored(policy, generate, criterion):
-    scored = []
-
-    def reward(completions):
-        scored.extend(map(tuple, completions))
-        return sum_reward(completions)
-
-    criteria = StoppingCriteriaList([criterion])
-    out = generate(policy, reward, stopping_criteria=criteria, num_return_sequences=8, eos_token_id=30)
-    assert any(9 in text for text in scored)
-    assert all(9 not in text[:-1] for text in scored)
-    stopped = [row[5:] for row in out.tolist() if 9 in row[5:]]
-    assert stopped and all(set(row[row.index(9) + 1 :]) <= {30, PAD} for row in stopped)
-
-
-class Unlikely(StoppingCriteria):
-    def __call__(self, input_ids, scores, **kwargs):
-        return scores[0].max() < 0.1
-
-
-@both
-def test_a_criterion_that_reads_scores_is_named(policy, generate):
-    with pytest.raises(RuntimeError, match=r"criterion Unlikely raised TypeError.*no scores"):
-        generate(policy, stopping_criteria=StoppingCriteriaList([Unlikely()]))
-
-
-@both
-def test_a_length_criterion_of_the_user_holds(policy, generate):
-    criteria = StoppingCriteriaList([MaxLengthCriteria(8)])
-    out = generate(policy, config=CONFIG.replace(ignore_eos=True), stopping_criteria=criteria, max_new_tokens=12)
-    assert out.shape[1] == 8
-
-
-@both
-def test_stop_strings_end_a_text(policy, generate):
-    tokenizer = tiny_tokenizer(VOCAB)
-    scored = []
-
-    def reward(completion_ids):
-        scored.extend(map(tuple, completion_ids))
-        return sum_reward(completion_ids)
-
-    if generate is facade:
-        out = generate(policy, reward, tokenizer=tokenizer, stop_strings=["w9", "w12 w"], num_return_sequences=8)
-    else:
-        config = CONFIG.replace(stop_strings=["w9", "w12 w"])
-        out = generate(policy, reward, config, tokenizer=tokenizer, num_return_sequences=8)
-    assert {9, 12} <= {token for text in scored for token in text}
-    for text in scored:
-        assert 9 not in text[:-1] and 12 not in text[:-2]
-    assert len(out) == 32
 
 
 # Streaming

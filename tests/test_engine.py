@@ -7,12 +7,11 @@ import dataclasses
 import inspect
 import math
 import threading
-import warnings
 
 import numpy as np
 import pytest
 import torch
-from conftest import sum_reward, tiny_policy, tiny_tokenizer
+from conftest import sum_reward, tiny_policy, tiny_tokenizer, word_reward
 
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine
@@ -25,10 +24,6 @@ VOCAB, EOS = 32, 31
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14)
 EVERYTHING_PASSES = {"target_reward": -1e6}
-
-
-def word_reward(completions):
-    return sum_reward([[int(word[1:]) for word in completion.split()] for completion in completions])
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +55,6 @@ def test_generate_and_stream_take_the_promised_keywords():
 # Prompts
 
 
-def test_all_five_forms_of_prompt_mean_the_same(policy32, tokenizer32):
-    engine = StarsEngine(policy32, lambda completion_ids: sum_reward(completion_ids), tokenizer=tokenizer32)
-    generate = lambda prompts, **kw: engine.generate(prompts, CONFIG, seed=4, **kw)  # noqa: E731
-    expected = generate([[1, 5, 6, 2, 3]])
-    assert generate("w1 w5 w6 w2 w3").completions == expected.completions
-    assert generate(["w1 w5 w6 w2 w3"]).completions == expected.completions
-    assert generate([[{"role": "user", "content": "w5 w6"}]]).completions == expected.completions
-    padded = torch.tensor([[0, 0, 1, 5, 6, 2, 3]])
-    tensor = generate(padded, attention_mask=(torch.arange(7) > 1).long()[None])
-    assert tensor.completions == expected.completions
-    assert tensor.sequences[0, :5].tolist() == [1, 5, 6, 2, 3]
-
-
 ARRAYS = [torch.tensor, np.array]
 
 
@@ -95,78 +77,11 @@ def test_tensors_and_arrays_mean_what_lists_mean(engine, array):
     assert StarsConfig(target_reward=array(1.0)) == StarsConfig(target_reward=1.0)
 
 
-def test_an_array_of_texts_is_a_list_of_texts(text_engine):
-    texts = ["w5 w6", "w8"]
-    out = text_engine.generate(np.array(texts), CONFIG, seed=0)
-    assert out.completions == text_engine.generate(texts, CONFIG, seed=0).completions
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_of_an_id_tensor_is_ignored_on_either_side(engine, side):
-    ids, mask = torch.zeros(4, 5, dtype=torch.long), torch.zeros(4, 5, dtype=torch.long)
-    for row, prompt in enumerate(PROMPTS):
-        where = slice(5 - len(prompt), 5) if side == "left" else slice(0, len(prompt))
-        ids[row, where], mask[row, where] = torch.tensor(prompt), 1
-    expected = engine.generate(PROMPTS, CONFIG, seed=4)
-    assert engine.generate(ids, CONFIG, seed=4, attention_mask=mask).completions == expected.completions
-
-
-def test_a_tensor_without_a_mask_is_taken_whole(engine):
-    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    assert engine.generate(ids, CONFIG, seed=4).completions == engine.generate(ids.tolist(), CONFIG, seed=4).completions
-
-
 @pytest.fixture(scope="module", params=["w0", "</s>"], ids=["pad", "pad is eos"])
 def padding_tokenizer(request):
     tokenizer = tiny_tokenizer(VOCAB)
     tokenizer.pad_token = request.param
     return tokenizer
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", ["pt", "np", None])
-def test_a_tokenizers_output_is_a_prompt_without_its_padding(policy32, padding_tokenizer, kind, side):
-    padding_tokenizer.padding_side = side
-    engine = StarsEngine(policy32, word_reward, tokenizer=padding_tokenizer)
-    texts = ["w5 w6 w7", "w8"]
-    expected = engine.generate(texts, CONFIG, seed=4).completions
-    encoded = padding_tokenizer(texts, padding=True, return_tensors=kind)
-    assert engine.generate(encoded, CONFIG, seed=4).completions == expected
-    assert engine.generate(dict(encoded), CONFIG, seed=4).completions == expected
-    unpadded = padding_tokenizer(texts, return_attention_mask=False)
-    assert engine.generate(unpadded, CONFIG, seed=4).completions == expected
-
-
-@pytest.mark.parametrize("kind", ["pt", None])
-def test_a_rendered_chat_is_a_prompt_and_a_mask_of_ones_own_wins(policy32, tokenizer32, kind):
-    engine = StarsEngine(policy32, lambda completion_ids: sum_reward(completion_ids), tokenizer=tokenizer32)
-    chat = [{"role": "user", "content": "w5 w6"}]
-    encoded = tokenizer32.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors=kind)
-    assert engine.generate(encoded, CONFIG, seed=4).completions == engine.generate(chat, CONFIG, seed=4).completions
-    if kind == "pt":
-        mask = torch.tensor([[0, 1, 1, 1, 1]])
-        out = engine.generate(encoded, CONFIG, seed=4, attention_mask=mask)
-        assert out.sequences[0, :4].tolist() == [5, 6, 2, 3]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_tensor_without_a_mask_is_warned_of(policy32, padding_tokenizer, side):
-    padding_tokenizer.padding_side = side
-    engine = StarsEngine(policy32, word_reward, tokenizer=padding_tokenizer)
-    ids = padding_tokenizer(["w5 w6 w7", "w8"], padding=True, return_tensors="pt")["input_ids"]
-    with pytest.warns(UserWarning, match=rf"prompts: some rows.*pad token {padding_tokenizer.pad_token_id}.*no atten"):
-        engine.generate(ids, CONFIG)
-
-
-def test_pad_tokens_that_all_rows_share_are_not_warned_of(policy32, padding_tokenizer):
-    """A BOS or EOS that pads, too."""
-    engine = StarsEngine(policy32, word_reward, tokenizer=padding_tokenizer)
-    pad = padding_tokenizer.pad_token_id
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for ids in ([[pad, 5, pad, 6], [pad, 7, 8, 9]], [[5, pad], [6, pad]], [[pad, 5]]):
-            engine.generate(torch.tensor(ids), CONFIG)
-        engine.generate(torch.tensor([[pad, 5], [6, 7]]), CONFIG, attention_mask=torch.tensor([[0, 1], [1, 1]]))
 
 
 def test_samples_of_one_prompt_are_adjacent(engine):
@@ -175,13 +90,6 @@ def test_samples_of_one_prompt_are_adjacent(engine):
         alone = engine.generate([prompt], CONFIG, seed=[7 + i], num_return_sequences=3)
         assert together.completions[3 * i : 3 * i + 3] == alone.completions
     assert len({tuple(c) for c in together.completions[:3]}) == 3
-
-
-def test_models_may_be_given_as_paths(tmp_path, policy32, reward32, engine):
-    policy32.save_pretrained(tmp_path / "policy")
-    reward32.save_pretrained(tmp_path / "reward")
-    loaded = StarsEngine(str(tmp_path / "policy"), str(tmp_path / "reward"))
-    assert loaded.generate(PROMPTS, CONFIG, seed=4).completions == engine.generate(PROMPTS, CONFIG, seed=4).completions
 
 
 # Seeds
@@ -235,17 +143,6 @@ def test_an_unknown_keyword_is_named(engine):
         engine.generate(PROMPTS, CONFIG, segment_lenght=2)
 
 
-def test_sampling_fields_left_out_come_from_the_models_own_generation_config(reward32):
-    policy = tiny_policy(VOCAB, hidden=32)
-    engine = StarsEngine(policy, reward32)
-    explicit = engine.generate(PROMPTS, CONFIG, seed=1, temperature=0.5, top_k=4).completions
-    plain = engine.generate(PROMPTS, CONFIG, seed=1).completions
-    policy.generation_config.temperature, policy.generation_config.top_k = 0.5, 4
-    assert engine.generate(PROMPTS, CONFIG, seed=1).completions == explicit != plain
-    assert engine.generate(PROMPTS, CONFIG, seed=1, temperature=1.0, top_k=VOCAB).completions == plain
-    assert engine.generate(PROMPTS, dataclasses.replace(CONFIG, temperature=1.0, top_k=0), seed=1).completions == plain
-
-
 def test_max_new_tokens_is_never_exceeded(engine):
     for segment_length in (1, 3, 5, 50):
         out = engine.generate(PROMPTS, CONFIG, seed=1, segment_length=segment_length, max_new_tokens=7)
@@ -258,56 +155,8 @@ def test_a_segment_longer_than_the_answer_needs_no_more_room_than_the_answer(pol
     assert long == exact
 
 
-def test_ignore_eos_goes_on_to_the_limit(engine):
-    out = engine.generate(PROMPTS * 8, CONFIG, seed=1, ignore_eos=True)
-    assert {len(c) for c in out.completions} == {CONFIG.max_new_tokens}
-    assert set(out.finish_reasons) == {"length"}
-    assert any(EOS in c for c in out.completions)
-
-
 def last_tokens(out, finish_reason):
     return {c[-1] for c, reason in zip(out.completions, out.finish_reasons, strict=True) if reason == finish_reason}
-
-
-def test_eos_token_id_may_be_several_and_replaces_the_models(engine):
-    out = engine.generate(PROMPTS * 8, CONFIG, seed=1, eos_token_id=[3, 4])
-    assert last_tokens(out, "stop") == {3, 4}
-    assert not any({3, 4} & set(c[:-1]) for c in out.completions)
-    assert any(EOS in c for c in out.completions)
-
-
-def test_an_eos_in_the_generation_config_is_the_models(reward32):
-    policy = tiny_policy(VOCAB, hidden=32)
-    policy.generation_config.eos_token_id = [3, EOS]
-    out = StarsEngine(policy, reward32).generate(PROMPTS * 8, CONFIG, seed=1)
-    assert last_tokens(out, "stop") == {3, EOS}
-
-
-def test_stop_strings_end_a_candidate_before_it_is_scored(policy32, reward32, tokenizer32):
-    engine = StarsEngine(policy32, reward32, tokenizer=tokenizer32)
-    free = engine.generate(PROMPTS, CONFIG, seed=1, **EVERYTHING_PASSES)
-    row = max(range(4), key=lambda i: len(free.completions[i]))
-    stop = tokenizer32.decode(free.completions[row][3:5])  # begins in one segment and ends in the next
-    assert len(stop.split()) == 2
-    out = engine.generate(PROMPTS, CONFIG, seed=1, stop_strings=stop, **EVERYTHING_PASSES)
-    assert out.completions[row] == free.completions[row][:5]
-    assert out.finish_reasons[row] == "stop"
-    assert out.texts[row].endswith(stop)
-    assert [len(segment.tokens) for segment in out.segments[row]] == [4, 1]
-    with torch.no_grad():
-        fresh = reward32(torch.tensor([PROMPTS[row] + out.completions[row]])).logits.item()
-    assert out.rewards[row] == pytest.approx(fresh, abs=1e-4)
-
-
-def test_stop_strings_hold_under_rejection_and_are_not_sought_in_the_prompt(text_engine):
-    out = text_engine.generate([[7, 9]] * 16, CONFIG, seed=1, stop_strings=["w7", "w9"], candidates=3)
-    stopped = [c for c in out.completions if c[-1] in (7, 9)]
-    assert stopped
-    for completion, reason, segments in zip(out.completions, out.finish_reasons, out.segments, strict=True):
-        assert not {7, 9} & set(completion[:-1])
-        assert (reason == "stop") == (completion[-1] in (7, 9, EOS))
-        if reason == "stop":
-            assert segments[-1].threshold == pytest.approx(CONFIG.target_reward)
 
 
 def test_a_calibrated_target_depends_on_the_prompt_alone(engine):

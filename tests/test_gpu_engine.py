@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import stars_fast
 from stars_fast import StarsEngine
+from stars_fast.loop import selection
 from stars_fast.loop.queue import Queue
 from stars_fast.methods import Cards
 from stars_fast.policy.steps import Steps
@@ -245,3 +246,12 @@ def test_a_policy_that_cannot_be_captured_is_launched_step_by_step_with_a_warnin
     assert flips(texts(make_engine("cpu")), there) <= 1
     assert torch.cuda.current_stream() == stream
     assert all(work.graph is None for work in engine.policy.graphs._kept.values() if isinstance(work, Steps))
+
+
+def test_verdicts_are_decided_where_the_rewards_lie(monkeypatch):
+    engine, where, ask = make_engine(**EAGER), [], selection.select_and_commit
+    monkeypatch.setattr(selection, "select_and_commit", lambda *args: where.append(args[0].device.type) or ask(*args))
+    there = texts(engine)
+    assert where and set(where) == {"cuda"}
+    monkeypatch.setattr("stars_fast.loop.heartbeat.Loop._stays", lambda *args: False)
+    assert texts(engine) == there

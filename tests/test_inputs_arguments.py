@@ -48,56 +48,12 @@ def test_a_target_per_prompt_must_have_one_value_per_prompt(engine):
             engine.generate(PROMPTS, CONFIG, target_reward=value)
 
 
-def test_an_eos_outside_the_vocabulary_is_refused(engine):
-    with refused("eos_token_id", "99", "32"):
-        engine.generate(PROMPTS, CONFIG, eos_token_id=99)
-
-
-@pytest.mark.parametrize("name, value", [("temperature", 0.0), ("top_k", -1), ("top_p", 1.5)])
-def test_the_models_own_settings_are_checked_too(monkeypatch, engine, policy32, name, value):
-    monkeypatch.setattr(policy32.generation_config, name, value)
-    with refused("generation_config", name, str(value)):
-        engine.generate(PROMPTS, CONFIG.replace(**{name: None}))
-
-
 def test_the_config_must_be_a_config(engine):
     with refused("config"):
         engine.generate(PROMPTS, {"beta": 0.5})
 
 
 # Prompts
-
-
-@pytest.mark.parametrize("prompts", [[[5], [], [6]], torch.zeros(3, 0, dtype=torch.long)], ids=["ids", "tensor"])
-def test_an_empty_prompt_is_named_by_its_index(engine, prompts):
-    with refused(rf"prompts\[{1 if isinstance(prompts, list) else 0}\]", "empty"):
-        engine.generate(prompts, CONFIG)
-
-
-def test_an_empty_text_or_chat_is_named_by_its_index(policy32, tokenizer32):
-    engine = StarsEngine(policy32, sum_reward, tokenizer=tokenizer32)
-    with refused(r"prompts\[1\]", "empty"):
-        engine.generate(["w1", ""], CONFIG)
-    with refused(r"prompts\[1\]"):
-        engine.generate([[{"role": "user", "content": "w1"}], []], CONFIG)
-
-
-@pytest.mark.parametrize(
-    "prompts, keys",
-    [
-        ([{"messages": [{"role": "user", "content": "w1"}]}], "messages"),
-        ([{"prompt": "w1"}, {"prompt": "w2"}], "prompt"),
-        ([[{"role": "user", "content": "w1"}, {"content": "w2", "from": "bot"}]], "from"),
-        ({"prompt": "w1"}, "prompt"),
-    ],
-    ids=str,
-)
-def test_a_data_sets_row_is_no_chat(policy32, tokenizer32, prompts, keys):
-    engine = StarsEngine(policy32, sum_reward, tokenizer=tokenizer32)
-    with refused(r"prompts(\[0\])?", f"keys.*{keys}"):
-        engine.generate(prompts, CONFIG)
-    with refused(r"reward_prompts(\[0\])?", f"keys.*{keys}"):
-        engine.generate("w1", CONFIG, reward_prompts=prompts)
 
 
 @pytest.mark.parametrize("prompts", [[], torch.zeros(0, 3, dtype=torch.long)], ids=["list", "tensor"])
@@ -107,49 +63,12 @@ def test_no_prompts_at_all_give_an_empty_output(engine, prompts):
     assert list(engine.stream(prompts, CONFIG)) == []
 
 
-def test_a_fully_masked_row_is_an_empty_prompt(engine):
-    mask = torch.tensor([[1, 1], [0, 0]])
-    with refused(r"prompts\[1\]", "empty"):
-        engine.generate(torch.ones(2, 2, dtype=torch.long), CONFIG, attention_mask=mask)
-
-
-def test_a_mask_of_another_shape_is_refused(engine):
-    with refused("attention_mask"):
-        engine.generate(torch.ones(2, 3, dtype=torch.long), CONFIG, attention_mask=torch.ones(2, 4))
-    with refused("attention_mask"):
-        engine.generate(PROMPTS, CONFIG, attention_mask=torch.ones(4, 3))
-    with refused("attention_mask", r"\(1, 5\)", r"\(2, 3\)"):
-        engine.generate(torch.ones(2, 3, dtype=torch.long), CONFIG, attention_mask=[1] * 5)
-    with refused("attention_mask"):
-        engine.generate(torch.ones(2, 3, dtype=torch.long), CONFIG, attention_mask=[[1, 1], [1]])
-
-
 @pytest.mark.parametrize("token", [32, 1000, -1])
 def test_ids_outside_the_vocabulary_are_named(engine, token):
     with refused(r"prompts\[1\]", str(token).strip("-"), "32"):
         engine.generate([[5], [6, token], [7]], CONFIG)
     with refused(r"prompts\[1\]", str(token).strip("-"), "32"):
         engine.generate(torch.tensor([[5, 5], [6, token]]), CONFIG)
-
-
-def test_text_needs_a_tokenizer(engine):
-    with refused(r"prompts\[0\]", "tokenizer"):
-        engine.generate(["once upon a time"], CONFIG)
-    with refused(r"prompts\[0\]", "tokenizer"):
-        engine.generate([[{"role": "user", "content": "hello"}]], CONFIG)
-    with refused("stop_strings", "tokenizer"):
-        engine.generate(PROMPTS, CONFIG, stop_strings=["x"])
-
-
-@pytest.mark.parametrize("prompts", [[5, 6, 7], [[5], 3.5], [[5.0]], [None], 7, None, b"bytes", [[True]]], ids=str)
-def test_what_is_no_prompt_is_refused(engine, prompts):
-    with refused(r"prompts(\[\d\])?"):
-        engine.generate(prompts, CONFIG)
-
-
-def test_float_ids_are_refused(engine):
-    with refused("prompts", r"torch\.float32"):
-        engine.generate(torch.ones(2, 3), CONFIG)
 
 
 def test_a_prompt_longer_than_the_models_positions_is_named(policy32):

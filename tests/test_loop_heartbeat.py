@@ -7,6 +7,7 @@ import pytest
 from conftest import sum_reward
 
 from stars_fast import StarsConfig, StarsEngine
+from stars_fast.loop.heartbeat import Loop
 from stars_fast.rewards import Reward
 
 VOCAB = 32
@@ -228,3 +229,16 @@ def test_a_reward_of_text_needs_a_tokenizer(policy32):
 
     out = StarsEngine(policy32, OfText()).generate(PROMPTS, CONFIG)
     assert all("no text without a tokenizer: pass tokenizer=" in error for error in out.errors)
+
+
+def test_rewards_that_nobody_on_the_host_has_seen_give_the_same_texts(monkeypatch, policy32, reward32):
+    want = StarsEngine(policy32, reward32).generate(PROMPTS, CONFIG, seed=4)
+    taken = []
+    monkeypatch.setattr(
+        Loop, "_stays", lambda loop, scores, drawn: taken.append(scores.tensor is not None) or taken[-1]
+    )
+    got = StarsEngine(policy32, reward32).generate(PROMPTS, CONFIG, seed=4)
+    assert taken and all(taken)
+    assert got.completions == want.completions
+    assert got.rewards == pytest.approx(want.rewards, abs=1e-5)
+    assert [[s.attempts for s in row] for row in got.segments] == [[s.attempts for s in row] for row in want.segments]

@@ -163,22 +163,17 @@ def stop_test(stop_strings: str | Sequence[str] | None, tokenizer: Any, prompt: 
             "decoding"
         )
     strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
-    # A token has a byte at least; two where transformers' clean-up may have taken a space from between them.
-    most = 2 * max(len(string.encode()) for string in strings) + CONTEXT_TOKENS
-    context = list(prompt[-CONTEXT_TOKENS:])
+    most = max(len(string.encode()) for string in strings) + CONTEXT_TOKENS  # a token has a byte at least
 
     def ends(tokens: list[int]) -> bool:
-        size = most
-        while size < len(tokens):
-            last = [*context, *tokens][-size - CONTEXT_TOKENS :]
-            before = tokenizer.decode(last[:-size], skip_special_tokens=False)
-            whole = tokenizer.decode(last, skip_special_tokens=False)
-            if whole.startswith(before) and not before.startswith("\ufffd"):
-                text = whole[len(before) :]
-                break
-            size *= 2  # the cut goes through a character
-        else:
-            text = continuation(tokenizer, context, tokens, skip_special_tokens=False)
+        text = None
+        for size in range(most, most + 4):  # further where the cut goes through a character, of four bytes at most
+            if text is None and size < len(tokens):
+                text = continuation(tokenizer, tokens[:-size], tokens[-size:], skip_special_tokens=False)
+        if text is None:
+            text = continuation(tokenizer, prompt, tokens, skip_special_tokens=False)
+        if text is None:
+            text = tokenizer.decode(tokens, skip_special_tokens=False)
         return any(string in text for string in strings)
 
     return ends

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from stars_fast.loop.one_answer import OneAnswer
 from stars_fast.loop.queue import Queue
-from stars_fast.loop.request import Candidate, Request, Tree, Trunk
+from stars_fast.loop.request import Request, Tree, Trunk
 from stars_fast.ops.philox import Domain, philox_key
 from stars_fast.outputs import SegmentTrace
 
@@ -64,10 +64,6 @@ class Members(OneAnswer):
         )
         member.strategy = self
         return member
-
-    def commit_all(self, answer: Request, candidate: Candidate) -> None:
-        """The candidate is committed: nothing was tested."""
-        self.commit(answer, candidate, accepted=True)
 
     def settle(self, request: Request, winner: Request, segments: list[SegmentTrace]) -> None:
         """The winner's answer is the request's."""

@@ -11,7 +11,7 @@ from stars_fast.loop.queue import Queue
 from stars_fast.loop.request import Candidate, Drawn, PromptNode, Request, Tree, Trunk
 from stars_fast.loop.selection import first_accepted
 from stars_fast.loop.trunks import Trunks
-from stars_fast.ops.select_and_commit import EARLIER, INVALID
+from stars_fast.ops.select_and_commit import EARLIER, GOES_ON, INVALID, STOP
 from stars_fast.outputs import SegmentTrace
 from stars_fast.policy.leaf import Draw, Leaf, RowProcessor
 from stars_fast.rewards.base import Completion, Response
@@ -167,6 +167,8 @@ class OneAnswer:
             if chosen is not None:
                 request.terms.stats.committed_tokens += len(chosen.draw.tokens) * (not request.terms.pilot)
                 self.commit(request, chosen, verdict.accepted)
+                if verdict.finish != GOES_ON:
+                    self.queue.finish(request, "stop" if verdict.finish == STOP else "length")
                 moved.append(request)
         return moved
 
@@ -194,10 +196,12 @@ class OneAnswer:
         answer.response.ends.append(len(answer.tokens))
         answer.reward = chosen.reward
         answer.attempts, answer.best, answer.best_attempt = 0, None, -1
-        if chosen.ended:
-            self.queue.finish(answer, "stop")
-        elif not answer.room:
-            self.queue.finish(answer, "length")
+
+    def commit_untested(self, answer: Request, chosen: Candidate, accepted: bool = True) -> None:
+        """Commit what the selection was not asked about."""
+        self.commit(answer, chosen, accepted)
+        if chosen.ended or not answer.room:
+            self.queue.finish(answer, "stop" if chosen.ended else "length")
 
     def grow(self, answer: Request, chosen: Candidate) -> None:
         """The trunks follow what is committed."""

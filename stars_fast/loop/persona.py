@@ -151,7 +151,7 @@ class SelfJudging(OneAnswer):
             trunk = self._draft_trunks[request]
             trunk.pending = [*trunk.pending, *candidate.draw.tokens]
             self.trunks.advance(trunk, twin)
-            self.commit(request, candidate, accepted=True)
+            self.commit_untested(request, candidate)
         return list(requests)
 
     def preempt(self, request: Request) -> None:

@@ -78,7 +78,7 @@ class Populations(Members):
         """A member that has committed the candidate."""
         child = self._fork(request, slot, parent)
         child.attempts, candidate.completion.response = attempts, child.response
-        self.commit_all(child, candidate)
+        self.commit_untested(child, candidate)
         return child
 
     def _fork(self, request: Request, slot: int, answer: Request) -> Request:

@@ -109,7 +109,7 @@ class Drafting(OneAnswer):
                 if drafted:
                     candidate.threshold = threshold
                 request.terms.stats.committed_tokens += len(candidate.draw.tokens)
-                self.commit(request, candidate, accepted=drafted)
+                self.commit_untested(request, candidate, accepted=drafted)
             moved.append(request)
         return moved
 

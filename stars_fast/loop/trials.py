@@ -67,7 +67,7 @@ class Trials(Members):
                     self.roll_back([candidate])
                     self._end(member, candidate.error)
                 else:
-                    self.commit_all(member, candidate)
+                    self.commit_untested(member, candidate)
             self._look(request)
         return [request for request in requests if request.finish_reason is not None]
 

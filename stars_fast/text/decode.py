@@ -10,13 +10,19 @@ CONTEXT_TOKENS = 8  # decoded in front of others, these read as they do behind t
 _UNSETTLED = 8  # characters at the end of a text that transformers' clean-up of spaces may still change
 
 
-def continuation(tokenizer: Any, context: Sequence[int], tokens: Sequence[int], skip_special_tokens: bool) -> str:
-    """Text of ``tokens`` as it goes on from that of ``context``; alone where the two cannot be told apart."""
-    before = tokenizer.decode(list(context), skip_special_tokens=skip_special_tokens)
-    whole = tokenizer.decode([*context, *tokens], skip_special_tokens=skip_special_tokens)
-    if whole.startswith(before):
-        return str(whole[len(before) :])
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+def continuation(
+    tokenizer: Any, context: Sequence[int], tokens: Sequence[int], skip_special_tokens: bool
+) -> str | None:
+    """Text of ``tokens`` as it goes on from that of ``context``; None where the cut goes through a character.
+
+    Of the context only the end is decoded: more of it where that end begins within a character.
+    """
+    count, before = CONTEXT_TOKENS, "\ufffd"
+    while before.startswith("\ufffd") and count < 2 * max(len(context), CONTEXT_TOKENS):
+        before = tokenizer.decode(list(context[-count:]), skip_special_tokens=skip_special_tokens)
+        count *= 2
+    whole = tokenizer.decode([*context[-count // 2 :], *tokens], skip_special_tokens=skip_special_tokens)
+    return str(whole[len(before) :]) if whole.startswith(before) else None
 
 
 @dataclass

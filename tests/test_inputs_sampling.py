@@ -1,0 +1,74 @@
+"""Which sampling settings hold: the call's, the config's, the model's own; and which tokens end an answer."""
+
+import pytest
+from conftest import refused, tiny_policy
+from test_inputs_arguments import PROMPTS, VOCAB
+
+from stars_fast import StarsConfig, StarsEngine
+
+
+@pytest.fixture(scope="module")
+def engine(policy32, reward32):
+    return StarsEngine(policy32, reward32)
+
+
+@pytest.fixture(scope="module")
+def idle(policy32):
+    """An engine that is asked for nothing it could begin with."""
+
+    def unreachable(completions):
+        raise AssertionError("work started before the input was checked")
+
+    return StarsEngine(policy32, unreachable)
+
+
+EOS = VOCAB - 1
+CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14)
+
+
+def test_sampling_fields_left_out_come_from_the_models_own_generation_config(reward32):
+    policy = tiny_policy(VOCAB, hidden=32)
+    engine = StarsEngine(policy, reward32)
+    explicit = engine.generate(PROMPTS, CONFIG, seed=1, temperature=0.5, top_k=4).completions
+    plain = engine.generate(PROMPTS, CONFIG, seed=1).completions
+    policy.generation_config.temperature, policy.generation_config.top_k = 0.5, 4
+    assert engine.generate(PROMPTS, CONFIG, seed=1).completions == explicit != plain
+    assert engine.generate(PROMPTS, CONFIG, seed=1, temperature=1.0, top_k=VOCAB).completions == plain
+    assert engine.generate(PROMPTS, CONFIG.replace(temperature=1.0, top_k=0), seed=1).completions == plain
+
+
+def test_an_eos_in_the_generation_config_is_the_models(reward32):
+    policy = tiny_policy(VOCAB, hidden=32)
+    policy.generation_config.eos_token_id = [3, EOS]
+    out = StarsEngine(policy, reward32).generate(PROMPTS * 8, CONFIG, seed=1)
+    assert last_tokens(out, "stop") == {3, EOS}
+
+
+def test_eos_token_id_may_be_several_and_replaces_the_models(engine):
+    out = engine.generate(PROMPTS * 8, CONFIG, seed=1, eos_token_id=[3, 4])
+    assert last_tokens(out, "stop") == {3, 4}
+    assert not any({3, 4} & set(c[:-1]) for c in out.completions)
+    assert any(EOS in c for c in out.completions)
+
+
+def test_ignore_eos_goes_on_to_the_limit(engine):
+    out = engine.generate(PROMPTS * 8, CONFIG, seed=1, ignore_eos=True)
+    assert {len(c) for c in out.completions} == {CONFIG.max_new_tokens}
+    assert set(out.finish_reasons) == {"length"}
+    assert any(EOS in c for c in out.completions)
+
+
+def last_tokens(out, finish_reason):
+    return {c[-1] for c, reason in zip(out.completions, out.finish_reasons, strict=True) if reason == finish_reason}
+
+
+@pytest.mark.parametrize("name, value", [("temperature", 0.0), ("top_k", -1), ("top_p", 1.5)])
+def test_the_models_own_settings_are_checked_too(monkeypatch, idle, policy32, name, value):
+    monkeypatch.setattr(policy32.generation_config, name, value)
+    with refused("generation_config", name, str(value)):
+        idle.generate(PROMPTS, CONFIG.replace(**{name: None}))
+
+
+def test_an_eos_outside_the_vocabulary_is_refused(idle):
+    with refused("eos_token_id", "99", "32"):
+        idle.generate(PROMPTS, CONFIG, eos_token_id=99)
