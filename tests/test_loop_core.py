@@ -3,6 +3,7 @@
 import gc
 import itertools
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -243,6 +244,27 @@ def test_an_interrupt_between_two_commits_changes_no_text(method, hook):
         assert [engine.output(job).completions for job in jobs] == texts
         assert_nothing_left(engine)
     assert interrupts > 1
+
+
+@pytest.mark.parametrize("when", [6, 7])  # after those of the five empty answers
+def test_an_interrupt_while_somebody_is_withdrawn_leaves_the_engine_to_others(when):
+    engine = make_engine(Breaking("close", when))
+    stay = Job(engine.prepare(Arguments(PROMPTS, CONFIG, seed=1)), None)
+    leave = Job(engine.prepare(Arguments(OTHERS, CONFIG, seed=2)), None)
+    engine.core.submit(stay)
+    engine.core.submit(leave)
+    engine.core.step()
+    with suppress(KeyboardInterrupt):
+        engine.core.abort(leave)
+    thread = threading.Thread(target=lambda: [engine.core.wait(leave), engine.core.abort(leave)], daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive() and leave.over
+    while not stay.over:
+        with suppress(KeyboardInterrupt):
+            engine.core.step()
+    assert engine.output(stay).completions == alone(PROMPTS, 1)
+    assert_nothing_left(engine)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(target_reward=None)], ids=["explicit", "calibrated"])

@@ -202,8 +202,8 @@ class Core:
 
     def close(self) -> None:
         """End everything, for good, and free all slots."""
+        self.closed = True  # first: nobody comes in between
         self.let_go()
-        self.closed = True
 
     @property
     def open_calls(self) -> int:
@@ -249,10 +249,16 @@ class Core:
         while True:
             try:
                 while self._gone:
-                    self._withdraw(*self._gone.popleft())
+                    self._withdraw(*self._gone[0])
+                    self._gone.popleft()
                 self._close_if_idle()
             except Exception as error:  # of a scorer that lets go of somebody
                 self._fail_all(error)
+            except BaseException:  # an interrupt, which is no reason to keep the turn
+                self._busy = None
+                with self._changed:
+                    self._changed.notify_all()
+                raise
             with self._changed:
                 if not self._gone:
                     self._busy = None

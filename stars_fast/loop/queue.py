@@ -153,12 +153,14 @@ class Queue:
 
     def retreat(self, tokens: int, cause: str) -> list[Request]:
         """After a pass over so many tokens that did not fit: from empty trees, with half. Returns who failed."""
-        for request in self.admitted[::-1]:
+        admitted = self.admitted
+        for request in admitted[::-1]:
             self.preempt(request)
         self._clear_trees()  # the failed pass may have left branches
         if self.scheduler.shrink(tokens // 2):
             return []
-        request = self.waiting.pop(0)
+        request = admitted[0]  # who waits, for more slots than were free, may come before it
+        self.waiting.remove(request)
         self.fail(request, f"too little memory for this request alone, a token at a time: {cause}")
         return [request]
 
