@@ -3,6 +3,7 @@
 import gc
 import itertools
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -222,12 +223,13 @@ class Breaking(Sums):
 
 
 @pytest.mark.parametrize("method", ["stars", "best_of_n", "particle_filter", "args"])
-@pytest.mark.parametrize("hook", ["commit", "discard", "close"])
+@pytest.mark.parametrize("hook", ["commit", "close"])
 def test_an_interrupt_between_two_commits_changes_no_text(method, hook):
     """Some requests have moved or ended by then, and others have not."""
     texts, settings = [alone(PROMPTS, 1, method=method), alone(OTHERS, 2, method=method)], dict(method=method)
+    interrupts = 0
     for when in range(1, 26, 3):
-        engine, interrupts = make_engine(Breaking(hook, when)), 0
+        engine = make_engine(Breaking(hook, when))
         jobs = []
         for prompts, seed in ((PROMPTS, 1), (OTHERS, 2)):
             jobs.append(Job(engine.prepare(Arguments(prompts, CONFIG, settings, seed=seed)), None))
@@ -238,8 +240,56 @@ def test_an_interrupt_between_two_commits_changes_no_text(method, hook):
                     break
             except KeyboardInterrupt:
                 interrupts += 1
-        assert interrupts == 1 and all(job.over and job.error is None for job in jobs)
+        assert all(job.over and job.error is None for job in jobs)
         assert [engine.output(job).completions for job in jobs] == texts
+        assert_nothing_left(engine)
+    assert interrupts > 1
+
+
+@pytest.mark.parametrize("when", [6, 7])  # after those of the five empty answers
+def test_an_interrupt_while_somebody_is_withdrawn_leaves_the_engine_to_others(when):
+    engine = make_engine(Breaking("close", when))
+    stay = Job(engine.prepare(Arguments(PROMPTS, CONFIG, seed=1)), None)
+    leave = Job(engine.prepare(Arguments(OTHERS, CONFIG, seed=2)), None)
+    engine.core.submit(stay)
+    engine.core.submit(leave)
+    engine.core.step()
+    with suppress(KeyboardInterrupt):
+        engine.core.abort(leave)
+    thread = threading.Thread(target=lambda: [engine.core.wait(leave), engine.core.abort(leave)], daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive() and leave.over
+    while not stay.over:
+        with suppress(KeyboardInterrupt):
+            engine.core.step()
+    assert engine.output(stay).completions == alone(PROMPTS, 1)
+    assert_nothing_left(engine)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(target_reward=None)], ids=["explicit", "calibrated"])
+def test_an_interrupt_while_somebody_is_told_loses_nobodys_segment(settings):
+    texts = [alone(PROMPTS, 1, **settings), alone(OTHERS, 2, **settings)]
+    for when in range(1, 14, 3):
+        engine, calls = make_engine(), itertools.count(1)
+
+        def notify(calls=calls, when=when):
+            if next(calls) == when:
+                raise KeyboardInterrupt
+
+        jobs = []
+        for prompts, seed in ((PROMPTS, 1), (OTHERS, 2)):
+            call = engine.prepare(Arguments(prompts, CONFIG, settings, seed=seed))
+            jobs.append(Job(call, None, notify=notify))
+            engine.core.submit(jobs[-1])
+        with pytest.raises(KeyboardInterrupt):
+            while engine.core.step():
+                pass
+        while engine.core.step():
+            pass
+        for job, expected in zip(jobs, texts, strict=True):
+            assert [text(job.events, i) for i in range(len(expected))] == expected
+            assert sum(event.finish_reason is not None for event in job.events) == len(expected)
         assert_nothing_left(engine)
 
 
@@ -306,4 +356,14 @@ def test_a_forked_child_finds_an_engine_of_its_own(monkeypatch):
     engine.core._process -= 1  # as a child sees it
     assert engine.generate(OTHERS, CONFIG, seed=2).completions == alone(OTHERS, 2)
     assert torch.is_grad_enabled()
+    assert_nothing_left(engine)
+
+
+def test_a_session_that_is_idle_holds_no_prompt():
+    """But for what it keeps on purpose, because others may begin alike."""
+    engine = make_engine(tiny_reward(VOCAB, hidden=32))
+    engine.core.hold(Size(length=40, slots=60, holders=4, rows=4, segment_length=4, max_new_tokens=20))
+    engine.generate(PROMPTS, CONFIG, seed=1)
+    assert engine.policy.tree.live_slots == 0
+    engine.core.let_go()
     assert_nothing_left(engine)

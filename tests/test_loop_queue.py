@@ -340,3 +340,18 @@ def test_only_the_request_that_does_not_fit_alone_fails(monkeypatch, kind):
     assert "too little memory for this request alone" in out.errors[3] and "20.00 MiB" in out.errors[3]
     assert_same(out, plenty, rows=set(range(12)) - {3})
     assert_all_free(engine)
+
+
+def test_who_waits_is_not_failed_for_a_pass_that_it_had_no_part_in(monkeypatch):
+    """It may come before those that run, where it needs what they have not left."""
+    engine = make_engine("callable", max_rows=1)
+    runs = submit(engine, 1, [5])
+    engine.core.step()
+    engine.core.loop.scheduler.shrink(1)  # nothing is left to halve
+    waits = submit(engine, 0, [7])
+    plant(monkeypatch, engine, lambda call, ids: call == 0)
+    while engine.core.step():
+        pass
+    assert "too little memory for this request alone" in runs.requests[0].error
+    assert waits.requests[0].error is None and len(waits.requests[0].tokens) > 0
+    assert_all_free(engine)

@@ -92,12 +92,12 @@ class Job:
         i = request.prompt_index
         if i not in self._drawn or any(one.finish_reason is None for one in self._drawn[i]):
             return []  # several may end in one heartbeat
-        pilot = self.pilots[i] = read_pilot(self._drawn.pop(i), self.call.config)
+        pilot = self.pilots[i] = read_pilot(self._drawn[i], self.call.config)
+        further = self._guided(i, solve(pilot, self.call.config, _DEFAULT_ACCEPTANCE)) if self.guided else []
+        del self._drawn[i]
         if not self._drawn:
             self.stats.calibration_seconds = time.perf_counter() - self._started
-        if not self.guided:
-            return []
-        return self._guided(i, solve(pilot, self.call.config, _DEFAULT_ACCEPTANCE))
+        return further
 
     def _guided(self, prompt: int, pilot: Pilot | None) -> list[Request]:
         requests = self.call.guided_requests(prompt, pilot)

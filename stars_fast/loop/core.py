@@ -202,8 +202,8 @@ class Core:
 
     def close(self) -> None:
         """End everything, for good, and free all slots."""
+        self.closed = True  # first: nobody comes in between
         self.let_go()
-        self.closed = True
 
     @property
     def open_calls(self) -> int:
@@ -249,10 +249,16 @@ class Core:
         while True:
             try:
                 while self._gone:
-                    self._withdraw(*self._gone.popleft())
+                    self._withdraw(*self._gone[0])
+                    self._gone.popleft()
                 self._close_if_idle()
             except Exception as error:  # of a scorer that lets go of somebody
                 self._fail_all(error)
+            except BaseException:  # an interrupt, which is no reason to keep the turn
+                self._busy = None
+                with self._changed:
+                    self._changed.notify_all()
+                raise
             with self._changed:
                 if not self._gone:
                     self._busy = None
@@ -331,15 +337,14 @@ class Core:
         if loop is None or not self._callers:
             return
         try:
-            moved = loop.heartbeat()
+            for request in loop.heartbeat():
+                self._deliver(request)
         except Exception as error:  # of the models, or of what serves all: nobody's alone
             self._fail_all(error)
             return
         except BaseException:  # somebody's interrupt, in the midst of everybody's work
             self._start_over()
             raise
-        for request in moved:
-            self._deliver(request)
         for caller in [one for one, live in self._callers.items() if not live]:
             self._withdraw(caller, None)
 
@@ -386,12 +391,13 @@ class Core:
         caller = self._caller_of.get(request)
         if caller is None:
             return
-        if request.finish_reason is not None:
-            self._out(caller, request)
         try:
             self._add(caller, caller.moved(request))
         except Exception as error:  # the caller's own: its tokenizer, its report
             self._withdraw(caller, error)
+            return
+        if request.finish_reason is not None:  # not before: who is interrupted in here is told again
+            self._out(caller, request)
 
     def _out(self, caller: Caller, request: Request) -> None:
         assert self.loop is not None
@@ -414,10 +420,9 @@ class Core:
         if live is None:
             return
         assert self.loop is not None
-        if live:
-            self.loop.withdraw(live, "abort")
-            for request in list(live):
-                self._out(caller, request)
+        self.loop.withdraw(live, "abort")
+        for request in list(live):
+            self._out(caller, request)
         del self._callers[caller]
         self.reward.forget(caller.size.prompts)
         caller.end(error)
@@ -436,9 +441,13 @@ class Core:
     def _start_over(self) -> None:
         """A heartbeat broke off: all requests go on from what they have committed, on empty trees."""
         assert self.loop is not None
-        self.loop.start_over()
+        ended = [request for request in self._caller_of if request.finish_reason is not None]
+        self.loop.start_over(request for request in self._caller_of if request.finish_reason is None)
+        size, rows = self._size, min(self._size.rows, self.max_rows)
         self.reward.end()
-        self.reward.begin(self._size.prompts, self._size.max_new_tokens, self._size.rows, self.kv_cache_tokens)
+        self.reward.begin(size.prompts, size.max_new_tokens, rows, self.kv_cache_tokens)
         self.loop.counted = 0
         for caller in self._callers:
             self.reward.open(caller.size.prompts, caller.size.max_new_tokens)
+        for request in ended:  # before it broke off, and nobody has been told
+            self._deliver(request)

@@ -95,3 +95,7 @@ class Enumeration(OneAnswer):
     def close(self, request: Request) -> None:
         self._tokens.pop(request, None)
         super().close(request)
+
+    def drop(self, request: Request) -> None:
+        self._tokens.pop(request, None)
+        super().drop(request)

@@ -242,8 +242,7 @@ class OneAnswer:
         self.reward.close(request.response)
 
     def drop(self, request: Request) -> None:
-        if request.best is not None:
-            request.best.draw.node, request.best.draw.logits = -1, None
+        request.attempts, request.best, request.best_attempt = 0, None, -1
         self.trunks.forget(request.trunk, request.tokens)
         self.reopen(request)
 

@@ -153,20 +153,22 @@ class Queue:
 
     def retreat(self, tokens: int, cause: str) -> list[Request]:
         """After a pass over so many tokens that did not fit: from empty trees, with half. Returns who failed."""
-        for request in self.admitted[::-1]:
+        admitted = self.admitted
+        for request in admitted[::-1]:
             self.preempt(request)
         self._clear_trees()  # the failed pass may have left branches
         if self.scheduler.shrink(tokens // 2):
             return []
-        request = self.waiting.pop(0)
+        request = admitted[0]  # who waits, for more slots than were free, may come before it
+        self.waiting.remove(request)
         self.fail(request, f"too little memory for this request alone, a token at a time: {cause}")
         return [request]
 
-    def start_over(self) -> None:
-        """After a heartbeat that broke off: all wait again, and nothing is left in any tree."""
-        for request in self.admitted:
+    def start_over(self, requests: Iterable[Request]) -> None:
+        """After a heartbeat that broke off, wherever that was: these wait again, and nothing is left in any tree."""
+        self.waiting, self.running, self.encoding = sorted(requests, key=_order), [], []
+        for request in self.waiting:
             request.strategy.drop(request)
-            self._wait_again(request)
         self._clear_trees()
 
     def drop_finished(self) -> None:

@@ -216,4 +216,4 @@ class Strategy(Protocol):
         """The last of its requests has ended."""
 
     def drop(self, request: Request) -> None:
-        """Its trees were cleared: what it held of them is gone."""
+        """Its trees are to be cleared, and it draws its segment once more: with the same random numbers."""
