@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict, fields
+from dataclasses import fields
 from itertools import count
 from typing import Any
 
@@ -76,10 +76,14 @@ class AsyncStarsEngine:
         self.max_waiting = integer("max_waiting", max_waiting, 1)
         self.dead: BaseException | None = None  # what ended the thread
         self._jobs: dict[str, Job | None] = {}  # None while the prompt is being read
+        self._aborted: set[str] = set()  # of those that are being read
         self._closed = False
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._names, self._reserved, self._draining = count(), 0, False
-        self._ended = Stats()  # of requests that have ended, added up
+        self._ended, self._leaving = (
+            Stats(),
+            list[Job](),
+        )  # of requests that have ended, added up; and that are about to
         rows = engine.max_rows
         longest = self.max_model_len + self.max_segment_length
         size = Size(self.max_model_len, longest, rows, rows, self.max_segment_length, self.max_model_len)
@@ -152,7 +156,7 @@ class AsyncStarsEngine:
         """
         if not reserved:
             self.reserve()
-        name, job, loop = request_id or f"request-{next(self._names)}", None, asyncio.get_running_loop()
+        name, job, loop = request_id or self._new_name(), None, asyncio.get_running_loop()
         news, mine = asyncio.Event(), False
 
         def notify() -> None:
@@ -169,10 +173,12 @@ class AsyncStarsEngine:
             arguments = Arguments([prompt], config, columns=given, reward_prompts=shown, seed=seeds)
             call = await asyncio.to_thread(self.engine.prepare, arguments)
             call.priority = priority
-            if self._closed:
-                raise RuntimeError("this engine was closed while the prompt was read")
+            self._check_alive()
             job = self._jobs[name] = Job(call, self.engine.tokenizer, deadline=deadline, notify=notify)
+            job.aborted = name in self._aborted
             self._inbox.put(job)
+            if self._closed:  # meanwhile, by another thread
+                self._end_inbox()
             while not (job.over and not job.events):
                 await news.wait()
                 news.clear()
@@ -184,11 +190,13 @@ class AsyncStarsEngine:
             self._reserved -= 1
             if mine:
                 del self._jobs[name]
+                self._aborted.discard(name)
             if job is not None:
                 if not job.over:
                     job.aborted = True
                     self.engine.core.abort(job)
-                _add(self._ended, job.stats)
+                self._leaving.append(job)
+                self._count_ended()
 
     async def abort(self, request_id: str) -> None:
         """End a request: its last events say "abort". Nothing happens where it is not known, or over."""
@@ -196,6 +204,8 @@ class AsyncStarsEngine:
         if job is not None and not job.over:
             job.aborted = True
             self.engine.core.abort(job)
+        elif request_id in self._jobs:
+            self._aborted.add(request_id)
 
     async def drain(self, timeout: float | None = None) -> None:
         """Take no more requests and wait until the open ones have ended; after ``timeout`` seconds abort them."""
@@ -211,11 +221,13 @@ class AsyncStarsEngine:
         ``running``, ``waiting``, ``preemptions``, and slots of both trees (``policy_slots``, ``policy_slots_free``).
         """
         total, loop = Stats(), self.engine.core.loop
-        for stats in (self._ended, *(job.stats for job in list(self._jobs.values()) if job is not None)):
+        self._count_ended()
+        running = [job for job in [*self._leaving, *self._jobs.values()] if job is not None]
+        for stats in (self._ended, *(job.stats for job in running)):
             _add(total, stats)
         tree = self.engine.policy.tree
         return {
-            **asdict(total),
+            **total.to_dict(),
             "open_requests": self._reserved,
             "running": 0 if loop is None else len(loop.running) + len(loop.encoding),
             "waiting": 0 if loop is None else len(loop.waiting),
@@ -226,20 +238,45 @@ class AsyncStarsEngine:
     def close(self) -> None:
         """End all requests and the thread; the engine is free again, and every slot."""
         self._closed = True
+        self._end_all(RuntimeError("this engine was closed"))
         if self._thread.is_alive():
             self._inbox.put(None)
             self._thread.join()
-        while not self._inbox.empty():
-            if (job := self._inbox.get()) is not None:
-                job.end(RuntimeError("this engine was closed"))
+        self._end_inbox()
+
+    def _end_all(self, error: BaseException) -> None:
+        for job in list(self._jobs.values()):
+            if job is not None:
+                job.end(error)
+                self.engine.core.abort(job)
+
+    def _end_inbox(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (job := self._inbox.get_nowait()) is not None:
+                    job.end(RuntimeError("this engine was closed"))
+
+    def _count_ended(self) -> None:
+        """Those who left early count on until the heartbeat is through."""
+        for job in [job for job in self._leaving if job.over]:
+            self._leaving.remove(job)
+            _add(self._ended, job.stats)
+
+    def _new_name(self) -> str:
+        return next(name for name in (f"request-{i}" for i in self._names) if name not in self._jobs)
 
     def _check_open(self, name: str) -> None:
-        if self.dead is not None:
-            raise RuntimeError("the engine's thread has died") from self.dead
-        if self._draining or self._closed:
-            raise RuntimeError("this engine takes no more requests: it is draining or closed")
+        self._check_alive()
+        if self._draining:
+            raise RuntimeError("this engine takes no more requests: it is draining")
         if name in self._jobs:
             raise ValueError(f"request_id={name!r} is in use")
+
+    def _check_alive(self) -> None:
+        if self.dead is not None:
+            raise RuntimeError("the engine's thread has died") from self.dead
+        if self._closed:
+            raise RuntimeError("this engine takes no more requests: it is closed")
 
     def _run(self) -> None:
         """The thread: lets jobs in between steps, and sleeps where there is nothing to do."""
@@ -254,18 +291,14 @@ class AsyncStarsEngine:
                 if job is None:
                     return
                 try:
-                    if job.aborted:
-                        job.end(None)
-                    else:
+                    if not job.over:
                         core.submit(job)
                         busy = True
                 except Exception as error:  # what the session has no room for, or the reward cannot score
                     job.end(error)
         except BaseException as error:
             self.dead = error
-            for waiting in list(self._jobs.values()):
-                if waiting is not None:
-                    waiting.end(error)
+            self._end_all(error)
             raise
         finally:
             core.let_go()

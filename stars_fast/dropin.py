@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -28,6 +29,7 @@ _ENGINE_OPTIONS = {
     if parameter.kind is parameter.KEYWORD_ONLY
 }
 _KEPT = "_stars_fast_engine"  # attribute of a policy
+_making = threading.Lock()
 
 
 @dataclass
@@ -220,12 +222,13 @@ def _kept_engine(model: PreTrainedModel, reward: Any, options: dict[str, Any]) -
     weights = [(weight.dtype, weight.device, weight.shape) for one in modules for weight in one.parameters()]
     made_of = {"reward": reward, "weights": weights, **options}
     made_of = {name: tuple(v) if isinstance(v := plain(value), list) else v for name, value in made_of.items()}
-    kept: _Kept | None = vars(model).get(_KEPT)
-    if kept is None or not kept.serves(model, made_of):
-        del kept  # its pools make room for those of the next
-        vars(model).pop(_KEPT, None)
-        kept = vars(model)[_KEPT] = _Kept(StarsEngine(model, reward, **options), made_of)
-    return kept.engine
+    with _making:
+        kept: _Kept | None = vars(model).get(_KEPT)
+        if kept is None or not kept.serves(model, made_of):
+            del kept  # its pools make room for those of the next
+            vars(model).pop(_KEPT, None)
+            kept = vars(model)[_KEPT] = _Kept(StarsEngine(model, reward, **options), made_of)
+        return kept.engine
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -231,9 +231,9 @@ class StarsEngine:
         if not job.call.rows:
             job.end(None)
             return
-        self.core.submit(job)
         raises, failed = job.call.arguments.on_error == "raise", []
         try:
+            self.core.submit(job)
             while not (job.over and not job.events):
                 self.core.wait(job)
                 while job.events:

@@ -44,7 +44,6 @@ class Stats:
     draft_tokens: int = 0  # of these, the draft model's
     reward_tokens: int = 0  # tokens the reward model encoded (0 for a callable)
     committed_tokens: int = 0
-    discarded_tokens: int = 0
     heartbeats: int = 0
     rows: Counter[int] = field(default_factory=Counter)  # candidates drawn side by side -> heartbeats
     requests: Counter[int] = field(default_factory=Counter)  # requests (or answers) they belong to -> heartbeats
@@ -53,8 +52,13 @@ class Stats:
     calibration_tokens: int = 0  # of the discarded ones, those of the pilot responses
     calibration_seconds: float = 0.0  # of the seconds
 
+    @property
+    def discarded_tokens(self) -> int:
+        """What was drawn and is in no answer."""
+        return self.policy_tokens - self.committed_tokens
+
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {**vars(self), "discarded_tokens": self.discarded_tokens}
 
 
 @dataclass

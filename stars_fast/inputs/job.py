@@ -78,6 +78,8 @@ class Job:
         return self.call.terms.stats
 
     def start(self) -> Sequence[Request]:
+        if self.aborted:
+            return []
         prompts = range(len(self.call.prompts))
         if self.call.calibrates or not self.guided:
             self._drawn = {i: self.call.pilot_requests(i) for i in prompts}
@@ -109,9 +111,9 @@ class Job:
         return [request for request in requests if request.finish_reason is None]
 
     def end(self, error: BaseException | None) -> None:
-        stats = self.stats
-        stats.discarded_tokens = stats.policy_tokens - stats.committed_tokens
-        stats.seconds = time.perf_counter() - self._started
+        if self.over:
+            return
+        self.stats.seconds = time.perf_counter() - self._started
         if self.aborted:
             samples = self.call.config.num_return_sequences
             for row, request in enumerate(self.requests):

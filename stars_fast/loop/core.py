@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import os
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +21,7 @@ from stars_fast.loop.rsd import Drafting
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.loop.trials import Trials
 from stars_fast.loop.trunks import Trunks
+from stars_fast.loop.turn import Turn
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards.base import Reward, RewardPrompt
 from stars_fast.tree.attention import plugged
@@ -102,7 +103,7 @@ class Core:
         self.gpu_memory_utilization = gpu_memory_utilization
         self._ratio = PRIOR_RATIO if policy.device.type == "cpu" else PRIOR_RATIO_OF_GPUS
         self.cost = HeartbeatCost(self._ratio)  # what is learned on this machine serves the next caller
-        self.on_heartbeat: Callable[[Heartbeat], None] | None = None  # told of each, from the next opening on
+        self._on_heartbeat: Callable[[Heartbeat], None] | None = None
         self.loop: Loop | None = None  # while it is open
         self.closed = False
         self._held = False
@@ -112,9 +113,7 @@ class Core:
         self._forget_callers()
 
     def _forget_callers(self) -> None:
-        self._changed = threading.Condition()
-        self._busy: int | None = None  # the thread whose turn it is
-        self._asking = 0  # threads that want a turn without a step
+        self._turns = Turn()
         self._callers: dict[Caller, set[Request]] = {}  # with what of theirs has not ended
         self._caller_of: dict[Request, Caller] = {}
         self._later: deque[Caller] = deque()  # wait for larger pools
@@ -153,28 +152,23 @@ class Core:
     def abort(self, caller: Caller, error: BaseException | None = None) -> None:
         """End the caller's requests, and free what they hold: at once, or after the step that is being taken.
 
-        Never waits: it may be called while the interpreter collects garbage.
+        Waits for nobody's turn: it may be called while the interpreter collects garbage.
         """
         self._gone.append((caller, error))
-        with self._changed:
-            if self._busy is not None:
-                return
-            self._busy = threading.get_ident()
-        self._release()
+        if os.getpid() == self._process and self._turns.try_acquire():
+            self._end_turn()
 
     def wait(self, caller: Caller) -> None:
         """Take steps, or let another thread take them, until the caller has news."""
         self._check_process()
         while not caller.has_news:
-            if self._my_step(caller):
-                try:
+            with self._turn(short=False, unless=lambda: caller.has_news) as mine:
+                if mine:
                     self._step()
-                finally:
-                    self._release()
 
     def step(self) -> bool:
         """One heartbeat for all. Returns whether there is more to do."""
-        with self._turn():
+        with self._turn(short=False):
             self._step()
             return bool(self._callers or self._later)
 
@@ -184,95 +178,84 @@ class Core:
         Raises
         ------
         RuntimeError
-            While calls are under way.
+            While calls are under way, and if it is closed for good.
         """
         with self._turn():
+            if self.closed:
+                raise RuntimeError("this engine is closed: make a new one")
             if self.loop is not None:
                 raise RuntimeError("this engine is generating: let its calls and streams end before a session opens")
             self._open(size)
             self._held = True
 
     def let_go(self) -> None:
-        """End the session and what is under way in it."""
+        """End the session: the core closes once its callers are through."""
         with self._turn():
             self._held = False
-            for caller in [*self._callers, *self._later]:
-                self._withdraw(caller, RuntimeError("the session was closed"))
-            self._close_if_idle()
 
     def close(self) -> None:
         """End everything, for good, and free all slots."""
         self.closed = True  # first: nobody comes in between
-        self.let_go()
+        with self._turn():
+            self._held = False
+            for caller in [*self._callers, *self._later]:
+                self._withdraw(caller, RuntimeError("this engine was closed"))
 
     @property
     def open_calls(self) -> int:
         return len(self._callers) + len(self._later)
 
+    @property
+    def on_heartbeat(self) -> Callable[[Heartbeat], None] | None:
+        """Told of each heartbeat in which something was drawn."""
+        return self._on_heartbeat
+
+    @on_heartbeat.setter
+    def on_heartbeat(self, observer: Callable[[Heartbeat], None] | None) -> None:
+        self._on_heartbeat = observer
+        if self.loop is not None:
+            self.loop.on_heartbeat = observer
+
     # Whose turn it is
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """The core is this thread's inside. Comes before steps, and waits for one at most."""
+    def _turn(self, short: bool = True, unless: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """The core is this thread's inside, if it yields True. A short turn waits for one step at most."""
         self._check_process()
-        with self._changed:
-            self._asking += 1
-            try:
-                while self._busy is not None:
-                    self._refuse_reentry()
-                    self._changed.wait()
-            finally:
-                self._asking -= 1
-            self._busy = threading.get_ident()
+        before = self._turns.mine
         try:
-            yield
+            yield self._turns.acquire(short=short, unless=unless)
         finally:
-            self._release()
+            if self._turns.mine and not before:
+                self._end_turn()
 
-    def _my_step(self, caller: Caller) -> bool:
-        """Whether it is for this thread to take a step: nobody else does, or wants a turn, while there are no news."""
-        with self._changed:
-            while self._busy is not None or self._asking:
-                self._refuse_reentry()
-                self._changed.wait()
-                if caller.has_news:
-                    return False
-            self._busy = threading.get_ident()
-            return True
-
-    def _refuse_reentry(self) -> None:
-        if self._busy == threading.get_ident():
-            raise RuntimeError("this engine is already generating: a reward or hook of its own call cannot call it")
-
-    def _release(self) -> None:
-        """Withdraw who has gone meanwhile, and let others have their turn."""
-        while True:
-            try:
-                while self._gone:
-                    self._withdraw(*self._gone[0])
-                    self._gone.popleft()
-                self._close_if_idle()
-            except Exception as error:  # of a scorer that lets go of somebody
-                self._fail_all(error)
-            except BaseException:  # an interrupt, which is no reason to keep the turn
-                self._busy = None
-                with self._changed:
-                    self._changed.notify_all()
-                raise
-            with self._changed:
-                if not self._gone:
-                    self._busy = None
-                    self._changed.notify_all()
+    def _end_turn(self) -> None:
+        """Withdraw who has gone meanwhile, close where nobody is left, and let others have their turn."""
+        try:
+            while True:
+                try:
+                    while self._gone:
+                        self._withdraw(*self._gone[0])
+                        self._gone.popleft()
+                    if self.loop is not None and not self._callers and not self._held:
+                        self._shut()
+                except Exception as error:  # of a scorer that lets go of somebody
+                    self._gone.clear()
+                    self._fail_all(error)
+                if self._turns.release(unless=lambda: bool(self._gone)):
                     return
+        finally:
+            self._turns.release()
 
     def _check_process(self) -> None:
         """A forked child begins anew: the parent's callers and threads are not there."""
         if self._process == os.getpid():
             return
         self._process, self._held = os.getpid(), False
-        self._forget_callers()
+        self._callers, self._caller_of = {}, {}
         if self.loop is not None:
             self._shut()
+        self._forget_callers()
 
     # Opening and closing
 
@@ -291,16 +274,16 @@ class Core:
         return [draft for _, draft in self._strategies if draft is not None and draft is size.draft]
 
     def _open(self, size: Size) -> Loop:
-        policy, rows = self.policy, min(size.rows, self.max_rows)
+        policy, size = self.policy, size._replace(rows=min(size.rows, self.max_rows))
         trees = [policy, *self.reward.tree_models, *([] if size.draft is None else [size.draft])]
-        divide_devices(trees, rows, self.gpu_memory_utilization)
+        divide_devices(trees, size.rows, self.gpu_memory_utilization)
         tokens = self.kv_cache_tokens or default_tokens(policy, min(size.holders, self.max_rows), size.slots)
         with ExitStack() as stack:
             policy.begin(tokens, size.length, size.segment_length)
             stack.callback(policy.clear)
             stack.enter_context(plugged(policy.model))
             stack.callback(self.reward.end)
-            self.reward.begin(size.prompts, size.max_new_tokens, rows, self.kv_cache_tokens)
+            self.reward.begin(size.prompts, size.max_new_tokens, size.rows, self.kv_cache_tokens)
             self._stack = stack.pop_all()
         scheduler = Scheduler(self.max_rows, tokens, self.cost, policy.graphs.enabled)
         if policy.sharded:  # every process must plan alike, and each has a clock of its own
@@ -316,37 +299,41 @@ class Core:
             for strategy in strategies:
                 strategy.leave()
 
-    def _close_if_idle(self) -> None:
-        if self.loop is not None and not self._callers and not self._held:
-            self._shut()
-        while self.loop is None and self._later:
-            caller = self._later.popleft()
-            try:
-                self._open(caller.size)
-                self._enter(caller)
-            except Exception as error:
-                caller.end(error)
-                self._shut()
-
     # One step
 
     def _step(self) -> None:
-        loop, now = self.loop, time.monotonic()
-        for caller in [one for one in self._callers if one.deadline is not None and one.deadline < now]:
-            self._withdraw(caller, TimeoutError("the request's time is up"))
-        if loop is None or not self._callers:
-            return
         try:
-            for request in loop.heartbeat():
-                self._deliver(request)
+            self._let_in_later()
+            now = time.monotonic()
+            for caller in [one for one in self._callers if one.deadline is not None and one.deadline < now]:
+                self._withdraw(caller, TimeoutError("the request's time is up"))
+            if self.loop is not None and self._callers:
+                self.loop.heartbeat()
+            self._deliver()
         except Exception as error:  # of the models, or of what serves all: nobody's alone
             self._fail_all(error)
-            return
         except BaseException:  # somebody's interrupt, in the midst of everybody's work
-            self._start_over()
+            try:
+                self._start_over()
+            except Exception as error:
+                self._fail_all(error)
             raise
-        for caller in [one for one, live in self._callers.items() if not live]:
-            self._withdraw(caller, None)
+
+    def _let_in_later(self) -> None:
+        """Whoever waits for larger pools comes when nobody else is left; others behind it where they fit."""
+        while self._later:
+            caller = self._later[0]
+            try:
+                if self.loop is None:
+                    self._open(caller.size)
+                elif not self._fits(caller.size):
+                    return
+                if caller not in self._callers:
+                    self._enter(caller)
+            except Exception as error:
+                self._withdraw(caller, error)
+            if self._later and self._later[0] is caller:
+                self._later.popleft()
 
     def _enter(self, caller: Caller) -> None:
         try:
@@ -355,7 +342,6 @@ class Core:
             self._add(caller, caller.start())
         except BaseException as error:
             self._withdraw(caller, error)
-            self._close_if_idle()
             raise
         if not self._callers[caller]:
             self._withdraw(caller, None)
@@ -387,17 +373,22 @@ class Core:
             self.loop.strategies = list(self._strategies.values())
         return self._strategies[kind, draft]
 
-    def _deliver(self, request: Request) -> None:
-        caller = self._caller_of.get(request)
-        if caller is None:
-            return
-        try:
-            self._add(caller, caller.moved(request))
-        except Exception as error:  # the caller's own: its tokenizer, its report
-            self._withdraw(caller, error)
-            return
-        if request.finish_reason is not None:  # not before: who is interrupted in here is told again
-            self._out(caller, request)
+    def _deliver(self) -> None:
+        """Tell callers what has moved: read off the requests, so that what a broken heartbeat did is told, too."""
+        for request, caller in list(self._caller_of.items()):
+            if request.finish_reason is None and request.reported == len(request.segments):
+                continue
+            if request not in self._caller_of:  # its caller was withdrawn in here
+                continue
+            try:
+                self._add(caller, caller.moved(request))
+            except Exception as error:  # the caller's own: its tokenizer, its report
+                self._withdraw(caller, error)
+                continue
+            if request.finish_reason is not None:  # not before: who is interrupted in here is told again
+                self._out(caller, request)
+        for caller in [one for one, live in self._callers.items() if not live]:
+            self._withdraw(caller, None)
 
     def _out(self, caller: Caller, request: Request) -> None:
         assert self.loop is not None
@@ -433,21 +424,29 @@ class Core:
         self._callers, self._caller_of = {}, {}
         with suppress(Exception):  # the first cause is told
             self._shut()
-        for caller in callers:
-            caller.end(error)
+        for place, caller in enumerate(callers):
+            caller.end(error if not place else _of_its_own(error))
         if held:
             self._open(size)
 
     def _start_over(self) -> None:
         """A heartbeat broke off: all requests go on from what they have committed, on empty trees."""
-        assert self.loop is not None
-        ended = [request for request in self._caller_of if request.finish_reason is not None]
+        if self.loop is None:
+            return
         self.loop.start_over(request for request in self._caller_of if request.finish_reason is None)
-        size, rows = self._size, min(self._size.rows, self.max_rows)
+        size = self._size
         self.reward.end()
-        self.reward.begin(size.prompts, size.max_new_tokens, rows, self.kv_cache_tokens)
+        self.reward.begin(size.prompts, size.max_new_tokens, size.rows, self.kv_cache_tokens)
         self.loop.counted = 0
         for caller in self._callers:
             self.reward.open(caller.size.prompts, caller.size.max_new_tokens)
-        for request in ended:  # before it broke off, and nobody has been told
-            self._deliver(request)
+
+
+def _of_its_own(error: Exception) -> Exception:
+    """The same error for another thread: one that is raised twice mixes up its tracebacks."""
+    try:
+        twin = copy.copy(error).with_traceback(None)
+    except Exception:  # of a class that cannot be copied
+        twin = RuntimeError(str(error))
+    twin.__cause__ = error
+    return twin

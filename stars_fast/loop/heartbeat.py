@@ -14,6 +14,7 @@ from stars_fast.loop.request import Candidate, Drawn, PromptNode, Request, Strat
 from stars_fast.loop.row_cost import Heartbeat, Timing
 from stars_fast.methods.base import Method
 from stars_fast.methods.stars import base_reward
+from stars_fast.notices import warn
 from stars_fast.outputs import Stats
 from stars_fast.policy.leaf import Draw
 from stars_fast.rewards.base import Completion, Response, Reward, Scores, score_each
@@ -48,7 +49,7 @@ class Loop(Queue):
             self.drop_finished()
             drawn = self.propose()
         except TooLarge as error:
-            tokens, cause = error.tokens, error.cause
+            large = TooLarge(error.tokens, error.rows, error.cause)
         else:
             proposed, scored = time.perf_counter(), self.reward.tokens
             moved += self.judge(drawn, self.score(drawn))
@@ -56,7 +57,7 @@ class Loop(Queue):
             self.note(drawn, started, proposed, self.reward.tokens - scored, self.committed - before)
             return moved
         # Out here nothing of the failed pass is alive: an exception holds its frames, and they their tensors.
-        return moved + self.retreat(tokens, cause)
+        return moved + self.retreat(large)
 
     def set_base_rewards(self, joined: Sequence[Request]) -> list[Request]:
         """``r0`` of new requests that need r(x), the reward of the empty answer. Returns those it failed for."""
@@ -65,7 +66,7 @@ class Loop(Queue):
         empty = [Completion(Response(prompt.reward_prompt), [], tokenizer=self.tokenizer) for prompt in needs]
         errors: dict[PromptNode, str] = {}
         if empty and self.reward.needs_hidden_state:
-            with passing(len(needs)):
+            with passing(rows=len(needs)):
                 hidden = self.trunks.policy.hidden_at_end([p.node for p in needs], [p.ids[-1] for p in needs])
             for completion, row in zip(empty, hidden, strict=True):
                 completion.hidden = row
@@ -105,7 +106,7 @@ class Loop(Queue):
         draws: dict[Request, list[Draw]] = {answer: [] for answer, _ in asks}
         for batch in _batches([count for _, count in asks], self.scheduler.max_rows):
             leaves = [asks[i][0].strategy.leaf(asks[i][0], count, first) for i, first, count in batch]
-            with passing(sum(leaf.candidates for leaf in leaves)):
+            with passing(rows=sum(leaf.candidates for leaf in leaves)):
                 groups = self.trunks.policy.propose(leaves)
             for (i, _, _), group in zip(batch, groups, strict=True):
                 draws[asks[i][0]] += group
@@ -119,7 +120,7 @@ class Loop(Queue):
             policy.trim(one.answer.trunk.leaf, one.draw)
         for first in range(0, len(sound), most := self.scheduler.max_rows):
             batch = sound[first : first + most]
-            with passing(len(batch)):
+            with passing(rows=len(batch)):
                 hidden = policy.finish_branches([one.draw for one in batch])
             for one, row in zip(batch, hidden, strict=True):
                 one.completion.hidden = row
@@ -182,6 +183,7 @@ class Loop(Queue):
         of the clock are all it takes.
         """
         self._count(drawn)
+        self.scheduler.recover()
         lengths = [len(one.draw.tokens) for group in drawn.values() for one in group]
         if not lengths:
             return
@@ -195,7 +197,12 @@ class Loop(Queue):
         if self.on_heartbeat is not None:
             tests = [self.scheduler.seen, *((r.acceptance_sum, r.scored) for r in [*self.admitted, *self.waiting])]
             accepted, tested = (sum(column) for column in zip(*tests, strict=True))
-            self.on_heartbeat(Heartbeat(len(drawn), sum(lengths), committed, accepted, int(tested), measured, timing))
+            told = Heartbeat(len(drawn), sum(lengths), committed, accepted, int(tested), measured, timing)
+            try:
+                self.on_heartbeat(told)
+            except Exception as error:  # whoever looks on costs nobody a call
+                warn(f"on_heartbeat raised {type(error).__name__}, and is not told any more: {error}")
+                self.on_heartbeat = None
 
     def _count(self, drawn: Drawn) -> None:
         """Into the statistics of each call that took part."""
@@ -208,9 +215,10 @@ class Loop(Queue):
             stats.heartbeats += 1
             stats.rows[sum(own)] += 1
             stats.requests[len(own)] += 1
-        encoded, self.counted = self.reward.tokens - self.counted, self.reward.tokens
-        for stats, share in _shared_out(parts or {r.terms.stats: 0 for r in self.admitted}, encoded):
-            stats.reward_tokens += share
+        if parts := parts or {request.terms.stats: 0 for request in self.admitted}:
+            encoded, self.counted = self.reward.tokens - self.counted, self.reward.tokens
+            for stats, share in _shared_out(parts, encoded):
+                stats.reward_tokens += share
 
 
 def _set_values(method: Method, candidates: Sequence[Candidate]) -> None:

@@ -16,9 +16,9 @@ _CPU_REFUSALS = ("can't allocate memory", "not enough memory")
 class TooLarge(Exception):
     """A forward pass ran out of memory or slots."""
 
-    def __init__(self, tokens: int, cause: str) -> None:
+    def __init__(self, tokens: int, rows: int, cause: str) -> None:
         super().__init__(cause)
-        self.tokens, self.cause = tokens, cause
+        self.tokens, self.rows, self.cause = tokens, rows, cause
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
@@ -29,11 +29,11 @@ def is_lack_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def passing(tokens: int) -> Iterator[None]:
-    """A forward pass over so many tokens; where memory lacks, :class:`TooLarge` says how many they were."""
+def passing(tokens: int = 0, rows: int = 0) -> Iterator[None]:
+    """A forward pass over so many tokens, or rows; where memory lacks, :class:`TooLarge` says how many they were."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_lack_of_memory(error):
             raise
-        raise TooLarge(tokens, f"{type(error).__name__}: {error}") from error
+        raise TooLarge(tokens, rows, f"{type(error).__name__}: {error}") from error

@@ -61,7 +61,7 @@ class SelfJudging(OneAnswer):
         """Draft a block for each request, and keep what stands of it and what replaces the first token to fall."""
         policy, drawn = self.trunks.policy, Drawn()
         leaves = [self.leaf(request, 1, trunk=self._draft_trunks[request]) for request in requests]
-        with passing(len(requests)):
+        with passing(rows=len(requests)):
             draws = [draw for (draw,) in policy.propose(leaves)]
             judged, nodes, twins = self._judge(requests, draws)
         for i, (request, draw) in enumerate(zip(requests, judged, strict=True)):
@@ -155,6 +155,7 @@ class SelfJudging(OneAnswer):
         return list(requests)
 
     def preempt(self, request: Request) -> None:
+        self._twins = {candidate: node for candidate, node in self._twins.items() if candidate.answer is not request}
         self.trunks.give_back(self._draft_trunks[request], request.tokens)
         super().preempt(request)
 

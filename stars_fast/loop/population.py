@@ -37,19 +37,29 @@ class Populations(Members):
         for request in requests:
             pairs = [(leaf, candidate) for leaf in self.leaves(request) for candidate in drawn[leaf]]
             error = next((candidate.error for _, candidate in pairs if candidate.error is not None), None)
+            finished = [member for member in self.members[request] if member.finish_reason is not None]
+            values = [answer.reward for answer in finished] + [candidate.score for _, candidate in pairs]
+            if error is None:
+                try:
+                    places = _method(request).select(values, self._uniforms(request))
+                except Exception as raised:
+                    error = f"method={_method(request).name!r} raised {type(raised).__name__}: {raised}"
             if error is not None:
                 self.roll_back([candidate for _, candidate in pairs])
                 self.queue.fail(request, error)
             else:
-                self._resample(request, pairs)
+                self._resample(request, finished, pairs, places)
         return [request for request in requests if request.finish_reason is not None]
 
-    def _resample(self, request: Request, drawn: Sequence[tuple[Request, Candidate]]) -> None:
-        """The members of the next round: whom the method selects from finished answers and this round's candidates."""
+    def _resample(
+        self,
+        request: Request,
+        finished: Sequence[Request],
+        drawn: Sequence[tuple[Request, Candidate]],
+        places: Sequence[int],
+    ) -> None:
+        """The members of the next round: those in these places among finished answers and this round's candidates."""
         parents = self.leaves(request)
-        finished = [member for member in self.members[request] if member.finish_reason is not None]
-        values = [answer.reward for answer in finished] + [candidate.score for _, candidate in drawn]
-        places = _method(request).select(values, self._uniforms(request))
         chosen: dict[int, Request] = dict(enumerate(finished))
         members = []
         for slot, place in enumerate(places):

@@ -6,7 +6,7 @@ from bisect import insort
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 
-from stars_fast.loop.memory import is_lack_of_memory
+from stars_fast.loop.memory import TooLarge, is_lack_of_memory
 from stars_fast.loop.request import Request, Strategy, Tree, Trunk
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.loop.trunks import Trunks
@@ -151,17 +151,17 @@ class Queue:
         (self.running if request in self.running else self.encoding).remove(request)
         insort(self.waiting, request, key=_order)
 
-    def retreat(self, tokens: int, cause: str) -> list[Request]:
-        """After a pass over so many tokens that did not fit: from empty trees, with half. Returns who failed."""
+    def retreat(self, large: TooLarge) -> list[Request]:
+        """After a pass that did not fit: from empty trees, with half of it. Returns who failed."""
         admitted = self.admitted
         for request in admitted[::-1]:
             self.preempt(request)
         self._clear_trees()  # the failed pass may have left branches
-        if self.scheduler.shrink(tokens // 2):
+        if self.scheduler.shrink(large.tokens, large.rows):
             return []
         request = admitted[0]  # who waits, for more slots than were free, may come before it
         self.waiting.remove(request)
-        self.fail(request, f"too little memory for this request alone, a token at a time: {cause}")
+        self.fail(request, f"too little memory for this request alone, a token at a time: {large.cause}")
         return [request]
 
     def start_over(self, requests: Iterable[Request]) -> None:

@@ -77,7 +77,7 @@ class Drafting(OneAnswer):
         if not asked:
             return drawn
         trunks = [self._draft_trunks[request] for request in asked]
-        with passing(len(asked)):
+        with passing(rows=len(asked)):
             groups = self.drafts.policy.propose(
                 [self.leaf(request, 1, trunk=trunk) for request, trunk in zip(asked, trunks, strict=True)]
             )
@@ -137,6 +137,7 @@ class Drafting(OneAnswer):
             trunks.append(trunk, draw.tokens, draw.node if mine else -1, draw.logits if mine else None)
 
     def preempt(self, request: Request) -> None:
+        self._drafted = {candidate for candidate in self._drafted if candidate.answer is not request}
         self.drafts.give_back(self._draft_trunks[request], request.tokens)
         super().preempt(request)
 

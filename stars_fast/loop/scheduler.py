@@ -19,6 +19,8 @@ _PRIOR_WEIGHT = 4.0
 _PRIOR_ACCEPTANCE = 0.3
 # Most tokens to encode in one heartbeat, and of requests that are admitted in one.
 _PREFILL_TOKENS = 4096
+# Heartbeats that fit, after which limits that memory once set are doubled.
+_PATIENCE = 64
 # What rows are taken to cost less than believed, where nothing but the prior says so.
 _CURIOSITY = 8.0
 # Share of the slots that admission leaves free for the requests that run to grow into.
@@ -52,6 +54,8 @@ class Scheduler:
         self.padded = padded
         self.learns = True  # from measured times
         self.prefill_tokens = _PREFILL_TOKENS
+        self._most = (max_rows, _PREFILL_TOKENS)  # where memory does not lack
+        self._whole_beats = 0  # heartbeats since it did
         self.seen = (0.0, 0)  # of requests that have ended: acceptance probabilities, added up, and candidates
 
     def held(self, running: Iterable[Request]) -> int:
@@ -166,12 +170,22 @@ class Scheduler:
         """Of a heartbeat, for each of several numbers of rows ``[n]``, growing by one."""
         return self.cost.per_token(_buckets(int(rows[-1]))[rows] if self.padded else rows, rows)
 
-    def shrink(self, tokens: int) -> bool:
-        """From now on no forward pass may take more than ``tokens`` tokens, or one. Returns whether that is news."""
-        before = self.max_rows, self.prefill_tokens
-        self.max_rows = min(self.max_rows, max(tokens, 1))
-        self.prefill_tokens = min(self.prefill_tokens, max(tokens, 1))
+    def shrink(self, tokens: int, rows: int) -> bool:
+        """After a pass that did not fit: no more than half its tokens, or rows, or one. Returns whether that is news."""
+        before, self._whole_beats = (self.max_rows, self.prefill_tokens), 0
+        if rows:
+            self.max_rows = min(self.max_rows, max(rows // 2, 1))
+        if tokens:
+            self.prefill_tokens = min(self.prefill_tokens, max(tokens // 2, 1))
         return (self.max_rows, self.prefill_tokens) != before
+
+    def recover(self) -> None:
+        """A heartbeat fitted: after a good number of them, twice as much is tried again."""
+        self._whole_beats += 1
+        if self._whole_beats % _PATIENCE == 0:
+            rows, tokens = self._most
+            self.max_rows = min(2 * self.max_rows, rows)
+            self.prefill_tokens = min(2 * self.prefill_tokens, tokens)
 
 
 def acceptance_estimates(running: Sequence[Request], past: tuple[float, int] = (0.0, 0)) -> list[float]:

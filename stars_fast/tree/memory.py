@@ -25,6 +25,9 @@ _PACKED_TOKENS = 16384
 # Of a token a layer holds at once: residual, norms in float32, queries, keys, values, attention; gate, up, product.
 _HIDDEN_COPIES, _INTERMEDIATE_COPIES = 8, 4
 
+# Wanted by default at least, so that callers with longer prompts may join whoever came first.
+_LEAST_TOKENS = 4096
+
 # Most tokens of a model's pool, where an engine has divided its device.
 _bounds: WeakKeyDictionary[TreeModel, int] = WeakKeyDictionary()
 
@@ -89,11 +92,12 @@ def _numbers(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def default_tokens(model: TreeModel, rows: int, tokens_per_row: int) -> int:
-    """Tokens that ``rows`` rows want, or as many as memory holds if that is less.
+    """Tokens that ``rows`` rows want, and whoever may join them, or as many as memory holds if that is less.
 
-    That is the model's part of a divided device (:func:`divide_devices`), else a share of the free memory.
+    That is the model's part of a divided device (:func:`divide_devices`), else a share of the free memory. A pool that
+    is there is used as a whole.
     """
-    wanted = rows * tokens_per_row
+    wanted = max(rows * tokens_per_row, _LEAST_TOKENS, model.pool.slots - 1)
     affordable = _bounds.get(model)
     if affordable is None:
         held = model.pool.slots * model.bytes_per_token  # is kept, or freed before a larger pool is made

@@ -1,0 +1,68 @@
+"""Whose turn it is among threads that share something: one at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+class Turn:
+    """A lock whose waiters can be told of news instead, and in which short turns come before long ones.
+
+    Whoever acquires releases in a ``finally`` that begins before: an interrupt may fall between any two steps, and a
+    release by another thread than the one whose turn it is does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._holder: int | None = None  # the thread whose turn it is
+        self._asking = 0  # threads that want a short turn
+
+    def acquire(self, *, short: bool, unless: Callable[[], bool] = lambda: False) -> bool:
+        """Wait for a turn; returns False as soon as ``unless`` holds, which is asked whenever something has changed.
+
+        Raises
+        ------
+        RuntimeError
+            If it is this thread's turn already.
+        """
+        with self._changed:
+            self._asking += short
+            try:
+                while not unless():
+                    if self._holder is None and (short or not self._asking):
+                        self._holder = threading.get_ident()
+                        return True
+                    if self.mine:
+                        raise RuntimeError(
+                            "this engine is already generating: a reward or hook of its own call cannot call it"
+                        )
+                    self._changed.wait()
+                return False
+            finally:
+                self._asking -= short
+                self._changed.notify_all()  # those behind whoever wanted a short turn
+
+    def try_acquire(self) -> bool:
+        """Take the turn if it is nobody's; never waits for one."""
+        with self._changed:
+            if self._holder is None:
+                self._holder = threading.get_ident()
+                return True
+            return False
+
+    def release(self, unless: Callable[[], bool] = lambda: False) -> bool:
+        """Let others have their turn, and look whether there are news; not if ``unless`` holds. Returns whether."""
+        if not self.mine:
+            return True
+        with self._changed:
+            if unless():
+                return False
+            self._holder = None
+            self._changed.notify_all()
+            return True
+
+    @property
+    def mine(self) -> bool:
+        """Whether it is this thread's turn."""
+        return self._holder == threading.get_ident()
