@@ -177,12 +177,14 @@ class Queue:
 
     def withdraw(self, requests: Iterable[Request], reason: str) -> None:
         """End requests, wherever they are, with what they have committed; all they hold is free."""
-        for request in requests:
-            if request.finish_reason is None:
-                self.fail(request, reason, reason)
+        leaving = {request for request in requests if request.finish_reason is None}
+        self.waiting, self.running, self.encoding = (
+            [request for request in group if request not in leaving]
+            for group in (self.waiting, self.running, self.encoding)
+        )
+        for request in leaving:  # out before they end: an interrupt finds none half ended among those that run
+            self.fail(request, reason, reason)
         self.drop_finished()
-        self.waiting = [request for request in self.waiting if request.finish_reason is None]
-        self.encoding = [request for request in self.encoding if request.finish_reason is None]
         self.keep_prompts()
 
     def fail(self, request: Request, cause: str, reason: str = "error") -> None:
