@@ -80,10 +80,8 @@ class AsyncStarsEngine:
         self._closed = False
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._names, self._reserved, self._draining = count(), 0, False
-        self._ended, self._leaving = (
-            Stats(),
-            list[Job](),
-        )  # of requests that have ended, added up; and that are about to
+        self._ended = Stats()  # of requests that have ended, added up
+        self._leaving: list[Job] = []  # whose callers have gone
         rows = engine.max_rows
         longest = self.max_model_len + self.max_segment_length
         size = Size(self.max_model_len, longest, rows, rows, self.max_segment_length, self.max_model_len)

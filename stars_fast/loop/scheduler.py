@@ -171,7 +171,7 @@ class Scheduler:
         return self.cost.per_token(_buckets(int(rows[-1]))[rows] if self.padded else rows, rows)
 
     def shrink(self, tokens: int, rows: int) -> bool:
-        """After a pass that did not fit: no more than half its tokens, or rows, or one. Returns whether that is news."""
+        """After a pass that did not fit: at most half its tokens, or rows, or one. Returns whether that is news."""
         before, self._whole_beats = (self.max_rows, self.prefill_tokens), 0
         if rows:
             self.max_rows = min(self.max_rows, max(rows // 2, 1))

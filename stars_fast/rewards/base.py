@@ -111,7 +111,8 @@ class Reward(abc.ABC):
     """Scores completions. Only :meth:`score` must be written; the rest lets a scorer keep state between segments.
 
     An engine opens a *session* (:meth:`begin`, one :meth:`end`). Prompts of many callers join it (:meth:`open`) and
-    leave it (:meth:`forget`) while it lasts. All of these are called by the thread that scores; :meth:`check` by any.
+    leave it (:meth:`forget`) while it lasts. All of these are called by one thread at a time, not always
+    the same; :meth:`check` by any.
 
     Attributes
     ----------
