@@ -96,7 +96,13 @@ def test_a_stream_that_is_forgotten_frees_its_slots_while_others_go_on():
     assert_nothing_left(engine)
 
 
-def test_a_call_that_needs_larger_pools_waits_until_the_others_are_through():
+@pytest.fixture
+def small_pools(monkeypatch):
+    """Pools of what the first caller wants, and no more."""
+    monkeypatch.setattr("stars_fast.tree.memory._LEAST_TOKENS", 0)
+
+
+def test_a_call_that_needs_larger_pools_waits_until_the_others_are_through(small_pools):
     engine = make_engine()
     small = engine.stream([[5]], CONFIG, seed=1)
     events = [next(small)]
@@ -111,7 +117,7 @@ def test_a_call_that_needs_larger_pools_waits_until_the_others_are_through():
     assert_nothing_left(engine)
 
 
-def test_calls_behind_one_that_waits_for_larger_pools_keep_their_order():
+def test_calls_behind_one_that_waits_for_larger_pools_keep_their_order(small_pools):
     """Else whoever needs much would wait for ever."""
     engine = make_engine()
     first = engine.stream([[5]], CONFIG, seed=1)
