@@ -86,6 +86,12 @@ def run_tests(runner: Runner, *selection: str) -> None:
     runner.say(output[-3000:])
 
 
+def kernel_tests(runner: Runner) -> None:
+    """pytest on the files about Triton kernels, but for what is marked for GPUs."""
+    files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_triton_*.py"))
+    run_tests(runner, "-m", "not gpu", *files)
+
+
 def _run(command: list[str], seconds: float) -> tuple[str, str]:
     """The program's status and what it printed, also where it is stopped because the time is up."""
     process = subprocess.Popen(

@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +33,7 @@ class Part(NamedTuple):
     @property
     def about(self) -> str:
         """First line of the docstring."""
-        function = self.run.func if isinstance(self.run, partial) else self.run
-        return (function.__doc__ or self.name).strip().splitlines()[0]
+        return (self.run.__doc__ or self.name).strip().splitlines()[0]
 
 
 @dataclass
