@@ -21,8 +21,9 @@ from benchmarks.simulation import (
 from benchmarks.simulation.__main__ import app
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.cli.responses import finished_rows
-from stars_fast.cli.rows import read_rows, to_line
+from stars_fast.cli.rows import read_rows
 from stars_fast.loop.scheduler import Scheduler
+from stars_fast.report.files import to_line
 
 SMALL = LinearMachine(10e-3, 0.3e-3)  # a row costs 3 % of what is fixed
 

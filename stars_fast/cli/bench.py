@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +15,7 @@ from stars_fast.cli.console import (
     LOADING_ERRORS,
     fail,
     note,
+    progress,
     quiet_transformers,
     refusing,
     stderr,
@@ -89,7 +88,7 @@ def run(
         loads = [Workload(one, length, max_new_tokens, segment_length, acceptance) for one in batches]
         series = record.swept(loads[0], sweep) if sweep else record.side_by_side(loads)
         pair = _pair(policy, reward, demo, size, dtype, device)
-        with _progress(record.steps(series, rounds)) as done:
+        with progress(record.steps(series, rounds), "measuring") as done:
             found = record.run(pair, series, rounds, done)
     machine = examine_machine()
     found["machine"] = {name: machine[name] for name in ("versions", "platform", "devices", "kernels")}
@@ -111,23 +110,6 @@ def _check_plots(plots: Path | None, sweep: list[str] | None) -> None:
     from stars_fast.report.figures import require_matplotlib
 
     require_matplotlib()
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("measuring"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=stderr(), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
 
 
 def _pair(policy: str | None, reward: str | None, demo: bool, size: str, dtype: str, device: str) -> Pair:

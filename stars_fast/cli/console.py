@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -68,6 +68,24 @@ def torch_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def progress(total: int, about: str) -> Iterator[Callable[..., None]]:
+    """A bar over ``total`` steps. Yields what moves it on: by how many (1), and what it shows from then on."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=stderr(), transient=True) as bar:
+        task = bar.add_task(about, total=total)
+        yield lambda count=1, about=None: bar.update(task, advance=count, description=about)
 
 
 def print_version(wanted: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
@@ -74,16 +74,3 @@ def distinct(texts: Iterable[Sequence[Hashable]], n: int) -> float:
         seen.update(grams)
         total += len(grams)
     return len(seen) / total if total else math.nan
-
-
-def compute_per_token(totals: Mapping[str, float]) -> float:
-    """What a committed token cost, in forward passes of the policy over one token.
-
-    Parameters
-    ----------
-    totals : mapping
-        Sums over calls: ``policy_passes``, ``draft_passes`` and ``reward_passes`` (tokens that went through each
-        model, the latter two times its parameters over the policy's) and ``committed_tokens``.
-    """
-    spent = totals["policy_passes"] + totals["draft_passes"] + totals["reward_passes"]
-    return spent / totals["committed_tokens"] if totals["committed_tokens"] else math.nan

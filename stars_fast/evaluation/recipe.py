@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from stars_fast.report.files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,14 @@ class Recipe:
     aligned, draft, probe : str, optional
         Models that some methods want: a causal LM that was aligned, of which TreeBoN takes the log-ratio to the policy;
         RSD's draft model; MARA's network, as safetensors.
-    prompts, field, words, template, where
-        As in :class:`stars_fast.evaluation.prompts.PromptSource`.
+    prompts : str
+        JSON Lines, ``.xz`` or plain, or a hub id with the split after a colon: ``stanfordnlp/imdb:test``.
+    field, words : str, int
+        What to read of each row, and how many words of it (None: all).
+    template : str
+        What the policy is given, ``{}`` standing for the field.
+    where : dict, optional
+        Rows to keep: values of other fields.
     count : int
         Prompts.
     methods : tuple of str
@@ -64,27 +70,13 @@ def read_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
     OSError, ValueError
         For a file that cannot be read, a key that is not known, a budget that is no number.
     """
-    values = {} if path is None else _read_file(path)
+    values = {} if path is None else read_yaml(path, [field.name for field in dataclasses.fields(Recipe)])
     values |= {name: value for name, value in given.items() if value is not None}
     for name in ("methods", "budgets"):
         if isinstance(values.get(name), str):
             values[name] = values[name].split(",")
     recipe = dataclasses.replace(Recipe(), **values)
     return dataclasses.replace(recipe, methods=tuple(recipe.methods), budgets=tuple(map(_number, recipe.budgets)))
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}: write one `name: value` a line")
-    known = [one.name for one in dataclasses.fields(Recipe)]
-    unknown = sorted(set(map(str, values)) - set(known))
-    if unknown:
-        raise ValueError(f"{path}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
-    return values
 
 
 def _number(budget: Any) -> float:
