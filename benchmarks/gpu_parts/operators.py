@@ -128,7 +128,7 @@ def measure_operators(runner: Runner) -> None:
                 return
             fields = {"operator": operator, "case": case.name, "contender": contender}
             try:
-                prepared = case.contenders[contender]()
+                prepared = case.prepared(contender)
                 refcheck(case, contender, prepared)
                 seconds = median_seconds(case, prepared)
             except Exception as error:  # a kernel that does not compile, a result that is wrong: the others go on
@@ -159,7 +159,7 @@ def measure_tiles(runner: Runner) -> None:
                     return
                 kernels.choose_tile = lambda *_, tile=tile, **__: kernels.Tile(*tile)
                 with runner.guarded(f"{case.name}, {tile}"):
-                    prepared = case.contenders[OURS[runner.device.type]]()
+                    prepared = case.prepared(OURS[runner.device.type])
                     refcheck(case, "tile", prepared)
                     runner.add("tile", case=case.name, tile=tile, microseconds=median_seconds(case, prepared) * 1e6)
             del case

@@ -23,7 +23,7 @@ from benchmarks.roofline import (
     gpu_named,
     heartbeat,
 )
-from stars_fast.cli.console import LOADING_ERRORS, refusing, stdout
+from stars_fast.cli.console import LOADING_ERRORS, plain_table, refusing, stdout
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -118,7 +118,6 @@ def _model_record(name: str, cost: ModelCost) -> dict[str, Any]:
 def _record(row: Heartbeat) -> dict[str, Any]:
     return {
         **asdict(row),
-        "stages": [asdict(stage) for stage in row.stages],
         "total": asdict(row.total),
         "tokens_per_second": row.tokens_per_second,
         "floor_tokens_per_second": row.floor_tokens_per_second,
@@ -162,10 +161,8 @@ def _assumptions(report: dict[str, Any]) -> Table:
 
 
 def _stage_table(best: Heartbeat) -> Table:
-    table = Table(title=f"A heartbeat with the best M = {best.candidates}", title_justify="left", box=None)
-    table.add_column("stage")
-    for heading in ("GB", "attn GB", "per row", "TFLOP", "floor ms", "ms", "launches"):
-        table.add_column(heading, justify="right")
+    headings = ("GB", "attn GB", "per row", "TFLOP", "floor ms", "ms", "launches")
+    table = plain_table(f"A heartbeat with the best M = {best.candidates}", ["stage"], headings)
     for stage in best.stages:
         table.add_row(*_cells(stage))
     table.add_row(*_cells(best.total), style="bold")
@@ -179,9 +176,8 @@ def _cells(stage: Stage) -> list[str]:
 
 
 def _candidates_table(best: Heartbeat, rows: list[Heartbeat]) -> Table:
-    table = Table(title="Candidates per request", title_justify="left", box=None)
-    for heading in ("M", "rows", "commit", "tokens", "floor ms", "ms", "floor tok/s", "tok/s", "x M=1", "GB"):
-        table.add_column(heading, justify="right")
+    headings = ("M", "rows", "commit", "tokens", "floor ms", "ms", "floor tok/s", "tok/s", "x M=1", "GB")
+    table = plain_table("Candidates per request", [], headings)
     for row in rows:
         table.add_row(
             str(row.candidates),

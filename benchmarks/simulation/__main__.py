@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from benchmarks.roofline import ModelCost, Workload, config_named, gpu_named
@@ -24,7 +23,7 @@ from benchmarks.simulation import (
     simulate,
     synthetic,
 )
-from stars_fast.cli.console import LOADING_ERRORS, refusing, stdout
+from stars_fast.cli.console import LOADING_ERRORS, plain_table, refusing, stdout
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -117,11 +116,9 @@ def _record(outcome: Outcome) -> dict[str, Any]:
 def _print(outcomes: list[Outcome], requests: int, batch: int, acceptance: str) -> None:
     fixed = [outcome for outcome in outcomes if outcome.name.isdigit()]
     best = max(fixed or outcomes, key=lambda outcome: outcome.tokens_per_second)
-    table = Table(title=f"{requests:,} requests, {batch} at a time, acceptance {acceptance}", title_justify="left")
-    table.box = None
-    table.add_column("candidates")
-    for heading in ("heartbeats", "rows", "waste", "accepted tok/s", "x best fixed", "host us"):
-        table.add_column(heading, justify="right")
+    title = f"{requests:,} requests, {batch} at a time, acceptance {acceptance}"
+    headings = ("heartbeats", "rows", "waste", "accepted tok/s", "x best fixed", "host us")
+    table = plain_table(title, ["candidates"], headings)
     for outcome in outcomes:
         table.add_row(
             outcome.name,

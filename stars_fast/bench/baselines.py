@@ -100,7 +100,7 @@ def plain(
         while not decided:
             crop(cache, len(prompt) + len(text.tokens))
             segment = draw_segment(policy, cache, logits, length, config, eos)
-            decided = trial.judge(segment, score(reward, prompt + text.tokens + segment), config, eos)
+            decided = trial.judge(segment, score_batch(reward, [prompt + text.tokens + segment])[0], config, eos)
         crop(cache, len(prompt) + len(text.tokens))
         trial.commit()
         if not text.finished(config, eos):
@@ -151,7 +151,7 @@ def best_of_n(
     config: StarsConfig,
     eos: set[int],
     n: int,
-    rows: int = 64,
+    rows: int,
 ) -> list[Text]:
     """The best of ``n`` independent texts per prompt, by their final reward; of equal ones the first.
 
@@ -224,11 +224,6 @@ def sample(logits: torch.Tensor, config: StarsConfig) -> int:
     return int(torch.multinomial(logits.softmax(-1), 1))
 
 
-def score(reward: PreTrainedModel, ids: list[int]) -> float:
-    """The reward of a text, all of it encoded."""
-    return score_batch(reward, [ids])[0]
-
-
 def crop(cache: DynamicCache, length: int) -> None:
     """Roll the cache back to its first ``length`` tokens."""
     surplus = cache.get_seq_length() - length
@@ -255,12 +250,8 @@ def generate_batch(
     )
     generate = cast(Any, policy).generate
     drawn = generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
-    return [_up_to(row, eos) for row in drawn]
-
-
-def _up_to(tokens: list[int], eos: set[int]) -> list[int]:
-    end = next((place for place, token in enumerate(tokens) if token in eos), len(tokens))
-    return tokens[: end + 1]
+    ends = [next((place for place, token in enumerate(row, 1) if token in eos), length) for row in drawn]
+    return [row[:end] for row, end in zip(drawn, ends, strict=True)]
 
 
 def score_batch(reward: PreTrainedModel, rows: Sequence[list[int]]) -> list[float]:

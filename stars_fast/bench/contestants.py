@@ -22,15 +22,6 @@ ENGINE, ONE, PLAIN, STRONG, BEST = "engine", "one candidate", "plain", "strong",
 ACCEPTING, GENERATE = "accepting engine", "generate"
 # Whose speed that of each is compared with.
 BESIDE = dict.fromkeys((ENGINE, ONE, PLAIN, STRONG, BEST), ENGINE) | dict.fromkeys((ACCEPTING, GENERATE), ACCEPTING)
-ABOUT = {
-    ENGINE: "candidates as the workload says, by default auto",
-    ONE: "the engine with candidates=1",
-    PLAIN: "one prompt and one attempt at a time; KV cache cropped after a rejection, reward model re-reads the text",
-    STRONG: "batched: generate of a segment for all undecided texts, one reward pass over whole texts",
-    BEST: "batched generate of N whole texts a prompt, the best kept; N as small as equals the engine's mean reward",
-    ACCEPTING: "the engine with a callable that accepts everything",
-    GENERATE: "model.generate of the policy alone",
-}
 GRAPHED = (ENGINE, ONE, ACCEPTING)  # on CUDA devices: a graph's replay runs no module, so its passes are not counted
 PLAIN_PROMPTS = 2  # in a round: its speed does not depend on how many there are, and all of them would take minutes
 _REWARDS = 256  # texts of the engine from which its mean reward is taken

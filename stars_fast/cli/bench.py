@@ -15,6 +15,7 @@ from stars_fast.cli.console import (
     LOADING_ERRORS,
     fail,
     note,
+    plain_table,
     progress,
     quiet_transformers,
     refusing,
@@ -179,12 +180,9 @@ def _table(points: list[Record], field: str | None) -> Table:
     """Of one workload, or of a sweep over ``field``: then with seconds, and how many times those of the first value."""
     from stars_fast.bench.workload import title
 
-    table = Table(title=title(points[0]["workload"], field), title_justify="left", title_style="bold", box=None)
-    if field is not None:
-        table.add_column(field.replace("_", " "), justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for heading in (*(("x first", "seconds") if field is not None else ()), *_HEADINGS):
-        table.add_column(heading, justify="right", no_wrap=True)
+    varied, more = ((), ()) if field is None else ((field.replace("_", " "),), ("x first", "seconds"))
+    table = plain_table(title(points[0]["workload"], field), (*varied, ""), (*more, *_HEADINGS))
+    table.columns[0].justify = "left" if field is None else "right"
     for point in points:
         for name, one in point["contestants"].items():
             label = f"best of {point['equal_reward']['n']}" if name == "best of N" else name

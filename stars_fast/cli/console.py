@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 BAD_USAGE = 2
@@ -39,6 +40,16 @@ def fail(message: object, code: int = BAD_USAGE) -> NoReturn:
 def one_line(message: object) -> str:
     """A message with its line breaks and runs of blanks squeezed."""
     return " ".join(str(message).split()) or type(message).__name__
+
+
+def plain_table(title: str | None, labels: Iterable[str], figures: Iterable[str]) -> Table:
+    """A table without lines, of these columns: labels to the left, figures to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    for heading in labels:
+        table.add_column(heading, no_wrap=True)
+    for heading in figures:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
 @contextmanager

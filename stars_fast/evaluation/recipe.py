@@ -12,52 +12,24 @@ from stars_fast.report.files import read_yaml
 
 @dataclass(frozen=True)
 class Recipe:
-    """One task. Models and prompts are folders, files or hub ids.
+    """One task. Models and prompts are folders, files or hub ids."""
 
-    Parameters
-    ----------
-    policy, guide, judge : str, optional
-        The model that writes; the reward that methods follow; the reward that decides who wins.
-    aligned, draft, probe : str, optional
-        Models that some methods want: a causal LM that was aligned, of which TreeBoN takes the log-ratio to the policy;
-        RSD's draft model; MARA's network, as safetensors.
-    prompts : str
-        JSON Lines, ``.xz`` or plain, or a hub id with the split after a colon: ``stanfordnlp/imdb:test``.
-    field, words : str, int
-        What to read of each row, and how many words of it (None: all).
-    template : str
-        What the policy is given, ``{}`` standing for the field.
-    where : dict, optional
-        Rows to keep: values of other fields.
-    count : int
-        Prompts.
-    methods : tuple of str
-        The baseline runs in any case.
-    budgets : tuple of float
-        As in :func:`stars_fast.evaluation.cells.cells`.
-    settings : dict, optional
-        Fields of StarsConfig for all methods.
-    parameters : dict, optional
-        By method, its own parameters.
-    batch_size, seed : int
-    """
-
-    policy: str | None = None
-    guide: str | None = None
-    judge: str | None = None
-    aligned: str | None = None
-    draft: str | None = None
-    probe: str | None = None
-    prompts: str | None = None
-    field: str = "prompt"
-    words: int | None = None
-    template: str = "{}"
-    where: dict[str, Any] | None = None
-    count: int = 100
-    methods: tuple[str, ...] = ("stars", "best_of_n")
-    budgets: tuple[float, ...] = (2, 4, 8)
-    settings: dict[str, Any] | None = None
-    parameters: dict[str, dict[str, Any]] | None = None
+    policy: str | None = None  # writes
+    guide: str | None = None  # the reward that methods follow
+    judge: str | None = None  # the reward that decides who wins
+    aligned: str | None = None  # a causal LM that was aligned: TreeBoN takes its log-ratio to the policy
+    draft: str | None = None  # RSD's draft model
+    probe: str | None = None  # MARA's network, as safetensors
+    prompts: str | None = None  # JSON Lines, .xz or plain, or a hub id and its split: stanfordnlp/imdb:test
+    field: str = "prompt"  # of each row, what to read
+    words: int | None = None  # only the first ones of the field
+    template: str = "{}"  # what the policy is given, with the field in the braces
+    where: dict[str, Any] | None = None  # rows to keep: values of other fields
+    count: int = 100  # prompts
+    methods: tuple[str, ...] = ("stars", "best_of_n")  # the baseline runs in any case
+    budgets: tuple[float, ...] = (2, 4, 8)  # as in stars_fast.evaluation.cells.cells
+    settings: dict[str, Any] | None = None  # fields of StarsConfig, for all methods
+    parameters: dict[str, dict[str, Any]] | None = None  # by method, its own
     batch_size: int = 16
     seed: int = 0
 

@@ -29,30 +29,15 @@ _CALIBRATION = 1 << 32  # index of the first calibration prompt: its random numb
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What all cells share.
-
-    Parameters
-    ----------
-    prompts : sequence of str
-    calibration_prompts : sequence of str
-        Others, from whose pilot responses one target for all prompts is taken.
-    engine : callable
-        The engine that runs a method, by the method's name: they may want other rewards, or a second policy.
-    guide, judge : Reward
-        Score every finished response: the reward that most methods follow, and one that guided nothing.
-    batch_size : int
-        Prompts of one call. Part of what a run is: how much is drawn in vain depends on the neighbours.
-    seed : int
-        A prompt's random numbers depend on it and the prompt's place, and are the same in every cell.
-    """
+    """What all cells share."""
 
     prompts: Sequence[str]
-    calibration_prompts: Sequence[str]
-    engine: Callable[[str], StarsEngine]
-    guide: Reward
-    judge: Reward
-    batch_size: int
-    seed: int
+    calibration_prompts: Sequence[str]  # others, from whose pilot responses one target for all prompts is taken
+    engine: Callable[[str], StarsEngine]  # by method: they may want other rewards, or a second policy
+    guide: Reward  # scores every finished response, as the judge does; most methods follow it
+    judge: Reward  # guided nothing
+    batch_size: int  # prompts of one call; part of what a run is: how much is drawn in vain depends on the neighbours
+    seed: int  # a prompt's random numbers depend on it and the prompt's place, and are the same in every cell
 
     def run(
         self, cells: Sequence[Cell], records: Records, advance: Callable[[int, str], None] = lambda count, cell: None
