@@ -119,12 +119,12 @@ def measure_operators(runner: Runner) -> None:
     free(runner)
     ours = OURS[runner.device.type]
     for operator, shape in TINY if runner.tiny else CASES:
-        if not runner.time_for(0 if runner.tiny else 3):
+        if not runner.time_for(3):
             return
         case = OPERATORS[operator].build(shape, runner.device)
         floor = floor_seconds(case, reached)
         for contender in (ours, PER_ROW) if operator == "tree_attention" else (ours,):
-            if not runner.time_for(0 if runner.tiny else 1):
+            if not runner.time_for(1):
                 return
             fields = {"operator": operator, "case": case.name, "contender": contender}
             try:

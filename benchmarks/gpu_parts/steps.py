@@ -46,7 +46,7 @@ def time_steps(runner: Runner, models: Pair, shapes: tuple[tuple[int, int], ...]
         policy.begin(groups * context + rows * longest + 256, context, longest)
         nodes, logits = policy.prefill([-1] * groups, models.prompts(groups, context))
         for groups, candidates in shapes:
-            if not runner.time_for(0 if runner.tiny else 2):
+            if not runner.time_for(2):
                 return
             chosen = list(zip(nodes, logits, strict=True))[:groups]
 
@@ -130,7 +130,7 @@ def split(runner: Runner, name: str, batch: int, segment: int, acceptance: float
             stages_milliseconds={"propose": propose, "score": score},
             expected=best,
         )
-    if runner.time_for(0 if runner.tiny else 8):
+    if runner.time_for(8):
         profile(runner, models, prompts, config, best["candidates"])
 
 

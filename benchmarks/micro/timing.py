@@ -66,28 +66,26 @@ def round_of(case: Case, prepared: Prepared) -> Round:
 
 def _run(case: Case, prepared: Prepared, calls: int) -> tuple[Callable[[], None], bool]:
     """What makes that many calls and waits for them, and whether a CUDA graph holds them."""
+
+    def work() -> None:
+        for i in range(calls):
+            prepared.call(i)
+
+    again, captured = work, False
     if case.device.type == "cuda":
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                for i in range(calls):
-                    prepared.call(i)
+                work()
+            again, captured = graph.replay, True
         except RuntimeError:  # what waits for the device cannot be captured, and pays for its launches
             synchronize(case.device)
-        else:
 
-            def replayed() -> None:
-                graph.replay()
-                synchronize(case.device)
-
-            return replayed, True
-
-    def eager() -> None:
-        for i in range(calls):
-            prepared.call(i)
+    def run() -> None:
+        again()
         synchronize(case.device)
 
-    return eager, False
+    return run, captured
 
 
 def median_seconds(case: Case, prepared: Prepared) -> float:

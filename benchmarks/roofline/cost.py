@@ -95,6 +95,11 @@ class ModelCost(Weights):
         _refuse_bidirectional(model, role)
         return cls.of(model, dtype)
 
+    @classmethod
+    def named(cls, name: str, role: str) -> ModelCost:
+        """In 16 bits, of the config that :func:`config_named` finds."""
+        return cls.from_config(config_named(name, role), role)
+
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes, all layers, whatever their windows."""
@@ -127,7 +132,7 @@ def config_named(name: str, role: str = "policy") -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path if path.exists() else name)
     except OSError as error:
-        raise OSError(f"{error} (short names: {', '.join(short_names())})") from error
+        raise OSError(f"{name}: {error} (short names: {', '.join(short_names())})") from error
 
 
 def _text_config(config: PreTrainedConfig, role: str) -> PreTrainedConfig:

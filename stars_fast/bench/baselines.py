@@ -143,7 +143,6 @@ def strong(
     return texts
 
 
-@torch.no_grad()
 def best_of_n(
     policy: PreTrainedModel,
     reward: PreTrainedModel,
@@ -153,21 +152,33 @@ def best_of_n(
     n: int,
     rows: int,
 ) -> list[Text]:
-    """The best of ``n`` independent texts per prompt, by their final reward; of equal ones the first.
+    """The best of ``n`` independent texts per prompt, by their final reward; of equal ones the first."""
+    drawn = scored_texts(policy, reward, [prompt for prompt in prompts for _ in range(n)], config, eos, rows)
+    best = [max(drawn[start : start + n], key=lambda one: one[1]) for start in range(0, len(drawn), n)]
+    return [Text(tokens, value, [Segment(tokens, n, True)]) for tokens, value in best]
+
+
+@torch.no_grad()
+def scored_texts(
+    policy: PreTrainedModel,
+    reward: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    config: StarsConfig,
+    eos: set[int],
+    rows: int,
+) -> list[tuple[list[int], float]]:
+    """A text for each prompt, and its final reward.
 
     ``generate`` draws ``rows`` texts at a time (left-padded), and the reward model reads as many whole texts in one
     right-padded pass: each text is encoded once by either model, and no step waits for a decision.
     """
-    contexts = [list(prompt) for prompt in prompts for _ in range(n)]
-    texts = [Text() for _ in prompts]
-    for start in range(0, len(contexts), rows):
-        batch = contexts[start : start + rows]
+    scored: list[tuple[list[int], float]] = []
+    for start in range(0, len(prompts), rows):
+        batch = prompts[start : start + rows]
         drawn = generate_batch(policy, batch, config.max_new_tokens, config, eos)
-        wholes = [context + tokens for context, tokens in zip(batch, drawn, strict=True)]
-        for i, (tokens, value) in enumerate(zip(drawn, score_batch(reward, wholes), strict=True), start):
-            if not texts[i // n].history or value > texts[i // n].reward:
-                texts[i // n] = Text(tokens, value, [Segment(tokens, n, True)])
-    return texts
+        wholes = [prompt + tokens for prompt, tokens in zip(batch, drawn, strict=True)]
+        scored += zip(drawn, score_batch(reward, wholes), strict=True)
+    return scored
 
 
 def targets(config: StarsConfig, prompts: int) -> list[float]:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from statistics import fmean, pvariance
 from typing import Any, NamedTuple
 
-import torch
-
 from stars_fast.bench import baselines
 from stars_fast.bench.equal_reward import EqualReward, smallest_n
 from stars_fast.bench.models import Pair
@@ -111,15 +109,10 @@ def _equal_reward(pair: Pair, engine: StarsEngine, prompts: Sequence[list[int]],
     samples = max(-(-_REWARDS // len(prompts)), 2)
     out = engine.generate(list(prompts), config, num_return_sequences=samples, seed=0, on_error="raise")
 
-    @torch.no_grad()
     def draw(count: int) -> list[list[float]]:
         contexts = [prompt for prompt in prompts for _ in range(count)]
-        rewards: list[float] = []
-        for start in range(0, len(contexts), engine.max_rows):
-            batch = contexts[start : start + engine.max_rows]
-            drawn = baselines.generate_batch(pair.policy, batch, config.max_new_tokens, config, set())
-            wholes = [context + tokens for context, tokens in zip(batch, drawn, strict=True)]
-            rewards += baselines.score_batch(pair.reward, wholes)
+        texts = baselines.scored_texts(pair.policy, pair.reward, contexts, config, set(), engine.max_rows)
+        rewards = [reward for _, reward in texts]
         return [rewards[i : i + count] for i in range(0, len(rewards), count)]
 
     own = [out.rewards[i : i + samples] for i in range(0, len(out.rewards), samples)]

@@ -117,6 +117,7 @@ def _pair(policy: str | None, reward: str | None, demo: bool, size: str, dtype: 
     import torch
 
     from stars_fast.bench.models import Pair, random_pair
+    from stars_fast.demo import PROMPTS
     from stars_fast.inputs.models import DEMO, load_classifier, load_policy, placement
 
     if dtype not in _DTYPES:
@@ -130,14 +131,8 @@ def _pair(policy: str | None, reward: str | None, demo: bool, size: str, dtype: 
     names = (policy or DEMO, reward or DEMO)
     causal, tokenizer = load_policy(names[0], None, device, dtype)
     classifier, _ = load_classifier(names[1], None, device, dtype)
-    openings = _openings(tokenizer) if demo else []
+    openings = [list(tokenizer(opening)["input_ids"]) for opening in PROMPTS] if demo else []
     return Pair(DEMO if demo else " and ".join(names), causal, classifier, openings)
-
-
-def _openings(tokenizer: Any) -> list[list[int]]:
-    from stars_fast.demo import PROMPTS
-
-    return [list(tokenizer(opening)["input_ids"]) for opening in PROMPTS]
 
 
 def _show(console: Console, found: Record) -> None:

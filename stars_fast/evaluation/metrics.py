@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-RESAMPLES = 2000
+_RESAMPLES = 2000
 _BOOTSTRAP_SEED = 0
 
 
@@ -21,15 +21,13 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap(values: Sequence[float], resamples: int = RESAMPLES) -> Interval:
+def bootstrap(values: Sequence[float]) -> Interval:
     """Mean over prompts with its 95 % percentile interval (Efron 1979); the same for the same values.
 
     Parameters
     ----------
     values : sequence of float
         One per prompt; at least one. NaN is an error of the caller's.
-    resamples : int
-        Drawn with replacement, from a fixed seed.
 
     Raises
     ------
@@ -41,7 +39,7 @@ def bootstrap(values: Sequence[float], resamples: int = RESAMPLES) -> Interval:
         raise ValueError(
             f"values has {sample.size} entries, {int(np.isnan(sample).sum())} of them NaN: nothing to mean"
         )
-    drawn = np.random.default_rng(_BOOTSTRAP_SEED).integers(sample.size, size=(resamples, sample.size))
+    drawn = np.random.default_rng(_BOOTSTRAP_SEED).integers(sample.size, size=(_RESAMPLES, sample.size))
     low, high = np.quantile(sample[drawn].mean(axis=1), [0.025, 0.975])
     return Interval(float(sample.mean()), float(low), float(high))
 

@@ -83,7 +83,8 @@ class Evaluation:
             {**label, "place": place, "prompt": prompt, **_generation(out, i, *(score[i] for score in scores))}
             for i, (place, prompt) in enumerate(zip(places, prompts, strict=True))
         ]
-        return rows, {**label, "target": _number(config.target_reward), **out.stats, **_spent(out, config, engine)}
+        target = rounded(config.target_reward) if isinstance(config.target_reward, float) else None
+        return rows, {**label, "target": target, **out.stats, **_spent(out, config, engine)}
 
 
 def shared_target(config: StarsConfig, pilots: Sequence[Pilot], acceptance: float) -> StarsConfig:
@@ -128,10 +129,6 @@ def _generation(out: StarsOutput, i: int, guide: tuple[float, str | None], judge
         "logprobs": [rounded(logprob) for logprob in out.logprobs[i]],
         "segments": [summary(segment) for segment in out.segments[i]],
     }
-
-
-def _number(target: Any) -> float | None:
-    return rounded(target) if isinstance(target, float) else None
 
 
 def _spent(out: StarsOutput, config: StarsConfig, engine: StarsEngine) -> Record:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from stars_fast.evaluation.cells import BASELINE
 from stars_fast.evaluation.metrics import Interval, bootstrap, distinct, outcomes, perplexity
@@ -139,24 +140,21 @@ def budget_text(budget: float | None) -> str:
 
 def to_csv(rows: Sequence[Row]) -> str:
     """All figures, an interval in three columns."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    for number, row in enumerate(rows):
-        flat = dict(_flat(row))
-        if number == 0:
-            writer.writerow(flat)
-        writer.writerow(flat.values())
+    out, flat = io.StringIO(), list(map(_flat, rows))
+    writer = csv.DictWriter(out, flat[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
     return out.getvalue()
 
 
-def _flat(row: Row) -> list[tuple[str, object]]:
-    pairs: list[tuple[str, object]] = []
+def _flat(row: Row) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for name, value in vars(row).items():
         if isinstance(value, Interval):
-            pairs += [(name, value.value), (f"{name}_low", value.low), (f"{name}_high", value.high)]
+            flat |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
         else:
-            pairs.append((name, value))
-    return pairs
+            flat[name] = value
+    return flat
 
 
 def at_compute(rows: Sequence[Row], compute: float) -> list[Row]:

@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from stars_fast.outputs import SegmentTrace
+if TYPE_CHECKING:
+    from stars_fast.outputs import SegmentTrace
 
 
 def read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:

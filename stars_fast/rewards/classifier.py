@@ -116,14 +116,8 @@ class ClassifierReward(RenderedReward):
         return Rendering(given.tokenizer, policy_tokenizer, given.tail)
 
     def check_vocabulary(self, policy_ids: int, policy: PreTrainedModel) -> None:
-        if self._given.tokenizer is not None:
-            return
-        if self.vocab_size < policy_ids:
-            raise ValueError(
-                f"the reward model has {self.vocab_size} embeddings, fewer than the {policy_ids} ids of the policy: "
-                "pass its own tokenizer as reward_tokenizer= (or, where both share one, tokenizer=)"
-            )
-        warn_of_foreign_ids(policy, self.model, "reward_tokenizer=")
+        if self._given.tokenizer is None:
+            check_ids(policy_ids, policy, self.vocab_size, self.model, "reward_tokenizer=")
 
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
@@ -155,8 +149,15 @@ class ClassifierReward(RenderedReward):
         return rewards
 
 
-def warn_of_foreign_ids(policy: PreTrainedModel, reward: PreTrainedModel, argument: str) -> None:
-    """Warn where a reward model that reads the policy's ids seems to have been trained on another tokenizer's."""
+def check_ids(ids: int, policy: PreTrainedModel, embeddings: int, reward: PreTrainedModel, argument: str) -> None:
+    """Refuse a reward model that reads the policy's ids and has no embedding for some; warn where it seems to have been
+    trained on another tokenizer's.
+    """
+    if embeddings < ids:
+        raise ValueError(
+            f"the reward model has {embeddings} embeddings, fewer than the {ids} ids of the policy: pass its own "
+            f"tokenizer as {argument} (or, where both share one, tokenizer=)"
+        )
     size, reward_size = vocabulary(policy), vocabulary(reward)
     ends, reward_ends = _ends_of_texts(policy), _ends_of_texts(reward)
     if reward_size > size + _MOST_PADDING:
