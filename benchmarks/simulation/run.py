@@ -94,20 +94,10 @@ class Informed(Scheduler):
 def simulate(work: Work, machine: Machine, schedule: str | int = "auto", seed: int = 0) -> Outcome:
     """Run all requests.
 
-    Parameters
-    ----------
-    work : Work
-    machine : Machine
-    schedule : "auto", "oracle", "barrier" or int
-        The engine's adaptive candidates; the same with acceptance and costs known; one candidate at a time with
-        everybody waiting at the end of each segment for the slowest; or a fixed number of candidates.
-    seed : int
-        Of the machine's noise. Which candidates are accepted is the work's, so all schedules commit the same.
-
-    Raises
-    ------
-    ValueError
-        For another schedule.
+    The schedule is "auto", the engine's adaptive candidates; "oracle", the same with acceptance and costs known;
+    "barrier", one candidate at a time with everybody waiting at the end of each segment for the slowest; or a fixed
+    number of candidates. ValueError for another. The seed is of the machine's noise: which candidates are accepted is
+    the work's, so all schedules commit the same.
     """
     return _Run(work, machine, schedule, seed).outcome()
 
