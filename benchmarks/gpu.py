@@ -16,8 +16,10 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,133 +27,67 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu_parts.report import lines  # noqa: E402
-from benchmarks.gpu_parts.runner import DEVICE_BROKEN, Part, Record, Runner, chosen  # noqa: E402
+from benchmarks.gpu_parts.runner import DEVICE_BROKEN, Part, Record, Runner  # noqa: E402
 
 _GRACE = 15.0  # seconds that a part may run past the limit before its process is ended
 
 
-def device(runner: Runner) -> None:
-    """Copy bandwidth and matrix rate of this device."""
-    from benchmarks.gpu_parts.compare import machine
+def measuring(about: str, function: str, *arguments: Any) -> Callable[[Runner], None]:
+    """Runs a function of ``gpu_parts``, imported only then: the extension may yet have to be built."""
+    module, name = function.split(".")
 
-    machine(runner)
+    def run(runner: Runner) -> None:
+        getattr(import_module(f"benchmarks.gpu_parts.{module}"), name)(runner, *arguments)
 
-
-def compare(runner: Runner, name: str, batches: tuple[int, ...], acceptances: tuple[float, ...]) -> None:
-    """Heartbeats against one candidate, plain, strong and generate."""
-    from benchmarks.gpu_parts.compare import compare_pair
-
-    if runner.tiny:
-        compare_pair(runner, name, 4, (4, 1), (0.3,))
-    else:
-        compare_pair(runner, name, 16, batches, acceptances)
+    run.__doc__ = about
+    return run
 
 
-def segments(runner: Runner) -> None:
-    """Segments of 32, 15 and 30 tokens."""
-    from benchmarks.gpu_parts.compare import compare_segments
-
-    compare_segments(runner, "llama-2-7b", (3,) if runner.tiny else (32, 15, 30), 4 if runner.tiny else 64, 0.3)
-
-
-def tests(runner: Runner) -> None:
-    """pytest -m gpu: what only a GPU can show."""
-    from benchmarks.gpu_parts.operators import run_tests
-
-    run_tests(runner, "tests", "-m", "gpu")
-
-
-def kernel_tests(runner: Runner) -> None:
-    """The tests of the Triton kernels, which run compiled where there is a GPU."""
-    from benchmarks.gpu_parts.operators import run_tests
-
-    files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_triton_*.py"))
-    run_tests(runner, "-m", "not gpu", *files)
-
-
-def split(runner: Runner) -> None:
-    """Where the time of a heartbeat goes (a profiling pass)."""
-    from benchmarks.gpu_parts.steps import split as split_heartbeat
-
-    for batch in (4, 1) if runner.tiny else (64, 1):
-        with runner.guarded(f"split, batch {batch}"):
-            split_heartbeat(runner, "llama-2-7b", batch, 4 if runner.tiny else 16, 0.3)
-
-
-def steps(runner: Runner, names: tuple[str, ...]) -> None:
-    """Decode steps against their floor: compiled and captured, captured, launched."""
-    from benchmarks.gpu_parts.models import pair
-    from benchmarks.gpu_parts.steps import MODES, ROWS, time_steps
-
-    for name in names[: 1 if runner.tiny else None]:
-        models = pair(runner, name)
-        for mode in MODES if runner.on_gpu else ("launched",):
-            shapes = ROWS if mode == "compiled" else ROWS[::2]
-            with runner.guarded(f"{name}, {mode}"):
-                time_steps(runner, models, ((1, 1), (2, 2)) if runner.tiny else shapes, mode)
-
-
-def uncompiled(runner: Runner) -> None:
-    """Heartbeats without compiled layers."""
-    from benchmarks.gpu_parts.steps import time_uncompiled
-
-    time_uncompiled(runner, "llama-2-7b", 4 if runner.tiny else 64, 4 if runner.tiny else 16, 0.3)
-
-
-def overlap(runner: Runner) -> None:
-    """What scoring on a second stream would gain."""
-    from benchmarks.gpu_parts.overlap import overlapped_scoring
-
-    overlapped_scoring(runner, "llama-2-7b", *((4, 2, 4) if runner.tiny else (64, 3, 16)))
-
-
-def operators(runner: Runner) -> None:
-    """Each operator against its floor."""
-    from benchmarks.gpu_parts.operators import measure_operators
-
-    measure_operators(runner)
-
-
-def tiles(runner: Runner) -> None:
-    """Attention with other tiles than the ones it chooses."""
-    from benchmarks.gpu_parts.operators import measure_tiles
-
-    measure_tiles(runner)
-
+COMPARE = partial(measuring, "Heartbeats against one candidate, plain, strong and generate.", "compare.compare_pair")
+STEPS = partial(
+    measuring, "Decode steps against their floor: compiled and captured, captured, launched.", "steps.time_modes"
+)
+DEVICE = measuring("Copy bandwidth and matrix rate of this device.", "compare.machine")
+SPLIT = measuring("Where the time of a heartbeat goes (a profiling pass).", "steps.split_batches")
+TESTS = measuring("pytest -m gpu: what only a GPU can show.", "operators.run_tests", "tests", "-m", "gpu")
+OPERATORS = measuring("Each operator against its floor.", "operators.measure_operators")
+UNCOMPILED = measuring("Heartbeats without compiled layers.", "steps.time_uncompiled")
+OVERLAP = measuring("What scoring on a second stream would gain.", "overlap.overlapped_scoring")
+SEGMENTS = measuring("Segments of 32, 15 and 30 tokens.", "compare.compare_segments")
+KERNEL_TESTS = measuring("The tests of the Triton kernels, compiled where there is a GPU.", "operators.kernel_tests")
+TILES = measuring("Attention with other tiles than the ones it chooses.", "operators.measure_tiles")
 
 # The most valuable first. Seconds are estimates for an H100 or H200.
 PARTS = [
-    Part("device", 5, device),
-    Part("llama-2-7b", 85, partial(compare, name="llama-2-7b", batches=(64, 1), acceptances=(0.3, 0.15, 0.5))),
-    Part("split", 30, split),
-    Part("tests", 60, tests, needs_gpu=True),
-    Part("steps", 35, partial(steps, names=("llama-2-7b",))),
-    Part("operators", 35, operators),
-    Part("uncompiled", 25, uncompiled),
-    Part("overlap", 10, overlap),
-    Part("qwen2.5-7b", 70, partial(compare, name="qwen2.5-7b", batches=(64, 1), acceptances=(0.3, 0.15, 0.5))),
-    Part("steps-qwen", 20, partial(steps, names=("qwen2.5-7b",)), needs_gpu=True),
-    Part("batch-16", 25, partial(compare, name="llama-2-7b", batches=(16,), acceptances=(0.3,))),
-    Part("segments", 25, segments),
-    Part("llama-3.2-1b", 35, partial(compare, name="llama-3.2-1b", batches=(64, 1, 16), acceptances=(0.3,))),
-    Part("kernel-tests", 30, kernel_tests, needs_gpu=True),
-    Part("tiles", 20, tiles, needs_gpu=True),
+    Part("device", 5, DEVICE),
+    Part("llama-2-7b", 85, COMPARE("llama-2-7b", (64, 1), (0.3, 0.15, 0.5))),
+    Part("split", 30, SPLIT),
+    Part("tests", 60, TESTS, needs_gpu=True),
+    Part("steps", 35, STEPS("llama-2-7b")),
+    Part("operators", 35, OPERATORS),
+    Part("uncompiled", 25, UNCOMPILED),
+    Part("overlap", 10, OVERLAP),
+    Part("qwen2.5-7b", 70, COMPARE("qwen2.5-7b", (64, 1), (0.3, 0.15, 0.5))),
+    Part("steps-qwen", 20, STEPS("qwen2.5-7b"), needs_gpu=True),
+    Part("batch-16", 25, COMPARE("llama-2-7b", (16,), (0.3,))),
+    Part("segments", 25, SEGMENTS),
+    Part("llama-3.2-1b", 35, COMPARE("llama-3.2-1b", (64, 1, 16), (0.3,))),
+    Part("kernel-tests", 30, KERNEL_TESTS, needs_gpu=True),
+    Part("tiles", 20, TILES, needs_gpu=True),
 ]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the record (default: %(default)s)")
-    parser.add_argument("--only", action="append", metavar="NAME", help="run this part; may be repeated")
+    names = [part.name for part in PARTS]
+    parser.add_argument("--only", action="append", choices=names, metavar="NAME", help="run this part; may be repeated")
     parser.add_argument("--list", action="store_true", help="name the parts")
     parser.add_argument("--seconds", type=float, default=520, help="start nothing new after these (default: 520)")
     parser.add_argument("--tiny", action="store_true", help="toy models, few figures")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    try:
-        parts = chosen(PARTS, args.only)
-    except ValueError as error:
-        parser.error(str(error))
+    parts = [part for part in PARTS if not args.only or part.name in args.only]
     if args.list:
         print("\n".join(f"{part.name:14}{part.seconds:5.0f} s  {part.about}" for part in parts))
         return 0
@@ -173,7 +109,7 @@ def supervise(args: argparse.Namespace, parts: list[Part]) -> int:
     record = Record(args.out, {"started": started, "seconds": args.seconds, "tiny": args.tiny, "parts": {}})
     record.content["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     record.content["build"] = build()
-    record.content["commit"] = commit(ROOT)
+    record.content["commit"] = _told("git", "-c", f"safe.directory={ROOT}", "rev-parse", "HEAD")
     record.save()
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--out", str(args.out)]
     command += ["--tiny"] * args.tiny + [word for name in args.only or () for word in ("--only", name)]
@@ -256,29 +192,17 @@ def about(where: Any) -> dict[str, Any]:
     if where.type == "cuda":
         import triton
 
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         found |= {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__, "cuda": torch.version.cuda}
         found["memory"] = torch.cuda.get_device_properties(where).total_memory
-        try:
-            found["driver"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            found["driver"] = None
+        found["driver"] = _told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return found
 
 
-def commit(root: Path) -> str | None:
-    """The commit that is checked out, read from git's files."""
+def _told(*command: str) -> str | None:
+    """What a program prints in the checkout; None where it is missing or says nothing."""
     try:
-        head = (root / ".git" / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head
-        name = head.removeprefix("ref: ")
-        loose = root / ".git" / name
-        if loose.exists():
-            return loose.read_text().strip()
-        packed = (root / ".git" / "packed-refs").read_text().splitlines()
-        return next((line.split()[0] for line in packed if line.endswith(f" {name}")), None)
-    except OSError:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
         return None
 
 

@@ -11,12 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.roofline import GPUS, Gpu, ModelCost, Workload, best_candidates, config_named, gpu_called  # noqa: E402
+from benchmarks.roofline import GPUS, Gpu, ModelCost, Workload, best_candidates, gpu_called  # noqa: E402
 
 BEGIN, END = "<!-- benchmarks/readme_table.py -->", "<!-- end -->"
 _PAIRS = {"llama-2-7b": "Llama-2-7B", "qwen2.5-7b": "Qwen2.5-7B"}
@@ -39,10 +37,9 @@ def gpu_of(record: dict[str, Any] | None) -> Gpu:
 
 def expected(pair: str, acceptance: float, gpu: Gpu = GPUS["h200"]) -> float:
     """Accepted tokens/s of a good implementation, by the roofline."""
-    policy = ModelCost.from_config(config_named(pair), "policy", torch.bfloat16)
-    reward = ModelCost.from_config(config_named("llama-2-7b-reward"), "reward", torch.bfloat16)
+    costs = ModelCost.named(pair, "policy"), ModelCost.named("llama-2-7b-reward", "reward")
     workload = Workload(batch=_BATCH, segment=_SEGMENT, acceptance=acceptance)
-    return best_candidates(policy, reward, workload, gpu).tokens_per_second
+    return best_candidates(*costs, workload, gpu).tokens_per_second
 
 
 def measured(record: dict[str, Any] | None, pair: str, acceptance: float) -> list[str]:

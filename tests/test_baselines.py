@@ -76,7 +76,7 @@ def test_the_best_of_n_texts_has_its_enumerated_law(models):
     assert p(whole) > 1e-3
     assert p(replace(whole, max_attempts=n + 1)) < 1e-3  # one more is told apart
     for one, prompt in zip(texts[:5], repeated, strict=False):
-        assert one.reward == pytest.approx(baselines.score(models[1], prompt + one.tokens), abs=1e-5)
+        assert one.reward == pytest.approx(baselines.score_batch(models[1], [prompt + one.tokens])[0], abs=1e-5)
 
 
 def test_a_wrong_rule_is_found(models, monkeypatch):
@@ -95,7 +95,7 @@ def test_without_an_eos_texts_have_their_full_length(models):
 def test_padding_changes_no_reward(models):
     reward = models[1]
     together = baselines.score_batch(reward, PROMPTS)
-    assert together == pytest.approx([baselines.score(reward, prompt) for prompt in PROMPTS], abs=1e-5)
+    assert together == pytest.approx([baselines.score_batch(reward, [prompt])[0] for prompt in PROMPTS], abs=1e-5)
 
 
 def test_the_empty_answer_is_scored_only_where_the_rule_asks_for_it(models, monkeypatch):

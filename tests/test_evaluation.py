@@ -22,14 +22,13 @@ from stars_fast.evaluation.cells import cells
 from stars_fast.evaluation.judging import judged
 from stars_fast.evaluation.metrics import (
     bootstrap,
-    compute_per_token,
     distinct,
     outcomes,
     perplexity,
 )
 from stars_fast.evaluation.models import load_probe
-from stars_fast.evaluation.prompts import PromptSource
-from stars_fast.evaluation.recipe import read_recipe
+from stars_fast.evaluation.prompts import read_prompts
+from stars_fast.evaluation.recipe import Recipe, read_recipe
 from stars_fast.evaluation.records import Records
 from stars_fast.evaluation.runner import Evaluation, ended_by_eos, shared_target
 from stars_fast.evaluation.tables import at_compute, equal_compute, markdown, summarise, to_csv
@@ -75,11 +74,6 @@ def test_distinct_counts_ngrams_of_all_texts_together():
     assert math.isnan(distinct([[1], []], 2))
 
 
-def test_compute_is_all_passes_over_committed_tokens():
-    totals = {"policy_passes": 40, "reward_passes": 10, "draft_passes": 2.5, "committed_tokens": 10}
-    assert compute_per_token(totals) == 5.25
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_passes_are_about_the_tokens_that_the_models_read(name):
     policy, draft, tokenizer = tiny_policy(32), tiny_policy(32, seed=7), tiny_tokenizer(32)
@@ -119,14 +113,14 @@ def test_prompts_are_fields_cut_and_put_into_a_template(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"text": f"word{i} two  three", "kind": "ab"[i % 2]} for i in range(6)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = PromptSource(str(path), "text", words=2, template="Q: {}\n", where={"kind": "b"})
-    assert sorted(source.read(3, seed=0)) == [f"Q: word{i} two\n" for i in (1, 3, 5)]
+    recipe = Recipe(prompts=str(path), field="text", words=2, template="Q: {}\n", where={"kind": "b"}, count=3)
+    assert sorted(read_prompts(recipe)) == [f"Q: word{i} two\n" for i in (1, 3, 5)]
     with pytest.raises(ValueError, match=r"3 different prompts, fewer than 4 \(--count\)$"):
-        source.read(4, seed=0)
+        read_prompts(dataclasses.replace(recipe, count=4))
     with pytest.raises(ValueError, match=r"3 different prompts, fewer than 2 \(--count\) \+ 16 for the target"):
-        source.read(2, seed=0, calibration=16)
+        read_prompts(dataclasses.replace(recipe, count=2), calibration=16)
     with pytest.raises(ValueError, match="row 1: prompt=None"):
-        PromptSource(str(path)).read(1, seed=0)
+        read_prompts(Recipe(prompts=str(path)))
 
 
 def test_a_recipe_names_what_it_does_not_know(tmp_path):
@@ -224,6 +218,8 @@ def test_the_baseline_ties_with_itself_and_best_of_n_earns_more_for_its_tokens(e
     assert baseline.win == (0.5, 0.5, 0.5) and baseline.ties == 1.0
     assert other.guide.value > baseline.guide.value
     assert other.policy_tokens > 2 * baseline.policy_tokens == 2.0
+    spent = [sum(batch[name] for batch in records.batches[3:]) for name in ("policy_passes", "reward_passes")]
+    assert other.compute == sum(spent) / sum(batch["committed_tokens"] for batch in records.batches[3:])
     assert at_compute([baseline, other], other.compute) == [other]
     alone = equal_compute([baseline, other])
     assert alone.count("| best_of_n | 4 |") == 1 and "No other method is within a factor 1.5" in alone

@@ -39,9 +39,9 @@ def few_copies(monkeypatch):
 def test_all_contenders_compute_what_the_reference_does(operator, shape):
     case = OPERATORS[operator].build(shape, CPU)
     assert tuple(case.contenders) == contenders(operator, "cpu")
-    for name, prepare in case.contenders.items():
+    for name in case.contenders:
         try:
-            prepared = prepare()
+            prepared = case.prepared(name)
         except Absent as absent:
             assert "kernel" in str(absent)
             continue
@@ -53,7 +53,7 @@ def test_all_contenders_compute_what_the_reference_does(operator, shape):
 @pytest.mark.parametrize(("operator", "shape"), TINY, ids=lambda x: getattr(x, "name", x))
 def test_one_wrong_element_of_any_result_is_found(operator, shape):
     case = OPERATORS[operator].build(shape, CPU)
-    prepared = case.contenders["torch reference"]()
+    prepared = case.prepared("torch reference")
     for name in case.expected:
 
         def wrong(result, name=name):
@@ -78,7 +78,7 @@ def test_the_floor_is_the_slower_of_memory_and_products():
 
 def test_a_nan_does_not_pass():
     nan = Prepared(lambda _: torch.tensor([torch.nan]), lambda out: {"x": out})
-    case = Case("none", "nan", CPU, 1, 0, {}, {"x": torch.ones(1)}, {"x": 1.0})
+    case = Case("none", "nan", CPU, 1, {}, {"x": torch.ones(1)}, {"x": 1.0})
     with pytest.raises(AssertionError, match="deviates"):
         refcheck(case, "nan", nan)
 

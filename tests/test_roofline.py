@@ -346,9 +346,6 @@ def test_a_folder_and_a_file_name_a_config(tmp_path):
         (("--batch", 0), "batch=0"),
         (("--context", 50), "context=50.0"),
         (("--bandwidth", 0), "bandwidth=0.0"),
-        (("--matrix-fraction", 2), "fraction of matrix is 2.0"),
-        (("--dtype", "int3"), "dtype='int3'"),
-        (("--dtype", "fp32"), "--tflops"),
         (("--policy", "./nowhere"), "nowhere"),
         (("--policy", "nowhere.json"), "nowhere.json"),
     ],
@@ -380,5 +377,7 @@ def test_gpus_are_found_in_any_case_and_others_refused():
     assert gpu_named("H200") is H200
     with pytest.raises(ValueError, match="choose from a100-80gb"):
         gpu_named("h300")
+    with pytest.raises(ValueError, match="fraction of matrix is 2"):
+        Achievable(matrix=2)
     with pytest.raises(ValueError, match="candidates=21"):
         renewal(0.3, 21, 20)

@@ -9,20 +9,15 @@ from conftest import sum_reward, tiny_policy
 from typer.testing import CliRunner
 
 from benchmarks.roofline import GPUS, ModelCost, Workload, config_named, heartbeat, renewal
-from benchmarks.simulation import (
-    LinearMachine,
-    RooflineMachine,
-    Work,
-    rates,
-    recorded,
-    simulate,
-    synthetic,
-)
 from benchmarks.simulation.__main__ import app
+from benchmarks.simulation.acceptance import rates, recorded, synthetic
+from benchmarks.simulation.machine import LinearMachine, RooflineMachine
+from benchmarks.simulation.run import Work, simulate
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.cli.responses import finished_rows
-from stars_fast.cli.rows import read_rows, to_line
+from stars_fast.cli.rows import read_rows
 from stars_fast.loop.scheduler import Scheduler
+from stars_fast.report.files import to_line
 
 SMALL = LinearMachine(10e-3, 0.3e-3)  # a row costs 3 % of what is fixed
 

@@ -87,7 +87,7 @@ def compare_engine(
 
 def compare_strong(runner: Runner, models: Pair, load: Workload) -> None:
     """The batched baseline, for one segment of every prompt, at the engine's mean context."""
-    if not runner.time_for(0 if runner.tiny else 12 if load.batch > 1 else 4):
+    if not runner.time_for(12 if load.batch > 1 else 4):
         return
     load = _one_segment(runner, load)
     prompts, config = models.prompts(load.batch, load.prompt_length), pilots(runner, models).config(load)
@@ -104,7 +104,7 @@ def compare_plain(runner: Runner, models: Pair, load: Workload, acceptances: tup
     What an attempt takes does not depend on how many are accepted, so that one measurement gives the rate at each
     acceptance; and the rate does not depend on the batch.
     """
-    if not runner.time_for(0 if runner.tiny else 6):
+    if not runner.time_for(6):
         return
     load = replace(_one_segment(runner, load), batch=1)
     (prompt,), config = models.prompts(1, load.prompt_length), pilots(runner, models).config(load)
@@ -133,7 +133,7 @@ def _one_segment(runner: Runner, load: Workload) -> Workload:
 
 def compare_generate(runner: Runner, models: Pair, batch: int) -> None:
     """transformers' ``generate``, unguided: every token is kept."""
-    if not runner.time_for(0 if runner.tiny else 4):
+    if not runner.time_for(4):
         return
     tokens = 4 if runner.tiny else 32
     prompts = models.prompts(batch, 8 if runner.tiny else PROMPT)
@@ -149,23 +149,19 @@ def compare_generate(runner: Runner, models: Pair, batch: int) -> None:
         runner.add("generate", pair=models.name, batch=batch, tokens_per_second=rate, milliseconds_per_step=step * 1e3)
 
 
-def compare_segments(runner: Runner, name: str, segments: tuple[int, ...], batch: int, acceptance: float) -> None:
+def compare_segments(runner: Runner) -> None:
     """Other segment lengths."""
-    models = pair(runner, name)
-    for segment in segments:
-        if runner.time_for(0 if runner.tiny else 6):
-            compare_engine(runner, models, workload(runner, batch, segment, acceptance), 5.0)
+    models = pair(runner, "llama-2-7b")
+    for segment in (3,) if runner.tiny else (32, 15, 30):
+        if runner.time_for(6):
+            compare_engine(runner, models, workload(runner, 4 if runner.tiny else 64, segment, 0.3), 5.0)
 
 
-def compare_pair(
-    runner: Runner,
-    name: str,
-    segment: int,
-    batches: tuple[int, ...],
-    acceptances: tuple[float, ...],
-) -> None:
+def compare_pair(runner: Runner, name: str, batches: tuple[int, ...], acceptances: tuple[float, ...]) -> None:
     """Everything about one pair of models; the first batch and acceptance with all contestants come first."""
-    started = time.time()
+    started, segment = time.time(), 16
+    if runner.tiny:
+        segment, batches, acceptances = 4, (4, 1), (0.3,)
     models = pair(runner, name)
     first = workload(runner, batches[0], segment, acceptances[0])
     beta = pilots(runner, models).config(first).beta
@@ -175,7 +171,7 @@ def compare_pair(
     compare_plain(runner, models, first, acceptances)
     compare_generate(runner, models, first.batch)
     for batch in batches:
-        if not runner.time_for(0 if runner.tiny else 4):
+        if not runner.time_for(4):
             return
         loads = [workload(runner, batch, segment, one) for one in acceptances]
         for load in loads:

@@ -86,6 +86,12 @@ def run_tests(runner: Runner, *selection: str) -> None:
     runner.say(output[-3000:])
 
 
+def kernel_tests(runner: Runner) -> None:
+    """pytest on the files about Triton kernels, but for what is marked for GPUs."""
+    files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_triton_*.py"))
+    run_tests(runner, "-m", "not gpu", *files)
+
+
 def _run(command: list[str], seconds: float) -> tuple[str, str]:
     """The program's status and what it printed, also where it is stopped because the time is up."""
     process = subprocess.Popen(
@@ -113,16 +119,16 @@ def measure_operators(runner: Runner) -> None:
     free(runner)
     ours = OURS[runner.device.type]
     for operator, shape in TINY if runner.tiny else CASES:
-        if not runner.time_for(0 if runner.tiny else 3):
+        if not runner.time_for(3):
             return
         case = OPERATORS[operator].build(shape, runner.device)
         floor = floor_seconds(case, reached)
         for contender in (ours, PER_ROW) if operator == "tree_attention" else (ours,):
-            if not runner.time_for(0 if runner.tiny else 1):
+            if not runner.time_for(1):
                 return
             fields = {"operator": operator, "case": case.name, "contender": contender}
             try:
-                prepared = case.contenders[contender]()
+                prepared = case.prepared(contender)
                 refcheck(case, contender, prepared)
                 seconds = median_seconds(case, prepared)
             except Exception as error:  # a kernel that does not compile, a result that is wrong: the others go on
@@ -153,7 +159,7 @@ def measure_tiles(runner: Runner) -> None:
                     return
                 kernels.choose_tile = lambda *_, tile=tile, **__: kernels.Tile(*tile)
                 with runner.guarded(f"{case.name}, {tile}"):
-                    prepared = case.contenders[OURS[runner.device.type]]()
+                    prepared = case.prepared(OURS[runner.device.type])
                     refcheck(case, "tile", prepared)
                     runner.add("tile", case=case.name, tile=tile, microseconds=median_seconds(case, prepared) * 1e6)
             del case

@@ -20,12 +20,13 @@ from stars_fast.tree.model import TreeModel
 _ROUNDS = 7
 
 
-def overlapped_scoring(runner: Runner, name: str, batch: int, candidates: int, segment: int) -> None:
+def overlapped_scoring(runner: Runner) -> None:
     """Score the first half of a segment on a second stream while the second half is drawn: on one stream, and on two.
 
     The saving is what a heartbeat could gain at most: the second half of the segment is scored afterwards either way.
     """
-    models = pair(runner, name)
+    models = pair(runner, "llama-2-7b")
+    batch, candidates, segment = (4, 2, 4) if runner.tiny else (64, 3, 16)
     runner.shared.pop("pilots", None)
     length, half = 8 if runner.tiny else PROMPT, segment // 2
     prompts, rows = models.prompts(batch, length), batch * candidates
@@ -54,7 +55,7 @@ def overlapped_scoring(runner: Runner, name: str, batch: int, candidates: int, s
         taken = {what: seconds(call, runner.device, _ROUNDS) * 1e3 for what, call in calls.items()}
     runner.add(
         "overlap",
-        pair=name,
+        pair=models.name,
         rows=rows,
         tokens=half,
         **{f"{what}_milliseconds": value for what, value in taken.items()},

@@ -12,10 +12,9 @@ import os
 import sysconfig
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +33,7 @@ class Part(NamedTuple):
     @property
     def about(self) -> str:
         """First line of the docstring."""
-        function = self.run.func if isinstance(self.run, partial) else self.run
-        return (function.__doc__ or self.name).strip().splitlines()[0]
+        return (self.run.__doc__ or self.name).strip().splitlines()[0]
 
 
 @dataclass
@@ -73,27 +71,13 @@ class Record:
 
 
 class Runner:
-    """Runs parts until the time is up.
-
-    Parameters
-    ----------
-    record : Record
-        Parts it already holds are not run again.
-    ends : float
-        When to stop starting measurements, as ``time.time()`` counts.
-    device : torch.device
-    tiny : bool
-        Toy models, few figures.
-
-    Attributes
-    ----------
-    shared : dict
-        For what one part makes and others use.
+    """Runs parts that the record does not hold until the time is up: nothing is started after ``ends``, of
+    ``time.time()``. With ``tiny``, toy models and few figures.
     """
 
-    def __init__(self, record: Record, ends: float, device: Any, tiny: bool = False) -> None:
+    def __init__(self, record: Record, ends: float, device: Any, tiny: bool) -> None:
         self.record, self.ends, self.device, self.tiny = record, ends, device, tiny
-        self.shared: dict[str, Any] = {}
+        self.shared: dict[str, Any] = {}  # what one part makes and others use
         self._part_ends = ends
         self._rows: list[dict[str, Any]] = []
 
@@ -106,8 +90,8 @@ class Runner:
         return min(self.ends, self._part_ends) - time.time()
 
     def time_for(self, seconds: float) -> bool:
-        """Whether a measurement of about so many seconds should be started."""
-        if self.left() >= seconds:
+        """Whether a measurement of about so many seconds should be started; of a toy model it takes hardly any."""
+        if self.left() >= (0 if self.tiny else seconds):
             return True
         self.say(f"    no time left for a measurement of {seconds:.0f} s")
         self._rows.append({"kind": "left_out", "seconds": seconds})
@@ -195,21 +179,6 @@ class Runner:
         except RuntimeError:
             return False
         return True
-
-
-def chosen(parts: Sequence[Part], only: Sequence[str] | None) -> list[Part]:
-    """Parts of these names, in the order of ``parts``; all where none is named.
-
-    Raises
-    ------
-    ValueError
-        For a name that no part has.
-    """
-    unknown = set(only or ()) - {part.name for part in parts}
-    if unknown:
-        names = ", ".join(part.name for part in parts)
-        raise ValueError(f"no part is called {', '.join(sorted(unknown))}: choose from {names}")
-    return [part for part in parts if not only or part.name in only]
 
 
 def _without_folders() -> str:

@@ -26,6 +26,15 @@ MODES = ("compiled", "captured", "launched")  # compiled layers in graphs; graph
 _CONTEXT, _LONGEST = 256, 33  # tokens of a trunk; of a segment
 
 
+def time_modes(runner: Runner, name: str) -> None:
+    """The decode steps of a policy in each mode that this device has."""
+    models = pair(runner, name)
+    for mode in MODES if runner.on_gpu else ("launched",):
+        shapes = ROWS if mode == "compiled" else ROWS[::2]
+        with runner.guarded(f"{name}, {mode}"):
+            time_steps(runner, models, ((1, 1), (2, 2)) if runner.tiny else shapes, mode)
+
+
 def time_steps(runner: Runner, models: Pair, shapes: tuple[tuple[int, int], ...], mode: str) -> None:
     """One decode step in each shape: what a long proposal takes longer than a short one, per step."""
     context, longest = (8, 5) if runner.tiny else (_CONTEXT, _LONGEST)
@@ -37,7 +46,7 @@ def time_steps(runner: Runner, models: Pair, shapes: tuple[tuple[int, int], ...]
         policy.begin(groups * context + rows * longest + 256, context, longest)
         nodes, logits = policy.prefill([-1] * groups, models.prompts(groups, context))
         for groups, candidates in shapes:
-            if not runner.time_for(0 if runner.tiny else 2):
+            if not runner.time_for(2):
                 return
             chosen = list(zip(nodes, logits, strict=True))[:groups]
 
@@ -79,15 +88,23 @@ def _against_floor(
     }
 
 
-def time_uncompiled(runner: Runner, name: str, batch: int, segment: int, acceptance: float) -> None:
+def time_uncompiled(runner: Runner) -> None:
     """Heartbeats in which no layer is compiled, against those of the other parts."""
-    models = pair(runner, name)
+    models = pair(runner, "llama-2-7b")
+    batch, segment = (4, 4) if runner.tiny else (64, 16)
     runner.shared.pop("pilots", None)
     try:
         pilots(runner, models, torch_compile=False)
-        compare_engine(runner, models, workload(runner, batch, segment, acceptance), 8.0, remark=", unc.")
+        compare_engine(runner, models, workload(runner, batch, segment, 0.3), 8.0, remark=", unc.")
     finally:
         runner.shared.pop("pilots", None)
+
+
+def split_batches(runner: Runner) -> None:
+    """:func:`split` of large and small batches."""
+    for batch in (4, 1) if runner.tiny else (64, 1):
+        with runner.guarded(f"split, batch {batch}"):
+            split(runner, "llama-2-7b", batch, 4 if runner.tiny else 16, 0.3)
 
 
 def split(runner: Runner, name: str, batch: int, segment: int, acceptance: float) -> None:
@@ -113,7 +130,7 @@ def split(runner: Runner, name: str, batch: int, segment: int, acceptance: float
             stages_milliseconds={"propose": propose, "score": score},
             expected=best,
         )
-    if runner.time_for(0 if runner.tiny else 8):
+    if runner.time_for(8):
         profile(runner, models, prompts, config, best["candidates"])
 
 

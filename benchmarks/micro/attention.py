@@ -13,7 +13,7 @@ from torch.nn.attention.bias import causal_lower_right
 from stars_fast.ops import tree_attention
 from stars_fast.ops.tree_attention import tree_attention_reference
 
-from .refcheck import OURS, REFERENCE, Absent, Case, Prepared, copies, require_kernel, short
+from .refcheck import OURS, REFERENCE, Absent, Case, Prepared, copies, short
 
 PER_ROW, FLASH, CASCADE = "SDPA per row", "flash-attn per row", "FlashInfer cascade"
 _MOST_EXPANDED = 24 * 2**30  # bytes of caches per row
@@ -128,8 +128,6 @@ def build(tree: Tree, device: torch.device) -> Case:
 
 
 def _on_tree(attention: Callable[..., None], inputs: Inputs) -> Prepared:
-    if attention is tree_attention:
-        require_kernel("tree_attention", inputs.q.device)
     q, out, layers, tables, rest = inputs
 
     def call(i: int) -> None:

@@ -30,35 +30,23 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One operator on inputs of one shape.
-
-    Parameters
-    ----------
-    operator, name : str
-    device : torch.device
-    bytes : int
-        That must cross the memory bus at least: each input read once, each output written once.
-    operations : int
-        Of matrix products, a multiplication and an addition being two.
-    contenders : dict
-        By name, what prepares them; raises :class:`Absent`.
-    expected : dict of torch.Tensor
-        What the operator's reference makes of the first set of inputs.
-    tolerance : dict of float
-        For each of ``expected``, the largest :func:`deviation`.
-    restore : callable
-        Puts back what calls have written to.
-    """
+    """One operator on inputs of one shape."""
 
     operator: str
     name: str
     device: torch.device
-    bytes: int
-    operations: int
-    contenders: dict[str, Callable[[], Prepared]]
-    expected: dict[str, torch.Tensor]
-    tolerance: dict[str, float]
-    restore: Callable[[], None] = lambda: None
+    bytes: int  # that must cross the memory bus at least: each input read once, each output written once
+    contenders: dict[str, Callable[[], Prepared]]  # by name, what prepares them; raises Absent
+    expected: dict[str, torch.Tensor]  # what the operator's reference makes of the first set of inputs
+    tolerance: dict[str, float]  # of each of these, the largest deviation
+    restore: Callable[[], None] = lambda: None  # puts back what calls have written to
+    operations: int = 0  # of matrix products, a multiplication and an addition being two
+
+    def prepared(self, contender: str) -> Prepared:
+        """One that competes, its inputs laid out. Raises :class:`Absent`, also where ours is not its own kernel."""
+        if contender == OURS[self.device.type]:
+            _require_kernel(self.operator, self.device)
+        return self.contenders[contender]()
 
 
 def refcheck(case: Case, contender: str, prepared: Prepared) -> None:
@@ -108,7 +96,7 @@ def copies(size: int, device: torch.device) -> int:
     return min(_MOST_SETS, 1 + 2 * cache // max(size, 1))
 
 
-def require_kernel(operator: str, device: torch.device) -> None:
+def _require_kernel(operator: str, device: torch.device) -> None:
     """Raise :class:`Absent` unless the operator runs its own kernel on this device."""
     wanted, found = OURS[device.type], operators[operator].kernel(device.type)
     if found != wanted:

@@ -12,7 +12,7 @@ from stars_fast.ops import gather_logprobs, philox_key, sample_step
 from stars_fast.ops.gather_logprobs import gather_logprobs_reference
 from stars_fast.ops.sample_step import sample_step_reference
 
-from .refcheck import OURS, REFERENCE, Case, Prepared, copies, require_kernel, short
+from .refcheck import OURS, REFERENCE, Case, Prepared, copies, short
 
 MULTINOMIAL, CROSS_ENTROPY = "torch multinomial", "torch cross_entropy"
 VOCABULARIES = (32_000, 128_256, 152_064)  # Llama 2, Llama 3, Qwen 2.5
@@ -118,7 +118,6 @@ def build_draw(shape: Draw, device: torch.device) -> Case:
         shape.name,
         device,
         bytes=logits[0].nbytes + (0 if seen is None else seen.nbytes),
-        operations=0,
         contenders={
             OURS[device.type]: lambda: _step(sample_step, logits, state),
             REFERENCE: lambda: _step(sample_step_reference, logits, state),
@@ -136,8 +135,6 @@ def _drawn(result: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
 
 
 def _step(step: Callable[..., Any], logits: list[torch.Tensor], state: dict[str, torch.Tensor | None]) -> Prepared:
-    if step is sample_step:
-        require_kernel("sample_step", logits[0].device)
     rest = tuple(state.values())
     return Prepared(lambda i: step(logits[i % len(logits)], *rest), _drawn, len(logits))
 
@@ -194,10 +191,6 @@ def build_gather(shape: Gather, device: torch.device) -> Case:
     generator = torch.Generator(device).manual_seed(1)
     tokens = torch.randint(shape.vocab, (shape.rows,), device=device, generator=generator)
 
-    def ours() -> Prepared:
-        require_kernel("gather_logprobs", device)
-        return prepared(gather_logprobs)
-
     def prepared(gather: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Prepared:
         return Prepared(lambda i: gather(logits[i % len(logits)], tokens), lambda out: {"logprob": out}, len(logits))
 
@@ -206,9 +199,8 @@ def build_gather(shape: Gather, device: torch.device) -> Case:
         shape.name,
         device,
         bytes=logits[0].nbytes + 12 * shape.rows,
-        operations=0,
         contenders={
-            OURS[device.type]: ours,
+            OURS[device.type]: lambda: prepared(gather_logprobs),
             REFERENCE: lambda: prepared(gather_logprobs_reference),
             CROSS_ENTROPY: lambda: prepared(lambda x, t: -F.cross_entropy(x.float(), t, reduction="none")),
         },

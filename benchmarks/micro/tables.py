@@ -11,7 +11,7 @@ from stars_fast.ops import kv_append, philox_key, select_and_commit
 from stars_fast.ops.kv_append import kv_append_reference
 from stars_fast.ops.select_and_commit import select_and_commit_reference
 
-from .refcheck import OURS, REFERENCE, Case, Prepared, copies, require_kernel, short
+from .refcheck import OURS, REFERENCE, Case, Prepared, copies, short
 
 COPY = "torch index_copy_"
 
@@ -69,9 +69,6 @@ def build_append(shape: Append, device: torch.device) -> Case:
     kv_append_reference(k, v, *expected, slots)
 
     def prepared(append: Callable[..., None]) -> Prepared:
-        if append is kv_append:
-            require_kernel("kv_append", device)
-
         def call(i: int) -> None:
             append(k, v, *pools[i % len(pools)], slots)
 
@@ -94,7 +91,6 @@ def build_append(shape: Append, device: torch.device) -> Case:
         shape.name,
         device,
         bytes=4 * k.nbytes + slots.nbytes,
-        operations=0,
         contenders={
             OURS[device.type]: lambda: prepared(kv_append),
             REFERENCE: lambda: prepared(kv_append_reference),
@@ -147,8 +143,6 @@ def build_select(shape: Select, device: torch.device) -> Case:
         return returned | {name: arguments[name].clone() for name in saved}
 
     def prepared(select: Callable[..., Any]) -> Prepared:
-        if select is select_and_commit:
-            require_kernel("select_and_commit", device)
         values = tuple(arguments.values())
         return Prepared(lambda _: select(*values), observe)
 
@@ -159,7 +153,6 @@ def build_select(shape: Select, device: torch.device) -> Case:
         shape.name,
         device,
         bytes=sum(x.nbytes for x in (*arguments.values(), *expected.values())),
-        operations=0,
         contenders={
             OURS[device.type]: lambda: prepared(select_and_commit),
             REFERENCE: lambda: prepared(select_and_commit_reference),

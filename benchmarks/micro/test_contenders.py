@@ -41,7 +41,7 @@ def test_agrees_with_the_reference_and_is_timed(
             raise Absent("no CUDA device")
         reached = report.rates_of(torch.device(device))
         case = _built(operator, shape, device)
-        prepared = case.contenders[contender]()
+        prepared = case.prepared(contender)
     except Absent as absent:
         report.absent[str(absent), operator].add(contender)
         pytest.skip(str(absent))

@@ -32,7 +32,7 @@ def test_kernels_beat_their_references(operator: str, shape: Any, at_least: floa
     case = OPERATORS[operator].build(shape, CPU)
 
     def one(contender: str) -> tuple[str, Callable[[], float]]:
-        prepared = case.contenders[contender]()
+        prepared = case.prepared(contender)
         prepared.call(0)
         found = round_of(case, prepared)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -66,37 +66,26 @@ def round_of(case: Case, prepared: Prepared) -> Round:
 
 def _run(case: Case, prepared: Prepared, calls: int) -> tuple[Callable[[], None], bool]:
     """What makes that many calls and waits for them, and whether a CUDA graph holds them."""
-    if case.device.type == "cuda":
-        try:
-            replay = captured(prepared.call, calls)
-        except RuntimeError:  # what waits for the device cannot be captured, and pays for its launches
-            synchronize(case.device)
-        else:
 
-            def replayed() -> None:
-                replay()
-                synchronize(case.device)
-
-            return replayed, True
-
-    def eager() -> None:
+    def work() -> None:
         for i in range(calls):
             prepared.call(i)
+
+    again, captured = work, False
+    if case.device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                work()
+            again, captured = graph.replay, True
+        except RuntimeError:  # what waits for the device cannot be captured, and pays for its launches
+            synchronize(case.device)
+
+    def run() -> None:
+        again()
         synchronize(case.device)
 
-    return eager, False
-
-
-def captured(call: Callable[[int], Any], calls: int = 1) -> Callable[[], None]:
-    """A function that replays ``call(0)`` to ``call(calls - 1)`` from a CUDA graph, and does not wait.
-
-    They must have run once before, outside: kernels are compiled then.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(i)
-    return graph.replay
+    return run, captured
 
 
 def median_seconds(case: Case, prepared: Prepared) -> float:

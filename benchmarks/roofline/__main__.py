@@ -6,28 +6,24 @@ import json
 from dataclasses import asdict, replace
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from benchmarks.roofline import (
-    Achievable,
     Gpu,
     Heartbeat,
     ModelCost,
     Stage,
     Workload,
     best_candidates,
-    config_named,
     gpu_named,
     heartbeat,
 )
-from stars_fast.cli.console import LOADING_ERRORS, refusing, stdout
+from stars_fast.cli.console import LOADING_ERRORS, plain_table, refusing, stdout
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Numbers of candidates in the table, beside the best.
 _SHOWN = (1, 2, 3, 4, 6, 8, 12, 16, 20)
 
@@ -46,26 +42,17 @@ def run(
     response: Annotated[int, typer.Option(help="Tokens of a whole response; each costs a prefill.")] = 128,
     max_attempts: Annotated[int, typer.Option(help="Candidates per segment before the best is kept.")] = 20,
     tail: Annotated[int, typer.Option(help="Template tokens the reward model reads behind each candidate.")] = 0,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     bandwidth: Annotated[float | None, typer.Option(help="TB/s, instead of the GPU's.")] = None,
     tflops: Annotated[
         float | None, typer.Option(help="Dense TFLOP/s of matrix products, instead of the GPU's 16-bit rate.")
     ] = None,
-    bandwidth_fraction: Annotated[float, typer.Option(help="Achievable share of the bandwidth.")] = 0.85,
-    matrix_fraction: Annotated[float, typer.Option(help="Achievable share of the matrix rate.")] = 0.6067,
-    kernels_per_layer: Annotated[int, typer.Option(help="Launches a layer.")] = 9,
-    launch_us: Annotated[float, typer.Option(help="Microseconds a launch, in a CUDA graph.")] = 1.3,
-    host_us: Annotated[float, typer.Option(help="Microseconds of the host per heartbeat.")] = 100.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what a heartbeat must move and compute, how long that takes, and the best number of candidates."""
     with refusing(*LOADING_ERRORS):
-        achievable = Achievable(
-            bandwidth_fraction, matrix_fraction, launch_us * 1e-6, kernels_per_layer, host_us * 1e-6
-        )
-        device = replace(_overridden(gpu_named(gpu), bandwidth, tflops), achievable=achievable)
+        device = _overridden(gpu_named(gpu), bandwidth, tflops)
         workload = Workload(batch, segment, acceptance, context, response, max_attempts, tail)
-        costs = _cost(policy, "policy", dtype, tflops), _cost(reward, "reward", dtype, tflops)
+        costs = ModelCost.named(policy, "policy"), ModelCost.named(reward, "reward")
     best = best_candidates(*costs, workload, device)
     shown = sorted({m for m in _SHOWN if m <= max_attempts} | {best.candidates})
     rows = [heartbeat(*costs, workload, m, device) for m in shown]
@@ -95,14 +82,6 @@ def _overridden(gpu: Gpu, bandwidth: float | None, tflops: float | None) -> Gpu:
     return replace(gpu, **changes, source=f"{gpu.source}; as overridden") if changes else gpu
 
 
-def _cost(name: str, role: str, dtype: str, tflops: float | None) -> ModelCost:
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype={dtype!r}: choose from {', '.join(_DTYPES)}")
-    if dtype == "fp32" and tflops is None:
-        raise ValueError("dtype='fp32': the table holds 16-bit matrix rates, so say --tflops")
-    return ModelCost.from_config(config_named(name, role), role, getattr(torch, _DTYPES[dtype]))
-
-
 def _model_record(name: str, cost: ModelCost) -> dict[str, Any]:
     counts = {field: getattr(cost, field) for field in ("parameters", "body", "active", "head")}
     return {
@@ -118,7 +97,6 @@ def _model_record(name: str, cost: ModelCost) -> dict[str, Any]:
 def _record(row: Heartbeat) -> dict[str, Any]:
     return {
         **asdict(row),
-        "stages": [asdict(stage) for stage in row.stages],
         "total": asdict(row.total),
         "tokens_per_second": row.tokens_per_second,
         "floor_tokens_per_second": row.floor_tokens_per_second,
@@ -162,10 +140,8 @@ def _assumptions(report: dict[str, Any]) -> Table:
 
 
 def _stage_table(best: Heartbeat) -> Table:
-    table = Table(title=f"A heartbeat with the best M = {best.candidates}", title_justify="left", box=None)
-    table.add_column("stage")
-    for heading in ("GB", "attn GB", "per row", "TFLOP", "floor ms", "ms", "launches"):
-        table.add_column(heading, justify="right")
+    headings = ("GB", "attn GB", "per row", "TFLOP", "floor ms", "ms", "launches")
+    table = plain_table(f"A heartbeat with the best M = {best.candidates}", ["stage"], headings)
     for stage in best.stages:
         table.add_row(*_cells(stage))
     table.add_row(*_cells(best.total), style="bold")
@@ -179,9 +155,8 @@ def _cells(stage: Stage) -> list[str]:
 
 
 def _candidates_table(best: Heartbeat, rows: list[Heartbeat]) -> Table:
-    table = Table(title="Candidates per request", title_justify="left", box=None)
-    for heading in ("M", "rows", "commit", "tokens", "floor ms", "ms", "floor tok/s", "tok/s", "x M=1", "GB"):
-        table.add_column(heading, justify="right")
+    headings = ("M", "rows", "commit", "tokens", "floor ms", "ms", "floor tok/s", "tok/s", "x M=1", "GB")
+    table = plain_table("Candidates per request", [], headings)
     for row in rows:
         table.add_row(
             str(row.candidates),

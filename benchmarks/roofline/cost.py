@@ -49,24 +49,13 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class ModelCost(Weights):
-    """Weights of a model, and what else its forward passes read and compute. All counts are numbers, not bytes.
+    """Weights of a model, and what else its forward passes read and compute. All counts are numbers, not bytes."""
 
-    Parameters
-    ----------
-    name : str
-        Class of the model.
-    hidden, vocab : int
-        Numbers gathered per token from the embedding table, and numbers the head leaves per row.
-    layers : tuple of AttentionLayer
-    dtype : torch.dtype
-        Of weights, keys and values, and logits.
-    """
-
-    name: str
-    hidden: int
-    vocab: int
+    name: str  # class of the model
+    hidden: int  # numbers gathered per token from the embedding table
+    vocab: int  # numbers the head leaves per row
     layers: tuple[AttentionLayer, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype  # of weights, keys and values, and logits
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> ModelCost:
@@ -106,6 +95,11 @@ class ModelCost(Weights):
         _refuse_bidirectional(model, role)
         return cls.of(model, dtype)
 
+    @classmethod
+    def named(cls, name: str, role: str) -> ModelCost:
+        """In 16 bits, of the config that :func:`config_named` finds."""
+        return cls.from_config(config_named(name, role), role)
+
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes, all layers, whatever their windows."""
@@ -128,21 +122,17 @@ def config_named(name: str, role: str = "policy") -> PreTrainedConfig:
     Raises
     ------
     OSError, ValueError
-        As transformers says, or for a path that does not exist.
+        As transformers says.
     """
     if name in short_names():
         return AutoConfig.from_pretrained(_CONFIGS / f"{name}.json")
     if name == "demo":
         return AutoConfig.from_pretrained(Path(demo.__file__).parent / role)
-    if name.startswith((".", "/", "~")) or name.endswith(".json"):
-        path = Path(name).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(f"there is no {name}: give a folder, a config.json, a hub id or a short name")
-        return AutoConfig.from_pretrained(path)
+    path = Path(name).expanduser()
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(path if path.exists() else name)
     except OSError as error:
-        raise OSError(f"{error} (short names: {', '.join(short_names())})") from error
+        raise OSError(f"{name}: {error} (short names: {', '.join(short_names())})") from error
 
 
 def _text_config(config: PreTrainedConfig, role: str) -> PreTrainedConfig:

@@ -9,31 +9,16 @@ from dataclasses import dataclass
 class Achievable:
     """What good kernels reach of the peaks, and what surrounds them.
 
-    Parameters
-    ----------
-    bandwidth : float
-        Fraction of the peak bandwidth.
-    matrix : float
-        Fraction of the peak matrix rate; the default is 600 TFLOP/s on an H200.
-    launch_s : float
-        Seconds from the end of a kernel to the start of the next inside a CUDA graph (measured on an H100: 1.3 us).
-    kernels_per_layer : int
-        Nine: norm with the residual, QKV product, rotary with the append to the slots, attention, output product, norm
-        with the residual, gate and up product, activation, down product.
-    host_s : float
-        Seconds a heartbeat waits for the host: the plan, and one small read from the device.
-
-    Raises
-    ------
-    ValueError
-        For fractions outside (0, 1], or negative times.
+    ValueError for shares outside (0, 1], or negative times.
     """
 
-    bandwidth: float = 0.85
-    matrix: float = 0.6067
-    launch_s: float = 1.3e-6
+    bandwidth: float = 0.85  # share of the peak
+    matrix: float = 0.6067  # share of the peak; by default 600 TFLOP/s on an H200
+    launch_s: float = 1.3e-6  # from the end of a kernel to the start of the next inside a CUDA graph, as on an H100
+    # Norm with the residual, QKV product, rotary with the append to the slots, attention, output product, norm with the
+    # residual, gate and up product, activation, down product.
     kernels_per_layer: int = 9
-    host_s: float = 100e-6
+    host_s: float = 100e-6  # that a heartbeat waits for the host: the plan, and one small read from the device
 
     def __post_init__(self) -> None:
         for name in ("bandwidth", "matrix"):
@@ -46,29 +31,14 @@ class Achievable:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates of one device.
-
-    Parameters
-    ----------
-    name : str
-    bandwidth : float
-        Device memory, bytes/s, peak.
-    matrix_rate : float
-        Dense products of bfloat16 or float16, operations/s, peak (a multiplication and an addition are two).
-    memory : float
-        Bytes of device memory.
-    source : str
-        Where the figures stand.
-    achievable : Achievable
-        How much of this good kernels reach.
-    """
+    """Peak rates of one device."""
 
     name: str
-    bandwidth: float
-    matrix_rate: float
-    memory: float
-    source: str
-    achievable: Achievable = Achievable()
+    bandwidth: float  # of device memory, bytes/s
+    matrix_rate: float  # dense products of bfloat16 or float16, operations/s: a multiplication and an addition are two
+    memory: float  # bytes
+    source: str  # where the figures stand
+    achievable: Achievable = Achievable()  # how much of this good kernels reach
 
 
 # Data sheets print 16-bit rates "with sparsity": 2:4 pruned weights at twice the dense rate. Dense ones stand here.

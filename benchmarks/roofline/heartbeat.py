@@ -17,36 +17,16 @@ _SELECT_KERNELS = 2
 class Workload:
     """What is asked of the engine, in a steady state: a request that ends is replaced at once.
 
-    Parameters
-    ----------
-    batch : int
-        Running requests.
-    segment : int
-        Tokens of a segment; all are assumed to be this long.
-    acceptance : float
-        P(accept) of a candidate, independent of all others.
-    context : float
-        Mean tokens before the segment: the prompt and half of the response.
-    response : int
-        Tokens of a whole response. Each costs one prefill of its prompt, by both models.
-    max_attempts : int
-        Candidates per segment, after which the best rejected one is committed.
-    tail : int
-        Tokens of a chat template behind the segment that the reward model reads anew for each row.
-
-    Raises
-    ------
-    ValueError
-        For values out of range, by name.
+    ValueError for values out of range, by name.
     """
 
-    batch: int = 64
-    segment: int = 16
-    acceptance: float = 0.3
-    context: float = 256
-    response: int = 128
-    max_attempts: int = 20
-    tail: int = 0
+    batch: int = 64  # running requests
+    segment: int = 16  # tokens; all segments are assumed to be this long
+    acceptance: float = 0.3  # P(accept) of a candidate, independent of all others
+    context: float = 256  # mean tokens before the segment: the prompt and half of the response
+    response: int = 128  # tokens of a whole one; each costs one prefill of its prompt, by both models
+    max_attempts: int = 20  # candidates per segment, after which the best rejected one is committed
+    tail: int = 0  # tokens of a chat template behind the segment that the reward model reads anew for each row
 
     def __post_init__(self) -> None:
         if not 0 < self.acceptance <= 1:
@@ -107,36 +87,16 @@ def renewal(acceptance: float, candidates: int, max_attempts: int) -> Renewal:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The mean heartbeat with a number of candidates per request.
+    """The mean heartbeat with a number of candidates per request."""
 
-    Parameters
-    ----------
-    candidates : int
-        M; a request with fewer attempts left draws those.
-    rows : float
-        Mean candidates of all requests.
-    commit_probability : float
-        P(a request commits a segment), fallbacks included.
-    fallback_share : float
-        Share of committed segments that were not accepted.
-    committed_tokens : float
-        By all requests together.
-    memory : float
-        Bytes of both models' weights, and of the keys and values the scheduler reserves.
-    fits : bool
-        Whether that is less than the GPU has.
-    stages : tuple of Stage
-        propose, score, select, host, refill.
-    """
-
-    candidates: int
-    rows: float
-    commit_probability: float
-    fallback_share: float
-    committed_tokens: float
-    memory: float
-    fits: bool
-    stages: tuple[Stage, ...]
+    candidates: int  # M; a request with fewer attempts left draws those
+    rows: float  # mean candidates of all requests
+    commit_probability: float  # P(a request commits a segment), fallbacks included
+    fallback_share: float  # of committed segments that were not accepted
+    committed_tokens: float  # by all requests together
+    memory: float  # bytes of both models' weights, and of the keys and values the scheduler reserves
+    fits: bool  # whether that is less than the GPU has
+    stages: tuple[Stage, ...]  # propose, score, select, host, refill
 
     @property
     def total(self) -> Stage:

@@ -29,33 +29,16 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """A piece of a heartbeat.
-
-    Parameters
-    ----------
-    name : str
-    bytes, operations : float
-        What must be moved from and to device memory, and computed.
-    attention_bytes : float
-        Keys and values in ``bytes``, a trunk counted once per request.
-    per_row_attention_bytes : float
-        What attention would move if every row read its trunk for itself.
-    floor_s : float
-        Seconds at the peaks, perfectly overlapped.
-    achievable_s : float
-        Seconds with the fractions of :class:`Achievable`, launches included.
-    launch_s : float
-        Seconds of launches in ``achievable_s``.
-    """
+    """A piece of a heartbeat."""
 
     name: str
-    bytes: float = 0.0
+    bytes: float = 0.0  # that must be moved from and to device memory
     operations: float = 0.0
-    attention_bytes: float = 0.0
-    per_row_attention_bytes: float = 0.0
-    floor_s: float = 0.0
-    achievable_s: float = 0.0
-    launch_s: float = 0.0
+    attention_bytes: float = 0.0  # keys and values in ``bytes``, a trunk counted once per request
+    per_row_attention_bytes: float = 0.0  # that attention would move if every row read its trunk for itself
+    floor_s: float = 0.0  # seconds at the peaks, perfectly overlapped
+    achievable_s: float = 0.0  # seconds with the shares of :class:`Achievable`, launches included
+    launch_s: float = 0.0  # seconds of launches in ``achievable_s``
 
     @classmethod
     def of(

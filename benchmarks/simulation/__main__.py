@@ -8,23 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
-from benchmarks.roofline import ModelCost, Workload, config_named, gpu_named
-from benchmarks.simulation import (
-    Course,
-    LinearMachine,
-    Machine,
-    Outcome,
-    RooflineMachine,
-    Work,
-    rates,
-    recorded,
-    simulate,
-    synthetic,
-)
-from stars_fast.cli.console import LOADING_ERRORS, refusing, stdout
+from benchmarks.roofline import ModelCost, Workload, gpu_named
+from benchmarks.simulation.acceptance import Course, rates, recorded, synthetic
+from benchmarks.simulation.machine import LinearMachine, Machine, RooflineMachine
+from benchmarks.simulation.run import Outcome, Work, simulate
+from stars_fast.cli.console import LOADING_ERRORS, plain_table, refusing, stdout
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -34,10 +24,10 @@ def run(
     acceptance: Annotated[
         str, typer.Option(help="P(accept): a number, beta(a,b) drawn per request, or rows that generate wrote.")
     ] = "0.3",
-    requests: Annotated[int, typer.Option(help="Responses, all waiting from the start.")] = 10_000,
+    requests: Annotated[int, typer.Option(min=1, help="Responses, all waiting from the start.")] = 10_000,
     batch: Annotated[int, typer.Option(help="Running requests.")] = 64,
-    segment: Annotated[int, typer.Option(help="Tokens of a segment.")] = 16,
-    response: Annotated[int, typer.Option(help="Tokens of a response.")] = 128,
+    segment: Annotated[int, typer.Option(min=1, help="Tokens of a segment.")] = 16,
+    response: Annotated[int, typer.Option(min=1, help="Tokens of a response.")] = 128,
     context: Annotated[float, typer.Option(help="Mean tokens of prompt and accepted text.")] = 256,
     max_attempts: Annotated[int, typer.Option(help="Candidates per segment before the best is kept.")] = 20,
     max_rows: Annotated[int, typer.Option(help="Most candidates side by side.")] = 256,
@@ -54,9 +44,6 @@ def run(
 ) -> None:
     """Compare adaptive candidates with fixed ones, with waiting for the slowest, and with knowing everything."""
     with refusing(*LOADING_ERRORS):
-        for name, value in (("requests", requests), ("segment", segment), ("response", response)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: at least 1")
         courses = _courses(acceptance, requests, response, segment, max_attempts, seed)
         paper = Workload(batch, segment, context=context, response=response, max_attempts=max_attempts)
         machine = _machine(policy, reward, gpu, paper, fixed_cost, row_cost)
@@ -95,9 +82,8 @@ def _machine(
         raise ValueError(f"fixed_cost={fixed_cost}, row_cost={row_cost}: give both or neither")
     if fixed_cost is not None and row_cost is not None:
         return LinearMachine(fixed_cost / 1e3, row_cost / 1e3)
-    names = {"policy": policy, "reward": reward}
-    costs = [ModelCost.from_config(config_named(name, role), role) for role, name in names.items()]
-    return RooflineMachine(costs[0], costs[1], paper, gpu_named(gpu))
+    costs = ModelCost.named(policy, "policy"), ModelCost.named(reward, "reward")
+    return RooflineMachine(*costs, paper, gpu_named(gpu))
 
 
 def _numbers(fixed: str, most: int) -> list[int]:
@@ -117,11 +103,9 @@ def _record(outcome: Outcome) -> dict[str, Any]:
 def _print(outcomes: list[Outcome], requests: int, batch: int, acceptance: str) -> None:
     fixed = [outcome for outcome in outcomes if outcome.name.isdigit()]
     best = max(fixed or outcomes, key=lambda outcome: outcome.tokens_per_second)
-    table = Table(title=f"{requests:,} requests, {batch} at a time, acceptance {acceptance}", title_justify="left")
-    table.box = None
-    table.add_column("candidates")
-    for heading in ("heartbeats", "rows", "waste", "accepted tok/s", "x best fixed", "host us"):
-        table.add_column(heading, justify="right")
+    title = f"{requests:,} requests, {batch} at a time, acceptance {acceptance}"
+    headings = ("heartbeats", "rows", "waste", "accepted tok/s", "x best fixed", "host us")
+    table = plain_table(title, ["candidates"], headings)
     for outcome in outcomes:
         table.add_row(
             outcome.name,

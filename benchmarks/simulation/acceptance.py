@@ -13,21 +13,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Course:
-    """What the candidates of one request will be, whoever schedules them.
+    """What the candidates of one request will be, whoever schedules them."""
 
-    Parameters
-    ----------
-    acceptance : float
-        P(accept) of a candidate.
-    winners : list of int
-        Per segment the first attempt that is accepted, from 1 on; more than the attempts allowed for a fallback.
-    tokens : list of int
-        Per segment.
-    """
-
-    acceptance: float
-    winners: list[int]
-    tokens: list[int]
+    acceptance: float  # P(accept) of a candidate
+    winners: list[
+        int
+    ]  # per segment the first attempt that is accepted, from 1 on; more than are allowed for a fallback
+    tokens: list[int]  # per segment
 
 
 def rates(acceptance: str, requests: int, seed: int) -> np.ndarray:

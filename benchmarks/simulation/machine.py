@@ -52,12 +52,7 @@ class LinearMachine:
 class RooflineMachine:
     """What :mod:`benchmarks.roofline` says is achievable. Decode steps run in buckets, as captured ones do.
 
-    Parameters
-    ----------
-    policy, reward : ModelCost
-    workload : Workload
-        Its context, response and tail are used.
-    gpu : Gpu
+    Of the workload, context, response and tail are used.
     """
 
     padded = True

@@ -29,27 +29,14 @@ _SCATTER, _STALLS = 0.03, 0.01
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked of the simulated engine.
+    """What is asked of the simulated engine. ValueError for a batch that ``max_rows`` does not hold."""
 
-    Parameters
-    ----------
-    courses : list of Course
-        One per request; all wait from the start.
-    batch : int
-        Most running requests.
-    segment, max_attempts : int
-    prompt : int
-        Tokens of a prompt.
-    max_rows : int
-        Most candidates in one heartbeat.
-    """
-
-    courses: list[Course]
-    batch: int = 64
+    courses: list[Course]  # one per request; all wait from the start
+    batch: int = 64  # most running requests
     segment: int = 16
     max_attempts: int = 20
-    prompt: int = 192
-    max_rows: int = 256
+    prompt: int = 192  # tokens
+    max_rows: int = 256  # most candidates in one heartbeat
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= self.max_rows:
@@ -58,29 +45,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a schedule made of the work.
-
-    Parameters
-    ----------
-    name : str
-    heartbeats : int
-    seconds : float
-        Of the simulated machine.
-    committed, drawn : int
-        Tokens.
-    rows : float
-        Mean candidates of a heartbeat.
-    host_us : float
-        Microseconds of processor time that the scheduler itself took per heartbeat, here and now.
-    """
+    """What a schedule made of the work."""
 
     name: str
     heartbeats: int
-    seconds: float
-    committed: int
-    drawn: int
-    rows: float
-    host_us: float
+    seconds: float  # of the simulated machine
+    committed: int  # tokens
+    drawn: int  # tokens
+    rows: float  # mean candidates of a heartbeat
+    host_us: float  # microseconds of processor time that the scheduler itself took per heartbeat, here and now
 
     @property
     def tokens_per_second(self) -> float:
@@ -121,20 +94,10 @@ class Informed(Scheduler):
 def simulate(work: Work, machine: Machine, schedule: str | int = "auto", seed: int = 0) -> Outcome:
     """Run all requests.
 
-    Parameters
-    ----------
-    work : Work
-    machine : Machine
-    schedule : "auto", "oracle", "barrier" or int
-        The engine's adaptive candidates; the same with acceptance and costs known; one candidate at a time with
-        everybody waiting at the end of each segment for the slowest; or a fixed number of candidates.
-    seed : int
-        Of the machine's noise. Which candidates are accepted is the work's, so all schedules commit the same.
-
-    Raises
-    ------
-    ValueError
-        For another schedule.
+    The schedule is "auto", the engine's adaptive candidates; "oracle", the same with acceptance and costs known;
+    "barrier", one candidate at a time with everybody waiting at the end of each segment for the slowest; or a fixed
+    number of candidates. ValueError for another. The seed is of the machine's noise: which candidates are accepted is
+    the work's, so all schedules commit the same.
     """
     return _Run(work, machine, schedule, seed).outcome()
 

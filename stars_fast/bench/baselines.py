@@ -100,7 +100,7 @@ def plain(
         while not decided:
             crop(cache, len(prompt) + len(text.tokens))
             segment = draw_segment(policy, cache, logits, length, config, eos)
-            decided = trial.judge(segment, score(reward, prompt + text.tokens + segment), config, eos)
+            decided = trial.judge(segment, score_batch(reward, [prompt + text.tokens + segment])[0], config, eos)
         crop(cache, len(prompt) + len(text.tokens))
         trial.commit()
         if not text.finished(config, eos):
@@ -143,7 +143,6 @@ def strong(
     return texts
 
 
-@torch.no_grad()
 def best_of_n(
     policy: PreTrainedModel,
     reward: PreTrainedModel,
@@ -151,23 +150,35 @@ def best_of_n(
     config: StarsConfig,
     eos: set[int],
     n: int,
-    rows: int = 64,
+    rows: int,
 ) -> list[Text]:
-    """The best of ``n`` independent texts per prompt, by their final reward; of equal ones the first.
+    """The best of ``n`` independent texts per prompt, by their final reward; of equal ones the first."""
+    drawn = scored_texts(policy, reward, [prompt for prompt in prompts for _ in range(n)], config, eos, rows)
+    best = [max(drawn[start : start + n], key=lambda one: one[1]) for start in range(0, len(drawn), n)]
+    return [Text(tokens, value, [Segment(tokens, n, True)]) for tokens, value in best]
+
+
+@torch.no_grad()
+def scored_texts(
+    policy: PreTrainedModel,
+    reward: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    config: StarsConfig,
+    eos: set[int],
+    rows: int,
+) -> list[tuple[list[int], float]]:
+    """A text for each prompt, and its final reward.
 
     ``generate`` draws ``rows`` texts at a time (left-padded), and the reward model reads as many whole texts in one
     right-padded pass: each text is encoded once by either model, and no step waits for a decision.
     """
-    contexts = [list(prompt) for prompt in prompts for _ in range(n)]
-    texts = [Text() for _ in prompts]
-    for start in range(0, len(contexts), rows):
-        batch = contexts[start : start + rows]
+    scored: list[tuple[list[int], float]] = []
+    for start in range(0, len(prompts), rows):
+        batch = prompts[start : start + rows]
         drawn = generate_batch(policy, batch, config.max_new_tokens, config, eos)
-        wholes = [context + tokens for context, tokens in zip(batch, drawn, strict=True)]
-        for i, (tokens, value) in enumerate(zip(drawn, score_batch(reward, wholes), strict=True), start):
-            if not texts[i // n].history or value > texts[i // n].reward:
-                texts[i // n] = Text(tokens, value, [Segment(tokens, n, True)])
-    return texts
+        wholes = [prompt + tokens for prompt, tokens in zip(batch, drawn, strict=True)]
+        scored += zip(drawn, score_batch(reward, wholes), strict=True)
+    return scored
 
 
 def targets(config: StarsConfig, prompts: int) -> list[float]:
@@ -224,11 +235,6 @@ def sample(logits: torch.Tensor, config: StarsConfig) -> int:
     return int(torch.multinomial(logits.softmax(-1), 1))
 
 
-def score(reward: PreTrainedModel, ids: list[int]) -> float:
-    """The reward of a text, all of it encoded."""
-    return score_batch(reward, [ids])[0]
-
-
 def crop(cache: DynamicCache, length: int) -> None:
     """Roll the cache back to its first ``length`` tokens."""
     surplus = cache.get_seq_length() - length
@@ -255,12 +261,8 @@ def generate_batch(
     )
     generate = cast(Any, policy).generate
     drawn = generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
-    return [_up_to(row, eos) for row in drawn]
-
-
-def _up_to(tokens: list[int], eos: set[int]) -> list[int]:
-    end = next((place for place, token in enumerate(tokens) if token in eos), len(tokens))
-    return tokens[: end + 1]
+    ends = [next((place for place, token in enumerate(row, 1) if token in eos), length) for row in drawn]
+    return [row[:end] for row, end in zip(drawn, ends, strict=True)]
 
 
 def score_batch(reward: PreTrainedModel, rows: Sequence[list[int]]) -> list[float]:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from statistics import fmean, pvariance
 from typing import Any, NamedTuple
 
-import torch
-
 from stars_fast.bench import baselines
 from stars_fast.bench.equal_reward import EqualReward, smallest_n
 from stars_fast.bench.models import Pair
@@ -22,15 +20,6 @@ ENGINE, ONE, PLAIN, STRONG, BEST = "engine", "one candidate", "plain", "strong",
 ACCEPTING, GENERATE = "accepting engine", "generate"
 # Whose speed that of each is compared with.
 BESIDE = dict.fromkeys((ENGINE, ONE, PLAIN, STRONG, BEST), ENGINE) | dict.fromkeys((ACCEPTING, GENERATE), ACCEPTING)
-ABOUT = {
-    ENGINE: "candidates as the workload says, by default auto",
-    ONE: "the engine with candidates=1",
-    PLAIN: "one prompt and one attempt at a time; KV cache cropped after a rejection, reward model re-reads the text",
-    STRONG: "batched: generate of a segment for all undecided texts, one reward pass over whole texts",
-    BEST: "batched generate of N whole texts a prompt, the best kept; N as small as equals the engine's mean reward",
-    ACCEPTING: "the engine with a callable that accepts everything",
-    GENERATE: "model.generate of the policy alone",
-}
 GRAPHED = (ENGINE, ONE, ACCEPTING)  # on CUDA devices: a graph's replay runs no module, so its passes are not counted
 PLAIN_PROMPTS = 2  # in a round: its speed does not depend on how many there are, and all of them would take minutes
 _REWARDS = 256  # texts of the engine from which its mean reward is taken
@@ -120,15 +109,10 @@ def _equal_reward(pair: Pair, engine: StarsEngine, prompts: Sequence[list[int]],
     samples = max(-(-_REWARDS // len(prompts)), 2)
     out = engine.generate(list(prompts), config, num_return_sequences=samples, seed=0, on_error="raise")
 
-    @torch.no_grad()
     def draw(count: int) -> list[list[float]]:
         contexts = [prompt for prompt in prompts for _ in range(count)]
-        rewards: list[float] = []
-        for start in range(0, len(contexts), engine.max_rows):
-            batch = contexts[start : start + engine.max_rows]
-            drawn = baselines.generate_batch(pair.policy, batch, config.max_new_tokens, config, set())
-            wholes = [context + tokens for context, tokens in zip(batch, drawn, strict=True)]
-            rewards += baselines.score_batch(pair.reward, wholes)
+        texts = baselines.scored_texts(pair.policy, pair.reward, contexts, config, set(), engine.max_rows)
+        rewards = [reward for _, reward in texts]
         return [rewards[i : i + count] for i in range(0, len(rewards), count)]
 
     own = [out.rewards[i : i + samples] for i in range(0, len(out.rewards), samples)]

@@ -36,7 +36,7 @@ def measure(
     devices graphs are captured.
 
     All of a round stands close together in time, so that what else the machine does meets all alike; each round begins
-    with another contestant. ``done`` is called after every run, :func:`number_of_runs` times.
+    with another contestant. ``done`` is called after every run.
     """
     for point in points:
         for contestant in point.contestants.values():
@@ -51,11 +51,6 @@ def measure(
                 runs[name].append(timed(pair, point.contestants[name], number))
                 done()
     return found
-
-
-def number_of_runs(points: int, contestants: int, rounds: int) -> int:
-    """What :func:`measure` will take."""
-    return contestants * points * (1 + rounds)
 
 
 def timed(pair: Pair, contestant: Contestant, seed: int) -> Run:

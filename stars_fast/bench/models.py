@@ -44,24 +44,13 @@ _POSITIONS = 8192
 
 @dataclass
 class Pair:
-    """A policy and a reward model that reads its ids.
-
-    Parameters
-    ----------
-    name : str
-    policy, reward : PreTrainedModel
-        On one device.
-    openings : list of list of int
-        Prompts of these models' own. Without them, prompts are random ids.
-    random : bool
-        Whether nobody has trained them.
-    """
+    """A policy and a reward model that reads its ids, on one device."""
 
     name: str
     policy: PreTrainedModel
     reward: PreTrainedModel
-    openings: list[list[int]] = field(default_factory=list)
-    random: bool = False
+    openings: list[list[int]] = field(default_factory=list)  # prompts of their own; without them, random ids are
+    random: bool = False  # nobody has trained them
 
     def __post_init__(self) -> None:
         self.weights = {"policy": Weights.of(self.policy), "reward": Weights.of(self.reward)}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from stars_fast.bench.contestants import GRAPHED, Point
-from stars_fast.bench.measure import measure, number_of_runs, summary
+from stars_fast.bench.contestants import GRAPHED, Point, point
+from stars_fast.bench.measure import measure, summary
 from stars_fast.bench.models import Pair
-from stars_fast.bench.sweeps import SIDE_BY_SIDE, prepared, sweep_named, workloads
-from stars_fast.bench.workload import Workload
+from stars_fast.bench.sweeps import SIDE_BY_SIDE, sweep_named
+from stars_fast.bench.workload import Pilots, Workload
 from stars_fast.bench.yardsticks import rates
 from stars_fast.engine import StarsEngine
 
@@ -26,13 +26,17 @@ def side_by_side(base: Sequence[Workload]) -> list[Series]:
 
 def swept(base: Workload, names: Sequence[str]) -> list[Series]:
     """The sweeps of these names around a workload. Raises ValueError for a name that is not there."""
-    sweeps = {name: sweep_named(name) for name in names}
-    return [(name, workloads(base, sweep), sweep.contestants) for name, sweep in sweeps.items()]
+    series: list[Series] = []
+    for name in names:
+        sweep = sweep_named(name)
+        loads = [replace(base, **{**sweep.fixed, sweep.field: value}) for value in sweep.values]
+        series.append((name, loads, sweep.contestants))
+    return series
 
 
 def steps(series: Sequence[Series], rounds: int) -> int:
     """How often :func:`run` calls ``done``."""
-    return sum(len(loads) + number_of_runs(len(loads), len(names), rounds) for _, loads, names in series)
+    return sum(len(loads) * (1 + len(names) * (1 + rounds)) for _, loads, names in series)
 
 
 def run(pair: Pair, series: Sequence[Series], rounds: int, done: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -53,7 +57,7 @@ def run(pair: Pair, series: Sequence[Series], rounds: int, done: Callable[[], No
     """
     engine = StarsEngine(pair.policy, pair.reward)
     # All of them first: what the engine refuses must not cost what has been measured.
-    ready = [(sweep, prepared(pair, engine, loads, names, done)) for sweep, loads, names in series]
+    ready = [(sweep, _points(pair, engine, loads, names, done)) for sweep, loads, names in series]
     reached = rates(pair.device, pair.policy.dtype)
     return {
         "models": pair.name,
@@ -67,6 +71,23 @@ def run(pair: Pair, series: Sequence[Series], rounds: int, done: Callable[[], No
         "sweeps": {name: sweep_named(name).field for name, _, _ in series if name is not None},
         "points": [point for sweep, points in ready for point in _measured(pair, sweep, points, rounds, done)],
     }
+
+
+def _points(
+    pair: Pair, engine: StarsEngine, loads: Sequence[Workload], names: Sequence[str], done: Callable[[], None]
+) -> list[Point]:
+    """Ready to be measured: targets set, N found. Fewer candidates than a workload says would be measured otherwise."""
+    pilots, points = Pilots(pair, engine), list[Point]()
+    for load in loads:
+        rows = load.batch * load.candidates if isinstance(load.candidates, int) else 0
+        if rows > engine.max_rows:
+            raise ValueError(
+                f"batch={load.batch} with candidates={load.candidates} takes {rows} rows, more than the engine's "
+                f"max_rows={engine.max_rows}"
+            )
+        points.append(point(pair, engine, load, pilots.config(load), names))
+        done()
+    return points
 
 
 def _measured(

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from stars_fast.bench.contestants import ACCEPTING, BEST, ENGINE, GENERATE, ONE, PLAIN, STRONG, Point, point
-from stars_fast.bench.models import Pair
-from stars_fast.bench.workload import Pilots, Workload
-from stars_fast.engine import StarsEngine
+from stars_fast.bench.contestants import ACCEPTING, BEST, ENGINE, GENERATE, ONE, PLAIN, STRONG
 
 SIDE_BY_SIDE = (ENGINE, ONE, PLAIN, STRONG, BEST, ACCEPTING, GENERATE)
 
@@ -41,35 +37,3 @@ def sweep_named(name: str) -> Sweep:
     if name not in SWEEPS:
         raise ValueError(f"sweep={name!r}: choose from {', '.join(SWEEPS)}")
     return SWEEPS[name]
-
-
-def workloads(base: Workload, sweep: Sweep) -> list[Workload]:
-    """The points of a sweep around a workload."""
-    return [replace(base, **{**sweep.fixed, sweep.field: value}) for value in sweep.values]
-
-
-def prepared(
-    pair: Pair,
-    engine: StarsEngine,
-    loads: Sequence[Workload],
-    names: Sequence[str],
-    done: Callable[[], None] = lambda: None,
-) -> list[Point]:
-    """Points ready to be measured: targets set, N found. ``done`` is called after each.
-
-    Raises
-    ------
-    ValueError
-        For a workload whose candidates do not fit into a heartbeat of the engine: fewer would be measured than it says.
-    """
-    for load in loads:
-        if isinstance(load.candidates, int) and load.batch * load.candidates > engine.max_rows:
-            raise ValueError(
-                f"batch={load.batch} with candidates={load.candidates} takes {load.batch * load.candidates} rows, more "
-                f"than the engine's max_rows={engine.max_rows}"
-            )
-    pilots, points = Pilots(pair, engine), list[Point]()
-    for load in loads:
-        points.append(point(pair, engine, load, pilots.config(load), names))
-        done()
-    return points

@@ -20,25 +20,13 @@ _FEWEST, _MOST = 2, 32  # of one
 
 @dataclass(frozen=True)
 class Workload:
-    """One point of a benchmark.
+    """One point of a benchmark; what has no remark is as in :class:`stars_fast.StarsConfig`."""
 
-    Parameters
-    ----------
-    batch : int
-        Prompts of one call.
-    prompt_length : int, optional
-        Tokens of each prompt, random ids; None: the models' own openings.
-    max_new_tokens, segment_length, max_attempts, candidates, top_k
-        As in :class:`stars_fast.StarsConfig`.
-    acceptance : float
-        Share of candidates to be accepted. 1/6: CARDS' published call counts imply about six attempts a segment.
-    """
-
-    batch: int = 1
-    prompt_length: int | None = 32
+    batch: int = 1  # prompts of one call
+    prompt_length: int | None = 32  # tokens of each, random ids; None: the models' own openings
     max_new_tokens: int = 64
     segment_length: int = 16
-    acceptance: float = 1 / 6
+    acceptance: float = 1 / 6  # of candidates; CARDS' published call counts imply about six attempts a segment
     max_attempts: int = 20
     candidates: int | str = "auto"
     top_k: int = 50

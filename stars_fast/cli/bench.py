@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +15,8 @@ from stars_fast.cli.console import (
     LOADING_ERRORS,
     fail,
     note,
+    plain_table,
+    progress,
     quiet_transformers,
     refusing,
     stderr,
@@ -89,7 +89,7 @@ def run(
         loads = [Workload(one, length, max_new_tokens, segment_length, acceptance) for one in batches]
         series = record.swept(loads[0], sweep) if sweep else record.side_by_side(loads)
         pair = _pair(policy, reward, demo, size, dtype, device)
-        with _progress(record.steps(series, rounds)) as done:
+        with progress(record.steps(series, rounds), "measuring") as done:
             found = record.run(pair, series, rounds, done)
     machine = examine_machine()
     found["machine"] = {name: machine[name] for name in ("versions", "platform", "devices", "kernels")}
@@ -113,27 +113,11 @@ def _check_plots(plots: Path | None, sweep: list[str] | None) -> None:
     require_matplotlib()
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("measuring"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=stderr(), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
-
-
 def _pair(policy: str | None, reward: str | None, demo: bool, size: str, dtype: str, device: str) -> Pair:
     import torch
 
     from stars_fast.bench.models import Pair, random_pair
+    from stars_fast.demo import PROMPTS
     from stars_fast.inputs.models import DEMO, load_classifier, load_policy, placement
 
     if dtype not in _DTYPES:
@@ -147,14 +131,8 @@ def _pair(policy: str | None, reward: str | None, demo: bool, size: str, dtype: 
     names = (policy or DEMO, reward or DEMO)
     causal, tokenizer = load_policy(names[0], None, device, dtype)
     classifier, _ = load_classifier(names[1], None, device, dtype)
-    openings = _openings(tokenizer) if demo else []
+    openings = [list(tokenizer(opening)["input_ids"]) for opening in PROMPTS] if demo else []
     return Pair(DEMO if demo else " and ".join(names), causal, classifier, openings)
-
-
-def _openings(tokenizer: Any) -> list[list[int]]:
-    from stars_fast.demo import PROMPTS
-
-    return [list(tokenizer(opening)["input_ids"]) for opening in PROMPTS]
 
 
 def _show(console: Console, found: Record) -> None:
@@ -197,12 +175,9 @@ def _table(points: list[Record], field: str | None) -> Table:
     """Of one workload, or of a sweep over ``field``: then with seconds, and how many times those of the first value."""
     from stars_fast.bench.workload import title
 
-    table = Table(title=title(points[0]["workload"], field), title_justify="left", title_style="bold", box=None)
-    if field is not None:
-        table.add_column(field.replace("_", " "), justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for heading in (*(("x first", "seconds") if field is not None else ()), *_HEADINGS):
-        table.add_column(heading, justify="right", no_wrap=True)
+    varied, more = ((), ()) if field is None else ((field.replace("_", " "),), ("x first", "seconds"))
+    table = plain_table(title(points[0]["workload"], field), (*varied, ""), (*more, *_HEADINGS))
+    table.columns[0].justify = "left" if field is None else "right"
     for point in points:
         for name, one in point["contestants"].items():
             label = f"best of {point['equal_reward']['n']}" if name == "best of N" else name

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 BAD_USAGE = 2
@@ -41,6 +42,16 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split()) or type(message).__name__
 
 
+def plain_table(title: str | None, labels: Iterable[str], figures: Iterable[str]) -> Table:
+    """A table without lines, of these columns: labels to the left, figures to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    for heading in labels:
+        table.add_column(heading, no_wrap=True)
+    for heading in figures:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
 @contextmanager
 def refusing(*errors: type[Exception]) -> Iterator[None]:
     """Report these errors in one line, as bad usage, instead of a traceback."""
@@ -68,6 +79,24 @@ def torch_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def progress(total: int, about: str) -> Iterator[Callable[..., None]]:
+    """A bar over ``total`` steps. Yields what moves it on: by how many (1), and what it shows from then on."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=stderr(), transient=True) as bar:
+        task = bar.add_task(about, total=total)
+        yield lambda count=1, about=None: bar.update(task, advance=count, description=about)
 
 
 def print_version(wanted: bool) -> None:

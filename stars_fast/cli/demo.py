@@ -132,8 +132,9 @@ def _show_summary(console: Console, vanilla: StarsOutput, guided: StarsOutput) -
     table.add_column("all prompts")
     table.add_column("vanilla", justify="right")
     table.add_column("guided", justify="right")
-    for name, left, right in zip(_FIGURES, _figures(vanilla), _figures(guided), strict=True):
-        table.add_row(name, left, right)
+    figures = _figures(vanilla), _figures(guided)
+    for name in figures[0]:
+        table.add_row(name, *(own[name] for own in figures))
     console.print(table)
     stats = guided.stats
     console.print(
@@ -145,27 +146,19 @@ def _show_summary(console: Console, vanilla: StarsOutput, guided: StarsOutput) -
     )
 
 
-_FIGURES = (
-    "mean reward",
-    "acceptance rate",
-    "attempts per segment",
-    "accepted tokens/s",
-    "policy tokens discarded per committed token",
-)
-
-
-def _figures(out: StarsOutput) -> list[str]:
+def _figures(out: StarsOutput) -> dict[str, str]:
     segments = [segment for row in out.segments for segment in row]
     attempts = sum(segment.attempts for segment in segments)
     stats = out.stats
     committed = max(stats["committed_tokens"], 1)
-    return [
-        f"{fmean(out.rewards):+.2f}",
-        f"{sum(segment.accepted for segment in segments) / attempts:.0%}",
-        f"{attempts / len(segments):.1f}",
-        f"{committed / (stats['seconds'] - stats['calibration_seconds']):.0f}",
-        f"{(stats['discarded_tokens'] - stats['calibration_tokens']) / committed:.1f}",
-    ]
+    discarded = stats["discarded_tokens"] - stats["calibration_tokens"]
+    return {
+        "mean reward": f"{fmean(out.rewards):+.2f}",
+        "acceptance rate": f"{sum(segment.accepted for segment in segments) / attempts:.0%}",
+        "attempts per segment": f"{attempts / len(segments):.1f}",
+        "accepted tokens/s": f"{committed / (stats['seconds'] - stats['calibration_seconds']):.0f}",
+        "policy tokens discarded per committed token": f"{discarded / committed:.1f}",
+    }
 
 
 def _show_python(console: Console, prompts: int, config: StarsConfig, seed: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stars_fast.cli.console import LOADING_ERRORS, fail, note, quiet_transformers, refusing
+from stars_fast.cli.console import LOADING_ERRORS, fail, note, progress, quiet_transformers, refusing
 from stars_fast.evaluation.recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def run(
     with refusing(*LOADING_ERRORS):
         evaluation, made, records = _prepare(task, set_ or (), output, dtype, device)
     try:
-        evaluation.run(made, records, progress=True)
+        with progress(len(made) * task.count, "methods") as advance:
+            evaluation.run(made, records, advance)
     except KeyboardInterrupt:
         fail(f"interrupted; {output} keeps the finished batches: run the same command again to go on", 130)
     except (ValueError, RuntimeError, NotImplementedError) as error:
@@ -90,7 +91,7 @@ def _prepare(
     from stars_fast.cli.settings import read_settings
     from stars_fast.evaluation.cells import cells
     from stars_fast.evaluation.models import Models
-    from stars_fast.evaluation.prompts import PromptSource
+    from stars_fast.evaluation.prompts import read_prompts
     from stars_fast.evaluation.records import Records
     from stars_fast.evaluation.runner import Evaluation
 
@@ -100,8 +101,7 @@ def _prepare(
         note(f"warning: {task.judge} is guide and judge: the judge is not independent, and favours what it guided")
     settings = [f"{name}={value}" for name, value in (task.settings or {}).items()]
     config = read_settings(None, [*settings, *assignments]).config
-    source = PromptSource(task.prompts, task.field, task.words, task.template, task.where)
-    prompts = source.read(task.count, task.seed, CALIBRATION_PROMPTS)
+    prompts = read_prompts(task, CALIBRATION_PROMPTS)
     models = Models(task, dtype, device)
     made = cells(task.methods, task.budgets, config, models.parameters(task.methods))
     # Methods and budgets may be added to a run, what they share may not change.

@@ -218,7 +218,7 @@ def _sink(output: Path | None) -> Iterator[Callable[[Records], None]]:
 
 
 def _write_lines(file: TextIO, records: Records) -> None:
-    from stars_fast.cli.rows import to_line
+    from stars_fast.report.files import to_line
 
     file.write("".join(to_line(record) for record in records))
     file.flush()

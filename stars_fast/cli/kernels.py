@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from stars_fast.cli.console import fail, refusing, stderr, stdout
+from stars_fast.cli.console import fail, plain_table, refusing, stderr, stdout
 
 
 def run(
@@ -51,11 +51,7 @@ def run(
 
 
 def _table(records: list[Any]) -> Table:
-    table = Table(box=None, header_style="bold")
-    for heading in ("kernel", "target", "matrix"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("registers", "shared", "spilled", "seconds"):
-        table.add_column(heading, justify="right")
+    table = plain_table(None, ("kernel", "target", "matrix"), ("registers", "shared", "spilled", "seconds"))
     for record in records:
         numbers = (record.registers, record.shared_bytes, record.spill_bytes, f"{record.seconds:.2f}")
         table.add_row(escape(record.kernel), record.target, record.matrix_instruction or "-", *map(str, numbers))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stars_fast.outputs import SegmentTrace
+from stars_fast.report.files import replace_file, rounded, summary
 
 Id = str | int
 _FORMS = ("prompt", "messages", "prompt_ids")
@@ -118,33 +118,14 @@ def record(
         "sample": sample,
         "prompt": row.prompt,
         "completion": text,
-        "reward": _finite(segments[-1].reward) if segments and error is None else None,
+        "reward": rounded(segments[-1].reward) if segments and error is None else None,
         "finish_reason": finish_reason,
         "error": error,
         "tokens": len(tokens),
         "completion_ids": list(tokens),
-        "segments": [_summary(segment) for segment in segments],
+        "segments": [summary(segment) for segment in segments],
         "seed": row.seed,
     }
-
-
-def _summary(segment: SegmentTrace) -> dict[str, Any]:
-    return {
-        "tokens": len(segment.tokens),
-        "reward": _finite(segment.reward),
-        "threshold": _finite(segment.threshold),
-        "attempts": segment.attempts,
-        "accepted": segment.accepted,
-    }
-
-
-def _finite(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def to_line(one: dict[str, Any]) -> str:
-    """A record as a line of JSON."""
-    return json.dumps(one, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 # How a record begins, whatever the interruption left of it.
@@ -188,10 +169,7 @@ def resume(path: Path, samples: int, ids: Set[Id], settings: dict[str, Any]) -> 
 
 def write_settings(output: Path, settings: dict[str, Any]) -> None:
     """Note beside an output what its rows were made with."""
-    path = _settings_path(output)
-    swap = path.with_name(path.name + ".tmp")
-    swap.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    swap.replace(path)
+    replace_file(_settings_path(output), json.dumps(settings, indent=1) + "\n")
 
 
 def _settings_path(output: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from stars_fast.config import StarsConfig
+from stars_fast.report.files import check_known, read_yaml
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(StarsConfig))
 _MODELS = ("policy", "reward")
@@ -34,7 +35,7 @@ def read_settings(path: Path | None, assignments: Sequence[str] = ()) -> Setting
     ValueError, TypeError
         For unknown keys, naming them, and for values out of range.
     """
-    values = {} if path is None else _read_file(path)
+    values = {} if path is None else read_yaml(path, (*_MODELS, *_FIELDS))
     models = {name: values.pop(name, None) for name in _MODELS}
     for name, model in models.items():
         if model is not None and not isinstance(model, str):
@@ -43,32 +44,13 @@ def read_settings(path: Path | None, assignments: Sequence[str] = ()) -> Setting
         name, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"--set {assignment!r}: write name=value")
-        _check_known({name}, "--set", _FIELDS)
+        check_known({name}, "--set", _FIELDS)
         values[name] = _parse(name, text)
     config = StarsConfig(**{name: _numbers(name, value) for name, value in values.items()})
     for name in ("target_reward", "base_reward"):
         if isinstance(getattr(config, name), tuple):
             raise ValueError(f"{name} is a list, one per prompt: give one number for all rows, or leave it out")
     return Settings(config, **models)
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}: write one `name: value` a line")
-    _check_known({str(name) for name in values}, str(path), (*_MODELS, *_FIELDS))
-    return values
-
-
-def _check_known(names: set[str], where: str, known: Sequence[str]) -> None:
-    unknown = sorted(names - set(known))
-    if unknown:
-        raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
 
 
 def _parse(name: str, text: str) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
 
-RESAMPLES = 2000
+_RESAMPLES = 2000
 _BOOTSTRAP_SEED = 0
 
 
@@ -21,15 +21,13 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap(values: Sequence[float], resamples: int = RESAMPLES) -> Interval:
+def bootstrap(values: Sequence[float]) -> Interval:
     """Mean over prompts with its 95 % percentile interval (Efron 1979); the same for the same values.
 
     Parameters
     ----------
     values : sequence of float
         One per prompt; at least one. NaN is an error of the caller's.
-    resamples : int
-        Drawn with replacement, from a fixed seed.
 
     Raises
     ------
@@ -41,7 +39,7 @@ def bootstrap(values: Sequence[float], resamples: int = RESAMPLES) -> Interval:
         raise ValueError(
             f"values has {sample.size} entries, {int(np.isnan(sample).sum())} of them NaN: nothing to mean"
         )
-    drawn = np.random.default_rng(_BOOTSTRAP_SEED).integers(sample.size, size=(resamples, sample.size))
+    drawn = np.random.default_rng(_BOOTSTRAP_SEED).integers(sample.size, size=(_RESAMPLES, sample.size))
     low, high = np.quantile(sample[drawn].mean(axis=1), [0.025, 0.975])
     return Interval(float(sample.mean()), float(low), float(high))
 
@@ -74,16 +72,3 @@ def distinct(texts: Iterable[Sequence[Hashable]], n: int) -> float:
         seen.update(grams)
         total += len(grams)
     return len(seen) / total if total else math.nan
-
-
-def compute_per_token(totals: Mapping[str, float]) -> float:
-    """What a committed token cost, in forward passes of the policy over one token.
-
-    Parameters
-    ----------
-    totals : mapping
-        Sums over calls: ``policy_passes``, ``draft_passes`` and ``reward_passes`` (tokens that went through each
-        model, the latter two times its parameters over the policy's) and ``committed_tokens``.
-    """
-    spent = totals["policy_passes"] + totals["draft_passes"] + totals["reward_passes"]
-    return spent / totals["committed_tokens"] if totals["committed_tokens"] else math.nan

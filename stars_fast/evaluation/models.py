@@ -19,15 +19,11 @@ from stars_fast.rewards import ImplicitReward, Reward
 class Models:
     """Loads what a recipe names, once, when it is asked for.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        With policy, guide and judge.
-    dtype, device
-        Of all models, as in :func:`stars_fast.inputs.models.load_policy`.
+    The recipe has policy, guide and judge; dtype and device of all are as in
+    :func:`stars_fast.inputs.models.load_policy`.
     """
 
-    def __init__(self, recipe: Recipe, dtype: str = "auto", device: Device = None) -> None:
+    def __init__(self, recipe: Recipe, dtype: str, device: Device) -> None:
         assert recipe.policy is not None and recipe.guide is not None and recipe.judge is not None
         self.recipe, self.dtype, self.device = recipe, dtype, device
         self.policy, self.tokenizer = load_policy(recipe.policy, None, device, dtype)

@@ -6,60 +6,36 @@ import json
 import lzma
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stars_fast.evaluation.recipe import Recipe
 
-@dataclass(frozen=True)
-class PromptSource:
-    """Where prompts come from, and how a row becomes one.
 
-    Parameters
-    ----------
-    path : str
-        JSON Lines, ``.xz`` or plain, or a hub id with the split after a colon: ``stanfordnlp/imdb:test``.
-    field : str
-        What to read of each row.
-    words : int, optional
-        Only the first words of the field.
-    template : str
-        What the policy is given, ``{}`` standing for the field.
-    where : dict, optional
-        Rows to keep: values of other fields.
+def read_prompts(recipe: Recipe, calibration: int = 0) -> list[str]:
+    """The first ``count + calibration`` different prompts in the order of the recipe's seed.
+
+    Raises
+    ------
+    ValueError
+        For a row without the field, naming it by number, and for fewer prompts than asked for.
     """
+    assert recipe.prompts is not None
+    rows = _json_lines(Path(recipe.prompts)) if Path(recipe.prompts).exists() else _hub_rows(recipe.prompts)
+    wanted = (recipe.where or {}).items()
+    rows = (row for row in rows if all(row.get(name) == value for name, value in wanted))
+    prompts = dict.fromkeys(_prompt(recipe, number, row) for number, row in enumerate(rows, 1))
+    if len(prompts) < recipe.count + calibration:
+        asked = f"{recipe.count} (--count)" + (f" + {calibration} for the target" if calibration else "")
+        raise ValueError(f"{recipe.prompts} has {len(prompts)} different prompts, fewer than {asked}")
+    return random.Random(recipe.seed).sample(list(prompts), recipe.count + calibration)
 
-    path: str
-    field: str = "prompt"
-    words: int | None = None
-    template: str = "{}"
-    where: dict[str, Any] | None = None
 
-    def read(self, count: int, seed: int, calibration: int = 0) -> list[str]:
-        """The first ``count + calibration`` different prompts in the seed's order.
-
-        Raises
-        ------
-        ValueError
-            For a row without the field, naming the line, and for fewer prompts than asked for.
-        """
-        prompts = dict.fromkeys(self._prompt(number, row) for number, row in enumerate(self._rows(), 1))
-        if len(prompts) < count + calibration:
-            asked = f"{count} (--count)" + (f" + {calibration} for the target" if calibration else "")
-            raise ValueError(f"{self.path} has {len(prompts)} different prompts, fewer than {asked}")
-        return random.Random(seed).sample(list(prompts), count + calibration)
-
-    def _rows(self) -> Iterable[Any]:
-        rows = _json_lines(Path(self.path)) if Path(self.path).exists() else _hub_rows(self.path)
-        wanted = (self.where or {}).items()
-        return (row for row in rows if all(row.get(name) == value for name, value in wanted))
-
-    def _prompt(self, number: int, row: Any) -> str:
-        text = row.get(self.field) if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{self.path}, row {number}: {self.field}={text!r} is no text; name the field to read")
-        words = text.split()
-        return self.template.format(" ".join(words[: self.words]))
+def _prompt(recipe: Recipe, number: int, row: Any) -> str:
+    text = row.get(recipe.field) if isinstance(row, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{recipe.prompts}, row {number}: {recipe.field}={text!r} is no text; name the field to read")
+    return recipe.template.format(" ".join(text.split()[: recipe.words]))
 
 
 def _json_lines(path: Path) -> Iterable[Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from stars_fast.report.files import replace_file, to_line
 
 Record = dict[str, Any]
 BatchKey = tuple[str, int]
@@ -31,8 +32,8 @@ class Records:
         self.batches = _lines(folder / "batches.jsonl")
         done = self.done
         kept = [row for row in _lines(folder / "generations.jsonl") if _key(row) in done]
-        _rewrite(folder / "batches.jsonl", self.batches)
-        _rewrite(folder / "generations.jsonl", kept)
+        replace_file(folder / "batches.jsonl", "".join(map(to_line, self.batches)))
+        replace_file(folder / "generations.jsonl", "".join(map(to_line, kept)))
         self.generations: list[Record] = kept
 
     @property
@@ -72,21 +73,6 @@ def _lines(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def _rewrite(path: Path, rows: Sequence[Record]) -> None:
-    swap = path.with_suffix(".tmp")
-    swap.write_text("".join(map(_line, rows)), encoding="utf-8")
-    swap.replace(path)
-
-
 def _append(path: Path, rows: Sequence[Record]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write("".join(map(_line, rows)))
-
-
-def _line(row: Record) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def rounded(value: float) -> float | None:
-    """Six digits, and None for what JSON has no number for."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+        file.write("".join(map(to_line, rows)))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from torch import nn
+
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.evaluation.cells import Cell
-from stars_fast.evaluation.compute import reward_parameters
 from stars_fast.evaluation.judging import judged
-from stars_fast.evaluation.records import Record, Records, rounded
+from stars_fast.evaluation.records import Record, Records
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.sampling import resolve_sampling
 from stars_fast.loop.pilot import FARTHEST, Pilot, aim, expected_acceptance, solve, spread
 from stars_fast.ops.philox import philox_key
-from stars_fast.outputs import SegmentTrace, StarsOutput
+from stars_fast.outputs import StarsOutput
+from stars_fast.report.files import rounded, summary
 from stars_fast.report.weights import Weights
 from stars_fast.rewards import Reward
 
@@ -29,41 +29,30 @@ _CALIBRATION = 1 << 32  # index of the first calibration prompt: its random numb
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What all cells share.
-
-    Parameters
-    ----------
-    prompts : sequence of str
-    calibration_prompts : sequence of str
-        Others, from whose pilot responses one target for all prompts is taken.
-    engine : callable
-        The engine that runs a method, by the method's name: they may want other rewards, or a second policy.
-    guide, judge : Reward
-        Score every finished response: the reward that most methods follow, and one that guided nothing.
-    batch_size : int
-        Prompts of one call. Part of what a run is: how much is drawn in vain depends on the neighbours.
-    seed : int
-        A prompt's random numbers depend on it and the prompt's place, and are the same in every cell.
-    """
+    """What all cells share."""
 
     prompts: Sequence[str]
-    calibration_prompts: Sequence[str]
-    engine: Callable[[str], StarsEngine]
-    guide: Reward
-    judge: Reward
-    batch_size: int
-    seed: int
+    calibration_prompts: Sequence[str]  # others, from whose pilot responses one target for all prompts is taken
+    engine: Callable[[str], StarsEngine]  # by method: they may want other rewards, or a second policy
+    guide: Reward  # scores every finished response, as the judge does; most methods follow it
+    judge: Reward  # guided nothing
+    batch_size: int  # prompts of one call; part of what a run is: how much is drawn in vain depends on the neighbours
+    seed: int  # a prompt's random numbers depend on it and the prompt's place, and are the same in every cell
 
-    def run(self, cells: Sequence[Cell], records: Records, progress: bool = False) -> None:
-        """Run what ``records`` does not hold yet. Safe to interrupt, and to call again."""
-        with _bar(progress, len(cells) * len(self.prompts)) as advance:
-            for cell in cells:
-                todo = [batch for batch in range(self.batches) if (cell.name, batch) not in records.done]
-                advance(cell.name, len(self.prompts) - sum(len(self._places(batch)) for batch in todo))
-                config = self._calibrated(cell) if todo else cell.config
-                for batch in todo:
-                    records.add(*self._run_batch(cell, config, batch))
-                    advance(cell.name, len(self._places(batch)))
+    def run(
+        self, cells: Sequence[Cell], records: Records, advance: Callable[[int, str], None] = lambda count, cell: None
+    ) -> None:
+        """Run what ``records`` does not hold yet. Safe to interrupt, and to call again.
+
+        ``advance`` is told how many generations were added, and of which cell.
+        """
+        for cell in cells:
+            todo = [batch for batch in range(self.batches) if (cell.name, batch) not in records.done]
+            advance(len(self.prompts) - sum(len(self._places(batch)) for batch in todo), cell.name)
+            config = self._calibrated(cell) if todo else cell.config
+            for batch in todo:
+                records.add(*self._run_batch(cell, config, batch))
+                advance(len(self._places(batch)), cell.name)
 
     @property
     def batches(self) -> int:
@@ -94,7 +83,8 @@ class Evaluation:
             {**label, "place": place, "prompt": prompt, **_generation(out, i, *(score[i] for score in scores))}
             for i, (place, prompt) in enumerate(zip(places, prompts, strict=True))
         ]
-        return rows, {**label, "target": _number(config.target_reward), **out.stats, **_spent(out, config, engine)}
+        target = rounded(config.target_reward) if isinstance(config.target_reward, float) else None
+        return rows, {**label, "target": target, **out.stats, **_spent(out, config, engine)}
 
 
 def shared_target(config: StarsConfig, pilots: Sequence[Pilot], acceptance: float) -> StarsConfig:
@@ -137,22 +127,8 @@ def _generation(out: StarsOutput, i: int, guide: tuple[float, str | None], judge
         "guide": rounded(guide[0]),
         "judge": rounded(judge[0]),
         "logprobs": [rounded(logprob) for logprob in out.logprobs[i]],
-        "segments": [_summary(segment) for segment in out.segments[i]],
+        "segments": [summary(segment) for segment in out.segments[i]],
     }
-
-
-def _summary(segment: SegmentTrace) -> Record:
-    return {
-        "tokens": len(segment.tokens),
-        "reward": rounded(segment.reward),
-        "threshold": rounded(segment.threshold),
-        "attempts": segment.attempts,
-        "accepted": segment.accepted,
-    }
-
-
-def _number(target: Any) -> float | None:
-    return rounded(target) if isinstance(target, float) else None
 
 
 def _spent(out: StarsOutput, config: StarsConfig, engine: StarsEngine) -> Record:
@@ -164,20 +140,12 @@ def _spent(out: StarsOutput, config: StarsConfig, engine: StarsEngine) -> Record
     return {
         "policy_passes": own,
         "draft_passes": drafted * draft / policy,
-        "reward_passes": out.stats["reward_tokens"] * reward_parameters(engine.reward) / policy,
+        "reward_passes": out.stats["reward_tokens"] * _parameters(engine.reward) / policy,
     }
 
 
-@contextmanager
-def _bar(show: bool, total: int) -> Iterator[Callable[[str, int], None]]:
-    """Yield a function that takes the cell that runs and how many generations were added."""
-    if not show:
-        yield lambda cell, count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), redirect_stdout=False) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda cell, count: bar.update(task, description=cell, advance=count)
+def _parameters(reward: Reward) -> float:
+    """Weights that a reward token is multiplied with; a mean over a scorer's models, which read the same texts."""
+    models: list[Any] = [tree.model for tree in reward.tree_models] or [getattr(reward, "model", None)]
+    sizes = [Weights.of(model).multiplied for model in models if isinstance(model, nn.Module)]
+    return sum(sizes) / len(sizes) if sizes else 0.0

@@ -8,9 +8,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from stars_fast.evaluation.cells import BASELINE
-from stars_fast.evaluation.metrics import Interval, bootstrap, compute_per_token, distinct, outcomes, perplexity
+from stars_fast.evaluation.metrics import Interval, bootstrap, distinct, outcomes, perplexity
 from stars_fast.evaluation.records import Record
 
 _TOKENS = ("policy_tokens", "reward_tokens", "committed_tokens")
@@ -41,7 +42,7 @@ class Row:
     length: float  # tokens
     policy_tokens: float  # these three per committed token
     reward_tokens: float
-    compute: float  # forward passes of the policy over one token
+    compute: float  # of a committed token, in forward passes of the policy over one token: all models that read
     acceptance: float  # segments accepted over candidates looked at
     tokens_per_second: float
 
@@ -100,51 +101,36 @@ def _row(rows: Sequence[Record], batches: Sequence[Record], baseline: Mapping[in
         length=fmean(map(len, texts)),
         policy_tokens=totals["policy_tokens"] / committed,
         reward_tokens=totals["reward_tokens"] / committed,
-        compute=compute_per_token(totals),
+        compute=sum(totals[name] for name in _PASSES) / committed,
         acceptance=sum(segment["accepted"] for segment in segments) / attempts if attempts else math.nan,
         tokens_per_second=committed / totals["seconds"],
     )
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table for people: intervals in brackets."""
-    head = (
-        "method",
-        "budget",
-        "compute",
-        "guide",
-        "judge [95 %]",
-        "win % [95 %]",
-        "ties %",
-        "perplexity",
-        "distinct-2",
-        "tokens",
-        "policy tok",
-        "reward tok",
-        "acceptance",
-        "tok/s",
-    )
-    lines = [head, ("---",) * len(head), *map(_cells, rows)]
+    """A table for people, of one row at least: intervals in brackets."""
+    cells = list(map(_cells, rows))
+    lines = [cells[0], ["---"] * len(cells[0]), *(one.values() for one in cells)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        row.method,
-        budget_text(row.budget),
-        f"{row.compute:.2f}",
-        f"{row.guide.value:+.2f}",
-        f"{row.judge.value:+.2f} [{row.judge.low:+.2f}, {row.judge.high:+.2f}]",
-        f"{100 * row.win.value:.1f} [{100 * row.win.low:.0f}, {100 * row.win.high:.0f}]",
-        f"{100 * row.ties:.0f}",
-        f"{row.perplexity:.1f}",
-        f"{row.distinct_2:.3f}",
-        f"{row.length:.0f}",
-        f"{row.policy_tokens:.2f}",
-        f"{row.reward_tokens:.2f}",
-        f"{row.acceptance:.2f}" if row.method in _TESTING else "",
-        f"{row.tokens_per_second:.0f}",
-    )
+def _cells(row: Row) -> dict[str, str]:
+    return {
+        "method": row.method,
+        "budget": budget_text(row.budget),
+        "compute": f"{row.compute:.2f}",
+        "guide": f"{row.guide.value:+.2f}",
+        "judge [95 %]": f"{row.judge.value:+.2f} [{row.judge.low:+.2f}, {row.judge.high:+.2f}]",
+        "win % [95 %]": f"{100 * row.win.value:.1f} [{100 * row.win.low:.0f}, {100 * row.win.high:.0f}]",
+        "ties %": f"{100 * row.ties:.0f}",
+        "perplexity": f"{row.perplexity:.1f}",
+        "distinct-2": f"{row.distinct_2:.3f}",
+        "tokens": f"{row.length:.0f}",
+        "policy tok": f"{row.policy_tokens:.2f}",
+        "reward tok": f"{row.reward_tokens:.2f}",
+        "acceptance": f"{row.acceptance:.2f}" if row.method in _TESTING else "",
+        "tok/s": f"{row.tokens_per_second:.0f}",
+    }
 
 
 def budget_text(budget: float | None) -> str:
@@ -154,24 +140,21 @@ def budget_text(budget: float | None) -> str:
 
 def to_csv(rows: Sequence[Row]) -> str:
     """All figures, an interval in three columns."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    for number, row in enumerate(rows):
-        flat = dict(_flat(row))
-        if number == 0:
-            writer.writerow(flat)
-        writer.writerow(flat.values())
+    out, flat = io.StringIO(), list(map(_flat, rows))
+    writer = csv.DictWriter(out, flat[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
     return out.getvalue()
 
 
-def _flat(row: Row) -> list[tuple[str, object]]:
-    pairs: list[tuple[str, object]] = []
+def _flat(row: Row) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for name, value in vars(row).items():
         if isinstance(value, Interval):
-            pairs += [(name, value.value), (f"{name}_low", value.low), (f"{name}_high", value.high)]
+            flat |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
         else:
-            pairs.append((name, value))
-    return pairs
+            flat[name] = value
+    return flat
 
 
 def at_compute(rows: Sequence[Row], compute: float) -> list[Row]:

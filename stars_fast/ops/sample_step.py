@@ -185,7 +185,7 @@ def _cpu(logits: torch.Tensor, *state: Any) -> _Result:
     if logits.dtype not in FLOAT_CODES:
         raise ValueError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
     logits = logits.contiguous()
-    token, logprob, sampling_logprob, entropy = _results(logits)
+    found = _results(logits)
     _native(
         logits.data_ptr(),
         FLOAT_CODES[logits.dtype],
@@ -193,22 +193,15 @@ def _cpu(logits: torch.Tensor, *state: Any) -> _Result:
         vocab,
         *state_addresses(rows, vocab, eos_count, state),
         eos_count,
-        token.data_ptr(),
-        logprob.data_ptr(),
-        sampling_logprob.data_ptr(),
-        entropy.data_ptr(),
+        *(out.data_ptr() for out in found),
         torch.get_num_threads(),
     )
-    return token, logprob, sampling_logprob, entropy
+    return found
 
 
 def _results(logits: torch.Tensor, *state: Any) -> _Result:
-    rows = logits.shape[0]
-    token = logits.new_empty(rows, dtype=torch.int64)
-    logprob = logits.new_empty(rows, dtype=torch.float32)
-    sampling_logprob = logits.new_empty(rows, dtype=torch.float32)
-    entropy = logits.new_empty(rows, dtype=torch.float32)
-    return token, logprob, sampling_logprob, entropy
+    logprob, sampling_logprob, entropy = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
+    return logits.new_empty(logits.shape[0], dtype=torch.int64), logprob, sampling_logprob, entropy
 
 
 sample_step = define(

@@ -175,18 +175,10 @@ def argument_addresses(rows: int, groups: int, arguments: Sequence[torch.Tensor]
 
 
 def _cpu(*arguments: torch.Tensor) -> _Result:
-    winner, accepted, threshold, finish = results(*arguments)
-    rows, groups = threshold.shape[0], winner.shape[0]
-    _native(
-        rows,
-        groups,
-        *argument_addresses(rows, groups, arguments),
-        winner.data_ptr(),
-        accepted.data_ptr(),
-        threshold.data_ptr(),
-        finish.data_ptr(),
-    )
-    return winner, accepted, threshold, finish
+    found = results(*arguments)
+    rows, groups = len(arguments[0]), len(arguments[-1])
+    _native(rows, groups, *argument_addresses(rows, groups, arguments), *(out.data_ptr() for out in found))
+    return found
 
 
 def results(reward: torch.Tensor, *arguments: torch.Tensor) -> _Result:

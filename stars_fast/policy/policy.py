@@ -145,7 +145,7 @@ class Policy(TreeModel):
                 [draw.node for draw in draws], [draw.tokens[-1:] for draw in draws], logits_to_keep=0
             )
         for draw, node, (output, _, place) in zip(draws, nodes, outputs, strict=True):
-            self._release(draw.node)
+            self.release(draw.node)
             draw.node, draw.logits = node, output.logits[0, place]
         return seen[-1][0]
 

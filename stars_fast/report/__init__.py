@@ -1,1 +1,1 @@
-"""What measurements share: figures, drawn to files by matplotlib of the extra ``report``, and the weights of models."""
+"""What measurements share: figures by matplotlib of the extra ``report``, files, and the weights of models."""

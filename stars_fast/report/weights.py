@@ -10,28 +10,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of a model, by when they are read. All counts are numbers, not bytes.
+    """Weights of a model, by when they are read. All counts are numbers, not bytes."""
 
-    Parameters
-    ----------
-    parameters : int
-        All weights, tied ones once.
-    body : int
-        Weights every forward pass reads: all but embedding tables and head. Of a mixture of experts all experts, an
-        upper bound that few rows do not reach.
-    active : int
-        Matrix weights of ``body`` that one token is multiplied with: of the experts, those it is routed to.
-    experts : int
-        Weights of experts, in ``body``.
-    head : int
-        Weights read for rows that sample or are scored: a policy's output embedding, tied or not.
-    """
-
-    parameters: int
+    parameters: int  # all weights, tied ones once
+    # All but embedding tables and head, which every forward pass reads. Of a mixture of experts all experts, an upper
+    # bound that few rows do not reach.
     body: int
-    active: int
-    experts: int
-    head: int
+    active: int  # matrix weights of the body that one token is multiplied with: of the experts, those it is routed to
+    experts: int  # in the body
+    head: int  # read for rows that sample or are scored: a policy's output embedding, tied or not
 
     @classmethod
     def of(cls, model: nn.Module) -> Weights:

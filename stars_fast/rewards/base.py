@@ -148,13 +148,14 @@ class Reward(abc.ABC):
 
     def open(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> None:
         """These prompts join the session: called once for each before any of its completions is scored, also for those
-        that :meth:`begin` was told of.
+        that :meth:`begin` was told of. By default they are checked again.
 
         Raises
         ------
         ValueError
             For prompts that cannot be scored, naming the prompt and the limit; none of these prompts is open then.
         """
+        self.check(prompts, max_new_tokens, None)
 
     def fits(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> bool:
         """Whether the pools that :meth:`begin` made are large enough for these prompts, which were checked.

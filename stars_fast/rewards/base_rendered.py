@@ -15,27 +15,13 @@ from stars_fast.tree.model import TreeModel
 
 
 class RenderedReward(Reward):
-    """Renders each prompt once, checks what models would choke on, and passes the protocol on to its caches.
+    """Renders each prompt once, checks what models would choke on, and passes the protocol on to its caches."""
 
-    Attributes
-    ----------
-    caches : list of TreeCache
-        One per model; none where texts are scored in full.
-    vocab_size : int
-        Ids that every model has an embedding for.
-    max_positions : int, optional
-        Longest text.
-    tail_argument : str
-        What errors call the ids behind an answer.
-    causal : bool
-        Whether texts go on from their ids (no closing special tokens are in between).
-    """
-
-    caches: Sequence[TreeCache] = ()
-    vocab_size: int = 0
-    max_positions: int | None = None
-    tail_argument: str = "reward_tail"
-    causal: bool = True
+    caches: Sequence[TreeCache] = ()  # one per model; none where texts are scored in full
+    vocab_size: int = 0  # ids that every model has an embedding for
+    max_positions: int | None = None  # of the longest text
+    tail_argument: str = "reward_tail"  # what errors call the ids behind an answer
+    causal: bool = True  # whether texts go on from their ids: no closing special tokens are in between
 
     def _start(self, caches: Sequence[TreeCache]) -> None:
         """To be called once, when models are known."""

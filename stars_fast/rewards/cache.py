@@ -96,9 +96,7 @@ class TreeCache:
     def forget(self, prompt: RewardPrompt) -> None:
         """No text begins with the prompt's run any more. What is encoded of it is kept until room is needed."""
         self._runs.pop(prompt, None)
-        encoded = self._prefixes.pop(prompt, None)
-        if encoded is not None:
-            self._drop(encoded)
+        self._drop(self._prefixes.pop(prompt, Encoded()))
 
     def end(self) -> None:
         """Release everything."""
@@ -119,15 +117,11 @@ class TreeCache:
 
     def discard(self, completion: Completion) -> None:
         """Forget the completion."""
-        encoded = self._completions.pop(completion, None)
-        if encoded is not None:
-            self._drop(encoded)
+        self._drop(self._completions.pop(completion, Encoded()))
 
     def close(self, response: Response) -> None:
         """Forget the response."""
-        encoded = self._responses.pop(response, None)
-        if encoded is not None:
-            self._drop(encoded)
+        self._drop(self._responses.pop(response, Encoded()))
 
     def fork(self, response: Response, twin: Response) -> None:
         """``twin`` goes on from what is encoded of ``response``."""
@@ -176,8 +170,8 @@ class TreeCache:
             node, length = self.model.prefixes.longest(run, len(run) - self.lag)
             if length > len(self._prefixes[prompt].ids):
                 self._hold(prompt, node, length)
-            elif node >= 0:
-                self.model.tree.release(node)
+            else:
+                self.model.release(node)
         return [prompt for prompt in unread if self._missing(prompt)]
 
     def _first_of_each(self, prompts: Sequence[RewardPrompt]) -> list[RewardPrompt]:
@@ -228,9 +222,7 @@ class TreeCache:
             self._share(self._prefixes[response.prompt], response)
 
     def _share(self, encoded: Encoded, response: Response) -> None:
-        if encoded.node >= 0:
-            self.model.tree.retain(encoded.node)
-        self._responses[response] = Encoded(encoded.node, encoded.ids, encoded.values)
+        self._responses[response] = Encoded(self.model.retain(encoded.node), encoded.ids, encoded.values)
 
     def _batches(self, texts: Sequence[Text]) -> Iterator[tuple[int, int]]:
         """Ranges of texts that one packed pass and the free slots can hold. At least one each."""
@@ -293,8 +285,7 @@ class TreeCache:
         if known < len(encoded.ids):
             kept = max(known - self.lag, 0)
             node = self.model.tree.cut(encoded.node, kept) if kept else -1
-            if encoded.node >= 0:
-                self.model.tree.release(encoded.node)
+            self.model.release(encoded.node)
             self._responses[response] = Encoded(node, encoded.ids[:known], encoded.values[:known])
         return known
 
@@ -335,6 +326,5 @@ class TreeCache:
             self._drop(encoded)
 
     def _drop(self, encoded: Encoded) -> None:
-        if encoded.node >= 0:
-            self.model.tree.release(encoded.node)
+        self.model.release(encoded.node)
         encoded.node, encoded.ids, encoded.values = -1, [], []

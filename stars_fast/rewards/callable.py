@@ -60,9 +60,6 @@ class CallableReward(Reward):
     ) -> None:
         self._enter_call()
 
-    def open(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> None:
-        self.check(prompts, max_new_tokens, None)
-
     def end(self) -> None:
         if self._leave_call() and self._loop is not None:
             self._loop.close()

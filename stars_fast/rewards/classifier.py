@@ -69,7 +69,7 @@ class ClassifierReward(RenderedReward):
         self.vocab_size = vocabulary(model)
         self.causal = False
         self.tree_model, self.reason = self._tree_model()
-        self.max_positions = self._max_positions()
+        self.max_positions = _most_tokens(model)
         self._start([] if self.tree_model is None else [TreeCache(self.tree_model)])
         self._warned = False
         self._evaluating = ExitStack()
@@ -109,12 +109,6 @@ class ClassifierReward(RenderedReward):
         except NotImplementedError as error:
             return None, str(error)
 
-    def _max_positions(self) -> int | None:
-        if self.tree_model is not None:
-            return self.tree_model.max_positions
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return most_tokens(self.model, limit)
-
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
         given = self._given
         if given.policy_tokenizer is not None or policy_tokenizer is None:
@@ -122,35 +116,26 @@ class ClassifierReward(RenderedReward):
         return Rendering(given.tokenizer, policy_tokenizer, given.tail)
 
     def check_vocabulary(self, policy_ids: int, policy: PreTrainedModel) -> None:
-        if self._given.tokenizer is not None:
-            return
-        if self.vocab_size < policy_ids:
-            raise ValueError(
-                f"the reward model has {self.vocab_size} embeddings, fewer than the {policy_ids} ids of the policy: "
-                "pass its own tokenizer as reward_tokenizer= (or, where both share one, tokenizer=)"
-            )
-        warn_of_foreign_ids(policy, self.model, "reward_tokenizer=")
+        if self._given.tokenizer is None:
+            check_ids(policy_ids, policy, self.vocab_size, self.model, "reward_tokenizer=")
 
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
     ) -> None:
         super().begin(prompts, max_new_tokens, rows, kv_cache_tokens)
         if self.tree_model is None:
-            self._warn_once()
+            if not self._warned:
+                warn(
+                    f"{type(self.model).__name__} is scored in full for every candidate, because {self.reason}: "
+                    "correct, but slower than incremental scoring"
+                )
+                self._warned = True
             self._evaluating.enter_context(evaluating(self.model))
 
     def end(self) -> None:
         super().end()
         if not self._calls:
             self._evaluating.close()
-
-    def _warn_once(self) -> None:
-        if not self._warned:
-            warn(
-                f"{type(self.model).__name__} is scored in full for every candidate, because {self.reason}: "
-                "correct, but slower than incremental scoring"
-            )
-            self._warned = True
 
     def score(self, completions: Sequence[Completion]) -> list[float] | torch.Tensor:
         if self.tree_model is not None:
@@ -164,8 +149,15 @@ class ClassifierReward(RenderedReward):
         return rewards
 
 
-def warn_of_foreign_ids(policy: PreTrainedModel, reward: PreTrainedModel, argument: str) -> None:
-    """Warn where a reward model that reads the policy's ids seems to have been trained on another tokenizer's."""
+def check_ids(ids: int, policy: PreTrainedModel, embeddings: int, reward: PreTrainedModel, argument: str) -> None:
+    """Refuse a reward model that reads the policy's ids and has no embedding for some; warn where it seems to have been
+    trained on another tokenizer's.
+    """
+    if embeddings < ids:
+        raise ValueError(
+            f"the reward model has {embeddings} embeddings, fewer than the {ids} ids of the policy: pass its own "
+            f"tokenizer as {argument} (or, where both share one, tokenizer=)"
+        )
     size, reward_size = vocabulary(policy), vocabulary(reward)
     ends, reward_ends = _ends_of_texts(policy), _ends_of_texts(reward)
     if reward_size > size + _MOST_PADDING:
@@ -230,9 +222,9 @@ def _forward(model: PreTrainedModel, rows: Sequence[list[int]], holds_pad: bool)
     return rewards
 
 
-def most_tokens(model: PreTrainedModel, limit: int | None) -> int | None:
-    """Longest row, given the config's limit of positions: RoBERTa's kind spends some of them on padding."""
+def _most_tokens(model: PreTrainedModel) -> int | None:
+    """Longest row that is scored in full: RoBERTa's kind spends some of its positions on padding."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.num_embeddings - module.padding_idx - 1
-    return limit
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -12,7 +12,7 @@ from stars_fast.ops import gather_logprobs
 from stars_fast.rewards.base import Completion
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Text, TreeCache
-from stars_fast.rewards.classifier import unwrapped, warn_of_foreign_ids
+from stars_fast.rewards.classifier import check_ids, unwrapped
 from stars_fast.rewards.render import Rendering
 from stars_fast.text.chat import common_prefix
 from stars_fast.tree.check import checked
@@ -77,14 +77,9 @@ class ImplicitReward(RenderedReward):
         self._start([TreeCache(tree, lag=1, max_packed=_MAX_PACKED) for tree in trees])
 
     def check_vocabulary(self, policy_ids: int, policy: PreTrainedModel) -> None:
-        if self.tokenizer is not None:
-            return
-        if self.vocab_size < policy_ids:
-            raise ValueError(
-                f"the implicit reward's models have {self.vocab_size} embeddings, fewer than the {policy_ids} ids of "
-                "the policy: pass their own tokenizer as ImplicitReward(..., tokenizer=)"
-            )
-        warn_of_foreign_ids(policy, self.caches[0].model.model, "ImplicitReward(..., tokenizer=)")
+        if self.tokenizer is None:
+            model = self.caches[0].model.model
+            check_ids(policy_ids, policy, self.vocab_size, model, "ImplicitReward(..., tokenizer=)")
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
         return Rendering(self.tokenizer, policy_tokenizer, "none")

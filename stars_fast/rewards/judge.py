@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from stars_fast.notices import warn
 from stars_fast.rewards.base import RewardPrompt
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
@@ -121,9 +121,6 @@ def _first_token(tokenizer: Any, text: str) -> int:
     if not ids:
         raise ValueError(f"the verdict {text!r} has no tokens")
     if len(ids) > 1:
-        warnings.warn(
-            f"the verdict {text!r} has {len(ids)} tokens: the judge is asked for the first alone, "
-            f"{tokenizer.decode(ids[:1])!r}",
-            stacklevel=3,
-        )
+        first = tokenizer.decode(ids[:1])
+        warn(f"the verdict {text!r} has {len(ids)} tokens: the judge is asked for the first alone, {first!r}")
     return ids[0]

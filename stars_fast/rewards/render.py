@@ -59,10 +59,10 @@ class Rendering:
         """
         tail = [] if isinstance(self.tail, str) else list(self.tail)
         if self.templated:
-            given = self._rendered_ids(prompt)
+            rendered = self._is_rendered(prompt, refused=not self.shared_ids)
             frame = self._frame(prompt)
             after = frame.tail if self.tail in ("auto", "template") else tail
-            prefix = given or frame.prefix
+            prefix = list(prompt.ids) if rendered else frame.prefix
             text = "" if self.shared_ids else frame.before
             return Context(prefix, after, text, frame.own_start, ends_with_answer(prompt.source))
         if self.shared_ids:
@@ -91,19 +91,18 @@ class Rendering:
         except Exception as error:  # a template raises what it likes
             raise ValueError(f"{prompt.name} does not fit the reward tokenizer's chat template: {error}") from error
 
-    def _rendered_ids(self, prompt: RewardPrompt) -> list[int] | None:
-        """The prompt, if it is given as the ids of a chat that is rendered already: a turn in a turn would mislead."""
-        mark = self._rendered_mark(prompt)
-        if mark is None:
-            return None
-        if not self.shared_ids:
-            raise _rendered_already(prompt, mark)
-        return list(prompt.ids)
-
-    def _rendered_mark(self, prompt: RewardPrompt) -> str | None:
-        if self.policy_tokenizer is None or not _is_ids(prompt.source):
-            return None
-        return rendered_mark(self.policy_tokenizer, prompt.ids, self._marks)
+    def _is_rendered(self, prompt: RewardPrompt, refused: bool) -> bool:
+        """Whether the prompt is given as the ids of a chat that is rendered already: a turn in a turn would mislead."""
+        source = prompt.source
+        if self.policy_tokenizer is None or not isinstance(source, list) or not source or isinstance(source[0], dict):
+            return False
+        mark = rendered_mark(self.policy_tokenizer, prompt.ids, self._marks)
+        if mark is not None and refused:
+            raise ValueError(
+                f"{prompt.name} is given as ids of a rendered chat (they hold {mark!r}), and the reward model renders "
+                "prompts with a tokenizer or template of its own: give the chat's messages as reward_prompts="
+            )
+        return mark is not None
 
     @cached_property
     def _marks(self) -> set[int]:
@@ -122,9 +121,7 @@ class Rendering:
                 f"{prompt.name} ends with an assistant's turn, of which the completion is the rest: this scorer cannot "
                 "show it in its own text, so give a chat that ends with the user's turn as reward_prompts="
             )
-        mark = self._rendered_mark(prompt)
-        if mark is not None:
-            raise _rendered_already(prompt, mark)
+        self._is_rendered(prompt, refused=True)
         return self._turns(prompt)
 
     def _turns(self, prompt: RewardPrompt) -> Messages:
@@ -142,17 +139,6 @@ class Rendering:
                 "pass the policy's as tokenizer="
             )
         return str(self.policy_tokenizer.decode(prompt.ids, skip_special_tokens=True))
-
-
-def _rendered_already(prompt: RewardPrompt, mark: str) -> ValueError:
-    return ValueError(
-        f"{prompt.name} is given as ids of a rendered chat (they hold {mark!r}), and the reward model renders prompts "
-        "with a tokenizer or template of its own: give the chat's messages as reward_prompts="
-    )
-
-
-def _is_ids(source: Any) -> bool:
-    return isinstance(source, list) and bool(source) and not isinstance(source[0], dict)
 
 
 def _same_vocabulary(a: Any, b: Any) -> bool:

@@ -56,9 +56,6 @@ class RuleReward(Reward):
         if self.patterns and any(prompt.tokenizer is None for prompt in prompts):
             raise ValueError("RuleReward's patterns are matched against text: pass tokenizer=")
 
-    def open(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> None:
-        self.check(prompts, max_new_tokens, None)
-
     def score(self, completions: Sequence[Completion]) -> list[float]:
         return [self._score(completion) for completion in completions]
 

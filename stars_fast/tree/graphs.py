@@ -26,10 +26,7 @@ class Pooled(Protocol):
 class Captured:
     """Work on tensors that stay where they are, so that a CUDA graph can hold it.
 
-    Parameters
-    ----------
-    model : Pooled
-        Keeps this object: it is held weakly, so that pools are freed when the model is dropped.
+    The model keeps this object and is held weakly, so that pools are freed when it is dropped.
     """
 
     def __init__(self, model: Pooled) -> None:
@@ -51,18 +48,14 @@ class Captured:
         else:
             self.work()
 
-    def rehearse(self) -> None:
-        """Do the work at rest: compiles kernels, and lets libraries allocate what they keep."""
-        self.rest()
-        self.work()
-
     def capture(self, pool: Any, stream: torch.cuda.Stream) -> None:
         """Let :meth:`run` replay a CUDA graph from now on. What the tensors held is gone."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.rehearse()
+            for _ in range(2):  # compiles kernels, and lets libraries allocate what they keep
+                self.rest()
+                self.work()
             self.rest()
         try:
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -77,22 +70,11 @@ _Work = TypeVar("_Work", bound=Captured)
 
 
 class Graphs:
-    """The captured work of a model, by shape.
-
-    Parameters
-    ----------
-    model : Pooled
-    enabled : bool
-        Whether work is padded to shapes that recur. On a CUDA device it is captured then.
-
-    Attributes
-    ----------
-    made : int
-        Graphs so far.
-    """
+    """The captured work of a model, by shape."""
 
     def __init__(self, model: Pooled, enabled: bool) -> None:
-        self.enabled, self.made = enabled, 0
+        self.enabled = enabled  # whether work is padded to shapes that recur; on a CUDA device it is captured then
+        self.made = 0  # graphs so far
         self._model: Any = weakref.proxy(model)
         self._kept: dict[Hashable, Captured] = {}
         self._impossible: set[type[Captured]] = set()  # what could not be captured once

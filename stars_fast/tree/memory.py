@@ -129,16 +129,8 @@ def divide_devices(models: Sequence[TreeModel], rows: int, utilization: float) -
 def pool_tokens(total: int, in_use: int, workspace: int, bytes_per_token: Sequence[int], utilization: float) -> int:
     """Tokens that each of several pools on one device can hold.
 
-    Parameters
-    ----------
-    total, in_use : int
-        Bytes of the device, and those that weights and others take.
-    workspace : int
-        Bytes that forward passes need (:func:`workspace_bytes`).
-    bytes_per_token : sequence of int
-        Of each pool.
-    utilization : float
-        Share of ``total`` that may be used, all in all.
+    All in bytes: of ``total`` the share ``utilization`` may be used; ``in_use`` is what weights and others take, and
+    ``workspace`` what forward passes need (:func:`workspace_bytes`).
     """
     return max(0, int(utilization * total - in_use - workspace) // sum(bytes_per_token))
 

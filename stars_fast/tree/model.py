@@ -302,12 +302,12 @@ class TreeModel:
             A new node per leaf (a reference of the caller's; the leaf's own reference is untouched), and per leaf
             (output, last, place): what :meth:`encode` returned for its last token, whose index is ``last[place]``.
         """
-        nodes = [self._retain(leaf) for leaf in leaves]
+        nodes = [self.retain(leaf) for leaf in leaves]
         try:
             return nodes, self._extend(nodes, tokens, limit, **kwargs)
         except BaseException:
             for node in nodes:
-                self._release(node)
+                self.release(node)
             raise
 
     def _extend(self, nodes: list[int], tokens: Sequence[Sequence[int]], limit: int | None, **kwargs: Any) -> list[Any]:
@@ -325,16 +325,18 @@ class TreeModel:
             step = self.plan([nodes[i] for i in rows], [1] * len(rows), [len(piece) for piece in pieces])
             output, last = self.encode(step, pieces, 1, **kwargs)
             for at, (i, node) in enumerate(zip(rows, step.branches, strict=True)):
-                self._release(nodes[i])
+                self.release(nodes[i])
                 nodes[i] = node
                 outputs[i] = (output, last, at)
         return outputs
 
-    def _retain(self, node: int) -> int:
+    def retain(self, node: int) -> int:
+        """One more reference to the node, which is returned; -1 stands for none."""
         if node >= 0:
             self.tree.retain(node)
         return node
 
-    def _release(self, node: int) -> None:
+    def release(self, node: int) -> None:
+        """One reference fewer to the node; -1 stands for none."""
         if node >= 0:
             self.tree.release(node)

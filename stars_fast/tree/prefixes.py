@@ -21,11 +21,6 @@ class Prefixes:
 
     What they hold is room that can be had: :meth:`stars_fast.tree.model.TreeModel.plan` takes it before it raises
     ``SlotsExhausted``.
-
-    Parameters
-    ----------
-    tree : SegmentTree
-        Whose nodes they are.
     """
 
     def __init__(self, tree: SegmentTree) -> None:

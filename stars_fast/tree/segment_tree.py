@@ -28,29 +28,14 @@ class TreePlan:
     G requests have a trunk each, B rows (candidates) a branch each; row b belongs to the request g with
     ``group_indptr[g] <= b < group_indptr[g + 1]``. Unused places of the slot tables hold 0, the slot that absorbs
     padding.
-
-    Attributes
-    ----------
-    trunk_slots : Tensor
-        [G, P] the prompt and all that is committed, root to leaf. P is the longest trunk, at least 1.
-    trunk_len : Tensor
-        [G] tokens of each trunk.
-    branch_slots : Tensor
-        [B, S] new slots of each row. S is the longest branch, at least 1.
-    branch_len : Tensor
-        [B] how many of them the row has.
-    group_indptr : Tensor
-        [G + 1] first row of each request, and B.
-    branches : list of int
-        [B] the rows' nodes in the tree; the caller holds one reference to each.
     """
 
-    trunk_slots: Tensor
-    trunk_len: Tensor
-    branch_slots: Tensor
-    branch_len: Tensor
-    group_indptr: Tensor
-    branches: list[int]
+    trunk_slots: Tensor  # [G, P] the prompt and all that is committed, root to leaf; P: the longest trunk, at least 1
+    trunk_len: Tensor  # [G] tokens of each trunk
+    branch_slots: Tensor  # [B, S] new slots of each row; S: the longest branch, at least 1
+    branch_len: Tensor  # [B] how many of them the row has
+    group_indptr: Tensor  # [G + 1] first row of each request, and B
+    branches: list[int]  # [B] the rows' nodes in the tree; the caller holds one reference to each
 
     @classmethod
     def empty(cls, groups: int, trunk: int, rows: int, branch: int, device: torch.device) -> TreePlan:
