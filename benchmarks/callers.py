@@ -1,7 +1,7 @@
 """Accepted tokens a second where callers come one by one, beside one call with all prompts and one call a prompt.
 
-``python3 benchmarks/callers.py [--prompts 32] [--rounds 3] [--json FILE]``, on the demo models. Every way writes the same
-texts, which is checked; ways take turns, so that a busy machine slows all of them.
+``python3 benchmarks/callers.py [--prompts 32] [--rounds 3] [--json FILE]``, on the demo models. Every way writes the
+same texts, which is checked; ways take turns, so that a busy machine slows all of them.
 """
 
 from __future__ import annotations

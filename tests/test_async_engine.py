@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from contextlib import suppress
 
 import pytest
@@ -302,3 +303,73 @@ def test_calls_of_the_engine_itself_are_served_beside_a_session(engine):
 
     got = asyncio.run(run())
     assert got[:4] == want and [out.completions for out in got[4:]] == want
+
+
+def test_a_call_beside_a_busy_session_is_let_in(engine):
+    endless = config(dict(max_new_tokens=200, ignore_eos=True, target_reward=99.0))
+    beats = []
+
+    async def run():
+        shared = AsyncStarsEngine(engine)
+        busy = [asyncio.create_task(answer(shared, [i], endless, i)) for i in range(2)]
+        while shared.metrics()["running"] < 2:
+            await asyncio.sleep(0.01)
+        engine.on_heartbeat = beats.append
+        out = await asyncio.wait_for(asyncio.to_thread(engine.generate, [[1, 2]], config({}), seed=[0]), 30)
+        engine.on_heartbeat = None
+        open_still = not any(task.done() for task in busy)
+        shared.close()
+        await asyncio.gather(*busy, return_exceptions=True)
+        return out, open_still
+
+    out, open_still = asyncio.run(run())
+    assert open_still and out.completions == alone(engine, [([1, 2], config({}), 0)])[0]
+    segments, attempts = len(out.segments[0]), sum(segment.attempts for segment in out.segments[0])
+    assert len(beats) <= segments + attempts + 4  # it waited for two or so, and was there in the others
+
+
+def test_an_abort_and_a_death_reach_who_is_still_being_read(engine, monkeypatch):
+    prepare = type(engine).prepare
+    monkeypatch.setattr(type(engine), "prepare", lambda *args: time.sleep(0.2) or prepare(*args))
+
+    async def run():
+        shared = AsyncStarsEngine(engine)
+        events = []
+
+        async def take(name):
+            async for event in shared.generate([1, 2], config({}), name, seed=0):
+                events.append(event.finish_reason)
+
+        task = asyncio.create_task(take("mine"))
+        await asyncio.sleep(0.05)
+        await shared.abort("mine")
+        await task
+        late = asyncio.create_task(take("late"))
+        await asyncio.sleep(0.05)
+        shared.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            await asyncio.wait_for(late, 10)
+        return events
+
+    assert asyncio.run(run()) == ["abort"]
+    assert nothing_held(engine)
+
+
+def test_metrics_add_up(engine):
+    endless = config(dict(max_new_tokens=200, ignore_eos=True, target_reward=99.0))
+
+    async def run():
+        shared = AsyncStarsEngine(engine)
+        await asyncio.gather(*(answer(shared, [i], config({}), i) for i in range(4)))
+        async for _ in shared.generate([1], endless, seed=0):
+            break
+        while engine.core.open_calls:
+            await asyncio.sleep(0.01)
+        metrics = shared.metrics()
+        shared.close()
+        return metrics
+
+    metrics = asyncio.run(run())
+    assert metrics["policy_tokens"] == metrics["committed_tokens"] + metrics["discarded_tokens"] > 0
+    assert sum(metrics["rows"].values()) == sum(metrics["requests"].values()) == metrics["heartbeats"]
+    assert metrics["open_requests"] == metrics["running"] == metrics["waiting"] == 0

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 
+from stars_fast.loop.memory import TooLarge, is_lack_of_memory
 from stars_fast.loop.one_answer import OneAnswer, after
 from stars_fast.loop.queue import Queue
 from stars_fast.loop.request import Drawn, Request
@@ -39,6 +40,8 @@ class Enumeration(OneAnswer):
                     self._tokens[request] = self._allowed(request, logits)
                 looked_at.append(logits)
             except Exception as error:
+                if is_lack_of_memory(error):
+                    raise TooLarge(0, len(requests), f"{type(error).__name__}: {error}") from error
                 failed = Draw(-1, [], [], [], False, f"its logits processor raised {type(error).__name__}: {error}")
                 drawn[request], self._tokens[request] = [self.candidate(request, failed)], [-1]
         requests = [request for request in requests if request not in drawn]

@@ -143,7 +143,10 @@ class Loop(Queue):
                 one.reward, one.error = reward, error
         if type(self.reward).parts is not Reward.parts:
             for one in asked:
-                one.parts = self.reward.parts(one.completion) if one.error is None else None
+                try:
+                    one.parts = self.reward.parts(one.completion) if one.error is None else None
+                except Exception as error:
+                    one.error = f"the reward's parts raised {type(error).__name__}: {error}"
         by_method: dict[int, list[Candidate]] = {}
         for one in sound:
             if one.error is None:

@@ -165,8 +165,8 @@ class OneAnswer:
             self.roll_back(group if request.best is None else [*group, request.best], keep=chosen or best)
             request.attempts, request.best, request.best_attempt = verdict.attempts, best, verdict.best_attempt
             if chosen is not None:
-                request.terms.stats.committed_tokens += len(chosen.draw.tokens) * (not request.terms.pilot)
                 self.commit(request, chosen, verdict.accepted)
+                request.terms.stats.committed_tokens += len(chosen.draw.tokens) * (not request.terms.pilot)
                 if verdict.finish != GOES_ON:
                     self.queue.finish(request, "stop" if verdict.finish == STOP else "length")
                 moved.append(request)

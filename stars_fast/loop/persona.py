@@ -147,11 +147,11 @@ class SelfJudging(OneAnswer):
                 self.roll_back([candidate])
                 self.queue.fail(request, candidate.error)
                 continue
-            request.terms.stats.committed_tokens += len(candidate.draw.tokens)
             trunk = self._draft_trunks[request]
             trunk.pending = [*trunk.pending, *candidate.draw.tokens]
             self.trunks.advance(trunk, twin)
             self.commit_untested(request, candidate)
+            request.terms.stats.committed_tokens += len(candidate.draw.tokens)
         return list(requests)
 
     def preempt(self, request: Request) -> None:

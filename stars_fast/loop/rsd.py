@@ -108,8 +108,8 @@ class Drafting(OneAnswer):
             else:
                 if drafted:
                     candidate.threshold = threshold
-                request.terms.stats.committed_tokens += len(candidate.draw.tokens)
                 self.commit_untested(request, candidate, accepted=drafted)
+                request.terms.stats.committed_tokens += len(candidate.draw.tokens)
             moved.append(request)
         return moved
 
