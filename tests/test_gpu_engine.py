@@ -213,7 +213,7 @@ def test_running_out_of_memory_changes_no_text(monkeypatch):
     """The logits of 256 rows take most of the memory here; what one call takes is too much for the next."""
     vocab, retreats = 32_000, []
     retreat = Queue.retreat
-    monkeypatch.setattr(Queue, "retreat", lambda self, n, cause: retreats.append(cause) or retreat(self, n, cause))
+    monkeypatch.setattr(Queue, "retreat", lambda self, large: retreats.append(large.cause) or retreat(self, large))
 
     def once():
         engine = StarsEngine(tiny_policy(vocab, hidden=32).to(DEVICE), sum_reward, **EAGER)

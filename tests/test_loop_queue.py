@@ -53,7 +53,7 @@ class Seen(Counter):
     def commit(self, strategy, request, chosen, accepted):
         self["fallbacks encoded again"] += chosen.draw.node < 0
 
-    def retreat(self, loop, tokens, cause):
+    def retreat(self, loop, large):
         self["retreats"] += 1
 
     def propose(self, loop):
@@ -347,7 +347,7 @@ def test_who_waits_is_not_failed_for_a_pass_that_it_had_no_part_in(monkeypatch):
     engine = make_engine("callable", max_rows=1)
     runs = submit(engine, 1, [5])
     engine.core.step()
-    engine.core.loop.scheduler.shrink(1)  # nothing is left to halve
+    engine.core.loop.scheduler.shrink(1, 1)  # nothing is left to halve
     waits = submit(engine, 0, [7])
     plant(monkeypatch, engine, lambda call, ids: call == 0)
     while engine.core.step():

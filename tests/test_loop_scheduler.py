@@ -273,3 +273,14 @@ def test_a_policy_in_several_processes_plans_without_a_clock(sharded, monkeypatc
     engine.generate([[1, 2], [3]], CONFIG, seed=0)
     fresh = HeartbeatCost().line()
     assert all(line == fresh for line in used) == (engine.core.cost.line() == fresh) == sharded
+
+
+def test_a_lack_of_memory_narrows_what_lacked_it_and_not_for_ever():
+    scheduler = Scheduler(max_rows=16, kv_cache_tokens=1000)
+    full = scheduler.prefill_tokens
+    assert scheduler.shrink(tokens=0, rows=10) and (scheduler.max_rows, scheduler.prefill_tokens) == (5, full)
+    assert scheduler.shrink(tokens=100, rows=0) and (scheduler.max_rows, scheduler.prefill_tokens) == (5, 50)
+    assert not scheduler.shrink(tokens=1000, rows=10)
+    for _ in range(2000):
+        scheduler.recover()
+    assert (scheduler.max_rows, scheduler.prefill_tokens) == (16, full)

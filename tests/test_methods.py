@@ -187,9 +187,7 @@ def test_a_pass_that_runs_out_of_memory_changes_no_text(monkeypatch, method, tog
         return output
 
     monkeypatch.setattr(engine.policy, "forward", scarce)
-    monkeypatch.setattr(
-        Loop, "retreat", lambda loop, tokens, cause: retreats.append(cause) or retreat(loop, tokens, cause)
-    )
+    monkeypatch.setattr(Loop, "retreat", lambda loop, large: retreats.append(large.cause) or retreat(loop, large))
     assert generate(engine, method).completions == together.completions
     assert retreats
     assert_all_free(engine)

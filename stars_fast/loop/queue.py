@@ -157,7 +157,10 @@ class Queue:
         for request in admitted[::-1]:
             self.preempt(request)
         self._clear_trees()  # the failed pass may have left branches
-        if self.scheduler.shrink(large.tokens, large.rows):
+        scheduler = self.scheduler
+        if scheduler.shrink(large.tokens, large.rows):
+            return []
+        if len(admitted) > 1 and scheduler.shrink(0, scheduler.max_rows):  # until it is known whose pass it was
             return []
         request = admitted[0]  # who waits, for more slots than were free, may come before it
         self.waiting.remove(request)

@@ -1,0 +1,58 @@
+"""One thread at a time has its turn; whoever wants a short one comes before those who want long ones."""
+
+import threading
+from itertools import count
+
+import pytest
+
+from stars_fast.loop.turn import Turn
+
+
+def test_a_short_turn_comes_before_the_next_long_one():
+    turn, order, rounds = Turn(), [], count()
+    asked, go_on = threading.Event(), threading.Event()
+
+    def busy():
+        while next(rounds) < 50:
+            assert turn.acquire(short=False)
+            order.append("long")
+            asked.set()
+            go_on.wait(5)
+            turn.release()
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    asked.wait(5)
+    waiter = threading.Thread(target=lambda: turn.acquire(short=True) and (order.append("short"), turn.release()))
+    waiter.start()
+    while not turn._asking:
+        waiter.join(0.001)
+    go_on.set()
+    waiter.join(5)
+    thread.join(5)
+    assert order[:2] == ["long", "short"] and order.count("long") == 50
+
+
+def test_news_end_a_wait_for_a_turn():
+    turn, news = Turn(), []
+    assert turn.acquire(short=False)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(turn.acquire(short=False, unless=lambda: bool(news))))
+    thread.start()
+    news.append("it is here")
+    turn.release()
+    thread.join(5)
+    assert found == [False] and turn.try_acquire()
+
+
+def test_whoever_has_the_turn_is_refused_another_and_nobody_else_can_end_it():
+    turn = Turn()
+    assert turn.acquire(short=True) and turn.mine
+    with pytest.raises(RuntimeError, match="already generating"):
+        turn.acquire(short=False)
+    other = threading.Thread(target=turn.release)
+    other.start()
+    other.join(5)
+    assert turn.mine and not turn.try_acquire()
+    assert not turn.release(unless=lambda: True) and turn.mine
+    assert turn.release() and not turn.mine
