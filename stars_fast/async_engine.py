@@ -16,7 +16,7 @@ from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.job import Job
-from stars_fast.loop.core import Size
+from stars_fast.loop.caller import Size
 from stars_fast.methods.numbers import integer
 from stars_fast.outputs import SegmentEvent, Stats
 

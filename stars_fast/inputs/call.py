@@ -20,7 +20,7 @@ from stars_fast.inputs.arguments import (
 )
 from stars_fast.inputs.hooks import stop_test
 from stars_fast.inputs.sampling import as_ids, resolve_sampling
-from stars_fast.loop.core import Size
+from stars_fast.loop.caller import Size
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot, of_prompt, pilot_config
 from stars_fast.loop.request import PromptNode, Request, StopTest, Terms
 from stars_fast.methods.stars import base_reward

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stars_fast.inputs.call import Call
-from stars_fast.loop.core import Size
+from stars_fast.loop.caller import Size
 from stars_fast.loop.pilot import Pilot, read_pilot, solve
 from stars_fast.loop.request import Request
 from stars_fast.loop.stream import new_events

@@ -8,8 +8,9 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
+from stars_fast.loop.caller import Caller, Size
 from stars_fast.loop.enumeration import Enumeration
 from stars_fast.loop.heartbeat import Loop
 from stars_fast.loop.one_answer import OneAnswer
@@ -23,7 +24,7 @@ from stars_fast.loop.trials import Trials
 from stars_fast.loop.trunks import Trunks
 from stars_fast.loop.turn import Turn
 from stars_fast.policy.policy import Policy
-from stars_fast.rewards.base import Reward, RewardPrompt
+from stars_fast.rewards.base import Reward
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.memory import default_tokens, divide_devices
 
@@ -34,39 +35,6 @@ _STRATEGIES: dict[str, type[OneAnswer]] = {
     "tokens": Enumeration,
     "persona": SelfJudging,
 }
-
-
-class Size(NamedTuple):
-    """What a caller's requests take, at most: pools are made for it."""
-
-    length: int  # of a prompt with its answer
-    slots: int  # of all that one request holds at a time
-    holders: int  # requests that hold slots side by side
-    rows: int
-    segment_length: int
-    max_new_tokens: int
-    prompts: Sequence[RewardPrompt] = ()
-    draft: Policy | None = None
-
-
-class Caller(Protocol):
-    """Who submits requests, and is told what becomes of them, by whichever thread takes the step."""
-
-    size: Size
-    deadline: float | None  # of time.monotonic()
-
-    @property
-    def has_news(self) -> bool:
-        """Whether there is something to take: an event, or the end."""
-
-    def start(self) -> Sequence[Request]:
-        """Its first requests."""
-
-    def moved(self, request: Request) -> Sequence[Request]:
-        """A request has committed a segment, or has ended. Returns further ones."""
-
-    def end(self, error: BaseException | None) -> None:
-        """All its requests have ended, or were ended because of ``error``."""
 
 
 class Core:

@@ -1,0 +1,43 @@
+"""Who submits requests to the core, and what of it they take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from stars_fast.loop.request import Request
+from stars_fast.policy.policy import Policy
+from stars_fast.rewards.base import RewardPrompt
+
+
+class Size(NamedTuple):
+    """What a caller's requests take, at most: pools are made for it."""
+
+    length: int  # of a prompt with its answer
+    slots: int  # of all that one request holds at a time
+    holders: int  # requests that hold slots side by side
+    rows: int
+    segment_length: int
+    max_new_tokens: int
+    prompts: Sequence[RewardPrompt] = ()
+    draft: Policy | None = None
+
+
+class Caller(Protocol):
+    """Who submits requests, and is told what becomes of them, by whichever thread takes the step."""
+
+    size: Size
+    deadline: float | None  # of time.monotonic()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to take: an event, or the end."""
+
+    def start(self) -> Sequence[Request]:
+        """Its first requests."""
+
+    def moved(self, request: Request) -> Sequence[Request]:
+        """A request has committed a segment, or has ended. Returns further ones."""
+
+    def end(self, error: BaseException | None) -> None:
+        """All its requests have ended, or were ended because of ``error``."""
