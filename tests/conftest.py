@@ -104,6 +104,12 @@ def word_reward(completions):
     return sum_reward([[int(word[1:]) for word in completion.split()] for completion in completions])
 
 
+@pytest.fixture
+def small_pools(monkeypatch) -> None:
+    """Pools of what is wanted when they are made, and nothing for who may come."""
+    monkeypatch.setattr("stars_fast.tree.memory._LEAST_TOKENS", 0)
+
+
 def refused(*parts):
     """The call is refused before any work, with a message that has every one of ``parts`` as a word of its own."""
     words = "".join(rf"(?=[\s\S]*(?<![\w.]){part}(?![\w]))" for part in parts)

@@ -11,7 +11,7 @@ from test_law import PROMPT, RULE, SAMPLES, VOCAB, oracle, p_attempts, p_text, r
 from stars_fast.loop import selection
 from stars_fast.loop.one_answer import OneAnswer
 from stars_fast.ops.philox import uniform
-from stars_fast.policy.policy import steps
+from stars_fast.policy import steps
 
 # Faults of the fallback show where most segments need it; those of the choice among accepted ones where most rounds
 # have several; those of the noise where the first attempt often wins; those of the acceptance test where few candidates

@@ -96,12 +96,6 @@ def test_a_stream_that_is_forgotten_frees_its_slots_while_others_go_on():
     assert_nothing_left(engine)
 
 
-@pytest.fixture
-def small_pools(monkeypatch):
-    """Pools of what the first caller wants, and no more."""
-    monkeypatch.setattr("stars_fast.tree.memory._LEAST_TOKENS", 0)
-
-
 def test_a_call_that_needs_larger_pools_waits_until_the_others_are_through(small_pools):
     engine = make_engine()
     small = engine.stream([[5]], CONFIG, seed=1)

@@ -159,7 +159,7 @@ def test_another_thread_checks_while_a_session_is_open_and_disturbs_nobody(make,
     assert not any(maps(scorer))
 
 
-def test_pools_are_too_small_for_what_they_were_not_made_for(reward32):
+def test_pools_are_too_small_for_what_they_were_not_made_for(reward32, small_pools):
     short, long = ids_prompts([[1] * 10]), ids_prompts([[1] * 100])
     scorer = ClassifierReward(reward32)
     scorer.begin(short, 8, 4, None)

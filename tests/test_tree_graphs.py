@@ -39,7 +39,7 @@ def test_few_tensors_are_kept(padded, monkeypatch):
     assert out.completions == engine().generate(PROMPTS, CONFIG, seed=SEEDS, candidates=3).completions
 
 
-def test_tensors_are_reused_until_the_pool_or_the_weights_move(padded):
+def test_tensors_are_reused_until_the_pool_or_the_weights_move(small_pools, padded):
     policy = padded.policy
     first = padded.generate(PROMPTS, CONFIG, seed=SEEDS).completions
     kept = proposals(policy)

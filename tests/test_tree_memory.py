@@ -82,12 +82,18 @@ def test_both_models_get_equally_many_tokens_however_often_a_device_is_divided(g
     assert 0.89 * GIB < used < 0.9 * GIB + 4000
 
 
-def test_a_call_that_wants_less_takes_less_and_one_row_is_always_tried(gpu):
+def test_a_call_that_wants_less_takes_less_and_one_row_is_always_tried(gpu, small_pools):
     gpu.append(FakeModel("cuda:0", 1000))
     memory.divide_devices(gpu, 8, 0.9)
     assert memory.default_tokens(gpu[0], rows=2, tokens_per_row=100) == 200
     memory.divide_devices(gpu, 8, 0.1)
     assert memory.default_tokens(gpu[0], rows=20, tokens_per_row=100) == 100
+
+
+def test_there_is_room_for_who_comes_later_where_memory_has_it(gpu):
+    gpu.append(FakeModel("cuda:0", 1000))
+    memory.divide_devices(gpu, 8, 0.9)
+    assert memory.default_tokens(gpu[0], rows=2, tokens_per_row=100) == 4096
 
 
 def test_devices_are_divided_one_by_one(gpu):
