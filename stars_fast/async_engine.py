@@ -17,6 +17,7 @@ from stars_fast.engine import StarsEngine
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.job import Job
 from stars_fast.loop.caller import Size
+from stars_fast.loop.team import release_team
 from stars_fast.methods.numbers import integer
 from stars_fast.outputs import SegmentEvent, Stats
 
@@ -86,6 +87,7 @@ class AsyncStarsEngine:
         longest = self.max_model_len + self.max_segment_length
         size = Size(self.max_model_len, longest, rows, rows, self.max_segment_length, self.max_model_len)
         engine.core.hold(size)
+        release_team()
         self._thread = threading.Thread(target=self._run, name="stars-fast-engine", daemon=True)
         self._thread.start()
 

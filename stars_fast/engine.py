@@ -20,6 +20,7 @@ from stars_fast.loop.core import Core
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot
 from stars_fast.loop.row_cost import Heartbeat
 from stars_fast.loop.stream import progress_bar
+from stars_fast.loop.team import release_team
 from stars_fast.methods.numbers import integer, real
 from stars_fast.notices import warn
 from stars_fast.outputs import SegmentEvent, StarsOutput
@@ -245,6 +246,8 @@ class StarsEngine:
         finally:
             if not job.over:
                 self.core.abort(job)
+            if self.core.open_calls:  # another thread takes the steps from here on
+                release_team()
         if job.error is not None:
             raise job.error
         self._warn(job, failed)
