@@ -9,9 +9,9 @@ from itertools import accumulate, pairwise
 import torch
 
 from stars_fast.loop.memory import passing
-from stars_fast.loop.one_answer import OneAnswer
 from stars_fast.loop.queue import Queue
 from stars_fast.loop.request import Candidate, Drawn, PromptNode, Request, Tree, Trunk
+from stars_fast.loop.two_trunks import TwoTrunks
 from stars_fast.ops.philox import uniform
 from stars_fast.ops.sample_step import filter_logits, sample_step
 from stars_fast.policy.leaf import NOT_FINITE, Draw, Sampling
@@ -20,24 +20,16 @@ from stars_fast.policy.leaf import NOT_FINITE, Draw, Sampling
 _DRAFT, _REPLACEMENT = 0, 1
 
 
-class SelfJudging(OneAnswer):
+class SelfJudging(TwoTrunks):
     """The request's trunk is the judge's; the draft's, and the drafted blocks there, are kept beside it."""
 
-    judges_on_device = False
-
     def __init__(self, queue: Queue) -> None:
-        super().__init__(queue)
-        self._draft_trunks: dict[Request, Trunk] = {}
+        super().__init__(queue, queue.trunks)
         self._twins: dict[Candidate, int] = {}  # the same tokens under the drafting prompt
-        self._nodes: dict[PromptNode, list[PromptNode]] = {}  # a prompt under judging and drafting preference
 
-    def enter(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            prompt = request.prompt
-            if prompt not in self._nodes:
-                self._nodes[prompt] = [PromptNode(ids, prompt.reward_prompt) for ids in prompt.under_preferences]
-            judging, drafting = self._nodes[prompt]
-            request.trunk, self._draft_trunks[request] = Trunk(judging), Trunk(drafting)
+    def both(self, prompt: PromptNode) -> tuple[PromptNode, PromptNode]:
+        judging, drafting = (PromptNode(ids, prompt.reward_prompt) for ids in prompt.under_preferences)
+        return judging, drafting
 
     def prompts(self, request: Request) -> Sequence[PromptNode]:
         return request.trunk.prompt, self._draft_trunks[request].prompt
@@ -156,18 +148,10 @@ class SelfJudging(OneAnswer):
 
     def preempt(self, request: Request) -> None:
         self._twins = {candidate: node for candidate, node in self._twins.items() if candidate.answer is not request}
-        self.trunks.give_back(self._draft_trunks[request], request.tokens)
         super().preempt(request)
-
-    def close(self, request: Request) -> None:
-        self.trunks.give_back(self._draft_trunks.pop(request), request.tokens)
-        if not any(other.prompt is request.prompt for other in self._draft_trunks):
-            self._nodes.pop(request.prompt, None)
-        super().close(request)
 
     def drop(self, request: Request) -> None:
         self._twins.clear()
-        self.trunks.forget(self._draft_trunks[request], request.tokens)
         super().drop(request)
 
 

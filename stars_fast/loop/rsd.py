@@ -10,16 +10,16 @@ from typing import cast
 import torch
 
 from stars_fast.loop.memory import passing
-from stars_fast.loop.one_answer import OneAnswer
 from stars_fast.loop.queue import Queue
 from stars_fast.loop.request import Candidate, Drawn, PromptNode, Request, Tree, Trunk
 from stars_fast.loop.trunks import Trunks
+from stars_fast.loop.two_trunks import TwoTrunks
 from stars_fast.methods.rsd import RSD
 from stars_fast.policy.policy import Policy
 from stars_fast.tree.attention import plugged
 
 
-class Drafting(OneAnswer):
+class Drafting(TwoTrunks):
     """Both models' trees hold all that is committed.
 
     A tree is brought up to date when its model is next asked, so that the policy reads accepted drafts in one pass.
@@ -33,15 +33,10 @@ class Drafting(OneAnswer):
         Tokens of a trunk and of a segment, at most.
     """
 
-    judges_on_device = False
-
     def __init__(self, queue: Queue, draft: Policy, longest: int, segment_length: int) -> None:
-        super().__init__(queue)
-        self.drafts = Trunks(draft, self.scheduler)
+        super().__init__(queue, Trunks(draft, queue.scheduler))
         self.trees = (self.drafts,)
-        self._draft_trunks: dict[Request, Trunk] = {}
         self._drafted: set[Candidate] = set()  # whose branches lie in the draft model's tree
-        self._nodes: dict[PromptNode, PromptNode] = {}  # the same prompts, there
         self._plugged = ExitStack()
         draft.begin(self.scheduler.kv_cache_tokens, longest, segment_length)
         self._plugged.enter_context(plugged(draft.model))
@@ -51,11 +46,8 @@ class Drafting(OneAnswer):
         self.drafts.clear()
         self._plugged.close()
 
-    def enter(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            prompt = request.prompt
-            node = self._nodes.setdefault(prompt, PromptNode(prompt.ids, prompt.reward_prompt))
-            self._draft_trunks[request] = Trunk(node)
+    def both(self, prompt: PromptNode) -> tuple[PromptNode, PromptNode]:
+        return prompt, PromptNode(prompt.ids, prompt.reward_prompt)
 
     def keep(self, requests: Sequence[Request]) -> None:
         self.drafts.keep_prompts([self._draft_trunks[request].prompt for request in requests])
@@ -138,16 +130,8 @@ class Drafting(OneAnswer):
 
     def preempt(self, request: Request) -> None:
         self._drafted = {candidate for candidate in self._drafted if candidate.answer is not request}
-        self.drafts.give_back(self._draft_trunks[request], request.tokens)
         super().preempt(request)
-
-    def close(self, request: Request) -> None:
-        self.drafts.give_back(self._draft_trunks.pop(request), request.tokens)
-        if not any(other.prompt is request.prompt for other in self._draft_trunks):
-            self._nodes.pop(request.prompt, None)
-        super().close(request)
 
     def drop(self, request: Request) -> None:
         self._drafted.clear()
-        self.drafts.forget(self._draft_trunks[request], request.tokens)
         super().drop(request)
