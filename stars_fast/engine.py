@@ -33,6 +33,8 @@ _DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
 class StarsEngine:
     """Reward-guided generation with one tree of keys and values per model.
 
+    Calls and streams may be under way in several threads: they share heartbeats, and each has the text it has alone.
+
     Parameters
     ----------
     policy : transformers causal LM, path or hub id
