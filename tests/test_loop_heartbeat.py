@@ -242,3 +242,25 @@ def test_rewards_that_nobody_on_the_host_has_seen_give_the_same_texts(monkeypatc
     assert got.completions == want.completions
     assert got.rewards == pytest.approx(want.rewards, abs=1e-5)
     assert [[s.attempts for s in row] for row in got.segments] == [[s.attempts for s in row] for row in want.segments]
+
+
+def test_a_prompt_that_cannot_be_read_ahead_fails_by_itself_and_says_why(policy32):
+    class Unreadable(Reward):
+        def score(self, completions):
+            return sum_reward([completion.tokens for completion in completions])
+
+        def read_ahead(self, prompts, most):
+            for prompt in prompts:
+                if prompt.source == self.bad:
+                    raise KeyError("no such prompt")
+            return []
+
+    reward = Unreadable()
+    reward.bad = None
+    want = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=4)
+    reward.bad = PROMPTS[1]
+    out = StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=4)
+    assert "KeyError" in out.errors[1] and "no such prompt" in out.errors[1] and out.completions[1] == []
+    others = [0, 2, 3]
+    assert [out.completions[i] for i in others] == [want.completions[i] for i in others]
+    assert [out.errors[i] for i in others] == [None] * 3
