@@ -218,7 +218,8 @@ class AsyncStarsEngine:
 
     def metrics(self) -> dict[str, Any]:
         """Counts since this was opened: the fields of :class:`Stats` added up over all requests, ``open_requests``,
-        ``running``, ``waiting``, ``preemptions``, and slots of both trees (``policy_slots``, ``policy_slots_free``).
+        ``running``, ``waiting``, and slots of the policy's tree: ``policy_slots``, ``policy_slots_free`` (kept prefixes
+        hold some).
         """
         total, loop = Stats(), self.engine.core.loop
         self._count_ended()

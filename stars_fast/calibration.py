@@ -13,6 +13,7 @@ from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.loop.pilot import (
+    ACCEPTANCE,
     PILOT_SAMPLES,
     Pilot,
     acceptance_by_segment,
@@ -116,7 +117,7 @@ class Calibration:
 def calibrate(
     engine: StarsEngine,
     prompts: Any,
-    acceptance: float = 0.3,
+    acceptance: float = ACCEPTANCE,
     *,
     config: StarsConfig | None = None,
     samples: int = PILOT_SAMPLES,

@@ -168,6 +168,16 @@ def policy32() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="session")
+def idle(policy32):
+    """An engine that is asked for nothing it could begin with."""
+
+    def unreachable(completions):
+        raise AssertionError("work started before the input was checked")
+
+    return StarsEngine(policy32, unreachable)
+
+
+@pytest.fixture(scope="session")
 def reward32() -> LlamaForSequenceClassification:
     return tiny_reward(32, hidden=32)
 

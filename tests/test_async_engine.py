@@ -109,7 +109,9 @@ def test_neighbours_that_leave_and_preemption_change_no_text():
     wanted, leaving = [([i, 2], config(long[i % 2]), i) for i in range(14)], jobs(KINDS[:3], 6)
     want = alone(small, wanted)
     seen = []
-    small.on_heartbeat = lambda beat: seen.append(small.core.loop.preemptions)
+    small.on_heartbeat = lambda beat: seen.append(
+        sum(request.terms.stats.preemptions for request in small.core.loop.admitted)
+    )
     got = served(small, wanted, 14, leaving, max_model_len=80, max_segment_length=16)
     assert got == want
     assert max(seen) > 0

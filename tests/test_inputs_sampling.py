@@ -12,16 +12,6 @@ def engine(policy32, reward32):
     return StarsEngine(policy32, reward32)
 
 
-@pytest.fixture(scope="module")
-def idle(policy32):
-    """An engine that is asked for nothing it could begin with."""
-
-    def unreachable(completions):
-        raise AssertionError("work started before the input was checked")
-
-    return StarsEngine(policy32, unreachable)
-
-
 EOS = VOCAB - 1
 CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14)
 

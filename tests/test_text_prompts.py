@@ -18,16 +18,6 @@ def engine(policy32, reward32):
     return StarsEngine(policy32, reward32)
 
 
-@pytest.fixture(scope="module")
-def idle(policy32):
-    """An engine that is asked for nothing it could begin with."""
-
-    def unreachable(completions):
-        raise AssertionError("work started before the input was checked")
-
-    return StarsEngine(policy32, unreachable)
-
-
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_text_that_a_chat_template_wrote_has_one_bos(add_bos):
     tokenizer = byte_bpe(300, template=LLAMA3, add_bos=add_bos)

@@ -9,13 +9,10 @@ from typing import Any
 
 from stars_fast.inputs.call import Call
 from stars_fast.loop.caller import Size
-from stars_fast.loop.pilot import Pilot, read_pilot, solve
+from stars_fast.loop.pilot import ACCEPTANCE, Pilot, read_pilot, solve
 from stars_fast.loop.request import Request
 from stars_fast.loop.stream import new_events
 from stars_fast.outputs import SegmentEvent
-
-# Expected share of candidates accepted where targets are calibrated per prompt.
-_DEFAULT_ACCEPTANCE = 0.3
 
 
 class Job:
@@ -95,7 +92,7 @@ class Job:
         if i not in self._drawn or any(one.finish_reason is None for one in self._drawn[i]):
             return []  # several may end in one heartbeat
         pilot = self.pilots[i] = read_pilot(self._drawn[i], self.call.config)
-        further = self._guided(i, solve(pilot, self.call.config, _DEFAULT_ACCEPTANCE)) if self.guided else []
+        further = self._guided(i, solve(pilot, self.call.config, ACCEPTANCE)) if self.guided else []
         del self._drawn[i]
         if not self._drawn:
             self.stats.calibration_seconds = time.perf_counter() - self._started

@@ -89,11 +89,11 @@ class Enumeration(OneAnswer):
         # Where it forbids everything one is kept, whose log-probability then says so.
         return [token for token, may in zip(tokens, allowed, strict=True) if may] or tokens[:1]
 
-    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> list[Request]:
-        moved = super().judge(requests, drawn, rewards)
-        for request in moved:
-            self._tokens.pop(request, None)
-        return moved
+    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> None:
+        super().judge(requests, drawn, rewards)
+        for request in requests:
+            if not request.attempts:  # the next position is decided
+                self._tokens.pop(request, None)
 
     def close(self, request: Request) -> None:
         self._tokens.pop(request, None)

@@ -35,32 +35,31 @@ class Loop(Queue):
     _prepared = -1  # captures and compilations so far; the first round has too many to be a measure
 
     @torch.no_grad()
-    def heartbeat(self) -> list[Request]:
-        """One round. Returns the requests that committed a segment, ended or failed."""
+    def heartbeat(self) -> None:
+        """One round. What has moved, ended or failed is read off the requests."""
         started, before = time.perf_counter(), self.committed
         self.make_room()
-        moved = self.admit()
+        self.admit()
         try:
-            joined, failed = self.join()
-            moved += failed
+            joined = self.join()
             for tree, trunks in due(self.running).items():
                 tree.extend(trunks)
-            moved += self.set_base_rewards(joined)
+            self.set_base_rewards(joined)
             self.drop_finished()
             drawn = self.propose()
         except TooLarge as error:
             large = TooLarge(error.tokens, error.rows, error.cause)
         else:
             proposed, scored = time.perf_counter(), self.reward.tokens
-            moved += self.judge(drawn, self.score(drawn))
+            self.judge(drawn, self.score(drawn))
             self.drop_finished()
             self.note(drawn, started, proposed, self.reward.tokens - scored, self.committed - before)
-            return moved
+            return
         # Out here nothing of the failed pass is alive: an exception holds its frames, and they their tensors.
-        return moved + self.retreat(large)
+        self.retreat(large)
 
-    def set_base_rewards(self, joined: Sequence[Request]) -> list[Request]:
-        """``r0`` of new requests that need r(x), the reward of the empty answer. Returns those it failed for."""
+    def set_base_rewards(self, joined: Sequence[Request]) -> None:
+        """``r0`` of new requests that need r(x), the reward of the empty answer; where that fails, they do."""
         new = [request for request in joined if request.base is None]
         needs = list(dict.fromkeys(request.prompt for request in new if request.prompt.empty_reward is None))
         empty = [Completion(Response(prompt.reward_prompt), [], tokenizer=self.tokenizer) for prompt in needs]
@@ -77,15 +76,12 @@ class Loop(Queue):
                 prompt.empty_reward = value
                 if error is not None or value == float("-inf"):
                     errors[prompt] = error or "it is -inf: set base_reward, alpha=1 or target_reward=None"
-        failed = []
         for request in new:
             if request.prompt in errors:
                 self.fail(request, f"the empty answer could not be scored: {errors[request.prompt]}")
                 request.prompt.empty_reward = None
-                failed.append(request)
             elif request.prompt.empty_reward is not None:
                 request.base = base_reward(request.prompt.empty_reward, request.target, request.terms.config.alpha)
-        return failed
 
     def propose(self) -> Drawn:
         """Draw candidates for all: most of them in one proposal, side by side."""
@@ -164,13 +160,10 @@ class Loop(Queue):
             and all(one.answer.strategy.judges_on_device for one in candidates)
         )
 
-    def judge(self, drawn: Drawn, rewards: torch.Tensor | None) -> list[Request]:
-        """Each strategy judges its own candidates. Returns who moved or ended."""
-        return [
-            request
-            for strategy, requests in self._by_strategy()
-            for request in strategy.judge(requests, drawn, rewards)
-        ]
+    def judge(self, drawn: Drawn, rewards: torch.Tensor | None) -> None:
+        """Each strategy judges its own candidates."""
+        for strategy, requests in self._by_strategy():
+            strategy.judge(requests, drawn, rewards)
 
     def _by_strategy(self) -> Iterator[tuple[Strategy, list[Request]]]:
         """The running requests, by how they live in the loop."""
@@ -244,10 +237,11 @@ def _set_values(method: Method, candidates: Sequence[Candidate]) -> None:
 
 def _shared_out(parts: dict[Stats, int], total: int) -> Iterator[tuple[Stats, int]]:
     """``total`` in proportion to the parts, in whole numbers that add up to it."""
-    weight, given, seen = sum(parts.values()) or len(parts), 0, 0
+    parts = parts if any(parts.values()) else dict.fromkeys(parts, 1)
+    whole, given, seen = sum(parts.values()), 0, 0
     for stats, part in parts.items():
-        seen += part if sum(parts.values()) else 1
-        share = total * seen // weight - given
+        seen += part
+        share = total * seen // whole - given
         given += share
         yield stats, share
 

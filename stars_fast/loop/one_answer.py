@@ -147,14 +147,13 @@ class OneAnswer:
     def asks_reward(self, candidate: Candidate) -> bool:
         return candidate.answer.terms.method.scores_unfinished or candidate.completion.finished
 
-    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> list[Request]:
-        moved, groups = [], [drawn[request] for request in requests]
+    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> None:
+        groups = [drawn[request] for request in requests]
         for request, group, verdict in zip(requests, groups, first_accepted(requests, groups, rewards), strict=True):
             if verdict.winner == INVALID:
                 culprit = group[verdict.attempts - request.attempts - 1]
                 self.roll_back(group)
                 self.queue.fail(request, culprit.error or "a candidate could not be scored")
-                moved.append(request)
                 continue
             best = request.best
             if verdict.best_attempt >= request.attempts:
@@ -169,8 +168,6 @@ class OneAnswer:
                 request.terms.stats.committed_tokens += len(chosen.draw.tokens) * (not request.terms.pilot)
                 if verdict.finish != GOES_ON:
                     self.queue.finish(request, "stop" if verdict.finish == STOP else "length")
-                moved.append(request)
-        return moved
 
     def roll_back(self, candidates: Sequence[Candidate], keep: Candidate | None = None) -> None:
         """Release the branches of all but one."""

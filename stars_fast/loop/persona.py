@@ -129,7 +129,7 @@ class SelfJudging(TwoTrunks):
         # A draft that broke off at once has no token to judge.
         return nodes, [rows[: len(draft.tokens)] for rows, draft in zip(logits, [*drafts, *drafts], strict=True)]
 
-    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> list[Request]:
+    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> None:
         for request in requests:
             (candidate,) = drawn[request]
             twin = self._twins.pop(candidate)
@@ -144,7 +144,6 @@ class SelfJudging(TwoTrunks):
             self.trunks.advance(trunk, twin)
             self.commit_untested(request, candidate)
             request.terms.stats.committed_tokens += len(candidate.draw.tokens)
-        return list(requests)
 
     def preempt(self, request: Request) -> None:
         self._twins = {candidate: node for candidate, node in self._twins.items() if candidate.answer is not request}

@@ -17,6 +17,8 @@ from stars_fast.loop.request import Request
 from stars_fast.methods.stars import acceptance_probability, base_reward, target_for, threshold
 
 PILOT_SAMPLES = 8
+# Share of candidates accepted: aimed at where targets are calibrated, and expected before anything is seen.
+ACCEPTANCE = 0.3
 _CAP_QUANTILE = 0.9
 FARTHEST = 40.0  # a target is looked for so many betas beyond the rewards that were seen
 

@@ -33,7 +33,7 @@ class Populations(Members):
             for leaf in self.leaves(request)
         ]
 
-    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> list[Request]:
+    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> None:
         for request in requests:
             pairs = [(leaf, candidate) for leaf in self.leaves(request) for candidate in drawn[leaf]]
             error = next((candidate.error for _, candidate in pairs if candidate.error is not None), None)
@@ -49,7 +49,6 @@ class Populations(Members):
                 self.queue.fail(request, error)
             else:
                 self._resample(request, finished, pairs, places)
-        return [request for request in requests if request.finish_reason is not None]
 
     def _resample(
         self,

@@ -38,7 +38,6 @@ class Queue:
         self.encoding: list[Request] = []  # admitted after these; not all of their text is in the tree yet
         self.encoded = 0  # tokens of them in this heartbeat
         self.committed = 0  # tokens, so far
-        self.preemptions = 0
 
     def submit(self, requests: Sequence[Request]) -> None:
         """They wait for rows and slots; their ``strategy`` is set."""
@@ -50,23 +49,20 @@ class Queue:
         """All that hold slots, in order."""
         return sorted(self.running + self.encoding, key=_order)
 
-    def admit(self) -> list[Request]:
-        """Give waiting requests the rows and slots that are free. Their texts are encoded first (:meth:`join`).
+    def admit(self) -> None:
+        """Give waiting requests the rows and slots that are free; who does not fit even alone fails.
 
-        Returns who fails because it does not fit alone.
+        Their texts are encoded first (:meth:`join`).
         """
-        failed = []
         count = self.scheduler.admit(self.waiting, self.admitted)
         while not count and self.waiting and not self.admitted:
             request = self.waiting.pop(0)
             slots = self.scheduler.kv_cache_tokens
             self.fail(request, f"it does not fit into kv_cache_tokens={slots} slots, even alone")
-            failed.append(request)
             count = self.scheduler.admit(self.waiting, [])
         self.encoding += self.waiting[:count]
         del self.waiting[:count]
         self.keep_prompts()
-        return failed
 
     def keep_prompts(self) -> None:
         """Release the prompts of requests that hold no slots."""
@@ -79,15 +75,15 @@ class Queue:
         for tree in [self.trunks, *(tree for strategy in self.strategies for tree in strategy.trees)]:
             tree.clear()
 
-    def join(self) -> tuple[list[Request], list[Request]]:
+    def join(self) -> list[Request]:
         """Encode of the admitted requests what a heartbeat has room for. Those that are ready run from now on.
 
         The policy reads their texts and, where answers are scored before they end, the reward model their prompts: as
-        many tokens each. Returns who runs now, and who failed because its prompt cannot be scored.
+        many tokens each; whose prompt it cannot read fails. Returns who runs now.
         """
         self.encoded = 0
         if not self.encoding:
-            return [], []
+            return []
         before = self.reward.tokens
         longest = max((request.room for request in self.running), default=1)
         most = self.scheduler.encoding_tokens(len(self.running), len(self.encoding), longest)
@@ -103,7 +99,7 @@ class Queue:
         for request in failed:
             self.fail(request, errors[request.response.prompt])
         self.running += joined
-        return joined, failed
+        return joined
 
     def _read_ahead(
         self, prompts: Sequence[RewardPrompt], most: int
@@ -144,28 +140,26 @@ class Queue:
         """Give all the request's slots back. It waits in its place, and resumes from its committed tokens."""
         request.strategy.preempt(request)
         self._wait_again(request)
-        self.preemptions += 1
         request.terms.stats.preemptions += 1
 
     def _wait_again(self, request: Request) -> None:
         (self.running if request in self.running else self.encoding).remove(request)
         insort(self.waiting, request, key=_order)
 
-    def retreat(self, large: TooLarge) -> list[Request]:
-        """After a pass that did not fit: from empty trees, with half of it. Returns who failed."""
+    def retreat(self, large: TooLarge) -> None:
+        """After a pass that did not fit: from empty trees, with half of it; one that does not fit alone fails."""
         admitted = self.admitted
         for request in admitted[::-1]:
             self.preempt(request)
         self._clear_trees()  # the failed pass may have left branches
         scheduler = self.scheduler
         if scheduler.shrink(large.tokens, large.rows):
-            return []
+            return
         if len(admitted) > 1 and scheduler.shrink(0, scheduler.max_rows):  # until it is known whose pass it was
-            return []
+            return
         request = admitted[0]  # who waits, for more slots than were free, may come before it
         self.waiting.remove(request)
         self.fail(request, f"too little memory for this request alone, a token at a time: {large.cause}")
-        return [request]
 
     def start_over(self, requests: Iterable[Request]) -> None:
         """After a heartbeat that broke off, wherever that was: these wait again, and nothing is left in any tree."""

@@ -197,8 +197,8 @@ class Strategy(Protocol):
     def asks_reward(self, candidate: Candidate) -> bool:
         """Whether the reward of a candidate is needed: for the selection, or because it would be the answer."""
 
-    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> list[Request]:
-        """Accept, fall back or go on, and roll everything else back. Returns who moved, or ended.
+    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> None:
+        """Accept, fall back or go on, and roll everything else back.
 
         ``rewards`` are those of all candidates in their order, where they lie on a device and nobody has looked yet.
         """

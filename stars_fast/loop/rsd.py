@@ -84,8 +84,7 @@ class Drafting(TwoTrunks):
     def asks_reward(self, candidate: Candidate) -> bool:
         return candidate in self._drafted or candidate.completion.finished
 
-    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> list[Request]:
-        moved = []
+    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> None:
         for request in requests:
             (candidate,) = drawn[request]
             error = candidate.error or self._foreign(candidate)
@@ -96,14 +95,11 @@ class Drafting(TwoTrunks):
                 self.queue.fail(request, error)
             elif drafted and candidate.reward < threshold:
                 self.roll_back([candidate])
-                continue
             else:
                 if drafted:
                     candidate.threshold = threshold
                 self.commit_untested(request, candidate, accepted=drafted)
                 request.terms.stats.committed_tokens += len(candidate.draw.tokens)
-            moved.append(request)
-        return moved
 
     def _foreign(self, candidate: Candidate) -> str | None:
         """Embedding tables of one vocabulary may be padded differently."""

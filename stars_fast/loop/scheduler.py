@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from stars_fast.loop.pilot import ACCEPTANCE
 from stars_fast.loop.request import PromptNode, Request
 from stars_fast.loop.row_cost import HeartbeatCost, Timing
 from stars_fast.loop.shares import row_values, share_evenly, share_rows
@@ -16,7 +17,6 @@ from stars_fast.tree.passes import bucket
 
 # Acceptance of a request is shrunk to the batch's by this many imaginary candidates.
 _PRIOR_WEIGHT = 4.0
-_PRIOR_ACCEPTANCE = 0.3
 # Most tokens to encode in one heartbeat, and of requests that are admitted in one.
 _PREFILL_TOKENS = 4096
 # Heartbeats that fit, after which limits that memory once set are doubled.
@@ -199,7 +199,7 @@ def acceptance_estimates(running: Sequence[Request], past: tuple[float, int] = (
     """
     total = past[0] + sum(request.acceptance_sum for request in running)
     scored = past[1] + sum(request.scored for request in running)
-    mean = (total + _PRIOR_WEIGHT * _PRIOR_ACCEPTANCE) / (scored + _PRIOR_WEIGHT)
+    mean = (total + _PRIOR_WEIGHT * ACCEPTANCE) / (scored + _PRIOR_WEIGHT)
     estimates = [(r.acceptance_sum + _PRIOR_WEIGHT * mean) / (r.scored + _PRIOR_WEIGHT) for r in running]
     return [min(max(estimate, 0.02), 0.98) for estimate in estimates]
 

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from stars_fast.loop.members import Members
+from stars_fast.loop.pilot import ACCEPTANCE
 from stars_fast.loop.queue import Queue
 from stars_fast.loop.request import Drawn, Request
 from stars_fast.methods.stars import acceptance_probability
 from stars_fast.ops.philox import uniform
 from stars_fast.outputs import SegmentTrace
-
-# Expected share of whole answers accepted, before any is seen.
-_ACCEPTANCE = 0.3
 
 
 class Trials(Members):
@@ -41,7 +39,7 @@ class Trials(Members):
             most = min(most, int(config.candidates))
         elif request.terms.method.has_target:
             together = len(self.members)
-            most = min(scheduler.shares([_ACCEPTANCE] * together, [most] * together, scheduler.max_rows))
+            most = min(scheduler.shares([ACCEPTANCE] * together, [most] * together, scheduler.max_rows))
         room = (scheduler.kv_cache_tokens - len(request.prompt.ids)) // config.max_new_tokens
         return max(1, min(most, room, scheduler.max_rows))
 
@@ -59,7 +57,7 @@ class Trials(Members):
     def asks(self, requests: Sequence[Request], rows: int) -> list[tuple[Request, int]]:
         return [(leaf, 1) for request in requests for leaf in self.leaves(request)]
 
-    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> list[Request]:
+    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> None:
         for request in requests:
             for member in self.leaves(request):
                 (candidate,) = drawn[member]
@@ -69,7 +67,6 @@ class Trials(Members):
                 else:
                     self.commit_untested(member, candidate)
             self._look(request)
-        return [request for request in requests if request.finish_reason is not None]
 
     def _end(self, member: Request, error: str) -> None:
         member.error, member.finish_reason, member.reward = error, "error", float("nan")
