@@ -9,7 +9,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from stars_fast.config import StarsConfig
+from stars_fast.methods.numbers import integer, plain
 from stars_fast.policy.leaf import Sampling
+from stars_fast.tree.support import vocabulary
 
 # Field -> the value that switches it off.
 NEUTRAL: dict[str, Any] = {field.name: field.default for field in fields(Sampling) if field.name != "eos_token_ids"}
@@ -28,19 +30,22 @@ def resolve_sampling(config: StarsConfig, model: PreTrainedModel, tokenizer: Any
     for name, neutral in NEUTRAL.items():
         value = getattr(config, name)
         values[name] = neutral if value is None else value
-    return Sampling(**values, eos_token_ids=_eos_token_ids(config, model, tokenizer))
+    vocab = vocabulary(model)
+    values["top_k"] = min(values["top_k"], vocab)  # of any size, beyond it all the same
+    return Sampling(**values, eos_token_ids=_eos_token_ids(config, model, tokenizer, vocab))
 
 
-def _eos_token_ids(config: StarsConfig, model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
+def _eos_token_ids(config: StarsConfig, model: PreTrainedModel, tokenizer: Any, vocab: int) -> tuple[int, ...]:
     if config.ignore_eos:
         return ()
     for source in (config, getattr(model, "generation_config", None), model.config, tokenizer):
         eos = getattr(source, "eos_token_id", None)
         if eos is not None:
-            return as_ids(eos)
+            return tuple(token for token in dict.fromkeys(as_ids(eos)) if 0 <= token < vocab)
     return ()
 
 
 def as_ids(ids: int | Sequence[int]) -> tuple[int, ...]:
     """One id or several, as transformers' configs have them."""
-    return (ids,) if isinstance(ids, int) else tuple(int(token) for token in ids)
+    ids = plain(ids)
+    return tuple(integer("eos_token_id", token) for token in (ids if isinstance(ids, (list, tuple)) else [ids]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from stars_fast.methods.base import Enumerated, Scored, Scorer, SettingsT
-from stars_fast.methods.numbers import real
+from stars_fast.methods.numbers import shown
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,11 @@ class Args(Enumerated):
     temperature: float = 0.0
 
     def __post_init__(self) -> None:
-        self._check_least("top_k", 1)
-        self._check_least("weight", 0.0)
-        self._check_least("temperature", 0.0)
+        self._check_integer("top_k")
+        self._check_real("weight", 0.0, 1e30)
+        self._check_real("temperature", 0.0, 1e30)
+        if 0.0 < self.temperature < 1e-6:
+            raise ValueError(f"args: temperature={self.temperature} must be 0, or lie in [1e-06, 1e+30]")
 
     def rule(self, config: SettingsT) -> SettingsT:
         return super().rule(config.replace(target_reward=float("inf"), base_reward=None))
@@ -89,9 +91,11 @@ class Mara(Enumerated):
     temperature: float = 0.8
 
     def __post_init__(self) -> None:
-        self._check_least("top_k", 1)
-        self._check_least("temperature", 1e-6)
-        object.__setattr__(self, "top_p", real("mara: top_p", self.top_p, 0.0, 1.0, open_below=True))
+        self._check_integer("top_k")
+        self._check_real("temperature", 1e-6, 1e30)
+        self._check_real("top_p", 0.0, 1.0, open_below=True)
+        if self.mlp is not None and not callable(self.mlp):
+            raise TypeError(f"mara: mlp={shown(self.mlp)} must be a torch.nn.Module from [rows, hidden] to [rows, 2]")
 
     def rule(self, config: SettingsT) -> SettingsT:
         return super().rule(config.replace(target_reward=0.0, alpha=1.0))

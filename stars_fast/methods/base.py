@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
-from stars_fast.methods.numbers import integer, real
+from stars_fast.methods.numbers import MOST, integer, real, shown
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -170,15 +170,20 @@ class Method:
                 )
         return {"name": self.name, **self.changed} if self.changed else self.name
 
-    def _check_least(self, name: str, least: float) -> None:
-        """Check a parameter, an integer where its least value is one, and keep it as Python's own number."""
-        check: Callable[..., float] = integer if isinstance(least, int) else real
-        object.__setattr__(self, name, check(f"{self.name}: {name}", getattr(self, name), least))
+    def _check_integer(self, name: str, most: int = MOST) -> None:
+        """Check a parameter that is at least 1, and keep it as Python's own number."""
+        object.__setattr__(self, name, integer(f"{self.name}: {name}", getattr(self, name), 1, most))
+
+    def _check_real(self, name: str, low: float, high: float = math.inf, **limits: Any) -> None:
+        """Check a parameter against an interval, and keep it as Python's own number."""
+        object.__setattr__(self, name, real(f"{self.name}: {name}", getattr(self, name), low, high, **limits))
 
     def _check_delimiter(self) -> None:
         delimiter = getattr(self, "delimiter", None)
         if delimiter is not None and (not isinstance(delimiter, str) or not delimiter):
-            raise ValueError(f"{self.name}: delimiter={delimiter!r} must be text, or None for steps of a fixed length")
+            raise ValueError(
+                f"{self.name}: delimiter={shown(delimiter)} must be text, or None for steps of a fixed length"
+            )
 
 
 @dataclass(frozen=True)
@@ -254,6 +259,8 @@ def method_from(value: Any, known: Mapping[str, type[Method]]) -> Method:
         For an unknown name or parameter, listing the known ones.
     """
     if isinstance(value, Method):
+        if not isinstance(getattr(value, "name", None), str):
+            raise TypeError(f"method={shown(value)} has no name: give its class one, name: ClassVar[str] = ...")
         return value
     if isinstance(value, type) and issubclass(value, Method):
         raise TypeError(f"method={value.__name__} is a class: write {value.__name__}(...)")
@@ -262,9 +269,11 @@ def method_from(value: Any, known: Mapping[str, type[Method]]) -> Method:
         parameters = {key: v for key, v in value.items() if key != "name"}
         name = value.get("name")
     if not isinstance(name, str) or name not in known:
-        raise ValueError(f"method={name!r} is unknown; known methods: {', '.join(known)}")
+        raise ValueError(f"method={shown(name)} is unknown; known methods: {', '.join(known)}")
     fields = [field.name for field in dataclasses.fields(known[name])]
     for parameter in parameters:
         if parameter not in fields:
-            raise ValueError(f"method={name!r} has no parameter {parameter!r}; it has {', '.join(fields) or 'none'}")
+            raise ValueError(
+                f"method={name!r} has no parameter {shown(parameter)}; it has {', '.join(fields) or 'none'}"
+            )
     return known[name](**parameters)

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from stars_fast.methods.base import Method, SettingsT, Trial
+from stars_fast.methods.numbers import MOST_ANSWERS
 from stars_fast.methods.stars import Vanilla
 
 
 @dataclass(frozen=True)
 class _BestOf(Method):
-    """Out of ``n`` candidates the best, ties to the first: none reaches an infinite target."""
+    """Out of ``n`` candidates the best, ties to the first: none reaches an infinite target. n is at most 65,536."""
 
     has_target: ClassVar[bool] = False
     n: int = 16
 
     def __post_init__(self) -> None:
-        self._check_least("n", 1)
+        self._check_integer("n", MOST_ANSWERS)
 
     def rule(self, config: SettingsT) -> SettingsT:
         return config.replace(target_reward=math.inf, base_reward=None, max_attempts=self.n)
@@ -28,7 +29,7 @@ class _BestOf(Method):
 class BestOfN(_BestOf, Trial):
     """The best of ``n`` independent answers: ``arg max_i r(x, y_i)``, ties to the first.
 
-    ``n`` is 16 here; papers use 4 to 1,000.
+    ``n`` is 16 here; papers use 4 to 1,000. At most 65,536: every answer is kept until the last has ended.
     """
 
     name: ClassVar[str] = "best_of_n"
@@ -39,6 +40,7 @@ class BlockwiseBestOfN(_BestOf):
     """Each segment is the best of ``n``: blockwise best-of-K of controlled decoding (arXiv 2310.17022).
 
     Their scorer is a value function; any partial reward is taken here. Block length: ``segment_length``.
+    ``n`` is at most 65,536.
     """
 
     name: ClassVar[str] = "blockwise_best_of_n"

@@ -25,9 +25,9 @@ class Cards(Method):
     longest: int = 64
 
     def __post_init__(self) -> None:
-        self._check_least("entropy", 0.0)
-        self._check_least("shortest", 1)
-        self._check_least("longest", 1)
+        self._check_real("entropy", 0.0)
+        self._check_integer("shortest")
+        self._check_integer("longest")
 
     def rule(self, config: SettingsT) -> SettingsT:
         return config.replace(segment_length=self.longest, top_k=40 if config.top_k is None else config.top_k)

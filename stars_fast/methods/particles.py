@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import ClassVar
 
 from stars_fast.methods.base import Population, Segments, SettingsT
+from stars_fast.methods.numbers import MOST, MOST_ANSWERS
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class ParticleFilter(Population):
     Finished particles keep their reward and take part. The answer is the particle with the highest reward at the end.
 
     ``delimiter`` ends a step, as the paper's blank line does; None for steps of ``segment_length`` tokens, which is
-    also the longest a step may be.
+    also the longest a step may be. At most 65,536 particles, whose slots are set aside together.
     """
 
     name: ClassVar[str] = "particle_filter"
@@ -30,8 +31,8 @@ class ParticleFilter(Population):
     delimiter: str | None = None
 
     def __post_init__(self) -> None:
-        self._check_least("particles", 1)
-        self._check_least("temperature", 1e-6)
+        self._check_integer("particles", MOST_ANSWERS)
+        self._check_real("temperature", 1e-6, 1e30)
         self._check_delimiter()
 
     def segments(self) -> Segments:
@@ -62,7 +63,8 @@ class TreeBoN(Population):
     ``n`` answers grow by one layer of ``max_new_tokens / layers`` tokens; the best ``n / branching`` by reward stay,
     and each is continued ``branching`` times, to the last layer, whose best is the answer. The paper's score of a
     partial answer is the weighted implicit reward ``sum_k (1/k) log(pi_dpo(y_k) / pi_ref(y_k))``
-    (``rewards.ImplicitReward``); any reward that makes sense on partial text is taken.
+    (``rewards.ImplicitReward``); any reward that makes sense on partial text is taken. ``n`` is at most 65,536, and
+    the slots of its answers are set aside together.
     """
 
     name: ClassVar[str] = "treebon"
@@ -72,7 +74,7 @@ class TreeBoN(Population):
 
     def __post_init__(self) -> None:
         for field in ("n", "branching", "layers"):
-            self._check_least(field, 1)
+            self._check_integer(field, MOST if field == "layers" else MOST_ANSWERS)
         if self.n % self.branching:
             raise ValueError(f"treebon: n={self.n} must be a multiple of branching={self.branching}")
 

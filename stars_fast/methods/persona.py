@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from stars_fast.methods.base import Method, Scorer, Settings, SettingsT
+from stars_fast.methods.numbers import MOST, integer, plain, shown
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,14 @@ class PersonaJudge(Method):
     block: int = 8
 
     def __post_init__(self) -> None:
-        self._check_least("block", 1)
+        self._check_integer("block")
         for name in ("draft_prompt", "judge_prompt"):
-            if not isinstance(value := getattr(self, name), str):
-                object.__setattr__(self, name, tuple(int(token) for token in value))
+            if isinstance(value := plain(getattr(self, name)), str):
+                continue
+            if not isinstance(value, Sequence) or isinstance(value, bytes):
+                raise TypeError(f"{self.name}: {name}={shown(value)} must be text, or a sequence of ids")
+            ids = (integer(f"{self.name}: {name}[{place}]", token, 0, MOST) for place, token in enumerate(value))
+            object.__setattr__(self, name, tuple(ids))
 
     def rule(self, config: SettingsT) -> SettingsT:
         return config.replace(target_reward=0.0, alpha=1.0, max_attempts=1, candidates=1, segment_length=self.block)
@@ -50,7 +55,7 @@ class PersonaJudge(Method):
 
     def slots(self, config: Settings) -> int:
         """The answer below each of the two prompts, and the block that is being drafted."""
-        return 2 * config.max_new_tokens + config.segment_length
+        return 2 * config.max_new_tokens + min(config.segment_length, config.max_new_tokens)
 
     def passes(self, drawn: int, committed: int) -> tuple[int, int]:
         """It drafts, reads the draft under the other prompt, and catches up."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from stars_fast.methods.base import Method, Scorer, Segments, SettingsT
+from stars_fast.methods.numbers import shown
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,11 @@ class RSD(Method):
     longest: int = 64
 
     def __post_init__(self) -> None:
-        self._check_least("longest", 1)
-        self._check_least("threshold", -math.inf)
+        self._check_integer("longest")
+        self._check_real("threshold", -math.inf)
         self._check_delimiter()
+        if not (self.draft is None or isinstance(self.draft, (str, os.PathLike)) or hasattr(self.draft, "config")):
+            raise TypeError(f"rsd: draft={shown(self.draft)} must be a transformers causal LM, a path or a hub id")
 
     def rule(self, config: SettingsT) -> SettingsT:
         return config.replace(
