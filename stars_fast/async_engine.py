@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import fields
 from itertools import count
 from typing import Any
@@ -18,8 +19,9 @@ from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.job import Job
 from stars_fast.loop.caller import Size
 from stars_fast.loop.team import release_team
-from stars_fast.methods.numbers import integer
+from stars_fast.methods.numbers import MOST, integer, real, shown
 from stars_fast.outputs import SegmentEvent, Stats
+from stars_fast.stays import Stays
 
 # Of max_model_len, where the policy has more positions: what is set aside for graphs and pools grows with it.
 _MOST_POSITIONS = 8192
@@ -29,7 +31,7 @@ class QueueFull(RuntimeError):
     """As many requests are open as may be."""
 
 
-class AsyncStarsEngine:
+class AsyncStarsEngine(Stays):
     """Serves requests of many callers at a time, each with its own configuration, seed, deadline and priority.
 
     They share both models, their trees and every heartbeat; the text of (prompt, config, seed) is that of
@@ -39,19 +41,23 @@ class AsyncStarsEngine:
     Parameters
     ----------
     engine : StarsEngine
-        Held open until :meth:`close`. Its own ``generate`` and ``stream`` may be used meanwhile, from other threads.
+        Held open until :meth:`close`. Its own ``generate`` and ``stream`` may be used meanwhile, from other threads. A
+        forked child has none of this: it makes an AsyncStarsEngine of its own.
     max_model_len : int, optional
-        Most tokens of a prompt with its answer. Default: the policy's positions, at most 8,192.
+        Most tokens of a prompt with its answer, at least 2, and no more than the policy has positions. Default: the
+        policy's positions, at most 8,192.
     max_segment_length : int
-        Longest segment. A heartbeat lasts as long as its longest segment, and admission, abort, timeout and the first
-        event wait for one.
+        Longest segment, at least 1. A heartbeat lasts as long as its longest segment, and admission, abort, timeout and
+        the first event wait for one.
     max_waiting : int
-        Most open requests; one more raises :class:`QueueFull`.
+        Most open requests, at least 1; one more raises :class:`QueueFull`.
 
     Raises
     ------
     RuntimeError
         If the engine is generating.
+    TypeError, ValueError
+        For arguments that are not what they should be.
 
     Examples
     --------
@@ -68,12 +74,12 @@ class AsyncStarsEngine:
         max_segment_length: int = 32,
         max_waiting: int = 256,
     ) -> None:
-        positions = engine.policy.max_positions or _MOST_POSITIONS
-        self.engine = engine
-        self.max_model_len = (
-            min(positions, _MOST_POSITIONS) if max_model_len is None else integer("max_model_len", max_model_len, 2)
-        )
-        self.max_segment_length = integer("max_segment_length", max_segment_length, 1)
+        if not isinstance(engine, StarsEngine):
+            raise TypeError(f"engine={shown(engine)}: give a StarsEngine")
+        self.engine, self._process = engine, os.getpid()
+        longest = _MOST_POSITIONS if max_model_len is None else integer("max_model_len", max_model_len, 2, MOST)
+        self.max_model_len = min(longest, engine.policy.max_positions or longest)
+        self.max_segment_length = min(integer("max_segment_length", max_segment_length, 1), self.max_model_len)
         self.max_waiting = integer("max_waiting", max_waiting, 1)
         self.dead: BaseException | None = None  # what ended the thread
         self._jobs: dict[str, Job | None] = {}  # None while the prompt is being read
@@ -133,7 +139,7 @@ class AsyncStarsEngine:
         priority : int
             Lower is let in first, and gives way last.
         timeout : float, optional
-            Seconds.
+            Seconds, at least 0.
         reserved : bool
             Whether :meth:`reserve` has counted this request already.
 
@@ -152,8 +158,16 @@ class AsyncStarsEngine:
         TimeoutError
             When the time is up; what was yielded stays good.
         RuntimeError
-            If this is closed or draining, or the thread that takes the steps has died.
+            If this is closed or draining, the thread that takes the steps has died, or this process was forked from the
+            one that made it.
         """
+        if not isinstance(request_id, (str, type(None))):
+            raise TypeError(f"request_id={shown(request_id)} must be a string")
+        if not isinstance(columns, (Mapping, type(None))):
+            raise TypeError(f"columns={shown(columns)}: give a mapping of name to value")
+        priority = integer("priority", priority)
+        seed = None if seed is None else integer("seed", seed)
+        timeout = None if timeout is None else real("timeout", timeout, 0.0)
         if not reserved:
             self.reserve()
         name, job, loop = request_id or self._new_name(), None, asyncio.get_running_loop()
@@ -168,9 +182,9 @@ class AsyncStarsEngine:
             self._jobs[name], mine = None, True
             deadline = None if timeout is None else time.monotonic() + timeout
             given: dict[str, Any] = {key: [value] for key, value in (columns or {}).items()}
-            shown = None if reward_prompt is None else [reward_prompt]
+            for_reward = None if reward_prompt is None else [reward_prompt]
             seeds = None if seed is None else [seed]
-            arguments = Arguments([prompt], config, columns=given, reward_prompts=shown, seed=seeds)
+            arguments = Arguments([prompt], config, columns=given, reward_prompts=for_reward, seed=seeds)
             call = await asyncio.to_thread(self.engine.prepare, arguments)
             call.priority = priority
             self._check_alive()
@@ -274,6 +288,11 @@ class AsyncStarsEngine:
             raise ValueError(f"request_id={name!r} is in use")
 
     def _check_alive(self) -> None:
+        if self._process != os.getpid():
+            raise RuntimeError(
+                "this AsyncStarsEngine stayed in the process that was forked, with its thread: make another one here, "
+                "AsyncStarsEngine(engine)"
+            )
         if self.dead is not None:
             raise RuntimeError("the engine's thread has died") from self.dead
         if self._closed:

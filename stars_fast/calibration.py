@@ -22,7 +22,7 @@ from stars_fast.loop.pilot import (
     spread,
     tilted_mean,
 )
-from stars_fast.methods.numbers import integer, real
+from stars_fast.methods.numbers import MOST_ANSWERS, integer, real, shown
 
 # Below this, partial rewards say too little about final ones to guide by.
 _GUIDABLE_CORRELATION = 0.3
@@ -135,7 +135,7 @@ def calibrate(
     config : StarsConfig, optional
         Everything else; its beta is read in units of the pilots' spread.
     samples : int
-        Pilot responses per prompt, at least 2.
+        Pilot responses per prompt, from 2 to 65,536.
     seed : as in :meth:`StarsEngine.generate`
     **kwargs
         ``attention_mask``, ``reward_prompts``, ``columns``, or fields of StarsConfig.
@@ -147,7 +147,10 @@ def calibrate(
     RuntimeError
         If a pilot fails, with the cause.
     """
-    acceptance, samples = real("acceptance", acceptance, 0.0, 1.0, open_below=True), integer("samples", samples, 2)
+    if not isinstance(engine, StarsEngine):
+        raise TypeError(f"engine={shown(engine)}: give a StarsEngine")
+    acceptance = real("acceptance", acceptance, 0.0, 1.0, open_below=True)
+    samples = integer("samples", samples, 2, MOST_ANSWERS)
     inputs = {name: kwargs.pop(name) for name in ("attention_mask", "reward_prompts", "columns") if name in kwargs}
     arguments = Arguments(prompts, config, overrides=kwargs, seed=seed, **inputs)
     ruled, pilots = engine.run_pilots(arguments, samples)

@@ -42,8 +42,8 @@ class StarsConfig:
         spread of the prompt's pilot rewards where it is calibrated.
     candidates : int or "auto"
         Candidates drawn side by side, at least 1. Never changes the law of the text, nor the text of a seed; clipped to
-        the attempts left. "auto" follows measured times, so shapes of forward passes differ from run to run, and with them
-        rounding (which may flip a token in bfloat16); a number does not.
+        the attempts left. "auto" follows measured times, so shapes of forward passes differ from run to run, and with
+        them rounding (which may flip a token in bfloat16); a number does not.
     finished_threshold : {"target", "ramp"}
         Threshold of a candidate that ends the answer: r_star, or the ramp's value at its length.
     max_new_tokens : int
@@ -70,8 +70,8 @@ class StarsConfig:
         ``ParticleFilter(particles=8)``; or a mapping of ``name`` and parameters, as files have it. A method decides
         some fields itself (docs/methods.md says which).
     base_reward : float or sequence of float, optional
-        Stands in for r(x) in r0; finite. None: the reward of the empty answer, or, where the target is calibrated, what the
-        pilot's first segments earned.
+        Stands in for r(x) in r0; finite. None: the reward of the empty answer, or, where the target is calibrated, what
+        the pilot's first segments earned.
 
     Raises
     ------

@@ -20,7 +20,7 @@ from stars_fast.inputs import transformers_call
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.hooks import foreign_processors, row_processor, row_stop
 from stars_fast.inputs.sampling import NEUTRAL
-from stars_fast.methods.numbers import plain
+from stars_fast.methods.numbers import plain, shown
 from stars_fast.outputs import StarsOutput
 
 _ENGINE_OPTIONS = {
@@ -98,7 +98,9 @@ def generate(
     with another reward, tokenizer or option takes its place, or the model is dropped. A copy of the model has none.
     """
     engine = {"tokenizer": tokenizer, **{name: kwargs.pop(name) for name in _ENGINE_OPTIONS & kwargs.keys()}}
-    config = transformers_call.with_methods_sampling(stars_config or StarsConfig())
+    if not hasattr(model, "get_output_embeddings"):
+        raise TypeError(f"model={shown(model)}: give a transformers causal LM")
+    config = transformers_call.with_methods_sampling(_checked(stars_config))
     call = transformers_call.merge(model, config, generation_config, kwargs)
     decoder = _Decoder(
         reward_model,
@@ -145,8 +147,14 @@ def decoding(
         if name not in known:
             raise TypeError(f"{name!r} is not an option of decoding; the options are {', '.join(sorted(known))}")
     engine = {"tokenizer": tokenizer, **{name: options.pop(name) for name in _ENGINE_OPTIONS & options.keys()}}
-    config = transformers_call.with_methods_sampling(stars_config or StarsConfig())
+    config = transformers_call.with_methods_sampling(_checked(stars_config))
     return _Decoder(reward_model, config, explicit=None, streamer=streamer, engine=engine, call=options)
+
+
+def _checked(stars_config: StarsConfig | None) -> StarsConfig:
+    if not isinstance(stars_config, (StarsConfig, type(None))):
+        raise TypeError(f"stars_config={shown(stars_config)}: give a StarsConfig")
+    return stars_config or StarsConfig()
 
 
 class _Decoder:

@@ -21,16 +21,18 @@ from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot
 from stars_fast.loop.row_cost import Heartbeat
 from stars_fast.loop.stream import progress_bar
 from stars_fast.loop.team import release_team
-from stars_fast.methods.numbers import integer, real
+from stars_fast.methods.numbers import MOST, integer, real, shown, truth
 from stars_fast.notices import warn
 from stars_fast.outputs import SegmentEvent, StarsOutput
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward
+from stars_fast.stays import Stays
 
 _DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
+_MOST_ROWS = 2**14
 
 
-class StarsEngine:
+class StarsEngine(Stays):
     """Reward-guided generation with one tree of keys and values per model.
 
     Calls and streams may be under way in several threads: they share heartbeats, and each has the text it has alone.
@@ -52,10 +54,11 @@ class StarsEngine:
         Where models given by name are loaded. Default: a CUDA or ROCm device if torch names one, else the CPU. Objects
         stay where they are.
     max_rows : int, optional
-        Most candidates side by side. Default 64 on a CPU, 256 on a GPU.
+        Most candidates side by side, from 1 to 16,384: each has logits of its own (10 GB then, of 150,000 ids). Default
+        64 on a CPU, 256 on a GPU.
     kv_cache_tokens : int, optional
-        Slots of each tree. Default: what the call wants, bounded by free memory. Where requests outgrow them, some wait
-        or are encoded again; no text changes.
+        Slots of each tree, from 1 to 2**31 - 1 (their numbers have 32 bits). Default: what the call wants, bounded by
+        free memory. Where requests outgrow them, some wait or are encoded again; no text changes.
     gpu_memory_utilization : float
         On a CUDA device, the share of its memory that weights, both trees and forward passes may take together, where
         ``kv_cache_tokens`` is not given. In (0, 1].
@@ -93,9 +96,10 @@ class StarsEngine:
         torch_compile: bool = True,
         device: str | torch.device | None = None,
     ) -> None:
-        max_rows = None if max_rows is None else integer("max_rows", max_rows, 1)
-        self.kv_cache_tokens = None if kv_cache_tokens is None else integer("kv_cache_tokens", kv_cache_tokens, 1)
+        max_rows = None if max_rows is None else integer("max_rows", max_rows, 1, _MOST_ROWS)
+        self.kv_cache_tokens = None if kv_cache_tokens is None else integer("kv_cache_tokens", kv_cache_tokens, 1, MOST)
         utilization = real("gpu_memory_utilization", gpu_memory_utilization, 0.0, 1.0, open_below=True)
+        cuda_graphs, torch_compile = truth("cuda_graphs", cuda_graphs), truth("torch_compile", torch_compile)
         if device is not None and not any(isinstance(one, (str, os.PathLike)) for one in (policy, reward)):
             raise ValueError(f"device={device!r}: policy and reward are objects, which stay where they are")
         model, self.tokenizer = load_policy(policy, tokenizer, device)
@@ -189,6 +193,9 @@ class StarsEngine:
 
     def run(self, arguments: Arguments, streamer: Any = None, progress: bool = False) -> StarsOutput:
         """:meth:`generate`, with its arguments in one piece."""
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise TypeError(f"streamer={shown(streamer)}: give a transformers streamer, with put and end")
+        progress = truth("progress", progress)
         job = Job(self.prepare(arguments), self.tokenizer)
         if streamer is not None:
             if job.call.rows > 1:

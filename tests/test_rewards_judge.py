@@ -103,7 +103,7 @@ def test_bad_questions_are_refused(tokenizer):
         JudgeReward(model, tokenizer, yes="")
     with pytest.raises(TypeError, match="model is a str"):
         JudgeReward("some/judge", tokenizer)
-    with pytest.raises(TypeError, match="tokenizer is None"):
+    with pytest.raises(TypeError, match="tokenizer is a NoneType"):
         JudgeReward(model, None)
     with pytest.raises(ValueError, match="outside the judge's vocabulary of 40"):
         JudgeReward(tiny_policy(40), tokenizer)

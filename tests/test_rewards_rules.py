@@ -77,7 +77,7 @@ def test_rules_that_cannot_be_are_refused(policy32):
     with pytest.raises(ValueError, match="no rules"):
         RuleReward()
     for weight in (math.inf, math.nan):
-        with pytest.raises(ValueError, match=rf"the rule 'w5' has weight {weight}"):
+        with pytest.raises(ValueError, match=rf"the rule 'w5': weight={weight}"):
             RuleReward({"w5": weight})
     with pytest.raises(ValueError, match=r"the pattern 'go\(od' is no regular expression: .*at position 2"):
         RuleReward({"good": 1.0, "go(od": 1.0})

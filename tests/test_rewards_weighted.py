@@ -200,7 +200,7 @@ def test_sums_that_cannot_be_are_refused(policy32, reward32):
         WeightedSum([])
     with pytest.raises(TypeError, match="part 'a' is a function"):
         WeightedSum({"a": (1.0, sum_reward)})
-    with pytest.raises(ValueError, match="part 'Returns' has weight nan"):
+    with pytest.raises(ValueError, match="part 'Returns': weight=nan"):
         WeightedSum([(math.nan, scorer)])
     with pytest.raises(ValueError, match="given twice"):
         WeightedSum([(1.0, scorer), (2.0, scorer)])

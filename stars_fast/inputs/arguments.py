@@ -11,7 +11,7 @@ import torch
 from stars_fast.config import StarsConfig
 from stars_fast.loop.request import StopTest
 from stars_fast.methods.base import Method
-from stars_fast.methods.numbers import integer, plain
+from stars_fast.methods.numbers import integer, plain, shown
 from stars_fast.notices import warn
 from stars_fast.ops.philox import philox_key
 from stars_fast.policy.leaf import RowProcessor, Sampling
@@ -151,6 +151,8 @@ def _columns(columns: Any, prompts: int) -> Mapping[str, Sequence[Any]]:
     if not isinstance(columns, Mapping):
         raise TypeError(f"columns is a {type(columns).__name__}: give a mapping of name to one value per prompt")
     for name, values in columns.items():
+        if not isinstance(name, str):
+            raise TypeError(f"columns has the key {shown(name)}: the reward is called with them by name, give strings")
         if name in ("prompts", "completions", "completion_ids"):
             raise ValueError(f"columns[{name!r}]: the reward is called with {name} of its own; rename the column")
         check_per_prompt(f"columns[{name!r}]", values, prompts)

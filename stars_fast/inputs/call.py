@@ -23,6 +23,7 @@ from stars_fast.inputs.sampling import as_ids, resolve_sampling
 from stars_fast.loop.caller import Size
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot, of_prompt, pilot_config
 from stars_fast.loop.request import PromptNode, Request, StopTest, Terms
+from stars_fast.methods.numbers import shown
 from stars_fast.methods.stars import base_reward
 from stars_fast.ops.philox import Domain, philox_key
 from stars_fast.outputs import Stats
@@ -162,8 +163,8 @@ def _settings(
     if config is not None and not isinstance(config, StarsConfig):
         raise TypeError(f"config is a {type(config).__name__}: give a StarsConfig")
     given = (config or StarsConfig()).replace(**arguments.overrides)
-    if arguments.on_error not in ("return", "raise"):
-        raise ValueError(f"on_error={arguments.on_error!r}: must be 'return' or 'raise'")
+    if not isinstance(arguments.on_error, str) or arguments.on_error not in ("return", "raise"):
+        raise ValueError(f"on_error={shown(arguments.on_error)}: must be 'return' or 'raise'")
     method = given.chosen_method
     method.check(reward)
     ruled = method.rule(given)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from stars_fast import demo
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
+from stars_fast.rewards.base import check_tokenizer
 from stars_fast.rewards.classifier import ONE_LABEL
 from stars_fast.tree.support import vocabulary
 
@@ -75,6 +76,9 @@ def load_policy(
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    check_tokenizer("tokenizer", tokenizer)
+    if isinstance(policy, type):
+        raise TypeError(f"policy is the class {policy.__name__}: give a model, a path or a hub id")
     if policy.get_output_embeddings() is None:
         raise TypeError(f"policy is a {type(policy).__name__} without a language-model head")
     return policy, tokenizer
@@ -122,6 +126,7 @@ def load_reward(
         from transformers import AutoTokenizer
 
         reward_tokenizer = AutoTokenizer.from_pretrained(reward_tokenizer)
+    check_tokenizer("reward_tokenizer", reward_tokenizer)
     if isinstance(reward, (str, os.PathLike)):
         reward, reward_tokenizer = load_classifier(reward, reward_tokenizer, device)
     if not isinstance(reward, Reward) and hasattr(reward, "config") and hasattr(reward, "base_model_prefix"):

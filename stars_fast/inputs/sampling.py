@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from stars_fast.config import StarsConfig
-from stars_fast.methods.numbers import integer, plain
+from stars_fast.methods.numbers import MOST, integer, plain
 from stars_fast.policy.leaf import Sampling
 from stars_fast.tree.support import vocabulary
 
@@ -30,17 +30,17 @@ def resolve_sampling(config: StarsConfig, model: PreTrainedModel, tokenizer: Any
     for name, neutral in NEUTRAL.items():
         value = getattr(config, name)
         values[name] = neutral if value is None else value
-    vocab = vocabulary(model)
-    values["top_k"] = min(values["top_k"], vocab)  # of any size, beyond it all the same
-    return Sampling(**values, eos_token_ids=_eos_token_ids(config, model, tokenizer, vocab))
+    values["top_k"] = min(values["top_k"], MOST)  # beyond the vocabulary it is all the same
+    return Sampling(**values, eos_token_ids=_eos_token_ids(config, model, tokenizer))
 
 
-def _eos_token_ids(config: StarsConfig, model: PreTrainedModel, tokenizer: Any, vocab: int) -> tuple[int, ...]:
+def _eos_token_ids(config: StarsConfig, model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
     if config.ignore_eos:
         return ()
     for source in (config, getattr(model, "generation_config", None), model.config, tokenizer):
         eos = getattr(source, "eos_token_id", None)
         if eos is not None:
+            vocab = vocabulary(model)
             return tuple(token for token in dict.fromkeys(as_ids(eos)) if 0 <= token < vocab)
     return ()
 

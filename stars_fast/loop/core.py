@@ -25,6 +25,7 @@ from stars_fast.loop.trunks import Trunks
 from stars_fast.loop.turn import Turn
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards.base import Reward
+from stars_fast.stays import Stays
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.memory import default_tokens, divide_devices
 
@@ -37,7 +38,7 @@ _STRATEGIES: dict[str, type[OneAnswer]] = {
 }
 
 
-class Core:
+class Core(Stays):
     """Owns both models' trees, the queue and the loop. Requests join at the next heartbeat and leave when they end.
 
     It opens with the first caller and closes with the last, unless it is held open (:meth:`hold`): weights may change
@@ -220,6 +221,8 @@ class Core:
         if self._process == os.getpid():
             return
         self._process, self._held = os.getpid(), False
+        for caller in [*self._callers, *self._later]:
+            caller.end(RuntimeError("this call began in the process that was forked: call the engine anew"))
         self._callers, self._caller_of = {}, {}
         if self.loop is not None:
             self._shut()

@@ -46,11 +46,12 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
     number, limit = plain(value), "" if least is None else f" of at least {least}"
     if isinstance(number, bool) or not isinstance(number, Integral):
         raise TypeError(f"{name}={shown(value)} must be an integer{limit}{hint}")
+    number = int(number)
     if least is not None and number < least:
         raise ValueError(f"{name}={shown(number)} must be at least {least}{hint}")
     if most is not None and number > most:
         raise ValueError(f"{name}={shown(number)} must be at most {most}{hint}")
-    return int(number)
+    return number
 
 
 def real(

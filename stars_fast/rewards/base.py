@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from transformers import PreTrainedModel
 
+from stars_fast.methods.numbers import shown
 from stars_fast.notices import warn
 from stars_fast.text.prompts import Messages, read_prompts
 
@@ -226,6 +227,20 @@ class Reward(abc.ABC):
         """Whether the session that ends is the one that was let in. First thing in :meth:`end`."""
         self._calls = max(self._calls - 1, 0)
         return not self._calls
+
+
+def check_model(argument: str, model: Any) -> None:
+    """Raise TypeError for anything but a loaded model."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{argument} is a {type(model).__name__}, {shown(model)}: give a loaded model")
+
+
+def check_tokenizer(argument: str, tokenizer: Any, needed: str = "") -> None:
+    """Raise TypeError for anything but a tokenizer, or None where it is not ``needed`` for something."""
+    if tokenizer is None and not needed:
+        return
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode") or isinstance(tokenizer, type):
+        raise TypeError(f"{argument} is a {type(tokenizer).__name__}, {shown(tokenizer)}: give a tokenizer{needed}")
 
 
 # The acceptance test compares in float32.

@@ -11,10 +11,11 @@ import torch
 from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.render import Context, Rendering
+from stars_fast.stays import Stays
 from stars_fast.tree.model import TreeModel
 
 
-class RenderedReward(Reward):
+class RenderedReward(Stays, Reward):
     """Renders each prompt once, checks what models would choke on, and passes the protocol on to its caches."""
 
     caches: Sequence[TreeCache] = ()  # one per model; none where texts are scored in full

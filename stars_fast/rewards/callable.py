@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from stars_fast.rewards.base import Completion, Reward, RewardPrompt
+from stars_fast.methods.numbers import shown
+from stars_fast.rewards.base import Completion, Reward, RewardPrompt, check_tokenizer
 from stars_fast.text.prompts import ends_with_answer
 
 _OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -36,6 +37,9 @@ class CallableReward(Reward):
     reads_text = True
 
     def __init__(self, function: Callable[..., Any], tokenizer: Any = None) -> None:
+        if not callable(function):
+            raise TypeError(f"function={shown(function)} must be callable")
+        check_tokenizer("tokenizer", tokenizer)
         self.function = function
         self.tokenizer = tokenizer
         parameters = inspect.signature(function).parameters.values()
@@ -45,6 +49,9 @@ class CallableReward(Reward):
         self._positional = [p for p in parameters if p.kind is p.POSITIONAL_ONLY]
         self._required = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, *named)]
         self._loop: _LoopThread | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_loop": None, "_calls": 0}  # a copy is in no session
 
     def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
         needed = [name for name in self._required if name not in _OWN_ARGUMENTS]

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stars_fast.notices import warn
-from stars_fast.rewards.base import Completion, RewardPrompt
+from stars_fast.rewards.base import Completion, RewardPrompt, check_model, check_tokenizer
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.render import Rendering
@@ -60,6 +60,8 @@ class ClassifierReward(RenderedReward):
         policy_tokenizer: Any = None,
         tail: str | Sequence[int] = "auto",
     ) -> None:
+        check_model("model", model)
+        check_tokenizer("tokenizer", tokenizer)
         self._check_labels(model)
         self._given = Rendering(tokenizer, policy_tokenizer, tail)
         self.model = model

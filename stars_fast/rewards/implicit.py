@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from stars_fast.methods.numbers import real, shown
 from stars_fast.ops import gather_logprobs
-from stars_fast.rewards.base import Completion
+from stars_fast.rewards.base import Completion, check_model, check_tokenizer
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Text, TreeCache
 from stars_fast.rewards.classifier import check_ids, unwrapped
@@ -61,15 +62,18 @@ class ImplicitReward(RenderedReward):
         beta: float = 1.0,
         weights: str = "sum",
     ) -> None:
-        if weights not in ("sum", "1/k"):
-            raise ValueError(f"weights={weights!r}: must be 'sum' or '1/k'")
+        for argument, one in (("model", model), ("reference", reference)):
+            check_model(argument, one)
+        check_tokenizer("tokenizer", tokenizer)
+        if not isinstance(weights, str) or weights not in ("sum", "1/k"):
+            raise ValueError(f"weights={shown(weights)}: must be 'sum' or '1/k'")
         if unwrapped(model) is unwrapped(reference):  # PEFT puts its adapters into the model it is given
             raise ValueError(
                 "model and reference share their weights, every log-ratio would be 0: load the reference separately"
             )
         _check_pair(vocabulary(model), vocabulary(reference), tokenizer)
         self.tokenizer = tokenizer
-        self.beta = beta
+        self.beta = real("beta", beta, open_below=True, open_above=True)
         self.weights = weights
         roles = ((model, "implicit reward"), (reference, "implicit reference"))
         trees = [checked(TreeModel(one, one, role)) for one, role in roles]

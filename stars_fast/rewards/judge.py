@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from stars_fast.methods.numbers import shown
 from stars_fast.notices import warn
-from stars_fast.rewards.base import RewardPrompt
+from stars_fast.rewards.base import RewardPrompt, check_model, check_tokenizer
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.render import Context, Rendering
@@ -63,10 +64,11 @@ class JudgeReward(RenderedReward):
         yes: str = "Yes",
         no: str = "No",
     ) -> None:
-        if not isinstance(model, torch.nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}: give a loaded causal language model")
-        if tokenizer is None:
-            raise TypeError("tokenizer is None: a judge reads a question in text, so give its tokenizer")
+        check_model("model", model)
+        check_tokenizer("tokenizer", tokenizer, ", by which the judge reads a question in text")
+        for argument, text in (("question", question), ("template", template), ("yes", yes), ("no", no)):
+            if not isinstance(text, str):
+                raise TypeError(f"{argument}={shown(text)} must be text")
         if template.count("{answer}") != 1:
             raise ValueError(f"template={template!r} holds {{answer}} {template.count('{answer}')} times: must be once")
         self.tokenizer = tokenizer

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from stars_fast.rewards.base import Completion, Reward, RewardPrompt
+from stars_fast.rewards.base import Completion, Reward, RewardPrompt, check_model
 from stars_fast.tree.attention import evaluating
 
 
@@ -26,6 +26,7 @@ class HiddenStateProbe(Reward):
     needs_hidden_state = True
 
     def __init__(self, probe: nn.Module) -> None:
+        check_model("probe", probe)
         self.probe = probe
         self._evaluating: list[ExitStack] = []  # one of each call, all alike
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stars_fast.rewards.base import Completion, Response, RewardPrompt
+from stars_fast.methods.numbers import shown
+from stars_fast.rewards.base import Completion, Response, RewardPrompt, check_model, check_tokenizer
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Text, TreeCache
 from stars_fast.rewards.classifier import unwrapped
@@ -54,8 +55,9 @@ class ProcessReward(RenderedReward):
     """
 
     def __init__(self, model: TreeModel, tokenizer: Any, aggregate: str) -> None:
-        if aggregate not in AGGREGATES:
-            raise ValueError(f"aggregate={aggregate!r}: must be one of {', '.join(map(repr, AGGREGATES))}")
+        check_tokenizer("tokenizer", tokenizer, ", by which the steps are read")
+        if not isinstance(aggregate, str) or aggregate not in AGGREGATES:
+            raise ValueError(f"aggregate={shown(aggregate)}: must be one of {', '.join(map(repr, AGGREGATES))}")
         self.tokenizer = tokenizer
         self.aggregate = AGGREGATES[aggregate]
         self._committed: dict[Response, _Steps] = {}
@@ -89,6 +91,7 @@ class ProcessReward(RenderedReward):
         ValueError
             For a head of another size, or a token that the tokenizer does not know.
         """
+        check_model("model", model)
         inner = unwrapped(model)
         base, head = getattr(inner, inner.base_model_prefix, None), getattr(inner, "score", None)
         if base is None or not isinstance(head, nn.Module):
@@ -119,6 +122,7 @@ class ProcessReward(RenderedReward):
             For labels that end alike, and a tokenizer without a chat template, or by which the ids of a step alone are
             others than in the conversation.
         """
+        check_model("model", model)
         return _Labels(checked(TreeModel(model, model, "process reward model")), tokenizer, aggregate, good, bad)
 
     # To be written by each form

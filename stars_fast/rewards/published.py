@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from stars_fast.rewards.base import Completion, RewardPrompt
+from stars_fast.methods.numbers import integer, plain, shown
+from stars_fast.rewards.base import Completion, RewardPrompt, check_model, check_tokenizer
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.classifier import ClassifierReward, unwrapped
@@ -88,6 +89,8 @@ class ArmoRMReward(RenderedReward):
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any = None, *, gating_tokens: Sequence[int] = ARMORM_GATING_TOKENS
     ) -> None:
+        check_model("model", model)
+        check_tokenizer("tokenizer", tokenizer)
         self.model: Any = unwrapped(model)  # of a class that is not transformers'
         base = getattr(self.model, self.model.base_model_prefix, None)
         parts = ("regression_layer", "gating", "reward_transform_matrix")
@@ -97,7 +100,11 @@ class ArmoRMReward(RenderedReward):
                 f"{type(model).__name__} is not shaped as ArmoRM: it lacks {', '.join(missing) or 'a base'}"
             )
         self.tokenizer = tokenizer
-        self.gating_tokens = list(gating_tokens)
+        if not isinstance(plain(gating_tokens), Sequence) or isinstance(gating_tokens, (str, bytes)):
+            raise TypeError(f"gating_tokens={shown(gating_tokens)} must be a sequence of ids")
+        self.gating_tokens = [
+            integer(f"gating_tokens[{place}]", token, 0) for place, token in enumerate(plain(gating_tokens))
+        ]
         self._gates: dict[RewardPrompt, torch.Tensor] = {}  # [A]
         self._start([TreeCache(checked(TreeModel(self.model, base, "reward")))])
 

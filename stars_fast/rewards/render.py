@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from stars_fast.methods.numbers import integer, plain, shown
 from stars_fast.rewards.base import Completion, RewardPrompt
 from stars_fast.text.chat import ChatFrame, chat_frame, encode_start, encode_turn, marks, rendered_mark
 from stars_fast.text.prompts import Messages, ends_with_answer
@@ -40,8 +41,11 @@ class Rendering:
 
     def __init__(self, tokenizer: Any, policy_tokenizer: Any, tail: str | Sequence[int]) -> None:
         self.templated = bool(getattr(tokenizer, "chat_template", None))
-        if isinstance(tail, str) and tail not in ("auto", "template", "none"):
-            raise ValueError(f"reward_tail={tail!r}: must be 'auto', 'template', 'none' or token ids")
+        words = isinstance(tail, str)
+        if tail not in ("auto", "template", "none") if words else not isinstance(plain(tail), Sequence):
+            raise ValueError(f"reward_tail={shown(tail)}: must be 'auto', 'template', 'none' or token ids")
+        if not words:
+            tail = [integer(f"reward_tail[{place}]", token, 0) for place, token in enumerate(plain(tail))]
         if tail == "template" and not self.templated:
             raise ValueError("reward_tail='template', but the reward tokenizer has no chat template")
         self.tokenizer = tokenizer

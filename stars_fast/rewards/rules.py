@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from stars_fast.methods.numbers import real, shown, truth
 from stars_fast.rewards.base import Completion, Reward, RewardPrompt
 
 
@@ -42,15 +42,17 @@ class RuleReward(Reward):
         *,
         partial: bool = True,
     ) -> None:
-        self.patterns = [(_compiled(pattern), weight) for pattern, weight in (patterns or {}).items()]
-        self.predicates = list((predicates or {}).items())
-        self.partial = partial
+        for argument, rules in (("patterns", patterns), ("predicates", predicates)):
+            if not isinstance(rules, (Mapping, type(None))):
+                raise TypeError(f"{argument}={shown(rules)} must be a mapping of rules to weights")
+        self.patterns = [(_compiled(pattern), _weight(pattern, weight)) for pattern, weight in (patterns or {}).items()]
+        self.predicates = [(rule, _weight(rule, weight)) for rule, weight in (predicates or {}).items()]
+        self.partial = truth("partial", partial)
         if not self.patterns and not self.predicates:
             raise ValueError("RuleReward has no rules: give patterns= or predicates=")
-        for rule, weight in [*self.patterns, *self.predicates]:
-            if not weight < math.inf:
-                name = repr(rule.pattern) if isinstance(rule, re.Pattern) else getattr(rule, "__name__", repr(rule))
-                raise ValueError(f"the rule {name} has weight {weight}: must be finite, or -inf to reject")
+        for rule, _ in self.predicates:
+            if not callable(rule):
+                raise TypeError(f"predicates: {shown(rule)} must be callable")
 
     def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
         if self.patterns and any(prompt.tokenizer is None for prompt in prompts):
@@ -66,7 +68,14 @@ class RuleReward(Reward):
         return sum(value * weight for value, weight in met if value)  # 0 times -inf is no number
 
 
+def _weight(rule: Any, weight: Any) -> float:
+    name = shown(rule.pattern) if isinstance(rule, re.Pattern) else getattr(rule, "__name__", shown(rule))
+    return real(f"the rule {name}: weight", weight, open_above=True, hint="; -inf rejects")
+
+
 def _compiled(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
+    if not isinstance(pattern, (str, re.Pattern)):
+        raise TypeError(f"patterns: {shown(pattern)} must be a regular expression")
     try:
         return re.compile(pattern)
     except re.error as error:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
+from stars_fast.methods.numbers import real, shown
 from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt, score_each
 from stars_fast.tree.model import TreeModel
 
@@ -77,11 +78,9 @@ class WeightedSum(Reward):
         self._parts = [_Part(*part) for part in _named(parts)]
         if not self._parts:
             raise ValueError("WeightedSum has no parts")
-        for name, weight, reward in self._parts:
+        for name, _, reward in self._parts:
             if not isinstance(reward, Reward):
                 raise TypeError(f"part {name!r} is a {type(reward).__name__}: give a stars_fast.rewards.Reward")
-            if not math.isfinite(weight):
-                raise ValueError(f"part {name!r} has weight {weight}: must be finite")
         if len({id(part.reward) for part in self._parts}) < len(self._parts):
             raise ValueError("a scorer is given twice: add its weights up")
         self.partial = all(part.reward.partial for part in self._parts if part.weight)
@@ -204,12 +203,16 @@ class WeightedSum(Reward):
 def _named(
     parts: Sequence[tuple[float, Reward]] | Mapping[str, tuple[float, Reward]],
 ) -> list[tuple[str, float, Reward]]:
-    if isinstance(parts, Mapping):
-        return [(name, weight, reward) for name, (weight, reward) in parts.items()]
-    seen: Counter[str] = Counter()
-    named = []
-    for weight, reward in parts:
-        name = type(reward).__name__
-        seen[name] += 1
-        named.append((name if seen[name] == 1 else f"{name}_{seen[name]}", weight, reward))
+    named, seen = list[tuple[str, float, Reward]](), Counter[str]()
+    if not isinstance(parts, (Mapping, Sequence)):
+        raise TypeError(f"parts={shown(parts)} must be a sequence of (weight, Reward), or a mapping of name to these")
+    for name, part in parts.items() if isinstance(parts, Mapping) else [(None, part) for part in parts]:
+        if not isinstance(part, Sequence) or len(part) != 2:
+            raise TypeError(f"parts: {shown(part)} must be a pair (weight, Reward)")
+        weight, reward = part
+        if name is None:
+            kind = type(reward).__name__
+            seen[kind] += 1
+            name = kind if seen[kind] == 1 else f"{kind}_{seen[kind]}"
+        named.append((name, real(f"part {name!r}: weight", weight, open_below=True, open_above=True), reward))
     return named

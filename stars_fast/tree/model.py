@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from stars_fast.notices import warn
 from stars_fast.ops import check_supported
+from stars_fast.stays import Stays
 from stars_fast.tree.attention import NAME, ShapeRecorder, TreeContext, active, causal_probe, plugged
 from stars_fast.tree.graphs import Graphs
 from stars_fast.tree.passes import MOST_TOKENS, WORTH_CAPTURING, Pass, PassShape
@@ -31,7 +32,7 @@ PREFILL_CHUNK = 512
 _MOST_SHAPES = 512
 
 
-class TreeModel:
+class TreeModel(Stays):
     """Runs packed forward passes of ``model`` over a :class:`SegmentTree`.
 
     Parameters
@@ -143,11 +144,24 @@ class TreeModel:
         return SlotPool.bytes_per_slot(self.shapes, self.dtype)
 
     def allocate(self, tokens: int) -> None:
-        """An empty tree over ``tokens`` slots (and slot 0); a pool that is large enough is kept."""
+        """An empty tree over ``tokens`` slots (and slot 0); a pool that is large enough is kept.
+
+        Raises
+        ------
+        MemoryError
+            Where the device has no room for them.
+        """
         if self.pool.slots < tokens + 1:
             self.graphs.drop()  # their memory is needed first
             self.pool = SlotPool({}, 1, self.dtype, self.device)  # free the old one before making the new
-            self.pool = SlotPool(self.shapes, tokens + 1, self.dtype, self.device)
+            try:
+                self.pool = SlotPool(self.shapes, tokens + 1, self.dtype, self.device)
+            except (RuntimeError, MemoryError) as error:  # torch's, which says neither what for nor what to do
+                raise MemoryError(
+                    f"{tokens} slots of the {self.role} take {tokens * self.bytes_per_token / 2**30:.1f} GiB, which "
+                    f"{self.device} does not have: set a smaller kv_cache_tokens or max_model_len, or ask for fewer or "
+                    "shorter answers at a time (max_new_tokens; particles, n of the method)"
+                ) from error
             self.pools_made += 1
         self._plant(tokens + 1)
         self.graphs.refresh()
