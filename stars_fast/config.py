@@ -153,7 +153,7 @@ class StarsConfig:
             self._put("eos_token_id", integer("eos_token_id", eos, 0, hint=", or a sequence of them"))
         if self.stop_strings is not None:
             strings = (self.stop_strings,) if isinstance(self.stop_strings, str) else plain(self.stop_strings)
-            if not isinstance(strings, Collection) or isinstance(strings, (bytes, Mapping)):
+            if not _is_listed(strings):
                 raise TypeError(f"stop_strings={shown(strings)}: must be a string or a sequence of strings")
             _check_count("stop_strings", strings, _MOST_STOP_STRINGS)
             for string in strings:
@@ -226,11 +226,17 @@ def _check_count(name: str, values: Collection[Any], most: int) -> None:
         raise ValueError(f"{name} has {len(values)} entries: must be at most {most}")
 
 
+def _is_listed(value: Any) -> bool:
+    """Whether it is a collection in some order. A tensor is none by now, unless it has no data."""
+    other = isinstance(value, (str, bytes, Set, Mapping)) or hasattr(value, "tolist")
+    return isinstance(value, Collection) and not other
+
+
 def _rewards(name: str, value: Any, finite: bool = False) -> float | tuple[float, ...] | None:
     value = plain(value)
     if value is None:
         return None
     limits: dict[str, Any] = {"open_below": finite, "open_above": finite}
-    if isinstance(value, Collection) and not isinstance(value, (str, bytes, Set)):
+    if _is_listed(value):
         return tuple(real(f"{name}[{index}]", one, **limits) for index, one in enumerate(value))
     return real(name, value, **limits, hint=", or a sequence of one number per prompt")

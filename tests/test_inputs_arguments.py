@@ -40,9 +40,11 @@ def test_a_target_per_prompt_must_have_one_value_per_prompt(engine):
         engine.generate(PROMPTS, CONFIG, target_reward=[1.0, 2.0, 3.0])
     with refused(r"target_reward\[1\]", "nan"):
         engine.generate(PROMPTS, CONFIG, target_reward=[1.0, math.nan, 3.0, 4.0])
-    for value in (["a", "b"], torch.zeros(2, 2), {"a": 1.0}):
+    for value in (["a", "b"], torch.zeros(2, 2)):
         with refused(r"target_reward\[0\]", "number"):
             engine.generate(PROMPTS, CONFIG, target_reward=value)
+    with refused("target_reward", "sequence"):
+        engine.generate(PROMPTS, CONFIG, target_reward={"a": 1.0})
 
 
 def test_the_config_must_be_a_config(engine):

@@ -196,7 +196,7 @@ def test_parts_that_began_are_ended_where_another_cannot_begin(policy32, reward3
 
 def test_sums_that_cannot_be_are_refused(policy32, reward32):
     scorer = Returns(1.0)
-    with pytest.raises(ValueError, match="no parts"):
+    with pytest.raises(ValueError, match="parts is empty"):
         WeightedSum([])
     with pytest.raises(TypeError, match="part 'a' is a function"):
         WeightedSum({"a": (1.0, sum_reward)})

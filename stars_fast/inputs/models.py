@@ -12,6 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
 from stars_fast import demo
+from stars_fast.methods.numbers import shown
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
 from stars_fast.rewards.base import check_tokenizer
@@ -39,7 +40,8 @@ def placement(device: Device = None) -> torch.device:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r}: {error}") from error
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"device={shown(device)} must be a torch device, such as 'cpu' or 'cuda:0': {said}") from error
 
 
 def load_policy(

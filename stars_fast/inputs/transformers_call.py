@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from stars_fast.config import StarsConfig
 from stars_fast.inputs.sampling import NEUTRAL, SAMPLING_FIELDS
+from stars_fast.methods.numbers import shown
 
 _CACHES = ("past_key_values", "cache")  # until transformers 5.23, and from 5.24 on
 # What transformers hands to every decoding loop.
@@ -66,7 +67,7 @@ def merge(
 def refuse_setting(name: str, value: Any) -> None:
     """Raise TypeError for a field of StarsConfig that was given beside it."""
     if name in _FIELDS:
-        raise TypeError(f"{name} is a setting of StarsConfig: pass stars_config=StarsConfig({name}={value!r:.80})")
+        raise TypeError(f"{name} is a setting of StarsConfig: pass stars_config=StarsConfig({name}={shown(value)})")
 
 
 def _left_open(explicit: set[str], config: StarsConfig) -> dict[str, Any]:

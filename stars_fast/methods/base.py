@@ -269,7 +269,8 @@ def method_from(value: Any, known: Mapping[str, type[Method]]) -> Method:
         parameters = {key: v for key, v in value.items() if key != "name"}
         name = value.get("name")
     if not isinstance(name, str) or name not in known:
-        raise ValueError(f"method={shown(name)} is unknown; known methods: {', '.join(known)}")
+        asked = name if isinstance(name, str) else value
+        raise ValueError(f"method={shown(asked)} is unknown; known methods: {', '.join(known)}")
     fields = [field.name for field in dataclasses.fields(known[name])]
     for parameter in parameters:
         if parameter not in fields:

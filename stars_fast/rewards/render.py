@@ -42,10 +42,11 @@ class Rendering:
     def __init__(self, tokenizer: Any, policy_tokenizer: Any, tail: str | Sequence[int]) -> None:
         self.templated = bool(getattr(tokenizer, "chat_template", None))
         words = isinstance(tail, str)
-        if tail not in ("auto", "template", "none") if words else not isinstance(plain(tail), Sequence):
+        ids = plain(tail)
+        if tail not in ("auto", "template", "none") if words else not isinstance(ids, (list, tuple)):
             raise ValueError(f"reward_tail={shown(tail)}: must be 'auto', 'template', 'none' or token ids")
         if not words:
-            tail = [integer(f"reward_tail[{place}]", token, 0) for place, token in enumerate(plain(tail))]
+            tail = [integer(f"reward_tail[{place}]", token, 0) for place, token in enumerate(ids)]
         if tail == "template" and not self.templated:
             raise ValueError("reward_tail='template', but the reward tokenizer has no chat template")
         self.tokenizer = tokenizer

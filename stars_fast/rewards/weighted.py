@@ -77,7 +77,7 @@ class WeightedSum(Reward):
     def __init__(self, parts: Sequence[tuple[float, Reward]] | Mapping[str, tuple[float, Reward]]) -> None:
         self._parts = [_Part(*part) for part in _named(parts)]
         if not self._parts:
-            raise ValueError("WeightedSum has no parts")
+            raise ValueError("parts is empty: give at least one (weight, Reward)")
         for name, _, reward in self._parts:
             if not isinstance(reward, Reward):
                 raise TypeError(f"part {name!r} is a {type(reward).__name__}: give a stars_fast.rewards.Reward")
