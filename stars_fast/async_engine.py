@@ -223,6 +223,7 @@ class AsyncStarsEngine(Stays):
 
     async def drain(self, timeout: float | None = None) -> None:
         """Take no more requests and wait until the open ones have ended; after ``timeout`` seconds abort them."""
+        self._check_process()
         self._draining = True
         deadline = None if timeout is None else time.monotonic() + timeout
         while self._jobs and (deadline is None or time.monotonic() < deadline):
@@ -287,12 +288,15 @@ class AsyncStarsEngine(Stays):
         if name in self._jobs:
             raise ValueError(f"request_id={name!r} is in use")
 
-    def _check_alive(self) -> None:
+    def _check_process(self) -> None:
         if self._process != os.getpid():
             raise RuntimeError(
                 "this AsyncStarsEngine stayed in the process that was forked, with its thread: make another one here, "
                 "AsyncStarsEngine(engine)"
             )
+
+    def _check_alive(self) -> None:
+        self._check_process()
         if self.dead is not None:
             raise RuntimeError("the engine's thread has died") from self.dead
         if self._closed:

@@ -57,7 +57,8 @@ KINDS: dict[str, tuple[list[Any], list[Any]]] = {  # what must be taken, as the 
     ),
     "real": (
         [0.5, np.float64(0.5), np.float16(0.5), np.array(0.5), torch.tensor(0.5),
-         torch.tensor(0.5, dtype=torch.bfloat16), torch.tensor(0.5, requires_grad=True), Fraction(1, 2), Decimal("0.5"), Half(0.5)],
+         torch.tensor(0.5, dtype=torch.bfloat16), torch.tensor(0.5, requires_grad=True), Fraction(1, 2),
+         Decimal("0.5"), Half(0.5)],
         [np.float32("nan"), torch.tensor(math.nan), *NO_NUMBERS],
     ),
     "truth": (
