@@ -56,6 +56,25 @@ def test_a_saved_config_comes_back_equal(tmp_path, fields):
     assert StarsConfig.from_pretrained(tmp_path / "new" / "folder") == config
 
 
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"method": {"name": "best_of_n", "n": 1000000000000}}', "best_of_n: n=1000000000000 .* at most 65536"),
+        ('{"top_k": 1e400}', "top_k=inf must be an integer"),
+        ('{"alpha": 1e400}', "alpha=inf must lie in"),
+        ('{"bogus": 1}', "'bogus' is not a field"),
+        ("[1]", "holds a list: must be an object"),
+        ("{", "Expecting property name"),
+        ("[" * 100_000, "recursion"),
+    ],
+    ids=range(7),
+)
+def test_a_file_that_is_no_config_is_named_with_what_is_wrong(tmp_path, text, said):
+    (tmp_path / "stars_config.json").write_text(text)
+    with pytest.raises((ValueError, TypeError), match=rf"stars_config\.json: .*{said}"):
+        StarsConfig.from_pretrained(tmp_path)
+
+
 def test_a_saved_config_is_json(tmp_path):
     StarsConfig(beta=0.25).save_pretrained(tmp_path)
     (file,) = tmp_path.glob("*.json")
@@ -86,6 +105,13 @@ def test_a_saved_config_is_json(tmp_path):
         ("temperature", 1e-38, "1e-06"),
         ("temperature", -1.0, "1e-06"),
         ("temperature", math.inf, "0"),
+        ("temperature", 1e39, "1e\\+30"),
+        ("repetition_penalty", 1e-46, "1e-06"),
+        ("repetition_penalty", 1e39, "1e\\+06"),
+        ("base_reward", math.inf, "sequence"),
+        ("max_attempts", 2**31, "at most 2147483647"),
+        ("max_new_tokens", 10**12, "at most 2147483647"),
+        ("num_return_sequences", 10**8, "at most 65536"),
         ("top_k", -1, "0"),
         ("top_k", 2.5, "integer"),
         ("top_p", 0.0, "0"),

@@ -1,5 +1,7 @@
 """Which sampling settings hold: the call's, the config's, the model's own; and which tokens end an answer."""
 
+import math
+
 import pytest
 from conftest import refused, tiny_policy
 from test_inputs_arguments import PROMPTS, VOCAB
@@ -50,6 +52,32 @@ def test_ignore_eos_goes_on_to_the_limit(engine):
 
 def last_tokens(out, finish_reason):
     return {c[-1] for c, reason in zip(out.completions, out.finish_reasons, strict=True) if reason == finish_reason}
+
+
+def test_eos_ids_of_the_model_count_once_and_within_its_vocabulary(reward32):
+    policy = tiny_policy(VOCAB, hidden=32)
+    engine = StarsEngine(policy, reward32)
+    want = engine.generate(PROMPTS, CONFIG, seed=1, eos_token_id=[3]).completions
+    policy.generation_config.eos_token_id = [3, 2**70, -1, VOCAB] * 100_000
+    assert engine.generate(PROMPTS, CONFIG, seed=1).completions == want
+    policy.generation_config.eos_token_id = "</s>"
+    with refused("generation_config", "eos_token_id=.*/s", "integer"):
+        engine.generate(PROMPTS, CONFIG)
+
+
+def test_a_top_k_beyond_the_vocabulary_has_no_effect_however_large(reward32):
+    policy = tiny_policy(VOCAB, hidden=32)
+    engine = StarsEngine(policy, reward32)
+    plain = engine.generate(PROMPTS, CONFIG, seed=1).completions
+    assert engine.generate(PROMPTS, CONFIG, seed=1, top_k=2**40).completions == plain
+    policy.generation_config.top_k = 2**31
+    assert engine.generate(PROMPTS, CONFIG, seed=1).completions == plain
+
+
+def test_the_largest_temperature_is_uniform(engine):
+    out = engine.generate(PROMPTS, CONFIG, seed=1, temperature=1e30)
+    assert out.errors == [None] * 4
+    assert all(abs(value + math.log(VOCAB)) < 1e-5 for row in out.sampling_logprobs for value in row)
 
 
 @pytest.mark.parametrize("name, value", [("temperature", 0.0), ("top_k", -1), ("top_p", 1.5)])

@@ -1,5 +1,6 @@
 """Every method keeps the engine's promises."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -307,3 +308,25 @@ def test_a_reward_sees_the_policys_hidden_state_and_may_tell_its_parts(name):
 def test_a_reward_of_hidden_states_is_refused_where_the_policy_has_not_read_what_is_scored(name):
     with pytest.raises(ValueError, match=f"method='{name}' .*Hidden needs the policy's hidden state"):
         generate(make_engine(Hidden()), EVERY[name])
+
+
+LARGEST = 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    "method, as_large",
+    [
+        (Cards(shortest=LARGEST, longest=LARGEST), {"shortest": 99, "longest": 99}),
+        (Args(top_k=LARGEST), {"top_k": VOCAB}),
+        (Mara(top_k=LARGEST, mlp=NETWORK), {"top_k": VOCAB}),
+        (TreeBoN(layers=LARGEST), {"layers": 99}),
+        (PersonaJudge([1], [2], block=LARGEST), {"block": 99}),
+        (RSD(tiny_policy(VOCAB), longest=LARGEST, delimiter=None), {"longest": 99}),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_lengths_beyond_the_answer_and_tops_beyond_the_vocabulary_cost_nothing(policy32, reward32, method, as_large):
+    engine = StarsEngine(policy32, reward32)
+    out = engine.generate(PROMPTS, CONFIG.replace(method=method), seed=SEEDS)
+    like = engine.generate(PROMPTS, CONFIG.replace(method=dataclasses.replace(method, **as_large)), seed=SEEDS)
+    assert out.errors == [None] * 3 and out.completions == like.completions

@@ -2,6 +2,8 @@
 
 import json
 import math
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from conftest import sum_reward
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.methods import BestOfN, ParticleFilter
-from stars_fast.methods.numbers import integer, real
+from stars_fast.methods.numbers import integer, real, shown
 
 
 @pytest.mark.parametrize("four", [4, np.int64(4), np.array(4), torch.tensor(4)], ids=lambda four: type(four).__name__)
@@ -38,6 +40,26 @@ def test_what_is_no_integer_is_named(value):
 def test_what_is_no_number_is_named(value):
     with pytest.raises(TypeError, match=r"x=.* must be a number or so"):
         real("x", value, hint=" or so")
+
+
+def test_values_are_shown_on_one_line_and_cut_off():
+    for value in (
+        torch.zeros(3, 3),
+        np.zeros((9, 9)),
+        "a\nb" * 99,
+        list(range(10**6)),
+        10**5000,
+        {"a": {"b": "c" * 999}},
+    ):
+        assert "\n" not in shown(value) and len(shown(value)) < 200
+
+
+@pytest.mark.parametrize("value", [Fraction(1, 2), Decimal("0.5")], ids=repr)
+def test_fractions_and_decimals_are_numbers_and_what_a_float_cannot_hold_is_none(value):
+    assert real("x", value, 0.0, 1.0) == 0.5
+    for beyond in (10**400, Fraction(10**400), Decimal("sNaN")):
+        with pytest.raises(ValueError, match=r"x=.* must be a number that a float can hold"):
+            real("x", beyond)
 
 
 @pytest.mark.parametrize(

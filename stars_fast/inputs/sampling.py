@@ -37,15 +37,25 @@ def resolve_sampling(config: StarsConfig, model: PreTrainedModel, tokenizer: Any
 def _eos_token_ids(config: StarsConfig, model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
     if config.ignore_eos:
         return ()
-    for source in (config, getattr(model, "generation_config", None), model.config, tokenizer):
+    sources = {
+        "the StarsConfig": config,
+        "the model's generation_config": getattr(model, "generation_config", None),
+        "the model's config": model.config,
+        "the tokenizer": tokenizer,
+    }
+    for name, source in sources.items():
         eos = getattr(source, "eos_token_id", None)
         if eos is not None:
             vocab = vocabulary(model)
-            return tuple(token for token in dict.fromkeys(as_ids(eos)) if 0 <= token < vocab)
+            try:
+                return tuple(token for token in as_ids(eos) if 0 <= token < vocab)
+            except TypeError as error:
+                raise ValueError(f"{name}: {error}") from error
     return ()
 
 
 def as_ids(ids: int | Sequence[int]) -> tuple[int, ...]:
-    """One id or several, as transformers' configs have them."""
+    """One id or several, as transformers' configs have them, each once."""
     ids = plain(ids)
-    return tuple(integer("eos_token_id", token) for token in (ids if isinstance(ids, (list, tuple)) else [ids]))
+    several = dict.fromkeys(ids) if isinstance(ids, (list, tuple)) else [ids]
+    return tuple(integer("eos_token_id", token) for token in several)
