@@ -229,10 +229,18 @@ class Reward(abc.ABC):
         return not self._calls
 
 
-def check_model(argument: str, model: Any) -> None:
-    """Raise TypeError for anything but a loaded model."""
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"{argument} is a {type(model).__name__}, {shown(model)}: give a loaded model")
+def check_model(argument: str, model: Any, predicts: bool = False) -> None:
+    """Raise TypeError for anything but a loaded transformers model, one that ``predicts`` tokens where that is said."""
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise TypeError(f"{argument} is a {type(model).__name__}, {shown(model)}: give a loaded transformers model")
+    if predicts and getattr(model, "get_output_embeddings", lambda: None)() is None:
+        raise TypeError(f"{argument} is a {type(model).__name__} without a language-model head: give a causal LM")
+
+
+def check_text(argument: str, text: Any) -> None:
+    """Raise TypeError for anything but text."""
+    if not isinstance(text, str):
+        raise TypeError(f"{argument}={shown(text)} must be text")
 
 
 def check_tokenizer(argument: str, tokenizer: Any, needed: str = "") -> None:

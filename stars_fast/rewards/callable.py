@@ -42,7 +42,10 @@ class CallableReward(Reward):
         check_tokenizer("tokenizer", tokenizer)
         self.function = function
         self.tokenizer = tokenizer
-        parameters = inspect.signature(function).parameters.values()
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except ValueError as error:  # of some that are not written in Python
+            raise ValueError(f"function={shown(function)}: {error}; give a Python function that calls it") from error
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._names = {p.name for p in parameters if p.kind in named}

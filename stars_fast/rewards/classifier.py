@@ -49,8 +49,8 @@ class ClassifierReward(RenderedReward):
 
     Raises
     ------
-    ValueError
-        For more than one label, or a tail that is not known.
+    ValueError, TypeError
+        For what is no model or tokenizer, more than one label, or a tail that is not known.
     """
 
     def __init__(

@@ -46,9 +46,10 @@ class ImplicitReward(RenderedReward):
 
     Raises
     ------
-    ValueError
-        For two models with different vocabularies, two that share their weights (one given twice, or a PEFT model and
-        what it wraps), or weights that are not known.
+    ValueError, TypeError
+        For what is no causal LM or tokenizer, a beta that is no finite number, two models with different vocabularies,
+        two that share their weights (one given twice, or a PEFT model and what it wraps), or weights that are not
+        known.
     NotImplementedError
         For a model whose keys and values cannot be kept in a tree, by name.
     """
@@ -63,7 +64,7 @@ class ImplicitReward(RenderedReward):
         weights: str = "sum",
     ) -> None:
         for argument, one in (("model", model), ("reference", reference)):
-            check_model(argument, one)
+            check_model(argument, one, predicts=True)
         check_tokenizer("tokenizer", tokenizer)
         if not isinstance(weights, str) or weights not in ("sum", "1/k"):
             raise ValueError(f"weights={shown(weights)}: must be 'sum' or '1/k'")

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from stars_fast.methods.numbers import shown
 from stars_fast.notices import warn
-from stars_fast.rewards.base import RewardPrompt, check_model, check_tokenizer
+from stars_fast.rewards.base import RewardPrompt, check_model, check_text, check_tokenizer
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.render import Context, Rendering
@@ -64,11 +63,10 @@ class JudgeReward(RenderedReward):
         yes: str = "Yes",
         no: str = "No",
     ) -> None:
-        check_model("model", model)
+        check_model("model", model, predicts=True)
         check_tokenizer("tokenizer", tokenizer, ", by which the judge reads a question in text")
         for argument, text in (("question", question), ("template", template), ("yes", yes), ("no", no)):
-            if not isinstance(text, str):
-                raise TypeError(f"{argument}={shown(text)} must be text")
+            check_text(argument, text)
         if template.count("{answer}") != 1:
             raise ValueError(f"template={template!r} holds {{answer}} {template.count('{answer}')} times: must be once")
         self.tokenizer = tokenizer

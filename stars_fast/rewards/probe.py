@@ -8,7 +8,8 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from stars_fast.rewards.base import Completion, Reward, RewardPrompt, check_model
+from stars_fast.methods.numbers import shown
+from stars_fast.rewards.base import Completion, Reward, RewardPrompt
 from stars_fast.tree.attention import evaluating
 
 
@@ -26,7 +27,8 @@ class HiddenStateProbe(Reward):
     needs_hidden_state = True
 
     def __init__(self, probe: nn.Module) -> None:
-        check_model("probe", probe)
+        if not isinstance(probe, nn.Module):
+            raise TypeError(f"probe={shown(probe)} must be a torch.nn.Module")
         self.probe = probe
         self._evaluating: list[ExitStack] = []  # one of each call, all alike
 

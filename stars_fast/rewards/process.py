@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stars_fast.methods.numbers import shown
-from stars_fast.rewards.base import Completion, Response, RewardPrompt, check_model, check_tokenizer
+from stars_fast.rewards.base import Completion, Response, RewardPrompt, check_model, check_text, check_tokenizer
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Text, TreeCache
 from stars_fast.rewards.classifier import unwrapped
@@ -88,10 +88,13 @@ class ProcessReward(RenderedReward):
 
         Raises
         ------
-        ValueError
-            For a head of another size, or a token that the tokenizer does not know.
+        ValueError, TypeError
+            For arguments that are no model, tokenizer or text, for a head of another size, or a token that the
+            tokenizer does not know.
         """
         check_model("model", model)
+        check_text("step_token", step_token)
+        check_text("system", "" if system is None else system)
         inner = unwrapped(model)
         base, head = getattr(inner, inner.base_model_prefix, None), getattr(inner, "score", None)
         if base is None or not isinstance(head, nn.Module):
@@ -118,11 +121,13 @@ class ProcessReward(RenderedReward):
 
         Raises
         ------
-        ValueError
-            For labels that end alike, and a tokenizer without a chat template, or by which the ids of a step alone are
-            others than in the conversation.
+        ValueError, TypeError
+            For arguments that are no causal LM, tokenizer or text, for labels that end alike, and a tokenizer without a
+            chat template, or by which the ids of a step alone are others than in the conversation.
         """
-        check_model("model", model)
+        check_model("model", model, predicts=True)
+        for argument, label in (("good", good), ("bad", bad)):
+            check_text(argument, label)
         return _Labels(checked(TreeModel(model, model, "process reward model")), tokenizer, aggregate, good, bad)
 
     # To be written by each form

@@ -31,8 +31,9 @@ class RuleReward(Reward):
 
     Raises
     ------
-    ValueError
-        Without rules, for a pattern that is no regular expression, or for a weight that is NaN or +inf.
+    ValueError, TypeError
+        Without rules, for what is no mapping or callable, for a pattern that is no regular expression, or for a weight
+        that is NaN or +inf.
     """
 
     def __init__(

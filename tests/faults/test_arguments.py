@@ -227,7 +227,7 @@ ARGUMENTS = [
     Argument("config", "form", lambda value: calibrate(ENGINE, IDS, config=value), ({}, "stars")),
     Argument("seed", "form", lambda value: calibrate(ENGINE, IDS, config=BIG, seed=value), ("lucky", [1, 2],
         math.nan), but=(3,)),
-    *(Argument("model", "model", make, (None, "demo", "a/b"))
+    *(Argument("model", "model", make, (None, "demo", "a/b", torch.nn.Linear(2, 2)))
       for make in (
           rewards.ClassifierReward, rewards.InternLM2Reward, rewards.ArmoRMReward,
               lambda value: rewards.JudgeReward(value, TOKENIZER),
@@ -253,8 +253,16 @@ ARGUMENTS = [
     Argument("weights", "choice", lambda value: rewards.ImplicitReward(POLICY, OTHER, weights=value), (None,)),
     Argument("aggregate", "choice", lambda value: rewards.ProcessReward.rlhflow(OTHER, TOKENIZER, aggregate=value),
         (None,)),
+    *(Argument(name, "text", lambda value, name=name: rewards.ProcessReward.rlhflow(OTHER, TOKENIZER, **{name: value}),
+        (None,)) for name in ("good", "bad")),
+    *(Argument("model", "none", make, (REWARD,))
+      for make in (
+          lambda value: rewards.JudgeReward(value, TOKENIZER),
+          lambda value: rewards.ImplicitReward(value, OTHER),
+          lambda value: rewards.ProcessReward.rlhflow(value, TOKENIZER),
+      )),
     Argument("probe", "model", rewards.HiddenStateProbe, (None,)),
-    Argument("function", "model", rewards.CallableReward, (None,), but=(int, len)),
+    Argument("function", "model", rewards.CallableReward, (None, max), but=(len,)),
     Argument("patterns", "form", rewards.RuleReward, ("ab", ["a"], {3: 1.0}), ({"a": 1}, {"a": -math.inf})),
     Argument("predicates", "form", lambda value: rewards.RuleReward(predicates=value), ("ab", [len], {"a": 1.0}),
         ({len: 1},)),
