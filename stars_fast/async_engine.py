@@ -105,7 +105,7 @@ class AsyncStarsEngine(Stays):
         QueueFull
             Where they would be more than ``max_waiting``.
         """
-        if self._reserved + requests > self.max_waiting:
+        if self._reserved + integer("requests", requests, 0) > self.max_waiting:
             raise QueueFull(f"{self._reserved} requests are open, of max_waiting={self.max_waiting}")
         self._reserved += requests
 
@@ -222,8 +222,11 @@ class AsyncStarsEngine(Stays):
             self._aborted.add(request_id)
 
     async def drain(self, timeout: float | None = None) -> None:
-        """Take no more requests and wait until the open ones have ended; after ``timeout`` seconds abort them."""
+        """Take no more requests and wait until the open ones have ended; after ``timeout`` seconds, at least 0, abort
+        them.
+        """
         self._check_process()
+        timeout = None if timeout is None else real("timeout", timeout, 0.0)
         self._draining = True
         deadline = None if timeout is None else time.monotonic() + timeout
         while self._jobs and (deadline is None or time.monotonic() < deadline):

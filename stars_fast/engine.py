@@ -119,6 +119,8 @@ class StarsEngine(Stays):
 
     @on_heartbeat.setter
     def on_heartbeat(self, observer: Callable[[Heartbeat], None] | None) -> None:
+        if observer is not None and not callable(observer):
+            raise TypeError(f"on_heartbeat={shown(observer)} must be callable, or None")
         self.core.on_heartbeat = observer
 
     def generate(

@@ -126,6 +126,8 @@ def served(name, kind, *bad, **more):
     return Argument(name, kind, make, bad, **more)
 
 
+CLOSED = AsyncStarsEngine(StarsEngine(POLICY, sum_reward))
+CLOSED.close()
 INT32 = (2**31, 10**12, 10**5000)
 ARGUMENTS = [
     config("segment_length", "integer", 0, None, good=(2**40,)),
@@ -211,6 +213,10 @@ ARGUMENTS = [
     session("max_model_len", "integer", 0, 1, *INT32, good=(None,)),
     session("max_segment_length", "integer", 0, None),
     session("max_waiting", "integer", 0, None),
+    Argument("timeout", "real", lambda value: asyncio.run(CLOSED.drain(value)), (-1.0,), good=(None,)),
+    Argument("requests", "integer", lambda value: CLOSED.reserve(value), (None,), good=(0,)),
+    Argument("on_heartbeat", "model", lambda value: setattr(StarsEngine(POLICY, sum_reward), "on_heartbeat", value),
+        good=(None,), but=(int, len)),
     Argument("engine", "model", AsyncStarsEngine, (None, "demo", POLICY)),
     served("prompt", "form", None, b"ab", [], "", [1.5], [[1]], [-1], [2**70]),
     served("config", "form", {}, "stars"),
