@@ -18,7 +18,8 @@ class Args(Enumerated):
     The paper adds the reward to the logit, which differs from the log-probability by a constant per position: the same
     choice. With a ``temperature`` the token is drawn from the softmax of the sum over it (ARGS-stochastic) instead.
     Likelihoods are those after logits processors of transformers, where a call has any: they are an answer's
-    ``sampling_logprobs``. Temperature, filters and repetition penalty of StarsConfig do not apply.
+    ``sampling_logprobs``. Temperature, filters and repetition penalty of StarsConfig do not apply. ``top_k`` is at
+    least 1, ``weight`` lies in [0, 1e30], ``temperature`` is 0 or lies in [1e-6, 1e30].
     """
 
     name: ClassVar[str] = "args"
@@ -72,6 +73,8 @@ class Mara(Enumerated):
     first that ``mlp`` accepts is taken; the likeliest where it accepts none. Temperature, filters and repetition
     penalty of StarsConfig do not apply; ``sampling_logprobs`` are as under :class:`Args`. The reward model only scores
     the finished answer, for the output. The network is in evaluation mode while it is asked.
+
+    ``top_k`` is at least 1, ``temperature`` lies in [1e-6, 1e30], ``top_p`` in (0, 1].
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ class Cards(Method):
     and filters), once it has ``shortest`` tokens, and after ``longest`` at the latest. That token belongs to the next
     segment, and is drawn anew there. alpha 0.5, beta 0.7 and 20 attempts are StarsConfig's defaults already; ``top_k``
     is 40 where StarsConfig leaves it open. After the attempts the best candidate is committed; the paper's code takes a
-    further one without a test.
+    further one without a test. ``entropy`` is at least 0, ``shortest`` and ``longest`` at least 1.
     """
 
     name: ClassVar[str] = "cards"

@@ -22,7 +22,8 @@ class ParticleFilter(Population):
     Finished particles keep their reward and take part. The answer is the particle with the highest reward at the end.
 
     ``delimiter`` ends a step, as the paper's blank line does; None for steps of ``segment_length`` tokens, which is
-    also the longest a step may be. At most 65,536 particles, whose slots are set aside together.
+    also the longest a step may be. At most 65,536 particles, whose slots are set aside together;
+    ``temperature`` lies in [1e-6, 1e30].
     """
 
     name: ClassVar[str] = "particle_filter"

@@ -25,6 +25,8 @@ class PersonaJudge(Method):
     draft_prompt, judge_prompt : str or sequence of int
         Put before every prompt: into the system message of chats, before the text of others, as ids before prompts of
         ids, behind their BOS.
+    block : int
+        At least 1; what goes beyond ``max_new_tokens`` has no effect.
     """
 
     name: ClassVar[str] = "persona_judge"
