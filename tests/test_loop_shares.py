@@ -68,6 +68,7 @@ def test_a_fixed_number_of_candidates_is_shared_out_evenly():
     assert share_evenly([4, 4, 4], 9) == [3, 3, 3]
     assert sorted(share_evenly([4, 4, 4], 8)) == [2, 3, 3]
     assert share_evenly([4, 1, 4], 9) == [4, 1, 4]
+    assert share_evenly([2**31 - 1, 1], 9) == [8, 1]  # by the rows there are, not by the attempts that are allowed
 
 
 def test_everybody_has_a_row_even_where_there_are_too_few():

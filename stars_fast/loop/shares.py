@@ -108,7 +108,7 @@ def share_rows(values: Sequence[Sequence[float]], costs: np.ndarray) -> list[int
 
 def share_evenly(limits: Sequence[int], rows: int) -> list[int]:
     """Give each request one row, then another to all in turn, until their limits or the rows are used up."""
-    allowed = np.asarray(limits)[:, None] > np.arange(1, max(limits))  # [requests, most - 1]
+    allowed = np.asarray(limits)[:, None] > np.arange(1, max(min(max(limits), rows), 1))  # [requests, most - 1]
     further = np.nonzero(allowed.T)[1][: max(rows - len(limits), 0)]  # whose row is next, all second ones first
     shares: list[int] = (1 + np.bincount(further, minlength=len(limits))).tolist()
     return shares
