@@ -48,6 +48,9 @@ class StarsEngine:
         The reward model's, where it differs or has a chat template.
     reward_tail : "auto", "template", "none" or sequence of int
         What follows the answer whenever it is scored; see :class:`stars_fast.rewards.ClassifierReward`.
+    reward_chat_template_kwargs : mapping, optional
+        Variables for the reward model's chat template. What is left open is as in the call. Scorers of
+        ``stars_fast.rewards`` take theirs when they are made.
     device : str or torch.device, optional
         Where models given by name are loaded. Default: a CUDA or ROCm device if torch names one, else the CPU. Objects
         stay where they are.
@@ -86,6 +89,7 @@ class StarsEngine:
         tokenizer: Any = None,
         reward_tokenizer: Any = None,
         reward_tail: str | Sequence[int] = "auto",
+        reward_chat_template_kwargs: Mapping[str, Any] | None = None,
         max_rows: int | None = None,
         kv_cache_tokens: int | None = None,
         gpu_memory_utilization: float = 0.9,
@@ -100,7 +104,9 @@ class StarsEngine:
             raise ValueError(f"device={device!r}: policy and reward are objects, which stay where they are")
         model, self.tokenizer = load_policy(policy, tokenizer, device)
         self.policy = Policy(model, cuda_graphs, torch_compile)
-        self.reward: Reward = load_reward(reward, self.tokenizer, reward_tokenizer, reward_tail, model, device)
+        self.reward: Reward = load_reward(
+            reward, self.tokenizer, reward_tokenizer, reward_tail, model, device, reward_chat_template_kwargs
+        )
         for tree in self.reward.tree_models:
             tree.accelerate(cuda_graphs, torch_compile)
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)

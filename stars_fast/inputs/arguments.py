@@ -17,7 +17,7 @@ from stars_fast.ops.philox import philox_key
 from stars_fast.policy.leaf import RowProcessor, Sampling
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import RewardPrompt
-from stars_fast.text.prompts import Prompt, read_personas, read_prompts, template_kwargs
+from stars_fast.text.prompts import Prompt, gone_on_from, read_personas, read_prompts, template_kwargs
 from stars_fast.tree.model import TreeModel
 
 
@@ -136,7 +136,7 @@ def read_reward_prompts(arguments: Arguments, prompts: Sequence[Prompt], tokeniz
     return [
         RewardPrompt(
             index=index,
-            source=prompt.source,
+            source=gone_on_from(prompt.source, prompts[index].ids, tokenizer),
             given_ids=prompt.ids if given is None or prompt.source == prompt.ids else None,
             columns={name: values[index] for name, values in columns.items()},
             argument=argument,

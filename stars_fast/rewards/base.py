@@ -11,13 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.notices import warn
+from stars_fast.text.decode import continuation
 from stars_fast.text.prompts import Messages, read_prompts
 
 if TYPE_CHECKING:
     from stars_fast.tree.model import TreeModel
-
-# Enough of a prompt's end to see how the answer joins on.
-_CONTEXT_TOKENS = 4
 
 
 @dataclass(eq=False)
@@ -95,9 +93,10 @@ class Completion:
     @property
     def continuation(self) -> str:
         """The text as it goes on from the prompt's: some tokenizers drop the space in front when decoding it alone."""
-        context = self.response.prompt.ids[-_CONTEXT_TOKENS:]
-        before, whole = self._decode(context), self._decode(context + self.tokens)
-        return self._held_back(whole[len(before) :]) if whole.startswith(before) else self.text
+        if self.tokenizer is None:
+            return self.text
+        text = continuation(self.tokenizer, self.response.prompt.ids, self.tokens, skip_special_tokens=True)
+        return self.text if text is None else self._held_back(text)
 
     def _decode(self, tokens: list[int]) -> str:
         if self.tokenizer is None:
