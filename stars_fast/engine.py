@@ -18,6 +18,7 @@ from stars_fast.inputs.job import Job
 from stars_fast.inputs.models import draft_policy, load_policy, load_reward
 from stars_fast.loop.core import Core
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot
+from stars_fast.loop.request import Request
 from stars_fast.loop.row_cost import Heartbeat
 from stars_fast.loop.stream import progress_bar
 from stars_fast.loop.team import release_team
@@ -26,6 +27,7 @@ from stars_fast.notices import warn
 from stars_fast.outputs import SegmentEvent, StarsOutput
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward
+from stars_fast.text.tokens import legible, undecodable
 
 _DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
 
@@ -289,13 +291,12 @@ class StarsEngine:
         rows = [request.prompt.ids + request.tokens for request in requests]
         width = max(map(len, rows), default=0)
         pad = pad_token_id(self.policy.model, self.tokenizer, job.call.terms.sampling.eos_token_ids)
-        decode = None if self.tokenizer is None else self.tokenizer.decode
         return StarsOutput(
             sequences=torch.tensor(
                 [row + [pad] * (width - len(row)) for row in rows], dtype=torch.int64, device="cpu"
             ).view(len(rows), width),
             completions=[list(request.tokens) for request in requests],
-            texts=None if decode is None else [decode(r.tokens, skip_special_tokens=True) for r in requests],
+            texts=None if self.tokenizer is None else [self._text(request) for request in requests],
             rewards=[request.reward for request in requests],
             finish_reasons=[request.finish_reason or "error" for request in requests],
             errors=[request.error for request in requests],
@@ -304,6 +305,19 @@ class StarsEngine:
             segments=[request.segments for request in requests],
             stats=job.stats.to_dict(),
         )
+
+    def _text(self, request: Request) -> str:
+        """The completion's text. An id that the tokenizer cannot decode costs a character, and nobody else anything."""
+        try:
+            return str(self.tokenizer.decode(request.tokens, skip_special_tokens=True))
+        except Exception as error:
+            if not (bad := undecodable(self.tokenizer, request.tokens)):
+                raise
+            warn(
+                f"prompts[{request.prompt_index}]: the tokenizer cannot decode id {bad[0]} of the completion "
+                f"({type(error).__name__}: {error}): in its text stands a replacement character"
+            )
+            return legible(self.tokenizer, request.tokens)
 
     def close(self) -> None:
         """End what is under way, and free all slots; the engine cannot be used any more."""

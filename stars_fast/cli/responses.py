@@ -11,6 +11,7 @@ from stars_fast.cli.rows import Row, record
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.outputs import SegmentEvent, SegmentTrace
+from stars_fast.text.tokens import legible
 
 Records = list[dict[str, Any]]
 
@@ -80,7 +81,7 @@ def _gathered(
         if event.finish_reason is None:
             continue
         tokens = [token for segment in segments.pop(event.index) for token in segment.tokens]
-        text = None if engine.tokenizer is None else engine.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = None if engine.tokenizer is None else legible(engine.tokenizer, tokens)
         row, done = rows[event.prompt_index], records.setdefault(event.prompt_index, [])
         done.append(record(row, event.sample_index, tokens, text, own, event.finish_reason, event.error))
         if len(done) == config.num_return_sequences:
