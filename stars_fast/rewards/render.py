@@ -131,7 +131,7 @@ class Rendering:
             words = answer[: len(answer) - len(ended)]
             text = str(self.tokenizer.decode(words, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         thinking = context.in_thought and not completion.finished
-        variables, habits = self._variables(prompt), self._habits_of(prompt)
+        variables, habits = self.variables(prompt), self._habits_of(prompt)
         if isinstance(answer, list) and "\ufffd" in text:
             habits = VERBATIM  # ids of what is no whole character cannot be written anew
         written = write(self.tokenizer, frame, self._turns(prompt), text, variables, habits, thinking)
@@ -143,11 +143,12 @@ class Rendering:
         ids = encode_turn(self.tokenizer, written.front + written.answer, frame.own_start) + ended
         return ids, context.tail if written.after == frame.after else []
 
-    def _variables(self, prompt: RewardPrompt) -> dict[str, Any]:
+    def variables(self, prompt: RewardPrompt) -> dict[str, Any]:
+        """What the prompt's template is rendered with: the scorer's own, else the call's."""
         return {**prompt.chat_template_kwargs, **self.chat_template_kwargs}
 
     def _habits_of(self, prompt: RewardPrompt) -> Habits:
-        variables = self._variables(prompt)
+        variables = self.variables(prompt)
         key = repr((self.tokenizer.chat_template, sorted(variables.items(), key=repr)))
         if key not in self._habits:
             self._habits[key] = habits_of(self.tokenizer, variables)
@@ -166,7 +167,7 @@ class Rendering:
     def _frame(self, prompt: RewardPrompt) -> ChatFrame:
         messages = self._turns(prompt)
         try:
-            return chat_frame(self.tokenizer, messages, self._variables(prompt))
+            return chat_frame(self.tokenizer, messages, self.variables(prompt))
         except Exception as error:  # a template raises what it likes
             raise ValueError(f"{prompt.name} does not fit the reward tokenizer's chat template: {error}") from error
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from stars_fast.text.prompts import Messages, ends_with_answer
-from stars_fast.text.template import SENTINEL, Habits, Variables, habits, rendered, stand_in
+from stars_fast.text.template import ANY, SENTINEL, Habits, Variables, habits, rendered, stand_in
 from stars_fast.text.tokens import token_ids
 from stars_fast.text.turns import in_one_piece
 
@@ -83,7 +83,7 @@ def habits_of(tokenizer: Any, variables: Variables) -> Habits:
     try:
         before, after = rendered(tokenizer, answered(asked, SENTINEL), variables).split(SENTINEL)
     except Exception:  # a template raises what it likes; of one with two places for an answer, frames say so
-        return Habits(True, ("",))
+        return ANY
 
     def rewritten(answer: str) -> bool:
         try:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, TemplateError
+from transformers import PreTrainedTokenizerBase
 
+from stars_fast.text.bounds import bounded
 from stars_fast.text.turns import in_one_piece
 
 Variables = Mapping[str, Any]
@@ -16,6 +20,7 @@ Variables = Mapping[str, Any]
 SENTINEL = "STARSFASTANSWER"
 _KEPT = 64  # templates of which it is remembered what they make of contents
 _MOST_LITERALS = 256
+_SECONDS = 1.0  # for telling its habits
 
 
 def stand_in(*spoken: Any) -> str:
@@ -35,14 +40,23 @@ def apply(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Variabl
     """``tokenizer.apply_chat_template`` of turns whose parts of text are joined where the template cannot take them."""
     if any(isinstance(turn.get("content"), list) for turn in turns) and not _takes_parts(tokenizer, variables):
         turns = [in_one_piece(dict(turn)) for turn in turns]
-    return tokenizer.apply_chat_template(list(turns), **variables, **form)
+    with _bounds(tokenizer, turns, variables):
+        return tokenizer.apply_chat_template(list(turns), **variables, **form)
+
+
+def _bounds(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Variables) -> AbstractContextManager[None]:
+    """Bounds of a template of Jinja's. What a tokenizer of another kind writes is its own business."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not getattr(tokenizer, "chat_template", None):
+        return nullcontext()
+    return bounded(tokenizer.get_chat_template(tools=variables.get("tools")), turns, variables)
 
 
 def _takes_parts(tokenizer: Any, variables: Variables) -> bool:
     """Whether the template shows the text of a content in parts, and that alone."""
     parts = [{"role": "user", "content": [{"type": "text", "text": SENTINEL}]}]
     try:
-        text = str(tokenizer.apply_chat_template(parts, **variables, tokenize=False))
+        with _bounds(tokenizer, parts, variables):
+            text = str(tokenizer.apply_chat_template(parts, **variables, tokenize=False))
     except Exception:  # a template raises what it likes
         return False
     return SENTINEL in text and f"'{SENTINEL}'" not in text and f'"{SENTINEL}"' not in text
@@ -56,6 +70,7 @@ class Habits(NamedTuple):
 
 
 VERBATIM = Habits(False, ())
+ANY = Habits(True, ("",))  # where they cannot be told
 
 
 def habits(source: Any, rewritten: Callable[[str], bool]) -> Habits:
@@ -67,7 +82,12 @@ def habits(source: Any, rewritten: Callable[[str], bool]) -> Habits:
     rewritten : callable
         Whether the template writes this content otherwise than it is.
     """
-    marks = [literal for literal in _literals(source) if rewritten(f"b{literal}b") or rewritten(f"{literal}b")]
+    marks, deadline = list[str](), time.thread_time() + _SECONDS
+    for literal in _literals(source):
+        if rewritten(f"b{literal}b") or rewritten(f"{literal}b"):
+            marks.append(literal)
+        if time.thread_time() > deadline:
+            return ANY
     return Habits(any(map(rewritten, (" b", "b ", "\nb", "b\n"))), tuple(marks))
 
 
