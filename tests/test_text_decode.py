@@ -109,7 +109,7 @@ def test_a_text_keeps_its_space_behind_another(name):
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_stop_strings_and_rewards_see_the_text_behind_the_prompt(tokenizer, data):
-    """That is what decoding prompt and answer together adds, wherever the cut between them is none through a character."""
+    """That is what decoding prompt and answer together adds, unless the cut between them goes through a character."""
     ids = [token for token in data.draw(ids_of(tokenizer)) if token not in tokenizer.all_special_ids]
     cut = data.draw(st.integers(0, len(ids)))
     context, answer = ids[:cut], ids[cut:]

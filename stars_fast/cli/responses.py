@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -22,6 +22,7 @@ def finished_rows(
     config: StarsConfig,
     batch_size: int,
     advance: Callable[[SegmentEvent], None],
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[Records]:
     """Records of one row at a time, one per sample. Rows that cannot be used come first, with their error.
 
@@ -35,16 +36,21 @@ def finished_rows(
             yield _rejected(row, row.error, config, advance)
     sound = [row for row in rows if row.error is None]
     for start in range(0, len(sound), batch_size):
-        yield from _finished_batch(engine, sound[start : start + batch_size], config, advance)
+        yield from _finished_batch(engine, sound[start : start + batch_size], config, advance, chat_template_kwargs)
 
 
 def _finished_batch(
-    engine: StarsEngine, rows: list[Row], config: StarsConfig, advance: Callable[[SegmentEvent], None]
+    engine: StarsEngine,
+    rows: list[Row],
+    config: StarsConfig,
+    advance: Callable[[SegmentEvent], None],
+    chat_template_kwargs: Mapping[str, Any] | None,
 ) -> Iterator[Records]:
+    options: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs}
     while rows:
         events = None
         try:
-            events = engine.stream([row.prompt for row in rows], config, seed=[row.seed for row in rows])
+            events = engine.stream([row.prompt for row in rows], config, seed=[row.seed for row in rows], **options)
             first = next(events)
         except (ValueError, TypeError) as error:  # nothing has been generated yet
             place = _culprit(error)
