@@ -26,6 +26,7 @@ _CHARACTERS_A_SECOND = 1 << 20
 _VALUES = 200_000  # in a list or mapping that is written as text
 _BITS = 4096  # of a number
 _SOURCE = 200_000  # characters of a template
+_ENVIRONMENT = "ImmutableSandboxedEnvironment"  # what transformers calls the class that it compiles for
 # Calls whose result is no longer than what they are called on. Of others it is estimated first.
 _LINEAR = {
     *(
@@ -129,15 +130,18 @@ def _compile(source: str) -> None:
 
     Outside of :func:`bounded` that behaves as transformers' own.
     """
-    compiled, own = chat_template_utils._compile_jinja_template, chat_template_utils.ImmutableSandboxedEnvironment
+    compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
+    if compiled is None or not hasattr(chat_template_utils, _ENVIRONMENT):
+        return  # a later transformers: better without bounds than not at all
     with _compiling:
-        vars(chat_template_utils)["ImmutableSandboxedEnvironment"] = BoundedEnvironment
+        own = vars(chat_template_utils)[_ENVIRONMENT]
+        vars(chat_template_utils)[_ENVIRONMENT] = BoundedEnvironment
         try:
             if not isinstance(compiled(source).environment, BoundedEnvironment):  # somebody else's rendering was first
                 compiled.cache_clear()
                 compiled(source)
         finally:
-            vars(chat_template_utils)["ImmutableSandboxedEnvironment"] = own
+            vars(chat_template_utils)[_ENVIRONMENT] = own
 
 
 def _size(value: Any) -> int:
