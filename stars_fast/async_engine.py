@@ -118,6 +118,7 @@ class AsyncStarsEngine(Stays):
         seed: int | None = None,
         reward_prompt: Any = None,
         columns: dict[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout: float | None = None,
         reserved: bool = False,
@@ -136,6 +137,8 @@ class AsyncStarsEngine(Stays):
             What the reward sees as the prompt, where that differs.
         columns : dict, optional
             Further arguments of a callable reward: a value each.
+        chat_template_kwargs : mapping, optional
+            Variables for chat templates, as in :meth:`StarsEngine.generate`.
         priority : int
             Lower is let in first, and gives way last.
         timeout : float, optional
@@ -184,7 +187,14 @@ class AsyncStarsEngine(Stays):
             given: dict[str, Any] = {key: [value] for key, value in (columns or {}).items()}
             for_reward = None if reward_prompt is None else [reward_prompt]
             seeds = None if seed is None else [seed]
-            arguments = Arguments([prompt], config, columns=given, reward_prompts=for_reward, seed=seeds)
+            arguments = Arguments(
+                [prompt],
+                config,
+                columns=given,
+                reward_prompts=for_reward,
+                seed=seeds,
+                chat_template_kwargs=chat_template_kwargs,
+            )
             call = await asyncio.to_thread(self.engine.prepare, arguments)
             call.priority = priority
             self._check_alive()

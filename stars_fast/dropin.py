@@ -241,7 +241,7 @@ def _kept_engine(model: PreTrainedModel, reward: Any, options: dict[str, Any]) -
 
 def _same(one: Any, other: Any) -> bool:
     """Whether two arguments mean the same: objects by identity, names and numbers by value."""
-    by_value = isinstance(one, (str, os.PathLike, int, float, tuple, MethodType)) and type(one) is type(other)
+    by_value = isinstance(one, (str, os.PathLike, int, float, tuple, dict, MethodType)) and type(one) is type(other)
     return one is other or (by_value and one == other)
 
 

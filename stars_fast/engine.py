@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from stars_fast.inputs.job import Job
 from stars_fast.inputs.models import draft_policy, load_policy, load_reward
 from stars_fast.loop.core import Core
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot
+from stars_fast.loop.request import Request
 from stars_fast.loop.row_cost import Heartbeat
 from stars_fast.loop.stream import progress_bar
 from stars_fast.loop.team import release_team
@@ -27,6 +28,7 @@ from stars_fast.outputs import SegmentEvent, StarsOutput
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward
 from stars_fast.stays import Stays
+from stars_fast.text.tokens import legible, undecodable
 
 _DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
 _MOST_ROWS = 2**14
@@ -50,6 +52,9 @@ class StarsEngine(Stays):
         The reward model's, where it differs or has a chat template.
     reward_tail : "auto", "template", "none" or sequence of int
         What follows the answer whenever it is scored; see :class:`stars_fast.rewards.ClassifierReward`.
+    reward_chat_template_kwargs : mapping, optional
+        Variables for the reward model's chat template. What is left open is as in the call. Scorers of
+        ``stars_fast.rewards`` take theirs when they are made.
     device : str or torch.device, optional
         Where models given by name are loaded. Default: a CUDA or ROCm device if torch names one, else the CPU. Objects
         stay where they are.
@@ -89,6 +94,7 @@ class StarsEngine(Stays):
         tokenizer: Any = None,
         reward_tokenizer: Any = None,
         reward_tail: str | Sequence[int] = "auto",
+        reward_chat_template_kwargs: Mapping[str, Any] | None = None,
         max_rows: int | None = None,
         kv_cache_tokens: int | None = None,
         gpu_memory_utilization: float = 0.9,
@@ -104,7 +110,9 @@ class StarsEngine(Stays):
             raise ValueError(f"device={device!r}: policy and reward are objects, which stay where they are")
         model, self.tokenizer = load_policy(policy, tokenizer, device)
         self.policy = Policy(model, cuda_graphs, torch_compile)
-        self.reward: Reward = load_reward(reward, self.tokenizer, reward_tokenizer, reward_tail, model, device)
+        self.reward: Reward = load_reward(
+            reward, self.tokenizer, reward_tokenizer, reward_tail, model, device, reward_chat_template_kwargs
+        )
         for tree in self.reward.tree_models:
             tree.accelerate(cuda_graphs, torch_compile)
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)
@@ -133,6 +141,7 @@ class StarsEngine(Stays):
         columns: dict[str, Sequence[Any]] | None = None,
         seed: int | Sequence[int] | None = None,
         on_error: str = "return",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         streamer: Any = None,
         progress: bool = False,
         **overrides: Any,
@@ -156,6 +165,9 @@ class StarsEngine(Stays):
             (seed_i, 0, j). None draws one from torch's global generator.
         on_error : {"return", "raise"}
             Whether a request that fails ends with finish reason "error", or raises.
+        chat_template_kwargs : mapping, optional
+            Variables for chat templates, such as ``{"enable_thinking": False}``: for the policy's, and for the reward
+            model's where the scorer has no value of its own for them.
         streamer : transformers streamer, optional
             Gets the prompt and then each committed segment. One prompt and one sample only.
         progress : bool
@@ -174,7 +186,9 @@ class StarsEngine(Stays):
         RuntimeError
             With ``on_error="raise"``, the first request's error.
         """
-        arguments = Arguments(prompts, config, overrides, attention_mask, reward_prompts, columns, seed, on_error)
+        arguments = Arguments(
+            prompts, config, overrides, attention_mask, reward_prompts, columns, seed, on_error, chat_template_kwargs
+        )
         return self.run(arguments, streamer, progress)
 
     def stream(
@@ -187,10 +201,13 @@ class StarsEngine(Stays):
         columns: dict[str, Sequence[Any]] | None = None,
         seed: int | Sequence[int] | None = None,
         on_error: str = "return",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **overrides: Any,
     ) -> Iterator[SegmentEvent]:
         """Like :meth:`generate`, yielding a :class:`SegmentEvent` whenever a request commits a segment."""
-        arguments = Arguments(prompts, config, overrides, attention_mask, reward_prompts, columns, seed, on_error)
+        arguments = Arguments(
+            prompts, config, overrides, attention_mask, reward_prompts, columns, seed, on_error, chat_template_kwargs
+        )
         return self.events(Job(self.prepare(arguments), self.tokenizer))
 
     def run(self, arguments: Arguments, streamer: Any = None, progress: bool = False) -> StarsOutput:
@@ -283,13 +300,12 @@ class StarsEngine(Stays):
         rows = [request.prompt.ids + request.tokens for request in requests]
         width = max(map(len, rows), default=0)
         pad = pad_token_id(self.policy.model, self.tokenizer, job.call.terms.sampling.eos_token_ids)
-        decode = None if self.tokenizer is None else self.tokenizer.decode
         return StarsOutput(
             sequences=torch.tensor(
                 [row + [pad] * (width - len(row)) for row in rows], dtype=torch.int64, device="cpu"
             ).view(len(rows), width),
             completions=[list(request.tokens) for request in requests],
-            texts=None if decode is None else [decode(r.tokens, skip_special_tokens=True) for r in requests],
+            texts=None if self.tokenizer is None else [self._text(request) for request in requests],
             rewards=[request.reward for request in requests],
             finish_reasons=[request.finish_reason or "error" for request in requests],
             errors=[request.error for request in requests],
@@ -298,6 +314,19 @@ class StarsEngine(Stays):
             segments=[request.segments for request in requests],
             stats=job.stats.to_dict(),
         )
+
+    def _text(self, request: Request) -> str:
+        """The completion's text. An id that the tokenizer cannot decode costs a character, and nobody else anything."""
+        try:
+            return str(self.tokenizer.decode(request.tokens, skip_special_tokens=True))
+        except Exception as error:
+            if not (bad := undecodable(self.tokenizer, request.tokens)):
+                raise
+            warn(
+                f"prompts[{request.prompt_index}]: the tokenizer cannot decode id {bad[0]} of the completion "
+                f"({type(error).__name__}: {error}): in its text stands a replacement character"
+            )
+            return legible(self.tokenizer, request.tokens)
 
     def close(self) -> None:
         """End what is under way, and free all slots; the engine cannot be used any more."""

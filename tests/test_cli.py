@@ -10,6 +10,7 @@ from conftest import tiny_policy, tiny_reward
 from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
+from stars_fast import StarsEngine
 from stars_fast.cli import app, responses
 from stars_fast.cli.rows import read_rows, row_seed
 from stars_fast.cli.settings import read_settings
@@ -99,6 +100,21 @@ def test_demo_refuses_what_it_cannot_do_in_one_line(options):
 
 
 # generate
+
+
+def test_a_chat_templates_variables_are_given_as_json(generate, models, monkeypatch):
+    seen, stream = [], StarsEngine.stream
+
+    def watch(self, *args, **kwargs):
+        seen.append(kwargs["chat_template_kwargs"])
+        return stream(self, *args, **kwargs)
+
+    monkeypatch.setattr(StarsEngine, "stream", watch)
+    result, records = generate(ROWS[2:3], "--chat-template-kwargs", '{"enable_thinking": false}')
+    assert result.exit_code == 0 and records[0]["error"] is None and seen == [{"enable_thinking": False}]
+    for wrong in ("{", "[1]", '{"tokenize": true}'):
+        result, _ = generate(ROWS[2:3], "--chat-template-kwargs", wrong, output="other.jsonl")
+        assert result.exit_code == 2 and "--chat-template-kwargs" in result.stderr
 
 
 def test_every_row_of_the_input_has_a_row_in_the_output(generate):

@@ -12,6 +12,7 @@ from tiny_tokenizers import CHATML, byte_bpe
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.rewards import JudgeReward, RewardPrompt
 from stars_fast.rewards.judge import QUESTION
+from stars_fast.text.template import SENTINEL
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=4, target_reward=1.0, beta=0.6, max_new_tokens=10)
 TEXTS = ["the cat sat", "hello {answer}", "you"]
@@ -152,3 +153,20 @@ def test_a_judge_without_the_ids_of_its_question_says_where_they_come_from():
     with pytest.raises(ValueError, match=r"template holds id 2\d\d, outside the reward model's vocabulary of 270"):
         scorer.open([RewardPrompt(0, "a", None, tokenizer=tokenizer)], 8)
     scorer.end()
+
+
+def test_a_prompt_that_holds_what_stands_for_answers_is_only_text(tokenizer):
+    scorer = JudgeReward(tiny_policy(300, positions=512), tokenizer)
+    context = scorer.context(RewardPrompt(0, f"the {SENTINEL} cat", None, tokenizer=tokenizer))
+    before, after = asked(tokenizer, f"the {SENTINEL} cat")
+    assert tokenizer.decode(context.prefix) == before and tokenizer.decode(context.tail) == after
+
+
+def test_the_judges_template_has_variables_of_its_own(tokenizer):
+    thinking = byte_bpe(300, template=CHATML + "{% if enable_thinking is false %}<think></think>{% endif %}")
+    for variables, end in (({"enable_thinking": False}, "<think></think>"), (None, "<|im_start|>assistant\n")):
+        scorer = JudgeReward(tiny_policy(300, positions=512), thinking, chat_template_kwargs=variables)
+        prompt = RewardPrompt(0, "the cat", None, tokenizer=thinking, chat_template_kwargs={"enable_thinking": True})
+        assert thinking.decode(scorer.context(prompt).tail).endswith(end)
+    with pytest.raises(ValueError, match="chat_template_kwargs sets 'tokenize'"):
+        JudgeReward(tiny_policy(300, positions=512), thinking, chat_template_kwargs={"tokenize": True})

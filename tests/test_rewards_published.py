@@ -95,6 +95,9 @@ def valued():
 def chat_ids(tokenizer, question, answer):
     chat = [{"role": "user", "content": question}]
     before = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    text = tokenizer.decode(answer)
+    if text != text.strip() and "\ufffd" not in text:  # Llama 3's template trims it
+        answer = tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
     return before + answer + tokenizer("<|eot_id|>", add_special_tokens=False)["input_ids"]
 
 

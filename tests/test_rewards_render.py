@@ -26,6 +26,7 @@ from tiny_tokenizers import (
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.rewards import ClassifierReward, Completion, JudgeReward, Response, RewardPrompt
 from stars_fast.rewards.render import Rendering
+from stars_fast.text.template import SENTINEL
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0.6, max_new_tokens=14)
 
@@ -104,19 +105,116 @@ def test_text_prompts_become_a_user_turn():
     assert_scores(out, lambda i, tokens, _: fresh(reward, prefix + tokens + tail))
 
 
-def test_the_answer_is_not_rendered_again():
-    """Templates such as Llama 3's strip the answer; its ids are scored as they were drawn, white space included."""
-    tokenizer = byte_bpe(300, template=LLAMA3)
-    _, reward = models_for(tokenizer)
-    scorer = ClassifierReward(reward, tokenizer, tokenizer)
-    scorer.begin([prompt := RewardPrompt(0, CHAT, [1])], 8, 2, None)
-    scorer.open([prompt], 8)
-    answer = tokenizer("  the cat  ", add_special_tokens=False)["input_ids"]
+# As of published models: thoughts go into a block that is closed for every answer; the prompt opens it; the thought is
+# left out; it is written anew.
+THINK = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% set c = m['content'] %}{% if m['role'] == 'assistant' %}"
+    "{% set t = c.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in c else '' %}<think>\n{{ t }}\n"
+    "</think>\n\n{{ c.split('</think>')[-1].lstrip('\n') }}{% else %}{{ c }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if opened %}<think>\n{% endif %}{% endif %}"
+)
+TEMPLATES = {
+    "thinks": THINK,
+    "opens": "{% set opened = true %}" + THINK,
+    "leaves out": CHATML.replace("m['content']", "m['content'].split('</think>')[-1]"),
+    "renames": CHATML.replace("m['content']", "m['content'] | replace('<think>', '[T]') | replace('</think>', '[/T]')"),
+    "trims": LLAMA3,
+    "plain": CHATML,
+}
+ANSWERS = [
+    "the cat",
+    " the cat\n",
+    "<think>\nhello\n</think>\n\nthe cat",
+    "hello\n</think>\n\nthe cat",
+    "<think>a</think>b",
+]
+
+
+def score_of(scorer, prompt, answer, ours, finished=True):
+    """One answer, in a session of its own."""
+    scorer.begin([prompt], 99, 2, None)
+    scorer.open([prompt], 99)
+    tokens = ours(answer, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
-        (score,) = scorer.score([Completion(Response(prompt), answer, tokenizer=tokenizer)])
-    tail = tokenizer("<|eot_id|>", add_special_tokens=False)["input_ids"]
-    assert score == pytest.approx(fresh(reward, chat_prefix(tokenizer, CHAT) + answer + tail), abs=1e-4)
+        (score,) = scorer.score([Completion(Response(prompt), tokens, finished=finished, tokenizer=ours)])
     scorer.end()
+    return score.item()
+
+
+def of_template(reward, tokenizer, messages, answer, **variables):
+    """The model's own reward of the conversation as transformers renders it."""
+    turns = [*messages, {"role": "assistant", "content": answer}]
+    return fresh(reward, tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **variables))
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "foreign"])
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_an_answer_is_scored_as_its_template_writes_it(template, shared):
+    theirs = byte_bpe(300, template=template)
+    ours = theirs if shared else byte_bpe(263)
+    scorer = ClassifierReward(reward := models_for(ours, theirs)[1], theirs, ours)
+    prompt = RewardPrompt(0, CHAT, None, tokenizer=theirs)
+    for answer in ANSWERS:
+        expected = of_template(reward, theirs, CHAT, answer)
+        assert score_of(scorer, prompt, answer, ours) == pytest.approx(expected, abs=1e-4), answer
+
+
+@pytest.mark.parametrize(
+    "name, answer", [("thinks", "<think>\nhello"), ("opens", "hello"), ("opens", "<think>\nhello")]
+)
+def test_a_thought_that_is_not_closed_yet_stands_where_it_will_stand_once_it_is(name, answer):
+    tokenizer = byte_bpe(300, template=TEMPLATES[name])
+    scorer = ClassifierReward(reward := models_for(tokenizer)[1], tokenizer, tokenizer)
+    asked = chat_prefix(tokenizer, CHAT)
+    ids, tail = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (answer, "<|im_end|>\n"))
+    score = score_of(scorer, RewardPrompt(0, CHAT, asked, tokenizer=tokenizer), answer, tokenizer, finished=False)
+    assert score == pytest.approx(fresh(reward, asked + ids + tail), abs=1e-4)
+
+
+def test_a_prompt_that_holds_what_stands_for_answers_is_shown_whole():
+    tokenizer = byte_bpe(300, template=CHATML)
+    scorer = ClassifierReward(reward := models_for(tokenizer)[1], tokenizer, tokenizer)
+    for text in (SENTINEL, f"the {SENTINEL}R cat {SENTINEL}"):
+        chat = [{"role": "user", "content": text}]
+        expected = of_template(reward, tokenizer, chat, "you")
+        assert score_of(scorer, RewardPrompt(0, chat, [1]), "you", tokenizer) == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_answer_that_the_prompt_begins_goes_on_from_what_the_policy_read():
+    """Here a template that trims it, so that its last space is not the policy's."""
+    tokenizer = byte_bpe(300, template=LLAMA3)
+    policy, reward = models_for(tokenizer)
+    begun = [*FILM, {"role": "assistant", "content": "I like "}]
+    ids = tokenizer.apply_chat_template(begun, continue_final_message=True, return_dict=False)
+    tail = [tokenizer.convert_tokens_to_ids("<|eot_id|>")]
+
+    def joins(completions, completion_ids):
+        texts = ["I like" + tokenizer.decode(one, skip_special_tokens=True) for one in completion_ids]
+        return [float(c[0]["content"] == text.rstrip("\ufffd")) for c, text in zip(completions, texts, strict=True)]
+
+    classified, called = (
+        StarsEngine(policy, one, tokenizer=tokenizer, reward_tokenizer=tokenizer) for one in (reward, joins)
+    )
+    for prompts, shown in (([begun], None), ([ids], [begun])):
+        out = called.generate(prompts, CONFIG, seed=0, reward_prompts=shown, ignore_eos=True)
+        assert {segment.reward for segment in out.segments[0][:-1]} == {1.0}
+        out = classified.generate(prompts, CONFIG, seed=0, reward_prompts=shown, ignore_eos=True)
+        assert_scores(out, lambda i, tokens, _: fresh(reward, ids + tokens + tail))
+
+
+def test_the_reward_templates_variables_are_its_own_before_the_calls():
+    tokenizer = byte_bpe(300, template="{{ tone }}" + CHATML)
+    policy, reward = models_for(tokenizer)
+    for own, call, tone in (({"tone": "a"}, {"tone": "b"}, "a"), (None, {"tone": "b"}, "b"), (None, None, "")):
+        engine = StarsEngine(
+            policy, reward, tokenizer=tokenizer, reward_tokenizer=tokenizer, reward_chat_template_kwargs=own
+        )
+        out = engine.generate([CHAT], CONFIG, seed=0, chat_template_kwargs=call, ignore_eos=True)
+        before = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False, tone=tone)
+        tail = tokenizer("<|im_end|>\n")["input_ids"]
+        assert_scores(out, lambda i, tokens, _, before=before, tail=tail: fresh(reward, before + tokens + tail))
+    with pytest.raises(ValueError, match="reward_chat_template_kwargs"):
+        StarsEngine(policy, lambda completions: [], tokenizer=tokenizer, reward_chat_template_kwargs={"a": 1})
 
 
 def test_a_template_that_does_not_show_the_answer_is_refused(tokenizer32, policy32, reward32):
@@ -190,12 +288,10 @@ def test_a_chat_under_a_foreign_tokenizer_is_rendered_in_the_rewards_own_templat
     policy, reward = models_for(ours, theirs)
     engine = StarsEngine(policy, reward, tokenizer=ours, reward_tokenizer=theirs)
     out = engine.generate([CHAT], CONFIG, seed=0, num_return_sequences=4)
-    prefix, tail = chat_prefix(theirs, CHAT), theirs.convert_tokens_to_ids(["<|eot_id|>"])
 
     def expected(i, tokens, finished):
         text = ours.decode(tokens, skip_special_tokens=True)
-        text = text if finished else text.rstrip("\ufffd")
-        return fresh(reward, prefix + theirs(text, add_special_tokens=False)["input_ids"] + tail)
+        return of_template(reward, theirs, CHAT, text if finished else text.rstrip("\ufffd"))
 
     assert_scores(out, expected, samples=4)
 
@@ -260,7 +356,8 @@ def test_shared_answers_bring_the_space_behind_the_prompt_along():
     answer = expected[len(context.prefix) : -1]
     assert tokenizer.decode(answer) == "I like it"
     completion = Completion(Response(RewardPrompt(0, FILM, [1])), answer, tokenizer=tokenizer)
-    assert rendering.target(context, completion, causal=True) + context.tail == expected
+    ids, tail = rendering.target(context, completion, causal=True)
+    assert ids + tail == expected
 
 
 def test_text_that_begins_with_a_bos_gets_no_second_one_under_a_foreign_tokenizer():

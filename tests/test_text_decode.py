@@ -7,6 +7,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from stars_fast import demo
+from stars_fast.inputs.hooks import stop_test
+from stars_fast.rewards import Completion, Response, RewardPrompt
 from stars_fast.text.decode import CONTEXT_TOKENS, TextStream, continuation
 
 WORDS = ["a", "b", "END", "is", "n't", "'", "s", ".", ",", "!", "é", "world"]
@@ -40,11 +42,11 @@ def metaspace(decoder, bytes_too):
     return of(tokenizer)
 
 
-def word_piece(clean_up):
+def word_piece(clean_up, decoder_cleans=False):
     vocabulary = {piece: i for i, piece in enumerate(["[UNK]", *WORDS, *(f"##{word}" for word in WORDS)])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    tokenizer.decoder = decoders.WordPiece(cleanup=decoder_cleans)
     return of(tokenizer, clean_up_tokenization_spaces=clean_up)
 
 
@@ -58,6 +60,7 @@ TOKENIZERS = {
     "llama": metaspace(LLAMA, True),
     "word pieces": word_piece(False),
     "cleaned word pieces": word_piece(True),
+    "word pieces that their decoder cleans": word_piece(False, True),
 }
 tokenizers = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())
 
@@ -100,3 +103,28 @@ def test_a_text_keeps_its_space_behind_another(name):
     tokenizer = TOKENIZERS[name]
     context, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "a world"))
     assert continuation(tokenizer, context, ids[len(context) :], True) == " world"
+
+
+@tokenizers
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_stop_strings_and_rewards_see_the_text_behind_the_prompt(tokenizer, data):
+    """That is what decoding prompt and answer together adds, unless the cut between them goes through a character."""
+    ids = [token for token in data.draw(ids_of(tokenizer)) if token not in tokenizer.all_special_ids]
+    cut = data.draw(st.integers(0, len(ids)))
+    context, answer = ids[:cut], ids[cut:]
+    text = continuation(tokenizer, context, answer, True)
+    before, whole = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (context, ids))
+    if text is None:
+        return
+    completion = Completion(Response(RewardPrompt(0, context, context)), answer, True, tokenizer=tokenizer)
+    assert completion.continuation == text
+    assert text in tokenizer.decode([*context[-60:], *answer], skip_special_tokens=True)
+    if whole.startswith(before) and not before.endswith("\ufffd"):
+        assert whole[len(before) :] == text
+    if text.strip():
+        stop = data.draw(st.integers(0, len(text) - 1))
+        string = text[stop : stop + data.draw(st.integers(1, 6))]
+        ends = stop_test([string], tokenizer, context)
+        seen = [n for n in range(1, len(answer) + 1) if ends(answer[:n])]
+        assert seen, (string, text)

@@ -1,5 +1,6 @@
 """Prompts become the ids that transformers makes of them, with one beginning-of-sequence token, or are refused."""
 
+import asyncio
 import warnings
 
 import numpy as np
@@ -9,7 +10,7 @@ from conftest import refused, sum_reward, tiny_tokenizer, word_reward
 from test_inputs_arguments import CONFIG, PROMPTS, VOCAB
 from tiny_tokenizers import BEGUN, CHAT, LLAMA3, begun_ids, byte_bpe, chat_prefix
 
-from stars_fast import StarsEngine
+from stars_fast import AsyncStarsEngine, StarsEngine, calibrate
 from stars_fast.text.prompts import read_prompts
 
 
@@ -201,3 +202,41 @@ def test_what_is_no_prompt_is_refused(idle, prompts):
 def test_float_ids_are_refused(idle):
     with refused("prompts", r"torch\.float32"):
         idle.generate(torch.ones(2, 3), CONFIG)
+
+
+THINKING = (
+    "{% for m in messages %}w1 {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}{{ 'w3' if enable_thinking | default(true) else 'w4' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def thinking_tokenizer():
+    tokenizer = tiny_tokenizer(32)
+    tokenizer.chat_template = THINKING
+    return tokenizer
+
+
+async def _tokens(events):
+    return [token async for event in events for token in event.segment.tokens]
+
+
+def test_a_templates_variables_are_the_callers(policy32, thinking_tokenizer):
+    engine = StarsEngine(policy32, lambda completion_ids: sum_reward(completion_ids), tokenizer=thinking_tokenizer)
+    chat, off = [{"role": "user", "content": "w5"}], {"enable_thinking": False}
+    out = engine.generate([chat], CONFIG, seed=0, chat_template_kwargs=off)
+    assert out.sequences[0, :3].tolist() == [1, 5, 4]
+    assert engine.generate([chat], CONFIG, seed=0).sequences[0, :3].tolist() == [1, 5, 3]
+    events = list(engine.stream([chat], CONFIG, seed=0, chat_template_kwargs=off))
+    assert [token for event in events for token in event.segment.tokens] == out.completions[0]
+    asynchronous = AsyncStarsEngine(engine)
+    try:
+        served = asyncio.run(_tokens(asynchronous.generate(chat, CONFIG, seed=3, chat_template_kwargs=off)))
+    finally:
+        asynchronous.close()
+    assert served == engine.generate([chat], CONFIG, seed=[3], chat_template_kwargs=off).completions[0]
+    found = [calibrate(engine, [chat], config=CONFIG, seed=0, chat_template_kwargs=one).config for one in (off, None)]
+    assert found[0] == calibrate(engine, [[1, 5, 4]], config=CONFIG, seed=0).config != found[1]
+    for none, what in [({"tokenize": False}, "tokenize"), ({"chat_template": "x"}, "chat_template"), ([1], "mapping")]:
+        with refused("chat_template_kwargs", what):
+            engine.generate([chat], CONFIG, chat_template_kwargs=none)

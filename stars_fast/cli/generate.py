@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -49,6 +50,9 @@ def run(
     reward_tail: Annotated[
         str, typer.Option(help="What follows an answer when it is scored: auto, template, none, or ids: 5,6,7.")
     ] = "auto",
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Variables for chat templates: '{\"enable_thinking\": false}'.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows calibrated and admitted together.")] = 128,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Most candidates side by side.")] = None,
     kv_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Slots of each tree of keys and values.")] = None,
@@ -68,7 +72,10 @@ def run(
     names = _Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
     _check_usage(names, prompt, input_, output, dtype)
     rows = _read_input(prompt, input_, seed)
-    made_with = _made_with(names, settings.config, seed, dtype)
+    variables = _variables(chat_template_kwargs)
+    made_with = _made_with(names, settings.config, seed, dtype) | (
+        {"chat_template_kwargs": variables} if variables else {}
+    )
     todo = _todo(rows, output, settings.config.num_return_sequences, made_with)
     if not todo:
         note(f"nothing to do: {output} holds all {len(rows)} rows")
@@ -77,7 +84,7 @@ def run(
     if output is not None:
         with refusing(OSError):
             write_settings(output, made_with)
-    failed = _run_all(engine, todo, settings.config, output, batch_size)
+    failed = _run_all(engine, todo, settings.config, output, batch_size, variables)
     errors = f", {failed} with an error" if failed else ""
     if output is not None:
         skipped = f", {len(rows) - len(todo)} were there before" if len(todo) < len(rows) else ""
@@ -171,11 +178,28 @@ def _engine(names: _Names, dtype: str, device: str, max_rows: int | None, kv_cac
         )
 
 
+def _variables(text: str | None) -> dict[str, Any] | None:
+    """The chat templates' variables that were given."""
+    from stars_fast.text.prompts import template_kwargs
+
+    try:
+        return None if text is None else template_kwargs(json.loads(text))
+    except (ValueError, TypeError) as error:
+        fail(f"--chat-template-kwargs {text}: give a JSON object of variables: {error}")
+
+
 def _tail(text: str) -> str | list[int]:
     return [int(token) for token in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else text
 
 
-def _run_all(engine: StarsEngine, rows: list[Row], config: StarsConfig, output: Path | None, batch_size: int) -> int:
+def _run_all(
+    engine: StarsEngine,
+    rows: list[Row],
+    config: StarsConfig,
+    output: Path | None,
+    batch_size: int,
+    variables: dict[str, Any] | None = None,
+) -> int:
     """Write every row as it is finished. Returns how many ended with an error."""
     from stars_fast.cli.responses import finished_rows
     from stars_fast.loop.stream import progress_bar
@@ -185,7 +209,7 @@ def _run_all(engine: StarsEngine, rows: list[Row], config: StarsConfig, output: 
     failed = 0
     try:
         with _sink(output) as write, progress_bar(not reading, len(rows) * config.num_return_sequences) as advance:
-            for records in finished_rows(engine, rows, config, batch_size, advance):
+            for records in finished_rows(engine, rows, config, batch_size, advance, variables):
                 write(records)
                 failed += any(record["error"] is not None for record in records)
     except KeyboardInterrupt:

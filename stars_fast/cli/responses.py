@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -11,6 +11,7 @@ from stars_fast.cli.rows import Row, record
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.outputs import SegmentEvent, SegmentTrace
+from stars_fast.text.tokens import legible
 
 Records = list[dict[str, Any]]
 
@@ -21,6 +22,7 @@ def finished_rows(
     config: StarsConfig,
     batch_size: int,
     advance: Callable[[SegmentEvent], None],
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[Records]:
     """Records of one row at a time, one per sample. Rows that cannot be used come first, with their error.
 
@@ -34,16 +36,21 @@ def finished_rows(
             yield _rejected(row, row.error, config, advance)
     sound = [row for row in rows if row.error is None]
     for start in range(0, len(sound), batch_size):
-        yield from _finished_batch(engine, sound[start : start + batch_size], config, advance)
+        yield from _finished_batch(engine, sound[start : start + batch_size], config, advance, chat_template_kwargs)
 
 
 def _finished_batch(
-    engine: StarsEngine, rows: list[Row], config: StarsConfig, advance: Callable[[SegmentEvent], None]
+    engine: StarsEngine,
+    rows: list[Row],
+    config: StarsConfig,
+    advance: Callable[[SegmentEvent], None],
+    chat_template_kwargs: Mapping[str, Any] | None,
 ) -> Iterator[Records]:
+    options: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs}
     while rows:
         events = None
         try:
-            events = engine.stream([row.prompt for row in rows], config, seed=[row.seed for row in rows])
+            events = engine.stream([row.prompt for row in rows], config, seed=[row.seed for row in rows], **options)
             first = next(events)
         except (ValueError, TypeError) as error:  # nothing has been generated yet
             place = _culprit(error)
@@ -80,7 +87,7 @@ def _gathered(
         if event.finish_reason is None:
             continue
         tokens = [token for segment in segments.pop(event.index) for token in segment.tokens]
-        text = None if engine.tokenizer is None else engine.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = None if engine.tokenizer is None else legible(engine.tokenizer, tokens)
         row, done = rows[event.prompt_index], records.setdefault(event.prompt_index, [])
         done.append(record(row, event.sample_index, tokens, text, own, event.finish_reason, event.error))
         if len(done) == config.num_return_sequences:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,7 @@ def load_reward(
     tail: str | Sequence[int],
     policy: PreTrainedModel,
     device: Device = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Reward:
     """A :class:`Reward` from a Reward, a sequence classifier, what :func:`load_classifier` takes, or a plain function.
 
@@ -132,7 +133,12 @@ def load_reward(
     if isinstance(reward, (str, os.PathLike)):
         reward, reward_tokenizer = load_classifier(reward, reward_tokenizer, device)
     if not isinstance(reward, Reward) and hasattr(reward, "config") and hasattr(reward, "base_model_prefix"):
-        reward = ClassifierReward(reward, reward_tokenizer, tokenizer, tail)
+        reward = ClassifierReward(reward, reward_tokenizer, tokenizer, tail, chat_template_kwargs=chat_template_kwargs)
+    elif chat_template_kwargs is not None:
+        raise ValueError(
+            f"reward_chat_template_kwargs={chat_template_kwargs!r:.80}: reward is a {type(reward).__name__}, which is "
+            "given its template's variables where it is made"
+        )
     if isinstance(reward, Reward):
         reward.check_vocabulary(vocabulary(policy) if tokenizer is None else len(tokenizer), policy)
         return reward

@@ -12,13 +12,11 @@ from transformers import PreTrainedModel
 
 from stars_fast.methods.numbers import shown
 from stars_fast.notices import warn
+from stars_fast.text.decode import continuation
 from stars_fast.text.prompts import Messages, read_prompts
 
 if TYPE_CHECKING:
     from stars_fast.tree.model import TreeModel
-
-# Enough of a prompt's end to see how the answer joins on.
-_CONTEXT_TOKENS = 4
 
 
 @dataclass(eq=False)
@@ -32,6 +30,7 @@ class RewardPrompt:
     argument: str = "prompts"  # or "reward_prompts": where it came from
     tokenizer: Any = None  # the policy's, for ids that were not given
     warned: set[str] = field(default_factory=set)  # shared by the prompts of a call: what is warned of once in each
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # the call's, for templates of either side
 
     @property
     def name(self) -> str:
@@ -49,7 +48,8 @@ class RewardPrompt:
         """
         if self.given_ids is None:
             try:
-                (prompt,) = read_prompts([self.source], self.tokenizer, name=self.argument)
+                variables = self.chat_template_kwargs
+                (prompt,) = read_prompts([self.source], self.tokenizer, None, self.argument, variables)
             except ValueError as error:  # it was read alone, as the first
                 raise ValueError(str(error).replace(f"{self.argument}[0]", self.name, 1)) from error
             self.given_ids = prompt.ids
@@ -94,9 +94,10 @@ class Completion:
     @property
     def continuation(self) -> str:
         """The text as it goes on from the prompt's: some tokenizers drop the space in front when decoding it alone."""
-        context = self.response.prompt.ids[-_CONTEXT_TOKENS:]
-        before, whole = self._decode(context), self._decode(context + self.tokens)
-        return self._held_back(whole[len(before) :]) if whole.startswith(before) else self.text
+        if self.tokenizer is None:
+            return self.text
+        text = continuation(self.tokenizer, self.response.prompt.ids, self.tokens, skip_special_tokens=True)
+        return self.text if text is None else self._held_back(text)
 
     def _decode(self, tokens: list[int]) -> str:
         if self.tokenizer is None:

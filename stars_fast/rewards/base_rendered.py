@@ -12,6 +12,8 @@ from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.render import Context, Rendering
 from stars_fast.stays import Stays
+from stars_fast.text.tokens import refuse_long
+from stars_fast.text.turns import said
 from stars_fast.tree.model import TreeModel
 
 
@@ -68,7 +70,7 @@ class RenderedReward(Stays, Reward):
         """The completion in the models' ids."""
         prompt = completion.response.prompt
         context = self._contexts[prompt]
-        return Text(completion, self.rendering(prompt).target(context, completion, self.causal), context.tail)
+        return Text(completion, *self.rendering(prompt).target(context, completion, self.causal))
 
     # A session
 
@@ -179,6 +181,8 @@ class RenderedReward(Stays, Reward):
         """Rendered once, by whoever asks first."""
         context = self._contexts.get(prompt) or self._rendered.get(prompt)
         if context is None:
+            tokenizer = self.rendering(prompt).tokenizer or prompt.tokenizer
+            refuse_long(prompt.name, said(prompt.source), tokenizer, self.max_positions, "reward model")
             context = self._rendered[prompt] = self.context(prompt)
         return context
 

@@ -16,6 +16,7 @@ import torch
 from stars_fast.methods.numbers import shown
 from stars_fast.rewards.base import Completion, Reward, RewardPrompt, check_tokenizer
 from stars_fast.text.prompts import ends_with_answer
+from stars_fast.text.turns import in_one_piece
 
 _OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
 
@@ -96,11 +97,13 @@ class CallableReward(Reward):
         return self._takes_all or name in self._names or any(name == p.name for p in self._positional)
 
     def _call(self, completions: Sequence[Completion], columns: Sequence[str]) -> Sequence[float | None] | torch.Tensor:
-        arguments: dict[str, Any] = {
-            "prompts": [self._prompt(c) for c in completions],
-            "completions": [self._completion(c) for c in completions],
-            "completion_ids": [c.tokens for c in completions],
+        own: dict[str, Callable[[Completion], Any]] = {
+            "prompts": self._prompt,
+            "completions": self._completion,
+            "completion_ids": lambda completion: completion.tokens,
         }
+        # Text is made for those who read it: ids that cannot be decoded are none of the others' business.
+        arguments = {name: list(map(read, completions)) for name, read in own.items() if self._takes(name)}
         for name in columns:
             arguments[name] = [c.response.prompt.columns[name] for c in completions]
         positional = [arguments.pop(p.name, p.default) for p in self._positional]
@@ -132,7 +135,8 @@ class CallableReward(Reward):
             return completion.tokens
         source: Any = completion.response.prompt.source
         if ends_with_answer(source):
-            return [{"role": "assistant", "content": source[-1]["content"] + completion.continuation}]
+            begun = in_one_piece(source[-1]).get("content", "")
+            return [{"role": "assistant", "content": begun + completion.continuation}]
         if _is_messages(source):
             return [{"role": "assistant", "content": completion.text}]
         return completion.text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -46,6 +46,8 @@ class ClassifierReward(RenderedReward):
         the tree is kept up to the longest common token prefix.
     tail : "auto", "template", "none" or sequence of int
         What follows the answer when it is scored: the chat template's ("auto": if there is one), nothing, or these ids.
+    chat_template_kwargs : mapping, optional
+        Variables for the reward model's chat template. What is left open is as in the call.
 
     Raises
     ------
@@ -59,11 +61,13 @@ class ClassifierReward(RenderedReward):
         tokenizer: Any = None,
         policy_tokenizer: Any = None,
         tail: str | Sequence[int] = "auto",
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         check_model("model", model)
         check_tokenizer("tokenizer", tokenizer)
         self._check_labels(model)
-        self._given = Rendering(tokenizer, policy_tokenizer, tail)
+        self._given = Rendering(tokenizer, policy_tokenizer, tail, chat_template_kwargs)
         self.model = model
         refuse_dynamic_rope(model, "reward")
         refuse_offloaded(model, "reward")
@@ -115,7 +119,7 @@ class ClassifierReward(RenderedReward):
         given = self._given
         if given.policy_tokenizer is not None or policy_tokenizer is None:
             return given
-        return Rendering(given.tokenizer, policy_tokenizer, given.tail)
+        return Rendering(given.tokenizer, policy_tokenizer, given.tail, given.chat_template_kwargs)
 
     def check_vocabulary(self, policy_ids: int, policy: PreTrainedModel) -> None:
         if self._given.tokenizer is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from stars_fast.rewards.cache import Text, TreeCache
 from stars_fast.rewards.classifier import check_ids, unwrapped
 from stars_fast.rewards.render import Rendering
 from stars_fast.text.chat import common_prefix
+from stars_fast.text.prompts import template_kwargs
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import vocabulary
@@ -43,6 +44,8 @@ class ImplicitReward(RenderedReward):
         The pair's training coefficient; only its product with the engine's 1 / beta matters.
     weights : {"sum", "1/k"}
         The w_k.
+    chat_template_kwargs : mapping, optional
+        Variables for the pair's chat template. What is left open is as in the call.
 
     Raises
     ------
@@ -62,6 +65,7 @@ class ImplicitReward(RenderedReward):
         tokenizer: Any = None,
         beta: float = 1.0,
         weights: str = "sum",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         for argument, one in (("model", model), ("reference", reference)):
             check_model(argument, one, predicts=True)
@@ -74,6 +78,7 @@ class ImplicitReward(RenderedReward):
             )
         _check_pair(vocabulary(model), vocabulary(reference), tokenizer)
         self.tokenizer = tokenizer
+        self.chat_template_kwargs = template_kwargs(chat_template_kwargs)
         self.beta = real("beta", beta, open_below=True, open_above=True)
         self.weights = weights
         roles = ((model, "implicit reward"), (reference, "implicit reference"))
@@ -87,7 +92,7 @@ class ImplicitReward(RenderedReward):
             check_ids(policy_ids, policy, self.vocab_size, model, "ImplicitReward(..., tokenizer=)")
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
-        return Rendering(self.tokenizer, policy_tokenizer, "none")
+        return Rendering(self.tokenizer, policy_tokenizer, "none", self.chat_template_kwargs)
 
     def text(self, completion: Completion) -> Text:
         text, prompt = super().text(completion), completion.response.prompt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from stars_fast.rewards.base import RewardPrompt, check_model, check_text, check
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.render import Context, Rendering
-from stars_fast.text.chat import SENTINEL, encode, text_frame
+from stars_fast.text.chat import encode, text_frame
+from stars_fast.text.prompts import template_kwargs
+from stars_fast.text.template import rendered, stand_in
+from stars_fast.text.turns import spoken
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 
@@ -40,6 +43,9 @@ class JudgeReward(RenderedReward):
         Holds ``{answer}`` once; ``{prompt}`` and ``{question}`` are filled in. Chats become ``role: content`` lines.
     yes, no : str
         The verdicts. Their first tokens are compared; a verdict of several is warned of.
+    chat_template_kwargs : mapping, optional
+        Variables for the judge's chat template. One that thinks before it answers is asked for its verdict at once with
+        ``{"enable_thinking": False}``, where its template knows that. Those of a call are for other chats.
 
     Raises
     ------
@@ -62,6 +68,7 @@ class JudgeReward(RenderedReward):
         template: str = TEMPLATE,
         yes: str = "Yes",
         no: str = "No",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         check_model("model", model, predicts=True)
         check_tokenizer("tokenizer", tokenizer, ", by which the judge reads a question in text")
@@ -71,6 +78,7 @@ class JudgeReward(RenderedReward):
             raise ValueError(f"template={template!r} holds {{answer}} {template.count('{answer}')} times: must be once")
         self.tokenizer = tokenizer
         self.template, self.question = template, question
+        self.chat_template_kwargs = template_kwargs(chat_template_kwargs)
         self.verdicts = [_first_token(tokenizer, yes), _first_token(tokenizer, no)]
         if self.verdicts[0] == self.verdicts[1]:
             raise ValueError(f"yes={yes!r} and no={no!r} begin with the same token, {self.verdicts[0]}")
@@ -81,7 +89,8 @@ class JudgeReward(RenderedReward):
             )
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
-        return _Question(self.tokenizer, policy_tokenizer or self.tokenizer, self.template, self.question)
+        variables = self.chat_template_kwargs
+        return _Question(self.tokenizer, policy_tokenizer or self.tokenizer, self.template, self.question, variables)
 
     def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> torch.Tensor:
         yes, no = features[:, self.verdicts].float().T
@@ -91,29 +100,37 @@ class JudgeReward(RenderedReward):
 class _Question(Rendering):
     """Renders prompt and answer inside a question about them."""
 
-    def __init__(self, tokenizer: Any, policy_tokenizer: Any, template: str, question: str) -> None:
-        super().__init__(tokenizer, policy_tokenizer, "none")
+    def __init__(
+        self, tokenizer: Any, policy_tokenizer: Any, template: str, question: str, variables: dict[str, Any]
+    ) -> None:
+        super().__init__(tokenizer, policy_tokenizer, "none", variables)
         self.has_chat_template, self.templated = self.templated, True  # the answer stands in a text, chat or not
         self.template, self.question = template, question
 
     def context(self, prompt: RewardPrompt) -> Context:
-        filled = {"{prompt}": self._shown(prompt), "{question}": self.question, "{answer}": SENTINEL}
+        word = stand_in(shown := self._shown(prompt), self.question, self.template)
+        filled = {"{prompt}": shown, "{question}": self.question, "{answer}": word}
         # In one pass, so that a prompt or question that holds one of the names is only text.
         asked = re.sub("|".join(map(re.escape, filled)), lambda name: filled[name[0]], self.template)
         if self.has_chat_template:
             turn = [{"role": "user", "content": asked}]
-            asked = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        before, found, after = asked.partition(SENTINEL)
-        if not found:
-            raise ValueError("the judge's chat template does not contain the user's content verbatim")
-        frame = text_frame(self.tokenizer, before, after)
+            try:
+                asked = rendered(self.tokenizer, turn, self.chat_template_kwargs, add_generation_prompt=True)
+            except Exception as error:  # a template raises what it likes
+                raise ValueError(f"{prompt.name} does not fit the judge's chat template: {error}") from error
+        before, *after = asked.split(word)
+        if len(after) != 1:
+            raise ValueError(
+                f"the judge's chat template contains the user's content {len(after)} times: must be once, verbatim"
+            )
+        frame = text_frame(self.tokenizer, before, *after)
         return Context(frame.prefix, frame.tail, "" if self.shared_ids else before, frame.own_start)
 
     def _shown(self, prompt: RewardPrompt) -> str:
         turns = self.messages(prompt)
         if len(turns) == 1:
-            return turns[0]["content"]
-        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+            return spoken(turns[0])
+        return "\n".join(f"{turn['role']}: {spoken(turn)}" for turn in turns)
 
 
 def _first_token(tokenizer: Any, text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,10 @@ from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Text, TreeCache
 from stars_fast.rewards.classifier import unwrapped
 from stars_fast.rewards.render import Context, Rendering
-from stars_fast.text.chat import SENTINEL, chat_frame, encode, encode_start, encode_turn
+from stars_fast.text.chat import chat_frame, encode, encode_start, encode_turn
 from stars_fast.text.prompts import Messages
+from stars_fast.text.template import Variables, apply, rendered, stand_in
+from stars_fast.text.turns import spoken
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 
@@ -29,7 +32,6 @@ AGGREGATES: dict[str, Callable[[list[float]], float]] = {
 }
 # What the Qwen2.5-Math process reward models were trained behind.
 QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
-_LABEL = "STARSFASTLABEL"
 
 
 class _Steps(NamedTuple):
@@ -223,10 +225,10 @@ class _StepTokens(ProcessReward):
         rendering = self.rendering(prompt)
         messages = rendering.messages(prompt)
         if not rendering.templated:
-            return Context(encode_start(self.tokenizer, "\n\n".join(turn["content"] for turn in messages) + "\n"), [])
+            return Context(encode_start(self.tokenizer, "\n\n".join(map(spoken, messages)) + "\n"), [])
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
-        return Context(chat_frame(self.tokenizer, messages).prefix, [])
+        return Context(chat_frame(self.tokenizer, messages, rendering.variables(prompt)).prefix, [])
 
     def step_scores(self, features: torch.Tensor) -> torch.Tensor:
         return self.head(features).float().softmax(-1)[:, 1]
@@ -251,7 +253,7 @@ class _Labels(ProcessReward):
         steps = ("So 1 + 1 = 2.", "It is 2.")
         turns = [{"role": "user", "content": f"1 + 1? {steps[0]}"}, {"role": "assistant", "content": good}]
         turns += [{"role": "user", "content": steps[1]}, {"role": "assistant", "content": good}]
-        whole = self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        whole = apply(self.tokenizer, turns, {}, tokenize=True, return_dict=False)
         before, own_start, _, _ = self._shown([{"role": "user", "content": "1 + 1?"}])
         joined = self._with_step(self._with_step(_NO_STEPS, steps[0]), steps[1]).ids
         joined = encode_turn(self.tokenizer, before, own_start) + joined
@@ -264,17 +266,18 @@ class _Labels(ProcessReward):
             )
 
     def context(self, prompt: RewardPrompt) -> Context:
-        before, own_start, _, _ = self._shown(self.rendering(prompt).messages(prompt))
+        rendering = self.rendering(prompt)
+        before, own_start, _, _ = self._shown(rendering.messages(prompt), rendering.variables(prompt))
         return Context(encode_turn(self.tokenizer, before, own_start), [])
 
-    def _shown(self, messages: Messages) -> tuple[str, bool, str, str]:
+    def _shown(self, messages: Messages, variables: Variables = MappingProxyType({})) -> tuple[str, bool, str, str]:
         """Around the steps and labels of a chat: what is in front of the first step (and whether a bos is in it),
         between a step and its label, and between that and the next step."""
-        question = {"role": "user", "content": f"{messages[-1]['content']} {SENTINEL}"}
-        label = {"role": "assistant", "content": _LABEL}
-        turns = [*messages[:-1], question, label, {"role": "user", "content": SENTINEL}, label]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        parts = text.replace(_LABEL, SENTINEL).split(SENTINEL)
+        word = stand_in(messages, variables)
+        question = {"role": "user", "content": f"{spoken(messages[-1])} {word}"}
+        label = {"role": "assistant", "content": word}
+        turns = [*messages[:-1], question, label, {"role": "user", "content": word}, label]
+        parts = rendered(self.tokenizer, turns, variables).split(word)
         if len(parts) != 5:
             raise ValueError("the tokenizer's chat template does not show every turn once and verbatim")
         before, mark, link = parts[:3]

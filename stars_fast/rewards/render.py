@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from stars_fast.methods.numbers import integer, plain, shown
 from stars_fast.rewards.base import Completion, RewardPrompt
-from stars_fast.text.chat import ChatFrame, chat_frame, encode_start, encode_turn, marks, rendered_mark
-from stars_fast.text.prompts import Messages, ends_with_answer
+from stars_fast.text.chat import (
+    ChatFrame,
+    chat_frame,
+    encode_start,
+    encode_turn,
+    habits_of,
+    marks,
+    rendered_mark,
+    write,
+)
+from stars_fast.text.prompts import Messages, ends_with_answer, template_kwargs
+from stars_fast.text.template import VERBATIM, Habits
+from stars_fast.text.tokens import token_ids
 
 
 @dataclass(eq=False)
@@ -22,6 +33,8 @@ class Context:
     text: str = ""  # what stands in front of the answer, where both are tokenised together
     own_start: bool = False  # that text needs no special tokens in front
     begun: bool = False  # that text ends with the beginning of the answer
+    frame: ChatFrame | None = None  # of a chat whose template writes some answers otherwise than they are
+    in_thought: bool = False  # the policy's prompt ends with the opening of a thought, which the frame has closed
 
 
 class Rendering:
@@ -32,6 +45,8 @@ class Rendering:
     tokenizer, policy_tokenizer : transformers tokenizer, optional
         The reward model's and the policy's. Without the first the reward model reads the policy's ids.
     tail : "auto", "template", "none" or sequence of int
+    chat_template_kwargs : mapping, optional
+        Variables for the reward model's template. What it leaves open is as in the call.
 
     Raises
     ------
@@ -39,7 +54,13 @@ class Rendering:
         For a tail that is not known, or one of a template that does not exist.
     """
 
-    def __init__(self, tokenizer: Any, policy_tokenizer: Any, tail: str | Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        policy_tokenizer: Any,
+        tail: str | Sequence[int],
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.templated = bool(getattr(tokenizer, "chat_template", None))
         words = isinstance(tail, str)
         ids = plain(tail)
@@ -52,6 +73,8 @@ class Rendering:
         self.tokenizer = tokenizer
         self.policy_tokenizer = policy_tokenizer
         self.tail = tail
+        self.chat_template_kwargs = template_kwargs(chat_template_kwargs)
+        self._habits: dict[str, Habits] = {}  # of the template, by its variables
         self.shared_ids = tokenizer is None or _same_vocabulary(tokenizer, policy_tokenizer)
 
     def context(self, prompt: RewardPrompt) -> Context:
@@ -68,31 +91,88 @@ class Rendering:
             frame = self._frame(prompt)
             after = frame.tail if self.tail in ("auto", "template") else tail
             prefix = list(prompt.ids) if rendered else frame.prefix
-            text = "" if self.shared_ids else frame.before
-            return Context(prefix, after, text, frame.own_start, ends_with_answer(prompt.source))
+            text, begun = "" if self.shared_ids else frame.before, ends_with_answer(prompt.source)
+            kept = None if rendered or (self._habits_of(prompt) == VERBATIM and frame.asked is None) else frame
+            return Context(prefix, after, text, frame.own_start, begun, kept, self._opens_thought(prompt, frame))
         if self.shared_ids:
             return Context(list(prompt.ids), tail)
         text = self._prompt_text(prompt)
         return Context(encode_start(self.tokenizer, text), tail, text)
 
-    def target(self, context: Context, completion: Completion, causal: bool) -> list[int]:
-        """The reward model's ids up to and including the answer, without the tail."""
+    def target(self, context: Context, completion: Completion, causal: bool) -> tuple[list[int], list[int]]:
+        """The reward model's ids up to and including the answer, and its tail.
+
+        An answer that the template writes otherwise than it is (trimmed, its thought taken apart) is read so.
+        """
         if self.shared_ids:
             tokens = completion.tokens
-            return context.prefix + (tokens[:-1] if completion.eos and context.tail else tokens)
+            drawn = tokens[:-1] if completion.eos and context.tail else tokens
+            if context.frame is None:
+                return context.prefix + drawn, context.tail
+            ended = tokens[len(tokens) - completion.eos :] if not context.tail else []
+            return self._as_written(context.frame, context, completion, drawn, ended)
         if self.templated:  # tokenised in one piece: how an answer begins depends on what stands before it
             answer = completion.continuation if context.begun else completion.text
-            return encode_turn(self.tokenizer, context.text + answer, context.own_start)
+            if context.frame is None:
+                return encode_turn(self.tokenizer, context.text + answer, context.own_start), context.tail
+            return self._as_written(context.frame, context, completion, answer, [])
         text = context.text + completion.continuation
         if not causal:
-            return list(self.tokenizer(text)["input_ids"])
+            return token_ids(self.tokenizer, text), context.tail
         eos = self.tokenizer.eos_token_id
-        return encode_start(self.tokenizer, text) + ([eos] if completion.eos and eos is not None else [])
+        ended = [eos] if completion.eos and eos is not None else []
+        return encode_start(self.tokenizer, text) + ended, context.tail
+
+    def _as_written(
+        self, frame: ChatFrame, context: Context, completion: Completion, answer: str | list[int], ended: list[int]
+    ) -> tuple[list[int], list[int]]:
+        """:meth:`target` under a template that does not write every answer as it is; ``answer`` is text, or ids of the
+        policy's that are the reward model's too. They are read as they were drawn wherever their text is as it was.
+        """
+        prompt = completion.response.prompt
+        if isinstance(answer, str):
+            text = answer
+        else:  # special tokens are told apart from text once it is tokenised again
+            words = answer[: len(answer) - len(ended)]
+            text = str(self.tokenizer.decode(words, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        thinking = context.in_thought and not completion.finished
+        variables, habits = self.variables(prompt), self._habits_of(prompt)
+        if isinstance(answer, list) and "\ufffd" in text:
+            habits = VERBATIM  # ids of what is no whole character cannot be written anew
+        written = write(self.tokenizer, frame, self._turns(prompt), text, variables, habits, thinking)
+        if isinstance(answer, list) and written.as_it_is:
+            front = context.prefix
+            if written.front != frame.before:
+                front = encode_turn(self.tokenizer, written.front, frame.own_start)
+            return front + answer, context.tail
+        ids = encode_turn(self.tokenizer, written.front + written.answer, frame.own_start) + ended
+        return ids, context.tail if written.after == frame.after else []
+
+    def variables(self, prompt: RewardPrompt) -> dict[str, Any]:
+        """What the prompt's template is rendered with: the scorer's own, else the call's."""
+        return {**prompt.chat_template_kwargs, **self.chat_template_kwargs}
+
+    def _habits_of(self, prompt: RewardPrompt) -> Habits:
+        variables = self.variables(prompt)
+        key = repr((self.tokenizer.chat_template, sorted(variables.items(), key=repr)))
+        if key not in self._habits:
+            self._habits[key] = habits_of(self.tokenizer, variables)
+        return self._habits[key]
+
+    def _opens_thought(self, prompt: RewardPrompt, frame: ChatFrame) -> bool:
+        """Whether the policy goes on from an opened thought. Of a prompt of which that cannot be told, it does not."""
+        if not frame.opened or self.policy_tokenizer is None:
+            return False
+        try:
+            end = prompt.ids[-len(frame.opened.encode()) - 8 :]
+        except ValueError:  # what the reward sees need not suit the policy's tokenizer
+            return False
+        return str(self.policy_tokenizer.decode(end)).rstrip().endswith(frame.opened)
 
     def _frame(self, prompt: RewardPrompt) -> ChatFrame:
         messages = self._turns(prompt)
         try:
-            return chat_frame(self.tokenizer, messages)
+            return chat_frame(self.tokenizer, messages, self.variables(prompt))
         except Exception as error:  # a template raises what it likes
             raise ValueError(f"{prompt.name} does not fit the reward tokenizer's chat template: {error}") from error
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from stars_fast.text.prompts import Messages, ends_with_answer
-
-# Survives every chat template we know: no white space to strip, no characters that Jinja or a tokenizer treats.
-SENTINEL = "STARSFASTANSWER"
+from stars_fast.text.template import ANY, SENTINEL, Habits, Variables, habits, rendered, stand_in
+from stars_fast.text.tokens import token_ids
+from stars_fast.text.turns import in_one_piece
 
 
 class ChatFrame(NamedTuple):
@@ -18,9 +20,23 @@ class ChatFrame(NamedTuple):
     own_start: bool  # the template writes the beginning-of-sequence token itself
     prefix: list[int]  # ids of what the assistant answers to
     tail: list[int]  # ids behind the answer
+    after: str = ""  # text behind the answer
+    # Where the template closes a thought in front of an answer that has none, as Qwen3's does:
+    asked: str | None = None  # text in front of an answer that brings its thought along
+    opening: str = ""  # what such an answer begins with, unless the policy's prompt ends with `opened`
+    opened: str = ""
 
 
-def chat_frame(tokenizer: Any, messages: Messages) -> ChatFrame:
+class Written(NamedTuple):
+    """An answer as its template writes it."""
+
+    front: str  # text before it
+    answer: str  # its own text
+    after: str  # text behind it
+    as_it_is: bool  # that is the answer's own text, unchanged
+
+
+def chat_frame(tokenizer: Any, messages: Messages, variables: Variables = MappingProxyType({})) -> ChatFrame:
     """The tokenizer's chat template around an answer to ``messages``, or around the rest of one that they end with.
 
     There is one beginning-of-sequence token: the template's, else the tokenizer's where it was configured to add one.
@@ -28,15 +44,89 @@ def chat_frame(tokenizer: Any, messages: Messages) -> ChatFrame:
     Raises
     ------
     ValueError
-        If the template does not reproduce the answer verbatim.
+        If the template does not reproduce the answer verbatim, once.
     """
-    begun = ends_with_answer(messages)
-    turns = [*messages] if begun else [*messages, {"role": "assistant", "content": ""}]
-    turns[-1] = {**turns[-1], "content": turns[-1]["content"] + SENTINEL}
-    before, found, after = tokenizer.apply_chat_template(turns, tokenize=False).partition(SENTINEL)
-    if not found:
-        raise ValueError("the reward tokenizer's chat template does not contain the assistant's content verbatim")
-    return text_frame(tokenizer, before, after, before if begun else _generation_prompt(tokenizer, messages, before))
+    word = stand_in(messages, variables)
+    before, *rest = rendered(tokenizer, answered(messages, word), variables).split(word)
+    if len(rest) != 1:
+        raise ValueError(
+            f"the reward tokenizer's chat template contains the assistant's content {len(rest)} times: must be once, "
+            "verbatim"
+        )
+    (after,) = rest
+    if ends_with_answer(messages):
+        return text_frame(tokenizer, before, after)
+    asked = rendered(tokenizer, messages, variables, add_generation_prompt=True)
+    if not before.startswith(asked):
+        return text_frame(tokenizer, before, after)
+    closed = before[len(asked) :]
+    if not closed.strip():  # at most the space that an answer's first token brings along
+        return text_frame(tokenizer, before, after, asked if closed else None)
+    frame = text_frame(tokenizer, before, after)
+    opening, opened = re.match(r"\s*(\W+\w+\W)", closed), re.search(r"(\W\w+\W)\s*$", asked)
+    return frame._replace(
+        asked=asked, opening=opening[1] if opening else closed.split()[0], opened=opened[1] if opened else ""
+    )
+
+
+def answered(messages: Messages, answer: str) -> Messages:
+    """The chat with this answer, or with this rest of the answer that it ends with."""
+    if not ends_with_answer(messages):
+        return [*messages, {"role": "assistant", "content": answer}]
+    last = in_one_piece(messages[-1])
+    return [*messages[:-1], {**last, "content": last.get("content", "") + answer}]
+
+
+def habits_of(tokenizer: Any, variables: Variables) -> Habits:
+    """What the tokenizer's template does to answers. Where that cannot be told, it may do anything to any."""
+    asked: Messages = [{"role": "user", "content": "a"}]
+    try:
+        before, after = rendered(tokenizer, answered(asked, SENTINEL), variables).split(SENTINEL)
+    except Exception:  # a template raises what it likes; of one with two places for an answer, frames say so
+        return ANY
+
+    def rewritten(answer: str) -> bool:
+        try:
+            return rendered(tokenizer, answered(asked, answer), variables) != before + answer + after
+        except Exception:  # such an answer cannot be written at all
+            return False
+
+    return habits(tokenizer.chat_template, rewritten)
+
+
+def write(
+    tokenizer: Any,
+    frame: ChatFrame,
+    messages: Messages,
+    answer: str,
+    variables: Variables,
+    habits: Habits,
+    in_thought: bool = False,
+) -> Written:
+    """``answer`` as the template writes it, or would, where a thought in it is not closed yet.
+
+    Parameters
+    ----------
+    in_thought : bool
+        The prompt ends with the opening of a thought, and the answer is not finished.
+    """
+    as_it_is = Written(frame.before, answer, frame.after, True)
+    opens = frame.asked is not None and (in_thought or answer.lstrip().startswith(frame.opening))
+    thought = as_it_is._replace(front=frame.asked or frame.before)
+    if not (habits.trims and answer != answer.strip()) and not any(mark in answer for mark in habits.marks):
+        return thought if opens else as_it_is
+    try:
+        whole = rendered(tokenizer, answered(messages, answer), variables)
+    except Exception:  # the template refuses such an answer: there is no other way to write it
+        return thought if opens else as_it_is
+    closed = whole not in (frame.before + one + frame.after for one in (answer, answer.strip()))
+    if opens and (not closed or whole == thought.front + answer + frame.after):
+        return thought
+    if whole == frame.before + answer + frame.after:
+        return as_it_is
+    if whole.endswith(frame.after) and len(whole) >= len(frame.after):
+        return Written("", whole[: len(whole) - len(frame.after)], frame.after, False)
+    return Written("", whole, "", False)
 
 
 def text_frame(tokenizer: Any, before: str, after: str, start: str | None = None) -> ChatFrame:
@@ -44,15 +134,7 @@ def text_frame(tokenizer: Any, before: str, after: str, start: str | None = None
     # A template that writes the token itself is what decides; the tokenizer would add another, or none.
     own = bool(tokenizer.bos_token) and before.startswith(tokenizer.bos_token)
     prefix = encode_turn(tokenizer, before if start is None else start, own)
-    return ChatFrame(before, own, prefix, _tail(tokenizer, before, after, own))
-
-
-def _generation_prompt(tokenizer: Any, messages: Messages, before: str) -> str:
-    """``before`` without the space that an answer's first token brings along, where the template asks without it."""
-    if not before[-1:].isspace():
-        return before
-    asked: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return asked if before.startswith(asked) and before[len(asked) :].isspace() else before
+    return ChatFrame(before, own, prefix, _tail(tokenizer, before, after, own), after)
 
 
 def _tail(tokenizer: Any, before: str, after: str, own_start: bool) -> list[int]:
@@ -69,7 +151,7 @@ def encode_turn(tokenizer: Any, text: str, own_start: bool) -> list[int]:
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Ids of the text alone."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    return token_ids(tokenizer, text, add_special_tokens=False) if text else []
 
 
 def encode_start(tokenizer: Any, text: str) -> list[int]:
@@ -77,7 +159,7 @@ def encode_start(tokenizer: Any, text: str) -> list[int]:
     if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
         return encode(tokenizer, text)
     body, probe = encode(tokenizer, text), text or "a"
-    inner, whole = encode(tokenizer, probe), list(tokenizer(probe)["input_ids"])
+    inner, whole = encode(tokenizer, probe), token_ids(tokenizer, probe)
     for lead in range(len(whole) - len(inner) + 1):
         if whole[lead : lead + len(inner)] == inner:
             return whole[:lead] + body

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stars_fast.text.tokens import legible
+
 CONTEXT_TOKENS = 8  # decoded in front of others, these read as they do behind the whole text
 _UNSETTLED = 8  # characters at the end of a text that transformers' clean-up of spaces may still change
 
@@ -45,20 +47,20 @@ class TextStream:
         end = len(tokens)
         while not last and end > self.start and _is_byte(tokenizer, tokens[end - 1]):
             end -= 1
-        text = tokenizer.decode(list(tokens[self.start : end]), skip_special_tokens=True)
+        text = legible(tokenizer, tokens[self.start : end])
         ready = len(text)
         if not last:
             unsettled = _UNSETTLED if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
             ready = max(self.told, len(text.rstrip("\ufffd")) - unsettled)
         piece, self.told = text[self.told : ready], ready
         self._forget(tokenizer, tokens[:end], text)
-        return str(piece)
+        return piece
 
     def _forget(self, tokenizer: Any, tokens: Sequence[int], text: str) -> None:
         """Decode only the end from now on, if that reads as it does in ``text`` and the rest has been told."""
         start = len(tokens) - CONTEXT_TOKENS
         if start > self.start:
-            end = tokenizer.decode(list(tokens[start:]), skip_special_tokens=True)
+            end = legible(tokenizer, tokens[start:])
             forgotten = len(text) - len(end)
             if end and text.endswith(end) and forgotten <= self.told:
                 self.start, self.told = start, self.told - forgotten
@@ -66,4 +68,7 @@ class TextStream:
 
 def _is_byte(tokenizer: Any, token: int) -> bool:
     """Whether a token is one of the bytes that decoders join, and give up all together where one is missing."""
-    return str(tokenizer.convert_ids_to_tokens(token)).startswith("<0x")
+    try:
+        return str(tokenizer.convert_ids_to_tokens(token)).startswith("<0x")
+    except Exception:  # it knows no such id
+        return False

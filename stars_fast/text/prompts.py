@@ -11,8 +11,11 @@ import numpy as np
 import torch
 
 from stars_fast.notices import warn
+from stars_fast.text.template import apply
+from stars_fast.text.tokens import guarded, legible, refuse_long, token_ids
+from stars_fast.text.turns import check_turns, in_one_piece, said
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 
 @dataclass
@@ -23,7 +26,40 @@ class Prompt:
     ids: list[int]
 
 
-def read_prompts(prompts: Any, tokenizer: Any, attention_mask: Any = None, name: str = "prompts") -> list[Prompt]:
+# What the reader of prompts decides itself when it calls a tokenizer's apply_chat_template.
+_OWN = {"conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
+_OWN |= {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
+_OWN |= {"tokenizer_kwargs", "sanitize_control_tokens"}
+
+
+def template_kwargs(given: Any, name: str = "chat_template_kwargs") -> dict[str, Any]:
+    """Variables for chat templates, checked.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no mapping of names, or a name that is not the caller's to set.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise TypeError(f"{name}={given!r:.80} is no mapping of names to values, such as {{'enable_thinking': False}}")
+    if own := _OWN & given.keys():
+        raise ValueError(
+            f"{name} sets {min(own)!r}, which is not a variable of templates: give those alone, and a template as "
+            "tokenizer.chat_template"
+        )
+    return dict(given)
+
+
+def read_prompts(
+    prompts: Any,
+    tokenizer: Any,
+    attention_mask: Any = None,
+    name: str = "prompts",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    max_positions: int | None = None,
+) -> list[Prompt]:
     """Normalise ``prompts``.
 
     Parameters
@@ -36,6 +72,10 @@ def read_prompts(prompts: Any, tokenizer: Any, attention_mask: Any = None, name:
         Needed for text and chats.
     name : str
         What error messages call the argument.
+    chat_template_kwargs : mapping, optional
+        Variables for the tokenizer's chat template, such as ``enable_thinking``.
+    max_positions : int, optional
+        The policy's. Text that is far longer is refused once its beginning has been read.
 
     Raises
     ------
@@ -58,11 +98,19 @@ def read_prompts(prompts: Any, tokenizer: Any, attention_mask: Any = None, name:
             f"{name} is a {type(prompts).__name__}{keys}: give text, chat messages, id lists, an id tensor or what a "
             "tokenizer returns"
         )
-    return [_read_one(f"{name}[{index}]", prompt, tokenizer) for index, prompt in enumerate(prompts)]
+    variables = template_kwargs(chat_template_kwargs)
+    return [
+        _read_one(f"{name}[{index}]", prompt, tokenizer, variables, max_positions)
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 def read_personas(
-    prompts: Sequence[Prompt], preferences: Sequence[Any], tokenizer: Any, bos_token_id: int | None = None
+    prompts: Sequence[Prompt],
+    preferences: Sequence[Any],
+    tokenizer: Any,
+    bos_token_id: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[list[int]]]:
     """Ids of every prompt under each of the preferences.
 
@@ -73,18 +121,21 @@ def read_personas(
     TypeError
         For a preference in words before a prompt of ids, or the other way round.
     """
+    variables = template_kwargs(chat_template_kwargs)
     return [
-        [_under(f"prompts[{index}]", prompt, preference, tokenizer, bos_token_id) for preference in preferences]
-        for index, prompt in enumerate(prompts)
+        [_under(f"prompts[{i}]", prompt, preference, tokenizer, bos_token_id, variables) for preference in preferences]
+        for i, prompt in enumerate(prompts)
     ]
 
 
-def _under(name: str, prompt: Prompt, preference: Any, tokenizer: Any, bos_token_id: int | None) -> list[int]:
+def _under(
+    name: str, prompt: Prompt, preference: Any, tokenizer: Any, bos_token_id: int | None, variables: dict[str, Any]
+) -> list[int]:
     source = prompt.source
     if isinstance(source, str) and isinstance(preference, str):
-        return _read_one(name, preference + source, tokenizer).ids
+        return _read_one(name, preference + source, tokenizer, variables).ids
     if _is_chat(source) and isinstance(preference, str):
-        return _read_one(name, _with_system(preference, source), tokenizer).ids
+        return _read_one(name, _with_system(preference, source), tokenizer, variables).ids
     if isinstance(preference, str) or not isinstance(source, list) or _is_chat(source):
         raise TypeError(
             f"{name} and the preference {preference!r:.80} differ in form: a preference in words goes with text and "
@@ -97,7 +148,7 @@ def _under(name: str, prompt: Prompt, preference: Any, tokenizer: Any, bos_token
 def _with_system(preference: str, chat: Any) -> Messages:
     """The chat with the preference in its system message: templates take one, and at the beginning."""
     first, rest = (chat[0], chat[1:]) if chat[0].get("role") == "system" else (None, chat)
-    content = preference if first is None else f"{preference}\n\n{first['content']}"
+    content = preference if first is None else f"{preference}\n\n{in_one_piece(first).get('content', '')}"
     return [{"role": "system", "content": content}, *rest]
 
 
@@ -156,28 +207,17 @@ def _looks_padded(ids: torch.Tensor, pad_token_id: int) -> bool:
     return any(len((side.cumsum(1) == 0).sum(1).unique()) > 1 for side in (text, text.flip(1)))
 
 
-def _read_one(name: str, prompt: Any, tokenizer: Any) -> Prompt:
+def _read_one(
+    name: str, prompt: Any, tokenizer: Any, variables: dict[str, Any], max_positions: int | None = None
+) -> Prompt:
     if isinstance(prompt, str):
         _need_tokenizer(name, "text", tokenizer)
-        # One beginning-of-sequence token: text that a chat template wrote may have it already.
-        begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-        ids = tokenizer(prompt, add_special_tokens=not begun)["input_ids"] if prompt else []
-        return Prompt(prompt, _not_empty(name, list(ids)))
+        return Prompt(prompt, _not_empty(name, _text_ids(name, prompt, tokenizer, max_positions)))
     if _is_chat(prompt):
-        for turn in prompt:
-            if "role" not in turn:
-                raise ValueError(
-                    f"{name} is no chat: a turn has the keys {list(turn)}, but no 'role' (of a data set's rows, give "
-                    "the column that holds the prompts)"
-                )
+        check_turns(name, prompt)
         _need_tokenizer(name, "a chat", tokenizer)
-        begun = ends_with_answer(prompt)
-        form = {"continue_final_message": begun, "add_generation_prompt": not begun}
-        try:
-            ids = tokenizer.apply_chat_template(prompt, **form, tokenize=True, return_dict=False)
-        except Exception as error:  # a template raises what it likes
-            raise ValueError(f"{name} does not fit the tokenizer's chat template: {error}") from error
-        return Prompt([dict(turn) for turn in prompt], _not_empty(name, list(ids)))
+        chat = [dict(turn) for turn in prompt]
+        return Prompt(chat, _not_empty(name, _chat_ids(name, chat, tokenizer, variables, max_positions)))
     if isinstance(prompt, (torch.Tensor, np.ndarray)) and prompt.ndim == 1:
         prompt = prompt.tolist()
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
@@ -186,6 +226,46 @@ def _read_one(name: str, prompt: Any, tokenizer: Any) -> Prompt:
         ids = [int(token) for token in prompt]
         return Prompt(ids, _not_empty(name, ids))
     raise TypeError(f"{name} is a {type(prompt).__name__}: give text, chat messages or token ids")
+
+
+def _text_ids(name: str, text: str, tokenizer: Any, max_positions: int | None) -> list[int]:
+    try:
+        refuse_long(name, [text], tokenizer, max_positions, "policy")
+        # One beginning-of-sequence token: text that a chat template wrote may have it already.
+        begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+        return token_ids(tokenizer, text, add_special_tokens=not begun) if text else []
+    except ValueError as error:
+        raise _named(name, error) from error
+
+
+def _chat_ids(
+    name: str, chat: Messages, tokenizer: Any, variables: dict[str, Any], max_positions: int | None
+) -> list[int]:
+    begun = ends_with_answer(chat)
+    form = {"continue_final_message": begun, "add_generation_prompt": not begun, "return_dict": False}
+    try:
+        refuse_long(name, said(chat), tokenizer, max_positions, "policy")
+        misfit = f"{name} does not fit the tokenizer's chat template"
+        return guarded(lambda: list(apply(tokenizer, chat, variables, **form, tokenize=True)), what=misfit)
+    except ValueError as error:
+        raise _named(name, error) from error
+
+
+def _named(name: str, error: ValueError) -> ValueError:
+    return error if str(error).startswith(name) else ValueError(f"{name}: {error}")
+
+
+def gone_on_from(source: Any, ids: Sequence[int], tokenizer: Any) -> Any:
+    """``source``, the beginning of an answer at its end as the policy's ``ids`` have it: some templates trim it."""
+    if tokenizer is None or not ends_with_answer(source):
+        return source
+    begun = in_one_piece(source[-1]).get("content", "")
+    if begun == begun.rstrip():
+        return source
+    end = legible(tokenizer, ids[-len(begun.encode()) - 8 :], skip_special_tokens=False)
+    if end.endswith(begun) or not end.endswith(begun.rstrip()):
+        return source
+    return [*source[:-1], {**source[-1], "content": begun.rstrip()}]
 
 
 def _need_tokenizer(name: str, what: str, tokenizer: Any) -> None:

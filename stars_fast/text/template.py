@@ -1,0 +1,105 @@
+"""A tokenizer's chat template: called within bounds, and asked what it makes of contents."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from stars_fast.text.bounds import bounded
+from stars_fast.text.turns import in_one_piece
+
+Variables = Mapping[str, Any]
+
+# Survives every chat template we know: no white space to strip, no characters that Jinja or a tokenizer treats.
+SENTINEL = "STARSFASTANSWER"
+_KEPT = 64  # templates of which it is remembered what they make of contents
+_MOST_LITERALS = 256
+_SECONDS = 1.0  # for telling its habits
+
+
+def stand_in(*spoken: Any) -> str:
+    """A word that stands for an answer, and in none of what is said around it."""
+    word, said = SENTINEL, repr(spoken)
+    while word in said:
+        word += "R"
+    return word
+
+
+def rendered(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Variables, **form: Any) -> str:
+    """The text that the template makes of these turns. Raises what the template raises."""
+    return str(apply(tokenizer, turns, variables, **form, tokenize=False))
+
+
+def apply(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Variables, **form: Any) -> Any:
+    """``tokenizer.apply_chat_template`` of turns whose parts of text are joined where the template cannot take them."""
+    if any(isinstance(turn.get("content"), list) for turn in turns) and not _takes_parts(tokenizer, variables):
+        turns = [in_one_piece(dict(turn)) for turn in turns]
+    with _bounds(tokenizer, turns, variables):
+        return tokenizer.apply_chat_template(list(turns), **variables, **form)
+
+
+def _bounds(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Variables) -> AbstractContextManager[None]:
+    """Bounds of a template of Jinja's. What a tokenizer of another kind writes is its own business."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not getattr(tokenizer, "chat_template", None):
+        return nullcontext()
+    return bounded(tokenizer.get_chat_template(tools=variables.get("tools")), turns, variables)
+
+
+def _takes_parts(tokenizer: Any, variables: Variables) -> bool:
+    """Whether the template shows the text of a content in parts, and that alone."""
+    parts = [{"role": "user", "content": [{"type": "text", "text": SENTINEL}]}]
+    try:
+        with _bounds(tokenizer, parts, variables):
+            text = str(tokenizer.apply_chat_template(parts, **variables, tokenize=False))
+    except Exception:  # a template raises what it likes
+        return False
+    return SENTINEL in text and f"'{SENTINEL}'" not in text and f'"{SENTINEL}"' not in text
+
+
+class Habits(NamedTuple):
+    """What a template does to an assistant's content besides writing it down."""
+
+    trims: bool  # the white space at its ends
+    marks: tuple[str, ...]  # what it must hold to be written otherwise than it is
+
+
+VERBATIM = Habits(False, ())
+ANY = Habits(True, ("",))  # where they cannot be told
+
+
+def habits(source: Any, rewritten: Callable[[str], bool]) -> Habits:
+    """What a template does to contents, told from what it does to some that hold its own literals.
+
+    Parameters
+    ----------
+    source : str or whatever else a tokenizer has as its ``chat_template``
+    rewritten : callable
+        Whether the template writes this content otherwise than it is.
+    """
+    marks, deadline = list[str](), time.thread_time() + _SECONDS
+    for literal in _literals(source):
+        if rewritten(f"b{literal}b") or rewritten(f"{literal}b"):
+            marks.append(literal)
+        if time.thread_time() > deadline:
+            return ANY
+    return Habits(any(map(rewritten, (" b", "b ", "\nb", "b\n"))), tuple(marks))
+
+
+@lru_cache(_KEPT)
+def _literals(source: Any) -> tuple[str, ...]:
+    """The text constants in a template's expressions."""
+    sources = source.values() if isinstance(source, dict) else [source]
+    found: dict[str, None] = {}
+    for one in sources:
+        try:
+            tokens = list(Environment().lexer.tokenize(one)) if isinstance(one, str) else []
+        except TemplateError:  # the tokenizer says so when the template is used
+            continue
+        found |= {str(token.value): None for token in tokens if token.type == "string" and 0 < len(token.value) < 64}
+    return tuple(literal for literal in found if not literal.isalnum())[:_MOST_LITERALS]

@@ -1,0 +1,87 @@
+"""The turns of a chat: what they must have, and what they say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+_WORDLESS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # may stand without content
+
+
+def check_turns(name: str, chat: Sequence[dict[str, Any]]) -> None:
+    """Raise TypeError or ValueError, naming the turn, where one has no role in words or no content that can be read."""
+    for place, turn in enumerate(chat):
+        where = f"{name}, turn {place}"
+        if "role" not in turn:
+            raise ValueError(
+                f"{name} is no chat: a turn has the keys {list(turn)}, but no 'role' (of a data set's rows, give the "
+                "column that holds the prompts)"
+            )
+        role, content = turn["role"], turn.get("content")
+        if not isinstance(role, str):
+            lists = ": a chat is a list of turns with one 'role' and one 'content' each, not a turn of lists"
+            raise TypeError(f"{where}: role is {_form(role)}, not text{lists if isinstance(role, list) else ''}")
+        if content is None:
+            if all(turn.get(key) is None for key in _WORDLESS):
+                raise ValueError(f"{where} ({role}): content is None, and there are no tool_calls")
+        elif isinstance(content, list):
+            _check_parts(f"{where} ({role})", content)
+        elif not isinstance(content, str):
+            raise TypeError(f"{where} ({role}): content is {_form(content)}, not text")
+        for text in (role, *texts_of(turn)):
+            _check_characters(where, text)
+
+
+def _check_parts(where: str, parts: list[Any]) -> None:
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("type", "text"), str):
+            raise TypeError(f"{where}: content is a list of {_form(part)}: give text, or parts {{'type': 'text', ...}}")
+        if part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"{where}: content has a part of type {part.get('type')!r}; only parts of text are read")
+
+
+def _check_characters(where: str, text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        for start in range(0, len(text), 1 << 20):
+            text[start : start + (1 << 20)].encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: {error.object[error.start]!r} is half of a surrogate pair, which no tokenizer reads"
+        ) from error
+
+
+def _form(value: Any) -> str:
+    return f"{value!r:.40}, a {type(value).__name__}"
+
+
+def texts_of(turn: dict[str, Any]) -> list[str]:
+    """The texts of a turn's content."""
+    content = turn.get("content")
+    if isinstance(content, list):
+        return [part["text"] for part in content if isinstance(part.get("text"), str)]
+    return [content] if isinstance(content, str) else []
+
+
+def said(source: Any) -> list[str]:
+    """The texts of a prompt, but for answers: of earlier ones templates may leave out what was thought."""
+    if isinstance(source, str):
+        return [source]
+    turns = [turn for turn in source if isinstance(turn, dict) and turn.get("role") != "assistant"]
+    return [text for turn in turns for text in texts_of(turn)]
+
+
+def in_one_piece(turn: dict[str, Any]) -> dict[str, Any]:
+    """The turn with its parts of text joined, line by line; without content where that is None."""
+    if isinstance(turn.get("content"), list):
+        return {**turn, "content": "\n".join(texts_of(turn))}
+    return {key: value for key, value in turn.items() if value is not None}
+
+
+def spoken(turn: dict[str, Any]) -> str:
+    """What a turn says, for those who write it into a text of their own: its content, and its calls of tools."""
+    calls = turn.get("tool_calls") or turn.get("function_call")
+    said = "\n".join(texts_of(turn))
+    return said if calls is None else f"{said}\n{json.dumps(calls, ensure_ascii=False)}".strip()
