@@ -6,7 +6,6 @@ A tokenizer that is there is loaded, and one that cannot be is never passed over
 import pytest
 import torch
 from conftest import refused, sum_reward, tiny_config, tiny_policy, tiny_reward
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
 from test_inputs_arguments import CONFIG, PROMPTS
 from transformers import (
     BertConfig,
@@ -59,34 +58,6 @@ def test_a_policys_tokenizer_that_cannot_be_loaded_is_an_error_too(tmp_path, pol
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(OSError, match=rf"{tmp_path}.*pass tokenizer="):
         StarsEngine(tmp_path, sum_reward)
-
-
-def repository(files, otherwise):
-    def download(name, file):
-        if file not in files:
-            raise otherwise("the hub's answer")
-        return file
-
-    return download
-
-
-class Gated(GatedRepoError):
-    def __init__(self, message):
-        Exception.__init__(self, message)
-
-
-@pytest.mark.parametrize("otherwise", [Gated, LocalEntryNotFoundError], ids=["gated", "offline"])
-def test_a_repository_that_does_not_tell_is_an_error(monkeypatch, otherwise):
-    monkeypatch.setattr(loading, "hf_hub_download", repository((), otherwise))
-    with pytest.raises(OSError, match=r"some/model.*the hub's answer"):
-        loading._tokenizer_beside("some/model", "tokenizer")
-
-
-def test_a_repository_has_a_tokenizer_where_it_has_one_of_its_files(monkeypatch):
-    monkeypatch.setattr(loading, "hf_hub_download", repository(("spiece.model",), LocalEntryNotFoundError))
-    assert loading._has_tokenizer("some/model")
-    monkeypatch.setattr(loading, "hf_hub_download", repository((), EntryNotFoundError))
-    assert not loading._has_tokenizer("some/model")
 
 
 def test_models_may_be_given_as_paths(tmp_path, policy32, reward32):

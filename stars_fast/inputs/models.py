@@ -7,22 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
 from stars_fast import demo
+from stars_fast.notices import warn
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
 from stars_fast.rewards.classifier import ONE_LABEL
-from stars_fast.tree.support import vocabulary
-
-# What a tokenizer is saved as, by any of transformers' classes; the usual ones first.
-_TOKENIZER_FILES = (
-    *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
-    *("spiece.model", "sentencepiece.bpe.model", "spm.model", "sentencepiece.model", "tekken.json"),
-)
-
+from stars_fast.rewards.ids import POLICYS, check_draft
+from stars_fast.text.tokenizers import tokenizer_beside
 
 DEMO, _DEMO_FOLDER = "demo", os.path.dirname(demo.__file__)
 Device = str | torch.device | None
@@ -67,7 +60,7 @@ def load_policy(
 
         name = _named(policy, "policy")
         if tokenizer is None:
-            tokenizer = _tokenizer_beside(name, "tokenizer")
+            tokenizer = tokenizer_beside(name, "tokenizer")
         policy = _loaded(AutoModelForCausalLM, name, device, dtype)
     if not hasattr(policy, "config") or not hasattr(policy, "get_output_embeddings"):
         raise TypeError(f"policy is a {type(policy).__name__}: give a transformers causal LM, a path or a hub id")
@@ -86,18 +79,12 @@ def draft_policy(draft: Any, kept: Policy | None, policy: Policy, tokenizer: Any
     Raises
     ------
     ValueError
-        Where the two do not have the same vocabulary.
+        Where the two are known not to have the same vocabulary.
     """
     if kept is not None and draft in (kept.model, kept.source):
         return kept
-    model, own = load_policy(draft, None, policy.device)
-    ids, ours = vocabulary(model), policy.vocab_size
-    # Tables of one vocabulary may be padded to different sizes, if a tokenizer says how many ids are in use.
-    same = ids == ours or (tokenizer is not None and len(tokenizer) <= min(ids, ours))
-    if not same or (own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab()):
-        raise ValueError(
-            f"draft: {type(model).__name__} has {ids} ids and the policy {ours}: their vocabularies must be the same"
-        )
+    model, _ = load_policy(draft, None, policy.device)
+    check_draft(model, policy.model, tokenizer)
     made = Policy(model, policy.graphs.enabled, policy.torch_compile)
     made.source = draft
     return made
@@ -113,12 +100,13 @@ def load_reward(
 ) -> Reward:
     """A :class:`Reward` from a Reward, a sequence classifier, what :func:`load_classifier` takes, or a plain function.
 
-    A classifier that reads the policy's ids must have an embedding for each that is expected (its tokenizer's, where
-    there is one). A padded vocabulary's further ids are caught when they are scored.
+    Whose ids a classifier reads is found out here (:func:`stars_fast.rewards.ids.reading`); ``reward_tokenizer`` may be
+    "policy". One that reads the policy's must have an embedding for each that is expected (its tokenizer's, where there
+    is one). A padded vocabulary's further ids are caught when they are scored.
     """
     if isinstance(reward, type):
         raise TypeError(f"reward is a class: give an instance, {reward.__name__}(...)")
-    if isinstance(reward_tokenizer, (str, os.PathLike)):
+    if isinstance(reward_tokenizer, (str, os.PathLike)) and reward_tokenizer != POLICYS:
         from transformers import AutoTokenizer
 
         reward_tokenizer = AutoTokenizer.from_pretrained(reward_tokenizer)
@@ -126,8 +114,10 @@ def load_reward(
         reward, reward_tokenizer = load_classifier(reward, reward_tokenizer, device)
     if not isinstance(reward, Reward) and hasattr(reward, "config") and hasattr(reward, "base_model_prefix"):
         reward = ClassifierReward(reward, reward_tokenizer, tokenizer, tail)
+    elif reward_tokenizer is not None:
+        warn(f"reward_tokenizer= has no effect on a {type(reward).__name__}: it has its own, or needs none")
     if isinstance(reward, Reward):
-        reward.check_vocabulary(vocabulary(policy) if tokenizer is None else len(tokenizer), policy)
+        reward.check_vocabulary(policy, tokenizer)
         return reward
     if callable(reward):
         return CallableReward(reward, tokenizer)
@@ -151,7 +141,7 @@ def load_classifier(
     if config.num_labels != 1:
         raise ValueError(f"reward={name!r} has num_labels={config.num_labels}; {ONE_LABEL}")
     if tokenizer is None:
-        tokenizer = _tokenizer_beside(name, "reward_tokenizer")
+        tokenizer = tokenizer_beside(name, "reward_tokenizer")
     return _loaded(AutoModelForSequenceClassification, name, device, dtype), tokenizer
 
 
@@ -177,35 +167,3 @@ def _loaded(auto: Any, name: str, device: Device, dtype: str) -> PreTrainedModel
         return placed
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={str(place)!r}: {error}") from error
-
-
-def _tokenizer_beside(name: str, argument: str) -> Any:
-    """The model's own tokenizer. None if there is none: a policy then takes ids, a reward model reads the policy's.
-
-    One that is there and cannot be loaded is an error: without it, a reward model would read ids of another vocabulary.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        # Asked first: of some families, transformers makes an empty tokenizer where there are no files.
-        return AutoTokenizer.from_pretrained(name) if _has_tokenizer(name) else None
-    except Exception as error:  # it needs packages, a connection, permission, code
-        raise OSError(f"the tokenizer of {name!r} cannot be loaded (or pass {argument}=): {error}") from error
-
-
-def _has_tokenizer(name: str) -> bool:
-    """Whether a folder or repository holds any of a tokenizer's files; raises where that cannot be told."""
-    if os.path.isdir(name):
-        return any(os.path.isfile(os.path.join(name, file)) for file in _TOKENIZER_FILES)
-    unknown = None
-    for file in _TOKENIZER_FILES:
-        try:
-            hf_hub_download(name, file)
-            return True
-        except LocalEntryNotFoundError as error:  # no connection, and not in the cache
-            unknown = error
-        except EntryNotFoundError:
-            continue
-    if unknown is not None:
-        raise unknown
-    return False

@@ -14,16 +14,14 @@ from stars_fast.notices import warn
 from stars_fast.rewards.base import Completion, RewardPrompt
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
+from stars_fast.rewards.ids import first_reading, reading
 from stars_fast.rewards.render import Rendering
 from stars_fast.tree.attention import evaluating, is_causal
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
-from stars_fast.tree.support import refuse_dynamic_rope, refuse_offloaded, vocabulary
+from stars_fast.tree.support import refuse_dynamic_rope, refuse_offloaded, unwrapped, vocabulary
 
 ONE_LABEL = "a reward model has exactly 1 (a causal LM scores as JudgeReward or ImplicitReward of stars_fast.rewards)"
-# How many more embeddings two models of one tokenizer may have: vocabularies are padded to multiples of up to 512 and
-# grow by some hundred reserved ids. Those of different tokenizers lie thousands apart.
-_MOST_PADDING = 512
 # Tokens of one forward pass where rows are scored whole, as far as one row allows.
 _MAX_TOKENS = 16384
 
@@ -39,8 +37,10 @@ class ClassifierReward(RenderedReward):
     Parameters
     ----------
     model : transformers ``...ForSequenceClassification`` with ``num_labels == 1``
-    tokenizer : transformers tokenizer, optional
-        The reward model's. None: it reads the policy's ids. With a chat template, prompts are rendered with it.
+    tokenizer : transformers tokenizer or "policy", optional
+        The reward model's; "policy": it reads the policy's ids. None: the one that lies where the model was loaded
+        from; :func:`stars_fast.rewards.ids.reading` says what where there is none. With a chat template, prompts are
+        rendered with it.
     policy_tokenizer : transformers tokenizer, optional
         None: the engine's. Where its vocabulary differs from ``tokenizer``'s, answers are re-tokenised, and what is in
         the tree is kept up to the longest common token prefix.
@@ -61,7 +61,10 @@ class ClassifierReward(RenderedReward):
         tail: str | Sequence[int] = "auto",
     ) -> None:
         self._check_labels(model)
-        self._given = Rendering(tokenizer, policy_tokenizer, tail)
+        self._given, self._policy_tokenizer, self._tail = tokenizer, policy_tokenizer, tail
+        self.reads = first_reading(tokenizer, "reward_tokenizer")
+        if tokenizer is not None or tail != "template":  # else an engine may find a template
+            self.make_rendering(policy_tokenizer)
         self.model = model
         refuse_dynamic_rope(model, "reward")
         refuse_offloaded(model, "reward")
@@ -110,14 +113,14 @@ class ClassifierReward(RenderedReward):
             return None, str(error)
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
-        given = self._given
-        if given.policy_tokenizer is not None or policy_tokenizer is None:
-            return given
-        return Rendering(given.tokenizer, policy_tokenizer, given.tail)
+        return Rendering(self.reads.tokenizer, self._policy_tokenizer or policy_tokenizer, self._tail)
 
-    def check_vocabulary(self, policy_ids: int, policy: PreTrainedModel) -> None:
-        if self._given.tokenizer is None:
-            check_ids(policy_ids, policy, self.vocab_size, self.model, "reward_tokenizer=")
+    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+        tokenizer = self._policy_tokenizer or tokenizer
+        if self.reads.tokenizer is None:
+            self.reads = reading([self.model], self._given, policy, tokenizer, "reward_tokenizer", self.reads)
+            self._latest = None
+        self.make_rendering(tokenizer)
 
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
@@ -147,40 +150,6 @@ class ClassifierReward(RenderedReward):
     def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> torch.Tensor:
         rewards: torch.Tensor = self.head(features)[:, 0].float()
         return rewards
-
-
-def check_ids(ids: int, policy: PreTrainedModel, embeddings: int, reward: PreTrainedModel, argument: str) -> None:
-    """Refuse a reward model that reads the policy's ids and has no embedding for some; warn where it seems to have been
-    trained on another tokenizer's.
-    """
-    if embeddings < ids:
-        raise ValueError(
-            f"the reward model has {embeddings} embeddings, fewer than the {ids} ids of the policy: pass its own "
-            f"tokenizer as {argument} (or, where both share one, tokenizer=)"
-        )
-    size, reward_size = vocabulary(policy), vocabulary(reward)
-    ends, reward_ends = _ends_of_texts(policy), _ends_of_texts(reward)
-    if reward_size > size + _MOST_PADDING:
-        found = f"has {reward_size} embeddings, the policy {size}"
-    # Base and tuned models of a family differ in one of the two, not in both.
-    elif all(a and b and not set(a) & set(b) for a, b in zip(ends, reward_ends, strict=True)):
-        found = "has bos and eos ids {} and {}, the policy {} and {}".format(*reward_ends, *ends)
-    else:
-        return
-    warn(f"the reward model reads the policy's ids, but {found}: pass {argument} if it has a tokenizer of its own")
-
-
-def _ends_of_texts(model: PreTrainedModel) -> list[list[int]]:
-    """The ids that begin and those that end a text, by the model's config."""
-    config = model.config.get_text_config()
-    ids = [getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")]
-    return [[one] if isinstance(one, int) else list(one or ()) for one in ids]
-
-
-def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
-    """The model whose parts are base model and head: PEFT wraps one whose layers it has changed in place."""
-    inner: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
-    return inner
 
 
 def _scores_last_token(model: PreTrainedModel, base: nn.Module, head: nn.Module, ids: torch.Tensor) -> bool:

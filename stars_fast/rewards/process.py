@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from stars_fast.rewards.base import Completion, Response, RewardPrompt
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Text, TreeCache
-from stars_fast.rewards.classifier import unwrapped
+from stars_fast.rewards.ids import check_own
 from stars_fast.rewards.render import Context, Rendering
 from stars_fast.text.chat import SENTINEL, chat_frame, encode, encode_start, encode_turn
 from stars_fast.text.prompts import Messages
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
+from stars_fast.tree.support import unwrapped
 
 AGGREGATES: dict[str, Callable[[list[float]], float]] = {
     "last": lambda scores: scores[-1],
@@ -135,6 +136,9 @@ class ProcessReward(RenderedReward):
 
     def shares_ids(self, prompt: RewardPrompt) -> bool:
         return False  # a step's text is tokenised anew
+
+    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+        check_own(self.caches[0].model.model, self.tokenizer, policy, tokenizer)
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
         return Rendering(self.tokenizer, policy_tokenizer or self.tokenizer, "none")

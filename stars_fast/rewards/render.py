@@ -10,6 +10,7 @@ from typing import Any
 from stars_fast.rewards.base import Completion, RewardPrompt
 from stars_fast.text.chat import ChatFrame, chat_frame, encode_start, encode_turn, marks, rendered_mark
 from stars_fast.text.prompts import Messages, ends_with_answer
+from stars_fast.text.tokenizers import same_vocabulary
 
 
 @dataclass(eq=False)
@@ -47,7 +48,7 @@ class Rendering:
         self.tokenizer = tokenizer
         self.policy_tokenizer = policy_tokenizer
         self.tail = tail
-        self.shared_ids = tokenizer is None or _same_vocabulary(tokenizer, policy_tokenizer)
+        self.shared_ids = tokenizer is None or same_vocabulary(tokenizer, policy_tokenizer)
 
     def context(self, prompt: RewardPrompt) -> Context:
         """The prompt's ids, and the tail of its answers.
@@ -139,7 +140,3 @@ class Rendering:
                 "pass the policy's as tokenizer="
             )
         return str(self.policy_tokenizer.decode(prompt.ids, skip_special_tokens=True))
-
-
-def _same_vocabulary(a: Any, b: Any) -> bool:
-    return b is not None and (a is b or a.get_vocab() == b.get_vocab())
