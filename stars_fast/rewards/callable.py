@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from stars_fast.rewards.base import Completion, Reward, RewardPrompt
+from stars_fast.rewards.values import one_each
 from stars_fast.text.prompts import ends_with_answer
 
 _OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -75,9 +76,7 @@ class CallableReward(Reward):
             return self._call(completions, names)
         rewards: list[float | None] = [None] * len(completions)
         for names, places in groups.items():
-            values = list(self._call([completions[place] for place in places], names))
-            if len(values) != len(places):
-                raise ValueError(f"the reward returned {len(values)} values for {len(places)} completions")
+            values = one_each(self._call([completions[place] for place in places], names), len(places))
             for place, value in zip(places, values, strict=True):
                 rewards[place] = value
         return rewards
