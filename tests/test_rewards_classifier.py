@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import tiny_policy, tiny_reward, tiny_tokenizer
+from conftest import tiny_config, tiny_policy, tiny_reward, tiny_tokenizer
 from histories import assert_scores, fresh, ids_prompts
 from tiny_tokenizers import byte_bpe, models_for
 from transformers import (
@@ -14,7 +14,10 @@ from transformers import (
     Gemma3TextForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -294,6 +297,35 @@ def test_a_bidirectional_reward_reads_the_whole_text_every_time():
         return reward(**theirs(text, return_tensors="pt", return_token_type_ids=False)).logits.item()
 
     assert_scores(out, expected)
+
+
+# What is no reward model
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda: LlamaForTokenClassification(tiny_config(VOCAB, num_labels=1)), r"shape \[1, 5, 1\] .*ProcessReward"),
+        (lambda: LlamaModel(tiny_config(VOCAB, num_labels=1)), "has no head"),
+        (lambda: LlamaForCausalLM(tiny_config(VOCAB, num_labels=1)), r"shape \[1, 5, 32\] for a text of 5 tokens"),
+    ],
+    ids=["token classifier", "base model", "causal LM"],
+)
+def test_a_model_that_does_not_give_one_value_per_text_is_refused_by_name(make, said):
+    model = make()
+    with pytest.raises(TypeError, match=f"{type(model).__name__}.*{said}"):
+        ClassifierReward(model)
+
+
+def test_a_head_that_was_made_when_a_causal_lm_was_loaded_is_warned_of(tmp_path, recwarn):
+    tiny_policy(VOCAB).save_pretrained(tmp_path)
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+    with pytest.warns(UserWarning, match="saved as LlamaForCausalLM.* its rewards are random"):
+        ClassifierReward(model)
+    model.save_pretrained(tmp_path)  # once it is trained
+    recwarn.clear()
+    ClassifierReward(LlamaForSequenceClassification.from_pretrained(tmp_path))
+    assert not recwarn.list
 
 
 # Ids of another tokenizer

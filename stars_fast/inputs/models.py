@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from stars_fast import demo
@@ -61,7 +63,8 @@ def load_policy(
         name = _named(policy, "policy")
         if tokenizer is None:
             tokenizer = tokenizer_beside(name, "tokenizer")
-        policy = _loaded(AutoModelForCausalLM, name, device, dtype)
+        policy, loading = _loaded(AutoModelForCausalLM, name, device, dtype)
+        _refuse_random("policy", name, policy, loading["missing_keys"], "give a causal LM with its language-model head")
     if not hasattr(policy, "config") or not hasattr(policy, "get_output_embeddings"):
         raise TypeError(f"policy is a {type(policy).__name__}: give a transformers causal LM, a path or a hub id")
     if isinstance(tokenizer, (str, os.PathLike)):
@@ -112,6 +115,7 @@ def load_reward(
         reward_tokenizer = AutoTokenizer.from_pretrained(reward_tokenizer)
     if isinstance(reward, (str, os.PathLike)):
         reward, reward_tokenizer = load_classifier(reward, reward_tokenizer, device)
+    _refuse_modules(reward)
     if not isinstance(reward, Reward) and hasattr(reward, "config") and hasattr(reward, "base_model_prefix"):
         reward = ClassifierReward(reward, reward_tokenizer, tokenizer, tail)
     elif reward_tokenizer is not None:
@@ -127,6 +131,22 @@ def load_reward(
     )
 
 
+def _refuse_modules(reward: Any) -> None:
+    """Raise TypeError for networks that would be called as functions of prompts and completions, and are none."""
+    if not isinstance(reward, nn.Module) or hasattr(reward, "base_model_prefix"):
+        return
+    name, inner = type(reward).__name__, getattr(reward, "module", None)
+    if isinstance(inner, PreTrainedModel):
+        raise TypeError(f"reward is a {name} around a {type(inner).__name__}: give the model itself, its .module")
+    takes = list(inspect.signature(reward.forward).parameters)
+    if not {"prompts", "completions", "completion_ids"} & set(takes):
+        raise TypeError(
+            f"reward is a {name}, whose forward takes {', '.join(takes) or 'nothing'} and none of prompts, completions "
+            "and completion_ids: give a function of these, or (a network on the policy's hidden state) a "
+            "stars_fast.rewards.HiddenStateProbe"
+        )
+
+
 def load_classifier(
     name: str | os.PathLike[str], tokenizer: Any, device: Device = None, dtype: str = "auto"
 ) -> tuple[PreTrainedModel, Any]:
@@ -137,12 +157,16 @@ def load_classifier(
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     name = _named(name, "reward")
-    config = AutoConfig.from_pretrained(name)
-    if config.num_labels != 1:
-        raise ValueError(f"reward={name!r} has num_labels={config.num_labels}; {ONE_LABEL}")
     if tokenizer is None:
         tokenizer = tokenizer_beside(name, "reward_tokenizer")
-    return _loaded(AutoModelForSequenceClassification, name, device, dtype), tokenizer
+    labels = AutoConfig.from_pretrained(name).num_labels
+    # Two labels stand in no config.json: whether the head has one row is seen when it is loaded.
+    one = {} if labels == 1 else {"num_labels": 1, "ignore_mismatched_sizes": True}
+    model, loading = _loaded(AutoModelForSequenceClassification, name, device, dtype, **one)
+    if loading["mismatched_keys"]:
+        raise ValueError(f"reward={name!r} has num_labels={labels}; {ONE_LABEL}")
+    _refuse_random("reward", name, model, loading["missing_keys"], ONE_LABEL)
+    return model, tokenizer
 
 
 def _named(name: str | os.PathLike[str], role: str) -> str:
@@ -157,13 +181,29 @@ def _named(name: str | os.PathLike[str], role: str) -> str:
     return path
 
 
-def _loaded(auto: Any, name: str, device: Device, dtype: str) -> PreTrainedModel:
+def _refuse_random(role: str, name: str, model: PreTrainedModel, missing: Iterable[str], remedy: str) -> None:
+    """Raise ValueError for a head that is not in the checkpoint; warn of other weights that are not."""
+    keys = sorted(missing)
+    heads = [key for key in keys if not key.startswith(f"{model.base_model_prefix}.")]
+    if heads:
+        raise ValueError(
+            f"{role}={name!r}: its checkpoint lacks {', '.join(heads)}, so its {type(model).__name__} would have a "
+            f"random head; {remedy}"
+        )
+    if keys:
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        warn(f"{role}={name!r}: its checkpoint lacks {', '.join(keys[:3])}{more}, which are random now")
+
+
+def _loaded(
+    auto: Any, name: str, device: Device, dtype: str, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Iterable[str]]]:
+    """The model, and what transformers says of its loading."""
     place = placement(device)
     if dtype == "auto" and os.path.dirname(name) == _DEMO_FOLDER:
         dtype = "float32"  # the files hold half of that, to be small
-    model = auto.from_pretrained(name, dtype=dtype)
+    model, loading = auto.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
     try:
-        placed: PreTrainedModel = model.to(place)
-        return placed
+        return model.to(place), loading
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={str(place)!r}: {error}") from error

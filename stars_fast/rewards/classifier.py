@@ -14,7 +14,7 @@ from stars_fast.notices import warn
 from stars_fast.rewards.base import Completion, RewardPrompt
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
-from stars_fast.rewards.ids import first_reading, reading
+from stars_fast.rewards.ids import first_reading, loaded_from, reading
 from stars_fast.rewards.render import Rendering
 from stars_fast.tree.attention import evaluating, is_causal
 from stars_fast.tree.check import checked
@@ -22,6 +22,8 @@ from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import refuse_dynamic_rope, refuse_offloaded, unwrapped, vocabulary
 
 ONE_LABEL = "a reward model has exactly 1 (a causal LM scores as JudgeReward or ImplicitReward of stars_fast.rewards)"
+# How classes of models end that have no head of one label.
+_HEADLESS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
 # Tokens of one forward pass where rows are scored whole, as far as one row allows.
 _MAX_TOKENS = 16384
 
@@ -49,8 +51,8 @@ class ClassifierReward(RenderedReward):
 
     Raises
     ------
-    ValueError
-        For more than one label, or a tail that is not known.
+    ValueError, TypeError
+        For more than one label, a tail that is not known, or a model that does not give one value per text.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class ClassifierReward(RenderedReward):
         refuse_offloaded(model, "reward")
         self.device = next(model.parameters()).device
         self.vocab_size = vocabulary(model)
+        own = self._check_value()
+        _warn_of_new_head(model)
         self.causal = False
-        self.tree_model, self.reason = self._tree_model()
+        self.tree_model, self.reason = self._tree_model(own)
         self.max_positions = _most_tokens(model)
         self._start([] if self.tree_model is None else [TreeCache(self.tree_model)])
         self._warned = False
@@ -91,7 +95,30 @@ class ClassifierReward(RenderedReward):
         pad = self.model.config.get_text_config().pad_token_id
         return [token for token in range(min(6, self.vocab_size)) if token != pad][:5]
 
-    def _tree_model(self) -> tuple[TreeModel | None, str]:
+    @torch.no_grad()
+    def _check_value(self) -> torch.Tensor | None:
+        """The model's own reward of the probe, ``[1]`` float32; None where it does not read it, as heads that look for
+        an end of the text. Raises TypeError for a model that gives something else than one value a text.
+        """
+        name, ids = type(self.model).__name__, torch.tensor([self._probe()], device=self.device)
+        with evaluating(self.model):
+            try:
+                output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            except torch.OutOfMemoryError:
+                raise
+            except (IndexError, ValueError, RuntimeError):
+                return None
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            raise TypeError(f"reward: {name} gives hidden states, no logits: it has no head; {ONE_LABEL}")
+        if logits.numel() != 1:
+            raise TypeError(
+                f"reward: {name} gives logits of shape {list(logits.shape)} for a text of {ids.shape[1]} tokens, and a "
+                "reward model one value (of token classifiers, ProcessReward.qwen reads those of two labels)"
+            )
+        return logits.flatten().float()
+
+    def _tree_model(self, own: torch.Tensor | None) -> tuple[TreeModel | None, str]:
         """The incremental path, or None and why this model cannot take it."""
         inner = unwrapped(self.model)
         base = getattr(inner, inner.base_model_prefix, None)
@@ -104,7 +131,8 @@ class ClassifierReward(RenderedReward):
             head = getattr(inner, self.head_name, None)
             if not isinstance(head, nn.Module):
                 return None, f"it has no `{self.head_name}` head"
-            if not _scores_last_token(self.model, base, head, torch.tensor([self._probe()], device=self.device)):
+            ids = torch.tensor([self._probe()], device=self.device)
+            if own is None or not _scores_last_token(own, base, head, ids):
                 return None, "its logits are not its head's value at the last token"
         self.head = head
         try:
@@ -152,12 +180,22 @@ class ClassifierReward(RenderedReward):
         return rewards
 
 
-def _scores_last_token(model: PreTrainedModel, base: nn.Module, head: nn.Module, ids: torch.Tensor) -> bool:
+def _warn_of_new_head(model: PreTrainedModel) -> None:
+    """Of a model that was loaded from a checkpoint of another class, and is not known to have been trained since."""
+    inner, saved = unwrapped(model), model.config.architectures or []
+    name = type(inner).__name__
+    if inner is model and loaded_from(model) and saved and all(one.endswith(_HEADLESS) for one in saved):
+        warn(
+            f"reward: {loaded_from(model)!r} was saved as {', '.join(saved)}, so the head of this {name} was made anew: "
+            "unless it was trained since, its rewards are random"
+        )
+
+
+def _scores_last_token(own: torch.Tensor, base: nn.Module, head: nn.Module, ids: torch.Tensor) -> bool:
     """Whether the model's own reward of ids ``[1, T]`` is its head's value at the last: it may do more than that."""
     values = head(base(input_ids=ids).last_hidden_state[0])[:, 0]  # [T]
-    own = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.flatten().float()  # [1]
     tolerance = 2 * torch.finfo(values.dtype).eps ** 0.5 * float(values.abs().max())
-    return own.numel() == 1 and float((own[0] - values[-1].float()).abs()) <= tolerance
+    return float((own[0] - values[-1].float()).abs()) <= tolerance
 
 
 def score_in_full(model: PreTrainedModel, rows: Sequence[list[int]]) -> list[float]:
@@ -187,7 +225,7 @@ def _forward(model: PreTrainedModel, rows: Sequence[list[int]], holds_pad: bool)
         output = model(inputs_embeds=embed(ids), attention_mask=mask)
     else:
         output = model(input_ids=ids, attention_mask=mask)
-    rewards: list[float] = output.logits[:, 0].float().tolist()
+    rewards: list[float] = output.logits.flatten().float().tolist()
     return rewards
 
 
