@@ -127,7 +127,7 @@ def test_a_network_is_no_function_of_completions_unless_it_takes_them(policy32, 
         StarsEngine(policy32, torch.nn.DataParallel(reward32))
     with refused("Linear", "input", r"stars_fast\.rewards\.HiddenStateProbe"):
         StarsEngine(policy32, torch.nn.Linear(32, 1))
-    assert StarsEngine(policy32, Judge()).generate(PROMPTS, CONFIG, seed=0).errors == [None] * 2
+    assert not any(StarsEngine(policy32, Judge()).generate(PROMPTS, CONFIG, seed=0).errors)
 
 
 @pytest.mark.parametrize("reward", [RuleReward, LlamaForSequenceClassification])

@@ -39,7 +39,8 @@ class CallableReward(Reward):
     def __init__(self, function: Callable[..., Any], tokenizer: Any = None) -> None:
         self.function = function
         self.tokenizer = tokenizer
-        parameters = inspect.signature(function).parameters.values()
+        called = function.forward if isinstance(function, torch.nn.Module) else function
+        parameters = inspect.signature(called).parameters.values()
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._names = {p.name for p in parameters if p.kind in named}

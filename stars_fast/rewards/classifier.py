@@ -16,7 +16,7 @@ from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.ids import first_reading, loaded_from, reading
 from stars_fast.rewards.render import Rendering
-from stars_fast.tree.attention import evaluating, is_causal
+from stars_fast.tree.attention import evaluating, is_causal, own_dtypes
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import refuse_dynamic_rope, refuse_offloaded, unwrapped, vocabulary
@@ -96,6 +96,7 @@ class ClassifierReward(RenderedReward):
         return [token for token in range(min(6, self.vocab_size)) if token != pad][:5]
 
     @torch.no_grad()
+    @own_dtypes()
     def _check_value(self) -> torch.Tensor | None:
         """The model's own reward of the probe, ``[1]`` float32; None where it does not read it, as heads that look for
         an end of the text. Raises TypeError for a model that gives something else than one value a text.
@@ -124,7 +125,7 @@ class ClassifierReward(RenderedReward):
         base = getattr(inner, inner.base_model_prefix, None)
         if base is None:
             return None, "it has no base model"
-        with torch.no_grad(), evaluating(self.model):
+        with torch.no_grad(), own_dtypes(), evaluating(self.model):
             self.causal = is_causal(base, self.vocab_size, self.device)
             if not self.causal:
                 return None, "its attention is bidirectional"
@@ -186,8 +187,8 @@ def _warn_of_new_head(model: PreTrainedModel) -> None:
     name = type(inner).__name__
     if inner is model and loaded_from(model) and saved and all(one.endswith(_HEADLESS) for one in saved):
         warn(
-            f"reward: {loaded_from(model)!r} was saved as {', '.join(saved)}, so the head of this {name} was made anew: "
-            "unless it was trained since, its rewards are random"
+            f"reward: {loaded_from(model)!r} was saved as {', '.join(saved)}, so the head of this {name} was made "
+            "anew: unless it was trained since, its rewards are random"
         )
 
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from stars_fast.tree.attention import causal_probe, evaluating, plugged
+from stars_fast.tree.attention import causal_probe, evaluating, own_dtypes, plugged
 from stars_fast.tree.model import TreeModel
 
 # Relative difference from a plain forward pass: rounding stays far below in any dtype, another computation far above.
@@ -106,7 +106,7 @@ def max_difference(tree_model: TreeModel) -> float:
     packed, plain = _outputs(tree_model)
     if tree_model.body is not tree_model.model:
         head: Any = tree_model.model.score
-        with torch.no_grad():
+        with torch.no_grad(), own_dtypes():
             packed, plain = (head(hidden.to(tree_model.dtype)).float() for hidden in (packed, plain))
     left_out = _left_out(packed, plain)
     return math.inf if left_out is None else float((packed - plain).masked_fill(left_out, 0.0).abs().max())
@@ -118,6 +118,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
+@own_dtypes()
 def _outputs(tree_model: TreeModel) -> tuple[torch.Tensor, torch.Tensor]:
     """What the body gives at the tokens of two branches, on the tree and by plain passes: ``[T, X]`` float32 each.
 
