@@ -15,6 +15,7 @@ from stars_fast.rewards.base import Completion, RewardPrompt
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.ids import first_reading, loaded_from, reading
+from stars_fast.rewards.pairs import Pairs, makes_pairs
 from stars_fast.rewards.render import Rendering
 from stars_fast.tree.attention import evaluating, is_causal, own_dtypes
 from stars_fast.tree.check import checked
@@ -48,6 +49,9 @@ class ClassifierReward(RenderedReward):
         the tree is kept up to the longest common token prefix.
     tail : "auto", "template", "none" or sequence of int
         What follows the answer when it is scored: the chat template's ("auto": if there is one), nothing, or these ids.
+    pairs : bool, optional
+        Whether the model was trained on ``tokenizer(question, answer)`` instead of one text; it is scored in full then.
+        None: on one text, with a warning where the tokenizer makes pairs and the model is bidirectional.
 
     Raises
     ------
@@ -61,11 +65,16 @@ class ClassifierReward(RenderedReward):
         tokenizer: Any = None,
         policy_tokenizer: Any = None,
         tail: str | Sequence[int] = "auto",
+        *,
+        pairs: bool | None = None,
     ) -> None:
         self._check_labels(model)
         self._given, self._policy_tokenizer, self._tail = tokenizer, policy_tokenizer, tail
+        self._pairs = pairs
+        if pairs and tail not in ("auto", "none"):
+            raise ValueError(f"reward_tail={tail!r}: nothing follows the answer of a pair (pairs=True)")
         self.reads = first_reading(tokenizer, "reward_tokenizer")
-        if tokenizer is not None or tail != "template":  # else an engine may find a template
+        if tokenizer is not None or not (pairs or tail == "template"):  # else an engine may find one
             self.make_rendering(policy_tokenizer)
         self.model = model
         refuse_dynamic_rope(model, "reward")
@@ -121,6 +130,8 @@ class ClassifierReward(RenderedReward):
 
     def _tree_model(self, own: torch.Tensor | None) -> tuple[TreeModel | None, str]:
         """The incremental path, or None and why this model cannot take it."""
+        if self._pairs:
+            return None, "it reads pairs of texts"
         inner = unwrapped(self.model)
         base = getattr(inner, inner.base_model_prefix, None)
         if base is None:
@@ -142,7 +153,14 @@ class ClassifierReward(RenderedReward):
             return None, str(error)
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
-        return Rendering(self.reads.tokenizer, self._policy_tokenizer or policy_tokenizer, self._tail)
+        tokenizer, policy_tokenizer = self.reads.tokenizer, self._policy_tokenizer or policy_tokenizer
+        if not self._pairs:
+            return Rendering(tokenizer, policy_tokenizer, self._tail)
+        if tokenizer is None:
+            raise ValueError(
+                "pairs=True, but no tokenizer is known that makes them: pass the reward model's tokenizer="
+            )
+        return Pairs(tokenizer, policy_tokenizer)
 
     def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
         tokenizer = self._policy_tokenizer or tokenizer
@@ -150,6 +168,12 @@ class ClassifierReward(RenderedReward):
             self.reads = reading([self.model], self._given, policy, tokenizer, "reward_tokenizer", self.reads)
             self._latest = None
         self.make_rendering(tokenizer)
+        if self._pairs is None and not self.causal and makes_pairs(self.reads.tokenizer):
+            warn(
+                f"{type(self.model).__name__} is scored on question and answer as one text: if it was trained on "
+                "tokenizer(question, answer), give ClassifierReward(model, tokenizer, pairs=True) as the reward; "
+                "pairs=False says that one text is right"
+            )
 
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
@@ -174,7 +198,12 @@ class ClassifierReward(RenderedReward):
             return super().score(completions)
         texts = [text.ids + text.tail for text in self.texts(completions)]
         self.tokens += sum(len(ids) for ids in texts)
-        return score_in_full(self.model, texts)
+        renderings = [self.rendering(completion.response.prompt) for completion in completions]
+        types = [
+            one.types(completion) if isinstance(one, Pairs) else None
+            for one, completion in zip(renderings, completions, strict=True)
+        ]
+        return score_in_full(self.model, texts, types)
 
     def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> torch.Tensor:
         rewards: torch.Tensor = self.head(features)[:, 0].float()
@@ -199,33 +228,43 @@ def _scores_last_token(own: torch.Tensor, base: nn.Module, head: nn.Module, ids:
     return float((own[0] - values[-1].float()).abs()) <= tolerance
 
 
-def score_in_full(model: PreTrainedModel, rows: Sequence[list[int]]) -> list[float]:
-    """The model's own value for each row of ids. Rows of one length run together: padding would move some poolings."""
+def score_in_full(
+    model: PreTrainedModel, rows: Sequence[list[int]], types: Sequence[list[int] | None] | None = None
+) -> list[float]:
+    """The model's own value for each row of ids and, where some are given, of their token types.
+
+    Rows of one length run together: padding would move some poolings.
+    """
+    types = types or [None] * len(rows)
     pad = model.config.get_text_config().pad_token_id
-    groups: dict[tuple[int, bool], list[int]] = {}
+    groups: dict[tuple[int, bool, bool], list[int]] = {}
     for place, row in enumerate(rows):
-        groups.setdefault((len(row), pad in row), []).append(place)
+        groups.setdefault((len(row), pad in row, types[place] is not None), []).append(place)
     rewards = [0.0] * len(rows)
-    for (length, holds_pad), places in groups.items():
+    for (length, holds_pad, typed), places in groups.items():
         # Without a pad id transformers' heads take one row at a time.
         step = 1 if pad is None else max(1, _MAX_TOKENS // length)
         for start in range(0, len(places), step):
             batch = places[start : start + step]
-            values = _forward(model, [rows[place] for place in batch], holds_pad)
+            given = [types[place] for place in batch] if typed else None
+            values = _forward(model, [rows[place] for place in batch], holds_pad, given)
             for place, value in zip(batch, values, strict=True):
                 rewards[place] = value
     return rewards
 
 
-def _forward(model: PreTrainedModel, rows: Sequence[list[int]], holds_pad: bool) -> list[float]:
+def _forward(
+    model: PreTrainedModel, rows: Sequence[list[int]], holds_pad: bool, types: Sequence[list[int] | None] | None
+) -> list[float]:
     """Rewards of rows of one length."""
     ids = torch.tensor(rows, device=next(model.parameters()).device)  # [B, T]
     mask = torch.ones_like(ids)
+    more = {} if types is None else {"token_type_ids": torch.tensor(types, device=ids.device)}
     if holds_pad:  # a pad id that was drawn is a token like others; from embeddings the model does not see which it is
         embed = model.get_input_embeddings()
-        output = model(inputs_embeds=embed(ids), attention_mask=mask)
+        output = model(inputs_embeds=embed(ids), attention_mask=mask, **more)
     else:
-        output = model(input_ids=ids, attention_mask=mask)
+        output = model(input_ids=ids, attention_mask=mask, **more)
     rewards: list[float] = output.logits.flatten().float().tolist()
     return rewards
 
