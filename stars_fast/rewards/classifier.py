@@ -20,7 +20,7 @@ from stars_fast.rewards.render import Rendering
 from stars_fast.tree.attention import evaluating, is_causal, own_dtypes
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
-from stars_fast.tree.support import refuse_dynamic_rope, refuse_offloaded, unwrapped, vocabulary
+from stars_fast.tree.support import check_loaded, refuse_dynamic_rope, refuse_offloaded, unwrapped, vocabulary
 
 ONE_LABEL = "a reward model has exactly 1 (a causal LM scores as JudgeReward or ImplicitReward of stars_fast.rewards)"
 # How classes of models end that have no head of one label.
@@ -68,6 +68,7 @@ class ClassifierReward(RenderedReward):
         *,
         pairs: bool | None = None,
     ) -> None:
+        check_loaded(model, "reward")
         self._check_labels(model)
         self._given, self._policy_tokenizer, self._tail = tokenizer, policy_tokenizer, tail
         self._pairs = pairs
@@ -120,7 +121,9 @@ class ClassifierReward(RenderedReward):
                 return None
         logits = getattr(output, "logits", None)
         if logits is None:
-            raise TypeError(f"reward: {name} gives hidden states, no logits: it has no head; {ONE_LABEL}")
+            raise TypeError(
+                f"reward: {name} gives a {type(output).__name__} without logits: it has no head; {ONE_LABEL}"
+            )
         if logits.numel() != 1:
             raise TypeError(
                 f"reward: {name} gives logits of shape {list(logits.shape)} for a text of {ids.shape[1]} tokens, and a "

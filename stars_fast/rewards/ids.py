@@ -194,11 +194,16 @@ def loaded_from(model: PreTrainedModel) -> str:
 def _related(models: Sequence[PreTrainedModel], policy: PreTrainedModel) -> str | None:
     """Why the models must have the policy's vocabulary, by what they are and where they came from."""
     for model in models:
-        if unwrapped(model) is unwrapped(policy):
+        if _innermost(model) is _innermost(policy):
             return "it is the policy"
         if loaded_from(model) and loaded_from(model) == loaded_from(policy):
             return f"it was loaded from {loaded_from(policy)!r}, as the policy was"
     return None
+
+
+def _innermost(model: PreTrainedModel) -> PreTrainedModel:
+    """What torch.compile and PEFT have wrapped."""
+    return unwrapped(getattr(model, "_orig_mod", model))
 
 
 def _beside(*models: PreTrainedModel) -> _Beside:

@@ -17,7 +17,7 @@ from stars_fast.rewards.render import Rendering
 from stars_fast.text.chat import common_prefix
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
-from stars_fast.tree.support import unwrapped, vocabulary
+from stars_fast.tree.support import check_loaded, unwrapped, vocabulary
 
 # Tokens of one packed pass: each has a row of logits, 256 MB in all for 128k ids in bfloat16.
 _MAX_PACKED = 1024
@@ -64,6 +64,8 @@ class ImplicitReward(RenderedReward):
     ) -> None:
         if weights not in ("sum", "1/k"):
             raise ValueError(f"weights={weights!r}: must be 'sum' or '1/k'")
+        check_loaded(model, "model")
+        check_loaded(reference, "reference")
         if unwrapped(model) is unwrapped(reference):  # PEFT puts its adapters into the model it is given
             raise ValueError(
                 "model and reference share their weights, every log-ratio would be 0: load the reference separately"

@@ -19,7 +19,7 @@ from stars_fast.text.chat import SENTINEL, chat_frame, encode, encode_start, enc
 from stars_fast.text.prompts import Messages
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
-from stars_fast.tree.support import unwrapped
+from stars_fast.tree.support import check_loaded, unwrapped
 
 AGGREGATES: dict[str, Callable[[list[float]], float]] = {
     "last": lambda scores: scores[-1],
@@ -57,6 +57,8 @@ class ProcessReward(RenderedReward):
     def __init__(self, model: TreeModel, tokenizer: Any, aggregate: str) -> None:
         if aggregate not in AGGREGATES:
             raise ValueError(f"aggregate={aggregate!r}: must be one of {', '.join(map(repr, AGGREGATES))}")
+        if tokenizer is None:
+            raise TypeError("tokenizer is None: a process reward model reads steps in text, so give its tokenizer")
         self.tokenizer = tokenizer
         self.aggregate = AGGREGATES[aggregate]
         self._committed: dict[Response, _Steps] = {}
@@ -90,6 +92,7 @@ class ProcessReward(RenderedReward):
         ValueError
             For a head of another size, or a token that the tokenizer does not know.
         """
+        check_loaded(model, "model")
         inner = unwrapped(model)
         base, head = getattr(inner, inner.base_model_prefix, None), getattr(inner, "score", None)
         if base is None or not isinstance(head, nn.Module):
@@ -120,6 +123,7 @@ class ProcessReward(RenderedReward):
             For labels that end alike, and a tokenizer without a chat template, or by which the ids of a step alone are
             others than in the conversation.
         """
+        check_loaded(model, "model")
         return _Labels(checked(TreeModel(model, model, "process reward model")), tokenizer, aggregate, good, bad)
 
     # To be written by each form
@@ -133,6 +137,11 @@ class ProcessReward(RenderedReward):
         raise NotImplementedError
 
     # What they share
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """Of marks and labels: the model must have them."""
+        if bad := self._outside(ids):
+            raise ValueError(f"the id {bad[0]} of a step's mark or label is {self._vocabulary}")
 
     def shares_ids(self, prompt: RewardPrompt) -> bool:
         return False  # a step's text is tokenised anew
@@ -213,6 +222,7 @@ class _StepTokens(ProcessReward):
         if mark is None or mark == tokenizer.unk_token_id:
             raise ValueError(f"step_token={step_token!r} is not in the tokenizer's vocabulary")
         self.head, self.mark, self.system = head, [mark], system
+        self._check_ids(self.mark)
 
     def context(self, prompt: RewardPrompt) -> Context:
         rendering = self.rendering(prompt)
@@ -239,6 +249,7 @@ class _Labels(ProcessReward):
             raise ValueError(f"good={good!r} and bad={bad!r} end with the same token, {self.labels[0]}")
         _, _, mark, link = self._shown([{"role": "user", "content": "a"}])
         self.mark, self.link = encode(tokenizer, mark), [*encode(tokenizer, good), *encode(tokenizer, link)]
+        self._check_ids([*self.labels, *self.mark, *self.link])
         self._check_joints(good)
 
     def _check_joints(self, good: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -17,6 +18,14 @@ def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     """The model whose parts are base model and head: PEFT wraps one whose layers it has changed in place."""
     inner: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
     return inner
+
+
+def check_loaded(model: Any, argument: str) -> None:
+    """Raise TypeError for a name in a model's place, and ValueError for one whose outputs have no names."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{argument} is a {type(model).__name__}: give a loaded transformers model")
+    if getattr(getattr(model, "config", None), "return_dict", True) is False:
+        raise ValueError(f"{argument}: the config of this {type(model).__name__} has return_dict=False: set it to True")
 
 
 def vocabulary(model: PreTrainedModel) -> int:
