@@ -214,7 +214,7 @@ def _beside(*models: PreTrainedModel) -> _Beside:
             causes.append("it was made of a configuration")
             continue
         try:
-            if (tokenizer := tokenizer_beside(name, "tokenizer")) is not None:
+            if (tokenizer := tokenizer_beside(name, "tokenizer", cached=True)) is not None:
                 return _Beside(tokenizer, f"beside {name!r}")
             causes.append(f"there is no tokenizer beside {name!r}")
         except OSError as error:
