@@ -125,6 +125,8 @@ class Judge(torch.nn.Module):
 def test_a_network_is_no_function_of_completions_unless_it_takes_them(policy32, reward32):
     with refused("DataParallel", "LlamaForSequenceClassification", r"\.module"):
         StarsEngine(policy32, torch.nn.DataParallel(reward32))
+    with refused("policy", "DataParallel", r"\.module"):
+        StarsEngine(torch.nn.DataParallel(policy32), sum_reward)
     with refused("Linear", "input", r"stars_fast\.rewards\.HiddenStateProbe"):
         StarsEngine(policy32, torch.nn.Linear(32, 1))
     assert not any(StarsEngine(policy32, Judge()).generate(PROMPTS, CONFIG, seed=0).errors)

@@ -8,6 +8,8 @@ from conftest import tiny_config, tiny_policy, tiny_reward, tiny_tokenizer
 from histories import assert_scores, fresh, ids_prompts
 from tiny_tokenizers import byte_bpe, models_for
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     Gemma3TextConfig,
@@ -297,6 +299,20 @@ def test_a_bidirectional_reward_reads_the_whole_text_every_time():
         return reward(**theirs(text, return_tensors="pt", return_token_type_ids=False)).logits.item()
 
     assert_scores(out, expected)
+
+
+def test_an_encoder_decoder_reads_a_drawn_pad_id_and_the_end_that_its_head_looks_for():
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_labels": 1, "init_std": 0.5}
+    ends = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 31, "decoder_start_token_id": 31}
+    reward = seeded(BartForSequenceClassification, BartConfig(vocab_size=VOCAB, **sizes, **heads, **ends))
+    with pytest.warns(UserWarning, match="scored in full"):
+        engine = StarsEngine(tiny_policy(VOCAB, hidden=32), reward, reward_tail=[31])
+        out = engine.generate([[1, 2]], CONFIG, seed=0, num_return_sequences=3)
+    assert out.errors == [None] * 3
+    for tokens, found in zip(out.completions, out.rewards, strict=True):
+        answer = tokens[:-1] if tokens[-1] == 31 else tokens
+        assert found == pytest.approx(own(reward, [1, 2, *answer, 31]), abs=1e-5)
 
 
 # What is no reward model

@@ -65,6 +65,7 @@ def load_policy(
             tokenizer = tokenizer_beside(name, "tokenizer")
         policy, loading = _loaded(AutoModelForCausalLM, name, device, dtype)
         _refuse_random("policy", name, policy, loading["missing_keys"], "give a causal LM with its language-model head")
+    _refuse_wrapper(policy, "policy")
     if not hasattr(policy, "config") or not hasattr(policy, "get_output_embeddings"):
         raise TypeError(f"policy is a {type(policy).__name__}: give a transformers causal LM, a path or a hub id")
     if isinstance(tokenizer, (str, os.PathLike)):
@@ -131,13 +132,19 @@ def load_reward(
     )
 
 
+def _refuse_wrapper(model: Any, role: str) -> None:
+    """Raise TypeError for what spreads a model over devices: its parts are not where a model's are."""
+    name, inner = type(model).__name__, getattr(model, "module", None)
+    if isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel) and isinstance(inner, PreTrainedModel):
+        raise TypeError(f"{role} is a {name} around a {type(inner).__name__}: give the model itself, its .module")
+
+
 def _refuse_modules(reward: Any) -> None:
     """Raise TypeError for networks that would be called as functions of prompts and completions, and are none."""
     if not isinstance(reward, nn.Module) or hasattr(reward, "base_model_prefix"):
         return
-    name, inner = type(reward).__name__, getattr(reward, "module", None)
-    if isinstance(inner, PreTrainedModel):
-        raise TypeError(f"reward is a {name} around a {type(inner).__name__}: give the model itself, its .module")
+    _refuse_wrapper(reward, "reward")
+    name = type(reward).__name__
     takes = list(inspect.signature(reward.forward).parameters)
     if not {"prompts", "completions", "completion_ids"} & set(takes):
         raise TypeError(

@@ -263,7 +263,9 @@ def _forward(
     ids = torch.tensor(rows, device=next(model.parameters()).device)  # [B, T]
     mask = torch.ones_like(ids)
     more = {} if types is None else {"token_type_ids": torch.tensor(types, device=ids.device)}
-    if holds_pad:  # a pad id that was drawn is a token like others; from embeddings the model does not see which it is
+    # A pad id that was drawn is a token like others: from embeddings the model does not see which it is. Those with a
+    # decoder take none, and look for the end of the text instead.
+    if holds_pad and not getattr(model.config, "is_encoder_decoder", False):
         embed = model.get_input_embeddings()
         output = model(inputs_embeds=embed(ids), attention_mask=mask, **more)
     else:
