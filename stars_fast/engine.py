@@ -48,8 +48,10 @@ class StarsEngine(Stays):
         sync or async.
     tokenizer : transformers tokenizer, optional
         The policy's; loaded beside a policy given by name. Needed for text, chats and stop strings.
-    reward_tokenizer : transformers tokenizer, optional
-        The reward model's, where it differs or has a chat template.
+    reward_tokenizer : transformers tokenizer, path, hub id or "policy", optional
+        The reward model's; "policy" where it reads the policy's ids. Default: the one that lies where the reward model
+        was loaded from. Where none does, a reward model that may have been trained on another's ids is refused, or
+        warned of where nothing can be known.
     reward_tail : "auto", "template", "none" or sequence of int
         What follows the answer whenever it is scored; see :class:`stars_fast.rewards.ClassifierReward`.
     reward_chat_template_kwargs : mapping, optional

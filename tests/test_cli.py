@@ -390,6 +390,7 @@ def test_doctor_reports_versions_kernels_and_both_demo_models():
         assert model["path"] == "tree plug-in" and model["agrees"]
         assert model["max_difference"] < 1e-3
         assert model["layers"] > 0 and model["kv_bytes_per_token"] > 0 and model["max_positions"] > 0
+    assert report["models"]["reward"]["reads"].endswith("with the policy's vocabulary: ids are shared")
 
 
 def test_doctor_says_why_a_model_is_refused_and_exits_with_1(tmp_path):

@@ -3,10 +3,11 @@
 A tokenizer that is there is loaded, and one that cannot be is never passed over.
 """
 
+import json
+
 import pytest
 import torch
 from conftest import refused, sum_reward, tiny_config, tiny_policy, tiny_reward
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
 from test_inputs_arguments import CONFIG, PROMPTS
 from transformers import (
     BertConfig,
@@ -61,34 +62,6 @@ def test_a_policys_tokenizer_that_cannot_be_loaded_is_an_error_too(tmp_path, pol
         StarsEngine(tmp_path, sum_reward)
 
 
-def repository(files, otherwise):
-    def download(name, file):
-        if file not in files:
-            raise otherwise("the hub's answer")
-        return file
-
-    return download
-
-
-class Gated(GatedRepoError):
-    def __init__(self, message):
-        Exception.__init__(self, message)
-
-
-@pytest.mark.parametrize("otherwise", [Gated, LocalEntryNotFoundError], ids=["gated", "offline"])
-def test_a_repository_that_does_not_tell_is_an_error(monkeypatch, otherwise):
-    monkeypatch.setattr(loading, "hf_hub_download", repository((), otherwise))
-    with pytest.raises(OSError, match=r"some/model.*the hub's answer"):
-        loading._tokenizer_beside("some/model", "tokenizer")
-
-
-def test_a_repository_has_a_tokenizer_where_it_has_one_of_its_files(monkeypatch):
-    monkeypatch.setattr(loading, "hf_hub_download", repository(("spiece.model",), LocalEntryNotFoundError))
-    assert loading._has_tokenizer("some/model")
-    monkeypatch.setattr(loading, "hf_hub_download", repository((), EntryNotFoundError))
-    assert not loading._has_tokenizer("some/model")
-
-
 def test_models_may_be_given_as_paths(tmp_path, policy32, reward32):
     policy32.save_pretrained(tmp_path / "policy")
     reward32.save_pretrained(tmp_path / "reward")
@@ -107,6 +80,56 @@ def test_a_causal_lm_as_the_reward_is_told_what_it_can_be(tmp_path, policy32):
     for reward in (policy32, str(tmp_path)):
         with refused("reward", "JudgeReward", "ImplicitReward"):
             StarsEngine(policy32, reward)
+
+
+@pytest.mark.parametrize("head", ["score.weight", "lm_head.weight"])
+def test_a_checkpoint_without_its_head_is_refused_by_the_heads_name(tmp_path, policy32, reward32, head):
+    policy32.save_pretrained(tmp_path / "score.weight")
+    reward32.save_pretrained(tmp_path / "lm_head.weight")
+    with pytest.raises(ValueError, match=rf"='{tmp_path}.*lacks {head}, .*random head"):
+        load_classifier(tmp_path / head, None) if head == "score.weight" else load_policy(tmp_path / head, None)
+
+
+def test_other_weights_that_a_checkpoint_lacks_are_warned_of(tmp_path, reward32):
+    weights = {name: value for name, value in reward32.state_dict().items() if "o_proj" not in name}
+    reward32.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.warns(UserWarning, match=r"lacks model\.layers\.0\.self_attn\.o_proj\.weight, .* random now"):
+        load_classifier(tmp_path, None)
+
+
+def test_a_policy_whose_head_is_its_embedding_is_whole(tmp_path, recwarn):
+    tiny_policy(VOCAB, tie_word_embeddings=True).save_pretrained(tmp_path)
+    load_policy(tmp_path, None)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_head_has_as_many_labels_as_rows_whatever_the_config_says(tmp_path, rows):
+    model = LlamaForSequenceClassification(tiny_config(VOCAB, num_labels=rows))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    said = {name: value for name, value in config.items() if name not in ("id2label", "label2id", "num_labels")}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    if rows == 1:
+        assert torch.equal(load_classifier(tmp_path, None)[0].score.weight, model.score.weight)
+    else:
+        with refused("reward", "num_labels=2", "exactly 1"):
+            load_classifier(tmp_path, None)
+
+
+class Judge(torch.nn.Module):
+    def forward(self, completions):
+        return sum_reward(completions)
+
+
+def test_a_network_is_no_function_of_completions_unless_it_takes_them(policy32, reward32):
+    with refused("DataParallel", "LlamaForSequenceClassification", r"\.module"):
+        StarsEngine(policy32, torch.nn.DataParallel(reward32))
+    with refused("policy", "DataParallel", r"\.module"):
+        StarsEngine(torch.nn.DataParallel(policy32), sum_reward)
+    with refused("Linear", "input", r"stars_fast\.rewards\.HiddenStateProbe"):
+        StarsEngine(policy32, torch.nn.Linear(32, 1))
+    assert not any(StarsEngine(policy32, Judge()).generate(PROMPTS, CONFIG, seed=0).errors)
 
 
 @pytest.mark.parametrize("reward", [RuleReward, LlamaForSequenceClassification])

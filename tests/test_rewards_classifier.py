@@ -4,17 +4,22 @@ import warnings
 
 import pytest
 import torch
-from conftest import tiny_policy, tiny_reward, tiny_tokenizer
+from conftest import tiny_config, tiny_policy, tiny_reward, tiny_tokenizer
 from histories import assert_scores, fresh, ids_prompts
 from tiny_tokenizers import byte_bpe, models_for
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     Gemma3TextConfig,
     Gemma3TextForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -294,6 +299,49 @@ def test_a_bidirectional_reward_reads_the_whole_text_every_time():
         return reward(**theirs(text, return_tensors="pt", return_token_type_ids=False)).logits.item()
 
     assert_scores(out, expected)
+
+
+def test_an_encoder_decoder_reads_a_drawn_pad_id_and_the_end_that_its_head_looks_for():
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_labels": 1, "init_std": 0.5}
+    ends = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 31, "decoder_start_token_id": 31}
+    reward = seeded(BartForSequenceClassification, BartConfig(vocab_size=VOCAB, **sizes, **heads, **ends))
+    with pytest.warns(UserWarning, match="scored in full"):
+        engine = StarsEngine(tiny_policy(VOCAB, hidden=32), reward, reward_tail=[31])
+        out = engine.generate([[1, 2]], CONFIG, seed=0, num_return_sequences=3)
+    assert out.errors == [None] * 3
+    for tokens, found in zip(out.completions, out.rewards, strict=True):
+        answer = tokens[:-1] if tokens[-1] == 31 else tokens
+        assert found == pytest.approx(own(reward, [1, 2, *answer, 31]), abs=1e-5)
+
+
+# What is no reward model
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda: LlamaForTokenClassification(tiny_config(VOCAB, num_labels=1)), r"shape \[1, 5, 1\] .*ProcessReward"),
+        (lambda: LlamaModel(tiny_config(VOCAB, num_labels=1)), "has no head"),
+        (lambda: LlamaForCausalLM(tiny_config(VOCAB, num_labels=1)), r"shape \[1, 5, 32\] for a text of 5 tokens"),
+    ],
+    ids=["token classifier", "base model", "causal LM"],
+)
+def test_a_model_that_does_not_give_one_value_per_text_is_refused_by_name(make, said):
+    model = make()
+    with pytest.raises(TypeError, match=f"{type(model).__name__}.*{said}"):
+        ClassifierReward(model)
+
+
+def test_a_head_that_was_made_when_a_causal_lm_was_loaded_is_warned_of(tmp_path, recwarn):
+    tiny_policy(VOCAB).save_pretrained(tmp_path)
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+    with pytest.warns(UserWarning, match="saved as LlamaForCausalLM.* its rewards are random"):
+        ClassifierReward(model)
+    model.save_pretrained(tmp_path)  # once it is trained
+    recwarn.clear()
+    ClassifierReward(LlamaForSequenceClassification.from_pretrained(tmp_path))
+    assert not recwarn.list
 
 
 # Ids of another tokenizer

@@ -1,5 +1,7 @@
 """The implicit reward is the log-ratio of two plain forward passes, whatever was scored, kept and dropped before."""
 
+import copy
+
 import pytest
 import torch
 from conftest import tiny_policy, tiny_tokenizer
@@ -117,6 +119,14 @@ def test_different_vocabularies_are_refused_with_both_sizes(pair):
         ImplicitReward(pair[0], pair[0])
     with pytest.raises(ValueError, match=r"weights='mean'"):
         ImplicitReward(*pair, weights="mean")
+
+
+def test_names_of_models_and_outputs_without_names_are_refused(policy32):
+    nameless = copy.deepcopy(policy32)
+    nameless.config.return_dict = False
+    for model, error, said in (("some/model", TypeError, "is a str"), (nameless, ValueError, "return_dict=False")):
+        with pytest.raises(error, match=f"reference.*{said}"):
+            ImplicitReward(policy32, model)
 
 
 def test_a_peft_model_is_not_compared_with_the_model_it_is_put_into():

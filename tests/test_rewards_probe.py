@@ -132,3 +132,14 @@ def test_a_probe_serves_two_calls_at_once_and_names_the_width_it_cannot_read(pol
     assert network.training
     with pytest.raises(ValueError, match=r"does not take \[2, 5\].*hidden_size=5"):
         scorer.score(completions(2, width=5)[0])
+
+
+@pytest.mark.parametrize(
+    "probe, said",
+    [(torch.nn.Linear(5, 1), r"does not take \[1, 32\].*hidden_size=32"), (torch.nn.Linear(32, 3), r"gave \[1, 3\]")],
+    ids=["width", "outputs"],
+)
+def test_a_probe_that_does_not_read_the_policys_hidden_state_is_refused_by_the_engine(policy32, probe, said):
+    for reward in (HiddenStateProbe(probe), WeightedSum({"probe": (1.0, HiddenStateProbe(probe))})):
+        with pytest.raises(ValueError, match=said):
+            StarsEngine(policy32, reward)

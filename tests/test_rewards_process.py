@@ -194,6 +194,10 @@ def test_what_does_not_fit_is_refused(classifier, chatml):
         ProcessReward.qwen(classifier, chatml, step_token=STEP, aggregate="max")
     with pytest.raises(ValueError, match="step_token='<extra_0>' is not in"):
         ProcessReward.qwen(classifier, chatml)
+    with pytest.raises(TypeError, match="tokenizer is a NoneType, None: give a tokenizer, by which"):
+        ProcessReward.qwen(classifier, None)
+    with pytest.raises(TypeError, match="model is a str"):
+        ProcessReward.rlhflow("some/model", chatml)
     with pytest.raises(ValueError, match="LlamaForCausalLM has no base model with a `score` head"):
         ProcessReward.qwen(policy, chatml, step_token=STEP)
     with pytest.raises(ValueError, match="end with the same token"):

@@ -78,7 +78,9 @@ def pilots(runner: Runner, pair: Pair, torch_compile: bool = True) -> Pilots:
     kept = runner.shared.get("pilots")
     if kept is None or kept.pair is not pair:
         slots = 4_000 if runner.tiny else 30_000
-        engine = StarsEngine(pair.policy, pair.reward, kv_cache_tokens=slots, torch_compile=torch_compile)
+        engine = StarsEngine(
+            pair.policy, pair.reward, reward_tokenizer="policy", kv_cache_tokens=slots, torch_compile=torch_compile
+        )
         runner.shared["pilots"] = kept = Pilots(pair, engine)
     return kept
 

@@ -28,14 +28,17 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 def _heartbeat(pair: Pair, requests: int, candidates: int) -> Callable[[], Any]:
     """A call whose texts are one segment long and accepted at once: one heartbeat, and the prefill of short prompts."""
-    engine = StarsEngine(pair.policy, pair.reward)
+    engine = StarsEngine(pair.policy, pair.reward, reward_tokenizer="policy")
     prompts = pair.prompts(requests, 16)
     fields = {"target_reward": -math.inf, "max_new_tokens": 16, "segment_length": 16, "ignore_eos": True}
     return lambda: engine.generate(prompts, seed=0, candidates=candidates, max_attempts=candidates, **fields)
 
 
 def _point(pair: Pair, batch: int) -> Point:
-    engine, load = StarsEngine(pair.policy, pair.reward), Workload(batch=batch, max_new_tokens=32)
+    engine, load = (
+        StarsEngine(pair.policy, pair.reward, reward_tokenizer="policy"),
+        Workload(batch=batch, max_new_tokens=32),
+    )
     return point(pair, engine, load, Pilots(pair, engine).config(load), (ENGINE, ONE, STRONG, ACCEPTING, GENERATE))
 
 

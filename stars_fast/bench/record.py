@@ -55,7 +55,7 @@ def run(pair: Pair, series: Sequence[Series], rounds: int, done: Callable[[], No
     ValueError
         For a workload that the engine refuses, before anything is measured.
     """
-    engine = StarsEngine(pair.policy, pair.reward)
+    engine = StarsEngine(pair.policy, pair.reward, reward_tokenizer="policy")
     # All of them first: what the engine refuses must not cost what has been measured.
     ready = [(sweep, _points(pair, engine, loads, names, done)) for sweep, loads, names in series]
     reached = rates(pair.device, pair.policy.dtype)

@@ -7,7 +7,7 @@ import os
 import platform
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -41,10 +41,11 @@ def run(
         _print(report, as_json)
         fail(f"the C++ extension is {report['extension']['detail']}", 1)
     with refusing(OSError):
+        written_by = _Loaded(None, None)
         if policy is not None:
-            report["models"]["policy"] = _examine("policy", policy)
+            report["models"]["policy"], written_by = _examine("policy", policy)
         if reward is not None:
-            report["models"]["reward"] = _examine("reward", reward)
+            report["models"]["reward"], _ = _examine("reward", reward, written_by)
     _print(report, as_json)
     if any(model["path"] == REFUSED for model in report["models"].values()):
         raise typer.Exit(1)
@@ -120,21 +121,31 @@ def _kernels() -> dict[str, dict[str, str]]:
     return {name: {kind: operator.kernel(kind) for kind in kinds} for name, operator in sorted(operators.items())}
 
 
-def _examine(role: str, name: str) -> Report:
-    """Load a model and say which path it takes. Raises OSError for a name that leads nowhere."""
+class _Loaded(NamedTuple):
+    """A model and the tokenizer beside it; a policy that is not there reads and writes nothing."""
+
+    model: PreTrainedModel | None
+    tokenizer: Any
+
+
+def _examine(role: str, name: str, policy: _Loaded | None = None) -> tuple[Report, _Loaded]:
+    """Load a model and say which path it takes; of a reward model, whose ids it reads. Raises OSError for a name that
+    leads nowhere.
+    """
     from stars_fast.inputs.models import load_classifier, load_policy
 
     try:
-        load = load_policy if role == "policy" else load_classifier
-        model, _ = load(name, None)
+        loaded = _Loaded(*(load_policy(name, None) if policy is None else load_classifier(name, None)))
+        model = loaded.model
+        assert model is not None
         described = _describe(model)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        return {"name": name, "path": REFUSED, "reason": one_line(error)}
+        return {"name": name, "path": REFUSED, "reason": one_line(error)}, _Loaded(None, None)
     try:
-        path = _policy_path(model) if role == "policy" else _reward_path(model)
+        path = _policy_path(model) if policy is None else _reward_path(loaded, policy)
     except (ValueError, TypeError, NotImplementedError) as error:
         path = {"path": REFUSED, "reason": one_line(error)}
-    return {"name": name, **described, **path}
+    return {"name": name, **described, **path}, loaded
 
 
 def _describe(model: PreTrainedModel) -> Report:
@@ -153,13 +164,25 @@ def _policy_path(model: PreTrainedModel) -> Report:
     return _tree_path(Policy(model), "its attention runs on the tree of slots")
 
 
-def _reward_path(model: PreTrainedModel) -> Report:
+def _reward_path(loaded: _Loaded, policy: _Loaded) -> Report:
     from stars_fast.rewards import ClassifierReward
+    from stars_fast.text.tokenizers import same_vocabulary
 
-    scorer = ClassifierReward(model)
+    assert loaded.model is not None
+    scorer = ClassifierReward(loaded.model, loaded.tokenizer)
+    if policy.model is not None:
+        scorer.check_vocabulary(policy.model, policy.tokenizer)
+    if scorer.reads.tokenizer is None:
+        reads = f"the policy's ids ({scorer.reads.why or 'no tokenizer lies beside it'})"
+    else:
+        reads = "its own tokenizer, which lies beside it"
+        if policy.tokenizer is not None:
+            same = same_vocabulary(scorer.reads.tokenizer, policy.tokenizer)
+            reads += ", with the policy's vocabulary: ids are shared" if same else ": answers are tokenised anew"
     if scorer.tree_model is None:
-        return {"path": IN_FULL, "reason": scorer.reason}
-    return _tree_path(scorer.tree_model, "it is causal, and its attention runs on the tree of slots")
+        return {"path": IN_FULL, "reason": scorer.reason, "reads": reads}
+    why = "it is causal, and its attention runs on the tree of slots"
+    return {**_tree_path(scorer.tree_model, why), "reads": reads}
 
 
 def _tree_path(tree_model: TreeModel, reason: str) -> Report:
@@ -224,6 +247,8 @@ def _model_words(model: Report) -> dict[str, Any]:
     words: dict[str, Any] = {"path": Text.assemble((model["path"], colour), f": {model['reason']}")}
     if "class" in model:
         words["model"] = f"{model['class']}, {model['parameters']:,} parameters, {model['dtype']} on {model['device']}"
+    if "reads" in model:
+        words["reads"] = model["reads"]
     if model["path"] == TREE:
         words["keys and values"] = f"{model['kv_bytes_per_token']:,} bytes a token in {model['layers']} layers"
         words["positions"] = f"{model['max_positions']:,}" if model["max_positions"] else "no limit"

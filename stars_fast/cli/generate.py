@@ -46,7 +46,10 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option(help="Each row draws by this and its id.")] = 0,
     tokenizer: Annotated[str | None, typer.Option(help="The policy's, where it is not beside it.")] = None,
-    reward_tokenizer: Annotated[str | None, typer.Option(help="The reward model's, where it is not beside it.")] = None,
+    reward_tokenizer: Annotated[
+        str | None,
+        typer.Option(help="The reward model's, where it is not beside it; 'policy' if it reads the policy's ids."),
+    ] = None,
     reward_tail: Annotated[
         str, typer.Option(help="What follows an answer when it is scored: auto, template, none, or ids: 5,6,7.")
     ] = "auto",

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from torch import nn
 from transformers import PreTrainedModel
 
 from stars_fast import demo
 from stars_fast.methods.numbers import shown
+from stars_fast.notices import warn
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
 from stars_fast.rewards.base import check_tokenizer
 from stars_fast.rewards.classifier import ONE_LABEL
-from stars_fast.tree.support import vocabulary
-
-# What a tokenizer is saved as, by any of transformers' classes; the usual ones first.
-_TOKENIZER_FILES = (
-    *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
-    *("spiece.model", "sentencepiece.bpe.model", "spm.model", "sentencepiece.model", "tekken.json"),
-)
-
+from stars_fast.rewards.ids import POLICYS, check_draft
+from stars_fast.text.tokenizers import tokenizer_beside
 
 DEMO, _DEMO_FOLDER = "demo", os.path.dirname(demo.__file__)
 Device = str | torch.device | None
@@ -70,8 +65,10 @@ def load_policy(
 
         name = _named(policy, "policy")
         if tokenizer is None:
-            tokenizer = _tokenizer_beside(name, "tokenizer")
-        policy = _loaded(AutoModelForCausalLM, name, device, dtype)
+            tokenizer = tokenizer_beside(name, "tokenizer")
+        policy, loading = _loaded(AutoModelForCausalLM, name, device, dtype)
+        _refuse_random("policy", name, policy, loading["missing_keys"], "give a causal LM with its language-model head")
+    _refuse_wrapper(policy, "policy")
     if not hasattr(policy, "config") or not hasattr(policy, "get_output_embeddings"):
         raise TypeError(f"policy is a {type(policy).__name__}: give a transformers causal LM, a path or a hub id")
     if isinstance(tokenizer, (str, os.PathLike)):
@@ -92,18 +89,12 @@ def draft_policy(draft: Any, kept: Policy | None, policy: Policy, tokenizer: Any
     Raises
     ------
     ValueError
-        Where the two do not have the same vocabulary.
+        Where the two are known not to have the same vocabulary.
     """
     if kept is not None and draft in (kept.model, kept.source):
         return kept
-    model, own = load_policy(draft, None, policy.device)
-    ids, ours = vocabulary(model), policy.vocab_size
-    # Tables of one vocabulary may be padded to different sizes, if a tokenizer says how many ids are in use.
-    same = ids == ours or (tokenizer is not None and len(tokenizer) <= min(ids, ours))
-    if not same or (own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab()):
-        raise ValueError(
-            f"draft: {type(model).__name__} has {ids} ids and the policy {ours}: their vocabularies must be the same"
-        )
+    model, _ = load_policy(draft, None, policy.device)
+    check_draft(model, policy.model, tokenizer)
     made = Policy(model, policy.graphs.enabled, policy.torch_compile)
     made.source = draft
     return made
@@ -120,18 +111,21 @@ def load_reward(
 ) -> Reward:
     """A :class:`Reward` from a Reward, a sequence classifier, what :func:`load_classifier` takes, or a plain function.
 
-    A classifier that reads the policy's ids must have an embedding for each that is expected (its tokenizer's, where
-    there is one). A padded vocabulary's further ids are caught when they are scored.
+    Whose ids a classifier reads is found out here (:func:`stars_fast.rewards.ids.reading`); ``reward_tokenizer`` may be
+    "policy". One that reads the policy's must have an embedding for each that is expected (its tokenizer's, where there
+    is one). A padded vocabulary's further ids are caught when they are scored.
     """
     if isinstance(reward, type):
         raise TypeError(f"reward is a class: give an instance, {reward.__name__}(...)")
-    if isinstance(reward_tokenizer, (str, os.PathLike)):
+    if isinstance(reward_tokenizer, (str, os.PathLike)) and reward_tokenizer != POLICYS:
         from transformers import AutoTokenizer
 
         reward_tokenizer = AutoTokenizer.from_pretrained(reward_tokenizer)
-    check_tokenizer("reward_tokenizer", reward_tokenizer)
+    if reward_tokenizer != POLICYS:
+        check_tokenizer("reward_tokenizer", reward_tokenizer)
     if isinstance(reward, (str, os.PathLike)):
         reward, reward_tokenizer = load_classifier(reward, reward_tokenizer, device)
+    _refuse_modules(reward)
     if not isinstance(reward, Reward) and hasattr(reward, "config") and hasattr(reward, "base_model_prefix"):
         reward = ClassifierReward(reward, reward_tokenizer, tokenizer, tail, chat_template_kwargs=chat_template_kwargs)
     elif chat_template_kwargs is not None:
@@ -139,8 +133,10 @@ def load_reward(
             f"reward_chat_template_kwargs={chat_template_kwargs!r:.80}: reward is a {type(reward).__name__}, which is "
             "given its template's variables where it is made"
         )
+    elif reward_tokenizer is not None:
+        warn(f"reward_tokenizer= has no effect on a {type(reward).__name__}: it has its own, or needs none")
     if isinstance(reward, Reward):
-        reward.check_vocabulary(vocabulary(policy) if tokenizer is None else len(tokenizer), policy)
+        reward.check_vocabulary(policy, tokenizer)
         return reward
     if callable(reward):
         return CallableReward(reward, tokenizer)
@@ -148,6 +144,28 @@ def load_reward(
         f"reward is a {type(reward).__name__}: give a sequence-classification model with one label, "
         "a stars_fast.rewards.Reward, a function, a path or a hub id"
     )
+
+
+def _refuse_wrapper(model: Any, role: str) -> None:
+    """Raise TypeError for what spreads a model over devices: its parts are not where a model's are."""
+    name, inner = type(model).__name__, getattr(model, "module", None)
+    if isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel) and isinstance(inner, PreTrainedModel):
+        raise TypeError(f"{role} is a {name} around a {type(inner).__name__}: give the model itself, its .module")
+
+
+def _refuse_modules(reward: Any) -> None:
+    """Raise TypeError for networks that would be called as functions of prompts and completions, and are none."""
+    if not isinstance(reward, nn.Module) or hasattr(reward, "base_model_prefix"):
+        return
+    _refuse_wrapper(reward, "reward")
+    name = type(reward).__name__
+    takes = list(inspect.signature(reward.forward).parameters)
+    if not {"prompts", "completions", "completion_ids"} & set(takes):
+        raise TypeError(
+            f"reward is a {name}, whose forward takes {', '.join(takes) or 'nothing'} and none of prompts, completions "
+            "and completion_ids: give a function of these, or (a network on the policy's hidden state) a "
+            "stars_fast.rewards.HiddenStateProbe"
+        )
 
 
 def load_classifier(
@@ -160,12 +178,16 @@ def load_classifier(
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     name = _named(name, "reward")
-    config = AutoConfig.from_pretrained(name)
-    if config.num_labels != 1:
-        raise ValueError(f"reward={name!r} has num_labels={config.num_labels}; {ONE_LABEL}")
     if tokenizer is None:
-        tokenizer = _tokenizer_beside(name, "reward_tokenizer")
-    return _loaded(AutoModelForSequenceClassification, name, device, dtype), tokenizer
+        tokenizer = tokenizer_beside(name, "reward_tokenizer")
+    labels = AutoConfig.from_pretrained(name).num_labels
+    # Two labels stand in no config.json: whether the head has one row is seen when it is loaded.
+    one = {} if labels == 1 else {"num_labels": 1, "ignore_mismatched_sizes": True}
+    model, loading = _loaded(AutoModelForSequenceClassification, name, device, dtype, **one)
+    if loading["mismatched_keys"]:
+        raise ValueError(f"reward={name!r} has num_labels={labels}; {ONE_LABEL}")
+    _refuse_random("reward", name, model, loading["missing_keys"], ONE_LABEL)
+    return model, tokenizer
 
 
 def _named(name: str | os.PathLike[str], role: str) -> str:
@@ -180,45 +202,29 @@ def _named(name: str | os.PathLike[str], role: str) -> str:
     return path
 
 
-def _loaded(auto: Any, name: str, device: Device, dtype: str) -> PreTrainedModel:
+def _refuse_random(role: str, name: str, model: PreTrainedModel, missing: Iterable[str], remedy: str) -> None:
+    """Raise ValueError for a head that is not in the checkpoint; warn of other weights that are not."""
+    keys = sorted(missing)
+    heads = [key for key in keys if not key.startswith(f"{model.base_model_prefix}.")]
+    if heads:
+        raise ValueError(
+            f"{role}={name!r}: its checkpoint lacks {', '.join(heads)}, so its {type(model).__name__} would have a "
+            f"random head; {remedy}"
+        )
+    if keys:
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        warn(f"{role}={name!r}: its checkpoint lacks {', '.join(keys[:3])}{more}, which are random now")
+
+
+def _loaded(
+    auto: Any, name: str, device: Device, dtype: str, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Iterable[str]]]:
+    """The model, and what transformers says of its loading."""
     place = placement(device)
     if dtype == "auto" and os.path.dirname(name) == _DEMO_FOLDER:
         dtype = "float32"  # the files hold half of that, to be small
-    model = auto.from_pretrained(name, dtype=dtype)
+    model, loading = auto.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
     try:
-        placed: PreTrainedModel = model.to(place)
-        return placed
+        return model.to(place), loading
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={str(place)!r}: {error}") from error
-
-
-def _tokenizer_beside(name: str, argument: str) -> Any:
-    """The model's own tokenizer. None if there is none: a policy then takes ids, a reward model reads the policy's.
-
-    One that is there and cannot be loaded is an error: without it, a reward model would read ids of another vocabulary.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        # Asked first: of some families, transformers makes an empty tokenizer where there are no files.
-        return AutoTokenizer.from_pretrained(name) if _has_tokenizer(name) else None
-    except Exception as error:  # it needs packages, a connection, permission, code
-        raise OSError(f"the tokenizer of {name!r} cannot be loaded (or pass {argument}=): {error}") from error
-
-
-def _has_tokenizer(name: str) -> bool:
-    """Whether a folder or repository holds any of a tokenizer's files; raises where that cannot be told."""
-    if os.path.isdir(name):
-        return any(os.path.isfile(os.path.join(name, file)) for file in _TOKENIZER_FILES)
-    unknown = None
-    for file in _TOKENIZER_FILES:
-        try:
-            hf_hub_download(name, file)
-            return True
-        except LocalEntryNotFoundError as error:  # no connection, and not in the cache
-            unknown = error
-        except EntryNotFoundError:
-            continue
-    if unknown is not None:
-        raise unknown
-    return False

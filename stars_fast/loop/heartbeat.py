@@ -18,7 +18,7 @@ from stars_fast.notices import warn
 from stars_fast.outputs import Stats
 from stars_fast.policy.leaf import Draw
 from stars_fast.rewards.base import Completion, Response, Reward, Scores, score_each
-from stars_fast.tree.attention import evaluating
+from stars_fast.tree.attention import evaluating, own_dtypes
 
 
 class Loop(Queue):
@@ -35,6 +35,7 @@ class Loop(Queue):
     _prepared = -1  # captures and compilations so far; the first round has too many to be a measure
 
     @torch.no_grad()
+    @own_dtypes()
     def heartbeat(self) -> None:
         """One round. What has moved, ended or failed is read off the requests."""
         started, before = time.perf_counter(), self.committed

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from stars_fast.methods.numbers import shown
 from stars_fast.notices import warn
+from stars_fast.rewards.values import Score, as_float, one_each, raised
 from stars_fast.text.decode import continuation
 from stars_fast.text.prompts import Messages, read_prompts
 
@@ -207,8 +208,10 @@ class Reward(abc.ABC):
     def end(self) -> None:
         """The session is over, normally or not: free everything."""
 
-    def check_vocabulary(self, policy_ids: int, policy: PreTrainedModel) -> None:
-        """An engine was made, whose policy produces ``policy_ids`` ids: ValueError if they cannot be read."""
+    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+        """An engine is made, of this policy and its tokenizer (None: ids alone): ValueError if its ids, text or hidden
+        state cannot be read, or if it is likely that they would be misread.
+        """
 
     @property
     def tree_models(self) -> list[TreeModel]:
@@ -231,9 +234,13 @@ class Reward(abc.ABC):
 
 
 def check_model(argument: str, model: Any, predicts: bool = False) -> None:
-    """Raise TypeError for anything but a loaded transformers model, one that ``predicts`` tokens where that is said."""
+    """Raise TypeError for anything but a loaded transformers model (one that ``predicts`` tokens, where that is said),
+    and ValueError for one whose outputs have no names.
+    """
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
         raise TypeError(f"{argument} is a {type(model).__name__}, {shown(model)}: give a loaded transformers model")
+    if getattr(model.config, "return_dict", True) is False:
+        raise ValueError(f"{argument}: the config of this {type(model).__name__} has return_dict=False: set it to True")
     if predicts and getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise TypeError(f"{argument} is a {type(model).__name__} without a language-model head: give a causal LM")
 
@@ -252,14 +259,7 @@ def check_tokenizer(argument: str, tokenizer: Any, needed: str = "") -> None:
         raise TypeError(f"{argument} is a {type(tokenizer).__name__}, {shown(tokenizer)}: give a tokenizer{needed}")
 
 
-# The acceptance test compares in float32.
-_LARGEST = torch.finfo(torch.float32).max
-
-
-_Score = tuple[float, str | None]
-
-
-class Scores(Sequence[_Score]):
+class Scores(Sequence[Score]):
     """(reward, error) of each completion: a reward of NaN, with the cause in words, where it could not be scored.
 
     Attributes
@@ -269,25 +269,25 @@ class Scores(Sequence[_Score]):
         there as it came. The pairs are made of it in one copy, once one is looked at.
     """
 
-    def __init__(self, pairs: Sequence[_Score] | None, tensor: torch.Tensor | None = None) -> None:
+    def __init__(self, pairs: Sequence[Score] | None, tensor: torch.Tensor | None = None) -> None:
         self._pairs, self.tensor = pairs, tensor
 
     @property
-    def pairs(self) -> Sequence[_Score]:
+    def pairs(self) -> Sequence[Score]:
         """All of them."""
         if self._pairs is None:
             assert self.tensor is not None
-            self._pairs = [_as_float(value) for value in self.tensor.tolist()]
+            self._pairs = [as_float(value) for value in self.tensor.tolist()]
         return self._pairs
 
     def __len__(self) -> int:
         return len(self.pairs) if self.tensor is None else len(self.tensor)
 
     @overload
-    def __getitem__(self, place: int) -> _Score: ...
+    def __getitem__(self, place: int) -> Score: ...
     @overload
-    def __getitem__(self, place: slice) -> Sequence[_Score]: ...
-    def __getitem__(self, place: int | slice) -> _Score | Sequence[_Score]:
+    def __getitem__(self, place: slice) -> Sequence[Score]: ...
+    def __getitem__(self, place: int | slice) -> Score | Sequence[Score]:
         return self.pairs[place]
 
 
@@ -297,12 +297,12 @@ def score_each(reward: Reward, completions: Sequence[Completion]) -> Scores:
         values = _checked(reward, completions)
         if isinstance(values, torch.Tensor):
             return Scores(None, values)
-        return Scores([_as_float(value) for value in values])
+        return Scores([as_float(value) for value in values])
     except Exception as error:
         scores = [_score_alone(reward, completion) for completion in completions]
-        kind = _raised(error).partition(":")[0]
+        kind = raised(error).partition(":")[0]
         if not any(message is not None and message.startswith(kind) for _, message in scores):
-            _warn_of_lost_batch(completions, _raised(error))
+            _warn_of_lost_batch(completions, raised(error))
         return Scores(scores)
 
 
@@ -317,32 +317,12 @@ def _warn_of_lost_batch(completions: Sequence[Completion], cause: str) -> None:
         )
 
 
-def _score_alone(reward: Reward, completion: Completion) -> _Score:
+def _score_alone(reward: Reward, completion: Completion) -> Score:
     try:
-        return _as_float(_checked(reward, [completion])[0])
+        return as_float(_checked(reward, [completion])[0])
     except Exception as error:
-        return float("nan"), _raised(error)
-
-
-def _raised(error: Exception) -> str:
-    return f"the reward raised {type(error).__name__}: {error}"
+        return float("nan"), raised(error)
 
 
 def _checked(reward: Reward, completions: Sequence[Completion]) -> list[Any] | torch.Tensor:
-    values: Any = reward.score(completions)
-    if not isinstance(values, torch.Tensor) or values.dim() != 1 or not values.is_floating_point():
-        values = list(values)
-    if len(values) != len(completions):
-        raise ValueError(f"the reward returned {len(values)} values for {len(completions)} completions")
-    return values
-
-
-def _as_float(value: Any) -> _Score:
-    if value is None:
-        return float("nan"), "the reward returned None"
-    if isinstance(value, Exception):
-        return float("nan"), _raised(value)
-    number = float(value.item() if isinstance(value, torch.Tensor) else value)
-    if not number < _LARGEST:
-        return float("nan"), f"the reward returned {number}; it must be finite, or -inf to reject"
-    return number, None
+    return one_each(reward.score(completions), len(completions))

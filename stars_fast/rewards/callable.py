@@ -15,6 +15,7 @@ import torch
 
 from stars_fast.methods.numbers import shown
 from stars_fast.rewards.base import Completion, Reward, RewardPrompt, check_tokenizer
+from stars_fast.rewards.values import one_each
 from stars_fast.text.prompts import ends_with_answer
 from stars_fast.text.turns import in_one_piece
 
@@ -43,8 +44,9 @@ class CallableReward(Reward):
         check_tokenizer("tokenizer", tokenizer)
         self.function = function
         self.tokenizer = tokenizer
+        called = function.forward if isinstance(function, torch.nn.Module) else function
         try:
-            parameters = inspect.signature(function).parameters.values()
+            parameters = inspect.signature(called).parameters.values()
         except ValueError as error:  # of some that are not written in Python
             raise ValueError(f"function={shown(function)}: {error}; give a Python function that calls it") from error
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -86,9 +88,7 @@ class CallableReward(Reward):
             return self._call(completions, names)
         rewards: list[float | None] = [None] * len(completions)
         for names, places in groups.items():
-            values = list(self._call([completions[place] for place in places], names))
-            if len(values) != len(places):
-                raise ValueError(f"the reward returned {len(values)} values for {len(places)} completions")
+            values = one_each(self._call([completions[place] for place in places], names), len(places))
             for place, value in zip(places, values, strict=True):
                 rewards[place] = value
         return rewards

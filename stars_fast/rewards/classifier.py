@@ -11,19 +11,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stars_fast.notices import warn
-from stars_fast.rewards.base import Completion, RewardPrompt, check_model, check_tokenizer
+from stars_fast.rewards.base import Completion, RewardPrompt, check_model
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
+from stars_fast.rewards.ids import first_reading, loaded_from, reading
+from stars_fast.rewards.pairs import Pairs, makes_pairs
 from stars_fast.rewards.render import Rendering
-from stars_fast.tree.attention import evaluating, is_causal
+from stars_fast.tree.attention import evaluating, is_causal, own_dtypes
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
-from stars_fast.tree.support import refuse_dynamic_rope, refuse_offloaded, vocabulary
+from stars_fast.tree.support import refuse_dynamic_rope, refuse_offloaded, unwrapped, vocabulary
 
 ONE_LABEL = "a reward model has exactly 1 (a causal LM scores as JudgeReward or ImplicitReward of stars_fast.rewards)"
-# How many more embeddings two models of one tokenizer may have: vocabularies are padded to multiples of up to 512 and
-# grow by some hundred reserved ids. Those of different tokenizers lie thousands apart.
-_MOST_PADDING = 512
+# How classes of models end that have no head of one label.
+_HEADLESS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
 # Tokens of one forward pass where rows are scored whole, as far as one row allows.
 _MAX_TOKENS = 16384
 
@@ -39,8 +40,10 @@ class ClassifierReward(RenderedReward):
     Parameters
     ----------
     model : transformers ``...ForSequenceClassification`` with ``num_labels == 1``
-    tokenizer : transformers tokenizer, optional
-        The reward model's. None: it reads the policy's ids. With a chat template, prompts are rendered with it.
+    tokenizer : transformers tokenizer or "policy", optional
+        The reward model's; "policy": it reads the policy's ids. None: the one that lies where the model was loaded
+        from; :func:`stars_fast.rewards.ids.reading` says what where there is none. With a chat template, prompts are
+        rendered with it.
     policy_tokenizer : transformers tokenizer, optional
         None: the engine's. Where its vocabulary differs from ``tokenizer``'s, answers are re-tokenised, and what is in
         the tree is kept up to the longest common token prefix.
@@ -48,11 +51,15 @@ class ClassifierReward(RenderedReward):
         What follows the answer when it is scored: the chat template's ("auto": if there is one), nothing, or these ids.
     chat_template_kwargs : mapping, optional
         Variables for the reward model's chat template. What is left open is as in the call.
+    pairs : bool, optional
+        Whether the model was trained on ``tokenizer(question, answer)`` instead of one text; it is scored in full then.
+        None: on one text, with a warning where the tokenizer makes pairs and the model is bidirectional.
 
     Raises
     ------
     ValueError, TypeError
-        For what is no model or tokenizer, more than one label, or a tail that is not known.
+        For what is no model or tokenizer, more than one label, a tail that is not known, or a model that does not give
+        one value per text.
     """
 
     def __init__(
@@ -63,18 +70,26 @@ class ClassifierReward(RenderedReward):
         tail: str | Sequence[int] = "auto",
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        pairs: bool | None = None,
     ) -> None:
-        check_model("model", model)
-        check_tokenizer("tokenizer", tokenizer)
+        check_model("reward", model)
         self._check_labels(model)
-        self._given = Rendering(tokenizer, policy_tokenizer, tail, chat_template_kwargs)
+        self._given, self._policy_tokenizer, self._tail = tokenizer, policy_tokenizer, tail
+        self._pairs, self._variables = pairs, chat_template_kwargs
+        if pairs and tail not in ("auto", "none"):
+            raise ValueError(f"reward_tail={tail!r}: nothing follows the answer of a pair (pairs=True)")
+        self.reads = first_reading(tokenizer, "reward_tokenizer")
+        if tokenizer is not None or not (pairs or tail == "template"):  # else an engine may find one
+            self.make_rendering(policy_tokenizer)
         self.model = model
         refuse_dynamic_rope(model, "reward")
         refuse_offloaded(model, "reward")
         self.device = next(model.parameters()).device
         self.vocab_size = vocabulary(model)
+        own = self._check_value()
+        _warn_of_new_head(model)
         self.causal = False
-        self.tree_model, self.reason = self._tree_model()
+        self.tree_model, self.reason = self._tree_model(own)
         self.max_positions = _most_tokens(model)
         self._start([] if self.tree_model is None else [TreeCache(self.tree_model)])
         self._warned = False
@@ -94,20 +109,49 @@ class ClassifierReward(RenderedReward):
         pad = self.model.config.get_text_config().pad_token_id
         return [token for token in range(min(6, self.vocab_size)) if token != pad][:5]
 
-    def _tree_model(self) -> tuple[TreeModel | None, str]:
+    @torch.no_grad()
+    @own_dtypes()
+    def _check_value(self) -> torch.Tensor | None:
+        """The model's own reward of the probe, ``[1]`` float32; None where it does not read it, as heads that look for
+        an end of the text. Raises TypeError for a model that gives something else than one value a text.
+        """
+        name, ids = type(self.model).__name__, torch.tensor([self._probe()], device=self.device)
+        with evaluating(self.model):
+            try:
+                output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            except torch.OutOfMemoryError:
+                raise
+            except (IndexError, ValueError, RuntimeError):
+                return None
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            raise TypeError(
+                f"reward: {name} gives a {type(output).__name__} without logits: it has no head; {ONE_LABEL}"
+            )
+        if logits.numel() != 1:
+            raise TypeError(
+                f"reward: {name} gives logits of shape {list(logits.shape)} for a text of {ids.shape[1]} tokens, and a "
+                "reward model one value (of token classifiers, ProcessReward.qwen reads those of two labels)"
+            )
+        return logits.flatten().float()
+
+    def _tree_model(self, own: torch.Tensor | None) -> tuple[TreeModel | None, str]:
         """The incremental path, or None and why this model cannot take it."""
+        if self._pairs:
+            return None, "it reads pairs of texts"
         inner = unwrapped(self.model)
         base = getattr(inner, inner.base_model_prefix, None)
         if base is None:
             return None, "it has no base model"
-        with torch.no_grad(), evaluating(self.model):
+        with torch.no_grad(), own_dtypes(), evaluating(self.model):
             self.causal = is_causal(base, self.vocab_size, self.device)
             if not self.causal:
                 return None, "its attention is bidirectional"
             head = getattr(inner, self.head_name, None)
             if not isinstance(head, nn.Module):
                 return None, f"it has no `{self.head_name}` head"
-            if not _scores_last_token(self.model, base, head, torch.tensor([self._probe()], device=self.device)):
+            ids = torch.tensor([self._probe()], device=self.device)
+            if own is None or not _scores_last_token(own, base, head, ids):
                 return None, "its logits are not its head's value at the last token"
         self.head = head
         try:
@@ -116,14 +160,27 @@ class ClassifierReward(RenderedReward):
             return None, str(error)
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
-        given = self._given
-        if given.policy_tokenizer is not None or policy_tokenizer is None:
-            return given
-        return Rendering(given.tokenizer, policy_tokenizer, given.tail, given.chat_template_kwargs)
+        tokenizer, policy_tokenizer = self.reads.tokenizer, self._policy_tokenizer or policy_tokenizer
+        if not self._pairs:
+            return Rendering(tokenizer, policy_tokenizer, self._tail, self._variables)
+        if tokenizer is None:
+            raise ValueError(
+                "pairs=True, but no tokenizer is known that makes them: pass the reward model's tokenizer="
+            )
+        return Pairs(tokenizer, policy_tokenizer)
 
-    def check_vocabulary(self, policy_ids: int, policy: PreTrainedModel) -> None:
-        if self._given.tokenizer is None:
-            check_ids(policy_ids, policy, self.vocab_size, self.model, "reward_tokenizer=")
+    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+        tokenizer = self._policy_tokenizer or tokenizer
+        if self.reads.tokenizer is None:
+            self.reads = reading([self.model], self._given, policy, tokenizer, "reward_tokenizer", self.reads)
+            self._latest = None
+        self.make_rendering(tokenizer)
+        if self._pairs is None and not self.causal and makes_pairs(self.reads.tokenizer):
+            warn(
+                f"{type(self.model).__name__} is scored on question and answer as one text: if it was trained on "
+                "tokenizer(question, answer), give ClassifierReward(model, tokenizer, pairs=True) as the reward; "
+                "pairs=False says that one text is right"
+            )
 
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
@@ -148,83 +205,76 @@ class ClassifierReward(RenderedReward):
             return super().score(completions)
         texts = [text.ids + text.tail for text in self.texts(completions)]
         self.tokens += sum(len(ids) for ids in texts)
-        return score_in_full(self.model, texts)
+        renderings = [self.rendering(completion.response.prompt) for completion in completions]
+        types = [
+            one.types(completion) if isinstance(one, Pairs) else None
+            for one, completion in zip(renderings, completions, strict=True)
+        ]
+        return score_in_full(self.model, texts, types)
 
     def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> torch.Tensor:
         rewards: torch.Tensor = self.head(features)[:, 0].float()
         return rewards
 
 
-def check_ids(ids: int, policy: PreTrainedModel, embeddings: int, reward: PreTrainedModel, argument: str) -> None:
-    """Refuse a reward model that reads the policy's ids and has no embedding for some; warn where it seems to have been
-    trained on another tokenizer's.
-    """
-    if embeddings < ids:
-        raise ValueError(
-            f"the reward model has {embeddings} embeddings, fewer than the {ids} ids of the policy: pass its own "
-            f"tokenizer as {argument} (or, where both share one, tokenizer=)"
+def _warn_of_new_head(model: PreTrainedModel) -> None:
+    """Of a model that was loaded from a checkpoint of another class, and is not known to have been trained since."""
+    inner, saved = unwrapped(model), model.config.architectures or []
+    name = type(inner).__name__
+    if inner is model and loaded_from(model) and saved and all(one.endswith(_HEADLESS) for one in saved):
+        warn(
+            f"reward: {loaded_from(model)!r} was saved as {', '.join(saved)}, so the head of this {name} was made "
+            "anew: unless it was trained since, its rewards are random"
         )
-    size, reward_size = vocabulary(policy), vocabulary(reward)
-    ends, reward_ends = _ends_of_texts(policy), _ends_of_texts(reward)
-    if reward_size > size + _MOST_PADDING:
-        found = f"has {reward_size} embeddings, the policy {size}"
-    # Base and tuned models of a family differ in one of the two, not in both.
-    elif all(a and b and not set(a) & set(b) for a, b in zip(ends, reward_ends, strict=True)):
-        found = "has bos and eos ids {} and {}, the policy {} and {}".format(*reward_ends, *ends)
-    else:
-        return
-    warn(f"the reward model reads the policy's ids, but {found}: pass {argument} if it has a tokenizer of its own")
 
 
-def _ends_of_texts(model: PreTrainedModel) -> list[list[int]]:
-    """The ids that begin and those that end a text, by the model's config."""
-    config = model.config.get_text_config()
-    ids = [getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")]
-    return [[one] if isinstance(one, int) else list(one or ()) for one in ids]
-
-
-def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
-    """The model whose parts are base model and head: PEFT wraps one whose layers it has changed in place."""
-    inner: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
-    return inner
-
-
-def _scores_last_token(model: PreTrainedModel, base: nn.Module, head: nn.Module, ids: torch.Tensor) -> bool:
+def _scores_last_token(own: torch.Tensor, base: nn.Module, head: nn.Module, ids: torch.Tensor) -> bool:
     """Whether the model's own reward of ids ``[1, T]`` is its head's value at the last: it may do more than that."""
     values = head(base(input_ids=ids).last_hidden_state[0])[:, 0]  # [T]
-    own = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.flatten().float()  # [1]
     tolerance = 2 * torch.finfo(values.dtype).eps ** 0.5 * float(values.abs().max())
-    return own.numel() == 1 and float((own[0] - values[-1].float()).abs()) <= tolerance
+    return float((own[0] - values[-1].float()).abs()) <= tolerance
 
 
-def score_in_full(model: PreTrainedModel, rows: Sequence[list[int]]) -> list[float]:
-    """The model's own value for each row of ids. Rows of one length run together: padding would move some poolings."""
+def score_in_full(
+    model: PreTrainedModel, rows: Sequence[list[int]], types: Sequence[list[int] | None] | None = None
+) -> list[float]:
+    """The model's own value for each row of ids and, where some are given, of their token types.
+
+    Rows of one length run together: padding would move some poolings.
+    """
+    types = types or [None] * len(rows)
     pad = model.config.get_text_config().pad_token_id
-    groups: dict[tuple[int, bool], list[int]] = {}
+    groups: dict[tuple[int, bool, bool], list[int]] = {}
     for place, row in enumerate(rows):
-        groups.setdefault((len(row), pad in row), []).append(place)
+        groups.setdefault((len(row), pad in row, types[place] is not None), []).append(place)
     rewards = [0.0] * len(rows)
-    for (length, holds_pad), places in groups.items():
+    for (length, holds_pad, typed), places in groups.items():
         # Without a pad id transformers' heads take one row at a time.
         step = 1 if pad is None else max(1, _MAX_TOKENS // length)
         for start in range(0, len(places), step):
             batch = places[start : start + step]
-            values = _forward(model, [rows[place] for place in batch], holds_pad)
+            given = [types[place] for place in batch] if typed else None
+            values = _forward(model, [rows[place] for place in batch], holds_pad, given)
             for place, value in zip(batch, values, strict=True):
                 rewards[place] = value
     return rewards
 
 
-def _forward(model: PreTrainedModel, rows: Sequence[list[int]], holds_pad: bool) -> list[float]:
+def _forward(
+    model: PreTrainedModel, rows: Sequence[list[int]], holds_pad: bool, types: Sequence[list[int] | None] | None
+) -> list[float]:
     """Rewards of rows of one length."""
     ids = torch.tensor(rows, device=next(model.parameters()).device)  # [B, T]
     mask = torch.ones_like(ids)
-    if holds_pad:  # a pad id that was drawn is a token like others; from embeddings the model does not see which it is
+    more = {} if types is None else {"token_type_ids": torch.tensor(types, device=ids.device)}
+    # A pad id that was drawn is a token like others: from embeddings the model does not see which it is. Those with a
+    # decoder take none, and look for the end of the text instead.
+    if holds_pad and not getattr(model.config, "is_encoder_decoder", False):
         embed = model.get_input_embeddings()
-        output = model(inputs_embeds=embed(ids), attention_mask=mask)
+        output = model(inputs_embeds=embed(ids), attention_mask=mask, **more)
     else:
-        output = model(input_ids=ids, attention_mask=mask)
-    rewards: list[float] = output.logits[:, 0].float().tolist()
+        output = model(input_ids=ids, attention_mask=mask, **more)
+    rewards: list[float] = output.logits.flatten().float().tolist()
     return rewards
 
 

@@ -10,16 +10,16 @@ from transformers import PreTrainedModel
 
 from stars_fast.methods.numbers import real, shown
 from stars_fast.ops import gather_logprobs
-from stars_fast.rewards.base import Completion, check_model, check_tokenizer
+from stars_fast.rewards.base import Completion, check_model
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Text, TreeCache
-from stars_fast.rewards.classifier import check_ids, unwrapped
+from stars_fast.rewards.ids import first_reading, reading
 from stars_fast.rewards.render import Rendering
 from stars_fast.text.chat import common_prefix
 from stars_fast.text.prompts import template_kwargs
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
-from stars_fast.tree.support import vocabulary
+from stars_fast.tree.support import unwrapped, vocabulary
 
 # Tokens of one packed pass: each has a row of logits, 256 MB in all for 128k ids in bfloat16.
 _MAX_PACKED = 1024
@@ -37,9 +37,10 @@ class ImplicitReward(RenderedReward):
     ----------
     model, reference : transformers causal LM
         The aligned model and the one it was trained from. Either may be the policy itself.
-    tokenizer : transformers tokenizer, optional
-        The pair's. None: it reads the policy's ids. With a chat template, prompts are rendered with it; where its
-        vocabulary differs from the policy's, answers are re-tokenised.
+    tokenizer : transformers tokenizer or "policy", optional
+        The pair's; "policy": it reads the policy's ids. None: as that of :class:`ClassifierReward`. With a chat
+        template, prompts are rendered with it; where its vocabulary differs from the policy's, answers are
+        re-tokenised.
     beta : float
         The pair's training coefficient; only its product with the engine's 1 / beta matters.
     weights : {"sum", "1/k"}
@@ -69,15 +70,14 @@ class ImplicitReward(RenderedReward):
     ) -> None:
         for argument, one in (("model", model), ("reference", reference)):
             check_model(argument, one, predicts=True)
-        check_tokenizer("tokenizer", tokenizer)
         if not isinstance(weights, str) or weights not in ("sum", "1/k"):
             raise ValueError(f"weights={shown(weights)}: must be 'sum' or '1/k'")
         if unwrapped(model) is unwrapped(reference):  # PEFT puts its adapters into the model it is given
             raise ValueError(
                 "model and reference share their weights, every log-ratio would be 0: load the reference separately"
             )
-        _check_pair(vocabulary(model), vocabulary(reference), tokenizer)
-        self.tokenizer = tokenizer
+        self._given, self.reads = tokenizer, first_reading(tokenizer, "tokenizer")
+        _check_pair(vocabulary(model), vocabulary(reference), self.reads.tokenizer)
         self.chat_template_kwargs = template_kwargs(chat_template_kwargs)
         self.beta = real("beta", beta, open_below=True, open_above=True)
         self.weights = weights
@@ -86,20 +86,21 @@ class ImplicitReward(RenderedReward):
         # The prediction of an id is made at the one before it: the last id is left to the next pass.
         self._start([TreeCache(tree, lag=1, max_packed=_MAX_PACKED) for tree in trees])
 
-    def check_vocabulary(self, policy_ids: int, policy: PreTrainedModel) -> None:
-        if self.tokenizer is None:
-            model = self.caches[0].model.model
-            check_ids(policy_ids, policy, self.vocab_size, model, "ImplicitReward(..., tokenizer=)")
+    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+        if self.reads.tokenizer is None:
+            models = [cache.model.model for cache in self.caches]
+            self.reads = reading(models, self._given, policy, tokenizer, "tokenizer", self.reads)
+            self._latest = None
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
-        return Rendering(self.tokenizer, policy_tokenizer, "none", self.chat_template_kwargs)
+        return Rendering(self.reads.tokenizer, policy_tokenizer, "none", self.chat_template_kwargs)
 
     def text(self, completion: Completion) -> Text:
         text, prompt = super().text(completion), completion.response.prompt
         ids, rendering = text.ids, self.rendering(prompt)
         if completion.eos and rendering.templated and not rendering.shared_ids:
             # An answer that ends is worth something else than one that stops: the models are asked for its end too.
-            eos = self.tokenizer.eos_token_id
+            eos = rendering.tokenizer.eos_token_id
             ids = [*ids, eos] if eos is not None else ids
         start = common_prefix(self._contexts[prompt].prefix, ids)
         # Where nothing stands in front of the answer, its first token is not predicted.

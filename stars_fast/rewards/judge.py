@@ -13,6 +13,7 @@ from stars_fast.notices import warn
 from stars_fast.rewards.base import RewardPrompt, check_model, check_text, check_tokenizer
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
+from stars_fast.rewards.ids import check_own
 from stars_fast.rewards.render import Context, Rendering
 from stars_fast.text.chat import encode, text_frame
 from stars_fast.text.prompts import template_kwargs
@@ -87,6 +88,9 @@ class JudgeReward(RenderedReward):
             raise ValueError(
                 f"a verdict's first token is {bad[0]}, outside the judge's vocabulary of {self.vocab_size}"
             )
+
+    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+        check_own(self.caches[0].model.model, self.tokenizer, policy, tokenizer)
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
         variables = self.chat_template_kwargs

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from stars_fast.methods.numbers import shown
 from stars_fast.rewards.base import Completion, Reward, RewardPrompt
-from stars_fast.tree.attention import evaluating
+from stars_fast.tree.attention import evaluating, own_dtypes
 
 
 class HiddenStateProbe(Reward):
@@ -32,6 +34,14 @@ class HiddenStateProbe(Reward):
         self.probe = probe
         self._evaluating: list[ExitStack] = []  # one of each call, all alike
 
+    @torch.no_grad()
+    @own_dtypes()
+    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+        head: Any = policy.get_output_embeddings()
+        width = getattr(head, "in_features", policy.config.get_text_config().hidden_size)
+        with evaluating(self.probe):
+            self._read(torch.zeros(1, width, device="cpu"))
+
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
     ) -> None:
@@ -49,8 +59,12 @@ class HiddenStateProbe(Reward):
                 "Completion.hidden is None: HiddenStateProbe is scored by engines that hand on the policy's hidden "
                 "state (Reward.needs_hidden_state)"
             )
-        parameter = next(self.probe.parameters(), states[0])
-        values = self._values(torch.stack(states).to(parameter.device, parameter.dtype)).float()  # [rows, 1 or 2]
+        return self._read(torch.stack(states))
+
+    def _read(self, states: torch.Tensor) -> list[float]:
+        """Rewards of hidden states ``[rows, H]``."""
+        parameter = next(self.probe.parameters(), states)
+        values = self._values(states.to(parameter.device, parameter.dtype)).float()  # [rows, 1 or 2]
         if values.dim() != 2 or values.shape[0] != len(states) or values.shape[1] not in (1, 2):
             raise ValueError(
                 f"the probe gave {list(values.shape)} for {len(states)} rows: must be [rows, 1] or [rows, 2]"

@@ -15,7 +15,7 @@ from stars_fast.methods.numbers import shown
 from stars_fast.rewards.base import Completion, Response, RewardPrompt, check_model, check_text, check_tokenizer
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Text, TreeCache
-from stars_fast.rewards.classifier import unwrapped
+from stars_fast.rewards.ids import check_own
 from stars_fast.rewards.render import Context, Rendering
 from stars_fast.text.chat import chat_frame, encode, encode_start, encode_turn
 from stars_fast.text.prompts import Messages
@@ -23,6 +23,7 @@ from stars_fast.text.template import Variables, apply, rendered, stand_in
 from stars_fast.text.turns import spoken
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
+from stars_fast.tree.support import unwrapped
 
 AGGREGATES: dict[str, Callable[[list[float]], float]] = {
     "last": lambda scores: scores[-1],
@@ -144,8 +145,16 @@ class ProcessReward(RenderedReward):
 
     # What they share
 
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """Of marks and labels: the model must have them."""
+        if bad := self._outside(ids):
+            raise ValueError(f"the id {bad[0]} of a step's mark or label is {self._vocabulary}")
+
     def shares_ids(self, prompt: RewardPrompt) -> bool:
         return False  # a step's text is tokenised anew
+
+    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+        check_own(self.caches[0].model.model, self.tokenizer, policy, tokenizer)
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
         return Rendering(self.tokenizer, policy_tokenizer or self.tokenizer, "none")
@@ -220,6 +229,7 @@ class _StepTokens(ProcessReward):
         if mark is None or mark == tokenizer.unk_token_id:
             raise ValueError(f"step_token={step_token!r} is not in the tokenizer's vocabulary")
         self.head, self.mark, self.system = head, [mark], system
+        self._check_ids(self.mark)
 
     def context(self, prompt: RewardPrompt) -> Context:
         rendering = self.rendering(prompt)
@@ -246,6 +256,7 @@ class _Labels(ProcessReward):
             raise ValueError(f"good={good!r} and bad={bad!r} end with the same token, {self.labels[0]}")
         _, _, mark, link = self._shown([{"role": "user", "content": "a"}])
         self.mark, self.link = encode(tokenizer, mark), [*encode(tokenizer, good), *encode(tokenizer, link)]
+        self._check_ids([*self.labels, *self.mark, *self.link])
         self._check_joints(good)
 
     def _check_joints(self, good: str) -> None:

@@ -21,6 +21,7 @@ from stars_fast.text.chat import (
 )
 from stars_fast.text.prompts import Messages, ends_with_answer, template_kwargs
 from stars_fast.text.template import VERBATIM, Habits
+from stars_fast.text.tokenizers import same_vocabulary
 from stars_fast.text.tokens import token_ids
 
 
@@ -75,7 +76,7 @@ class Rendering:
         self.tail = tail
         self.chat_template_kwargs = template_kwargs(chat_template_kwargs)
         self._habits: dict[str, Habits] = {}  # of the template, by its variables
-        self.shared_ids = tokenizer is None or _same_vocabulary(tokenizer, policy_tokenizer)
+        self.shared_ids = tokenizer is None or same_vocabulary(tokenizer, policy_tokenizer)
 
     def context(self, prompt: RewardPrompt) -> Context:
         """The prompt's ids, and the tail of its answers.
@@ -224,7 +225,3 @@ class Rendering:
                 "pass the policy's as tokenizer="
             )
         return str(self.policy_tokenizer.decode(prompt.ids, skip_special_tokens=True))
-
-
-def _same_vocabulary(a: Any, b: Any) -> bool:
-    return b is not None and (a is b or a.get_vocab() == b.get_vocab())

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -91,9 +91,9 @@ class WeightedSum(Reward):
     def tree_models(self) -> list[TreeModel]:
         return [model for part in self._parts for model in part.reward.tree_models]
 
-    def check_vocabulary(self, policy_ids: int, policy: PreTrainedModel) -> None:
+    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
         for part in self._parts:
-            part.reward.check_vocabulary(policy_ids, policy)
+            part.reward.check_vocabulary(policy, tokenizer)
 
     def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
         for part in self._parts:

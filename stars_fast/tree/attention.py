@@ -257,6 +257,22 @@ def plugged(model: PreTrainedModel) -> Iterator[None]:
                     config._attn_implementation = _plugged.pop(key).implementation
 
 
+@contextmanager
+def own_dtypes() -> Iterator[None]:
+    """Models compute in the dtypes of their weights inside, whatever ``torch.autocast`` says on this thread.
+
+    It belongs to a thread, and any thread may take a step for all: the texts of one would depend on another's.
+    """
+    on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    for kind in on:
+        torch.set_autocast_enabled(kind, False)
+    try:
+        yield
+    finally:
+        for kind in on:
+            torch.set_autocast_enabled(kind, True)
+
+
 def causal_probe(length: int, vocab_size: int, device: torch.device) -> torch.Tensor:
     """A few token ids that every vocabulary has, ``[length]`` int64."""
     return torch.arange(length, device=device) % vocab_size

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
 
-from stars_fast.tree.attention import causal_probe, evaluating, plugged
+from stars_fast.tree.attention import causal_probe, evaluating, own_dtypes, plugged
 from stars_fast.tree.model import TreeModel
 
 # Relative difference from a plain forward pass: rounding stays far below in any dtype, another computation far above.
@@ -19,6 +20,8 @@ _AnyTree = TypeVar("_AnyTree", bound=TreeModel)
 
 _TRUNK = 17
 _BRANCHES = (3, 8)
+# Logits of ids that a model masks lie this many times further from the others than those from each other.
+_GAP = 8
 
 
 def checked(tree_model: _AnyTree) -> _AnyTree:
@@ -34,9 +37,10 @@ def checked(tree_model: _AnyTree) -> _AnyTree:
     if form not in seen:
         error = median_difference(tree_model)
         if not error < _LARGEST_ERROR:
+            found = "mask other ids than its own" if math.isinf(error) else f"differ from its own by {error:.0%}"
             raise NotImplementedError(
-                f"the {tree_model.name}: on a tree its outputs differ from its own by {error:.0%}, so it does more "
-                "than causal attention over keys and values (or its weights are not finite)"
+                f"the {tree_model.name}: on a tree its outputs {found}, so it does more than causal attention over "
+                "keys and values (or its weights are not finite)"
             )
         seen.add(form)
     return tree_model
@@ -45,11 +49,44 @@ def checked(tree_model: _AnyTree) -> _AnyTree:
 def median_difference(tree_model: TreeModel) -> float:
     """How far the body's outputs on a tree are from its own, relative to their spread: the median over tokens.
 
-    The median, because rounding may send a single token to other experts.
+    The median, because rounding may send a single token to other experts. Entries that the model masks have no part in
+    it, and where the tree masks others the difference is infinite.
     """
-    packed, plain = (values - values.mean(1, keepdim=True) for values in _outputs(tree_model))
-    error = (packed - plain).norm(dim=1) / plain.norm(dim=1).clamp_min(1e-6)  # [T]
+    packed, plain = _outputs(tree_model)
+    left_out = _left_out(packed, plain)
+    if left_out is None:
+        return math.inf
+    left, centred = (~left_out).sum(1, keepdim=True).clamp_min(1), list[torch.Tensor]()
+    for values in (packed, plain):
+        mean = values.masked_fill(left_out, 0.0).sum(1, keepdim=True) / left
+        centred.append((values - mean).masked_fill(left_out, 0.0))
+    error = (centred[0] - centred[1]).norm(dim=1) / centred[1].norm(dim=1).clamp_min(1e-6)  # [T]
     return float(error.median())
+
+
+def _left_out(packed: torch.Tensor, plain: torch.Tensor) -> torch.Tensor | None:
+    """Entries ``[T, X]`` that say nothing of the others' spread: masked ones, and columns that are the same constant in
+    both, such as rows that pad a vocabulary. bool; None where the two mask different entries.
+    """
+    lowest = _lowest(plain)
+    masked = plain < lowest
+    if not torch.equal(masked, packed < lowest):
+        return None
+    constant = (plain.amax(0) == plain.amin(0)) & (packed == plain).all(0)
+    return masked | constant
+
+
+def _lowest(values: torch.Tensor) -> float:
+    """The least that is no mask: a model gives ids that it must not write -inf, or something far below all others."""
+    highest, lowest = values.amax(0), values.amin(0)
+    levels = highest[highest.isfinite() & (highest > lowest)].double().sort(descending=True).values
+    least = min(_GAP, len(levels) // 2)  # so many are taken not to be masked
+    finite = torch.finfo(torch.float32).min
+    if not least:
+        return finite
+    far = _GAP * (levels[0] - levels[least - 1 : -1]) + 1.0  # below each level, given those above it
+    gaps = (levels[least - 1 : -1] - levels[least:] > far).nonzero()
+    return finite if not len(gaps) else float(levels[least - 1 + gaps[0]] - far[gaps[0]])
 
 
 def max_difference(tree_model: TreeModel) -> float:
@@ -69,9 +106,10 @@ def max_difference(tree_model: TreeModel) -> float:
     packed, plain = _outputs(tree_model)
     if tree_model.body is not tree_model.model:
         head: Any = tree_model.model.score
-        with torch.no_grad():
+        with torch.no_grad(), own_dtypes():
             packed, plain = (head(hidden.to(tree_model.dtype)).float() for hidden in (packed, plain))
-    return float((packed - plain).abs().max())
+    left_out = _left_out(packed, plain)
+    return math.inf if left_out is None else float((packed - plain).masked_fill(left_out, 0.0).abs().max())
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -80,6 +118,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
+@own_dtypes()
 def _outputs(tree_model: TreeModel) -> tuple[torch.Tensor, torch.Tensor]:
     """What the body gives at the tokens of two branches, on the tree and by plain passes: ``[T, X]`` float32 each.
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from stars_fast.notices import warn
 from stars_fast.ops import check_supported
 from stars_fast.stays import Stays
-from stars_fast.tree.attention import NAME, ShapeRecorder, TreeContext, active, causal_probe, plugged
+from stars_fast.tree.attention import NAME, ShapeRecorder, TreeContext, active, causal_probe, own_dtypes, plugged
 from stars_fast.tree.graphs import Graphs
 from stars_fast.tree.passes import MOST_TOKENS, WORTH_CAPTURING, Pass, PassShape
 from stars_fast.tree.prefixes import Prefixes
@@ -122,6 +122,7 @@ class TreeModel(Stays):
         """Captures and compilations so far: a heartbeat with one says nothing of speed."""
         return self.graphs.made + (0 if self._compiled is None else self._compiled.compilations)
 
+    @own_dtypes()
     def _record_shapes(self) -> ShapeRecorder:
         recorder = ShapeRecorder({})
         with torch.no_grad(), plugged(self.model):

@@ -13,6 +13,12 @@ def described(model: PreTrainedModel, role: str) -> str:
     return f"{role} is a {type(model).__name__} (model_type={model.config.model_type!r})"
 
 
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model whose parts are base model and head: PEFT wraps one whose layers it has changed in place."""
+    inner: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
+    return inner
+
+
 def vocabulary(model: PreTrainedModel) -> int:
     """Ids the model has embeddings for."""
     return int(cast(torch.Tensor, model.get_input_embeddings().weight).shape[0])

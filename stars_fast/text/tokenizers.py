@@ -1,0 +1,55 @@
+"""Tokenizers that lie beside models: found, loaded, compared."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Any
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+
+# What a tokenizer is saved as, by any of transformers' classes; the usual ones first.
+_FILES = (
+    *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    *("spiece.model", "sentencepiece.bpe.model", "spm.model", "sentencepiece.model", "tekken.json"),
+)
+_SECONDS = 5.0  # for the hub to answer
+
+
+def same_vocabulary(a: Any, b: Any) -> bool:
+    """Whether the ids of two tokenizers, of which either may be None, mean the same."""
+    return a is not None and b is not None and (a is b or a.get_vocab() == b.get_vocab())
+
+
+def tokenizer_beside(name: str, argument: str, cached: bool = False) -> Any:
+    """The tokenizer in a model's folder or repository; None if there is none.
+
+    One that is there and cannot be loaded is an OSError that names ``argument``: without it, a model would read ids of
+    another vocabulary. ``cached``: files that were downloaded before will do, without asking for newer ones.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        # Asked first: of some families, transformers makes an empty tokenizer where there are no files.
+        if not has_tokenizer(name):
+            return None
+        if cached:
+            with suppress(Exception):  # some of them lack
+                return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # it needs packages, a connection, permission, code
+        raise OSError(f"the tokenizer of {name!r} cannot be loaded (or pass {argument}=): {error}") from error
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether a folder or repository holds any of a tokenizer's files; raises where that cannot be told.
+
+    The hub is asked once, and only where none was downloaded before: without a connection, each file would be tried for
+    half a minute.
+    """
+    if os.path.isdir(name):
+        return any(os.path.isfile(os.path.join(name, file)) for file in _FILES)
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in _FILES):
+        return True
+    files = HfApi().model_info(name, timeout=_SECONDS).siblings or []
+    return any(file.rfilename in _FILES for file in files)
