@@ -20,6 +20,7 @@ from stars_fast.inputs import transformers_call
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.hooks import foreign_processors, row_processor, row_stop
 from stars_fast.inputs.sampling import NEUTRAL
+from stars_fast.loop.stream import Streaming
 from stars_fast.methods.numbers import plain
 from stars_fast.outputs import StarsOutput
 
@@ -98,19 +99,20 @@ def generate(
     with another reward, tokenizer or option takes its place, or the model is dropped. A copy of the model has none.
     """
     engine = {"tokenizer": tokenizer, **{name: kwargs.pop(name) for name in _ENGINE_OPTIONS & kwargs.keys()}}
-    config = transformers_call.with_methods_sampling(stars_config or StarsConfig())
-    call = transformers_call.merge(model, config, generation_config, kwargs)
-    decoder = _Decoder(
-        reward_model,
-        call.config,
-        explicit=call.explicit,
-        streamer=streamer,
-        engine=engine,
-        call={"reward_prompts": reward_prompts, "columns": columns, "seed": seed},
-    )
-    out = GenerationMixin.generate(
-        cast(Any, model), inputs, call.generation_config, custom_generate=decoder, **call.kwargs
-    )
+    with Streaming(streamer) as streaming:
+        config = transformers_call.with_methods_sampling(stars_config or StarsConfig())
+        call = transformers_call.merge(model, config, generation_config, kwargs)
+        decoder = _Decoder(
+            reward_model,
+            call.config,
+            explicit=call.explicit,
+            streamer=streaming,
+            engine=engine,
+            call={"reward_prompts": reward_prompts, "columns": columns, "seed": seed},
+        )
+        out = GenerationMixin.generate(
+            cast(Any, model), inputs, call.generation_config, custom_generate=decoder, **call.kwargs
+        )
     return cast("torch.LongTensor | StarsGenerateOutput", out)
 
 
@@ -176,6 +178,21 @@ class _Decoder:
         **model_kwargs: Any,
     ) -> torch.LongTensor | StarsGenerateOutput:
         assert generation_config is not None
+        with Streaming.of(self.streamer) as streaming:
+            return self._decode(
+                model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streaming
+            )
+
+    def _decode(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList | None,
+        stopping_criteria: StoppingCriteriaList | None,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        streaming: Streaming,
+    ) -> torch.LongTensor | StarsGenerateOutput:
         transformers_call.refuse_modes(generation_config)
         transformers_call.refuse_inputs(model_kwargs)
         config = transformers_call.settled(
@@ -195,7 +212,7 @@ class _Decoder:
             stop=lambda row: row_stop(stopping_criteria, generation_config, input_ids[row]),
             **self.call,
         )
-        out = _kept_engine(model, self.reward_model, self.engine).run(arguments, self.streamer)
+        out = _kept_engine(model, self.reward_model, self.engine).run(arguments, streaming)
         return _as_transformers(out, input_ids, generation_config)
 
 

@@ -19,7 +19,7 @@ from stars_fast.inputs.models import draft_policy, load_policy, load_reward
 from stars_fast.loop.core import Core
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot
 from stars_fast.loop.row_cost import Heartbeat
-from stars_fast.loop.stream import progress_bar
+from stars_fast.loop.stream import Streaming, progress_bar
 from stars_fast.loop.team import release_team
 from stars_fast.methods.numbers import integer, real
 from stars_fast.notices import warn
@@ -151,7 +151,8 @@ class StarsEngine:
         on_error : {"return", "raise"}
             Whether a request that fails ends with finish reason "error", or raises.
         streamer : transformers streamer, optional
-            Gets the prompt and then each committed segment. One prompt and one sample only.
+            Gets the prompt and then each committed segment, and is ended, also where the call is refused. One prompt
+            and one sample only.
         progress : bool
             Show a bar with accepted tokens/s and, where candidates are tested, the acceptance rate.
         **overrides
@@ -189,20 +190,17 @@ class StarsEngine:
 
     def run(self, arguments: Arguments, streamer: Any = None, progress: bool = False) -> StarsOutput:
         """:meth:`generate`, with its arguments in one piece."""
-        job = Job(self.prepare(arguments), self.tokenizer)
-        if streamer is not None:
-            if job.call.rows > 1:
+        with Streaming.of(streamer) as streaming:
+            job = Job(self.prepare(arguments), self.tokenizer)
+            if streaming.wanted and job.call.rows > 1:
                 raise ValueError(f"streamer: takes one response, not {job.call.rows}; use StarsEngine.stream")
-            streamer.put(torch.tensor([job.call.prompts[0].ids], device="cpu"))
-        try:
+            if streaming.wanted and job.call.rows:
+                streaming.put(torch.tensor([job.call.prompts[0].ids], device="cpu"))
             with progress_bar(progress, job.call.rows) as advance:
                 for event in self.events(job):
                     advance(event)
-                    if streamer is not None and event.segment is not None:
-                        streamer.put(torch.tensor(event.segment.tokens, device="cpu"))
-        finally:
-            if streamer is not None:
-                streamer.end()  # whoever reads it waits for the end, whatever happens
+                    if streaming.wanted and event.segment is not None:
+                        streaming.put(torch.tensor(event.segment.tokens, device="cpu"))
         return self.output(job)
 
     def run_pilots(self, arguments: Arguments, samples: int) -> tuple[StarsConfig, list[Pilot]]:

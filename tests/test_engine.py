@@ -250,6 +250,16 @@ def test_a_transformers_streamer_gets_the_tokens_and_the_end(engine):
     assert collector.ended == 1
 
 
+@pytest.mark.parametrize(
+    "prompts, overrides", [([[99]], {}), ([[1], [2]], {}), ([[1]], {"top_p": 2.0}), ([[1]], {"segment": 3})], ids=str
+)
+def test_whoever_reads_a_streamer_is_told_of_the_end_of_a_call_that_is_refused(idle, prompts, overrides):
+    collector = Collector()
+    with pytest.raises((ValueError, TypeError)):
+        idle.generate(prompts, CONFIG, streamer=collector, **overrides)
+    assert collector.ended == 1 and not collector.ids
+
+
 def test_whoever_reads_a_streamer_is_told_of_the_end_of_a_call_that_fails(policy32):
     def broken(completions):
         raise ArithmeticError
