@@ -7,7 +7,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import fields
 from itertools import count
 from typing import Any
@@ -112,6 +112,7 @@ class AsyncStarsEngine:
         seed: int | None = None,
         reward_prompt: Any = None,
         columns: dict[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout: float | None = None,
         reserved: bool = False,
@@ -130,6 +131,8 @@ class AsyncStarsEngine:
             What the reward sees as the prompt, where that differs.
         columns : dict, optional
             Further arguments of a callable reward: a value each.
+        chat_template_kwargs : mapping, optional
+            Variables for chat templates, as in :meth:`StarsEngine.generate`.
         priority : int
             Lower is let in first, and gives way last.
         timeout : float, optional
@@ -170,7 +173,14 @@ class AsyncStarsEngine:
             given: dict[str, Any] = {key: [value] for key, value in (columns or {}).items()}
             shown = None if reward_prompt is None else [reward_prompt]
             seeds = None if seed is None else [seed]
-            arguments = Arguments([prompt], config, columns=given, reward_prompts=shown, seed=seeds)
+            arguments = Arguments(
+                [prompt],
+                config,
+                columns=given,
+                reward_prompts=shown,
+                seed=seeds,
+                chat_template_kwargs=chat_template_kwargs,
+            )
             call = await asyncio.to_thread(self.engine.prepare, arguments)
             call.priority = priority
             self._check_alive()

@@ -26,6 +26,7 @@ from stars_fast.methods.numbers import integer, real
 
 # Below this, partial rewards say too little about final ones to guide by.
 _GUIDABLE_CORRELATION = 0.3
+_INPUTS = ("attention_mask", "reward_prompts", "columns", "chat_template_kwargs")  # not fields of StarsConfig
 
 
 class Report(dict[str, Any]):
@@ -138,7 +139,7 @@ def calibrate(
         Pilot responses per prompt, at least 2.
     seed : as in :meth:`StarsEngine.generate`
     **kwargs
-        ``attention_mask``, ``reward_prompts``, ``columns``, or fields of StarsConfig.
+        ``attention_mask``, ``reward_prompts``, ``columns``, ``chat_template_kwargs``, or fields of StarsConfig.
 
     Raises
     ------
@@ -148,7 +149,7 @@ def calibrate(
         If a pilot fails, with the cause.
     """
     acceptance, samples = real("acceptance", acceptance, 0.0, 1.0, open_below=True), integer("samples", samples, 2)
-    inputs = {name: kwargs.pop(name) for name in ("attention_mask", "reward_prompts", "columns") if name in kwargs}
+    inputs = {name: kwargs.pop(name) for name in _INPUTS if name in kwargs}
     arguments = Arguments(prompts, config, overrides=kwargs, seed=seed, **inputs)
     ruled, pilots = engine.run_pilots(arguments, samples)
     for pilot in pilots:

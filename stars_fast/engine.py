@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -127,6 +127,7 @@ class StarsEngine:
         columns: dict[str, Sequence[Any]] | None = None,
         seed: int | Sequence[int] | None = None,
         on_error: str = "return",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         streamer: Any = None,
         progress: bool = False,
         **overrides: Any,
@@ -150,6 +151,9 @@ class StarsEngine:
             (seed_i, 0, j). None draws one from torch's global generator.
         on_error : {"return", "raise"}
             Whether a request that fails ends with finish reason "error", or raises.
+        chat_template_kwargs : mapping, optional
+            Variables for chat templates, such as ``{"enable_thinking": False}``: for the policy's, and for the reward
+            model's where the scorer has no value of its own for them.
         streamer : transformers streamer, optional
             Gets the prompt and then each committed segment, and is ended, also where the call is refused. One prompt
             and one sample only.
@@ -169,7 +173,9 @@ class StarsEngine:
         RuntimeError
             With ``on_error="raise"``, the first request's error.
         """
-        arguments = Arguments(prompts, config, overrides, attention_mask, reward_prompts, columns, seed, on_error)
+        arguments = Arguments(
+            prompts, config, overrides, attention_mask, reward_prompts, columns, seed, on_error, chat_template_kwargs
+        )
         return self.run(arguments, streamer, progress)
 
     def stream(
@@ -182,10 +188,13 @@ class StarsEngine:
         columns: dict[str, Sequence[Any]] | None = None,
         seed: int | Sequence[int] | None = None,
         on_error: str = "return",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **overrides: Any,
     ) -> Iterator[SegmentEvent]:
         """Like :meth:`generate`, yielding a :class:`SegmentEvent` whenever a request commits a segment."""
-        arguments = Arguments(prompts, config, overrides, attention_mask, reward_prompts, columns, seed, on_error)
+        arguments = Arguments(
+            prompts, config, overrides, attention_mask, reward_prompts, columns, seed, on_error, chat_template_kwargs
+        )
         return self.events(Job(self.prepare(arguments), self.tokenizer))
 
     def run(self, arguments: Arguments, streamer: Any = None, progress: bool = False) -> StarsOutput:

@@ -201,3 +201,29 @@ def test_what_is_no_prompt_is_refused(idle, prompts):
 def test_float_ids_are_refused(idle):
     with refused("prompts", r"torch\.float32"):
         idle.generate(torch.ones(2, 3), CONFIG)
+
+
+THINKING = (
+    "{% for m in messages %}w1 {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}{{ 'w3' if enable_thinking | default(true) else 'w4' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def thinking_tokenizer():
+    tokenizer = tiny_tokenizer(32)
+    tokenizer.chat_template = THINKING
+    return tokenizer
+
+
+def test_a_templates_variables_are_the_callers(policy32, thinking_tokenizer):
+    engine = StarsEngine(policy32, lambda completion_ids: sum_reward(completion_ids), tokenizer=thinking_tokenizer)
+    chat, off = [{"role": "user", "content": "w5"}], {"enable_thinking": False}
+    out = engine.generate([chat], CONFIG, seed=0, chat_template_kwargs=off)
+    assert out.sequences[0, :3].tolist() == [1, 5, 4]
+    assert engine.generate([chat], CONFIG, seed=0).sequences[0, :3].tolist() == [1, 5, 3]
+    events = list(engine.stream([chat], CONFIG, seed=0, chat_template_kwargs=off))
+    assert [token for event in events for token in event.segment.tokens] == out.completions[0]
+    for none, what in [({"tokenize": False}, "tokenize"), ({"chat_template": "x"}, "chat_template"), ([1], "mapping")]:
+        with refused("chat_template_kwargs", what):
+            engine.generate([chat], CONFIG, chat_template_kwargs=none)

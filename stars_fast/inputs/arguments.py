@@ -17,7 +17,7 @@ from stars_fast.ops.philox import philox_key
 from stars_fast.policy.leaf import RowProcessor, Sampling
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import RewardPrompt
-from stars_fast.text.prompts import Prompt, read_personas, read_prompts
+from stars_fast.text.prompts import Prompt, read_personas, read_prompts, template_kwargs
 from stars_fast.tree.model import TreeModel
 
 
@@ -33,6 +33,7 @@ class Arguments:
     columns: dict[str, Sequence[Any]] | None = None
     seed: int | Sequence[int] | None = None
     on_error: str = "return"
+    chat_template_kwargs: Mapping[str, Any] | None = None
     # From inside transformers, per row of the output: further processing of logits, further reasons to stop.
     processor: Callable[[int], RowProcessor | None] = lambda row: None
     stop: Callable[[int], StopTest | None] = lambda row: None
@@ -107,7 +108,7 @@ def under_preferences(
         raise ValueError(f"method={method.name!r} does not know logits processors")
     bos = getattr(tokenizer, "bos_token_id", None)
     bos = policy.text_config.bos_token_id if bos is None else bos
-    return read_personas(prompts, method.preferences, tokenizer, bos)
+    return read_personas(prompts, method.preferences, tokenizer, bos, arguments.chat_template_kwargs)
 
 
 class _Unread:
@@ -131,7 +132,7 @@ def read_reward_prompts(arguments: Arguments, prompts: Sequence[Prompt], tokeniz
     argument = "prompts" if given is None else "reward_prompts"
     rewarded = prompts if given is None else read_prompts(given, _Unread(), name=argument)
     check_per_prompt(argument, rewarded, len(prompts))
-    warned: set[str] = set()
+    variables, warned = template_kwargs(arguments.chat_template_kwargs), set[str]()
     return [
         RewardPrompt(
             index=index,
@@ -141,6 +142,7 @@ def read_reward_prompts(arguments: Arguments, prompts: Sequence[Prompt], tokeniz
             argument=argument,
             tokenizer=tokenizer,
             warned=warned,
+            chat_template_kwargs=variables,
         )
         for index, prompt in enumerate(rewarded)
     ]

@@ -183,7 +183,8 @@ def _texts(
     arguments: Arguments, given: StarsConfig, sampling: Sampling, policy: Policy, tokenizer: Any
 ) -> tuple[Sequence[Prompt], Sequence[list[list[int]]], list[RewardPrompt]]:
     """Prompts, the same under the method's preferences, and as the reward sees them."""
-    prompts = read_prompts(arguments.prompts, tokenizer, arguments.attention_mask)
+    variables = arguments.chat_template_kwargs
+    prompts = read_prompts(arguments.prompts, tokenizer, arguments.attention_mask, chat_template_kwargs=variables)
     for name in ("target_reward", "base_reward"):
         if isinstance(value := getattr(given, name), tuple):
             check_per_prompt(name, value, len(prompts), ": calibrated for other prompts?")

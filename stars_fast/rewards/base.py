@@ -31,6 +31,7 @@ class RewardPrompt:
     argument: str = "prompts"  # or "reward_prompts": where it came from
     tokenizer: Any = None  # the policy's, for ids that were not given
     warned: set[str] = field(default_factory=set)  # shared by the prompts of a call: what is warned of once in each
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # the call's, for templates of either side
 
     @property
     def name(self) -> str:
@@ -48,7 +49,8 @@ class RewardPrompt:
         """
         if self.given_ids is None:
             try:
-                (prompt,) = read_prompts([self.source], self.tokenizer, name=self.argument)
+                variables = self.chat_template_kwargs
+                (prompt,) = read_prompts([self.source], self.tokenizer, None, self.argument, variables)
             except ValueError as error:  # it was read alone, as the first
                 raise ValueError(str(error).replace(f"{self.argument}[0]", self.name, 1)) from error
             self.given_ids = prompt.ids

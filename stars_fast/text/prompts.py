@@ -23,7 +23,39 @@ class Prompt:
     ids: list[int]
 
 
-def read_prompts(prompts: Any, tokenizer: Any, attention_mask: Any = None, name: str = "prompts") -> list[Prompt]:
+# What the reader of prompts decides itself when it calls a tokenizer's apply_chat_template.
+_OWN = {"conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
+_OWN |= {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
+_OWN |= {"tokenizer_kwargs", "sanitize_control_tokens"}
+
+
+def template_kwargs(given: Any, name: str = "chat_template_kwargs") -> dict[str, Any]:
+    """Variables for chat templates, checked.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no mapping of names, or a name that is not the caller's to set.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise TypeError(f"{name}={given!r:.80} is no mapping of names to values, such as {{'enable_thinking': False}}")
+    if own := _OWN & given.keys():
+        raise ValueError(
+            f"{name} sets {min(own)!r}, which is not a variable of templates: give those alone, and a template as "
+            "tokenizer.chat_template"
+        )
+    return dict(given)
+
+
+def read_prompts(
+    prompts: Any,
+    tokenizer: Any,
+    attention_mask: Any = None,
+    name: str = "prompts",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Prompt]:
     """Normalise ``prompts``.
 
     Parameters
@@ -36,6 +68,8 @@ def read_prompts(prompts: Any, tokenizer: Any, attention_mask: Any = None, name:
         Needed for text and chats.
     name : str
         What error messages call the argument.
+    chat_template_kwargs : mapping, optional
+        Variables for the tokenizer's chat template, such as ``enable_thinking``.
 
     Raises
     ------
@@ -58,11 +92,16 @@ def read_prompts(prompts: Any, tokenizer: Any, attention_mask: Any = None, name:
             f"{name} is a {type(prompts).__name__}{keys}: give text, chat messages, id lists, an id tensor or what a "
             "tokenizer returns"
         )
-    return [_read_one(f"{name}[{index}]", prompt, tokenizer) for index, prompt in enumerate(prompts)]
+    variables = template_kwargs(chat_template_kwargs)
+    return [_read_one(f"{name}[{index}]", prompt, tokenizer, variables) for index, prompt in enumerate(prompts)]
 
 
 def read_personas(
-    prompts: Sequence[Prompt], preferences: Sequence[Any], tokenizer: Any, bos_token_id: int | None = None
+    prompts: Sequence[Prompt],
+    preferences: Sequence[Any],
+    tokenizer: Any,
+    bos_token_id: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[list[int]]]:
     """Ids of every prompt under each of the preferences.
 
@@ -73,18 +112,21 @@ def read_personas(
     TypeError
         For a preference in words before a prompt of ids, or the other way round.
     """
+    variables = template_kwargs(chat_template_kwargs)
     return [
-        [_under(f"prompts[{index}]", prompt, preference, tokenizer, bos_token_id) for preference in preferences]
-        for index, prompt in enumerate(prompts)
+        [_under(f"prompts[{i}]", prompt, preference, tokenizer, bos_token_id, variables) for preference in preferences]
+        for i, prompt in enumerate(prompts)
     ]
 
 
-def _under(name: str, prompt: Prompt, preference: Any, tokenizer: Any, bos_token_id: int | None) -> list[int]:
+def _under(
+    name: str, prompt: Prompt, preference: Any, tokenizer: Any, bos_token_id: int | None, variables: dict[str, Any]
+) -> list[int]:
     source = prompt.source
     if isinstance(source, str) and isinstance(preference, str):
-        return _read_one(name, preference + source, tokenizer).ids
+        return _read_one(name, preference + source, tokenizer, variables).ids
     if _is_chat(source) and isinstance(preference, str):
-        return _read_one(name, _with_system(preference, source), tokenizer).ids
+        return _read_one(name, _with_system(preference, source), tokenizer, variables).ids
     if isinstance(preference, str) or not isinstance(source, list) or _is_chat(source):
         raise TypeError(
             f"{name} and the preference {preference!r:.80} differ in form: a preference in words goes with text and "
@@ -156,7 +198,7 @@ def _looks_padded(ids: torch.Tensor, pad_token_id: int) -> bool:
     return any(len((side.cumsum(1) == 0).sum(1).unique()) > 1 for side in (text, text.flip(1)))
 
 
-def _read_one(name: str, prompt: Any, tokenizer: Any) -> Prompt:
+def _read_one(name: str, prompt: Any, tokenizer: Any, variables: dict[str, Any]) -> Prompt:
     if isinstance(prompt, str):
         _need_tokenizer(name, "text", tokenizer)
         # One beginning-of-sequence token: text that a chat template wrote may have it already.
@@ -174,7 +216,7 @@ def _read_one(name: str, prompt: Any, tokenizer: Any) -> Prompt:
         begun = ends_with_answer(prompt)
         form = {"continue_final_message": begun, "add_generation_prompt": not begun}
         try:
-            ids = tokenizer.apply_chat_template(prompt, **form, tokenize=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(prompt, **variables, **form, tokenize=True, return_dict=False)
         except Exception as error:  # a template raises what it likes
             raise ValueError(f"{name} does not fit the tokenizer's chat template: {error}") from error
         return Prompt([dict(turn) for turn in prompt], _not_empty(name, list(ids)))
