@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from stars_fast.ops import gather_logprobs, sample_step
-from stars_fast.policy.leaf import Leaf, RowProcessor
+from stars_fast.policy.leaf import Leaf, ProcessorError, RowProcessor
 from stars_fast.tree.attention import TreeContext
 from stars_fast.tree.graphs import Captured
 from stars_fast.tree.model import TreeModel
@@ -220,6 +220,6 @@ class Steps(Captured):
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:
-                    self.failures[row] = f"its logits processor raised {type(error).__name__}: {error}"
+                    self.failures[row] = ProcessorError.told(error)
                     self.alive[row] = False
         return out
