@@ -26,7 +26,7 @@ from stars_fast.loop.stream import Streaming
 from stars_fast.methods.numbers import plain
 from stars_fast.outputs import StarsOutput
 from stars_fast.policy.leaf import RowProcessor
-from stars_fast.tree.support import vocabulary
+from stars_fast.tree.support import written
 
 _ENGINE_OPTIONS = {
     name
@@ -225,7 +225,7 @@ class _Decoder:
             self.config, self.explicit, model, generation_config, prompt_length=input_ids.shape[1]
         )
         mask, samples = model_kwargs.get("attention_mask"), config.num_return_sequences
-        processors = foreign_processors(logits_processor, generation_config, input_ids, vocabulary(model))
+        processors = foreign_processors(logits_processor, generation_config, input_ids, written(model))
         if processors is not None and processors.whole:
             transformers_call.check_in_force(config, generation_config)
             config = config.replace(**NEUTRAL)

@@ -16,7 +16,7 @@ from stars_fast.inputs.sampling import SAMPLING_FIELDS
 from stars_fast.loop.request import StopTest
 from stars_fast.notices import warn
 from stars_fast.policy.leaf import RowProcessor, Sampling
-from stars_fast.tree.support import vocabulary
+from stars_fast.tree.support import written
 
 # Fields that hold where nothing above them sets the same: StarsConfig, or what a transformers call itself sets.
 APPLIED = frozenset(
@@ -104,7 +104,7 @@ def row_processors(
     """
     if not set_fields(own).keys() & PROCESSED:
         return sampling, [None] * len(prompts)
-    made, size = _prepared(own, model, sampling), vocabulary(model)
+    made, size = _prepared(own, model, sampling), written(model)
     device, rest, processors = next(model.parameters()).device, sampling, list[RowProcessor | None]()
     for prompt in prompts:
         ids = torch.tensor([prompt], device=device, dtype=torch.int64)
