@@ -15,6 +15,7 @@ from test_dropin import CONFIG, EOS, PAD, PROMPTS, VOCAB, both, callback, comple
 from test_text_decode import TOKENIZERS, ids_of, tokenizers
 from tiny_tokenizers import byte_bpe
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -206,6 +207,20 @@ def test_stop_strings_of_the_models_own_end_a_text(texts):
     assert stopped_at(texts(policy, config), STOPS)
     instead = texts(policy, config.replace(stop_strings=OTHERS))
     assert stopped_at(instead, OTHERS) and not stopped_at(instead, STOPS)
+
+
+@pytest.mark.parametrize(
+    "given", [{"stop_strings": OTHERS}, {"generation_config": OTHERS}], ids=["alone", "in a config"]
+)
+def test_stop_strings_of_the_call_win_over_the_models(given):
+    policy = spelling(stop_strings=STOPS, suppress_tokens=[0])
+    if "generation_config" in given:
+        given = {"generation_config": GenerationConfig(stop_strings=OTHERS, pad_token_id=0)}
+    config = StarsConfig(target_reward=-math.inf, segment_length=4, max_new_tokens=9, ignore_eos=True)
+    ids = torch.full((48, 1), 5)
+    options = {"reward_model": nothing, "stars_config": config, "tokenizer": LETTERS, "seed": 0}
+    texts = stars_fast.generate(policy, ids, **options, **given)[:, 1:].tolist()
+    assert stopped_at(texts, OTHERS) and not stopped_at(texts, STOPS)
 
 
 def test_stop_strings_of_the_models_own_ask_for_a_tokenizer():

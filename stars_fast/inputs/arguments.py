@@ -123,7 +123,7 @@ def under_preferences(
     if any(hook.processor is not None for hook in hooks):
         raise ValueError(
             f"method={method.name!r} does not know logits processors, the call's own or those of settings such as "
-            "suppress_tokens of a generation_config"
+            "suppress_tokens of a generation_config (None goes on without)"
         )
     bos = getattr(tokenizer, "bos_token_id", None)
     bos = policy.text_config.bos_token_id if bos is None else bos

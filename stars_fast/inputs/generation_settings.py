@@ -143,7 +143,8 @@ def _made_of(made: GenerationConfig, model: PreTrainedModel, ids: torch.Tensor) 
 
 def time_limit(generation_config: GenerationConfig) -> StopTest | None:
     """A test whether ``max_time`` seconds have passed from now on."""
-    if generation_config.max_time is None:
+    seconds = getattr(generation_config, "max_time", None)
+    if seconds is None:
         return None
-    end = time.monotonic() + generation_config.max_time
+    end = time.monotonic() + seconds
     return lambda tokens: time.monotonic() > end

@@ -209,7 +209,8 @@ def _followed(processor: Any, ids: torch.Tensor, vocab: int) -> Any:
     own = type(processor).__module__.startswith("transformers.")
     if own and not isinstance(processor, PrefixConstrainedLogitsProcessor):
         return processor
-    first, further = torch.randn(2, 1, vocab, generator=torch.Generator().manual_seed(0)).to(ids.device)
+    drawn = torch.Generator("cpu").manual_seed(0)
+    first, further = torch.randn(2, 1, vocab, generator=drawn, device="cpu", dtype=torch.float32).to(ids.device)
     asked = _fresh(processor)
     try:
         expected = asked(ids, first.clone())

@@ -54,6 +54,7 @@ def merge(
     explicit = given.keys() | _models_own(model, config)
     if (stop_strings := given.get("stop_strings")) is not None:
         config = config.replace(stop_strings=stop_strings)
+        explicit.discard("stop_strings")  # they are the config's now; what transformers prepares are the model's
     settings = _left_open(explicit, config)
     kwargs = {name: value for name, value in kwargs.items() if name != "stop_strings" and name not in settings}
     if generation_config is None:
