@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any, cast
 
 import torch
@@ -18,10 +19,14 @@ from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.inputs import transformers_call
 from stars_fast.inputs.arguments import Arguments
-from stars_fast.inputs.hooks import foreign_processors, row_processor, row_stop
+from stars_fast.inputs.hooks import row_stop
+from stars_fast.inputs.processors import foreign_processors, row_processor
 from stars_fast.inputs.sampling import NEUTRAL
+from stars_fast.loop.stream import Streaming
 from stars_fast.methods.numbers import plain, shown
 from stars_fast.outputs import StarsOutput
+from stars_fast.policy.leaf import RowProcessor
+from stars_fast.tree.support import written
 
 _ENGINE_OPTIONS = {
     name
@@ -98,21 +103,22 @@ def generate(
     with another reward, tokenizer or option takes its place, or the model is dropped. A copy of the model has none.
     """
     engine = {"tokenizer": tokenizer, **{name: kwargs.pop(name) for name in _ENGINE_OPTIONS & kwargs.keys()}}
-    if not hasattr(model, "get_output_embeddings"):
-        raise TypeError(f"model={shown(model)}: give a transformers causal LM")
-    config = transformers_call.with_methods_sampling(_checked(stars_config))
-    call = transformers_call.merge(model, config, generation_config, kwargs)
-    decoder = _Decoder(
-        reward_model,
-        call.config,
-        explicit=call.explicit,
-        streamer=streamer,
-        engine=engine,
-        call={"reward_prompts": reward_prompts, "columns": columns, "seed": seed},
-    )
-    out = GenerationMixin.generate(
-        cast(Any, model), inputs, call.generation_config, custom_generate=decoder, **call.kwargs
-    )
+    with Streaming(streamer) as streaming:
+        if not hasattr(model, "get_output_embeddings"):
+            raise TypeError(f"model={shown(model)}: give a transformers causal LM")
+        config = transformers_call.with_methods_sampling(_checked(stars_config))
+        call = transformers_call.merge(model, config, generation_config, kwargs)
+        decoder = _Decoder(
+            reward_model,
+            call.config,
+            explicit=call.explicit,
+            streamer=streaming,
+            engine=engine,
+            call={"reward_prompts": reward_prompts, "columns": columns, "seed": seed},
+        )
+        out = GenerationMixin.generate(
+            cast(Any, model), inputs, call.generation_config, custom_generate=decoder, **call.kwargs
+        )
     return cast("torch.LongTensor | StarsGenerateOutput", out)
 
 
@@ -130,8 +136,8 @@ def decoding(
     ----------
     reward_model, stars_config : as for :func:`generate`
     tokenizer, streamer : optional
-        transformers hands neither its tokenizer nor its streamer to a custom method: pass them here, and stop strings
-        in ``stars_config``.
+        transformers hands its streamer to no custom method: pass it here. It is ended with the call, unless
+        transformers itself refuses that before. The tokenizer may be given to ``model.generate`` as well.
     **options
         Further options of :class:`StarsEngine`, such as ``reward_tokenizer`` and ``max_rows`` (``torch_compile`` is
         False here by default); ``seed``, ``reward_prompts``, ``columns`` of :meth:`StarsEngine.generate`.
@@ -174,6 +180,26 @@ class _Decoder:
         # Calls through this door are few and short: what compiling costs, they would not earn back.
         self.streamer, self.engine, self.call = streamer, {"torch_compile": False, **engine}, call
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Of :meth:`__call__`. transformers takes its caller's tokenizer away before it asks here what a custom method
+        wants, and then refuses stop strings for want of one: so it gets one back while it asks.
+        """
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_name != "_extract_generation_mode_kwargs":
+            frame = frame.f_back
+        if frame is not None:
+            arguments, taken = frame.f_locals.get("kwargs"), frame.f_locals.get("generation_mode_kwargs", {})
+            tokenizer = self._tokenizer(taken.get("tokenizer"))
+            if tokenizer is not None and isinstance(arguments, dict):
+                arguments["tokenizer"] = tokenizer
+        return inspect.signature(self.__call__)
+
+    def _tokenizer(self, callers: Any) -> Any:
+        """The one given here, else that of the transformers call."""
+        own = self.engine["tokenizer"]
+        return callers if own is None else own
+
     def __call__(
         self,
         model: PreTrainedModel,
@@ -181,29 +207,50 @@ class _Decoder:
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         generation_config: GenerationConfig | None = None,
+        tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> torch.LongTensor | StarsGenerateOutput:
         assert generation_config is not None
+        engine = {**self.engine, "tokenizer": self._tokenizer(tokenizer)}
+        with Streaming.of(self.streamer) as streaming:
+            theirs = (logits_processor, stopping_criteria)
+            return self._decode(model, input_ids, theirs, generation_config, model_kwargs, engine, streaming)
+
+    def _decode(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        theirs: tuple[LogitsProcessorList | None, StoppingCriteriaList | None],
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        engine: dict[str, Any],
+        streaming: Streaming,
+    ) -> torch.LongTensor | StarsGenerateOutput:
+        logits_processor, stopping_criteria = theirs
         transformers_call.refuse_modes(generation_config)
         transformers_call.refuse_inputs(model_kwargs)
         config = transformers_call.settled(
             self.config, self.explicit, model, generation_config, prompt_length=input_ids.shape[1]
         )
         mask, samples = model_kwargs.get("attention_mask"), config.num_return_sequences
-        processors = foreign_processors(logits_processor, generation_config)
-        if processors is not None:
+        processors = foreign_processors(logits_processor, generation_config, input_ids, written(model))
+        if processors is not None and processors.whole:
             transformers_call.check_in_force(config, generation_config)
             config = config.replace(**NEUTRAL)
+
+        def processor(row: int) -> RowProcessor | None:
+            return None if processors is None else row_processor(processors.processors, input_ids, mask, row)
+
         arguments = Arguments(
             input_ids[::samples].cpu(),
             config,
             attention_mask=None if mask is None else mask[::samples].cpu(),
             on_error="raise",
-            processor=lambda row: None if processors is None else row_processor(processors, input_ids, mask, row),
+            processor=processor,
             stop=lambda row: row_stop(stopping_criteria, generation_config, input_ids[row]),
             **self.call,
         )
-        out = _kept_engine(model, self.reward_model, self.engine).run(arguments, self.streamer)
+        out = _kept_engine(model, self.reward_model, engine).run(arguments, streaming)
         return _as_transformers(out, input_ids, generation_config)
 
 

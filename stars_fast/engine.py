@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +17,12 @@ from stars_fast.inputs.arguments import Arguments, check_positions
 from stars_fast.inputs.call import Call, prepare
 from stars_fast.inputs.job import Job
 from stars_fast.inputs.models import draft_policy, load_policy, load_reward
+from stars_fast.inputs.per_prompt import PerPrompt, fingerprint
 from stars_fast.loop.core import Core
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot
 from stars_fast.loop.request import Request
 from stars_fast.loop.row_cost import Heartbeat
-from stars_fast.loop.stream import progress_bar
+from stars_fast.loop.stream import Streaming, progress_bar
 from stars_fast.loop.team import release_team
 from stars_fast.methods.numbers import MOST, integer, real, shown, truth
 from stars_fast.notices import warn
@@ -32,6 +34,8 @@ from stars_fast.text.tokens import legible, undecodable
 
 _DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
 _MOST_ROWS = 2**14
+# A target counts as out of reach where, of so many segments at least, no larger share is accepted.
+_MANY_SEGMENTS, _HARDLY_ANY = 16, 0.01
 
 
 class StarsEngine(Stays):
@@ -119,7 +123,9 @@ class StarsEngine(Stays):
             tree.accelerate(cuda_graphs, torch_compile)
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)
         self._drafts: Policy | None = None  # the last draft model, for calls that name it again
+        self.per_prompt = PerPrompt()
         self._preparing = threading.Lock()
+        self._missed = set[Any]()  # targets that nothing reached, and that were named
         limits = (self.max_rows, self.kv_cache_tokens, utilization)
         self.core = Core(self.policy, self.reward, self.tokenizer, *limits)
 
@@ -171,7 +177,8 @@ class StarsEngine(Stays):
             Variables for chat templates, such as ``{"enable_thinking": False}``: for the policy's, and for the reward
             model's where the scorer has no value of its own for them.
         streamer : transformers streamer, optional
-            Gets the prompt and then each committed segment. One prompt and one sample only.
+            Gets the prompt and then each committed segment, and is ended, also where the call is refused. One prompt
+            and one sample only.
         progress : bool
             Show a bar with accepted tokens/s and, where candidates are tested, the acceptance rate.
         **overrides
@@ -216,21 +223,18 @@ class StarsEngine(Stays):
         """:meth:`generate`, with its arguments in one piece."""
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
             raise TypeError(f"streamer={shown(streamer)}: give a transformers streamer, with put and end")
-        progress = truth("progress", progress)
-        job = Job(self.prepare(arguments), self.tokenizer)
-        if streamer is not None:
-            if job.call.rows > 1:
+        with Streaming.of(streamer) as streaming:
+            progress = truth("progress", progress)
+            job = Job(self.prepare(arguments), self.tokenizer)
+            if streaming.wanted and job.call.rows > 1:
                 raise ValueError(f"streamer: takes one response, not {job.call.rows}; use StarsEngine.stream")
-            streamer.put(torch.tensor([job.call.prompts[0].ids], device="cpu"))
-        try:
+            if streaming.wanted and job.call.rows:
+                streaming.put(torch.tensor([job.call.prompts[0].ids], device="cpu"))
             with progress_bar(progress, job.call.rows) as advance:
                 for event in self.events(job):
                     advance(event)
-                    if streamer is not None and event.segment is not None:
-                        streamer.put(torch.tensor(event.segment.tokens, device="cpu"))
-        finally:
-            if streamer is not None:
-                streamer.end()  # whoever reads it waits for the end, whatever happens
+                    if streaming.wanted and event.segment is not None:
+                        streaming.put(torch.tensor(event.segment.tokens, device="cpu"))
         return self.output(job)
 
     def run_pilots(self, arguments: Arguments, samples: int) -> tuple[StarsConfig, list[Pilot]]:
@@ -249,6 +253,8 @@ class StarsEngine(Stays):
             for tree in (self.policy, *self.reward.tree_models):
                 tree.check_unchanged()
             call = prepare(arguments, self.policy, self.reward, self.tokenizer, self.kv_cache_tokens, samples)
+            if isinstance(targets := call.config.target_reward, tuple):
+                self.per_prompt.used(targets, [fingerprint(prompt.ids) for prompt in call.prompts])
             if (named := call.terms.method.draft_model) is not None:
                 draft = self._drafts = draft_policy(named, self._drafts, self.policy, self.tokenizer)
                 for index, prompt in enumerate(call.prompts):
@@ -290,10 +296,26 @@ class StarsEngine(Stays):
                 "the reward is the same for all pilot responses: nothing is guided while it does not vary"
                 + (" (it was called with token ids: give tokenizer= for text)" if ids else "")
             )
+        self._warn_of_unreached(job)
         if failed and len(failed) == job.call.rows:
             warn(
                 f"no request succeeded; the first ended with: {failed[0]} (output.errors has them all; "
                 "on_error='raise' raises the first)"
+            )
+
+    def _warn_of_unreached(self, job: Job) -> None:
+        target, method = job.call.config.target_reward, job.call.terms.method
+        segments = [one for request in job.requests if request is not None for one in request.segments]
+        tested = [one for one in segments if math.isfinite(one.threshold)]
+        if target is None or not method.has_target or target in self._missed or len(tested) < _MANY_SEGMENTS:
+            return
+        if sum(segment.accepted for segment in tested) <= _HARDLY_ANY * len(tested):
+            self._missed.add(target)
+            best = max((one.reward for one in tested), default=math.nan)
+            warn(
+                f"hardly any of {len(tested)} segments was accepted (their best reward is {best:.3g}): target_reward="
+                f"{target!r:.80} lies beyond what the policy reaches with beta={job.call.config.beta:g}, so that each "
+                "segment costs max_attempts and is the best of them. Give a lower target, or None to calibrate it"
             )
 
     def output(self, job: Job) -> StarsOutput:

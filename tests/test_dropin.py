@@ -299,7 +299,27 @@ def test_a_streamer_takes_one_row_only(policy):
     streamer = Recorder()
     with pytest.raises(ValueError, match="streamer"):
         facade(policy, streamer=streamer)
-    assert not streamer.puts
+    assert not streamer.puts and streamer.ended == 1
+
+
+@pytest.mark.parametrize(
+    "generate, kwargs",
+    [
+        (facade, {"num_beams": 2}),
+        (facade, {"do_sample": False}),
+        (facade, {"config": CONFIG.replace(eos_token_id=99)}),
+        (facade, {"max_rows": 0}),
+        (callback, {"num_beams": 2}),
+        (callback, {"config": CONFIG.replace(eos_token_id=99)}),
+    ],
+    ids=str,
+)
+def test_a_refused_call_ends_its_streamer(policy, generate, kwargs):
+    """Whoever reads it on another thread would wait for ever."""
+    streamer = Recorder()
+    with pytest.raises(ValueError):
+        generate(policy, prompts=PROMPTS[:1], streamer=streamer, **kwargs)
+    assert streamer.ended == 1 and not streamer.puts
 
 
 # What cannot be had

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import math
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -250,6 +251,16 @@ def test_a_transformers_streamer_gets_the_tokens_and_the_end(engine):
     assert collector.ended == 1
 
 
+@pytest.mark.parametrize(
+    "prompts, overrides", [([[99]], {}), ([[1], [2]], {}), ([[1]], {"top_p": 2.0}), ([[1]], {"segment": 3})], ids=str
+)
+def test_whoever_reads_a_streamer_is_told_of_the_end_of_a_call_that_is_refused(idle, prompts, overrides):
+    collector = Collector()
+    with pytest.raises((ValueError, TypeError)):
+        idle.generate(prompts, CONFIG, streamer=collector, **overrides)
+    assert collector.ended == 1 and not collector.ids
+
+
 def test_whoever_reads_a_streamer_is_told_of_the_end_of_a_call_that_fails(policy32):
     def broken(completions):
         raise ArithmeticError
@@ -258,6 +269,30 @@ def test_whoever_reads_a_streamer_is_told_of_the_end_of_a_call_that_fails(policy
     with pytest.raises(RuntimeError, match="ArithmeticError"):
         StarsEngine(policy32, broken).generate([PROMPTS[0]], CONFIG, streamer=collector, on_error="raise")
     assert collector.ended == 1
+
+
+# A target that nothing reaches
+
+
+def test_a_target_that_nothing_reaches_is_named_once(policy32):
+    engine, config = StarsEngine(policy32, sum_reward), CONFIG.replace(target_reward=50.0, alpha=1.0)
+    with pytest.warns(
+        UserWarning, match=r"hardly any of \d+ segments.*best reward is 1\.\d.*target_reward=50\.0.*None"
+    ):
+        engine.generate(PROMPTS * 4, config, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.generate(PROMPTS * 4, config, seed=0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_reward": 1.5}, {"target_reward": math.inf}, {"target_reward": None}], ids=str
+)
+def test_targets_that_are_reached_or_meant_to_be_beyond_are_not_spoken_of(policy32, settings):
+    engine, config = StarsEngine(policy32, sum_reward), StarsConfig(segment_length=4, max_attempts=5, max_new_tokens=14)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.generate(PROMPTS * 4, config.replace(**settings), seed=0)
 
 
 # The host models stay themselves

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_dropin import CONFIG, EOS, PAD, PROMPTS, VOCAB, both, callback, completions, facade
 from test_text_decode import TOKENIZERS, ids_of, tokenizers
+from tiny_tokenizers import byte_bpe
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -25,6 +27,7 @@ from transformers import (
 )
 from transformers.generation import EosTokenCriteria
 
+import stars_fast
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.inputs.hooks import stop_test
 from stars_fast.text.decode import CONTEXT_TOKENS
@@ -154,6 +157,84 @@ def test_stop_strings_end_a_text(policy, generate):
     assert len(out) == 32
 
 
+LETTERS = byte_bpe(270)
+STOPS, OTHERS = list("abcdefghijklm"), list("nopqrstuvwxyz")
+
+
+def spelling(**settings):
+    policy = tiny_policy(len(LETTERS), scale=0.1)
+    policy.generation_config.pad_token_id = 0
+    for name, value in settings.items():
+        setattr(policy.generation_config, name, value)
+    return policy
+
+
+def nothing(completion_ids):
+    return [0.0] * len(completion_ids)
+
+
+def engine_texts(policy, config, tokenizer=LETTERS):
+    engine = StarsEngine(policy, nothing, tokenizer=tokenizer)
+    return engine.generate([[5]] * 48, config, seed=0).completions
+
+
+def facade_texts(policy, config):
+    ids = torch.full((48, 1), 5)
+    out = stars_fast.generate(policy, ids, reward_model=nothing, stars_config=config, tokenizer=LETTERS, seed=0)
+    return out[:, 1:].tolist()
+
+
+def callback_texts(policy, config, mine=LETTERS, **call):
+    how = stars_fast.decoding(nothing, config, seed=0, tokenizer=mine)
+    return policy.generate(torch.full((48, 1), 5), do_sample=True, custom_generate=how, **call)[:, 1:].tolist()
+
+
+def callers_texts(policy, config, **call):
+    return callback_texts(policy, config, mine=None, tokenizer=LETTERS, **call)
+
+
+def stopped_at(texts, strings):
+    """Whether some text ended with one of the strings, and none went on behind one."""
+    found = [first_stop(LETTERS, [], [token for token in text if token], strings) for text in texts]
+    ends = [len([token for token in text if token]) for text in texts]
+    return any(found) and all(first in (None, end) for first, end in zip(found, ends, strict=True))
+
+
+@pytest.mark.parametrize("texts", [engine_texts, facade_texts, callback_texts, callers_texts])
+def test_stop_strings_of_the_models_own_end_a_text(texts):
+    config = StarsConfig(target_reward=-math.inf, segment_length=4, max_new_tokens=9, ignore_eos=True)
+    policy = spelling(stop_strings=STOPS, suppress_tokens=[0])
+    assert stopped_at(texts(policy, config), STOPS)
+    instead = texts(policy, config.replace(stop_strings=OTHERS))
+    assert stopped_at(instead, OTHERS) and not stopped_at(instead, STOPS)
+
+
+@pytest.mark.parametrize(
+    "given", [{"stop_strings": OTHERS}, {"generation_config": OTHERS}], ids=["alone", "in a config"]
+)
+def test_stop_strings_of_the_call_win_over_the_models(given):
+    policy = spelling(stop_strings=STOPS, suppress_tokens=[0])
+    if "generation_config" in given:
+        given = {"generation_config": GenerationConfig(stop_strings=OTHERS, pad_token_id=0)}
+    config = StarsConfig(target_reward=-math.inf, segment_length=4, max_new_tokens=9, ignore_eos=True)
+    ids = torch.full((48, 1), 5)
+    options = {"reward_model": nothing, "stars_config": config, "tokenizer": LETTERS, "seed": 0}
+    texts = stars_fast.generate(policy, ids, **options, **given)[:, 1:].tolist()
+    assert stopped_at(texts, OTHERS) and not stopped_at(texts, STOPS)
+
+
+def test_stop_strings_of_the_models_own_ask_for_a_tokenizer():
+    config = StarsConfig(target_reward=0.0, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"stop_strings=\('a', .* needs a tokenizer.*stop_strings=\(\)"):
+        engine_texts(spelling(stop_strings=STOPS), config, None)
+    assert engine_texts(spelling(stop_strings=STOPS), config.replace(stop_strings=()), None)
+
+
+def test_stop_strings_of_the_call_reach_decoding_with_the_calls_tokenizer():
+    config = StarsConfig(target_reward=-math.inf, segment_length=4, max_new_tokens=9, ignore_eos=True)
+    assert stopped_at(callers_texts(spelling(suppress_tokens=[0]), config, stop_strings=STOPS), STOPS)
+
+
 # Processors and criteria that the engine does not know
 
 
@@ -190,8 +271,8 @@ class OnlyEven(LogitsProcessor):
         return scores.masked_fill(torch.arange(scores.shape[-1]) % 2 == 1, -math.inf)
 
 
-def made_by_transformers(policy, **kwargs):
-    """The processor list that ``model.generate`` would build, for one row without padding."""
+def made_by_transformers(policy, prompt=None, **kwargs):
+    """The processor list that ``model.generate`` would build, for one row without padding; of any prompt by default."""
     built = {}
 
     def take(model, input_ids, logits_processor, stopping_criteria, generation_config, **_):
@@ -200,7 +281,8 @@ def made_by_transformers(policy, **kwargs):
 
     def of_length(length):
         if length not in built:
-            policy.generate(torch.zeros(1, length, dtype=torch.long), do_sample=True, custom_generate=take, **kwargs)
+            ids = torch.tensor([prompt or [0] * length])
+            policy.generate(ids, do_sample=True, custom_generate=take, **kwargs)
             built[length] = built["list"]
         return built[length]
 
@@ -236,8 +318,11 @@ def test_settings_of_the_config_join_processors_of_the_call(policy):
     out = processed_scores(policy, config=config, no_repeat_ngram_size=2)
     make = made_by_transformers(policy, temperature=0.4, top_k=6, repetition_penalty=1.3, no_repeat_ngram_size=2)
     assert_sampled_from(policy, out, make)
+    assert torch.equal(
+        *(generate(policy, config=config, no_repeat_ngram_size=2, seed=0) for generate in (facade, callback))
+    )
     with pytest.raises(ValueError, match=r"temperature=0\.4 of the StarsConfig.*pass temperature to model\.generate"):
-        callback(policy, config=config, no_repeat_ngram_size=2)
+        callback(policy, config=config, typical_p=0.9)
 
 
 def test_a_users_repetition_penalty_is_not_taken_for_transformers_own(policy):
@@ -268,7 +353,7 @@ def test_allowed_tokens_are_asked_for_by_row(policy, generate):
 
 @pytest.mark.parametrize("extra", [{"guidance_scale": 1.5}], ids=str)
 def test_processors_with_a_state_are_refused(policy, extra):
-    with pytest.raises(ValueError, match="keeps a state"):
+    with pytest.raises(ValueError, match=r"guidance_scale=1\.5.*pass guidance_scale=1"):
         facade(policy, **extra)
 
 

@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import torch
 from conftest import refused, tiny_policy
 from test_inputs_arguments import PROMPTS, VOCAB
 
+import stars_fast
 from stars_fast import StarsConfig, StarsEngine
 
 
@@ -34,6 +36,26 @@ def test_an_eos_in_the_generation_config_is_the_models(reward32):
     policy.generation_config.eos_token_id = [3, EOS]
     out = StarsEngine(policy, reward32).generate(PROMPTS * 8, CONFIG, seed=1)
     assert last_tokens(out, "stop") == {3, EOS}
+
+
+@pytest.mark.parametrize("eos, ends", [(-1, set()), (VOCAB, set()), ([-1, 3, 99], {3})], ids=str)
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+def test_an_eos_of_the_models_that_no_token_is_ends_no_text(reward32, eos, ends):
+    """As in transformers: some configurations say -1 for none, or know ids of a larger vocabulary."""
+    policy = tiny_policy(VOCAB, hidden=32)
+    policy.generation_config.eos_token_id = eos
+    out = StarsEngine(policy, reward32).generate(PROMPTS * 8, CONFIG, seed=1)
+    assert last_tokens(out, "stop") == ends
+    assert -1 not in out.sequences
+    policy.generation_config.pad_token_id = 0
+    ids = torch.tensor([[5, 6, 7]] * 16)
+    for how in (
+        stars_fast.generate(policy, ids, reward_model=reward32, stars_config=CONFIG, seed=1),
+        policy.generate(ids, do_sample=True, custom_generate=stars_fast.decoding(reward32, CONFIG, seed=1)),
+    ):
+        rows = [row[3:] for row in how.tolist()]
+        assert all(set(row[row.index(3) + 1 :]) <= {0} for row in rows if 3 in row) or not ends
+        assert any(len(row) == CONFIG.max_new_tokens for row in rows)
 
 
 def test_eos_token_id_may_be_several_and_replaces_the_models(engine):

@@ -1,8 +1,10 @@
 """Decode steps over tensors that stay where they are: buckets, reuse, and nothing of an earlier proposal."""
 
 import math
+import re
 
 import pytest
+import torch
 from conftest import sum_reward, tiny_policy, tiny_reward
 from test_architectures import GPT, causal_lm
 from test_same_text import CONFIG, PROMPTS, SEEDS, VOCAB
@@ -103,3 +105,46 @@ def test_what_a_bad_row_left_behind_does_not_fail_the_next(padded):
     again = padded.generate(PROMPTS, CONFIG, seed=SEEDS, **ends)
     assert again.completions == expected
     assert again.errors == [None] * len(PROMPTS)
+
+
+def resized(policy, embeddings=None, head=None):
+    """The policy with as many embeddings, or as wide a head, which is indifferent to what is new."""
+    if embeddings is not None:
+        wide = torch.nn.Embedding(embeddings, 32, _weight=torch.ones(embeddings, 32))
+        wide.weight.data[:VOCAB] = policy.model.embed_tokens.weight.data
+        policy.model.embed_tokens = wide
+    if head is not None:
+        wide = torch.nn.Linear(32, head, bias=False)
+        wide.weight.data[VOCAB:] = 0.0
+        wide.weight.data[:VOCAB] = policy.lm_head.weight.data
+        policy.lm_head = wide
+    return policy.requires_grad_(False)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 9}, {"method": "vanilla"}, {"no_repeat_ngram_size": 2}], ids=str)
+@pytest.mark.parametrize("pad", [False, True])
+def test_a_penalty_holds_where_ids_can_be_read_that_cannot_be_written(settings, pad):
+    """The texts are those of a model without these, which its prompts may hold."""
+    plain, wide = tiny_policy(VOCAB, hidden=32), resized(tiny_policy(VOCAB, hidden=32), VOCAB + 8)
+    outs = []
+    for policy in (plain, wide):
+        engine = StarsEngine(policy, sum_reward)
+        engine.policy.graphs.enabled = pad
+        given = dict(settings)
+        policy.generation_config.no_repeat_ngram_size = given.pop("no_repeat_ngram_size", None)
+        overrides = {"repetition_penalty": 1.3, "on_error": "raise", **given}
+        outs.append(engine.generate(PROMPTS, CONFIG, seed=SEEDS, **overrides).completions)
+    assert outs[0] == outs[1]
+    out = engine.generate([[5, VOCAB + 3, 6]], CONFIG, seed=0, **overrides)
+    assert out.errors == [None]
+
+
+def test_a_text_with_an_id_that_cannot_be_read_fails_by_itself():
+    """transformers dies of it."""
+    engine = StarsEngine(resized(tiny_policy(VOCAB, hidden=32), head=VOCAB + 1), sum_reward)
+    out = engine.generate(PROMPTS * 8, CONFIG, seed=0, ignore_eos=True)
+    failed = [error for error in out.errors if error is not None]
+    assert failed and len(failed) < len(out.errors)
+    told = rf"id \d+ was drawn, for which the policy has no embedding: .* {VOCAB + 1} ids and its .* {VOCAB}"
+    assert all(re.fullmatch(told, error) for error in failed)
+    assert all(max(ids, default=0) < VOCAB for ids in out.completions)

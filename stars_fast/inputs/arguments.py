@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from transformers import GenerationConfig
 
 from stars_fast.config import StarsConfig
 from stars_fast.loop.request import StopTest
@@ -19,6 +20,13 @@ from stars_fast.policy.policy import Policy
 from stars_fast.rewards import RewardPrompt
 from stars_fast.text.prompts import Prompt, gone_on_from, read_personas, read_prompts, template_kwargs
 from stars_fast.tree.model import TreeModel
+
+
+class Hooks(NamedTuple):
+    """What is done to a row beside sampling: further processing of logits, further reasons to stop."""
+
+    processor: RowProcessor | None = None
+    stop: StopTest | None = None
 
 
 @dataclass(frozen=True)
@@ -34,9 +42,11 @@ class Arguments:
     seed: int | Sequence[int] | None = None
     on_error: str = "return"
     chat_template_kwargs: Mapping[str, Any] | None = None
-    # From inside transformers, per row of the output: further processing of logits, further reasons to stop.
-    processor: Callable[[int], RowProcessor | None] = lambda row: None
-    stop: Callable[[int], StopTest | None] = lambda row: None
+    generation_config: GenerationConfig | None = None  # in place of the model's
+    # From inside transformers, per row of the output: further processing of logits, further reasons to stop. They stand
+    # in place of what the generation_config asks for.
+    processor: Callable[[int], RowProcessor | None] | None = None
+    stop: Callable[[int], StopTest | None] | None = None
 
 
 def check_limits(
@@ -91,7 +101,13 @@ def warn_of_overruled(method: Method, given: StarsConfig, ruled: StarsConfig) ->
 
 
 def under_preferences(
-    method: Method, prompts: Sequence[Prompt], arguments: Arguments, sampling: Sampling, policy: Policy, tokenizer: Any
+    method: Method,
+    prompts: Sequence[Prompt],
+    arguments: Arguments,
+    sampling: Sampling,
+    hooks: Sequence[Hooks],
+    policy: Policy,
+    tokenizer: Any,
 ) -> Sequence[list[list[int]]]:
     """Per prompt its ids under each of the method's preferences; none where it has none.
 
@@ -104,8 +120,11 @@ def under_preferences(
         return [list[list[int]]()] * len(prompts)
     if sampling.repetition_penalty != 1.0:
         raise ValueError(f"method={method.name!r} does not know repetition_penalty={sampling.repetition_penalty}")
-    if arguments.processor(0) is not None:
-        raise ValueError(f"method={method.name!r} does not know logits processors")
+    if any(hook.processor is not None for hook in hooks):
+        raise ValueError(
+            f"method={method.name!r} does not know logits processors, the call's own or those of settings such as "
+            "suppress_tokens of a generation_config (None goes on without)"
+        )
     bos = getattr(tokenizer, "bos_token_id", None)
     bos = policy.text_config.bos_token_id if bos is None else bos
     return read_personas(prompts, method.preferences, tokenizer, bos, arguments.chat_template_kwargs)

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from transformers import GenerationConfig
+
 from stars_fast.config import StarsConfig
 from stars_fast.inputs.arguments import (
     Arguments,
+    Hooks,
     check_limits,
     check_per_prompt,
     most_slots,
@@ -18,6 +21,7 @@ from stars_fast.inputs.arguments import (
     under_preferences,
     warn_of_overruled,
 )
+from stars_fast.inputs.generation_settings import row_processors, time_limit, warn_of_unapplied
 from stars_fast.inputs.hooks import stop_test
 from stars_fast.inputs.sampling import as_ids, resolve_sampling
 from stars_fast.loop.caller import Size
@@ -53,7 +57,7 @@ class Call:
     prompts: Sequence[Prompt]
     nodes: Sequence[PromptNode]
     keys: Sequence[int]  # of the random numbers, per row
-    stops: Sequence[StopTest | None]  # per prompt, for the config's stop strings
+    hooks: Sequence[Hooks]  # per prompt: a pilot has samples beyond the rows of the output
     size: Size
     samples: int = PILOT_SAMPLES  # of a pilot
     priority: int = 0  # of its requests; lower runs first
@@ -110,9 +114,8 @@ class Call:
                 prompt_index=prompt,
                 sample_index=j,
                 priority=self.priority,
-                # A pilot has samples beyond the rows of the output; all samples of a prompt share its hooks.
-                processor=self.arguments.processor(first_row),
-                stop=_either(self.stops[prompt], self.arguments.stop(first_row)),
+                processor=self.hooks[prompt].processor,
+                stop=self.hooks[prompt].stop,
             )
             for j, key in enumerate(keys)
         ]
@@ -135,7 +138,9 @@ def prepare(
     """
     given, config, sampling = _settings(arguments, policy, reward, tokenizer)
     method = config.chosen_method
-    prompts, preferred, reward_prompts = _texts(arguments, given, sampling, policy, tokenizer)
+    prompts, reward_prompts = _texts(arguments, given, policy, tokenizer)
+    sampling, hooks = _hooks(arguments, config, sampling, prompts, policy, tokenizer)
+    preferred = under_preferences(method, prompts, arguments, sampling, hooks, policy, tokenizer)
     check_limits(prompts, preferred, config, policy, kv_cache_tokens)
     reward.check(reward_prompts, config.max_new_tokens, kv_cache_tokens)
     keys = read_keys(arguments.seed, len(prompts), config.num_return_sequences, policy.sharded)
@@ -149,7 +154,7 @@ def prepare(
             for prompt, rewarded, ids in zip(prompts, reward_prompts, preferred, strict=True)
         ],
         keys=keys,
-        stops=[stop_test(config.stop_strings, tokenizer, prompt.ids) for prompt in prompts],
+        hooks=hooks,
         size=_size(config, prompts, preferred, samples, reward_prompts),
         samples=samples,
     )
@@ -174,16 +179,24 @@ def _settings(
             f"method={method.name!r}: delimiter={method.segments().delimiter!r} needs a tokenizer: pass tokenizer=, "
             "or delimiter=None for steps of a fixed length"
         )
-    sampling = resolve_sampling(ruled, policy.model, tokenizer)
+    own = _generation_config(arguments, policy)
+    sampling = resolve_sampling(ruled, policy.model, tokenizer, own)
+    if ruled.stop_strings is None and (strings := getattr(own, "stop_strings", None)) is not None:
+        ruled = ruled.replace(stop_strings=strings)
     if ruled.eos_token_id is not None and max(eos := as_ids(ruled.eos_token_id), default=0) >= policy.vocab_size:
         raise ValueError(f"eos_token_id={max(eos)} lies outside the policy's vocabulary of {policy.vocab_size}")
     return given, ruled, sampling
 
 
+def _generation_config(arguments: Arguments, policy: Policy) -> GenerationConfig | None:
+    """What transformers would take settings from that nobody gave."""
+    return arguments.generation_config or getattr(policy.model, "generation_config", None)
+
+
 def _texts(
-    arguments: Arguments, given: StarsConfig, sampling: Sampling, policy: Policy, tokenizer: Any
-) -> tuple[Sequence[Prompt], Sequence[list[list[int]]], list[RewardPrompt]]:
-    """Prompts, the same under the method's preferences, and as the reward sees them."""
+    arguments: Arguments, given: StarsConfig, policy: Policy, tokenizer: Any
+) -> tuple[Sequence[Prompt], list[RewardPrompt]]:
+    """Prompts, and as the reward sees them."""
     prompts = read_prompts(
         arguments.prompts,
         tokenizer,
@@ -194,8 +207,35 @@ def _texts(
     for name in ("target_reward", "base_reward"):
         if isinstance(value := getattr(given, name), tuple):
             check_per_prompt(name, value, len(prompts), ": calibrated for other prompts?")
-    preferred = under_preferences(given.chosen_method, prompts, arguments, sampling, policy, tokenizer)
-    return prompts, preferred, read_reward_prompts(arguments, prompts, tokenizer)
+    return prompts, read_reward_prompts(arguments, prompts, tokenizer)
+
+
+def _hooks(
+    arguments: Arguments,
+    config: StarsConfig,
+    sampling: Sampling,
+    prompts: Sequence[Prompt],
+    policy: Policy,
+    tokenizer: Any,
+) -> tuple[Sampling, Sequence[Hooks]]:
+    """Per prompt what is done beside sampling, and what of the sampling is left to the decode step."""
+    own = _generation_config(arguments, policy)
+    ids = [prompt.ids for prompt in prompts]
+    if arguments.processor is not None or arguments.stop is not None:
+        rows = range(0, len(prompts) * config.num_return_sequences, config.num_return_sequences)
+        process, ends = arguments.processor, arguments.stop
+        given = [Hooks(process and process(row), ends and ends(row)) for row in rows]
+    elif own is not None:
+        warn_of_unapplied(own)
+        sampling, processors = row_processors(own, policy.model, sampling, config.max_new_tokens, ids)
+        stop = time_limit(own)
+        given = [Hooks(processor, stop) for processor in processors]
+    else:
+        given = [Hooks()] * len(prompts)
+    strings = [stop_test(config.stop_strings, tokenizer, prompt) for prompt in ids]
+    return sampling, [
+        Hooks(hooks.processor, _either(string, hooks.stop)) for hooks, string in zip(given, strings, strict=True)
+    ]
 
 
 def _terms(

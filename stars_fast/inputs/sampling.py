@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from stars_fast.config import StarsConfig
 from stars_fast.methods.numbers import MOST, integer, plain
@@ -18,9 +18,13 @@ NEUTRAL: dict[str, Any] = {field.name: field.default for field in fields(Samplin
 SAMPLING_FIELDS = tuple(NEUTRAL)
 
 
-def resolve_sampling(config: StarsConfig, model: PreTrainedModel, tokenizer: Any) -> Sampling:
-    """Settings for one call. Of the model's own generation_config only what it sets counts, no defaults."""
-    own = getattr(model, "generation_config", None)
+def resolve_sampling(
+    config: StarsConfig, model: PreTrainedModel, tokenizer: Any, own: GenerationConfig | None = None
+) -> Sampling:
+    """Settings for one call. Of the model's generation_config, or ``own`` in its place, only what it sets counts, no
+    defaults.
+    """
+    own = getattr(model, "generation_config", None) if own is None else own
     models = {name: getattr(own, name, None) for name in SAMPLING_FIELDS if getattr(config, name) is None}
     try:
         config = config.replace(**models)
@@ -31,27 +35,29 @@ def resolve_sampling(config: StarsConfig, model: PreTrainedModel, tokenizer: Any
         value = getattr(config, name)
         values[name] = neutral if value is None else value
     values["top_k"] = min(values["top_k"], MOST)  # beyond the vocabulary it is all the same
-    return Sampling(**values, eos_token_ids=_eos_token_ids(config, model, tokenizer))
+    return Sampling(**values, eos_token_ids=_eos_token_ids(config, model, tokenizer, own))
 
 
-def _eos_token_ids(config: StarsConfig, model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
+def _eos_token_ids(config: StarsConfig, model: PreTrainedModel, tokenizer: Any, own: Any) -> tuple[int, ...]:
     if config.ignore_eos:
         return ()
-    sources = {
-        "the StarsConfig": config,
-        "the model's generation_config": getattr(model, "generation_config", None),
-        "the model's config": model.config,
-        "the tokenizer": tokenizer,
-    }
+    if config.eos_token_id is not None:
+        return as_ids(config.eos_token_id)
+    sources = {"the model's generation_config": own, "the model's config": model.config, "the tokenizer": tokenizer}
     for name, source in sources.items():
         eos = getattr(source, "eos_token_id", None)
         if eos is not None:
-            vocab = vocabulary(model)
             try:
-                return tuple(token for token in as_ids(eos) if 0 <= token < vocab)
+                return ids_of(model, as_ids(eos))
             except TypeError as error:
                 raise ValueError(f"{name}: {error}") from error
     return ()
+
+
+def ids_of(model: PreTrainedModel, ids: Sequence[int]) -> tuple[int, ...]:
+    """Those that the model can write: to transformers, a -1 or an id past the vocabulary ends no text."""
+    size = vocabulary(model)
+    return tuple(token for token in ids if 0 <= token < size)
 
 
 def as_ids(ids: int | Sequence[int]) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from transformers import GenerationConfig, PreTrainedModel
 
 from stars_fast.config import StarsConfig
-from stars_fast.inputs.sampling import NEUTRAL, SAMPLING_FIELDS
+from stars_fast.inputs.generation_settings import NAMED, unapplied, warn_of_unapplied
+from stars_fast.inputs.sampling import NEUTRAL, SAMPLING_FIELDS, ids_of
 from stars_fast.methods.numbers import shown
 
 _CACHES = ("past_key_values", "cache")  # until transformers 5.23, and from 5.24 on
@@ -54,6 +55,7 @@ def merge(
     explicit = given.keys() | _models_own(model, config)
     if (stop_strings := given.get("stop_strings")) is not None:
         config = config.replace(stop_strings=stop_strings)
+        explicit.discard("stop_strings")  # they are the config's now; what transformers prepares are the model's
     settings = _left_open(explicit, config)
     kwargs = {name: value for name, value in kwargs.items() if name != "stop_strings" and name not in settings}
     if generation_config is None:
@@ -127,12 +129,12 @@ def settled(
             values[name] = value
     if "eos_token_id" in explicit or config.eos_token_id is None:
         eos = generation_config._eos_token_tensor
-        values["eos_token_id"] = None if eos is None else tuple(eos.tolist())
-        if eos is None:
+        values["eos_token_id"] = None if eos is None else ids_of(model, eos.tolist())
+        if not values["eos_token_id"]:
             values["ignore_eos"] = True
     if explicit & {"max_new_tokens", "max_length"}:
         values["max_new_tokens"] = max(generation_config.max_length - prompt_length, 1)
-    if "stop_strings" in explicit and generation_config.stop_strings is not None:
+    if generation_config.stop_strings is not None and ("stop_strings" in explicit or config.stop_strings is None):
         values["stop_strings"] = generation_config.stop_strings
     return config.replace(**values)
 
@@ -163,9 +165,10 @@ def refuse_modes(generation_config: GenerationConfig) -> None:
         raise ValueError("prompt_lookup_num_tokens is set: assisted decoding cannot be combined with guidance")
     if not generation_config.do_sample:
         raise ValueError("do_sample=False: reward-guided decoding samples; pass do_sample=True")
-    for name in ("dola_layers", "constraints", "force_words_ids"):
-        if getattr(generation_config, name, None) is not None:
-            raise ValueError(f"{name} asks for another way of decoding: it cannot be combined with guidance")
+    for name, value in unapplied(generation_config).items():
+        if name in NAMED:
+            raise ValueError(f"{name}={value!r:.60} asks for another way of decoding: pass {name}={NAMED[name]}")
+    warn_of_unapplied(generation_config)
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(generation_config, name, False):
             raise ValueError(f"{name}=True is not supported: use StarsEngine, whose output has log-probabilities")

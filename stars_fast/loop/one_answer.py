@@ -14,6 +14,7 @@ from stars_fast.loop.trunks import Trunks
 from stars_fast.ops.select_and_commit import EARLIER, GOES_ON, INVALID, STOP
 from stars_fast.outputs import SegmentTrace
 from stars_fast.policy.leaf import Draw, Leaf, RowProcessor
+from stars_fast.policy.policy import Policy
 from stars_fast.rewards.base import Completion, Response
 
 
@@ -76,7 +77,14 @@ class OneAnswer:
     def draw(self, requests: Sequence[Request], rows: int) -> Drawn:
         return {}
 
-    def leaf(self, answer: Request, candidates: int, first: int = 0, trunk: Trunk | None = None) -> Leaf:
+    def leaf(
+        self,
+        answer: Request,
+        candidates: int,
+        first: int = 0,
+        trunk: Trunk | None = None,
+        trunks: Trunks | None = None,
+    ) -> Leaf:
         """What the answer contributes to a proposal: so many candidates, from the ``first`` not looked at on."""
         terms, trunk = answer.terms, trunk or answer.trunk
         assert trunk.logits is not None
@@ -89,18 +97,18 @@ class OneAnswer:
             first_attempt=answer.attempts + first,
             candidates=candidates,
             length=answer.room,
-            seen=self._seen(answer),
+            seen=self._seen(answer, (trunks or self.trunks).policy),
             processor=after(answer),
             entropy=terms.segments.entropy,
             shortest=terms.segments.shortest,
         )
 
-    def _seen(self, answer: Request) -> torch.Tensor | None:
+    def _seen(self, answer: Request, policy: Policy) -> torch.Tensor | None:
         if answer.terms.sampling.repetition_penalty == 1.0:
             return None
-        policy = self.trunks.policy
-        seen = torch.zeros(policy.vocab_size, dtype=torch.bool, device=policy.device)
-        seen[answer.prompt.ids + answer.tokens] = True
+        size = policy.logit_size  # prompts may hold ids that cannot be written
+        seen = torch.zeros(size, dtype=torch.bool, device=policy.device)
+        seen[[token for token in answer.prompt.ids + answer.tokens if token < size]] = True
         return seen
 
     def candidate(

@@ -34,6 +34,7 @@ class Pilot:
     base: float = float("nan")
     beta: float = float("nan")
     error: str | None = None
+    prompt: Sequence[int] = ()  # its ids
 
     @property
     def finals(self) -> list[float]:
@@ -156,7 +157,8 @@ def read_pilot(requests: Sequence[Request], config: StarsConfig) -> Pilot:
             if not math.isnan(segment.reward):  # unfinished, under a method that scores finished answers only
                 run.append((tokens, segment.reward))
         responses.append(run)
-    pilot = Pilot(responses, of_prompt(config.base_reward, requests[0].prompt_index))
+    prompt = requests[0].prompt.ids
+    pilot = Pilot(responses, of_prompt(config.base_reward, requests[0].prompt_index), prompt=prompt)
     if not pilot.finals:
         pilot.error = "calibration: every pilot response has a reward of -inf"
     return pilot

@@ -71,7 +71,10 @@ class Drafting(TwoTrunks):
         trunks = [self._draft_trunks[request] for request in asked]
         with passing(rows=len(asked)):
             groups = self.drafts.policy.propose(
-                [self.leaf(request, 1, trunk=trunk) for request, trunk in zip(asked, trunks, strict=True)]
+                [
+                    self.leaf(request, 1, trunk=trunk, trunks=self.drafts)
+                    for request, trunk in zip(asked, trunks, strict=True)
+                ]
             )
         for request, trunk, (draw,) in zip(asked, trunks, groups, strict=True):
             request.terms.stats.draft_tokens += len(draw.tokens)
@@ -103,7 +106,7 @@ class Drafting(TwoTrunks):
 
     def _foreign(self, candidate: Candidate) -> str | None:
         """Embedding tables of one vocabulary may be padded differently."""
-        least = min(trunks.policy.vocab_size for trunks in (self.trunks, self.drafts))
+        least = min(trunks.policy.logit_size for trunks in (self.trunks, self.drafts))
         beyond = next((token for token in candidate.draw.tokens if token >= least), None)
         return None if beyond is None else f"id {beyond} lies outside the {least} ids that draft and policy share"
 

@@ -1,4 +1,4 @@
-"""What is told of requests while they run: events of a stream, and a progress bar."""
+"""What is told of requests while they run: events of a stream, transformers' streamers, and a progress bar."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from stars_fast.loop.request import Request
 from stars_fast.outputs import SegmentEvent, SegmentTrace
@@ -39,6 +41,33 @@ def _event(
         finish_reason=reason,
         error=request.error,
     )
+
+
+class Streaming:
+    """A transformers streamer, or none, that is ended once when the outermost ``with`` is left, however it is left:
+    whoever reads it waits for that.
+    """
+
+    def __init__(self, streamer: Any) -> None:
+        self.wanted = streamer is not None
+        self._streamer, self._depth = streamer, 0
+
+    @classmethod
+    def of(cls, streamer: Any) -> Streaming:
+        """``streamer`` itself where somebody outside has taken it already."""
+        return streamer if isinstance(streamer, cls) else cls(streamer)
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self._streamer.put(tokens)
+
+    def __enter__(self) -> Streaming:
+        self._depth += 1
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._depth -= 1
+        if self.wanted and not self._depth:
+            self._streamer.end()
 
 
 @contextmanager

@@ -8,8 +8,19 @@ from dataclasses import dataclass
 
 import torch
 
-# Called once per row with the candidate's ids so far and its logits [1, V]; returns the processed logits [1, V].
+# Called once per row with the candidate's ids so far and its logits [1, V]; returns the processed logits [1, V]. Where
+# it raises ProcessorError, that says which processor it was; anything else is told of as it is.
 RowProcessor = Callable[[list[int], torch.Tensor], torch.Tensor]
+
+
+class ProcessorError(RuntimeError):
+    """A logits processor raised: which, and what."""
+
+    @staticmethod
+    def told(error: Exception) -> str:
+        """What ends the request whose processor raised this."""
+        own = isinstance(error, ProcessorError)
+        return str(error) if own else f"its logits processor raised {type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from stars_fast.policy.steps import Shape, Steps
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.passes import trunk_room
+from stars_fast.tree.support import written
 
 _LOOKS = 8  # steps between looks at whether anybody goes on, where each makes the host wait
 
@@ -38,6 +39,7 @@ class Policy(TreeModel):
         super().__init__(model, model, "policy")
         checked(self)
         self.accelerate(cuda_graphs, torch_compile)
+        self.logit_size = written(model)  # the vocabulary to every operator; what prompts hold is `vocab_size`
         self.source: Any = model  # what the user named it by
         self.sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
         self._room = (0, 0)  # for the largest trunk and segment
@@ -216,7 +218,7 @@ def _draws(steps: Steps, branches: Sequence[int], eos: Sequence[set[int]]) -> li
                 logprobs=row_logprobs[:count],
                 sampling_logprobs=row_sampling[:count],
                 ended=count > 0 and row[count - 1] in ends,
-                error=steps.failures.get(place) or (None if finite else NOT_FINITE),
+                error=steps.failures.get(place) or steps.unread(row[:count]) or (None if finite else NOT_FINITE),
             )
         )
     return draws

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from stars_fast.ops import gather_logprobs, sample_step
-from stars_fast.policy.leaf import Leaf, RowProcessor
+from stars_fast.policy.leaf import Leaf, ProcessorError, RowProcessor
 from stars_fast.tree.attention import TreeContext
 from stars_fast.tree.graphs import Captured
-from stars_fast.tree.model import TreeModel
 from stars_fast.tree.passes import bucket
 from stars_fast.tree.segment_tree import TreePlan
+
+if TYPE_CHECKING:
+    from stars_fast.policy.policy import Policy
 
 
 class Shape(NamedTuple):
@@ -61,8 +63,9 @@ class Steps(Captured):
         bool ``[rows]``.
     """
 
-    def __init__(self, policy: TreeModel, shape: Shape) -> None:
+    def __init__(self, policy: Policy, shape: Shape) -> None:
         super().__init__(policy)
+        self.read, self.written = policy.vocab_size, policy.logit_size  # ids with an embedding, and with a logit
         self.shape = shape
         rows, device, int32 = shape.rows, policy.device, torch.int32
 
@@ -83,7 +86,7 @@ class Steps(Captured):
         self.query_indptr = torch.arange(rows + 1, dtype=int32, device=device)
         self.every_row = torch.arange(rows, device=device)
         self.eos = zeros(rows, shape.eos, dtype=torch.int64)
-        self.seen = zeros(rows, policy.vocab_size, dtype=torch.bool) if shape.penalised else None
+        self.seen = zeros(rows, policy.logit_size, dtype=torch.bool) if shape.penalised else None
         self.processors: list[RowProcessor | None] = []
         self.failures: dict[int, str] = {}  # by row: what its logits processor raised
 
@@ -164,6 +167,8 @@ class Steps(Captured):
             max_queries=1,
         )
         tokens = self.tokens.index_select(1, last)[:, 0]
+        if self.written > self.read:
+            tokens = tokens.clamp_max(self.read - 1)  # of rows that ended with what cannot be read
         # Rows that ended would walk past the last position, which a table of positions does not forgive.
         positions = torch.where(self.alive, self.first_position + last, 0)
         return self.model.forward(tokens, positions, context, logits_to_keep=self.every_row).logits[0]
@@ -191,6 +196,8 @@ class Steps(Captured):
             self.seen,
             self.eos,
         )
+        if self.written > self.read:
+            self.alive.logical_and_(token < self.read)
         if before is not None:
             if processed:  # segments end by what the model gave
                 entropy = torch.special.entr(raw.float().softmax(1)).sum(1)
@@ -204,6 +211,15 @@ class Steps(Captured):
         ):
             column.index_copy_(1, self.step, value[:, None])
         self.step += 1
+
+    def unread(self, tokens: Sequence[int]) -> str | None:
+        """Why a text with these tokens cannot be gone on with, if it cannot."""
+        if self.written <= self.read or max(tokens, default=0) < self.read:
+            return None
+        return (
+            f"id {max(tokens)} was drawn, for which the policy has no embedding: its head writes {self.written} ids "
+            f"and its embedding reads {self.read}"
+        )
 
     def _end_before(self, uncertain: torch.Tensor) -> None:
         """Take back the token just drawn of these rows ``[rows]``, and end their segments."""
@@ -220,6 +236,6 @@ class Steps(Captured):
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:
-                    self.failures[row] = f"its logits processor raised {type(error).__name__}: {error}"
+                    self.failures[row] = ProcessorError.told(error)
                     self.alive[row] = False
         return out

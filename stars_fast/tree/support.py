@@ -24,6 +24,12 @@ def vocabulary(model: PreTrainedModel) -> int:
     return int(cast(torch.Tensor, model.get_input_embeddings().weight).shape[0])
 
 
+def written(model: PreTrainedModel) -> int:
+    """Ids the model gives a logit for: some have embeddings for more, which can be read and not be written."""
+    head = cast(Any, model.get_output_embeddings())
+    return int(getattr(head, "out_features", None) or head.weight.shape[0])  # packed weights have another shape
+
+
 def refuse_unsupported(model: PreTrainedModel, role: str) -> None:
     """Raise NotImplementedError, by name, for models that a tree of keys and values cannot represent."""
     config = model.config.get_text_config()
