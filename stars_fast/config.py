@@ -14,6 +14,7 @@ from stars_fast.methods.base import Method, method_from
 from stars_fast.methods.numbers import integer, plain, real
 
 CONFIG_NAME = "stars_config.json"
+_LARGEST_FILE = 1 << 26  # bytes; targets of a million prompts fit
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,26 @@ class StarsConfig:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **overrides: Any) -> StarsConfig:
-        """Read what :meth:`save_pretrained` wrote: a folder, or the file itself. Overrides win over the file."""
+        """Read what :meth:`save_pretrained` wrote: a folder, or the file itself. Overrides win over the file.
+
+        Raises
+        ------
+        OSError, ValueError, TypeError
+            For a file that is not there or is no JSON object, naming it; for a field that is unknown or out of range.
+        """
         path = Path(pretrained_model_name_or_path)
         path = path / CONFIG_NAME if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"no {CONFIG_NAME} at {path}")
-        return cls().replace(**{**json.loads(path.read_text()), **overrides})
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ValueError(f"{path} is larger than {_LARGEST_FILE:,} bytes")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds a {type(values).__name__}, not an object of fields")
+        return cls().replace(**{**values, **overrides})
 
 
 def _rewards(name: str, value: Any) -> float | tuple[float, ...] | None:

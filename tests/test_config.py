@@ -63,6 +63,25 @@ def test_a_saved_config_is_json(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("contents", "cause"),
+    [("{", "is not JSON"), ("[" * 99_999, "is not JSON"), ("[]", "holds a list"), ("\xff", "is not JSON")],
+    ids=["cut off", "deep", "list", "bytes"],
+)
+def test_a_file_that_holds_no_config_is_named(tmp_path, contents, cause):
+    path = tmp_path / "stars_config.json"
+    path.write_bytes(contents.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{path} {cause}"):
+        StarsConfig.from_pretrained(tmp_path)
+
+
+def test_a_file_beyond_all_bounds_is_not_read(tmp_path):
+    with (tmp_path / "stars_config.json").open("wb") as file:
+        file.truncate(1 << 27)  # without a byte on the disk
+    with pytest.raises(ValueError, match="is larger than 67,108,864 bytes"):
+        StarsConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
     "name, value, limit",
     [
         ("segment_length", 0, "1"),

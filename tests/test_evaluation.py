@@ -171,6 +171,29 @@ def test_an_interrupted_batch_is_dropped_and_other_settings_are_refused(tmp_path
         Records(tmp_path, {"seed": 1})
 
 
+def test_records_are_read_again_without_being_written_anew(tmp_path, monkeypatch):
+    Records(tmp_path, {}).add([{"cell": "vanilla", "batch": 0}], {"cell": "vanilla", "batch": 0})
+    monkeypatch.setattr("stars_fast.evaluation.records.replacing", None)  # on a full disk there is no room for a copy
+    assert Records(tmp_path, {}).done == {("vanilla", 0)}
+
+
+@pytest.mark.parametrize("name", ["generations.jsonl", "batches.jsonl"])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, name):
+    (tmp_path / name).write_text('{"precious": "data"}\n')
+    with pytest.raises(ValueError, match=f"{tmp_path / name} is of no run"):
+        Records(tmp_path, {})
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{tmp_path / name}, line 1, is not a row"):
+        Records(tmp_path, {})
+    assert (tmp_path / name).read_text() == '{"precious": "data"}\n'
+
+
+def test_settings_that_a_kill_or_an_editor_left_broken_are_named(tmp_path):
+    (tmp_path / "settings.json").write_text('{"seed"')
+    with pytest.raises(ValueError, match=f"{tmp_path}/settings.json is not what this command wrote"):
+        Records(tmp_path, {"seed": 0})
+
+
 # ------------------------------------------------------------------------------------------- runs
 @pytest.fixture(scope="module")
 def evaluation():

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stars_fast.cli.console import fail, one_line, quiet_transformers, refusing, stdout
+from stars_fast.cli.console import fail, one_line, quiet_transformers, refusing, refusing_models, stdout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,7 @@ def run(
     if not report["extension"]["built"]:
         _print(report, as_json)
         fail(f"the C++ extension is {report['extension']['detail']}", 1)
-    with refusing(OSError):
+    with refusing_models():
         if policy is not None:
             report["models"]["policy"] = _examine("policy", policy)
         if reward is not None:
@@ -121,7 +121,7 @@ def _kernels() -> dict[str, dict[str, str]]:
 
 
 def _examine(role: str, name: str) -> Report:
-    """Load a model and say which path it takes. Raises OSError for a name that leads nowhere."""
+    """Load a model and say which path it takes. Raises OSError for a name that leads nowhere, or to broken files."""
     from stars_fast.inputs.models import load_classifier, load_policy
 
     try:

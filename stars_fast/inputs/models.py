@@ -147,7 +147,7 @@ def load_classifier(
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     name = _named(name, "reward")
-    config = AutoConfig.from_pretrained(name)
+    config = _read(AutoConfig, name)
     if config.num_labels != 1:
         raise ValueError(f"reward={name!r} has num_labels={config.num_labels}; {ONE_LABEL}")
     if tokenizer is None:
@@ -167,11 +167,21 @@ def _named(name: str | os.PathLike[str], role: str) -> str:
     return path
 
 
+def _read(auto: Any, name: str, **options: Any) -> Any:
+    """What transformers reads there. What it does not mean for users, of files that are broken, becomes an OSError."""
+    try:
+        return auto.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:
+        raise OSError(f"{name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
 def _loaded(auto: Any, name: str, device: Device, dtype: str) -> PreTrainedModel:
     place = placement(device)
     if dtype == "auto" and os.path.dirname(name) == _DEMO_FOLDER:
         dtype = "float32"  # the files hold half of that, to be small
-    model = auto.from_pretrained(name, dtype=dtype)
+    model = _read(auto, name, dtype=dtype)
     try:
         placed: PreTrainedModel = model.to(place)
         return placed
