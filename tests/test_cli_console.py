@@ -6,16 +6,24 @@ import json
 import pytest
 import torch
 import typer
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from stars_fast.cli import app, console
 from stars_fast.cli.console import refusing_models
 from stars_fast.report.files import summary
 
+PANICS = {
+    **{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "added_tokens": []},
+    **{"pre_tokenizer": None, "post_processor": None, "decoder": None},
+    "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""},
+}
+
 
 def test_whatever_a_library_raises_is_one_line_and_bad_usage(capsys):
     for broken, words in (
         (lambda: json.loads("[" * 99_999), "RecursionError: maximum recursion"),
+        (lambda: Tokenizer.from_str(json.dumps(PANICS)), "PanicException: Precompiled"),
         (lambda: torch.nn.Embedding(3, 4, padding_idx=7), "AssertionError: Padding_idx must be within"),
     ):
         with pytest.raises(typer.Exit) as left, refusing_models():
@@ -42,6 +50,12 @@ def test_a_full_machine_and_an_interruption_say_how_to_go_on(capsys, error, code
     with pytest.raises(typer.Exit) as left, refusing_models("; run it again"):
         raise error
     assert left.value.exit_code == code and capsys.readouterr().err.endswith("; run it again\n")
+
+
+def test_a_reader_that_had_enough_is_no_error(capsys):
+    with pytest.raises(BrokenPipeError), refusing_models():
+        raise BrokenPipeError
+    assert capsys.readouterr().err == ""
 
 
 def test_a_long_complaint_is_cut():

@@ -235,6 +235,12 @@ def test_a_run_killed_half_way_ends_with_the_same_table(evaluation, tmp_path, mo
     assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
 
 
+def test_a_prompt_that_is_refused_is_found_by_its_batch(evaluation, tmp_path):
+    long = dataclasses.replace(evaluation, prompts=[*PROMPTS[:2], "w3 " * 300, PROMPTS[3]])
+    with pytest.raises(ValueError, match=r"vanilla, prompts 2 to 3: prompts\[0\] has 300 tokens"):
+        long.run(cells([], [], CONFIG), Records(tmp_path, {}))
+
+
 def test_the_baseline_ties_with_itself_and_best_of_n_earns_more_for_its_tokens(evaluation, tmp_path):
     evaluation.run(cells(["best_of_n"], [4], CONFIG), records := Records(tmp_path, {}))
     baseline, other = summarise(records.generations, records.batches)

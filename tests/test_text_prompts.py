@@ -201,26 +201,3 @@ def test_what_is_no_prompt_is_refused(idle, prompts):
 def test_float_ids_are_refused(idle):
     with refused("prompts", r"torch\.float32"):
         idle.generate(torch.ones(2, 3), CONFIG)
-
-
-@pytest.mark.parametrize("raised", [ValueError("no [UNK]"), type("PanicException", (BaseException,), {})("no [UNK]")])
-def test_text_that_the_tokenizer_refuses_is_named(raised):
-    class Refusing:
-        bos_token = None
-
-        def __call__(self, text, add_special_tokens):
-            if "odd" in text:
-                raise raised
-            return {"input_ids": [1]}
-
-    with pytest.raises(ValueError, match=r"prompts\[1\] is refused by the tokenizer: no \[UNK\]"):
-        read_prompts(["even", "odd"], Refusing())
-
-
-def test_an_interruption_while_a_text_is_read_stays_one():
-    def interrupted(text, add_special_tokens):
-        raise KeyboardInterrupt
-
-    interrupted.bos_token = None
-    with pytest.raises(KeyboardInterrupt):
-        read_prompts("text", interrupted)

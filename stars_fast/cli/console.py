@@ -18,6 +18,7 @@ BAD_USAGE = 2
 INTERRUPTED = 130
 # What transformers and the engine raise for models that do not exist, do not load, or cannot be used.
 _MEANT = (OSError, ValueError, TypeError, NotImplementedError, ImportError)
+_PANIC = "PanicException"  # what libraries written in Rust raise, tokenizers first of all; it is no Exception
 _LONGEST = 2000  # characters of a complaint; some errors of libraries quote all that they were given
 _debugging = False
 
@@ -86,9 +87,11 @@ def refusing_models(again: str = "") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         fail(f"interrupted{again}", INTERRUPTED)
-    except typer.Exit:  # it has been said
+    except (typer.Exit, BrokenPipeError):  # it has been said; nobody reads on, which is no error of a command
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
         if _is_shortage(error):
             fail(f"{one_line(error)}{again}", 1)
         if isinstance(error, _MEANT):
@@ -98,13 +101,13 @@ def refusing_models(again: str = "") -> Iterator[None]:
         fail(f"{type(error).__name__}: {error}")
 
 
-def _is_shortage(error: Exception) -> bool:
+def _is_shortage(error: BaseException) -> bool:
     """Whether the machine, rather than the program, is at fault: memory or disk ran out."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
     return full or isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
 
 
-def _is_ours(error: Exception) -> bool:
+def _is_ours(error: BaseException) -> bool:
     """Whether the line that raised is in this package."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return str(frames[-1].f_globals.get("__name__")).startswith("stars_fast")

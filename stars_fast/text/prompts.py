@@ -161,8 +161,8 @@ def _read_one(name: str, prompt: Any, tokenizer: Any) -> Prompt:
         _need_tokenizer(name, "text", tokenizer)
         # One beginning-of-sequence token: text that a chat template wrote may have it already.
         begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-        ids = _encoded(name, prompt, tokenizer, not begun) if prompt else []
-        return Prompt(prompt, _not_empty(name, ids))
+        ids = tokenizer(prompt, add_special_tokens=not begun)["input_ids"] if prompt else []
+        return Prompt(prompt, _not_empty(name, list(ids)))
     if _is_chat(prompt):
         for turn in prompt:
             if "role" not in turn:
@@ -186,15 +186,6 @@ def _read_one(name: str, prompt: Any, tokenizer: Any) -> Prompt:
         ids = [int(token) for token in prompt]
         return Prompt(ids, _not_empty(name, ids))
     raise TypeError(f"{name} is a {type(prompt).__name__}: give text, chat messages or token ids")
-
-
-def _encoded(name: str, text: str, tokenizer: Any, add_special_tokens: bool) -> list[int]:
-    try:
-        return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # as Rust's panics are called
-            raise
-        raise ValueError(f"{name} is refused by the tokenizer: {error}") from error
 
 
 def _need_tokenizer(name: str, what: str, tokenizer: Any) -> None:

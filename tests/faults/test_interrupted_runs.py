@@ -98,25 +98,22 @@ def command(request) -> Run:
 
 
 def test_a_run_killed_again_and_again_ends_as_one_that_was_not(command):
-    for lines in (2, 9, 16):
-        code, _ = command.disturbed("killed", lines, signal.SIGKILL)
-        assert code == -signal.SIGKILL
+    for lines, by in ((2, signal.SIGKILL), (9, signal.SIGTERM), (16, signal.SIGKILL)):
+        assert command.disturbed("killed", lines, by)[0] == -by
         assert command.read("killed").items() <= command.texts.items()
     command.go_on("killed")
     assert command.read("killed") == command.texts
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=lambda by: by.name)
-def test_a_run_that_was_asked_to_end_goes_on_where_it_was(command, by):
-    code, said = command.disturbed(by.name, 8, by)
-    if by == signal.SIGINT:
-        assert code == 130 and "interrupted" in said and "run the same command again to go on" in said
-    else:
-        assert code == -signal.SIGTERM
-    written = command.path(by.name).read_bytes()
-    command.go_on(by.name)
-    assert command.read(by.name) == command.texts
-    assert command.path(by.name).read_bytes().startswith(written[: written.rfind(b"\n", 0, len(written) // 2) + 1])
+def test_an_interrupted_run_says_how_to_go_on_and_keeps_what_it_wrote(command):
+    code, said = command.disturbed("interrupted", 8, signal.SIGINT)
+    assert code == 130 and "interrupted" in said and "run the same command again to go on" in said
+    written = command.path("interrupted").read_bytes()
+    command.go_on("interrupted")
+    assert command.read("interrupted") == command.texts
+    assert (
+        command.path("interrupted").read_bytes().startswith(written[: written.rfind(b"\n", 0, len(written) // 2) + 1])
+    )
 
 
 def test_a_run_out_of_room_says_so_and_goes_on_when_there_is_some(command):
