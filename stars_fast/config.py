@@ -184,8 +184,8 @@ class StarsConfig:
 
         Raises
         ------
-        OSError, ValueError, TypeError
-            For a file that is not there or is no JSON object, naming it; for a field that is unknown or out of range.
+        FileNotFoundError, ValueError, TypeError
+            Without that file; for one that is no JSON object of fields, or a value out of range, naming the file.
         """
         path = Path(pretrained_model_name_or_path)
         path = path / CONFIG_NAME if path.is_dir() else path
@@ -194,12 +194,14 @@ class StarsConfig:
         if path.stat().st_size > _LARGEST_FILE:
             raise ValueError(f"{path} is larger than {_LARGEST_FILE:,} bytes")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}, not an object of fields")
-        return cls().replace(**{**values, **overrides})
+            values = json.loads(path.read_text())
+            if not isinstance(values, dict):
+                raise TypeError(f"it holds a {type(values).__name__}: must be an object of StarsConfig's fields")
+            config = cls().replace(**{**values, **overrides})
+        except (TypeError, ValueError, RecursionError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{path}: {error}") from error
+        return config
 
 
 def _rewards(name: str, value: Any) -> float | tuple[float, ...] | None:

@@ -14,8 +14,11 @@ from stars_fast.cli.console import refusing_models
 from stars_fast.report.files import summary
 
 PANICS = {
-    **{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "added_tokens": []},
-    **{"pre_tokenizer": None, "post_processor": None, "decoder": None},
+    "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    "added_tokens": [],
+    "pre_tokenizer": None,
+    "post_processor": None,
+    "decoder": None,
     "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""},
 }
 
