@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from stars_fast import demo
 from stars_fast.policy.policy import Policy
@@ -23,6 +23,8 @@ _TOKENIZER_FILES = (
     *("spiece.model", "sentencepiece.bpe.model", "spm.model", "sentencepiece.model", "tekken.json"),
 )
 
+
+_MOST_LAYERS = 10_000
 
 DEMO, _DEMO_FOLDER = "demo", os.path.dirname(demo.__file__)
 Device = str | torch.device | None
@@ -170,11 +172,24 @@ def _named(name: str | os.PathLike[str], role: str) -> str:
 def _read(auto: Any, name: str, **options: Any) -> Any:
     """What transformers reads there. What it does not mean for users, of files that are broken, becomes an OSError."""
     try:
+        _refuse_endless(name)
         return auto.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError):
         raise
     except Exception as error:
         raise OSError(f"{name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _refuse_endless(name: str) -> None:
+    """Raise ValueError for more layers than a model has: all are made before it is seen that they have no weights."""
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(name)
+    except OSError:  # an adapter's folder has none, and whatever else is wrong is said when the model is read
+        return
+    for part in (values, values.get("text_config")):
+        for field, value in part.items() if isinstance(part, dict) else ():
+            if "layer" in field and isinstance(value, int) and value > _MOST_LAYERS:
+                raise ValueError(f"{name!r}: its config.json has {field}={value}: must be at most {_MOST_LAYERS}")
 
 
 def _loaded(auto: Any, name: str, device: Device, dtype: str) -> PreTrainedModel:

@@ -58,7 +58,7 @@ _COUNTS = (0, -1, "x", 2.5, [])
 _FIELDS: dict[str, tuple[Any, ...]] = {
     "hidden_size": (*_COUNTS, 1 << 62),
     "intermediate_size": (*_COUNTS, 1 << 62),
-    "num_hidden_layers": _COUNTS,
+    "num_hidden_layers": (*_COUNTS, 10**6),
     "num_attention_heads": (*_COUNTS, 3),
     "num_key_value_heads": (*_COUNTS, 3),
     "vocab_size": (*_COUNTS, 1 << 62),
