@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from stars_fast import demo
+from stars_fast.inputs.repositories import read
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
 from stars_fast.rewards.classifier import ONE_LABEL
@@ -23,8 +24,6 @@ _TOKENIZER_FILES = (
     *("spiece.model", "sentencepiece.bpe.model", "spm.model", "sentencepiece.model", "tekken.json"),
 )
 
-
-_MOST_LAYERS = 10_000
 
 DEMO, _DEMO_FOLDER = "demo", os.path.dirname(demo.__file__)
 Device = str | torch.device | None
@@ -149,7 +148,7 @@ def load_classifier(
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     name = _named(name, "reward")
-    config = _read(AutoConfig, name)
+    config = read(AutoConfig, name)
     if config.num_labels != 1:
         raise ValueError(f"reward={name!r} has num_labels={config.num_labels}; {ONE_LABEL}")
     if tokenizer is None:
@@ -169,34 +168,11 @@ def _named(name: str | os.PathLike[str], role: str) -> str:
     return path
 
 
-def _read(auto: Any, name: str, **options: Any) -> Any:
-    """What transformers reads there. What it does not mean for users, of files that are broken, becomes an OSError."""
-    try:
-        _refuse_endless(name)
-        return auto.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError):
-        raise
-    except Exception as error:
-        raise OSError(f"{name!r} cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def _refuse_endless(name: str) -> None:
-    """Raise ValueError for more layers than a model has: all are made before it is seen that they have no weights."""
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(name)
-    except OSError:  # an adapter's folder has none, and whatever else is wrong is said when the model is read
-        return
-    for part in (values, values.get("text_config")):
-        for field, value in part.items() if isinstance(part, dict) else ():
-            if "layer" in field and isinstance(value, int) and value > _MOST_LAYERS:
-                raise ValueError(f"{name!r}: its config.json has {field}={value}: must be at most {_MOST_LAYERS}")
-
-
 def _loaded(auto: Any, name: str, device: Device, dtype: str) -> PreTrainedModel:
     place = placement(device)
     if dtype == "auto" and os.path.dirname(name) == _DEMO_FOLDER:
         dtype = "float32"  # the files hold half of that, to be small
-    model = _read(auto, name, dtype=dtype)
+    model = read(auto, name, dtype=dtype)
     try:
         placed: PreTrainedModel = model.to(place)
         return placed
