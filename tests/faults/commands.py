@@ -36,7 +36,7 @@ def _run(arguments: list[str], stderr: Path, most_bytes: int | None) -> None:
 
 def wait_until(true: Callable[[], bool], process: ForkServerProcess) -> None:
     """Look again and again, until it is so or the process is over."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while process.is_alive() and not true():
         assert time.monotonic() < deadline, "nothing happens"
         time.sleep(0.002)

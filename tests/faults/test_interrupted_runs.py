@@ -50,14 +50,14 @@ class Run:
         wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= lines, process)
         assert process.is_alive(), said.read_text()
         os.kill(process.pid, by)
-        process.join(60)
+        process.join(120)
         return process.exitcode, said.read_text()
 
     def out_of_room(self, name: str, most_bytes: int) -> tuple[int | None, str]:
         """Begin or go on where no file can have more bytes."""
         said = self.folder / "stderr"
         process = start(self.command(name), said, most_bytes)
-        process.join(60)
+        process.join(120)
         return process.exitcode, said.read_text()
 
 
@@ -132,5 +132,5 @@ def test_one_of_two_runs_on_one_output_is_refused(command):
     wait_until(lambda: command.path("twice").exists() and command.path("twice").stat().st_size > 0, first)
     second = CliRunner().invoke(app, command.command("twice"))
     assert second.exit_code == 2 and "another run is writing to" in second.stderr
-    first.join(60)
+    first.join(120)
     assert first.exitcode == 0 and command.read("twice") == command.texts
