@@ -221,8 +221,6 @@ class StarsEngine(Stays):
 
     def run(self, arguments: Arguments, streamer: Any = None, progress: bool = False) -> StarsOutput:
         """:meth:`generate`, with its arguments in one piece."""
-        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
-            raise TypeError(f"streamer={shown(streamer)}: give a transformers streamer, with put and end")
         with Streaming.of(streamer) as streaming:
             progress = truth("progress", progress)
             job = Job(self.prepare(arguments), self.tokenizer)

@@ -10,10 +10,12 @@ from conftest import tiny_policy, tiny_reward
 from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
-from stars_fast import StarsEngine
+from stars_fast import StarsConfig, StarsEngine
 from stars_fast.cli import app, responses
 from stars_fast.cli.rows import read_rows, row_seed
 from stars_fast.cli.settings import read_settings
+from stars_fast.outputs import SegmentEvent, SegmentTrace
+from stars_fast.report.files import sole_run
 
 ROWS = [
     {"id": "a", "prompt": "w3 w4"},
@@ -245,16 +247,69 @@ def test_an_output_goes_on_where_its_settings_cannot_differ_in_a_text(generate, 
     assert result.exit_code == 0, result.stderr
     assert_same(records, whole)
     (tmp_path / "out.jsonl.settings.json").unlink()  # as earlier versions left it
-    result, _ = generate(ROWS, "--seed", 1)
+    result, _ = generate(ROWS, "--reward-tail", "none")
     assert result.exit_code == 0 and "nothing to do" in result.stderr
     (tmp_path / "out.jsonl").write_text("")
     assert generate(ROWS, "--seed", 1)[0].exit_code == 0
+
+
+def test_answers_to_other_prompts_are_refused_by_id(generate, tmp_path):
+    generate(ROWS[:2])
+    before = (tmp_path / "out.jsonl").read_bytes()
+    result, _ = generate([{"id": "a", "prompt": "w9"}, *ROWS[1:]])
+    assert result.exit_code == 2 and "other prompts or seeds under id 'a':" in result.stderr
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_output_that_is_a_link_stays_one(generate, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out.jsonl").symlink_to("elsewhere/true.jsonl")
+    _, whole = generate(ROWS[:2])
+    contents = (tmp_path / "elsewhere/true.jsonl").read_bytes()
+    (tmp_path / "elsewhere/true.jsonl").write_bytes(contents[:-9])
+    _, records = generate(ROWS[:2])
+    assert_same(records, whole)
+    assert (tmp_path / "out.jsonl").is_symlink() and sorted(
+        path.name for path in (tmp_path / "elsewhere").iterdir()
+    ) == [
+        "true.jsonl",
+        "true.jsonl.settings.json",
+    ]
+
+
+def test_a_run_beside_another_on_one_output_is_refused(generate, tmp_path):
+    with sole_run(tmp_path / "out.jsonl"):
+        result, records = generate(ROWS[:1])
+    assert (result.exit_code, records) == (2, []) and "another run is writing to" in result.stderr
+
+
+def test_an_answer_that_the_tokenizer_cannot_write_costs_one_row():
+    class Fickle:
+        def decode(self, tokens, **_):
+            if 7 in tokens and len(tokens) > 1:  # no id by itself is to blame
+                raise RuntimeError("not today")
+            return " ".join(f"w{token}" for token in tokens)
+
+    class Engine:
+        tokenizer = Fickle()
+
+    def event(place, tokens):
+        return SegmentEvent(place, place, 0, SegmentTrace(tokens, 1.0, 0.0, 1, True, -1.0), None, "length")
+
+    rows, config = read_rows(['{"prompt": "w3"}', '{"prompt": "w4"}'], 0), StarsConfig()
+    events = [event(0, (7, 8)), event(1, (5,))]
+    (bad,), (good,) = responses._gathered(Engine, events, rows, config, lambda event: None)
+    assert bad["finish_reason"] == "error"
+    assert bad["error"] == "the tokenizer cannot write the answer: RuntimeError: not today"
+    assert bad["completion_ids"] == [7, 8] and good["completion"] == "w5" and good["error"] is None
 
 
 @pytest.mark.parametrize(
     ("row", "cause"),
     [
         ("{not json", "not JSON"),
+        ('{"messages": [{"role": "user", "content": NaN}]}', "messages: holds NaN"),
         ('["a list"]', "a JSON list"),
         (r'{"prompt": "\ud800"}', "surrogate"),
         ({"id": "x"}, "none of prompt, messages, prompt_ids"),

@@ -81,6 +81,20 @@ def test_a_saved_config_is_json(tmp_path):
     assert json.loads(file.read_text())["beta"] == 0.25
 
 
+@pytest.mark.parametrize("contents", ["{", "[" * 99_999, "[]", "\xff"], ids=["cut off", "deep", "list", "bytes"])
+def test_a_file_that_holds_no_config_is_named(tmp_path, contents):
+    (tmp_path / "stars_config.json").write_bytes(contents.encode("latin-1"))
+    with pytest.raises((ValueError, TypeError), match=f"^{tmp_path}/stars_config.json: "):
+        StarsConfig.from_pretrained(tmp_path)
+
+
+def test_a_file_beyond_all_bounds_is_not_read(tmp_path):
+    with (tmp_path / "stars_config.json").open("wb") as file:
+        file.truncate(1 << 27)  # without a byte on the disk
+    with pytest.raises(ValueError, match="is larger than 67,108,864 bytes"):
+        StarsConfig.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     "name, value, limit",
     [

@@ -312,7 +312,6 @@ def test_a_streamer_takes_one_row_only(policy):
         (callback, {"num_beams": 2}),
         (callback, {"config": CONFIG.replace(eos_token_id=99)}),
     ],
-    ids=str,
 )
 def test_a_refused_call_ends_its_streamer(policy, generate, kwargs):
     """Whoever reads it on another thread would wait for ever."""

@@ -171,6 +171,29 @@ def test_an_interrupted_batch_is_dropped_and_other_settings_are_refused(tmp_path
         Records(tmp_path, {"seed": 1})
 
 
+def test_records_are_read_again_without_being_written_anew(tmp_path, monkeypatch):
+    Records(tmp_path, {}).add([{"cell": "vanilla", "batch": 0}], {"cell": "vanilla", "batch": 0})
+    monkeypatch.setattr("stars_fast.evaluation.records.replacing", None)  # on a full disk there is no room for a copy
+    assert Records(tmp_path, {}).done == {("vanilla", 0)}
+
+
+@pytest.mark.parametrize("name", ["generations.jsonl", "batches.jsonl"])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, name):
+    (tmp_path / name).write_text('{"precious": "data"}\n')
+    with pytest.raises(ValueError, match=f"{tmp_path / name} is of no run"):
+        Records(tmp_path, {})
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{tmp_path / name}, line 1, is not a row"):
+        Records(tmp_path, {})
+    assert (tmp_path / name).read_text() == '{"precious": "data"}\n'
+
+
+def test_settings_that_a_kill_or_an_editor_left_broken_are_named(tmp_path):
+    (tmp_path / "settings.json").write_text('{"seed"')
+    with pytest.raises(ValueError, match=f"{tmp_path}/settings.json is not what this command wrote"):
+        Records(tmp_path, {"seed": 0})
+
+
 # ------------------------------------------------------------------------------------------- runs
 @pytest.fixture(scope="module")
 def evaluation():
@@ -210,6 +233,12 @@ def test_a_run_killed_half_way_ends_with_the_same_table(evaluation, tmp_path, mo
     monkeypatch.setattr(Records, "add", add)
     evaluation.run(made, Records(tmp_path / "killed", {}))
     assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
+
+
+def test_a_prompt_that_is_refused_is_found_by_its_batch(evaluation, tmp_path):
+    long = dataclasses.replace(evaluation, prompts=[*PROMPTS[:2], "w3 " * 300, PROMPTS[3]])
+    with pytest.raises(ValueError, match=r"vanilla, prompts 2 to 3: prompts\[0\] has 300 tokens"):
+        long.run(cells([], [], CONFIG), Records(tmp_path, {}))
 
 
 def test_the_baseline_ties_with_itself_and_best_of_n_earns_more_for_its_tokens(evaluation, tmp_path):

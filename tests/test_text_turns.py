@@ -52,7 +52,7 @@ def test_parts_of_text_are_joined_where_a_template_cannot_take_them(tokenizer):
     assert prompt.ids == chat_prefix(tokenizer, TEXT) and prompt.source == IN_PARTS
     takes = byte_bpe(300, template=PARTS)
     assert read_prompts([IN_PARTS], takes)[0].ids == chat_prefix(takes, IN_PARTS)
-    rendering = ClassifierReward(models_for(tokenizer)[1], tokenizer, takes)._given
+    rendering = ClassifierReward(models_for(tokenizer)[1], tokenizer, takes).make_rendering(takes)
     assert rendering.context(RewardPrompt(0, IN_PARTS, [1])).prefix == chat_prefix(tokenizer, TEXT)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from stars_fast.cli import bench, demo, doctor, eval, generate, kernels
-from stars_fast.cli.console import print_version
+from stars_fast.cli.console import print_version, show_tracebacks
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,6 +30,16 @@ __all__ = ["app"]
 def main(
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug",
+            callback=show_tracebacks,
+            is_eager=True,
+            envvar="STARS_FAST_DEBUG",
+            help="Show the traceback of an error.",
+        ),
     ] = False,
 ) -> None:
     """Reward-guided generation for Hugging Face models: exact, many candidates at a time."""

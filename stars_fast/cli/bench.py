@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from stars_fast.cli.console import (
-    LOADING_ERRORS,
     fail,
     note,
     plain_table,
     progress,
     quiet_transformers,
     refusing,
+    refusing_models,
     stderr,
     stdout,
     torch_threads,
@@ -79,7 +79,7 @@ def run(
     quiet_transformers()
     with refusing(ImportError):
         _check_plots(plots, sweep)
-    with refusing(*LOADING_ERRORS), torch_threads(threads):
+    with refusing_models(), torch_threads(threads):
         if not 0 < acceptance < 1:
             raise ValueError(f"--acceptance {acceptance}: must lie strictly between 0 and 1")
         if sweep and batch and len(batch) > 1:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -12,8 +15,18 @@ from rich.table import Table
 from rich.text import Text
 
 BAD_USAGE = 2
+INTERRUPTED = 130
 # What transformers and the engine raise for models that do not exist, do not load, or cannot be used.
-LOADING_ERRORS = (OSError, ValueError, TypeError, NotImplementedError, ImportError)
+_MEANT = (OSError, ValueError, TypeError, NotImplementedError, ImportError)
+_PANIC = "PanicException"  # what libraries written in Rust raise, tokenizers first of all; it is no Exception
+_LONGEST = 2000  # characters of a complaint; some errors of libraries quote all that they were given
+_debugging = False
+
+
+def show_tracebacks(wanted: bool) -> None:
+    """Callback of ``--debug``: whether complaints come with the traceback of what led to them."""
+    global _debugging
+    _debugging = wanted
 
 
 def stdout() -> Console:
@@ -33,13 +46,16 @@ def note(message: str) -> None:
 
 def fail(message: object, code: int = BAD_USAGE) -> NoReturn:
     """Say in one line what is wrong, and leave."""
+    if _debugging and sys.exc_info()[0] is not None:
+        traceback.print_exc()
     stderr().print(Text.assemble(("error: ", "bold red"), one_line(message)))
     raise typer.Exit(code)
 
 
 def one_line(message: object) -> str:
-    """A message with its line breaks and runs of blanks squeezed."""
-    return " ".join(str(message).split()) or type(message).__name__
+    """A message with its line breaks and runs of blanks squeezed, and its end cut off where it is very long."""
+    words = " ".join(str(message).split()) or type(message).__name__
+    return words if len(words) <= _LONGEST else words[:_LONGEST] + " ..."
 
 
 def plain_table(title: str | None, labels: Iterable[str], figures: Iterable[str]) -> Table:
@@ -59,6 +75,42 @@ def refusing(*errors: type[Exception]) -> Iterator[None]:
         yield
     except errors as error:
         fail(error)
+
+
+@contextmanager
+def refusing_models(again: str = "") -> Iterator[None]:
+    """Report in one line whatever a user's models lead to, as bad usage; an interruption and a full machine as such.
+
+    What our own code raises without meaning it for users is a bug, and passes. ``again`` says how to go on.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail(f"interrupted{again}", INTERRUPTED)
+    except (typer.Exit, BrokenPipeError):  # it has been said; nobody reads on, which is no error of a command
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
+        if _is_shortage(error):
+            fail(f"{one_line(error)}{again}", 1)
+        if isinstance(error, _MEANT):
+            fail(error)
+        if _is_ours(error):
+            raise
+        fail(f"{type(error).__name__}: {error}")
+
+
+def _is_shortage(error: BaseException) -> bool:
+    """Whether the machine, rather than the program, is at fault: memory or disk ran out."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
+    return full or isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the line that raised is in this package."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__")).startswith("stars_fast")
 
 
 def quiet_transformers() -> None:

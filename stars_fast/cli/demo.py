@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stars_fast.cli.console import LOADING_ERRORS, fail, quiet_transformers, refusing, stderr, stdout, torch_threads
+from stars_fast.cli.console import fail, quiet_transformers, refusing, refusing_models, stderr, stdout, torch_threads
 
 if TYPE_CHECKING:
     from stars_fast.config import StarsConfig
@@ -50,7 +50,7 @@ def run(
     with stderr().status("loading the demo models"):
         engine, openings = _load(prompts)
     config = _config(max_new_tokens, candidates)
-    with refusing(ValueError), torch_threads(1):  # more gain little in models this small, and lose much on busy cores
+    with refusing_models(), torch_threads(1):  # more gain little in models this small, and lose much on busy cores
         with stderr().status("writing without guidance"):
             vanilla = engine.generate(openings, config, seed=seed, target_reward=-math.inf, max_attempts=1)
         with stderr().status("calibrating on unguided responses, then writing with guidance"):
@@ -69,7 +69,7 @@ def _load(count: int) -> tuple[StarsEngine, list[str]]:
     if count > len(demo.PROMPTS):
         fail(f"--prompts {count}: there are {len(demo.PROMPTS)}")
     quiet_transformers()
-    with refusing(*LOADING_ERRORS):
+    with refusing_models():
         return StarsEngine(DEMO, DEMO, device="cpu"), list(demo.PROMPTS[:count])
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stars_fast.cli.console import fail, one_line, quiet_transformers, refusing, stdout
+from stars_fast.cli.console import fail, one_line, quiet_transformers, refusing, refusing_models, stdout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,7 @@ def run(
     if not report["extension"]["built"]:
         _print(report, as_json)
         fail(f"the C++ extension is {report['extension']['detail']}", 1)
-    with refusing(OSError):
+    with refusing_models():
         written_by = _Loaded(None, None)
         if policy is not None:
             report["models"]["policy"], written_by = _examine("policy", policy)
@@ -130,7 +130,7 @@ class _Loaded(NamedTuple):
 
 def _examine(role: str, name: str, policy: _Loaded | None = None) -> tuple[Report, _Loaded]:
     """Load a model and say which path it takes; of a reward model, whose ids it reads. Raises OSError for a name that
-    leads nowhere.
+    leads nowhere, or to broken files.
     """
     from stars_fast.inputs.models import load_classifier, load_policy
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stars_fast.cli.console import LOADING_ERRORS, fail, note, progress, quiet_transformers, refusing
+from stars_fast.cli.console import fail, note, progress, quiet_transformers, refusing, refusing_models
 from stars_fast.evaluation.recipe import Recipe, read_recipe
+from stars_fast.report.files import sole_run
 
 if TYPE_CHECKING:
     from stars_fast.evaluation.cells import Cell
@@ -72,16 +74,19 @@ def run(
     for name in ("policy", "guide", "judge", "prompts"):
         if not getattr(task, name):
             fail(f"nothing for {name}: give --{name}, or `{name}:` in --recipe")
-    with refusing(*LOADING_ERRORS):
-        evaluation, made, records = _prepare(task, set_ or (), output, dtype, device)
-    try:
-        with progress(len(made) * task.count, "methods") as advance:
+    with ExitStack() as held:
+        with refusing(OSError, ValueError):
+            output.mkdir(parents=True, exist_ok=True)
+            held.enter_context(sole_run(output))
+        with refusing_models():
+            evaluation, made, records = _prepare(task, set_ or (), output, dtype, device)
+        with (
+            refusing_models(f"; {output} keeps the finished batches: run the same command again to go on"),
+            progress(len(made) * task.count, "methods") as advance,
+        ):
             evaluation.run(made, records, advance)
-    except KeyboardInterrupt:
-        fail(f"interrupted; {output} keeps the finished batches: run the same command again to go on", 130)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        fail(error, 1)
-    _report(records, output, tie)
+        with refusing(OSError):
+            _report(records, output, tie)
 
 
 def _prepare(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import errno
+import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
 
@@ -15,7 +16,7 @@ import typer
 from rich.padding import Padding
 from rich.text import Text
 
-from stars_fast.cli.console import LOADING_ERRORS, fail, note, one_line, quiet_transformers, refusing, stdout
+from stars_fast.cli.console import fail, note, quiet_transformers, refusing, refusing_models, stdout
 
 if TYPE_CHECKING:
     from stars_fast.cli.rows import Row
@@ -67,8 +68,8 @@ def run(
     Texts depend on the seed and a row's id only: not on the order of rows, on batches, or on an interruption.
     Run the same command again to go on where it stopped. The exit status is 1 where a row failed.
     """
-    from stars_fast.cli.rows import write_settings
     from stars_fast.cli.settings import read_settings
+    from stars_fast.report.files import sole_run
 
     with refusing(OSError, ValueError, TypeError):
         settings = read_settings(config, set_ or ())
@@ -76,18 +77,19 @@ def run(
     _check_usage(names, prompt, input_, output, dtype)
     rows = _read_input(prompt, input_, seed)
     variables = _variables(chat_template_kwargs)
-    made_with = _made_with(names, settings.config, seed, dtype) | (
-        {"chat_template_kwargs": variables} if variables else {}
-    )
-    todo = _todo(rows, output, settings.config.num_return_sequences, made_with)
-    if not todo:
-        note(f"nothing to do: {output} holds all {len(rows)} rows")
-        return
-    engine = _engine(names, dtype, device, max_rows, kv_cache_tokens)
-    if output is not None:
-        with refusing(OSError):
-            write_settings(output, made_with)
-    failed = _run_all(engine, todo, settings.config, output, batch_size, variables)
+    with ExitStack() as held:
+        if output is not None:
+            output = Path(os.path.realpath(output))  # a link stays one: what it leads to is written
+            with refusing(OSError, ValueError):
+                held.enter_context(sole_run(output))
+        made_with = _made_with(names, settings.config, seed, dtype)
+        made_with |= {"chat_template_kwargs": variables} if variables else {}
+        todo = _todo(rows, output, settings.config.num_return_sequences, made_with)
+        if not todo:
+            note(f"nothing to do: {output} holds all {len(rows)} rows")
+            return
+        engine = _engine(names, dtype, device, max_rows, kv_cache_tokens)
+        failed = _run_all(engine, todo, settings.config, output, batch_size, made_with, variables)
     errors = f", {failed} with an error" if failed else ""
     if output is not None:
         skipped = f", {len(rows) - len(todo)} were there before" if len(todo) < len(rows) else ""
@@ -127,17 +129,17 @@ def _check_usage(names: _Names, prompt: list[str] | None, input_: Path | None, o
 
 
 def _read_input(prompt: list[str] | None, input_: Path | None, seed: int) -> list[Row]:
-    from stars_fast.cli.rows import Row, read_rows, row_seed
+    from stars_fast.cli.rows import Row, lines_of, read_rows, row_seed
 
     if prompt:
         return [Row(number, text, row_seed(seed, number)) for number, text in enumerate(prompt, 1)]
     assert input_ is not None
     with refusing(OSError, ValueError):
         if str(input_) == "-":
-            rows = read_rows(sys.stdin, seed)
+            rows = read_rows(lines_of(sys.stdin.buffer), seed)
         else:
             with input_.open("rb") as file:
-                rows = read_rows(file, seed)
+                rows = read_rows(lines_of(file), seed)
         if not rows:
             raise ValueError(f"--input {input_} holds no rows")
     return rows
@@ -157,7 +159,7 @@ def _todo(rows: list[Row], output: Path | None, samples: int, made_with: dict[st
     if output is None:
         return rows
     with refusing(OSError, ValueError):
-        done = resume(output, samples, {row.id for row in rows}, made_with)
+        done = resume(output, samples, rows, made_with)
     return [row for row in rows if row.id not in done]
 
 
@@ -167,7 +169,7 @@ def _engine(names: _Names, dtype: str, device: str, max_rows: int | None, kv_cac
 
     quiet_transformers()
     assert names.policy is not None and names.reward is not None
-    with refusing(*LOADING_ERRORS):
+    with refusing_models():
         policy, tokenizer = load_policy(names.policy, names.tokenizer, device, dtype)
         classifier, reward_tokenizer = load_classifier(names.reward, names.reward_tokenizer, device, dtype)
         return StarsEngine(
@@ -201,46 +203,40 @@ def _run_all(
     config: StarsConfig,
     output: Path | None,
     batch_size: int,
+    made_with: dict[str, Any],
     variables: dict[str, Any] | None = None,
 ) -> int:
     """Write every row as it is finished. Returns how many ended with an error."""
     from stars_fast.cli.responses import finished_rows
+    from stars_fast.cli.rows import write_settings
     from stars_fast.loop.stream import progress_bar
 
     again = "" if output is None else f"; {output} keeps what was written: run the same command again to go on"
     reading = output is None and sys.stdout.isatty()
     failed = 0
-    try:
+    with refusing_models(again):
+        if output is not None:
+            write_settings(output, made_with)
         with _sink(output) as write, progress_bar(not reading, len(rows) * config.num_return_sequences) as advance:
             for records in finished_rows(engine, rows, config, batch_size, advance, variables):
                 write(records)
                 failed += any(record["error"] is not None for record in records)
-    except KeyboardInterrupt:
-        fail(f"interrupted{again}", 130)
-    except (ValueError, NotImplementedError) as error:
-        fail(error)
-    except (MemoryError, OSError, RuntimeError) as error:
-        if not _is_shortage(error):
-            raise
-        fail(f"{one_line(error)}{again}", 1)
     return failed
-
-
-def _is_shortage(error: Exception) -> bool:
-    """Whether the machine, rather than the program, is at fault: memory or disk ran out."""
-    return isinstance(error, MemoryError) or "memory" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
 
 
 @contextmanager
 def _sink(output: Path | None) -> Iterator[Callable[[Records], None]]:
     """A function that writes the records of one row: to the file, or to stdout as text or as JSON Lines."""
     if output is not None:
-        with output.open("a", encoding="utf-8", newline="\n") as file:
+        # A lone half of a surrogate pair, in an error message, is written as JSON's own escape.
+        with output.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             yield lambda records: _write_lines(file, records)
     elif sys.stdout.isatty():
         yield _print_text
     else:
         lines = sys.stdout
+        if isinstance(lines, io.TextIOWrapper):  # JSON Lines are UTF-8, whatever the terminal speaks
+            lines.reconfigure(encoding="utf-8", errors="backslashreplace")
         yield lambda records: _write_lines(lines, records)
 
 

@@ -87,11 +87,20 @@ def _gathered(
         if event.finish_reason is None:
             continue
         tokens = [token for segment in segments.pop(event.index) for token in segment.tokens]
-        text = None if engine.tokenizer is None else legible(engine.tokenizer, tokens)
+        text, error = _decoded(engine.tokenizer, tokens)
         row, done = rows[event.prompt_index], records.setdefault(event.prompt_index, [])
-        done.append(record(row, event.sample_index, tokens, text, own, event.finish_reason, event.error))
+        reason = event.finish_reason if error is None else "error"
+        done.append(record(row, event.sample_index, tokens, text, own, reason, event.error or error))
         if len(done) == config.num_return_sequences:
             yield sorted(records.pop(event.prompt_index), key=lambda one: one["sample"])
+
+
+def _decoded(tokenizer: Any, tokens: Sequence[int]) -> tuple[str | None, str | None]:
+    """The text of an answer, or why there is none: a tokenizer that fails costs one row."""
+    try:
+        return None if tokenizer is None else legible(tokenizer, tokens), None
+    except Exception as error:
+        return None, f"the tokenizer cannot write the answer: {type(error).__name__}: {error}"
 
 
 def _rejected(row: Row, error: str, config: StarsConfig, advance: Callable[[SegmentEvent], None]) -> Records:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterable, Sequence, Set
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from stars_fast.outputs import SegmentTrace
-from stars_fast.report.files import replace_file, rounded, summary
+from stars_fast.report.files import replace_file, replacing, rounded, summary
 
 Id = str | int
 _FORMS = ("prompt", "messages", "prompt_ids")
+_LONGEST_LINE = 1 << 25  # bytes: a million tokens as JSON, several times over
+_DEPTH = 64  # of messages; Python's own limit depends on how deep the caller is already
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,14 @@ class Row:
     prompt: Any  # text, chat messages or token ids; None where the row is bad
     seed: int
     error: str | None = None
+
+
+def lines_of(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file. Of one that is too long, only so much that it is seen."""
+    while line := file.readline(_LONGEST_LINE + 2):
+        yield line
+        while not line.endswith(b"\n") and (line := file.readline(_LONGEST_LINE)):
+            pass
 
 
 def read_rows(lines: Iterable[bytes | str], seed: int) -> list[Row]:
@@ -54,7 +64,7 @@ def row_seed(seed: int, row_id: Id) -> int:
 
 
 def _read_row(number: int, line: bytes | str, seed: int) -> Row:
-    row_id: Id = number
+    row_id: Id = f"line {number}"  # a number may be another row's own id
     try:
         fields = _parse(line)
         row_id = _checked(fields, "id", number, str, int)
@@ -65,6 +75,8 @@ def _read_row(number: int, line: bytes | str, seed: int) -> Row:
 
 
 def _parse(line: bytes | str) -> dict[str, Any]:
+    if len(line.rstrip()) > _LONGEST_LINE:
+        raise ValueError(f"longer than {_LONGEST_LINE:,} bytes")
     try:
         fields = json.loads(line)
         json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
@@ -96,7 +108,18 @@ def _prompt(fields: dict[str, Any]) -> Any:
         raise ValueError('messages: give a list of {"role": ..., "content": ...}')
     if name == "prompt_ids" and not _is_list(value, int):
         raise ValueError("prompt_ids: give a list of integers")
+    if _is_deeper(value, _DEPTH):
+        raise ValueError(f"{name}: nested more than {_DEPTH} deep")
+    try:
+        json.dumps(value, allow_nan=False)  # it is written out again with the answer
+    except ValueError as error:
+        raise ValueError(f"{name}: holds NaN or a number beyond all bounds, which JSON has none for") from error
     return value
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(parts) and (most == 0 or any(_is_deeper(part, most - 1) for part in parts))
 
 
 def _is_list(value: Any, kind: type) -> bool:
@@ -130,6 +153,7 @@ def record(
 
 # How a record begins, whatever the interruption left of it.
 _TORN_START = b'{"id": '
+_NAMED = 5  # ids in a message; a file may hold any number
 
 
 @dataclass
@@ -141,27 +165,36 @@ class _Written:
     size: int = 0
     samples: int = 0
     failed: bool = False
+    changed: bool = False  # it is of another prompt or seed than the row that has this id now
 
 
-def resume(path: Path, samples: int, ids: Set[Id], settings: dict[str, Any]) -> set[Id]:
+def resume(path: Path, samples: int, rows: Sequence[Row], settings: dict[str, Any]) -> set[Id]:
     """Ids that an output file holds in full.
 
-    A torn last line, an id short of samples at the end, and those of ``ids`` that ended with an error are cut out, for
+    A torn last line, an id short of samples at the end, and those of ``rows`` that ended with an error are cut out, for
     the run that follows to write them again.
 
     Raises
     ------
     ValueError
-        For a file that this command did not write, naming the line, or wrote with other settings, naming those.
+        For a file that this command did not write, naming the line; or wrote with other settings, naming those; or for
+        other prompts or seeds under the same ids, naming these.
     """
     if not path.exists():
         return set()
-    rows = _written_rows(path)
-    if rows and rows[-1].samples < samples:
-        rows.pop()
-    kept = [row for row in rows if not (row.failed and row.id in ids)]
+    wanted = {row.id: row for row in rows}
+    written = _written_rows(path, wanted)
+    if written and written[-1].samples < samples:
+        written.pop()
+    kept = [row for row in written if not (row.failed and row.id in wanted)]
     if kept:
         _check_settings(path, settings)
+    if changed := [row.id for row in kept if row.changed]:
+        more = f" and {len(changed) - _NAMED} more" * (len(changed) > _NAMED)
+        raise ValueError(
+            f"{path} holds answers to other prompts or seeds under id {', '.join(map(repr, changed[:_NAMED]))}{more}: "
+            "give what changed new ids, or name another output"
+        )
     if sum(row.size for row in kept) < path.stat().st_size:
         _keep(path, kept)
     return {row.id for row in kept}
@@ -180,7 +213,12 @@ def _check_settings(output: Path, settings: dict[str, Any]) -> None:
     path = _settings_path(output)
     if not path.exists():
         return
-    earlier, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    try:
+        earlier, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+        if not isinstance(earlier, dict):
+            raise ValueError(f"a {type(earlier).__name__}, not an object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not what this command wrote: {error}") from error
     changed = [
         f"{name} was {earlier[name]!r} and is {now[name]!r}"
         for name in now
@@ -193,7 +231,7 @@ def _check_settings(output: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _written_rows(path: Path) -> list[_Written]:
+def _written_rows(path: Path, wanted: Mapping[Id, Row]) -> list[_Written]:
     rows, start = list[_Written](), 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -208,28 +246,33 @@ def _written_rows(path: Path) -> list[_Written]:
             row.size += len(line)
             row.samples += 1
             row.failed |= found.get("error") is not None
+            own = wanted.get(row.id)
+            # Files of earlier versions may lack one of the two.
+            row.changed |= own is not None and any(
+                found.get(name, now) != now for name, now in (("prompt", own.prompt), ("seed", own.seed))
+            )
             start += len(line)
     return rows
 
 
 def _keep(path: Path, rows: Sequence[_Written]) -> None:
-    """Replace a file by these of its rows, in one step."""
-    whole = path.resolve()
-    swap = whole.with_name(whole.name + ".tmp")
-    with whole.open("rb") as source, swap.open("wb") as target:
+    """Cut a file down to these of its rows, in one step."""
+    size = sum(row.size for row in rows)
+    if not rows or rows[-1].start + rows[-1].size == size:  # all that goes is at the end, which needs no room
+        os.truncate(path, size)
+        return
+    with path.open("rb") as source, replacing(path) as target:
         for row in rows:
             source.seek(row.start)
             target.write(source.read(row.size))
-    shutil.copymode(whole, swap)
-    swap.replace(whole)
 
 
 def _written_record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(line)
-        if {"id", "sample", "completion"} <= found.keys():
+        if {"id", "sample", "completion"} <= found.keys() and isinstance(found["id"], (str, int)):
             return found
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass
     raise _not_ours(path, number)
 

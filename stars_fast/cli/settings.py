@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from stars_fast.config import StarsConfig
-from stars_fast.report.files import check_known, read_yaml
+from stars_fast.report.files import check_known, parse_yaml, read_yaml
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(StarsConfig))
 _MODELS = ("policy", "reward")
@@ -58,9 +58,11 @@ def _parse(name: str, text: str) -> Any:
     if text.lower() == "none":
         return None
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         return text
+    except ValueError as error:
+        raise ValueError(f"--set {name}: {error}") from error
     taken = value is None or isinstance(value, (str, list)) or (name == "method" and isinstance(value, dict))
     return text if name in _WORDS and not taken else value
 

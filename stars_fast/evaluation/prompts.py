@@ -43,7 +43,7 @@ def _json_lines(path: Path) -> Iterable[Any]:
         for number, line in enumerate(lines, 1):
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
 
 

@@ -73,7 +73,10 @@ class Evaluation:
     def _run_batch(self, cell: Cell, config: StarsConfig, batch: int) -> tuple[list[Record], Record]:
         places, engine = self._places(batch), self.engine(cell.method)
         prompts = [self.prompts[place] for place in places]
-        out = engine.generate(prompts, config, seed=[philox_key(self.seed, place, 0) for place in places])
+        try:
+            out = engine.generate(prompts, config, seed=[philox_key(self.seed, place, 0) for place in places])
+        except (ValueError, TypeError) as error:  # which counts from the batch's first prompt
+            raise ValueError(f"{cell.name}, prompts {places.start} to {places.stop - 1}: {error}") from error
         eos = ended_by_eos(out, config, engine)
         scores = [
             judged(reward, engine.tokenizer, prompts, out.completions, eos) for reward in (self.guide, self.judge)

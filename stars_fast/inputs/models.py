@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stars_fast import demo
+from stars_fast.inputs.repositories import read
 from stars_fast.methods.numbers import shown
 from stars_fast.notices import warn
 from stars_fast.policy.policy import Policy
@@ -180,7 +181,7 @@ def load_classifier(
     name = _named(name, "reward")
     if tokenizer is None:
         tokenizer = tokenizer_beside(name, "reward_tokenizer")
-    labels = AutoConfig.from_pretrained(name).num_labels
+    labels = read(AutoConfig, name).num_labels
     # Two labels stand in no config.json: whether the head has one row is seen when it is loaded.
     one = {} if labels == 1 else {"num_labels": 1, "ignore_mismatched_sizes": True}
     model, loading = _loaded(AutoModelForSequenceClassification, name, device, dtype, **one)
@@ -223,7 +224,7 @@ def _loaded(
     place = placement(device)
     if dtype == "auto" and os.path.dirname(name) == _DEMO_FOLDER:
         dtype = "float32"  # the files hold half of that, to be small
-    model, loading = auto.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+    model, loading = read(auto, name, dtype=dtype, output_loading_info=True, **options)
     try:
         return model.to(place), loading
     except (RuntimeError, AssertionError) as error:

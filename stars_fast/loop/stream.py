@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from stars_fast.loop.request import Request
+from stars_fast.methods.numbers import shown
 from stars_fast.outputs import SegmentEvent, SegmentTrace
 
 
@@ -54,8 +55,12 @@ class Streaming:
 
     @classmethod
     def of(cls, streamer: Any) -> Streaming:
-        """``streamer`` itself where somebody outside has taken it already."""
-        return streamer if isinstance(streamer, cls) else cls(streamer)
+        """``streamer`` itself where somebody outside has taken it already. Raises TypeError for what is none."""
+        if isinstance(streamer, cls):
+            return streamer
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise TypeError(f"streamer={shown(streamer)}: give a transformers streamer, with put and end")
+        return cls(streamer)
 
     def put(self, tokens: torch.Tensor) -> None:
         self._streamer.put(tokens)

@@ -1,0 +1,38 @@
+"""What transformers reads of a folder or hub id, and errors in words for what is broken there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+_MOST_LAYERS = 10_000
+
+
+def read(auto: Any, name: str, **options: Any) -> Any:
+    """``auto.from_pretrained(name, **options)``.
+
+    Raises
+    ------
+    OSError, ValueError, ImportError
+        As transformers says; OSError for all that it and the libraries below it raise by mistake, of broken files.
+    """
+    try:
+        _refuse_endless(name)
+        return auto.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:
+        raise OSError(f"{name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _refuse_endless(name: str) -> None:
+    """Raise ValueError for more layers than a model has: all are made before it is seen that they have no weights."""
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(name)
+    except OSError:  # an adapter's folder has none, and whatever else is wrong is said when the model is read
+        return
+    for part in (values, values.get("text_config")):
+        for field, value in part.items() if isinstance(part, dict) else ():
+            if "layer" in field and isinstance(value, int) and value > _MOST_LAYERS:
+                raise ValueError(f"{name!r}: its config.json has {field}={value}: must be at most {_MOST_LAYERS}")

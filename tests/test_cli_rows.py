@@ -1,0 +1,120 @@
+"""Rows in and rows out: what can be read is read, what was made of something else is not gone on with."""
+
+import io
+import json
+
+import pytest
+
+from stars_fast.cli import rows
+from stars_fast.cli.rows import Row, lines_of, read_rows, record, resume, write_settings
+from stars_fast.report.files import to_line
+
+NESTED = b"[" * 900 + b"]" * 900
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        (b'{"messages": [{"role": "user", "content": NaN}]}', "messages: holds NaN"),
+        (b'{"messages": [{"role": "user", "content": "w3", "weight": 1e999}]}', "messages: holds NaN"),
+        (b'{"messages": [{"role": "user", "content": "w3", "more": {"x": [-Infinity]}}]}', "messages: holds NaN"),
+        (b'{"messages": [{"role": "user", "content": ' + NESTED + b"}]}", "nested more than 64 deep"),
+        (b"[" * 100_000, "not JSON: maximum recursion depth"),
+        (b'{"prompt_ids": [' + b"9" * 5000 + b"]}", "not JSON: Exceeds the limit"),
+        (b"\xff\xfe", "not JSON"),
+    ],
+    ids=["NaN", "1e999", "deep inside", "nested", "brackets", "digits", "bytes"],
+)
+def test_a_line_that_could_not_be_written_out_again_is_an_error_row(line, cause):
+    found = read_rows([b'{"prompt": "w3"}', line, b'{"prompt": "w4"}'], 0)
+    assert [row.id for row in found if row.error is None] == [1, 3]
+    assert cause in found[1].error and found[1].error.startswith("line 2: ") and len(found[1].error) < 200
+    to_line(record(found[1], 0, error=found[1].error))
+
+
+def test_a_key_that_is_not_echoed_may_hold_what_it_likes():
+    assert read_rows([b'{"prompt": "w3", "score": NaN, "tree": ' + NESTED + b"}"], 0)[0].error is None
+
+
+def test_a_line_without_an_end_is_read_in_pieces_and_costs_no_other(monkeypatch):
+    monkeypatch.setattr(rows, "_LONGEST_LINE", 20)
+    longest = b'{"prompt": "w3 w4w"}'
+    file = io.BytesIO(longest + b"\r\n" + b'{"prompt": "' + b"w3 " * 100 + b'"}\n{"prompt": "w5"}\n' + b"x" * 99)
+    found = read_rows(lines_of(file), 0)
+    assert [row.prompt for row in found] == ["w3 w4w", None, "w5", None]
+    assert [row.error for row in found[1::2]] == ["line 2: longer than 20 bytes", "line 4: longer than 20 bytes"]
+
+
+def test_a_line_without_an_id_takes_none_of_the_others():
+    assert [row.id for row in read_rows(['{"id": 2, "prompt": "w3"}', "{", '{"id": 3, "prompt": "w4"}'], 0)] == [
+        2,
+        "line 2",
+        3,
+    ]
+
+
+@pytest.fixture
+def output(tmp_path):
+    """An output file with answers to three rows."""
+    path = tmp_path / "out.jsonl"
+    path.write_text("".join(to_line(record(row, 0, (5,), "w5", finish_reason="length")) for row in ROWS))
+    write_settings(path, {})
+    return path
+
+
+ROWS = [Row("a", "w3", 1), Row(2, [{"role": "user", "content": "w4"}], 2), Row(3, [5, 6], 3)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ([ROWS[0], Row(2, [{"role": "user", "content": "w5"}], 2), ROWS[2]], "under id 2:"),
+        ([Row("a", "w3 ", 1), ROWS[1], Row(3, [5, 7], 3)], "under id 'a', 3:"),
+        ([Row("a", "w3", 7), *ROWS[1:]], "under id 'a':"),
+        ([Row("a", None, 1, "line 1: not JSON")], "under id 'a':"),
+    ],
+    ids=["messages", "text and ids", "seed", "broken"],
+)
+def test_answers_to_other_prompts_are_not_gone_on_with(output, changed, named):
+    before = output.read_bytes()
+    with pytest.raises(ValueError, match=rf"{output} holds answers to other prompts or seeds {named}"):
+        resume(output, 1, changed, {})
+    assert output.read_bytes() == before
+
+
+def test_rows_may_come_go_and_change_their_order(output):
+    assert resume(output, 1, [Row("new", "w9", 9), *ROWS[:0:-1]], {}) == {"a", 2, 3}
+
+
+def test_a_changed_row_that_had_failed_is_done_again(output):
+    with output.open("a") as file:
+        file.write(to_line(record(Row("bad", "w7", 4), 0, error="out of luck")))
+    assert resume(output, 1, [*ROWS, Row("bad", "w8", 4)], {}) == {"a", 2, 3}
+    assert len(output.read_text().splitlines()) == 3
+
+
+def test_what_is_torn_is_cut_where_there_is_no_room_for_a_copy(output, monkeypatch):
+    whole = output.read_bytes()
+    output.write_bytes(whole + whole[:30])
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rows, "replacing", full)
+    assert resume(output, 1, ROWS, {}) == {"a", 2, 3}
+    assert output.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", ['{"id": [1], "sample": 0, "completion": ""}', "[" * 99_999, "3"])
+def test_a_line_of_something_else_is_no_row(output, line):
+    with output.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match="line 4, is not a row that this command wrote"):
+        resume(output, 1, ROWS, {})
+
+
+@pytest.mark.parametrize("settings", ["{", "[]", json.dumps({"seed": 1})])
+def test_settings_that_are_not_these_are_named(output, settings):
+    output.with_name("out.jsonl.settings.json").write_text(settings)
+    with pytest.raises(ValueError, match=r"out.jsonl.settings.json"):
+        resume(output, 1, ROWS, {"seed": 0})
