@@ -8,6 +8,16 @@
 
 namespace py = pybind11;
 
+// An object made by __new__ alone, or by copy.copy, has memory and no tree in it. Nothing else would ask.
+template <>
+struct pybind11::detail::type_caster<stars_fast::SegmentTree> : type_caster_base<stars_fast::SegmentTree> {
+    bool load(handle source, bool convert) {
+        if (!type_caster_base::load(source, convert)) return false;
+        if (static_cast<stars_fast::SegmentTree*>(value)->capacity() != 0) return true;
+        throw type_error("this SegmentTree was never made: its __init__ was not called");
+    }
+};
+
 namespace {
 
 using stars_fast::SegmentTree;
