@@ -11,13 +11,17 @@
 namespace stars_fast {
 
 [[noreturn]] inline void refuse(const std::string& what, int64_t value, int64_t low, int64_t high) {
-    const std::string range =
-        high < low ? "but nothing may stand there" : "must be from " + std::to_string(low) + " to " + std::to_string(high);
-    throw std::invalid_argument(what + " is " + std::to_string(value) + ", " + range);
+    const std::string range = "must be from " + std::to_string(low) + " to " + std::to_string(high);
+    throw std::invalid_argument(what + " is " + std::to_string(value) + ", " +
+                                (high < low ? "but nothing may stand there" : range));
 }
 
 inline void check_value(const char* name, int64_t value, int64_t low, int64_t high) {
     if (value < low || value > high) refuse(name, value, low, high);
+}
+
+inline void check_sizes(std::initializer_list<int64_t> sizes) {
+    for (const int64_t size : sizes) check_value("a size", size, 0, std::numeric_limits<int64_t>::max());
 }
 
 // Whether a value is outside. One pass without a branch, which compilers vectorise; who stands outside is asked after.
@@ -53,6 +57,15 @@ inline void check_offsets(const char* name, const int32_t* offsets, int64_t coun
         least = offsets[i];
         most = last;
     }
+}
+
+// How many bytes such sizes make.
+inline int64_t bytes_of(std::initializer_list<int64_t> sizes) {
+    int64_t bytes = 1;
+    for (const int64_t size : sizes) {
+        if (__builtin_mul_overflow(bytes, size, &bytes)) throw std::invalid_argument("sizes that no memory has");
+    }
+    return bytes;
 }
 
 // A piece of memory and the argument that lies there.

@@ -266,21 +266,22 @@ void sample_row(const SampleStep& step, int64_t b) {
 
 void check(const SampleStep& step) {
     const int64_t rows = step.rows, element = step.type == Float::k32 ? 4 : 2;
+    check_sizes({rows, step.eos_count});
     check_value("the vocabulary of the logits", step.vocab, 1, std::numeric_limits<int32_t>::max());
-    check_memory({{"position", step.position, rows * 4},
+    check_memory({{"position", step.position, bytes_of({rows, 4})},
                   {"alive", step.alive, rows},
-                  {"seen", step.seen, step.seen == nullptr ? 0 : rows * step.vocab},
-                  {"logits", step.logits, rows * step.vocab * element},
-                  {"keys", step.keys, rows * 8},
-                  {"segment", step.segment, rows * 4},
-                  {"attempt", step.attempt, rows * 4},
-                  {"limit", step.limit, rows * 4},
-                  {"temperature", step.temperature, rows * 4},
-                  {"top_k", step.top_k, rows * 4},
-                  {"top_p", step.top_p, rows * 4},
-                  {"min_p", step.min_p, rows * 4},
-                  {"repetition_penalty", step.repetition_penalty, rows * 4},
-                  {"eos", step.eos, rows * step.eos_count * 8}},
+                  {"seen", step.seen, step.seen == nullptr ? 0 : bytes_of({rows, step.vocab})},
+                  {"logits", step.logits, bytes_of({rows, step.vocab, element})},
+                  {"keys", step.keys, bytes_of({rows, 8})},
+                  {"segment", step.segment, bytes_of({rows, 4})},
+                  {"attempt", step.attempt, bytes_of({rows, 4})},
+                  {"limit", step.limit, bytes_of({rows, 4})},
+                  {"temperature", step.temperature, bytes_of({rows, 4})},
+                  {"top_k", step.top_k, bytes_of({rows, 4})},
+                  {"top_p", step.top_p, bytes_of({rows, 4})},
+                  {"min_p", step.min_p, bytes_of({rows, 4})},
+                  {"repetition_penalty", step.repetition_penalty, bytes_of({rows, 4})},
+                  {"eos", step.eos, bytes_of({rows, step.eos_count, 8})}},
                  3);
 }
 
@@ -292,8 +293,9 @@ void sample_step(const SampleStep& step, int threads) {
 
 void check(const GatherLogprobs& gather) {
     const int64_t vocab = gather.vocab;
-    check_memory({{"logits", gather.logits, gather.rows * vocab * (gather.type == Float::k32 ? 4 : 2)},
-                  {"tokens", gather.tokens, gather.rows * 8}},
+    check_sizes({gather.rows, vocab});
+    check_memory({{"logits", gather.logits, bytes_of({gather.rows, vocab, gather.type == Float::k32 ? 4 : 2})},
+                  {"tokens", gather.tokens, bytes_of({gather.rows, 8})}},
                  0);
     if (!any_outside(gather.tokens, gather.rows, 0, vocab - 1)) return;
     for (int64_t t = 0; t < gather.rows; ++t) {

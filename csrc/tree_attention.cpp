@@ -326,6 +326,7 @@ AttendGroup widest() { return attend_group_any; }
 }  // namespace
 
 void check(const TreeAttention& call) {
+    check_sizes({call.tokens, call.heads, call.slots, call.groups, call.trunk_width, call.rows, call.branch_width});
     if (call.kv_heads < 1 || call.heads % call.kv_heads != 0) {
         throw std::invalid_argument("q has " + std::to_string(call.heads) + " heads, which cannot share the " +
                                     std::to_string(call.kv_heads) + " of k_pool and v_pool evenly");
@@ -339,16 +340,16 @@ void check(const TreeAttention& call) {
                                 ? 0
                                 : (call.tokens - 1) * call.q_token_stride + (call.heads - 1) * call.q_head_stride +
                                       call.head_size;
-    check_memory({{"out", call.out, call.tokens * call.heads * call.value_size * element},
+    check_memory({{"out", call.out, bytes_of({call.tokens, call.heads, call.value_size, element})},
                   {"q", call.q, queries * element},
-                  {"k_pool", call.k_pool, call.slots * call.kv_heads * call.head_size * element},
-                  {"v_pool", call.v_pool, call.slots * call.kv_heads * call.value_size * element},
-                  {"trunk_slots", call.trunk_slots, call.groups * call.trunk_width * 4},
-                  {"trunk_len", call.trunk_len, call.groups * 4},
-                  {"branch_slots", call.branch_slots, call.rows * call.branch_width * 4},
-                  {"branch_len", call.branch_len, call.rows * 4},
-                  {"group_indptr", call.group_indptr, (call.groups + 1) * 4},
-                  {"query_indptr", call.query_indptr, (call.rows + 1) * 4}},
+                  {"k_pool", call.k_pool, bytes_of({call.slots, call.kv_heads, call.head_size, element})},
+                  {"v_pool", call.v_pool, bytes_of({call.slots, call.kv_heads, call.value_size, element})},
+                  {"trunk_slots", call.trunk_slots, bytes_of({call.groups, call.trunk_width, 4})},
+                  {"trunk_len", call.trunk_len, bytes_of({call.groups, 4})},
+                  {"branch_slots", call.branch_slots, bytes_of({call.rows, call.branch_width, 4})},
+                  {"branch_len", call.branch_len, bytes_of({call.rows, 4})},
+                  {"group_indptr", call.group_indptr, bytes_of({call.groups + 1, 4})},
+                  {"query_indptr", call.query_indptr, bytes_of({call.rows + 1, 4})}},
                  1);
     check_offsets("group_indptr", call.group_indptr, call.groups, call.rows);
     check_offsets("query_indptr", call.query_indptr, call.rows, call.tokens);
@@ -384,6 +385,7 @@ void tree_attention(const TreeAttention& call, int threads) {
 }
 
 void check(const Append& call) {
+    check_sizes({call.tokens, call.heads, call.pool_slots});
     constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
     check_value("the size of k's heads in bytes", call.k.bytes, 1, kMost);
     check_value("the size of v's heads in bytes", call.v.bytes, 1, kMost);
@@ -391,11 +393,11 @@ void check(const Append& call) {
         if (call.tokens == 0 || call.heads == 0) return int64_t{0};
         return (call.tokens - 1) * part.token_stride + (call.heads - 1) * part.head_stride + part.bytes;
     };
-    check_memory({{"k_pool", call.k.pool, call.pool_slots * call.heads * call.k.bytes},
-                  {"v_pool", call.v.pool, call.pool_slots * call.heads * call.v.bytes},
+    check_memory({{"k_pool", call.k.pool, bytes_of({call.pool_slots, call.heads, call.k.bytes})},
+                  {"v_pool", call.v.pool, bytes_of({call.pool_slots, call.heads, call.v.bytes})},
                   {"k", call.k.source, read(call.k)},
                   {"v", call.v.source, read(call.v)},
-                  {"slots", call.slots, call.tokens * 4}},
+                  {"slots", call.slots, bytes_of({call.tokens, 4})}},
                  2);
     check_range("slots", call.slots, call.tokens, 0, call.pool_slots - 1);
 }
