@@ -1,6 +1,7 @@
 // The tree of slots against a model of it that has no free lists and no names to reuse: random calls, right and wrong
 // ones, compared after each. Usage: tree_machine [steps [seed]]
 #include <algorithm>
+#include <iterator>
 #include <random>
 #include <unordered_map>
 #include <vector>
@@ -73,6 +74,12 @@ private:
         names_.push_back(name);
     }
 
+    void hold_new(Node name, Shadow* shadow) {  // a name is never given to a second node
+        const Node* const end = std::begin(gone_) + std::min(gone_count_, kRemembered);
+        EXPECT(std::find(std::cbegin(gone_), end, name) == end);
+        hold(name, shadow);
+    }
+
     Shadow* made(Shadow* parent) {
         Shadow* const shadow = new Shadow;
         shadow->parent = parent;
@@ -112,7 +119,7 @@ private:
         const bool root = held_.empty() || below(4) == 0;
         const Node parent = root ? SegmentTree::kNoNode : any();
         const Node name = tree_.fork(parent);
-        hold(name, made(root ? nullptr : held_.at(parent)));
+        hold_new(name, made(root ? nullptr : held_.at(parent)));
     }
 
     void extend() {
@@ -145,7 +152,7 @@ private:
                 EXPECT(known->second == at);
             }
         } else if (at == nullptr) {
-            hold(got, made(nullptr));
+            hold_new(got, made(nullptr));
         } else {
             Shadow* const upper = made(at->parent);
             const int64_t kept = length - at->start();
@@ -154,7 +161,7 @@ private:
             if (at->parent != nullptr) --at->parent->children;
             at->parent = upper;
             upper->children = 1;
-            hold(got, upper);
+            hold_new(got, upper);
         }
     }
 
@@ -231,7 +238,7 @@ private:
                 take(branch, slots, beat.slots[b]);
                 expect_line(slots, branch->own, layout.branch_width);
                 EXPECT(packed[layout.branch_len + b] == beat.slots[b]);
-                hold(nodes[b], branch);
+                hold_new(nodes[b], branch);
             }
             EXPECT(packed[layout.group_indptr + g + 1] == static_cast<int64_t>(b));
         }
