@@ -8,19 +8,35 @@
 
 namespace py = pybind11;
 
+// An object made by __new__ alone, or by copy.copy, has memory and no tree in it. Nothing else would ask.
+template <>
+struct pybind11::detail::type_caster<stars_fast::SegmentTree> : type_caster_base<stars_fast::SegmentTree> {
+    bool load(handle source, bool convert) {
+        if (!type_caster_base::load(source, convert)) return false;
+        if (static_cast<stars_fast::SegmentTree*>(value)->capacity() != 0) return true;
+        throw type_error("this SegmentTree was never made: its __init__ was not called");
+    }
+};
+
 namespace {
 
 using stars_fast::SegmentTree;
 using stars_fast::SlotsExhausted;
-// No py::array::forcecast: a float or a too wide integer is refused, not rounded.
+// No py::array::forcecast: a too wide integer is refused, not rounded.
 using Counts = py::array_t<int64_t, py::array::c_style>;
 
-int64_t size_of(const Counts& counts, const char* what) {
-    if (counts.ndim() != 1) {
-        throw std::invalid_argument(std::string(what) + " has " + std::to_string(counts.ndim()) +
+// Asked for as it comes first, because numpy would round the floats of a list without a word.
+Counts counts_of(const py::object& given, const char* what) {
+    const py::array array = py::array::ensure(given);
+    if (!array) throw py::type_error(std::string(what) + " is no array");
+    if (array.ndim() != 1) {
+        throw std::invalid_argument(std::string(what) + " has " + std::to_string(array.ndim()) +
                                     " dimensions, must have 1");
     }
-    return counts.size();
+    if (array.size() == 0) return Counts(0);
+    const char kind = array.dtype().kind();
+    if (kind != 'i' && kind != 'u') throw py::type_error(std::string(what) + " must hold integers");
+    return Counts(array);
 }
 
 py::array_t<int32_t> slots(const SegmentTree& tree, SegmentTree::Node node) {
@@ -30,9 +46,12 @@ py::array_t<int32_t> slots(const SegmentTree& tree, SegmentTree::Node node) {
     return path;
 }
 
-py::tuple plan(SegmentTree& tree, const Counts& leaves, const Counts& rows, const Counts& new_slots) {
-    const int64_t groups = size_of(leaves, "leaves"), branches = size_of(new_slots, "new_slots");
-    if (size_of(rows, "rows") != groups) {
+py::tuple plan(SegmentTree& tree, const py::object& given_leaves, const py::object& given_rows,
+               const py::object& given_slots) {
+    const Counts leaves = counts_of(given_leaves, "leaves"), rows = counts_of(given_rows, "rows"),
+                 new_slots = counts_of(given_slots, "new_slots");
+    const int64_t groups = leaves.size(), branches = new_slots.size();
+    if (rows.size() != groups) {
         throw std::invalid_argument("leaves has " + std::to_string(groups) + " entries, rows has " +
                                     std::to_string(rows.size()));
     }

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -31,7 +32,7 @@ public:
     }
 
     // Calls body(context, i) for every i in [0, count), on at most `threads` threads, this one included.
-    void run(int64_t count, int threads, void (*body)(const void*, int64_t), const void* context) {
+    void run(int64_t count, int threads, void (*body)(void*, int64_t), void* context) {
         // Another Python thread may be using the pool: do not wait for it.
         const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
         if (!turn.owns_lock()) {
@@ -60,7 +61,7 @@ public:
     }
 
 private:
-    void drain(void (*body)(const void*, int64_t), const void* context, int64_t count) {
+    void drain(void (*body)(void*, int64_t), void* context, int64_t count) {
         for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) body(context, i);
     }
 
@@ -72,7 +73,7 @@ private:
             seen = generation_;
             if (index >= helpers_) continue;
             const auto body = body_;
-            const void* context = context_;
+            void* const context = context_;
             const int64_t count = count_;
             ++busy_;
             lock.unlock();
@@ -86,8 +87,8 @@ private:
     std::condition_variable wake_, done_;
     std::vector<std::thread> workers_;
     std::atomic<int64_t> next_{0};
-    void (*body_)(const void*, int64_t) = nullptr;
-    const void* context_ = nullptr;
+    void (*body_)(void*, int64_t) = nullptr;
+    void* context_ = nullptr;
     int64_t count_ = 0;
     int helpers_ = 0, busy_ = 0;
     uint64_t generation_ = 0;
@@ -105,30 +106,43 @@ inline Team team_of_torch() {
 }
 
 // body(i) for every i in [0, count). `work` is the number of elements touched in all: small loops stay on this thread.
-// The body must not throw.
+// What a body throws (for want of memory) is thrown again here, the first of it, after the others have run.
 template <class Body>
-void parallel_for(int64_t count, int64_t work, int threads, const Body& body) {
-    constexpr int64_t kWorthWaking = 1 << 16;  // elements; about the time that waking a thread takes
+void parallel_for(int64_t count, double work, int threads, const Body& body) {
+    constexpr double kWorthWaking = 1 << 16;  // elements; about the time that waking a thread takes
     if (threads <= 1 || count <= 1 || work < kWorthWaking) {
         for (int64_t i = 0; i < count; ++i) body(i);
-    } else if (const Team team = team_of_torch()) {
-        struct Loop {
-            const Body& body;
-            const int64_t count;
-            std::atomic<int64_t> next{0};
-        } loop{body, count};
+        return;
+    }
+    struct Loop {
+        const Body& body;
+        const int64_t count;
+        std::atomic<int64_t> next{0};
+        std::atomic<bool> failed{false};
+        std::exception_ptr error{};
+
+        void run(int64_t i) {
+            try {
+                body(i);
+            } catch (...) {
+                if (!failed.exchange(true)) error = std::current_exception();
+            }
+        }
+    } loop{body, count};
+    if (const Team team = team_of_torch()) {
         team(
             [](void* context) {
                 Loop& shared = *static_cast<Loop*>(context);
                 for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.count;) {
-                    shared.body(i);
+                    shared.run(i);
                 }
             },
             &loop, static_cast<unsigned>(threads), 0);
     } else {
         ThreadPool::instance().run(
-            count, threads, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); }, &body);
+            count, threads, [](void* context, int64_t i) { static_cast<Loop*>(context)->run(i); }, &loop);
     }
+    if (loop.error) std::rethrow_exception(loop.error);
 }
 
 }  // namespace stars_fast

@@ -9,7 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+#if defined(STARS_FAST_CLONES)  // set to nothing for ThreadSanitizer, which the choice of a clone at loading breaks
+#elif defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
 #define STARS_FAST_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define STARS_FAST_CLONES

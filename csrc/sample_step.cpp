@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "parallel.h"
 #include "philox.h"
 
@@ -256,24 +257,59 @@ void sample_row(const SampleStep& step, int64_t b) {
     if (seen != nullptr) seen[token] = true;
     const int64_t *eos = step.eos + b * step.eos_count, *eos_end = eos + step.eos_count;
     const bool ended = std::find(eos, eos_end, token) != eos_end;
-    step.alive[b] = ++step.position[b] < step.limit[b] && !ended;
+    const auto next = static_cast<int32_t>(static_cast<uint32_t>(step.position[b]) + 1);  // wraps, as the reference's
+    step.position[b] = next;
+    step.alive[b] = next < step.limit[b] && !ended;
 }
 
 }  // namespace
 
-void sample_step(const SampleStep& step, int threads) {
-    parallel_for(step.rows, step.rows * step.vocab, threads, [&](int64_t b) { sample_row(step, b); });
+void check(const SampleStep& step) {
+    const int64_t rows = step.rows, element = step.type == Float::k32 ? 4 : 2;
+    check_sizes({rows, step.eos_count});
+    check_value("the vocabulary of the logits", step.vocab, 1, std::numeric_limits<int32_t>::max());
+    check_memory({{"position", step.position, bytes_of({rows, 4})},
+                  {"alive", step.alive, rows},
+                  {"seen", step.seen, step.seen == nullptr ? 0 : bytes_of({rows, step.vocab})},
+                  {"logits", step.logits, bytes_of({rows, step.vocab, element})},
+                  {"keys", step.keys, bytes_of({rows, 8})},
+                  {"segment", step.segment, bytes_of({rows, 4})},
+                  {"attempt", step.attempt, bytes_of({rows, 4})},
+                  {"limit", step.limit, bytes_of({rows, 4})},
+                  {"temperature", step.temperature, bytes_of({rows, 4})},
+                  {"top_k", step.top_k, bytes_of({rows, 4})},
+                  {"top_p", step.top_p, bytes_of({rows, 4})},
+                  {"min_p", step.min_p, bytes_of({rows, 4})},
+                  {"repetition_penalty", step.repetition_penalty, bytes_of({rows, 4})},
+                  {"eos", step.eos, bytes_of({rows, step.eos_count, 8})}},
+                 3);
 }
 
-void gather_logprobs(const GatherLogprobs& gather, int threads) {
+void sample_step(const SampleStep& step, int threads) {
+    check(step);
+    parallel_for(step.rows, static_cast<double>(step.rows) * step.vocab, threads,
+                 [&](int64_t b) { sample_row(step, b); });
+}
+
+void check(const GatherLogprobs& gather) {
     const int64_t vocab = gather.vocab;
+    check_sizes({gather.rows, vocab});
+    check_memory({{"logits", gather.logits, bytes_of({gather.rows, vocab, gather.type == Float::k32 ? 4 : 2})},
+                  {"tokens", gather.tokens, bytes_of({gather.rows, 8})}},
+                 0);
+    if (!any_outside(gather.tokens, gather.rows, 0, vocab - 1)) return;
     for (int64_t t = 0; t < gather.rows; ++t) {
         if (gather.tokens[t] < 0 || gather.tokens[t] >= vocab) {
             throw std::invalid_argument("tokens[" + std::to_string(t) + "] = " + std::to_string(gather.tokens[t]) +
                                         " is outside the vocabulary of " + std::to_string(vocab));
         }
     }
-    parallel_for(gather.rows, gather.rows * vocab, threads, [&](int64_t t) {
+}
+
+void gather_logprobs(const GatherLogprobs& gather, int threads) {
+    check(gather);
+    const int64_t vocab = gather.vocab;
+    parallel_for(gather.rows, static_cast<double>(gather.rows) * vocab, threads, [&](int64_t t) {
         float tile[kTile];
         RowSums sums;
         for (int64_t first = 0; first < vocab; first += kTile) {

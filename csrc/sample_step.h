@@ -40,4 +40,8 @@ struct GatherLogprobs {
 
 void gather_logprobs(const GatherLogprobs& gather, int threads);
 
+// Throw std::invalid_argument. They read `tokens` only.
+void check(const SampleStep& step);
+void check(const GatherLogprobs& gather);
+
 }  // namespace stars_fast

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -21,6 +23,15 @@ class SegmentTree {
     static constexpr Node kNoNode = -1;
 
     explicit SegmentTree(int64_t capacity);
+
+    // Zeros, so that memory in which no tree was made says so: its capacity is 0, that of a tree at least 1.
+    static void* operator new(size_t size) {
+        void* const memory = ::operator new(size);
+        std::memset(memory, 0, size);
+        return memory;
+    }
+    static void* operator new(size_t, void* place) noexcept { return place; }
+    static void operator delete(void* memory) { ::operator delete(memory); }
 
     Node fork(Node parent);
     const int32_t* extend(Node node, int64_t count);  // the new slots, valid until the next call
@@ -63,8 +74,8 @@ class SegmentTree {
         std::vector<int32_t> slots;
         int64_t start = 0;  // length of the path above this node's own run
         int64_t generation = 0;
+        int64_t handles = 0;  // references of callers
         Index parent = kNone;
-        int32_t handles = 0;  // references of callers
         int32_t children = 0;
 
         int64_t end() const { return start + static_cast<int64_t>(slots.size()); }

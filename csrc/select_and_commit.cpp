@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "checks.h"
 #include "philox.h"
 
 namespace stars_fast {
@@ -12,7 +13,7 @@ namespace {
 double threshold_of(const SelectAndCommit& call, int64_t g, int64_t b) {
     const double base = call.base[g], target = call.target[g];
     if (std::isinf(target) || (call.ended[b] && !call.ramp[g])) return target;
-    const double n = static_cast<double>(call.committed[g] + call.length[b]);
+    const double n = static_cast<double>(int64_t{call.committed[g]} + call.length[b]);
     return std::min(base + (target - base) * n / call.max_new_tokens[g], target);
 }
 
@@ -28,8 +29,8 @@ bool accepts(const SelectAndCommit& call, int64_t g, int32_t attempt, double rew
 // The group's winner; keeps the books of attempts and of the best so far.
 int32_t look(const SelectAndCommit& call, int64_t g) {
     const int32_t first = call.group_indptr[g];
-    const int32_t left = std::max(0, call.max_attempts[g] - call.attempts[g]);
-    const int32_t count = std::min(call.group_indptr[g + 1] - first, left);
+    const int64_t left = std::max<int64_t>(0, int64_t{call.max_attempts[g]} - call.attempts[g]);
+    const int64_t count = std::min<int64_t>(call.group_indptr[g + 1] - first, left);
     int32_t best_row = -1;
     for (int32_t row = first; row < first + count; ++row) {
         const int32_t attempt = call.attempts[g]++;
@@ -56,12 +57,38 @@ Finish finish_of(const SelectAndCommit& call, int64_t g, int32_t winner) {
     const bool earlier = winner == kEarlier;
     if (earlier ? call.best_ended[g] : call.ended[winner]) return kStop;
     const int32_t length = earlier ? call.best_length[g] : call.length[winner];
-    return call.committed[g] + length >= call.max_new_tokens[g] ? kLength : kGoesOn;
+    return int64_t{call.committed[g]} + length >= call.max_new_tokens[g] ? kLength : kGoesOn;
 }
 
 }  // namespace
 
+void check(const SelectAndCommit& call) {
+    const int64_t rows = call.rows, groups = call.groups;
+    check_sizes({rows, groups});
+    check_memory({{"attempts", call.attempts, bytes_of({groups, 4})},
+                  {"best_reward", call.best_reward, bytes_of({groups, 4})},
+                  {"best_attempt", call.best_attempt, bytes_of({groups, 4})},
+                  {"best_length", call.best_length, bytes_of({groups, 4})},
+                  {"best_ended", call.best_ended, groups},
+                  {"reward", call.reward, bytes_of({rows, 4})},
+                  {"length", call.length, bytes_of({rows, 4})},
+                  {"ended", call.ended, rows},
+                  {"group_indptr", call.group_indptr, bytes_of({groups + 1, 4})},
+                  {"keys", call.keys, bytes_of({groups, 8})},
+                  {"segment", call.segment, bytes_of({groups, 4})},
+                  {"committed", call.committed, bytes_of({groups, 4})},
+                  {"max_new_tokens", call.max_new_tokens, bytes_of({groups, 4})},
+                  {"max_attempts", call.max_attempts, bytes_of({groups, 4})},
+                  {"base", call.base, bytes_of({groups, 8})},
+                  {"target", call.target, bytes_of({groups, 8})},
+                  {"beta", call.beta, bytes_of({groups, 8})},
+                  {"ramp", call.ramp, groups}},
+                 5);
+    check_offsets("group_indptr", call.group_indptr, groups, rows);
+}
+
 void select_and_commit(const SelectAndCommit& call) {
+    check(call);
     for (int64_t g = 0; g < call.groups; ++g) {
         call.accepted[g] = false;
         const int32_t winner = look(call, g);

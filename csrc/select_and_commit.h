@@ -30,5 +30,6 @@ struct SelectAndCommit {
 };
 
 void select_and_commit(const SelectAndCommit& call);
+void check(const SelectAndCommit& call);  // reads group_indptr only; throws std::invalid_argument
 
 }  // namespace stars_fast

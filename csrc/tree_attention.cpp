@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "checks.h"
 #include "parallel.h"
 #include "vector.h"
 
@@ -324,26 +325,92 @@ AttendGroup widest() { return attend_group_any; }
 
 }  // namespace
 
+void check(const TreeAttention& call) {
+    check_sizes({call.tokens, call.heads, call.slots, call.groups, call.trunk_width, call.rows, call.branch_width});
+    if (call.kv_heads < 1 || call.heads % call.kv_heads != 0) {
+        throw std::invalid_argument("q has " + std::to_string(call.heads) + " heads, which cannot share the " +
+                                    std::to_string(call.kv_heads) + " of k_pool and v_pool evenly");
+    }
+    constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+    check_value("the size of q's heads", call.head_size, 1, kMost);
+    check_value("the size of v_pool's heads", call.value_size, 1, kMost);
+    check_value("window", call.window, 0, kMost);
+    const int64_t element = call.type == Float::k32 ? 4 : 2;
+    const int64_t queries = call.tokens == 0 || call.heads == 0
+                                ? 0
+                                : (call.tokens - 1) * call.q_token_stride + (call.heads - 1) * call.q_head_stride +
+                                      call.head_size;
+    check_memory({{"out", call.out, bytes_of({call.tokens, call.heads, call.value_size, element})},
+                  {"q", call.q, queries * element},
+                  {"k_pool", call.k_pool, bytes_of({call.slots, call.kv_heads, call.head_size, element})},
+                  {"v_pool", call.v_pool, bytes_of({call.slots, call.kv_heads, call.value_size, element})},
+                  {"trunk_slots", call.trunk_slots, bytes_of({call.groups, call.trunk_width, 4})},
+                  {"trunk_len", call.trunk_len, bytes_of({call.groups, 4})},
+                  {"branch_slots", call.branch_slots, bytes_of({call.rows, call.branch_width, 4})},
+                  {"branch_len", call.branch_len, bytes_of({call.rows, 4})},
+                  {"group_indptr", call.group_indptr, bytes_of({call.groups + 1, 4})},
+                  {"query_indptr", call.query_indptr, bytes_of({call.rows + 1, 4})}},
+                 1);
+    check_offsets("group_indptr", call.group_indptr, call.groups, call.rows);
+    check_offsets("query_indptr", call.query_indptr, call.rows, call.tokens);
+    check_range("trunk_len", call.trunk_len, call.groups, 0, call.trunk_width);
+    check_range("branch_len", call.branch_len, call.rows, 0, call.branch_width);
+    for (int64_t g = 0; g < call.groups; ++g) {
+        const int64_t first = call.group_indptr[g], last = call.group_indptr[g + 1];
+        if (call.query_indptr[first] == call.query_indptr[last]) continue;  // nobody reads its slots
+        check_range("trunk_slots", call.trunk_slots + g * call.trunk_width, call.trunk_len[g], 0, call.slots - 1, g);
+        for (int64_t row = first; row < last; ++row) {
+            check_range("branch_slots", call.branch_slots + row * call.branch_width, call.branch_len[row], 0,
+                        call.slots - 1, row);
+        }
+    }
+}
+
 void tree_attention(const TreeAttention& call, int threads) {
+    check(call);
     static const AttendGroup attend = widest();
     const int64_t used = call.query_indptr[call.group_indptr[call.groups]];
     const int64_t token_bytes = call.heads * call.value_size * (call.type == Float::k32 ? 4 : 2);
-    std::memset(static_cast<char*>(call.out) + used * token_bytes, 0, (call.tokens - used) * token_bytes);
+    if (used < call.tokens) {
+        std::memset(static_cast<char*>(call.out) + used * token_bytes, 0, (call.tokens - used) * token_bytes);
+    }
+    if (used == 0) return;
     int64_t keys = 0;
     for (int64_t g = 0; g < call.groups; ++g) keys = std::max<int64_t>(keys, call.trunk_len[g]);
-    const int64_t work = used * call.heads * (keys + call.branch_width) * call.head_size / 4;
+    const double work = static_cast<double>(used * call.heads) * (keys + call.branch_width) * call.head_size / 4;
     parallel_for(call.groups * call.kv_heads, work, threads, [&](int64_t item) {
         static thread_local Queries state;  // its buffers outlive the call: a decode step allocates nothing
         attend(call, state, item / call.kv_heads, item % call.kv_heads);
     });
 }
 
+void check(const Append& call) {
+    check_sizes({call.tokens, call.heads, call.pool_slots});
+    constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+    check_value("the size of k's heads in bytes", call.k.bytes, 1, kMost);
+    check_value("the size of v's heads in bytes", call.v.bytes, 1, kMost);
+    const auto read = [&](const Append::Part& part) {
+        if (call.tokens == 0 || call.heads == 0) return int64_t{0};
+        return (call.tokens - 1) * part.token_stride + (call.heads - 1) * part.head_stride + part.bytes;
+    };
+    check_memory({{"k_pool", call.k.pool, bytes_of({call.pool_slots, call.heads, call.k.bytes})},
+                  {"v_pool", call.v.pool, bytes_of({call.pool_slots, call.heads, call.v.bytes})},
+                  {"k", call.k.source, read(call.k)},
+                  {"v", call.v.source, read(call.v)},
+                  {"slots", call.slots, bytes_of({call.tokens, 4})}},
+                 2);
+    check_range("slots", call.slots, call.tokens, 0, call.pool_slots - 1);
+}
+
 void kv_append(const Append& call) {
-    for (int64_t t = 0; t < call.tokens; ++t) {
-        char* slot = call.pool + static_cast<int64_t>(call.slots[t]) * call.heads * call.bytes;
-        const char* source = call.source + t * call.token_stride;
-        for (int64_t h = 0; h < call.heads; ++h) {
-            std::memcpy(slot + h * call.bytes, source + h * call.head_stride, call.bytes);
+    check(call);
+    for (const Append::Part& part : {call.k, call.v}) {
+        for (int64_t t = 0; t < call.tokens; ++t) {
+            char* slot = part.pool + static_cast<int64_t>(call.slots[t]) * call.heads * part.bytes;
+            const char* source = part.source + t * part.token_stride;
+            for (int64_t h = 0; h < call.heads; ++h) {
+                std::memcpy(slot + h * part.bytes, source + h * part.head_stride, part.bytes);
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ struct TreeAttention {
     const void* v_pool;  // [N, Hkv, Dv]
     void* out;           // [T, Hq, Dv]
     Float type;          // of q, k_pool, v_pool and out
-    int64_t tokens, heads, kv_heads, head_size, value_size;
+    int64_t tokens, heads, kv_heads, head_size, value_size, slots;
     const int32_t* trunk_slots;  // [G, P]
     const int32_t* trunk_len;    // [G]
     int64_t groups, trunk_width;
@@ -31,15 +31,24 @@ struct TreeAttention {
 
 void tree_attention(const TreeAttention& call, int threads);
 
-// Copies rows of `bytes` bytes to their slots. The source's tokens and heads may be strided (in bytes).
+// Copies keys and values to their slots. A source's tokens and heads may be strided (in bytes).
 struct Append {
-    const char* source;
-    int64_t token_stride, head_stride;
-    char* pool;
+    struct Part {
+        const char* source;
+        int64_t token_stride, head_stride;
+        char* pool;
+        int64_t bytes;  // of a head
+    };
+    Part k, v;
     const int32_t* slots;
-    int64_t tokens, heads, bytes;
+    int64_t tokens, heads, pool_slots;
 };
 
 void kv_append(const Append& call);
+
+// Throw std::invalid_argument for what would reach memory that is not the caller's. They read integers only, so that
+// what the other addresses point to may lie on another device.
+void check(const TreeAttention& call);
+void check(const Append& call);
 
 }  // namespace stars_fast

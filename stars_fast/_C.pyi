@@ -76,7 +76,8 @@ class SegmentTree:
 
 # The kernels behind stars_fast.ops. Tensors are passed as addresses (``tensor.data_ptr()``) of contiguous CPU memory;
 # stars_fast/ops/*.py checks dtypes and shapes and states the contracts. `type` is 0 for float32, 1 for float16, 2 for
-# bfloat16.
+# bfloat16. Each kernel raises ValueError for integers that would reach memory outside the tensors, before it writes; a
+# function check_NAME with the arguments of NAME does that alone, and reads no tensors but those of integers.
 
 def philox4x32(key: int, counter: Sequence[int]) -> list[int]:
     """Four 32-bit words of Philox4x32-10."""

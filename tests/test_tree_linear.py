@@ -1,5 +1,9 @@
 """Linear layers through oneDNN: the same numbers, and nothing left behind."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +15,8 @@ from stars_fast.tree.linear import onednn_linears
 @pytest.fixture(autouse=True)
 def worthwhile(monkeypatch):
     monkeypatch.setattr(linear, "_WORTHWHILE", torch.backends.mkldnn.is_available())
+    for name in linear._CAPACITIES:  # what is set stays for good, and other tests have no part in it
+        monkeypatch.setenv(name, "1024")
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -42,3 +48,39 @@ def test_other_layers_are_left_alone():
         assert replaced.forward is own
         assert [type(layer) for layer in model] == [nn.Linear, nn.Linear, Quantised]
     assert replaced.forward is own
+
+
+# In a process of its own: a thread asks once.
+LENGTHS = """
+import ctypes, resource
+from pathlib import Path
+import torch
+from torch import nn
+from stars_fast.tree import linear
+
+def megabytes():
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+linear._WORTHWHILE = True
+layers = nn.ModuleList(nn.Linear(size, 32) for size in (8, 16, 24, 32))
+with torch.no_grad(), linear.onednn_linears(layers):
+    layers[0](torch.zeros(1, 1, 8))
+    before = megabytes()
+    for rows in range(1, 400, 4):
+        for layer in layers:
+            layer(torch.zeros(1, rows, layer.in_features))
+    print(megabytes() - before)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not torch.backends.mkldnn.is_available(),
+    reason="asks oneDNN for memory as Linux and glibc tell it",
+)
+def test_memory_does_not_grow_with_the_lengths_that_are_met():
+    unset = {name: value for name, value in os.environ.items() if name not in linear._CAPACITIES}
+    command = [sys.executable, "-W", "ignore", "-c", LENGTHS]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=unset)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 100  # 64 numbers of rows and shapes are kept, of 400

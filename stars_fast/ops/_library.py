@@ -7,6 +7,10 @@ not set                C++                 Triton
 ``reference``          torch reference     torch reference
 ``interpret``          Triton interpreter  Triton interpreter
 =====================  ==================  ==============
+
+What stands in the arguments (slots, lengths, row pointers, tokens) and whether they share memory is checked on every
+call on a CPU, before anything is written. On a GPU that would wait for the device: there it is done where
+``STARS_FAST_DEBUG`` is 1, for all calls but those that a CUDA graph replays.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ _SETTING = "STARS_FAST_KERNELS"
 _MODE = os.environ.get(_SETTING, "")
 if _MODE not in ("", "reference", "interpret"):
     raise ValueError(f"{_SETTING} must be 'reference' or 'interpret' or not set, got {_MODE!r}")
+DEBUG = os.environ.get("STARS_FAST_DEBUG", "") not in ("", "0")
 if _MODE == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
     # Triton asks when its own functions are defined, and other libraries may have imported it already.
     raise RuntimeError(f"{_SETTING}=interpret needs TRITON_INTERPRET=1 in the environment too")
@@ -61,8 +66,10 @@ FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in c
 
 def native(name: str) -> Any:
     """The C++ function of that name, or None if it was not built or the kernels are set to others."""
-    if _MODE:
-        return None
+    return None if _MODE else _built(name)
+
+
+def _built(name: str) -> Any:
     try:
         return getattr(importlib.import_module("stars_fast._C"), name, None)
     except ImportError:
@@ -73,7 +80,7 @@ def define(
     name: str,
     *,
     reference: Callable[P, R],
-    cpu: Callable[..., Any],
+    call: Callable[..., Any],
     fake: Callable[..., Any],
     written: Collection[str] = (),
 ) -> Callable[P, R]:
@@ -86,21 +93,26 @@ def define(
         Triton kernels on the same arguments.
     reference
         In plain torch. Its signature and its docstring are the operator's.
-    cpu
-        Calls the C++ function; takes the same arguments by position.
+    call
+        Calls the C++ function that is its first argument; takes the operator's own behind it, by position.
     fake
         What is returned, with shapes and dtypes but not yet with values.
     written
         Arguments that the operator changes in place.
     """
     in_torch = Kernel(reference, "torch reference")
-    compiled = Kernel(cpu, "C++") if native(name) else in_torch
+    function = native(name)
+    compiled = Kernel(functools.partial(call, function), "C++") if function else in_torch
     triton = Kernel(_triton(name), "Triton interpreter" if _MODE == "interpret" else "Triton")
     operator = {
         "": Operator(compiled, triton),
         "reference": Operator(in_torch, in_torch),
         "interpret": Operator(triton, triton),
     }[_MODE]
+    if check := _built(f"check_{name}"):  # which the C++ kernel begins with by itself
+        cpu, cuda = operator
+        cpu = cpu if cpu is compiled and function else _checked(cpu, call, check)
+        operator = Operator(cpu, _checked(cuda, call, check) if DEBUG else cuda)
     operators[name] = operator
     # Launchers choose tiles by integers, so a symbolic one would be turned into a number there anyway.
     schema = torch.library.infer_schema(reference, mutates_args=written).replace("SymInt", "int")
@@ -112,6 +124,24 @@ def define(
     overload.__signature__ = inspect.signature(reference)
     overload.__doc__ = f"{name}{schema}\n\n{inspect.getdoc(reference)}"
     return overload
+
+
+def _checked(kernel: Kernel, call: Callable[..., Any], check: Callable[..., None]) -> Kernel:
+    """The kernel, which runs once its arguments have passed the C++ kernel's check."""
+
+    def run(*arguments: Any) -> Any:
+        if not (arguments[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            call(check, *(_readable(argument) for argument in arguments))
+        return kernel.function(*arguments)
+
+    return kernel._replace(function=run)
+
+
+def _readable(argument: Any) -> Any:
+    """Integers where the host can read them."""
+    if isinstance(argument, torch.Tensor) and argument.dtype in (torch.int32, torch.int64):
+        return argument.cpu()
+    return argument
 
 
 def triton_kernel(name: str) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from stars_fast.ops._library import FLOAT_CODES, address, define, native
-
-_native = native("gather_logprobs")
+from stars_fast.ops._library import FLOAT_CODES, address, define
 
 
 def gather_logprobs_reference(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -23,21 +23,27 @@ def gather_logprobs_reference(logits: torch.Tensor, tokens: torch.Tensor) -> tor
     -------
     torch.Tensor
         float32 ``[T]``, nats.
+
+    Raises
+    ------
+    ValueError
+        For a dtype or shape that a kernel would misread, and where ``_library`` says that contents are checked, for a
+        token outside the vocabulary.
     """
     return logits.log_softmax(1, dtype=torch.float32).gather(1, tokens[:, None])[:, 0]
 
 
-def _cpu(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def _call(function: Callable[..., None], logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     rows, vocab = logits.shape
     if logits.dtype not in FLOAT_CODES:
         raise ValueError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
-    logits, out = logits.contiguous(), logits.new_empty(rows, dtype=torch.float32)
-    _native(
+    logits, tokens, out = logits.contiguous(), tokens.contiguous(), _fake(logits, tokens)
+    function(
         address(logits, "logits", logits.dtype, (rows, vocab)),
         FLOAT_CODES[logits.dtype],
         rows,
         vocab,
-        address(tokens.contiguous(), "tokens", torch.int64, (rows,)),
+        address(tokens, "tokens", torch.int64, (rows,)),
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -48,4 +54,4 @@ def _fake(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-gather_logprobs = define("gather_logprobs", reference=gather_logprobs_reference, cpu=_cpu, fake=_fake)
+gather_logprobs = define("gather_logprobs", reference=gather_logprobs_reference, call=_call, fake=_fake)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from stars_fast.ops._library import FLOAT_CODES, Layout, addresses, define, native
+from stars_fast.ops._library import FLOAT_CODES, Layout, addresses, define
 from stars_fast.ops.philox import Stream, gumbel_noise
 
 TILE_SIZE = 1024  # token ids drawn together; part of the specification of the draw
 
-_native = native("sample_step")
 _Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -81,6 +80,12 @@ def sample_step_reference(
         float32 ``[B]``: log-softmax of what was sampled from, nats.
     entropy : torch.Tensor
         float32 ``[B]``: of the softmax of the logits as given, nats.
+
+    Raises
+    ------
+    ValueError
+        For a dtype, shape or strides that a kernel would misread, and where ``_library`` says that contents are
+        checked, for an argument that is written and shares memory with another.
 
     Notes
     -----
@@ -180,13 +185,13 @@ def state_addresses(rows: int, vocab: int, eos_count: int, state: Sequence[torch
     return addresses(state, STATE, {"B": (rows,), "BV": (rows, vocab), "BE": (rows, eos_count)})
 
 
-def _cpu(logits: torch.Tensor, *state: Any) -> _Result:
+def _call(function: Callable[..., None], logits: torch.Tensor, *state: Any) -> _Result:
     (rows, vocab), eos_count = logits.shape, state[-1].shape[-1]
     if logits.dtype not in FLOAT_CODES:
         raise ValueError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
     logits = logits.contiguous()
     found = _results(logits)
-    _native(
+    function(
         logits.data_ptr(),
         FLOAT_CODES[logits.dtype],
         rows,
@@ -207,7 +212,7 @@ def _results(logits: torch.Tensor, *state: Any) -> _Result:
 sample_step = define(
     "sample_step",
     reference=sample_step_reference,
-    cpu=_cpu,
+    call=_call,
     fake=_results,
     written=("position", "alive", "seen"),
 )

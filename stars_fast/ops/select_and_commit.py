@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from stars_fast.ops._library import Layout, addresses, define, native
+from stars_fast.ops._library import Layout, addresses, define
 from stars_fast.ops.philox import uniform
 
 NONE, EARLIER, INVALID = -1, -2, -3  # winners that are no row of this call
 GOES_ON, STOP, LENGTH = 0, 1, 2  # how a group's answer finishes
 
-_native = native("select_and_commit")
 _Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -89,6 +88,13 @@ def select_and_commit_reference(
     finish : torch.Tensor
         int32 ``[G]``: ``STOP`` (the winner ended the answer), ``LENGTH`` (it did not, and the answer has
         ``max_new_tokens`` with it), ``GOES_ON`` (neither, or there is no winner).
+
+    Raises
+    ------
+    ValueError
+        For a dtype, shape or strides that a kernel would misread, and where ``_library`` says that contents are
+        checked, for row pointers that fall or pass B, and for an argument that is written and shares memory with
+        another.
     """
     # Groups are padded to B rows, so that nothing waits for a GPU.
     rows, groups, device = reward.shape[0], keys.shape[0], reward.device
@@ -174,10 +180,10 @@ def argument_addresses(rows: int, groups: int, arguments: Sequence[torch.Tensor]
     return addresses(arguments, ARGUMENTS, {"B": (rows,), "G": (groups,), "G+1": (groups + 1,)})
 
 
-def _cpu(*arguments: torch.Tensor) -> _Result:
+def _call(function: Callable[..., None], *arguments: torch.Tensor) -> _Result:
     found = results(*arguments)
     rows, groups = len(arguments[0]), len(arguments[-1])
-    _native(rows, groups, *argument_addresses(rows, groups, arguments), *(out.data_ptr() for out in found))
+    function(rows, groups, *argument_addresses(rows, groups, arguments), *(out.data_ptr() for out in found))
     return found
 
 
@@ -192,7 +198,7 @@ def results(reward: torch.Tensor, *arguments: torch.Tensor) -> _Result:
 select_and_commit = define(
     "select_and_commit",
     reference=select_and_commit_reference,
-    cpu=_cpu,
+    call=_call,
     fake=results,
     written=("attempts", "best_reward", "best_attempt", "best_length", "best_ended"),
 )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from stars_fast.ops._library import FLOAT_CODES, address, define, native, operators, triton_kernel
-
-_native = native("tree_attention")
+from stars_fast.ops._library import FLOAT_CODES, address, define, operators, triton_kernel
 
 
 def check_supported(key_size: int, value_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -58,7 +58,8 @@ def tree_attention_reference(
         ``[N, Hkv, D]`` and ``[N, Hkv, Dv]``, contiguous: one layer's slots, new tokens already appended. Query head h
         reads key-value head ``h // (Hq // Hkv)``. Slot 0, which absorbs padding, may hold anything.
     out
-        ``[T, Hq, Dv]``, written; 0 for queries after those of the last group (padding) and those that see nothing.
+        ``[T, Hq, Dv]``, contiguous, of the dtype of q, written; 0 for queries after those of the last group (padding)
+        and those that see nothing.
     trunk_slots, trunk_len
         int32 ``[G, P]`` and ``[G]``.
     branch_slots, branch_len
@@ -78,6 +79,13 @@ def tree_attention_reference(
         Scores become ``softcap * tanh(score / softcap)`` after scaling (Gemma 2). 0 for none.
     sinks
         ``[Hq]`` or None: one more logit per head in the softmax's denominator (gpt-oss).
+
+    Raises
+    ------
+    ValueError
+        For a dtype, shape or strides that a kernel would misread, and where ``_library`` says that contents are
+        checked, for a slot that the pools do not have, a length that its table does not have, row pointers that fall
+        or pass their end, and where ``out`` shares memory with another argument.
     """
     # The queries of all rows of a group make one matrix for the trunk; the branches are a batched product of their own.
     # Each part has a softmax of its own, and the two are merged by their maxima and sums. Nothing waits for a GPU.
@@ -180,7 +188,8 @@ def _merge(parts: list[_Part]) -> torch.Tensor:
     return values / total.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _cpu(
+def _call(
+    function: Callable[..., None],
     q: torch.Tensor,
     k_pool: torch.Tensor,
     v_pool: torch.Tensor,
@@ -204,23 +213,22 @@ def _cpu(
         raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
     if q.stride(-1) != 1:
         q = q.contiguous()
-    result = out if out.dtype == q.dtype and out.is_contiguous() else torch.empty_like(out, dtype=q.dtype)
     sinks = None if sinks is None else sinks.float().contiguous()
     int32 = torch.int32
-    assert _native is not None
-    _native(
+    function(
         q.data_ptr(),
         q.stride(0),
         q.stride(1),
         address(k_pool, "k_pool", q.dtype, (slots, kv_heads, head_size)),
         address(v_pool, "v_pool", q.dtype, (slots, kv_heads, value_size)),
-        address(result, "out", q.dtype, (tokens, heads, value_size)),
+        address(out, "out", q.dtype, (tokens, heads, value_size)),
         FLOAT_CODES[q.dtype],
         tokens,
         heads,
         kv_heads,
         head_size,
         value_size,
+        slots,
         address(trunk_slots, "trunk_slots", int32, (groups, trunk_width)),
         address(trunk_len, "trunk_len", int32, (groups,)),
         groups,
@@ -237,10 +245,8 @@ def _cpu(
         0 if sinks is None else address(sinks, "sinks", torch.float32, (heads,)),
         torch.get_num_threads(),
     )
-    if result is not out:
-        out.copy_(result)
 
 
 tree_attention = define(
-    "tree_attention", reference=tree_attention_reference, cpu=_cpu, fake=lambda *_: None, written=("out",)
+    "tree_attention", reference=tree_attention_reference, call=_call, fake=lambda *_: None, written=("out",)
 )
