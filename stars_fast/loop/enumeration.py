@@ -13,6 +13,7 @@ from stars_fast.loop.queue import Queue
 from stars_fast.loop.request import Drawn, Request
 from stars_fast.methods.base import Enumerated
 from stars_fast.ops.philox import choice_noise
+from stars_fast.outputs import Cause
 from stars_fast.policy.leaf import Draw
 
 
@@ -42,7 +43,7 @@ class Enumeration(OneAnswer):
             except Exception as error:
                 if is_lack_of_memory(error):
                     raise TooLarge(0, len(requests), f"{type(error).__name__}: {error}") from error
-                failed = Draw(-1, [], [], [], False, f"its logits processor raised {type(error).__name__}: {error}")
+                failed = Draw(-1, [], [], [], False, Cause.of(error, "its logits processor raised "))
                 drawn[request], self._tokens[request] = [self.candidate(request, failed)], [-1]
         requests = [request for request in requests if request not in drawn]
         if not requests:

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from stars_fast.loop.request import Request
-from stars_fast.outputs import SegmentEvent, SegmentTrace
+from stars_fast.outputs import Cause, SegmentEvent, SegmentTrace
+
+UNDECODABLE = "its text could not be decoded: the tokenizer raised "
 
 
 def new_events(request: Request, tokenizer: Any) -> Iterator[SegmentEvent]:
     """One event per segment that was not told of yet; one without a segment where the request failed."""
-    if request.error is not None:
+    if request.finish_reason in ("error", "abort"):
         yield _event(request, None, request.tokens, request.finish_reason, tokenizer)
         return
     first, request.reported = request.reported, len(request.segments)
@@ -29,7 +31,14 @@ def new_events(request: Request, tokenizer: Any) -> Iterator[SegmentEvent]:
 def _event(
     request: Request, segment: SegmentTrace | None, tokens: Sequence[int], reason: str | None, tokenizer: Any
 ) -> SegmentEvent:
-    text = None if tokenizer is None else request.text.piece(tokenizer, tokens, last=reason is not None)
+    text = None
+    if tokenizer is not None:
+        try:
+            text = request.text.piece(tokenizer, tokens, last=reason is not None)
+        except Exception as error:  # a later piece brings what this one lacks; the ids are whole
+            text = ""
+            if reason is not None and request.error is None:
+                request.error = Cause.of(error, UNDECODABLE)
     return SegmentEvent(
         index=request.index,
         prompt_index=request.prompt_index,
@@ -37,7 +46,7 @@ def _event(
         segment=segment,
         text=text,
         finish_reason=reason,
-        error=request.error,
+        error=None if reason is None or request.error is None else str(request.error),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from stars_fast.ops import gather_logprobs, sample_step
+from stars_fast.outputs import Cause
 from stars_fast.policy.leaf import Leaf, RowProcessor
 from stars_fast.tree.attention import TreeContext
 from stars_fast.tree.graphs import Captured
@@ -220,6 +221,6 @@ class Steps(Captured):
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:
-                    self.failures[row] = f"its logits processor raised {type(error).__name__}: {error}"
+                    self.failures[row] = Cause.of(error, "its logits processor raised ")
                     self.alive[row] = False
         return out

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.notices import warn
+from stars_fast.outputs import Cause
 from stars_fast.text.prompts import Messages, read_prompts
 
 if TYPE_CHECKING:
@@ -189,7 +190,8 @@ class Reward(abc.ABC):
     def commit(self, completion: Completion) -> None:
         """The completion's segment joins its response (whose ``tokens`` the caller extends afterwards).
 
-        What this raises ends the session, for all requests; so does what :meth:`discard` and :meth:`close` raise.
+        What this raises ends the request whose answer it is, as does what :meth:`discard`, :meth:`close` and
+        :meth:`fork` raise; one that has ended by then keeps its answer.
         """
 
     def discard(self, completion: Completion) -> None:
@@ -300,8 +302,8 @@ def _score_alone(reward: Reward, completion: Completion) -> _Score:
         return float("nan"), _raised(error)
 
 
-def _raised(error: Exception) -> str:
-    return f"the reward raised {type(error).__name__}: {error}"
+def _raised(error: Exception) -> Cause:
+    return Cause.of(error, "the reward raised ")
 
 
 def _checked(reward: Reward, completions: Sequence[Completion]) -> list[Any] | torch.Tensor:
