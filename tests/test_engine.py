@@ -403,9 +403,9 @@ class Sums(Reward):
 def test_events_without_their_text_are_told_and_cost_nobody_an_answer(policy32, monkeypatch):
     """A tokenizer reads the text of events, and a reward may have no use for it."""
     tokenizer = tiny_tokenizer(VOCAB)
-    engine = StarsEngine(policy32, Sums(), tokenizer=tokenizer)
-    expected, decode = engine.generate(PROMPTS, CONFIG, seed=5).completions, tokenizer.decode
-    other = Job(engine.prepare(Arguments(PROMPTS, CONFIG, seed=5)), None)
+    engine, config = StarsEngine(policy32, Sums(), tokenizer=tokenizer), CONFIG.replace(ignore_eos=True)
+    expected, decode = engine.generate(PROMPTS, config, seed=5).completions, tokenizer.decode
+    other = Job(engine.prepare(Arguments(PROMPTS, config, seed=5)), None)
     engine.core.submit(other)
 
     def picky(ids, **kwargs):
@@ -415,7 +415,7 @@ def test_events_without_their_text_are_told_and_cost_nobody_an_answer(policy32, 
 
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer, "decode", picky)
-        events = list(engine.stream(PROMPTS, CONFIG, seed=5))
+        events = list(engine.stream(PROMPTS, config, seed=5))
     for row, ids in enumerate(expected):
         own = [event for event in events if event.index == row]
         assert [token for event in own for token in event.segment.tokens] == ids

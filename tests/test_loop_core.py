@@ -204,7 +204,7 @@ def test_what_breaks_for_all_leaves_whole_what_had_ended_and_a_later_call_works(
     streams = [engine.stream(PROMPTS, CONFIG, seed=1), engine.stream(OTHERS, CONFIG, seed=2)]
     events = [[next(stream)] for stream in streams]
     with monkeypatch.context() as patch:
-        patch.setattr(engine.policy, "propose", lasting(engine.policy, 9))
+        patch.setattr(engine.policy, "propose", lasting(engine.policy, 3))
         with pytest.warns(UserWarning, match=r"requests failed|no request succeeded"):
             for told, stream in zip(events, streams, strict=True):
                 told += stream
