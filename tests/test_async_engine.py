@@ -228,6 +228,9 @@ def test_what_is_refused_leaves_no_reservation(engine):
         shared.reserve(2)
         with pytest.raises(QueueFull, match="max_waiting=2"):
             await answer(shared, [1], config({}), 0)
+        shared.release()
+        await answer(shared, [1], config({}), 0)
+        shared.reserve()
         got = await answer(shared, [1], config({}), 0, reserved=True)
         metrics = shared.metrics()
         shared.close()
@@ -238,6 +241,23 @@ def test_what_is_refused_leaves_no_reservation(engine):
     got, metrics = asyncio.run(run())
     assert got == alone(engine, [([1], config({}), 0)])[0]
     assert metrics["open_requests"] == 1 and metrics["running"] == metrics["waiting"] == 0
+
+
+def test_a_session_as_a_context_lets_requests_end_and_ends_them_where_something_was_raised(engine):
+    async def leave(error):
+        try:
+            async with AsyncStarsEngine(engine) as shared:
+                task = asyncio.create_task(answer(shared, [1, 2], config({}), 0))
+                await asyncio.sleep(0.01)
+                if error is not None:
+                    raise error
+        except ArithmeticError:
+            pass
+        return (await asyncio.gather(task, return_exceptions=True))[0]
+
+    assert asyncio.run(leave(None)) == alone(engine, [([1, 2], config({}), 0)])[0]
+    assert isinstance(asyncio.run(leave(ArithmeticError())), RuntimeError)
+    assert nothing_held(engine) and engine.core.loop is None
 
 
 def test_draining_ends_what_is_open_and_takes_no_more(engine):
