@@ -208,8 +208,11 @@ class Core:
                     while self._gone:
                         self._withdraw(*self._gone[0])
                         self._gone.popleft()
-                    if self.loop is not None and not self._callers and not self._held:
-                        self._shut()
+                    if self.loop is not None and not self._callers:
+                        if not self._held:
+                            self._shut()
+                        elif self.reward.unsure and self.reward.tree_models:
+                            self._renew_reward()
                 except Exception as error:  # of a scorer that cannot end its session
                     self._gone.clear()
                     warn(f"a session could not be ended: {Cause.of(error)}")
@@ -256,6 +259,7 @@ class Core:
             stack.enter_context(plugged(policy.model))
             stack.callback(self.reward.end)
             self.reward.begin(size.prompts, size.max_new_tokens, size.rows, self.kv_cache_tokens)
+            self.reward.unsure = False
             self._stack = stack.pop_all()
         scheduler = Scheduler(self.max_rows, tokens, self.cost, policy.graphs.enabled)
         if policy.sharded:  # every process must plan alike, and each has a clock of its own
@@ -390,6 +394,7 @@ class Core:
         try:
             self.reward.forget(caller.size.prompts)
         except Exception as raised:  # its answers are whole
+            self.reward.unsure = True
             log("the reward could not forget prompts", raised)
             warn(f"the reward's forget raised {Cause.of(raised)}")
         caller.end(error)
@@ -433,10 +438,15 @@ class Core:
         if self.loop is None:
             return
         self.loop.start_over(request for request in self._caller_of if request.finish_reason is None)
+        self._renew_reward()
+
+    def _renew_reward(self) -> None:
+        """Another session of the reward's, with nothing left in its trees."""
+        assert self.loop is not None
         size = self._size
         self.reward.end()
         self.reward.begin(size.prompts, size.max_new_tokens, size.rows, self.kv_cache_tokens)
-        self.loop.counted = 0
+        self.reward.unsure, self.loop.counted = False, 0
         for caller in self._callers:
             self.reward.open(caller.size.prompts, caller.size.max_new_tokens)
 

@@ -76,6 +76,7 @@ class Loop(Queue):
                     self.reward.discard(completion)
                     self.reward.close(completion.response)
                 except Exception as raised:
+                    self.reward.unsure = True
                     error = error or Cause.of(raised, "the reward raised ")
                 prompt.empty_reward = value
                 if error is not None or value == float("-inf"):

@@ -101,6 +101,7 @@ class Populations(Members):
         try:
             twin.response = self.reward.fork(answer.response)
         except Exception as error:
+            self.reward.unsure = True
             self.queue.broken[request] = Cause.of(error, "the reward's fork raised ")
             twin.response = Reward.fork(self.reward, answer.response)
         return twin

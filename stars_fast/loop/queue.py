@@ -205,6 +205,7 @@ class Queue:
         try:
             getattr(self.reward, hook)(told)
         except Exception as error:
+            self.reward.unsure = True
             self.broken.setdefault(answer.owner or answer, Cause.of(error, f"the reward's {hook} raised "))
 
     def fail(self, request: Request, cause: str, reason: str = "error") -> None:

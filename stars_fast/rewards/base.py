@@ -131,6 +131,7 @@ class Reward(abc.ABC):
     needs_hidden_state: bool = False
     reads_text: bool = False
     tokens: int = 0
+    unsure: bool = False  # something was raised since :meth:`begin`: the engine ends the session once nobody needs it
     _calls: int = 0  # sessions that began and have not ended, refused ones included
 
     def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
@@ -277,6 +278,7 @@ def score_each(reward: Reward, completions: Sequence[Completion]) -> Scores:
             return Scores(None, values)
         return Scores([_as_float(value) for value in values])
     except Exception as error:
+        reward.unsure = True
         scores = [_score_alone(reward, completion) for completion in completions]
         kind = _raised(error).partition(":")[0]
         if not any(message is not None and message.startswith(kind) for _, message in scores):
