@@ -400,7 +400,7 @@ class Core:
         caller.end(error)
 
     def _take_again(self, error: Exception) -> None:
-        """A step failed: once more from what is committed, unless nothing has been since one failed before.
+        """A step failed: once more from what is committed, unless the one before failed, too.
 
         Processes that share a model must all do alike, and what failed in one of them has not in the others.
         """
@@ -408,9 +408,9 @@ class Core:
         if loop is None or self.policy.sharded:
             return self._fail_all(error)
         smaller = is_lack_of_memory(error) and loop.scheduler.shrink(0, loop.scheduler.max_rows)
-        if not smaller and loop.failed_at == loop.committed:
+        if loop.broke_off and not smaller:
             return self._fail_all(error)
-        loop.failed_at = loop.committed
+        loop.broke_off = True
         cause = Cause.of(error)
         log(f"a heartbeat broke off, and all requests go on from what they have committed: {cause}", error)
         if not smaller:

@@ -32,7 +32,7 @@ class Loop(Queue):
 
     on_heartbeat: Callable[[Heartbeat], None] | None = None
     counted = 0  # of the reward's tokens, those that stand in somebody's statistics
-    failed_at = -1  # what was committed when a heartbeat last broke off
+    broke_off = False  # the heartbeat before this one
     _prepared = -1  # captures and compilations so far; the first round has too many to be a measure
 
     @torch.no_grad()
@@ -55,6 +55,7 @@ class Loop(Queue):
             self.judge(drawn, self.score(drawn))
             self.drop_finished()
             self.note(drawn, started, proposed, self.reward.tokens - scored, self.committed - before)
+            self.broke_off = False
             return
         # Out here nothing of the failed pass is alive: an exception holds its frames, and they their tensors.
         self.retreat(large)

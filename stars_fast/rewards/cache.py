@@ -100,12 +100,9 @@ class TreeCache:
 
     def end(self) -> None:
         """Release everything."""
-        held = (*self._completions.values(), *self._responses.values(), *self._prefixes.values())
-        for encoded in held:
-            self._drop(encoded)
         for held_by in (self._runs, self._prefixes, self._responses, self._completions):
             held_by.clear()
-        self.model.prefixes.clear()
+        self.model.clear()
         self._plugged.close()
 
     def commit(self, completion: Completion) -> None:

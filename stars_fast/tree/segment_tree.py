@@ -91,12 +91,12 @@ def plan(
         if torch.device(device).type == "cuda":
             buffer = buffer.pin_memory()  # else the copy waits for the device
         buffer = buffer.to(device, non_blocking=True)
+        groups, branches = len(rows), len(nodes)
+        shapes = [(groups, trunk_width), (groups,), (branches, branch_width), (branches,), (groups + 1,)]
+        trunk_slots, trunk_len, branch_slots, branch_len, group_indptr = _sections(buffer, shapes)
     except BaseException:
         tree.release_all(nodes.tolist())
         raise
-    groups, branches = len(rows), len(nodes)
-    shapes = [(groups, trunk_width), (groups,), (branches, branch_width), (branches,), (groups + 1,)]
-    trunk_slots, trunk_len, branch_slots, branch_len, group_indptr = _sections(buffer, shapes)
     return TreePlan(trunk_slots, trunk_len, branch_slots, branch_len, group_indptr, nodes.tolist())
 
 
