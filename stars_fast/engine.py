@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -211,8 +212,8 @@ class StarsEngine:
                 raise ValueError(f"streamer: takes one response, not {job.call.rows}; use StarsEngine.stream")
             streamer.put(torch.tensor([job.call.prompts[0].ids], device="cpu"))
         try:
-            with progress_bar(progress, job.call.rows) as advance:
-                for event in (events := self._events(job)):
+            with closing(self._events(job)) as events, progress_bar(progress, job.call.rows) as advance:
+                for event in events:
                     advance(event)
                     if streamer is not None and event.segment is not None:
                         try:
@@ -225,7 +226,12 @@ class StarsEngine:
                             job.break_off(Cause.of(error, "the streamer raised "))
         finally:
             if streamer is not None:
-                streamer.end()  # whoever reads it waits for the end, whatever happens
+                try:
+                    streamer.end()  # whoever reads it waits for the end, whatever happens
+                except Exception as error:
+                    if not job.over:
+                        raise
+                    job.break_off(Cause.of(error, "the streamer raised "))
         return job
 
     def run_pilots(self, arguments: Arguments, samples: int) -> tuple[StarsConfig, list[Pilot]]:

@@ -464,6 +464,18 @@ class Failing(list):
         self.ended = True
 
 
+def test_a_streamer_that_cannot_end_leaves_the_answer_whole(policy32):
+    class Endless(Failing):
+        def end(self):
+            raise ArithmeticError("not today")
+
+    engine = StarsEngine(policy32, sum_reward)
+    whole = engine.generate(PROMPTS[:1], CONFIG, seed=5)
+    with pytest.warns(UserWarning, match="the streamer raised ArithmeticError: not today"):
+        out = engine.generate(PROMPTS[:1], CONFIG, seed=5, streamer=Endless(99))
+    assert (out.completions, out.finish_reasons) == (whole.completions, whole.finish_reasons)
+
+
 def test_a_streamer_that_raises_leaves_what_there_is_of_the_answer(policy32):
     engine = StarsEngine(policy32, sum_reward)
     whole = engine.generate(PROMPTS[:1], CONFIG, seed=5)

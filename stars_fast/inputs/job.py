@@ -124,6 +124,8 @@ class Job:
 
     def note(self, request: Request) -> None:
         """A request has come to an error: what is known of it goes into the log, and is kept of the first."""
+        if request.index in self.failed:  # whoever is interrupted is told again
+            return
         cause = as_cause(request.error or "")
         error = cause.exception
         if error is not None and type(error) not in self._logged:
@@ -140,7 +142,8 @@ class Job:
     def break_off(self, cause: Cause) -> None:
         """The only answer's reader has failed: what there is of it stands, with this error."""
         (request,) = self.requests
-        assert request is not None
+        if request is None:
+            return
         if request.finish_reason is None or request.finish_reason == "abort":
             request.finish_reason, request.reward = "error", float("nan")
         request.error = cause

@@ -215,8 +215,8 @@ class Core:
                             self._renew_reward()
                 except Exception as error:  # of a scorer that cannot end its session
                     self._gone.clear()
-                    warn(f"a session could not be ended: {Cause.of(error)}")
                     self._fail_all(error)
+                    warn(f"a session could not be ended: {Cause.of(error)}")
                 if self._turns.release(unless=lambda: bool(self._gone)):
                     return
         finally:
@@ -395,6 +395,7 @@ class Core:
             self.reward.forget(caller.size.prompts)
         except Exception as raised:  # its answers are whole
             self.reward.unsure = True
+            caller.end(error)
             log("the reward could not forget prompts", raised)
             warn(f"the reward's forget raised {Cause.of(raised)}")
         caller.end(error)
@@ -413,12 +414,14 @@ class Core:
         loop.broke_off = True
         cause = Cause.of(error)
         log(f"a heartbeat broke off, and all requests go on from what they have committed: {cause}", error)
-        if not smaller:
-            warn(f"a heartbeat broke off, and is taken again (its traceback is in the log 'stars_fast'): {cause}")
         try:
             self._start_over()
-        except Exception as another:
-            self._fail_all(another)
+        except BaseException as another:
+            self._fail_all(another if isinstance(another, Exception) else error)
+            if not isinstance(another, Exception):
+                raise
+        if not smaller:  # last: a warning may be an error
+            warn(f"a heartbeat broke off, and is taken again (its traceback is in the log 'stars_fast'): {cause}")
 
     def _fail_all(self, error: Exception) -> None:
         """Nothing is known of the trees any more: all callers end, and the next finds an open core."""
