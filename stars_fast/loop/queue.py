@@ -115,6 +115,7 @@ class Queue:
         try:
             return set(self.reward.read_ahead(prompts, most)), {}
         except Exception as error:
+            self.reward.unsure = True
             if is_lack_of_memory(error):  # scoring makes room for itself
                 return set(), {}
             if len(prompts) == 1:
