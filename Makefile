@@ -13,7 +13,7 @@ SHARED := --numprocesses auto --dist loadfile
 OLDEST_TESTS := tests/test_architectures.py tests/test_contract.py tests/test_dropin.py tests/test_engine.py \
   tests/test_kernels_compile.py tests/test_outputs.py
 
-.PHONY: demo test test-oldest sanitize bench lint wheel clean
+.PHONY: demo test test-oldest sanitize soak faults bench lint wheel clean
 .NOTPARALLEL: # both environments build the extension into the same folder
 
 demo: $(VENV)/.ready
@@ -28,6 +28,12 @@ test-oldest: $(VENV_OLDEST)/.ready
 # The C++ under the compiler's sanitizers: neither Python nor torch.
 sanitize:
 	tests/sanitize.sh cpu
+
+soak: $(VENV)/.ready
+	$(VENV)/bin/python benchmarks/soak.py --minutes $(or $(MINUTES),1)
+
+faults: $(VENV)/.ready
+	STARS_FAST_FAULTS=all $(VENV)/bin/python -m pytest --numprocesses auto tests/faults
 
 bench: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest benchmarks/micro

@@ -62,8 +62,9 @@ class AsyncStarsEngine(Stays):
     Examples
     --------
     >>> async def answer(prompt):  # doctest: +SKIP
-    ...     async for event in engine.generate(prompt, StarsConfig(target_reward=2.0), seed=0):
-    ...         print(event.text, end="", flush=True)
+    ...     async with AsyncStarsEngine(engine) as served:
+    ...         async for event in served.generate(prompt, StarsConfig(target_reward=2.0), seed=0):
+    ...             print(event.text, end="", flush=True)
     """
 
     def __init__(
@@ -100,6 +101,8 @@ class AsyncStarsEngine(Stays):
     def reserve(self, requests: int = 1) -> None:
         """Count further open requests, before anything is awaited: a burst may not pass the limit together.
 
+        Each is for one :meth:`generate` with ``reserved=True``, which ends it, or for :meth:`release`.
+
         Raises
         ------
         QueueFull
@@ -108,6 +111,19 @@ class AsyncStarsEngine(Stays):
         if self._reserved + integer("requests", requests, 0) > self.max_waiting:
             raise QueueFull(f"{self._reserved} requests are open, of max_waiting={self.max_waiting}")
         self._reserved += requests
+
+    def release(self, requests: int = 1) -> None:
+        """Take back what :meth:`reserve` has counted, of requests that will not be made."""
+        self._reserved -= requests
+
+    async def __aenter__(self) -> AsyncStarsEngine:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, where: Any) -> None:
+        """Wait until the open requests have ended, unless something was raised, and :meth:`close`."""
+        if kind is None:
+            await self.drain()
+        await asyncio.to_thread(self.close)
 
     async def generate(
         self,

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 
 from stars_fast.config import StarsConfig
-from stars_fast.engine import StarsEngine
+from stars_fast.engine import StarsEngine, first_error
 from stars_fast.inputs import transformers_call
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.hooks import row_stop
@@ -44,13 +44,16 @@ class StarsGenerateOutput(GenerateDecoderOnlyOutput):
     Attributes
     ----------
     rewards : torch.FloatTensor
-        ``[batch * num_return_sequences]``, of what was returned.
+        ``[batch * num_return_sequences]``, of what was returned; NaN for a row that failed.
+    errors : list of str or None
+        Why a row failed. What it had by then is in ``sequences``.
     stats : dict
         As in :class:`StarsOutput`.
     """
 
     rewards: torch.FloatTensor | None = None
     stats: dict[str, Any] | None = None
+    errors: list[str | None] | None = None
 
 
 def generate(
@@ -65,6 +68,7 @@ def generate(
     reward_prompts: Any = None,
     columns: dict[str, Sequence[Any]] | None = None,
     seed: int | Sequence[int] | None = None,
+    on_error: str = "return",
     **kwargs: Any,
 ) -> torch.LongTensor | StarsGenerateOutput:
     """``model.generate(...)`` with guidance: takes what it takes, returns what it returns.
@@ -82,6 +86,9 @@ def generate(
     tokenizer : transformers tokenizer, optional
         For stop strings and for rewards of text.
     reward_prompts, columns, seed : as in :meth:`StarsEngine.generate`
+    on_error : {"return", "raise"}
+        Whether rows that fail are returned as far as they came, beside those that did not, with a warning, or the first
+        one's error is raised.
     **kwargs
         What ``model.generate`` takes, and options of :class:`StarsEngine`, such as ``reward_tokenizer`` and
         ``max_rows`` (``torch_compile`` is False here by default).
@@ -96,6 +103,8 @@ def generate(
     ------
     ValueError
         For greedy decoding, beams, assistants, and whatever :meth:`StarsEngine.generate` refuses.
+    RuntimeError
+        The first row's error: with ``on_error="raise"``, or where all rows failed and a plain tensor could not say so.
 
     Notes
     -----
@@ -114,7 +123,7 @@ def generate(
             explicit=call.explicit,
             streamer=streaming,
             engine=engine,
-            call={"reward_prompts": reward_prompts, "columns": columns, "seed": seed},
+            call={"reward_prompts": reward_prompts, "columns": columns, "seed": seed, "on_error": on_error},
         )
         out = GenerationMixin.generate(
             cast(Any, model), inputs, call.generation_config, custom_generate=decoder, **call.kwargs
@@ -140,14 +149,15 @@ def decoding(
         transformers itself refuses that before. The tokenizer may be given to ``model.generate`` as well.
     **options
         Further options of :class:`StarsEngine`, such as ``reward_tokenizer`` and ``max_rows`` (``torch_compile`` is
-        False here by default); ``seed``, ``reward_prompts``, ``columns`` of :meth:`StarsEngine.generate`.
+        False here by default); ``seed``, ``reward_prompts``, ``columns`` of :meth:`StarsEngine.generate`; ``on_error``
+        of :func:`generate`.
 
     Notes
     -----
     A setting counts as the call's own where it differs from what the model's generation_config would have given. The
     engine stays with the model, as that of :func:`generate` does.
     """
-    known = {*_ENGINE_OPTIONS, "seed", "reward_prompts", "columns"}
+    known = {*_ENGINE_OPTIONS, "seed", "reward_prompts", "columns", "on_error"}
     for name, value in options.items():
         transformers_call.refuse_setting(name, value)
         if name not in known:
@@ -245,12 +255,17 @@ class _Decoder:
             input_ids[::samples].cpu(),
             config,
             attention_mask=None if mask is None else mask[::samples].cpu(),
-            on_error="raise",
             processor=processor,
             stop=lambda row: row_stop(stopping_criteria, generation_config, input_ids[row]),
             **self.call,
         )
-        out = _kept_engine(model, self.reward_model, engine).run(arguments, streaming)
+        kept = _kept_engine(model, self.reward_model, engine)
+        job = kept.finished(arguments, streaming)
+        out, named = kept.output(job, texts=False), bool(generation_config.return_dict_in_generate)
+        lost = all(reason == "error" for reason in out.finish_reasons) and not named
+        if job.failed and (arguments.on_error == "raise" or lost):
+            raise first_error(job)
+        kept.warn_of(job, "errors has them all" if named else "return_dict_in_generate=True returns their errors")
         return _as_transformers(out, input_ids, generation_config)
 
 
@@ -308,4 +323,5 @@ def _as_transformers(
         sequences=sequences,
         rewards=cast(torch.FloatTensor, torch.tensor(out.rewards, dtype=torch.float32, device=sequences.device)),
         stats=out.stats,
+        errors=out.errors,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -22,11 +23,11 @@ from stars_fast.loop.core import Core
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot
 from stars_fast.loop.request import Request
 from stars_fast.loop.row_cost import Heartbeat
-from stars_fast.loop.stream import Streaming, progress_bar
+from stars_fast.loop.stream import UNDECODABLE, Streaming, progress_bar
 from stars_fast.loop.team import release_team
 from stars_fast.methods.numbers import MOST, integer, real, shown, truth
 from stars_fast.notices import warn
-from stars_fast.outputs import SegmentEvent, StarsOutput
+from stars_fast.outputs import Cause, SegmentEvent, StarsOutput
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward
 from stars_fast.stays import Stays
@@ -172,7 +173,8 @@ class StarsEngine(Stays):
             An int keys prompt i, sample j by (seed, i, j); a sequence gives one seed per prompt, keyed
             (seed_i, 0, j). None draws one from torch's global generator.
         on_error : {"return", "raise"}
-            Whether a request that fails ends with finish reason "error", or raises.
+            Whether a request that fails ends with finish reason "error", or raises. Where what all requests share fails
+            (a forward pass), those that have ended are returned whole, and the others end with that error.
         chat_template_kwargs : mapping, optional
             Variables for chat templates, such as ``{"enable_thinking": False}``: for the policy's, and for the reward
             model's where the scorer has no value of its own for them.
@@ -193,7 +195,7 @@ class StarsEngine(Stays):
         ValueError, TypeError, NotImplementedError
             For invalid arguments, before any work starts.
         RuntimeError
-            With ``on_error="raise"``, the first request's error.
+            With ``on_error="raise"``, the first request's error; its ``__cause__`` is what was raised.
         """
         arguments = Arguments(
             prompts, config, overrides, attention_mask, reward_prompts, columns, seed, on_error, chat_template_kwargs
@@ -219,21 +221,42 @@ class StarsEngine(Stays):
         )
         return self.events(Job(self.prepare(arguments), self.tokenizer))
 
+    def events(self, job: Job) -> Iterator[SegmentEvent]:
+        """Run a job to its end, and warn of what failed."""
+        yield from self._events(job)
+        self.warn_of(job)
+
     def run(self, arguments: Arguments, streamer: Any = None, progress: bool = False) -> StarsOutput:
         """:meth:`generate`, with its arguments in one piece."""
+        job = self.finished(arguments, streamer, progress)
+        output = self.output(job)
+        self.warn_of(job)
+        if job.failed and arguments.on_error == "raise":
+            raise first_error(job)
+        return output
+
+    def finished(self, arguments: Arguments, streamer: Any = None, progress: bool = False) -> Job:
+        """A job that is over. Nobody has been warned of what failed, nor have texts been decoded: :meth:`output`."""
         with Streaming.of(streamer) as streaming:
             progress = truth("progress", progress)
-            job = Job(self.prepare(arguments), self.tokenizer)
+            job = Job(self.prepare(arguments), None)  # nobody reads the events' text
             if streaming.wanted and job.call.rows > 1:
                 raise ValueError(f"streamer: takes one response, not {job.call.rows}; use StarsEngine.stream")
             if streaming.wanted and job.call.rows:
                 streaming.put(torch.tensor([job.call.prompts[0].ids], device="cpu"))
-            with progress_bar(progress, job.call.rows) as advance:
-                for event in self.events(job):
+            with closing(self._events(job)) as events, progress_bar(progress, job.call.rows) as advance:
+                for event in events:
                     advance(event)
                     if streaming.wanted and event.segment is not None:
-                        streaming.put(torch.tensor(event.segment.tokens, device="cpu"))
-        return self.output(job)
+                        try:
+                            streaming.put(torch.tensor(event.segment.tokens, device="cpu"))
+                        except Exception as error:
+                            events.close()
+                            while not job.over:  # another thread may be taking a step
+                                job.events.clear()
+                                self.core.wait(job)
+                            job.break_off(Cause.of(error, "the streamer raised "))
+        return job
 
     def run_pilots(self, arguments: Arguments, samples: int) -> tuple[StarsConfig, list[Pilot]]:
         """Unguided responses with their partial rewards, per prompt; see :func:`stars_fast.calibrate`."""
@@ -241,7 +264,7 @@ class StarsEngine(Stays):
         if not call.terms.method.has_target:
             raise ValueError(f"method={call.terms.method.name!r} has no target reward to calibrate")
         job = Job(call, self.tokenizer, guided=False)
-        for _ in self.events(job):
+        for _ in self._events(job):
             pass
         return call.config, [pilot for pilot in job.pilots if pilot is not None]
 
@@ -261,12 +284,12 @@ class StarsEngine(Stays):
                 call.size = call.size._replace(draft=draft)
         return call
 
-    def events(self, job: Job) -> Iterator[SegmentEvent]:
+    def _events(self, job: Job) -> Generator[SegmentEvent, None, None]:
         """Run a job to its end; what is under way of it is ended where nobody reads on."""
         if not job.call.rows:
             job.end(None)
             return
-        raises, failed = job.call.arguments.on_error == "raise", []
+        raises = job.call.arguments.on_error == "raise"
         try:
             self.core.submit(job)
             while not (job.over and not job.events):
@@ -274,8 +297,7 @@ class StarsEngine(Stays):
                 while job.events:
                     event = job.events.popleft()
                     if event.error is not None and raises:
-                        raise RuntimeError(f"prompts[{event.prompt_index}]: {event.error}")
-                    failed += [event.error] if event.error is not None else []
+                        raise first_error(job)
                     yield event
         finally:
             if not job.over:
@@ -284,9 +306,9 @@ class StarsEngine(Stays):
                 release_team()
         if job.error is not None:
             raise job.error
-        self._warn(job, failed)
 
-    def _warn(self, job: Job, failed: Sequence[str]) -> None:
+    def warn_of(self, job: Job, where: str = "output.errors has them all") -> None:
+        """Of what a caller should know once a job is over; ``where`` says where its errors are found."""
         solved = [pilot for pilot in job.pilots if pilot is not None and pilot.error is None]
         if solved and not any(pilot.varies for pilot in solved):
             ids = self.reward.reads_text and self.tokenizer is None
@@ -295,10 +317,11 @@ class StarsEngine(Stays):
                 + (" (it was called with token ids: give tokenizer= for text)" if ids else "")
             )
         self._warn_of_unreached(job)
-        if failed and len(failed) == job.call.rows:
+        if job.failed and job.call.arguments.on_error != "raise":
+            failed, rows = len(job.failed), job.call.rows
             warn(
-                f"no request succeeded; the first ended with: {failed[0]} (output.errors has them all; "
-                "on_error='raise' raises the first)"
+                ("no request succeeded" if failed == rows else f"{failed} of {rows} requests failed")
+                + f"; the first ended with: {job.first_failure} ({where}; on_error='raise' raises the first)"
             )
 
     def _warn_of_unreached(self, job: Job) -> None:
@@ -316,43 +339,57 @@ class StarsEngine(Stays):
                 "segment costs max_attempts and is the best of them. Give a lower target, or None to calibrate it"
             )
 
-    def output(self, job: Job) -> StarsOutput:
-        """What came of a job that is over."""
+    def output(self, job: Job, texts: bool = True) -> StarsOutput:
+        """What came of a job that is over, with or without its texts."""
         requests = [request for request in job.requests if request is not None]
         rows = [request.prompt.ids + request.tokens for request in requests]
         width = max(map(len, rows), default=0)
         pad = pad_token_id(self.policy.model, self.tokenizer, job.call.terms.sampling.eos_token_ids)
+        decoded = [self._text(request, job) for request in requests] if texts and self.tokenizer is not None else None
         return StarsOutput(
             sequences=torch.tensor(
                 [row + [pad] * (width - len(row)) for row in rows], dtype=torch.int64, device="cpu"
             ).view(len(rows), width),
             completions=[list(request.tokens) for request in requests],
-            texts=None if self.tokenizer is None else [self._text(request) for request in requests],
+            texts=decoded,
             rewards=[request.reward for request in requests],
             finish_reasons=[request.finish_reason or "error" for request in requests],
-            errors=[request.error for request in requests],
+            errors=[None if request.error is None else str(request.error) for request in requests],
             logprobs=[request.logprobs for request in requests],
             sampling_logprobs=[request.sampling_logprobs for request in requests],
             segments=[request.segments for request in requests],
             stats=job.stats.to_dict(),
         )
 
-    def _text(self, request: Request) -> str:
-        """The completion's text. An id that the tokenizer cannot decode costs a character, and nobody else anything."""
+    def _text(self, request: Request, job: Job) -> str:
+        """The completion's text. An id that the tokenizer cannot decode costs a character; where there is no text to be
+        had, the request says why, and its ids are whole.
+        """
         try:
             return str(self.tokenizer.decode(request.tokens, skip_special_tokens=True))
         except Exception as error:
-            if not (bad := undecodable(self.tokenizer, request.tokens)):
-                raise
-            warn(
-                f"prompts[{request.prompt_index}]: the tokenizer cannot decode id {bad[0]} of the completion "
-                f"({type(error).__name__}: {error}): in its text stands a replacement character"
-            )
-            return legible(self.tokenizer, request.tokens)
+            if bad := undecodable(self.tokenizer, request.tokens):
+                warn(
+                    f"prompts[{request.prompt_index}]: the tokenizer cannot decode id {bad[0]} of the completion "
+                    f"({type(error).__name__}: {error}): in its text stands a replacement character"
+                )
+                return legible(self.tokenizer, request.tokens)
+            if request.error is None:
+                request.error = Cause.of(error, UNDECODABLE)
+                job.note(request)
+            return ""
 
     def close(self) -> None:
         """End what is under way, and free all slots; the engine cannot be used any more."""
         self.core.close()
+
+
+def first_error(job: Job) -> RuntimeError:
+    """The first failure, with its cause."""
+    row, cause = next(iter(job.failed.items()))
+    error = RuntimeError(f"prompts[{row // job.call.config.num_return_sequences}]: {cause}")
+    error.__cause__ = cause.exception
+    return error
 
 
 def pad_token_id(model: PreTrainedModel, tokenizer: Any, eos_token_ids: Sequence[int]) -> int:

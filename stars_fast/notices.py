@@ -1,7 +1,8 @@
-"""Warnings that point at the user's own line."""
+"""Warnings that point at the user's own line, and tracebacks in the log."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -13,6 +14,14 @@ import transformers
 # What lies between the user's line and a warning: this package, and what it is called through or wrapped in.
 _FILES = (__file__, torch.__file__, str(transformers.__file__))
 _INSIDE = tuple(os.path.join(os.path.dirname(file), "") for file in _FILES)
+
+_log = logging.getLogger("stars_fast")
+_log.addHandler(logging.NullHandler())  # nothing on stderr for who has set up no log: warnings say what there is
+
+
+def log(message: str, error: BaseException) -> None:
+    """An exception that is not raised, with its traceback."""
+    _log.error(message, exc_info=error)
 
 
 def warn(message: str) -> None:

@@ -9,6 +9,44 @@ from typing import Any, NamedTuple
 import torch
 
 
+class Cause(str):
+    """Why a request failed: in words, which is all that copies keep, and the exception behind them.
+
+    Attributes
+    ----------
+    exception : BaseException or None
+        With its traceback. It holds its frames, and they what they worked on.
+    """
+
+    exception: BaseException | None
+
+    def __new__(cls, words: str, exception: BaseException | None = None) -> Cause:
+        cause = super().__new__(cls, words)
+        cause.exception = exception
+        return cause
+
+    @classmethod
+    def of(cls, error: BaseException, before: str = "") -> Cause:
+        """The words are those ``before``, the exception's class and what it says."""
+        try:
+            said = str(error)
+        except Exception as another:  # of a class of the user's own
+            said = f"(what it says cannot be read: {type(another).__name__})"
+        return cls(f"{before}{type(error).__name__}: {said}", error)
+
+    def after(self, before: str) -> Cause:
+        """The same exception, with words in front."""
+        return Cause(before + self, self.exception)
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+
+def as_cause(words: str) -> Cause:
+    """What may be plain words, without an exception then."""
+    return words if isinstance(words, Cause) else Cause(words)
+
+
 class SegmentTrace(NamedTuple):
     """One committed segment. What ``threshold``, ``attempts`` and ``accepted`` mean under methods other than STARS
     stands in docs/methods.md.
@@ -25,7 +63,11 @@ class SegmentTrace(NamedTuple):
 
 @dataclass(frozen=True)
 class SegmentEvent:
-    """What :meth:`StarsEngine.stream` yields: a committed segment, or the end of a request that failed."""
+    """What :meth:`StarsEngine.stream` yields: a committed segment, or the end of a request that failed.
+
+    An ``error`` beside a ``finish_reason`` of "stop" or "length" is of what came after the answer was whole: its text
+    could not be decoded, or the scorer could not let go of it.
+    """
 
     index: int  # row of the output: prompt * num_return_sequences + sample
     prompt_index: int
@@ -72,13 +114,14 @@ class StarsOutput:
     completions : list of list of int
         Without the prompt; the EOS that ended one is included.
     texts : list of str, or None without a tokenizer
-        Completions, special tokens left out.
+        Completions, special tokens left out; "" where the tokenizer cannot decode one, and ``errors`` says so.
     rewards : list of float
         The reward of what was returned; NaN for a request that failed.
     finish_reasons : list of str
         "stop" (EOS, stop string, stopping criterion), "length" or "error".
     errors : list of str or None
-        Why a request failed.
+        Why a request failed. Beside "stop" or "length", what went wrong once the answer was whole: its text could not
+        be decoded, or the scorer could not let go of it. Tracebacks are in the log "stars_fast".
     logprobs, sampling_logprobs : list of list of float
         Per token, nats: of the raw policy (NaN for a token that it has not read, under "rsd"), and of the distribution
         after temperature and filters.

@@ -55,7 +55,7 @@ async def answer(shared, prompt, settings, seed, **options):
     rows = {}
     async for event in shared.generate(prompt, settings, seed=seed, **options):
         rows.setdefault(event.index, []).extend(event.segment.tokens if event.segment else [])
-        assert event.error is None
+        assert event.error is None, event.error
     return [rows[row] for row in sorted(rows)]
 
 
@@ -228,6 +228,9 @@ def test_what_is_refused_leaves_no_reservation(engine):
         shared.reserve(2)
         with pytest.raises(QueueFull, match="max_waiting=2"):
             await answer(shared, [1], config({}), 0)
+        shared.release()
+        await answer(shared, [1], config({}), 0)
+        shared.reserve()
         got = await answer(shared, [1], config({}), 0, reserved=True)
         metrics = shared.metrics()
         shared.close()
@@ -238,6 +241,23 @@ def test_what_is_refused_leaves_no_reservation(engine):
     got, metrics = asyncio.run(run())
     assert got == alone(engine, [([1], config({}), 0)])[0]
     assert metrics["open_requests"] == 1 and metrics["running"] == metrics["waiting"] == 0
+
+
+def test_a_session_as_a_context_lets_requests_end_and_ends_them_where_something_was_raised(engine):
+    async def leave(error):
+        try:
+            async with AsyncStarsEngine(engine) as shared:
+                task = asyncio.create_task(answer(shared, [1, 2], config({}), 0))
+                await asyncio.sleep(0.01)
+                if error is not None:
+                    raise error
+        except ArithmeticError:
+            pass
+        return (await asyncio.gather(task, return_exceptions=True))[0]
+
+    assert asyncio.run(leave(None)) == alone(engine, [([1, 2], config({}), 0)])[0]
+    assert isinstance(asyncio.run(leave(ArithmeticError())), RuntimeError)
+    assert nothing_held(engine) and engine.core.loop is None
 
 
 def test_draining_ends_what_is_open_and_takes_no_more(engine):
@@ -255,14 +275,14 @@ def test_draining_ends_what_is_open_and_takes_no_more(engine):
     assert asyncio.run(run()) == alone(engine, [([1, 2], config({}), 0)])[0]
 
 
-def test_a_reward_that_raises_for_one_caller_costs_it_alone_and_one_whose_commit_raises_all():
+def test_a_reward_that_raises_costs_those_it_raises_for_alone():
     from stars_fast.rewards import CallableReward
 
     class Fragile(CallableReward):
-        broken = False
+        broken = None
 
         def commit(self, completion):
-            if self.broken:
+            if completion.response.prompt.source == self.broken:
                 raise RuntimeError("commit is broken")
 
     def picky(prompts, completions):
@@ -277,11 +297,11 @@ def test_a_reward_that_raises_for_one_caller_costs_it_alone_and_one_whose_commit
         good, bad = await asyncio.gather(
             answer(shared, [1, 2], config({}), 0), answer(shared, [13], config({}), 0), return_exceptions=True
         )
-        reward.broken = True
+        reward.broken = [1]
         all_of_them = await asyncio.gather(
             *(answer(shared, [i], config({}), 0) for i in range(3)), return_exceptions=True
         )
-        reward.broken = False
+        reward.broken = None
         afterwards = await answer(shared, [1, 2], config({}), 0)
         shared.close()
         return good, bad, all_of_them, afterwards
@@ -289,7 +309,7 @@ def test_a_reward_that_raises_for_one_caller_costs_it_alone_and_one_whose_commit
     good, bad, all_of_them, afterwards = asyncio.run(run())
     assert good == afterwards == alone(engine, [([1, 2], config({}), 0)])[0]
     assert isinstance(bad, AssertionError)
-    assert all(isinstance(error, RuntimeError) and "commit is broken" in str(error) for error in all_of_them)
+    assert [isinstance(one, AssertionError) and "commit is broken" in str(one) for one in all_of_them] == [0, 1, 0]
 
 
 def test_calls_of_the_engine_itself_are_served_beside_a_session(engine):

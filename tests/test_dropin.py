@@ -369,7 +369,36 @@ def test_errors_are_raised_with_the_prompts_index(policy):
         return [None if prompt == [8] else 0.0 for prompt in prompts]
 
     with pytest.raises(RuntimeError, match=r"prompts\[1\].*None"):
+        facade(policy, fails, on_error="raise")
+
+
+@both
+def test_a_row_that_fails_costs_no_other_and_is_told(policy, generate):
+    def fails(prompts, completions):
+        if [8] in prompts:
+            raise ArithmeticError("not today")
+        return sum_reward(completions)
+
+    good = generate(policy, seed=3)
+    with pytest.warns(UserWarning, match=r"1 of 4 requests failed.*not today.*return_dict_in_generate=True"):
+        out = generate(policy, fails, seed=3)
+    assert [row == 1 or ids == completions(good)[row] for row, ids in enumerate(completions(out))] == [True] * 4
+    assert set(out[1, 5:].tolist()) == {PAD}
+    with pytest.warns(UserWarning, match="1 of 4"):
+        out = generate(policy, fails, seed=3, return_dict_in_generate=True)
+    assert [error is None for error in out.errors] == out.rewards.isfinite().tolist() == [True, False, True, True]
+
+
+def test_where_all_rows_fail_a_tensor_raises_the_cause_and_an_output_says_it(policy):
+    def fails(prompts):
+        raise ArithmeticError("not today")
+
+    with pytest.raises(RuntimeError, match="not today") as raised:
         facade(policy, fails)
+    assert isinstance(raised.value.__cause__, ArithmeticError)
+    with pytest.warns(UserWarning, match="no request succeeded"):
+        out = facade(policy, fails, return_dict_in_generate=True)
+    assert out.sequences.shape == (4, 5) and all("not today" in error for error in out.errors)
 
 
 def test_the_callers_generation_config_is_left_alone(policy):

@@ -434,12 +434,13 @@ class Sums(Reward):
         return sum_reward([completion.tokens for completion in completions])
 
 
-def test_a_report_that_raises_ends_its_own_call_alone(policy32, monkeypatch):
+@pytest.mark.filterwarnings("ignore:no request succeeded")
+def test_events_without_their_text_are_told_and_cost_nobody_an_answer(policy32, monkeypatch):
     """A tokenizer reads the text of events, and a reward may have no use for it."""
     tokenizer = tiny_tokenizer(VOCAB)
-    engine = StarsEngine(policy32, Sums(), tokenizer=tokenizer)
-    expected, decode = engine.generate(PROMPTS, CONFIG, seed=5).completions, tokenizer.decode
-    other = Job(engine.prepare(Arguments(PROMPTS, CONFIG, seed=5)), None)
+    engine, config = StarsEngine(policy32, Sums(), tokenizer=tokenizer), CONFIG.replace(ignore_eos=True)
+    expected, decode = engine.generate(PROMPTS, config, seed=5).completions, tokenizer.decode
+    other = Job(engine.prepare(Arguments(PROMPTS, config, seed=5)), None)
     engine.core.submit(other)
 
     def picky(ids, **kwargs):
@@ -449,9 +450,73 @@ def test_a_report_that_raises_ends_its_own_call_alone(policy32, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer, "decode", picky)
-        with pytest.raises(ArithmeticError, match="not today"):
-            list(engine.stream(PROMPTS, CONFIG, seed=6))
+        events = list(engine.stream(PROMPTS, config, seed=5))
+    for row, ids in enumerate(expected):
+        own = [event for event in events if event.index == row]
+        assert [token for event in own for token in event.segment.tokens] == ids
+        assert [event.error for event in own[:-1]] == [None] * (len(own) - 1) and own[-1].finish_reason == "length"
+        assert "could not be decoded: the tokenizer raised ArithmeticError: not today" in own[-1].error
     while not other.over:
         engine.core.step()
     assert engine.output(other).completions == expected
     assert engine.policy.tree.nodes == 0
+
+
+def test_a_text_that_cannot_be_decoded_costs_that_text_alone(policy32, monkeypatch):
+    tokenizer = tiny_tokenizer(VOCAB)
+    engine = StarsEngine(policy32, Sums(), tokenizer=tokenizer)
+    good, decode = engine.generate(PROMPTS, CONFIG, seed=5), tokenizer.decode
+
+    def picky(ids, **kwargs):
+        if list(ids) == good.completions[BAD]:
+            raise ArithmeticError("not today")
+        return decode(ids, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "decode", picky)
+    with pytest.warns(UserWarning, match=f"1 of {len(PROMPTS)} requests failed.*could not be decoded"):
+        out = engine.generate(PROMPTS, CONFIG, seed=5)
+    assert (out.completions, out.rewards, out.finish_reasons) == (good.completions, good.rewards, good.finish_reasons)
+    assert out.texts == ["" if row == BAD else text for row, text in enumerate(good.texts)]
+    assert [error is not None for error in out.errors] == [row == BAD for row in range(len(PROMPTS))]
+    with pytest.raises(RuntimeError, match=rf"prompts\[{BAD}\]: its text") as raised:
+        engine.generate(PROMPTS, CONFIG, seed=5, on_error="raise")
+    assert isinstance(raised.value.__cause__, ArithmeticError)
+
+
+class Failing(list):
+    """A streamer that takes so many pieces."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.ended = most, False
+
+    def put(self, ids):
+        if len(self) == self.most:
+            raise ArithmeticError("not today")
+        self.append(ids.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_streamer_that_cannot_end_leaves_the_answer_whole(policy32):
+    class Endless(Failing):
+        def end(self):
+            raise ArithmeticError("not today")
+
+    engine = StarsEngine(policy32, sum_reward)
+    whole = engine.generate(PROMPTS[:1], CONFIG, seed=5)
+    with pytest.warns(UserWarning, match="the streamer could not be ended: it raised ArithmeticError: not today"):
+        out = engine.generate(PROMPTS[:1], CONFIG, seed=5, streamer=Endless(99))
+    assert (out.completions, out.finish_reasons) == (whole.completions, whole.finish_reasons)
+
+
+def test_a_streamer_that_raises_leaves_what_there_is_of_the_answer(policy32):
+    engine = StarsEngine(policy32, sum_reward)
+    whole = engine.generate(PROMPTS[:1], CONFIG, seed=5)
+    streamer = Failing(2)  # the prompt and a segment
+    with pytest.warns(UserWarning, match="the streamer raised ArithmeticError: not today"):
+        out = engine.generate(PROMPTS[:1], CONFIG, seed=5, streamer=streamer)
+    assert streamer.ended and out.finish_reasons == ["error"] and "ArithmeticError" in out.errors[0]
+    assert out.completions[0] and out.completions[0] == whole.completions[0][: len(out.completions[0])]
+    assert engine.core.open_calls == 0 and engine.policy.tree.nodes == 0

@@ -240,18 +240,17 @@ def test_stop_strings_of_the_call_reach_decoding_with_the_calls_tokenizer():
 
 def processed_scores(policy, reward=sum_reward, **kwargs):
     """Per row, the logits that were sampled from at each step of the text that was returned."""
-    engine_runs = []
-    run = StarsEngine.run
+    outputs = []
+    output = StarsEngine.output
 
-    def watch(self, arguments, streamer=None, progress=False):
-        out = run(self, arguments, streamer, progress)
-        engine_runs.append(out)
-        return out
+    def watch(self, job, texts=True):
+        outputs.append(output(self, job, texts))
+        return outputs[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StarsEngine, "run", watch)
+        patch.setattr(StarsEngine, "output", watch)
         facade(policy, reward, seed=0, **kwargs)  # a PAD that is drawn would repeat the padding, as in transformers
-    return engine_runs[0]
+    return outputs[0]
 
 
 @torch.no_grad()

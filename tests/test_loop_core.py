@@ -13,6 +13,7 @@ from stars_fast import StarsConfig, StarsEngine
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.job import Job
 from stars_fast.loop.core import Size
+from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward
 
 VOCAB = 32
@@ -147,36 +148,103 @@ def test_a_reward_that_calls_its_own_engine_is_told_so():
     assert_nothing_left(engine)
 
 
-@pytest.mark.parametrize("hook", ["commit", "discard", "close"])
-def test_a_reward_whose_hook_raises_ends_the_call_and_the_next_one_works(hook):
+HOOKS = [
+    ("commit", "stars"),
+    ("discard", "stars"),
+    ("close", "stars"),
+    ("commit", "best_of_n"),
+    ("discard", "particle_filter"),
+    ("close", "particle_filter"),
+    ("fork", "particle_filter"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:1 of 3 requests failed")
+@pytest.mark.parametrize("hook, method", HOOKS)
+def test_a_reward_whose_hook_raises_for_one_prompt_costs_that_one_alone(hook, method):
     class Raising(Sums):
-        healthy = False
+        bad = PROMPTS[1]
 
-    def fail(self, *args):
-        if not self.healthy:
-            raise ArithmeticError("the books do not balance")
+        def told(self, one):
+            response = getattr(one, "response", one)
+            if response.prompt.source == self.bad:
+                raise ArithmeticError("the books do not balance")
+            return super().fork(one) if hook == "fork" else None
 
-    setattr(Raising, hook, fail)
-    engine = make_engine(Raising())
-    with pytest.raises(ArithmeticError, match="the books"):
-        engine.generate(PROMPTS, CONFIG, seed=1)
+    setattr(Raising, hook, Raising.told)
+    engine, config = make_engine(Raising()), CONFIG.replace(base_reward=0.0)  # no empty answers
+    expected = make_engine().generate(PROMPTS, config, seed=1, method=method)
+    out = engine.generate(PROMPTS, config, seed=1, method=method)
+    assert f"the reward's {hook} raised ArithmeticError: the books do not balance" in out.errors[1]
+    whole = out.finish_reasons[1] != "error"  # it had ended by then
+    assert out.completions[1] == expected.completions[1][: len(out.completions[1])]
+    assert not whole or out.completions[1] == expected.completions[1]
+    for row in (0, 2):
+        assert (out.completions[row], out.errors[row]) == (expected.completions[row], None)
     assert_nothing_left(engine)
-    engine.reward.healthy = True
-    assert engine.generate(PROMPTS, CONFIG, seed=1).completions == alone(PROMPTS, 1)
+    engine.reward.bad = None
+    assert engine.generate(PROMPTS, config, seed=1, method=method).completions == expected.completions
     assert_nothing_left(engine)
 
 
-def test_what_breaks_for_all_is_told_to_all_and_a_later_call_works(monkeypatch):
+def lasting(policy, least):
+    """A forward pass of proposals that fails for good once so many have been made."""
+    propose, calls = policy.propose, itertools.count()
+
+    def failing(leaves):
+        return propose(leaves) if next(calls) < least else 1 / 0
+
+    return failing
+
+
+@pytest.mark.filterwarnings("ignore:a heartbeat broke off")
+def test_what_breaks_for_all_leaves_whole_what_had_ended_and_a_later_call_works(monkeypatch):
     engine = make_engine()
+    expected = [alone(PROMPTS, 1), alone(OTHERS, 2)]
     streams = [engine.stream(PROMPTS, CONFIG, seed=1), engine.stream(OTHERS, CONFIG, seed=2)]
-    for stream in streams:
-        next(stream)
+    events = [[next(stream)] for stream in streams]
     with monkeypatch.context() as patch:
-        patch.setattr(engine.policy, "propose", lambda leaves: 1 / 0)
-        for stream in streams:
-            with pytest.raises(ZeroDivisionError):
-                list(stream)
+        patch.setattr(engine.policy, "propose", lasting(engine.policy, 3))
+        with pytest.warns(UserWarning, match=r"requests failed|no request succeeded"):
+            for told, stream in zip(events, streams, strict=True):
+                told += stream
+    ends = [event for told in events for event in told if event.finish_reason is not None]
+    assert len(ends) == len(PROMPTS) + len(OTHERS)
+    assert {event.finish_reason for event in ends} == {"length", "error"}
+    assert all("ZeroDivisionError" in event.error for event in ends if event.finish_reason == "error")
+    for told, texts in zip(events, expected, strict=True):
+        for event in told:
+            if event.finish_reason == "length":
+                assert text(told, event.index) == texts[event.index]
     assert engine.generate(PROMPTS, CONFIG, seed=1).completions == alone(PROMPTS, 1)
+    assert_nothing_left(engine)
+
+
+@pytest.mark.filterwarnings("ignore:a heartbeat broke off")
+@pytest.mark.parametrize("settings", [dict(), dict(target_reward=None)], ids=["explicit", "calibrated"])
+def test_what_breaks_for_all_is_raised_where_errors_are_and_reaches_who_has_only_pilots(monkeypatch, settings):
+    engine = make_engine()
+    monkeypatch.setattr(engine.policy, "propose", lambda leaves: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(PROMPTS, CONFIG, seed=1, on_error="raise", **settings)
+    with pytest.warns(UserWarning, match="no request succeeded.*what all requests share failed: ZeroDivisionError"):
+        out = engine.generate(PROMPTS, CONFIG, seed=1, **settings)
+    assert out.finish_reasons == ["error"] * 3 and out.completions == [[]] * 3
+    assert_nothing_left(engine)
+
+
+def test_a_step_that_fails_once_is_taken_again(monkeypatch, caplog):
+    engine, propose, calls = make_engine(), Policy.propose, itertools.count(1)
+
+    def once(self, leaves):
+        return propose(self, leaves) if next(calls) != 2 else 1 / 0
+
+    monkeypatch.setattr(Policy, "propose", once)
+    with pytest.warns(UserWarning, match="broke off, and is taken again.*ZeroDivisionError"):
+        out = engine.generate(PROMPTS, CONFIG, seed=1)
+    assert out.errors == [None] * 3 and "in once" in caplog.text  # with its traceback
+    monkeypatch.undo()
+    assert out.completions == alone(PROMPTS, 1)
     assert_nothing_left(engine)
 
 

@@ -1,6 +1,7 @@
 """A reward that fails ends the request it fails for, and no other."""
 
 import math
+import traceback
 import warnings
 
 import pytest
@@ -89,11 +90,33 @@ def test_a_reward_that_always_fails_ends_every_request(policy32):
     assert all("the judge is out" in error for error in out.errors)
 
 
-def test_one_that_succeeds_is_no_reason_to_warn(policy32):
+def test_one_warning_says_how_many_failed_and_the_log_has_the_traceback(policy32, caplog):
     engine = StarsEngine(policy32, fails_after_one_segment("raises"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         assert "error" in engine.generate(PROMPTS, CONFIG, seed=SEEDS).finish_reasons
+    (warning,) = [str(one.message) for one in told]
+    assert "1 of 4 requests failed" in warning and "the judge is out" in warning
+    (record,) = caplog.records
+    assert record.name == "stars_fast" and "prompts[2]" in record.message and "in reward" in caplog.text
+
+
+def test_the_log_has_one_of_a_kind(policy32, caplog):
+    def reward(completions):
+        raise RuntimeError("the judge is out")
+
+    with pytest.warns(UserWarning, match="no request succeeded"):
+        StarsEngine(policy32, reward).generate(PROMPTS, CONFIG, seed=SEEDS)
+    assert len(caplog.records) == 1
+
+
+def test_what_is_raised_has_the_users_own_exception_as_its_cause(policy32):
+    engine = StarsEngine(policy32, fails_after_one_segment("raises"))
+    with pytest.raises(RuntimeError, match=r"prompts\[2\]: .*the judge is out") as raised:
+        engine.generate(PROMPTS, CONFIG, seed=SEEDS, on_error="raise")
+    cause = raised.value.__cause__
+    assert str(cause) == "the judge is out" and raised.traceback  # in the user's own frame
+    assert any(frame.name == "reward" for frame in traceback.extract_tb(cause.__traceback__))
 
 
 def test_a_reward_that_fails_once_is_retried(policy32):

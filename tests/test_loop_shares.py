@@ -63,6 +63,16 @@ def test_values_never_grow_and_are_larger_for_who_is_seldom_accepted():
     assert sum(row_values(0.05, 20, 10.0)) > sum(row_values(0.5, 20, 10.0))
 
 
+@pytest.mark.parametrize("acceptance", [0.02, 0.3, 0.98])
+def test_attempts_that_are_never_used_cost_no_time_and_change_no_share(acceptance):
+    """Tables end where candidates are hardly ever reached, and are shared from there on."""
+    values = row_values(acceptance, 10**9, 4.0)
+    assert len(values) < 500 and values == row_values(acceptance, 5_000, 4.0)
+    costs = np.arange(256) * 1.0
+    assert share_rows([values], costs) == share_rows([row_values(acceptance, 300, 4.0)], costs)
+    assert share_evenly([10**9] * 3, 8) == [3, 3, 2]
+
+
 def test_a_fixed_number_of_candidates_is_shared_out_evenly():
     assert share_evenly([4, 4, 4], 12) == [4, 4, 4]
     assert share_evenly([4, 4, 4], 9) == [3, 3, 3]

@@ -1,5 +1,6 @@
 """One thread at a time has its turn; whoever wants a short one comes before those who want long ones."""
 
+import sys
 import threading
 from itertools import count
 
@@ -56,3 +57,37 @@ def test_whoever_has_the_turn_is_refused_another_and_nobody_else_can_end_it():
     assert turn.mine and not turn.try_acquire()
     assert not turn.release(unless=lambda: True) and turn.mine
     assert turn.release() and not turn.mine
+
+
+@pytest.mark.parametrize("line", range(1, 7))
+def test_an_interrupt_within_the_end_of_a_turn_leaves_nobody_waiting(line):
+    """Before any line of it: whoever was interrupted ends the turn once more in a finally.
+
+    Python looks for signals after calls, so none comes between the body of a with and its end.
+    """
+    turn, met = Turn(), set()
+    assert turn.acquire(short=False)
+    waiter = threading.Thread(target=lambda: (turn.acquire(short=False), turn.release()), daemon=True)
+    waiter.start()
+    while not turn._changed._waiters:
+        waiter.join(0.001)
+
+    def trace(frame, event, argument):
+        if event == "line" and frame.f_code is Turn.release.__code__ and frame.f_lineno not in met:
+            met.add(frame.f_lineno)
+            if len(met) == line:
+                raise KeyboardInterrupt
+        return trace
+
+    try:
+        sys.settrace(trace)
+        try:
+            turn.release()
+        finally:
+            sys.settrace(None)
+            turn.release()
+    except KeyboardInterrupt:
+        pass
+    waiter.join(5)
+    assert not waiter.is_alive() and not turn.mine
+    assert turn._lock.acquire(timeout=5)

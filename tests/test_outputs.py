@@ -1,5 +1,8 @@
 """Every field that comes back: sequences, completions, segments, rewards, log-probabilities, statistics."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import tiny_reward
@@ -13,6 +16,7 @@ from transformers import (
 )
 
 from stars_fast import StarsConfig, StarsEngine
+from stars_fast.outputs import Cause
 
 VOCAB, EOS = 32, 31
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
@@ -161,3 +165,19 @@ def test_one_at_a_time_discards_exactly_the_attempts_that_were_looked_at(engine)
     wasted = sum((s.attempts - 1) * len(s.tokens) for row in out.segments for s in row)
     assert wasted > 0
     assert out.stats["discarded_tokens"] == wasted
+
+
+def test_a_cause_keeps_its_exception_and_its_copies_are_words():
+    cause = Cause.of(KeyError("no such column"), "the reward raised ")
+    assert cause == "the reward raised KeyError: 'no such column'" and isinstance(cause.exception, KeyError)
+    behind = cause.after("calibration: ")
+    assert behind.exception is cause.exception and behind.startswith("calibration: the reward")
+    assert type(pickle.loads(pickle.dumps(cause))) is type(copy.deepcopy(cause)) is str
+
+
+def test_a_cause_can_be_of_an_exception_that_cannot_say_what_it_is():
+    class Mute(Exception):
+        def __str__(self):
+            raise TypeError
+
+    assert Cause.of(Mute()) == "Mute: (what it says cannot be read: TypeError)"

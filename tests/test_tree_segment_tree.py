@@ -400,3 +400,12 @@ def test_plan_of_nothing_is_empty():
 def test_capacity_out_of_range_is_refused(capacity):
     with pytest.raises(ValueError, match=f"capacity is {capacity}"):
         SegmentTree(capacity)
+
+
+def test_a_plan_whose_tables_cannot_be_sent_leaves_no_branches(monkeypatch):
+    tree = SegmentTree(16)
+    (leaf,) = plan(tree, [-1], [1], [3], "cpu").branches
+    monkeypatch.setattr("stars_fast.tree.segment_tree.torch.from_numpy", lambda array: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plan(tree, [leaf], [2], [4, 4], "cpu")
+    assert (tree.nodes, tree.free_slots) == (1, 12)

@@ -12,7 +12,8 @@ from stars_fast.loop.caller import Size
 from stars_fast.loop.pilot import ACCEPTANCE, Pilot, read_pilot, solve
 from stars_fast.loop.request import Request
 from stars_fast.loop.stream import new_events
-from stars_fast.outputs import SegmentEvent
+from stars_fast.notices import log
+from stars_fast.outputs import Cause, SegmentEvent, as_cause
 
 
 class Job:
@@ -41,6 +42,8 @@ class Job:
         By prompt.
     error : BaseException or None
         What ended the job as a whole.
+    failed : dict of int to Cause
+        What went wrong, by row of the output. The first has its exception; of the others the log has one of a kind.
     over : bool
         Whether nothing more will come.
     """
@@ -64,6 +67,8 @@ class Job:
         self.error: BaseException | None = None
         self.aborted = False  # the caller has asked for its end
         self.over = False
+        self.failed: dict[int, Cause] = {}
+        self._logged: set[type] = set()
         self._started = time.perf_counter()
 
     @property
@@ -85,14 +90,18 @@ class Job:
 
     def moved(self, request: Request) -> Sequence[Request]:
         if not request.terms.pilot:
-            self.events += new_events(request, self.tokenizer)
-            self.notify()
+            self._tell(request)
             return []
         i = request.prompt_index
         if i not in self._drawn or any(one.finish_reason is None for one in self._drawn[i]):
             return []  # several may end in one heartbeat
-        pilot = self.pilots[i] = read_pilot(self._drawn[i], self.call.config)
-        further = self._guided(i, solve(pilot, self.call.config, ACCEPTANCE)) if self.guided else []
+        try:
+            pilot = read_pilot(self._drawn[i], self.call.config)
+            pilot = solve(pilot, self.call.config, ACCEPTANCE) if self.guided else pilot
+        except Exception as error:
+            pilot = Pilot(error=Cause.of(error, "calibration: "))
+        self.pilots[i] = pilot
+        further = self._guided(i, pilot) if self.guided else []
         del self._drawn[i]
         if not self._drawn:
             self.stats.calibration_seconds = time.perf_counter() - self._started
@@ -103,9 +112,56 @@ class Job:
         for request in requests:
             self.requests[request.index] = request
             if request.finish_reason is not None:
-                self.events += new_events(request, self.tokenizer)
-                self.notify()
+                self._tell(request)
         return [request for request in requests if request.finish_reason is None]
+
+    def _tell(self, request: Request) -> None:
+        """Events of a request that has moved or ended."""
+        self.events += new_events(request, self.tokenizer)
+        if request.error is not None and request.finish_reason != "abort":
+            self.note(request)
+        self.notify()
+
+    def note(self, request: Request) -> None:
+        """A request has come to an error: what is known of it goes into the log, and is kept of the first."""
+        if request.index in self.failed:  # whoever is interrupted is told again
+            return
+        cause = as_cause(request.error or "")
+        error = cause.exception
+        if error is not None and type(error) not in self._logged:
+            self._logged.add(type(error))
+            log(f"prompts[{request.prompt_index}]: {cause}", error)
+        # An exception holds its frames, and they what they worked on.
+        request.error = self.failed[request.index] = Cause(str(cause)) if self.failed else cause
+
+    @property
+    def first_failure(self) -> Cause:
+        """What went wrong first."""
+        return next(iter(self.failed.values()))
+
+    def break_off(self, cause: Cause) -> None:
+        """The only answer's reader has failed: what there is of it stands, with this error."""
+        (request,) = self.requests
+        if request is None:
+            return
+        if request.finish_reason is None or request.finish_reason == "abort":
+            request.finish_reason, request.reward = "error", float("nan")
+        request.error = cause
+        self.note(request)
+
+    def fail(self, error: Exception, live: Sequence[Request]) -> None:
+        if not self.guided or self.call.arguments.on_error == "raise":
+            return self.end(error)
+        cause, left = Cause.of(error, "what all requests share failed: "), deque(live)
+        try:
+            while left:
+                request = left.popleft()
+                if request.finish_reason is None:
+                    request.error, request.finish_reason, request.reward = cause, "error", float("nan")
+                left += self.moved(request)
+        except Exception as another:
+            return self.end(another)
+        self.end(None)
 
     def end(self, error: BaseException | None) -> None:
         if self.over:

@@ -39,5 +39,8 @@ class Caller(Protocol):
     def moved(self, request: Request) -> Sequence[Request]:
         """A request has committed a segment, or has ended. Returns further ones."""
 
+    def fail(self, error: Exception, live: Sequence[Request]) -> None:
+        """What all callers share has failed for good: nothing comes of these requests but what they have."""
+
     def end(self, error: BaseException | None) -> None:
         """All its requests have ended, or were ended because of ``error``."""

@@ -7,12 +7,13 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from stars_fast.loop.caller import Caller, Size
 from stars_fast.loop.enumeration import Enumeration
 from stars_fast.loop.heartbeat import Loop
+from stars_fast.loop.memory import is_lack_of_memory
 from stars_fast.loop.one_answer import OneAnswer
 from stars_fast.loop.persona import SelfJudging
 from stars_fast.loop.population import Populations
@@ -23,6 +24,8 @@ from stars_fast.loop.scheduler import Scheduler
 from stars_fast.loop.trials import Trials
 from stars_fast.loop.trunks import Trunks
 from stars_fast.loop.turn import Turn
+from stars_fast.notices import log, warn
+from stars_fast.outputs import Cause
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards.base import Reward
 from stars_fast.stays import Stays
@@ -206,11 +209,15 @@ class Core(Stays):
                     while self._gone:
                         self._withdraw(*self._gone[0])
                         self._gone.popleft()
-                    if self.loop is not None and not self._callers and not self._held:
-                        self._shut()
-                except Exception as error:  # of a scorer that lets go of somebody
+                    if self.loop is not None and not self._callers:
+                        if not self._held:
+                            self._shut()
+                        elif self.reward.unsure and self.reward.tree_models:
+                            self._renew_reward()
+                except Exception as error:  # of a scorer that cannot end its session
                     self._gone.clear()
                     self._fail_all(error)
+                    warn(f"a session could not be ended: {Cause.of(error)}")
                 if self._turns.release(unless=lambda: bool(self._gone)):
                     return
         finally:
@@ -255,6 +262,7 @@ class Core(Stays):
             stack.enter_context(plugged(policy.model))
             stack.callback(self.reward.end)
             self.reward.begin(size.prompts, size.max_new_tokens, size.rows, self.kv_cache_tokens)
+            self.reward.unsure = False
             self._stack = stack.pop_all()
         scheduler = Scheduler(self.max_rows, tokens, self.cost, policy.graphs.enabled)
         if policy.sharded:  # every process must plan alike, and each has a clock of its own
@@ -282,7 +290,7 @@ class Core(Stays):
                 self.loop.heartbeat()
             self._deliver()
         except Exception as error:  # of the models, or of what serves all: nobody's alone
-            self._fail_all(error)
+            self._take_again(error)
         except BaseException:  # somebody's interrupt, in the midst of everybody's work
             try:
                 self._start_over()
@@ -386,17 +394,48 @@ class Core(Stays):
         for request in list(live):
             self._out(caller, request)
         del self._callers[caller]
-        self.reward.forget(caller.size.prompts)
+        try:
+            self.reward.forget(caller.size.prompts)
+        except Exception as raised:  # its answers are whole
+            self.reward.unsure = True
+            caller.end(error)
+            log("the reward could not forget prompts", raised)
+            warn(f"the reward's forget raised {Cause.of(raised)}")
         caller.end(error)
+
+    def _take_again(self, error: Exception) -> None:
+        """A step failed: once more from what is committed, unless the one before failed, too.
+
+        Processes that share a model must all do alike, and what failed in one of them has not in the others.
+        """
+        loop = self.loop
+        if loop is None or self.policy.sharded:
+            return self._fail_all(error)
+        smaller = is_lack_of_memory(error) and loop.scheduler.shrink(0, loop.scheduler.max_rows)
+        if loop.broke_off and not smaller:
+            return self._fail_all(error)
+        loop.broke_off = True
+        cause = Cause.of(error)
+        log(f"a heartbeat broke off, and all requests go on from what they have committed: {cause}", error)
+        try:
+            self._start_over()
+        except BaseException as another:
+            self._fail_all(another if isinstance(another, Exception) else error)
+            if not isinstance(another, Exception):
+                raise
+        if not smaller:  # last: a warning may be an error
+            warn(f"a heartbeat broke off, and is taken again (its traceback is in the log 'stars_fast'): {cause}")
 
     def _fail_all(self, error: Exception) -> None:
         """Nothing is known of the trees any more: all callers end, and the next finds an open core."""
-        callers, held, size = list(self._callers), self._held, self._size
+        callers, held, size = list(self._callers.items()), self._held, self._size
         self._callers, self._caller_of = {}, {}
-        with suppress(Exception):  # the first cause is told
+        try:
             self._shut()
-        for place, caller in enumerate(callers):
-            caller.end(error if not place else _of_its_own(error))
+        except Exception as another:  # the first cause is told
+            log("what was open could not be closed", another)
+        for place, (caller, live) in enumerate(callers):
+            caller.fail(_of_its_own(error) if place else error, sorted(live, key=lambda request: request.id))
         if held:
             self._open(size)
 
@@ -405,10 +444,15 @@ class Core(Stays):
         if self.loop is None:
             return
         self.loop.start_over(request for request in self._caller_of if request.finish_reason is None)
+        self._renew_reward()
+
+    def _renew_reward(self) -> None:
+        """Another session of the reward's, with nothing left in its trees."""
+        assert self.loop is not None
         size = self._size
         self.reward.end()
         self.reward.begin(size.prompts, size.max_new_tokens, size.rows, self.kv_cache_tokens)
-        self.loop.counted = 0
+        self.reward.unsure, self.loop.counted = False, 0
         for caller in self._callers:
             self.reward.open(caller.size.prompts, caller.size.max_new_tokens)
 

@@ -15,7 +15,7 @@ from stars_fast.loop.row_cost import Heartbeat, Timing
 from stars_fast.methods.base import Method
 from stars_fast.methods.stars import base_reward
 from stars_fast.notices import warn
-from stars_fast.outputs import Stats
+from stars_fast.outputs import Cause, Stats, as_cause
 from stars_fast.policy.leaf import Draw
 from stars_fast.rewards.base import Completion, Response, Reward, Scores, score_each
 from stars_fast.tree.attention import evaluating, own_dtypes
@@ -32,6 +32,7 @@ class Loop(Queue):
 
     on_heartbeat: Callable[[Heartbeat], None] | None = None
     counted = 0  # of the reward's tokens, those that stand in somebody's statistics
+    broke_off = False  # the heartbeat before this one
     _prepared = -1  # captures and compilations so far; the first round has too many to be a measure
 
     @torch.no_grad()
@@ -55,6 +56,7 @@ class Loop(Queue):
             self.judge(drawn, self.score(drawn))
             self.drop_finished()
             self.note(drawn, started, proposed, self.reward.tokens - scored, self.committed - before)
+            self.broke_off = False
             return
         # Out here nothing of the failed pass is alive: an exception holds its frames, and they their tensors.
         self.retreat(large)
@@ -64,7 +66,7 @@ class Loop(Queue):
         new = [request for request in joined if request.base is None]
         needs = list(dict.fromkeys(request.prompt for request in new if request.prompt.empty_reward is None))
         empty = [Completion(Response(prompt.reward_prompt), [], tokenizer=self.tokenizer) for prompt in needs]
-        errors: dict[PromptNode, str] = {}
+        errors: dict[PromptNode, Cause] = {}
         if empty and self.reward.needs_hidden_state:
             with passing(rows=len(needs)):
                 hidden = self.trunks.policy.hidden_at_end([p.node for p in needs], [p.ids[-1] for p in needs])
@@ -72,14 +74,18 @@ class Loop(Queue):
                 completion.hidden = row
         if empty:
             for prompt, completion, (value, error) in zip(needs, empty, score_each(self.reward, empty), strict=True):
-                self.reward.discard(completion)
-                self.reward.close(completion.response)
+                try:
+                    self.reward.discard(completion)
+                    self.reward.close(completion.response)
+                except Exception as raised:
+                    self.reward.unsure = True
+                    error = error or Cause.of(raised, "the reward raised ")
                 prompt.empty_reward = value
                 if error is not None or value == float("-inf"):
-                    errors[prompt] = error or "it is -inf: set base_reward, alpha=1 or target_reward=None"
+                    errors[prompt] = as_cause(error or "it is -inf: set base_reward, alpha=1 or target_reward=None")
         for request in new:
             if request.prompt in errors:
-                self.fail(request, f"the empty answer could not be scored: {errors[request.prompt]}")
+                self.fail(request, errors[request.prompt].after("the empty answer could not be scored: "))
                 request.prompt.empty_reward = None
             elif request.prompt.empty_reward is not None:
                 request.base = base_reward(request.prompt.empty_reward, request.target, request.terms.config.alpha)
@@ -143,7 +149,7 @@ class Loop(Queue):
                 try:
                     one.parts = self.reward.parts(one.completion) if one.error is None else None
                 except Exception as error:
-                    one.error = f"the reward's parts raised {type(error).__name__}: {error}"
+                    one.error = Cause.of(error, "the reward's parts raised ")
         by_method: dict[int, list[Candidate]] = {}
         for one in sound:
             if one.error is None:
@@ -220,20 +226,20 @@ class Loop(Queue):
 
 def _set_values(method: Method, candidates: Sequence[Candidate]) -> None:
     """What the selection compares. Where the method raises for all at once, each request's are asked for alone."""
-    with ExitStack() as stack:
-        for network in method.networks:
-            stack.enter_context(evaluating(network) if isinstance(network, torch.nn.Module) else nullcontext())
-        try:
+    try:
+        with ExitStack() as stack:
+            for network in method.networks:
+                stack.enter_context(evaluating(network) if isinstance(network, torch.nn.Module) else nullcontext())
             for one, value in zip(candidates, method.values(candidates), strict=True):
                 one.score = value
-        except Exception as error:
-            answers = dict.fromkeys(one.answer for one in candidates)
-            if len(answers) == 1:
-                for one in candidates:
-                    one.error = f"method={method.name!r} raised {type(error).__name__}: {error}"
-            else:
-                for answer in answers:
-                    _set_values(method, [one for one in candidates if one.answer is answer])
+    except Exception as error:
+        answers = dict.fromkeys(one.answer for one in candidates)
+        if len(answers) == 1:
+            for one in candidates:
+                one.error = Cause.of(error, f"method={method.name!r} raised ")
+        else:
+            for answer in answers:
+                _set_values(method, [one for one in candidates if one.answer is answer])
 
 
 def _shared_out(parts: dict[Stats, int], total: int) -> Iterator[tuple[Stats, int]]:

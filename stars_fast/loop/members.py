@@ -62,7 +62,7 @@ class Members(OneAnswer):
             processor=request.processor,
             stop=request.stop,
         )
-        member.strategy = self
+        member.strategy, member.owner = self, request
         return member
 
     def settle(self, request: Request, winner: Request, segments: list[SegmentTrace]) -> None:

@@ -12,7 +12,7 @@ from stars_fast.loop.request import Candidate, Drawn, PromptNode, Request, Tree,
 from stars_fast.loop.selection import first_accepted
 from stars_fast.loop.trunks import Trunks
 from stars_fast.ops.select_and_commit import EARLIER, GOES_ON, INVALID, STOP
-from stars_fast.outputs import SegmentTrace
+from stars_fast.outputs import Cause, SegmentTrace
 from stars_fast.policy.leaf import Draw, Leaf, RowProcessor
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards.base import Completion, Response
@@ -133,7 +133,7 @@ class OneAnswer:
                         draw.cut(length)
                         break
         except Exception as raised:
-            error = error or f"{type(raised).__name__}: {raised}"
+            error = error or Cause.of(raised)
         length = len(answer.tokens) + len(draw.tokens)
         finished = ended or length == answer.terms.config.max_new_tokens
         completion = Completion(answer.response, draw.tokens, finished, eos, self.queue.tokenizer)
@@ -182,7 +182,7 @@ class OneAnswer:
         dropped = [candidate for candidate in candidates if candidate is not keep]
         self.trunks.policy.tree.release_all([one.draw.node for one in dropped if one.draw.node >= 0])
         for candidate in dropped:
-            self.reward.discard(candidate.completion)
+            self.queue.tell(candidate.answer, "discard", candidate.completion)
 
     def commit(self, answer: Request, chosen: Candidate, accepted: bool) -> None:
         """The chosen branch becomes the answer's leaf; its last token waits for the next heartbeat's forward pass.
@@ -191,7 +191,7 @@ class OneAnswer:
         """
         draw = chosen.draw
         self.queue.committed += len(draw.tokens)
-        self.reward.commit(chosen.completion)
+        self.queue.tell(answer, "commit", chosen.completion)
         self.grow(answer, chosen)
         trace = (draw.tokens, chosen.reward, chosen.threshold, answer.attempts, accepted, sum(draw.logprobs))
         answer.segments.append(SegmentTrace(*trace, chosen.parts))
@@ -233,7 +233,7 @@ class OneAnswer:
 
     def reopen(self, answer: Request) -> None:
         """The scorer forgets the answer: a response that waits does not grow."""
-        self.reward.close(answer.response)
+        self.queue.tell(answer, "close", answer.response)
         answer.response = Response(answer.prompt.reward_prompt, list(answer.tokens), ends=list(answer.response.ends))
         if answer.best is not None:
             answer.best.completion.response = answer.response
@@ -241,10 +241,10 @@ class OneAnswer:
     def close(self, request: Request) -> None:
         if request.best is not None:
             self.give_back(request)
-            self.reward.discard(request.best.completion)
+            self.queue.tell(request, "discard", request.best.completion)
             request.best = None
         self.trunks.give_back(request.trunk, request.tokens)
-        self.reward.close(request.response)
+        self.queue.tell(request, "close", request.response)
 
     def drop(self, request: Request) -> None:
         request.attempts, request.best, request.best_attempt = 0, None, -1

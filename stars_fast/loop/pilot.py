@@ -15,6 +15,7 @@ from statistics import fmean, pstdev
 from stars_fast.config import StarsConfig
 from stars_fast.loop.request import Request
 from stars_fast.methods.stars import acceptance_probability, base_reward, target_for, threshold
+from stars_fast.outputs import as_cause
 
 PILOT_SAMPLES = 8
 # Share of candidates accepted: aimed at where targets are calibrated, and expected before anything is seen.
@@ -148,7 +149,7 @@ def read_pilot(requests: Sequence[Request], config: StarsConfig) -> Pilot:
     """Collect the partial rewards of one prompt's pilot responses; ``config`` is the caller's."""
     error = next((request.error for request in requests if request.error is not None), None)
     if error is not None:
-        return Pilot(error=f"calibration: {error}")
+        return Pilot(error=as_cause(error).after("calibration: "))
     responses = []
     for request in requests:
         tokens, run = 0, []

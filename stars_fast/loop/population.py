@@ -11,6 +11,8 @@ from stars_fast.loop.members import Members
 from stars_fast.loop.request import Candidate, Drawn, Request
 from stars_fast.methods.base import Population
 from stars_fast.ops.philox import Stream, uniform
+from stars_fast.outputs import Cause
+from stars_fast.rewards.base import Reward
 
 
 class Populations(Members):
@@ -43,7 +45,7 @@ class Populations(Members):
                 try:
                     places = _method(request).select(values, self._uniforms(request))
                 except Exception as raised:
-                    error = f"method={_method(request).name!r} raised {type(raised).__name__}: {raised}"
+                    error = Cause.of(raised, f"method={_method(request).name!r} raised ")
             if error is not None:
                 self.roll_back([candidate for _, candidate in pairs])
                 self.queue.fail(request, error)
@@ -71,7 +73,7 @@ class Populations(Members):
         self.roll_back([candidate for i, (_, candidate) in enumerate(drawn, len(finished)) if i not in chosen])
         for parent in parents:
             self.trunks.give_back(parent.trunk, parent.tokens)
-            self.reward.close(parent.response)
+            self.queue.tell(parent, "close", parent.response)
         self.members[request], request.attempts = members, request.attempts + 1
         if not self.leaves(request):
             winner = max(members, key=lambda answer: answer.reward)
@@ -96,7 +98,12 @@ class Populations(Members):
         twin.segments = list(answer.segments)
         twin.logprobs, twin.sampling_logprobs = list(answer.logprobs), list(answer.sampling_logprobs)
         twin.trunk = self.trunks.fork(answer.trunk)
-        twin.response = self.reward.fork(answer.response)
+        try:
+            twin.response = self.reward.fork(answer.response)
+        except Exception as error:
+            self.reward.unsure = True
+            self.queue.broken[request] = Cause.of(error, "the reward's fork raised ")
+            twin.response = Reward.fork(self.reward, answer.response)
         return twin
 
 

@@ -11,7 +11,8 @@ from stars_fast.loop.request import Request, Strategy, Tree, Trunk
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.loop.trunks import Trunks
 from stars_fast.notices import warn
-from stars_fast.rewards.base import Reward, RewardPrompt
+from stars_fast.outputs import Cause
+from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt
 
 _order = attrgetter("order")
 
@@ -38,6 +39,9 @@ class Queue:
         self.encoding: list[Request] = []  # admitted after these; not all of their text is in the tree yet
         self.encoded = 0  # tokens of them in this heartbeat
         self.committed = 0  # tokens, so far
+        self.broken: dict[
+            Request, Cause
+        ] = {}  # whose scorer has raised where it should have kept or let go of something
 
     def submit(self, requests: Sequence[Request]) -> None:
         """They wait for rows and slots; their ``strategy`` is set."""
@@ -111,10 +115,11 @@ class Queue:
         try:
             return set(self.reward.read_ahead(prompts, most)), {}
         except Exception as error:
+            self.reward.unsure = True
             if is_lack_of_memory(error):  # scoring makes room for itself
                 return set(), {}
             if len(prompts) == 1:
-                return set(), {prompts[0]: f"the reward raised {type(error).__name__}: {error}"}
+                return set(), {prompts[0]: Cause.of(error, "the reward raised ")}
             behind, errors = set[RewardPrompt](), dict[RewardPrompt, str]()
             for prompt in prompts:
                 late, wrong = self._read_ahead([prompt], most)
@@ -167,22 +172,42 @@ class Queue:
         for request in self.waiting:
             request.strategy.drop(request)
         self._clear_trees()
+        self.drop_finished()
 
     def drop_finished(self) -> None:
-        """Requests that have ended run no longer."""
+        """Requests that have ended run no longer. Those that are broken end; who has ended before keeps its answer."""
+        while self.broken:
+            request, cause = self.broken.popitem()
+            if request.finish_reason is None:
+                self._leave({request})
+                self.fail(request, cause)
+            elif request.error is None:
+                request.error = cause
         self.running = [request for request in self.running if request.finish_reason is None]
 
     def withdraw(self, requests: Iterable[Request], reason: str) -> None:
         """End requests, wherever they are, with what they have committed; all they hold is free."""
         leaving = {request for request in requests if request.finish_reason is None}
-        self.waiting, self.running, self.encoding = (
-            [request for request in group if request not in leaving]
-            for group in (self.waiting, self.running, self.encoding)
-        )
+        self._leave(leaving)
         for request in leaving:  # out before they end: an interrupt finds none half ended among those that run
             self.fail(request, reason, reason)
         self.drop_finished()
         self.keep_prompts()
+
+    def _leave(self, leaving: set[Request]) -> None:
+        """They are neither waiting nor running."""
+        self.waiting, self.running, self.encoding = (
+            [request for request in group if request not in leaving]
+            for group in (self.waiting, self.running, self.encoding)
+        )
+
+    def tell(self, answer: Request, hook: str, told: Completion | Response) -> None:
+        """Call the reward's ``commit``, ``discard`` or ``close``: what that raises ends this request, and no other."""
+        try:
+            getattr(self.reward, hook)(told)
+        except Exception as error:
+            self.reward.unsure = True
+            self.broken.setdefault(answer.owner or answer, Cause.of(error, f"the reward's {hook} raised "))
 
     def fail(self, request: Request, cause: str, reason: str = "error") -> None:
         """End a request with an error; what it has committed is kept."""

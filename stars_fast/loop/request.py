@@ -94,6 +94,7 @@ class Request:
     stop: StopTest | None = None
     id: int = field(default_factory=lambda: next(_ids))  # grows: who came first
 
+    owner: Request | None = None  # whose answer it is, where that one has several
     strategy: Strategy = field(init=False)
     trunk: Trunk = field(init=False)
     response: Response = field(init=False)  # holds the committed tokens

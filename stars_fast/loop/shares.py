@@ -11,6 +11,8 @@ import numpy as np
 
 # Acceptances and costs within a tenth of each other share a table.
 _GRID = 0.1
+# Beyond so many candidates, those that are reached more seldom than this are left out: tables stay short.
+_SHORT, _NEVER = 64, 1e-4
 
 
 def row_values(acceptance: float, left: int, fixed: float) -> tuple[float, ...]:
@@ -38,31 +40,48 @@ def row_values(acceptance: float, left: int, fixed: float) -> tuple[float, ...]:
     Returns
     -------
     tuple of float
-        ``left - 1`` values.
+        ``left - 1`` values; fewer where further candidates would hardly ever be looked at.
     """
-    return _row_values(round(math.log(acceptance) / _GRID), left, round(math.log(fixed) / _GRID))
+    nearest = round(math.log(acceptance) / _GRID)
+    most = _candidates_that_matter(nearest)
+    # With more attempts than twice those, what is left after any of them costs the same.
+    return _row_values(nearest, min(left, 2 * most), round(math.log(fixed) / _GRID))
 
 
-@lru_cache(maxsize=1 << 16)
-def _row_values(acceptance: int, left: int, fixed: int) -> tuple[float, ...]:
-    rejected = 1 - math.exp(_GRID * acceptance)
-    to_go = _costs_to_go(acceptance, left, fixed)
-    after = [rejected**m * to_go[left - m] for m in range(1, left + 1)]  # of m candidates
-    values: list[float] = []
-    while len(values) < left - 1:
-        here = len(values)
-        mean, stop = max(((after[here] - after[m]) / (m - here), m) for m in range(here + 1, left))
-        values += [mean] * (stop - here)
-    return tuple(values)
+def _rejected(acceptance: int) -> float:
+    return 1 - math.exp(_GRID * acceptance)
+
+
+@lru_cache(maxsize=1 << 8)
+def _candidates_that_matter(acceptance: int) -> int:
+    rejected = _rejected(acceptance)
+    return max(_SHORT, math.ceil(math.log(_NEVER) / math.log(rejected))) if rejected > 0 else _SHORT
 
 
 @lru_cache(maxsize=1 << 12)
-def _costs_to_go(acceptance: int, left: int, fixed: int) -> list[float]:
-    rejected, share = 1 - math.exp(_GRID * acceptance), math.exp(_GRID * fixed)
-    still = [rejected**m for m in range(left + 1)]
-    to_go = [0.0]
-    for attempts in range(1, left + 1):
-        to_go.append(min(share + m + still[m] * to_go[attempts - m] for m in range(1, attempts + 1)))
+def _row_values(acceptance: int, left: int, fixed: int) -> tuple[float, ...]:
+    most = _candidates_that_matter(acceptance)
+    candidates = np.arange(1, min(left, most) + 1)
+    to_go = _costs_to_go(acceptance, fixed)[np.minimum(left - candidates, most)]
+    after = _rejected(acceptance) ** candidates * to_go  # of so many candidates
+    values: list[float] = []
+    while len(values) < len(after) - 1:
+        here = len(values)
+        means = (after[here] - after[here + 1 :]) / np.arange(1, len(after) - here)
+        run = int(means.argmax()) + 1
+        values += [float(means[run - 1])] * run
+    return tuple(values)
+
+
+@lru_cache(maxsize=1 << 10)
+def _costs_to_go(acceptance: int, fixed: int) -> np.ndarray:
+    """V of the docstring above ``[most + 1]``."""
+    most, share = _candidates_that_matter(acceptance), math.exp(_GRID * fixed)
+    still = _rejected(acceptance) ** np.arange(most + 1)
+    cost = share + np.arange(most + 1)
+    to_go = np.zeros(most + 1)
+    for left in range(1, most + 1):
+        to_go[left] = (cost[1 : left + 1] + still[1 : left + 1] * to_go[left - 1 :: -1]).min()
     return to_go
 
 
@@ -108,7 +127,8 @@ def share_rows(values: Sequence[Sequence[float]], costs: np.ndarray) -> list[int
 
 def share_evenly(limits: Sequence[int], rows: int) -> list[int]:
     """Give each request one row, then another to all in turn, until their limits or the rows are used up."""
-    allowed = np.asarray(limits)[:, None] > np.arange(1, max(min(max(limits), rows), 1))  # [requests, most - 1]
+    most = min(max(limits), max(rows, 1))
+    allowed = np.asarray(limits)[:, None] > np.arange(1, most)  # [requests, most - 1]
     further = np.nonzero(allowed.T)[1][: max(rows - len(limits), 0)]  # whose row is next, all second ones first
     shares: list[int] = (1 + np.bincount(further, minlength=len(limits))).tolist()
     return shares

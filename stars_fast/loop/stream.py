@@ -12,12 +12,15 @@ import torch
 
 from stars_fast.loop.request import Request
 from stars_fast.methods.numbers import shown
-from stars_fast.outputs import SegmentEvent, SegmentTrace
+from stars_fast.notices import warn
+from stars_fast.outputs import Cause, SegmentEvent, SegmentTrace
+
+UNDECODABLE = "its text could not be decoded: the tokenizer raised "
 
 
 def new_events(request: Request, tokenizer: Any) -> Iterator[SegmentEvent]:
     """One event per segment that was not told of yet; one without a segment where the request failed."""
-    if request.error is not None:
+    if request.finish_reason in ("error", "abort"):
         yield _event(request, None, request.tokens, request.finish_reason, tokenizer)
         return
     first, request.reported = request.reported, len(request.segments)
@@ -32,7 +35,14 @@ def new_events(request: Request, tokenizer: Any) -> Iterator[SegmentEvent]:
 def _event(
     request: Request, segment: SegmentTrace | None, tokens: Sequence[int], reason: str | None, tokenizer: Any
 ) -> SegmentEvent:
-    text = None if tokenizer is None else request.text.piece(tokenizer, tokens, last=reason is not None)
+    text = None
+    if tokenizer is not None:
+        try:
+            text = request.text.piece(tokenizer, tokens, last=reason is not None)
+        except Exception as error:  # a later piece brings what this one lacks; the ids are whole
+            text = ""
+            if reason is not None and request.error is None:
+                request.error = Cause.of(error, UNDECODABLE)
     return SegmentEvent(
         index=request.index,
         prompt_index=request.prompt_index,
@@ -40,7 +50,7 @@ def _event(
         segment=segment,
         text=text,
         finish_reason=reason,
-        error=request.error,
+        error=None if reason is None or request.error is None else str(request.error),
     )
 
 
@@ -72,7 +82,10 @@ class Streaming:
     def __exit__(self, *error: object) -> None:
         self._depth -= 1
         if self.wanted and not self._depth:
-            self._streamer.end()
+            try:
+                self._streamer.end()
+            except Exception as raised:  # the answer is whole, or another error is on its way
+                warn(f"the streamer could not be ended: it raised {Cause.of(raised)}")
 
 
 @contextmanager

@@ -14,7 +14,8 @@ class Turn:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # entered by itself: an interrupt may fall within a condition's own entry
+        self._changed = threading.Condition(self._lock)
         self._holder: int | None = None  # the thread whose turn it is
         self._asking = 0  # threads that want a short turn
 
@@ -26,7 +27,7 @@ class Turn:
         RuntimeError
             If it is this thread's turn already.
         """
-        with self._changed:
+        with self._lock:
             self._asking += short
             try:
                 while not unless():
@@ -45,7 +46,7 @@ class Turn:
 
     def try_acquire(self) -> bool:
         """Take the turn if it is nobody's; never waits for one."""
-        with self._changed:
+        with self._lock:
             if self._holder is None:
                 self._holder = threading.get_ident()
                 return True
@@ -55,11 +56,11 @@ class Turn:
         """Let others have their turn, and look whether there are news; not if ``unless`` holds. Returns whether."""
         if not self.mine:
             return True
-        with self._changed:
+        with self._lock:
             if unless():
                 return False
+            self._changed.notify_all()  # first: whoever is interrupted before its turn has ended ends it once more
             self._holder = None
-            self._changed.notify_all()
             return True
 
     @property

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from stars_fast.outputs import Cause
+
 # Called once per row with the candidate's ids so far and its logits [1, V]; returns the processed logits [1, V]. Where
 # it raises ProcessorError, that says which processor it was; anything else is told of as it is.
 RowProcessor = Callable[[list[int], torch.Tensor], torch.Tensor]
@@ -17,10 +19,11 @@ class ProcessorError(RuntimeError):
     """A logits processor raised: which, and what."""
 
     @staticmethod
-    def told(error: Exception) -> str:
+    def told(error: Exception) -> Cause:
         """What ends the request whose processor raised this."""
-        own = isinstance(error, ProcessorError)
-        return str(error) if own else f"its logits processor raised {type(error).__name__}: {error}"
+        if isinstance(error, ProcessorError):
+            return Cause(str(error), error.__cause__ or error)
+        return Cause.of(error, "its logits processor raised ")
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,7 @@ class Reward(abc.ABC):
     needs_hidden_state: bool = False
     reads_text: bool = False
     tokens: int = 0
+    unsure: bool = False  # something was raised since :meth:`begin`: the engine ends the session once nobody needs it
     _calls: int = 0  # sessions that began and have not ended, refused ones included
 
     def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
@@ -192,7 +193,8 @@ class Reward(abc.ABC):
     def commit(self, completion: Completion) -> None:
         """The completion's segment joins its response (whose ``tokens`` the caller extends afterwards).
 
-        What this raises ends the session, for all requests; so does what :meth:`discard` and :meth:`close` raise.
+        What this raises ends the request whose answer it is, as does what :meth:`discard`, :meth:`close` and
+        :meth:`fork` raise; one that has ended by then keeps its answer.
         """
 
     def discard(self, completion: Completion) -> None:
@@ -299,6 +301,7 @@ def score_each(reward: Reward, completions: Sequence[Completion]) -> Scores:
             return Scores(None, values)
         return Scores([as_float(value) for value in values])
     except Exception as error:
+        reward.unsure = True
         scores = [_score_alone(reward, completion) for completion in completions]
         kind = raised(error).partition(":")[0]
         if not any(message is not None and message.startswith(kind) for _, message in scores):

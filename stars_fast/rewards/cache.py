@@ -100,12 +100,9 @@ class TreeCache:
 
     def end(self) -> None:
         """Release everything."""
-        held = (*self._completions.values(), *self._responses.values(), *self._prefixes.values())
-        for encoded in held:
-            self._drop(encoded)
         for held_by in (self._runs, self._prefixes, self._responses, self._completions):
             held_by.clear()
-        self.model.prefixes.clear()
+        self.model.clear()
         self._plugged.close()
 
     def commit(self, completion: Completion) -> None:
@@ -272,9 +269,9 @@ class TreeCache:
         """Features at these places of the packed row, and the branches' nodes."""
         rows = [len(group) for group in groups.values()]
         leaves = [self._responses[response].node for response in groups]
-        plan = self.model.plan(leaves, rows, [len(branch) for branch in branches])
         index = torch.tensor(places, dtype=torch.int64, device=self.model.device)
         logits = {"logits_to_keep": index} if self._has_logits else {}
+        plan = self.model.plan(leaves, rows, [len(branch) for branch in branches])  # its branches are encode's to free
         output, _ = self.model.encode(plan, branches, max(rows), **logits)
         self.tokens += sum(len(branch) for branch in branches)
         return output.logits[0] if self._has_logits else output.last_hidden_state[0, index], plan.branches

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from stars_fast.outputs import Cause
+
 # The acceptance test compares in float32.
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -58,9 +60,9 @@ def as_float(value: Any) -> Score:
     return number, None
 
 
-def raised(error: Exception) -> str:
+def raised(error: Exception) -> Cause:
     """What an error of the reward is reported as."""
-    return f"the reward raised {type(error).__name__}: {error}"
+    return Cause.of(error, "the reward raised ")
 
 
 def _single(value: Any) -> Any:

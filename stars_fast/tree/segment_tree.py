@@ -83,16 +83,20 @@ def plan(
     ValueError
         When a leaf is not held, a count is negative, or the lengths of the arguments do not fit each other.
 
-    In both cases the tree is as before.
+    Whatever it raises, the tree is as before.
     """
     nodes, packed, trunk_width, branch_width = tree.plan(leaves, rows, new_slots)
-    buffer = torch.from_numpy(packed)
-    if torch.device(device).type == "cuda":
-        buffer = buffer.pin_memory()  # else the copy waits for the device
-    buffer = buffer.to(device, non_blocking=True)
-    groups, branches = len(rows), len(nodes)
-    shapes = [(groups, trunk_width), (groups,), (branches, branch_width), (branches,), (groups + 1,)]
-    trunk_slots, trunk_len, branch_slots, branch_len, group_indptr = _sections(buffer, shapes)
+    try:
+        buffer = torch.from_numpy(packed)
+        if torch.device(device).type == "cuda":
+            buffer = buffer.pin_memory()  # else the copy waits for the device
+        buffer = buffer.to(device, non_blocking=True)
+        groups, branches = len(rows), len(nodes)
+        shapes = [(groups, trunk_width), (groups,), (branches, branch_width), (branches,), (groups + 1,)]
+        trunk_slots, trunk_len, branch_slots, branch_len, group_indptr = _sections(buffer, shapes)
+    except BaseException:
+        tree.release_all(nodes.tolist())
+        raise
     return TreePlan(trunk_slots, trunk_len, branch_slots, branch_len, group_indptr, nodes.tolist())
 
 
