@@ -217,6 +217,18 @@ def test_the_reward_templates_variables_are_its_own_before_the_calls():
         StarsEngine(policy, lambda completions: [], tokenizer=tokenizer, reward_chat_template_kwargs={"a": 1})
 
 
+def test_of_named_templates_the_default_is_read():
+    plain, named = (byte_bpe(300, template=LLAMA3) for _ in range(2))
+    named.chat_template = {"default": LLAMA3, "rag": CHATML}
+    policy, reward = models_for(plain)
+    chat = [{"role": "user", "content": "the cat"}]
+    one, other = (
+        StarsEngine(policy, reward, tokenizer=tokenizer, reward_tokenizer=tokenizer).generate([chat], CONFIG, seed=0)
+        for tokenizer in (plain, named)
+    )
+    assert other.errors == [None] and (other.texts, other.rewards) == (one.texts, one.rewards)
+
+
 def test_a_template_that_does_not_show_the_answer_is_refused(tokenizer32, policy32, reward32):
     other = tiny_tokenizer(32)
     other.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"

@@ -192,9 +192,9 @@ class Policy(TreeModel):
     def _prepared(self, shape: Shape, processed: bool) -> Steps:
         """Tensors for a proposal of this shape. A user's logits processors run on the host: no graph holds them."""
         if processed or not self.graphs.enabled:
-            return Steps(self, shape)
+            return Steps(self, shape, self.logit_size)
         shape = shape.padded(*self._room)
-        return self.graphs.get(shape, lambda: Steps(self, shape), capture=shape.length > 1)
+        return self.graphs.get(shape, lambda: Steps(self, shape, self.logit_size), capture=shape.length > 1)
 
 
 def _draws(steps: Steps, branches: Sequence[int], eos: Sequence[set[int]]) -> list[Draw]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,11 +12,9 @@ from stars_fast.ops import gather_logprobs, sample_step
 from stars_fast.policy.leaf import Leaf, ProcessorError, RowProcessor
 from stars_fast.tree.attention import TreeContext
 from stars_fast.tree.graphs import Captured
+from stars_fast.tree.model import TreeModel
 from stars_fast.tree.passes import bucket
 from stars_fast.tree.segment_tree import TreePlan
-
-if TYPE_CHECKING:
-    from stars_fast.policy.policy import Policy
 
 
 class Shape(NamedTuple):
@@ -63,9 +61,9 @@ class Steps(Captured):
         bool ``[rows]``.
     """
 
-    def __init__(self, policy: Policy, shape: Shape) -> None:
+    def __init__(self, policy: TreeModel, shape: Shape, logits: int) -> None:
         super().__init__(policy)
-        self.read, self.written = policy.vocab_size, policy.logit_size  # ids with an embedding, and with a logit
+        self.read, self.written = policy.vocab_size, logits  # ids with an embedding, and with a logit
         self.shape = shape
         rows, device, int32 = shape.rows, policy.device, torch.int32
 
@@ -86,7 +84,7 @@ class Steps(Captured):
         self.query_indptr = torch.arange(rows + 1, dtype=int32, device=device)
         self.every_row = torch.arange(rows, device=device)
         self.eos = zeros(rows, shape.eos, dtype=torch.int64)
-        self.seen = zeros(rows, policy.logit_size, dtype=torch.bool) if shape.penalised else None
+        self.seen = zeros(rows, logits, dtype=torch.bool) if shape.penalised else None
         self.processors: list[RowProcessor | None] = []
         self.failures: dict[int, str] = {}  # by row: what its logits processor raised
 

@@ -83,7 +83,7 @@ def habits(source: Any, rewritten: Callable[[str], bool]) -> Habits:
         Whether the template writes this content otherwise than it is.
     """
     marks, deadline = list[str](), time.thread_time() + _SECONDS
-    for literal in _literals(source):
+    for literal in _literals(tuple(source.values()) if isinstance(source, Mapping) else (source,)):
         if rewritten(f"b{literal}b") or rewritten(f"{literal}b"):
             marks.append(literal)
         if time.thread_time() > deadline:
@@ -92,9 +92,8 @@ def habits(source: Any, rewritten: Callable[[str], bool]) -> Habits:
 
 
 @lru_cache(_KEPT)
-def _literals(source: Any) -> tuple[str, ...]:
-    """The text constants in a template's expressions."""
-    sources = source.values() if isinstance(source, dict) else [source]
+def _literals(sources: tuple[Any, ...]) -> tuple[str, ...]:
+    """The text constants in the expressions of templates."""
     found: dict[str, None] = {}
     for one in sources:
         try:
