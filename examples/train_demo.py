@@ -80,6 +80,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
+        padding_side="left",
         model_max_length=1024,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],

@@ -34,7 +34,7 @@ from stars_fast.stays import Stays
 from stars_fast.text.tokens import legible, undecodable
 
 _DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
-_MOST_ROWS = 2**14
+_MOST_ROWS = 2**20
 # A target counts as out of reach where, of so many segments at least, no larger share is accepted.
 _MANY_SEGMENTS, _HARDLY_ANY = 16, 0.01
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -13,7 +14,7 @@ import transformers
 
 # What lies between the user's line and a warning: this package, and what it is called through or wrapped in.
 _FILES = (__file__, torch.__file__, str(transformers.__file__))
-_INSIDE = tuple(os.path.join(os.path.dirname(file), "") for file in _FILES)
+_INSIDE = (*(os.path.join(os.path.dirname(file), "") for file in _FILES), contextlib.__file__)
 
 _log = logging.getLogger("stars_fast")
 _log.addHandler(logging.NullHandler())  # nothing on stderr for who has set up no log: warnings say what there is

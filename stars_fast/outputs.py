@@ -29,7 +29,7 @@ class Cause(str):
     def of(cls, error: BaseException, before: str = "") -> Cause:
         """The words are those ``before``, the exception's class and what it says."""
         try:
-            said = str(error)
+            said = " ".join(str(error).split("\n"))
         except Exception as another:  # of a class of the user's own
             said = f"(what it says cannot be read: {type(another).__name__})"
         return cls(f"{before}{type(error).__name__}: {said}", error)

@@ -15,6 +15,7 @@ from stars_fast.report.files import replace_file, replacing, rounded, summary
 
 Id = str | int
 _FORMS = ("prompt", "messages", "prompt_ids")
+_LINE = "line "  # in front of its number: the id of a line that has none to be read
 _LONGEST_LINE = 1 << 25  # bytes: a million tokens as JSON, several times over
 _DEPTH = 64  # of messages; Python's own limit depends on how deep the caller is already
 
@@ -64,7 +65,7 @@ def row_seed(seed: int, row_id: Id) -> int:
 
 
 def _read_row(number: int, line: bytes | str, seed: int) -> Row:
-    row_id: Id = f"line {number}"  # a number may be another row's own id
+    row_id: Id = f"{_LINE}{number}"  # a number may be another row's own id
     try:
         fields = _parse(line)
         row_id = _checked(fields, "id", number, str, int)
@@ -168,11 +169,15 @@ class _Written:
     changed: bool = False  # it is of another prompt or seed than the row that has this id now
 
 
+def _stands_for_a_line(row_id: Id) -> bool:
+    return isinstance(row_id, str) and row_id.removeprefix(_LINE).isdigit() and row_id.startswith(_LINE)
+
+
 def resume(path: Path, samples: int, rows: Sequence[Row], settings: dict[str, Any]) -> set[Id]:
     """Ids that an output file holds in full.
 
-    A torn last line, an id short of samples at the end, and those of ``rows`` that ended with an error are cut out, for
-    the run that follows to write them again.
+    A torn last line, an id short of samples at the end, those of ``rows`` that ended with an error, and what stands for
+    lines that could not be read are cut out, for the run that follows to write them again.
 
     Raises
     ------
@@ -186,7 +191,7 @@ def resume(path: Path, samples: int, rows: Sequence[Row], settings: dict[str, An
     written = _written_rows(path, wanted)
     if written and written[-1].samples < samples:
         written.pop()
-    kept = [row for row in written if not (row.failed and row.id in wanted)]
+    kept = [row for row in written if not (row.failed and (row.id in wanted or _stands_for_a_line(row.id)))]
     if kept:
         _check_settings(path, settings)
     if changed := [row.id for row in kept if row.changed]:

@@ -22,6 +22,8 @@ from stars_fast.rewards.classifier import ONE_LABEL
 from stars_fast.rewards.ids import POLICYS, check_draft
 from stars_fast.text.tokenizers import tokenizer_beside
 
+# Heads that a causal LM has no use for, and no model has that was trained as one.
+_HEADS = ("score.weight", "classifier.weight")
 DEMO, _DEMO_FOLDER = "demo", os.path.dirname(demo.__file__)
 Device = str | torch.device | None
 
@@ -69,6 +71,8 @@ def load_policy(
             tokenizer = tokenizer_beside(name, "tokenizer")
         policy, loading = _loaded(AutoModelForCausalLM, name, device, dtype)
         _refuse_random("policy", name, policy, loading["missing_keys"], "give a causal LM with its language-model head")
+        if heads := sorted(key for key in loading["unexpected_keys"] if key.endswith(_HEADS)):
+            raise ValueError(f"policy={name!r} is a classifier (its checkpoint has {heads[0]}): give a causal LM")
     _refuse_wrapper(policy, "policy")
     if not hasattr(policy, "config") or not hasattr(policy, "get_output_embeddings"):
         raise TypeError(f"policy is a {type(policy).__name__}: give a transformers causal LM, a path or a hub id")
