@@ -123,7 +123,7 @@ def test_settings_that_are_not_these_are_named(output, settings):
 def test_a_line_that_could_not_be_read_leaves_nothing_once_it_is_mended(tmp_path):
     path, settings = tmp_path / "out.jsonl", {"policy": "p"}
     write_settings(path, settings)
-    broken, sound = read_rows(["not json", '{"prompt": "w3"}'], 0)
+    broken, _ = read_rows(["not json", '{"prompt": "w3"}'], 0)
     path.write_text("".join(to_line(record(row, 0, error=row.error)) for row in (broken,)))
     mended = read_rows(['{"prompt": "w5"}', '{"prompt": "w3"}'], 0)
     assert resume(path, 1, mended, settings) == set() and path.read_text() == ""
