@@ -7,7 +7,7 @@ from stars_fast import _source_tree
 
 if TYPE_CHECKING:
     from stars_fast.async_engine import AsyncStarsEngine, QueueFull
-    from stars_fast.calibration import Calibration, calibrate
+    from stars_fast.calibration import Calibration, calibrate, fit
     from stars_fast.config import StarsConfig
     from stars_fast.dropin import StarsGenerateOutput, decoding, generate
     from stars_fast.engine import StarsEngine
@@ -20,6 +20,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncStarsEngine",
     "Calibration",
+    "CandidateTrace",
+    "Fit",
     "QueueFull",
     "SegmentEvent",
     "SegmentTrace",
@@ -29,6 +31,7 @@ __all__ = [
     "StarsOutput",
     "calibrate",
     "decoding",
+    "fit",
     "generate",
 ]
 
@@ -36,6 +39,8 @@ __all__ = [
 _HOMES = {
     "AsyncStarsEngine": "async_engine",
     "Calibration": "calibration",
+    "CandidateTrace": "outputs",
+    "Fit": "methods.fit",
     "QueueFull": "async_engine",
     "SegmentEvent": "outputs",
     "SegmentTrace": "outputs",
@@ -45,6 +50,7 @@ _HOMES = {
     "StarsOutput": "outputs",
     "calibrate": "calibration",
     "decoding": "dropin",
+    "fit": "calibration",
     "generate": "dropin",
 }
 

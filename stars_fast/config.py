@@ -8,10 +8,11 @@ import os
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from stars_fast.methods import METHODS
 from stars_fast.methods.base import Method, method_from
+from stars_fast.methods.fit import Fit
 from stars_fast.methods.numbers import MOST, MOST_ANSWERS, integer, plain, real, shown, truth
 
 CONFIG_NAME = "stars_config.json"
@@ -73,6 +74,11 @@ class StarsConfig:
     base_reward : float or sequence of float, optional
         Stands in for r(x) in r0; finite. None: the reward of the empty answer, or, where the target is calibrated, what
         the pilot's first segments earned.
+    acceptance : float
+        Share of candidates that is to be accepted where ``target_reward`` is None, in (0, 1).
+    fit : Fit, path or mapping, optional
+        What :func:`stars_fast.fit` learned for this policy, reward model, segment length and sampling. "stars" and
+        "cards" without a target then test quantiles and need no pilots; "optimal_stopping" knows what to expect.
 
     Raises
     ------
@@ -105,6 +111,8 @@ class StarsConfig:
     stop_strings: str | Sequence[str] | None = None
     method: str | Mapping[str, Any] | Method = "stars"
     base_reward: float | Sequence[float] | None = None
+    acceptance: float = 0.3
+    fit: Fit | str | os.PathLike[str] | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._put("segment_length", integer("segment_length", self.segment_length, 1))
@@ -116,6 +124,8 @@ class StarsConfig:
             raise ValueError(f"candidates={shown(self.candidates)}: give an integer of at least 1, or 'auto'")
         self._put("alpha", real("alpha", self.alpha, 0.0, 1.0))
         self._put("beta", real("beta", self.beta, 0.0, open_below=True, open_above=True))
+        self._put("acceptance", real("acceptance", self.acceptance, 0.0, 1.0, open_below=True, open_above=True))
+        self._put("fit", _fit(self.fit))
         self._put("target_reward", _rewards("target_reward", self.target_reward))
         self._put("base_reward", _rewards("base_reward", self.base_reward, finite=True))
         if not isinstance(self.finished_threshold, str) or self.finished_threshold not in ("target", "ramp"):
@@ -179,7 +189,13 @@ class StarsConfig:
         """The fields as plain, JSON-ready values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["method"] = self.chosen_method.to_dict()
+        values["fit"] = None if self.known is None else self.known.to_dict()
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @property
+    def known(self) -> Fit | None:
+        """``fit`` as an object."""
+        return cast("Fit | None", self.fit)
 
     @property
     def chosen_method(self) -> Method:
@@ -216,6 +232,16 @@ class StarsConfig:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{path}: {error}") from error
         return config
+
+
+def _fit(value: Any) -> Fit | None:
+    if value is None or isinstance(value, Fit):
+        return value
+    if isinstance(value, Mapping):
+        return Fit.from_dict(value)
+    if isinstance(value, (str, os.PathLike)):
+        return Fit.from_pretrained(value)
+    raise TypeError(f"fit={shown(value)}: give what stars_fast.fit returns, or the path it was saved to")
 
 
 def _path(name: str, value: Any) -> Path:

@@ -153,6 +153,7 @@ class StarsEngine(Stays):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         streamer: Any = None,
         progress: bool = False,
+        trace: bool = False,
         **overrides: Any,
     ) -> StarsOutput:
         """Generate responses that the reward model likes.
@@ -183,6 +184,8 @@ class StarsEngine(Stays):
             and one sample only.
         progress : bool
             Show a bar with accepted tokens/s and, where candidates are tested, the acceptance rate.
+        trace : bool
+            Whether ``SegmentTrace.candidates`` holds all candidates of a segment, where one answer grows.
         **overrides
             Fields of StarsConfig for this call.
 
@@ -198,7 +201,16 @@ class StarsEngine(Stays):
             With ``on_error="raise"``, the first request's error; its ``__cause__`` is what was raised.
         """
         arguments = Arguments(
-            prompts, config, overrides, attention_mask, reward_prompts, columns, seed, on_error, chat_template_kwargs
+            prompts,
+            config,
+            overrides,
+            attention_mask,
+            reward_prompts,
+            columns,
+            seed,
+            on_error,
+            chat_template_kwargs,
+            trace=truth("trace", trace),
         )
         return self.run(arguments, streamer, progress)
 

@@ -47,6 +47,19 @@ def as_cause(words: str) -> Cause:
     return words if isinstance(words, Cause) else Cause(words)
 
 
+class CandidateTrace(NamedTuple):
+    """One candidate of a segment that was drawn."""
+
+    attempt: int  # index among the segment's candidates
+    tokens: list[int]
+    reward: float  # of prompt + response up to and including it; NaN where the method did not ask for it
+    score: float  # what the selection compared
+    threshold: float  # what it was tested against
+    verdict: str  # "accepted", "rejected", "fallback", "unseen" (behind the one that was committed) or "error"
+    logprob: float  # sum of the raw policy log-probabilities, nats
+    parts: dict[str, float] | None = None  # of the reward
+
+
 class SegmentTrace(NamedTuple):
     """One committed segment. What ``threshold``, ``attempts`` and ``accepted`` mean under methods other than STARS
     stands in docs/methods.md.
@@ -59,6 +72,7 @@ class SegmentTrace(NamedTuple):
     accepted: bool  # False for the fallback
     logprob: float  # sum of the raw policy log-probabilities, nats; NaN for a draft model's text
     parts: dict[str, float] | None = None  # what the reward is made of, for a scorer that says so
+    candidates: list[CandidateTrace] | None = None  # in the order of their attempts, where ``trace`` asked for them
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ _COUNTED = {
 }
 # A budget of B is an expected acceptance of 1 / B.
 _ACCEPTING = ("stars", "cards", "rejection_sampling")
+_STOPPING = "optimal_stopping"  # a budget of B is one of B candidates a segment
 _BRANCHING = 4  # TreeBoN's, where the budget has room for it
 
 
@@ -46,8 +47,9 @@ def cells(
     """Every method at every budget, the baseline first.
 
     A budget of B is about B unguided responses' worth of policy tokens: N of best-of-N, blockwise best-of-N and
-    TreeBoN, the particles of a particle filter, the tokens ARGS scores per position; for methods that accept or reject,
-    an expected acceptance of 1 / B. Methods that nothing scales have one cell.
+    TreeBoN, the particles of a particle filter, the tokens ARGS scores per position, optimal stopping's candidates a
+    segment; for methods that accept or reject, an expected acceptance of 1 / B. Methods that nothing scales have one
+    cell.
 
     Parameters
     ----------
@@ -71,7 +73,7 @@ def cells(
     made = []
     for name in dict.fromkeys((BASELINE, *methods)):
         own = dict(parameters.get(name, {}))
-        scaled = name in _COUNTED or name in _ACCEPTING
+        scaled = name in _COUNTED or name in _ACCEPTING or name == _STOPPING
         made += [_cell(name, budget, config, own) for budget in (budgets if scaled else [None])]
     return made
 
@@ -85,6 +87,8 @@ def _cell(name: str, budget: float | None, config: StarsConfig, parameters: dict
         parameters = {_COUNTED[name]: int(budget), **parameters}
         if name == "treebon":
             parameters.setdefault("branching", _BRANCHING if budget >= 2 * _BRANCHING else min(2, int(budget)))
+    if budget is not None and name == _STOPPING:
+        parameters = {"budget": budget, **parameters}
     method: Method = METHODS[name](**parameters)
     acceptance = 1 / budget if budget is not None and name in _ACCEPTING else None
     return Cell(name, budget, config.replace(method=method), acceptance)

@@ -42,6 +42,7 @@ class Arguments:
     seed: int | Sequence[int] | None = None
     on_error: str = "return"
     chat_template_kwargs: Mapping[str, Any] | None = None
+    trace: bool = False
     generation_config: GenerationConfig | None = None  # in place of the model's
     # From inside transformers, per row of the output: further processing of logits, further reasons to stop. They stand
     # in place of what the generation_config asks for.

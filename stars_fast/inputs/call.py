@@ -21,6 +21,7 @@ from stars_fast.inputs.arguments import (
     under_preferences,
     warn_of_overruled,
 )
+from stars_fast.inputs.fits import check_fit
 from stars_fast.inputs.generation_settings import row_processors, time_limit, warn_of_unapplied
 from stars_fast.inputs.hooks import stop_test
 from stars_fast.inputs.sampling import as_ids, resolve_sampling
@@ -28,6 +29,7 @@ from stars_fast.loop.caller import Size
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot, of_prompt, pilot_config
 from stars_fast.loop.request import PromptNode, Request, StopTest, Terms
 from stars_fast.methods.numbers import shown
+from stars_fast.methods.quantile import QuantileRule
 from stars_fast.methods.stars import base_reward
 from stars_fast.ops.philox import Domain, philox_key
 from stars_fast.outputs import Stats
@@ -147,7 +149,7 @@ def prepare(
     whole = method.needs_hidden_state or reward.needs_hidden_state
     return Call(
         arguments=arguments,
-        terms=_terms(config, method, sampling, Stats(), whole),
+        terms=_terms(config, method, sampling, Stats(), whole, trace=arguments.trace),
         prompts=prompts,
         nodes=[
             PromptNode(prompt.ids, rewarded, under_preferences=ids)
@@ -174,6 +176,9 @@ def _settings(
     method.check(reward)
     ruled = method.rule(given)
     warn_of_overruled(method, given, ruled)
+    if given.known is not None and method.uses_fit and method.has_target and ruled.target_reward is None:
+        quantiles = QuantileRule(method, given.known, ruled.acceptance)
+        ruled = quantiles.rule(given).replace(method=quantiles)
     if method.segments().delimiter is not None and tokenizer is None:
         raise ValueError(
             f"method={method.name!r}: delimiter={method.segments().delimiter!r} needs a tokenizer: pass tokenizer=, "
@@ -181,6 +186,7 @@ def _settings(
         )
     own = _generation_config(arguments, policy)
     sampling = resolve_sampling(ruled, policy.model, tokenizer, own)
+    check_fit(ruled, sampling, policy, reward)
     if ruled.stop_strings is None and (strings := getattr(own, "stop_strings", None)) is not None:
         ruled = ruled.replace(stop_strings=strings)
     if ruled.eos_token_id is not None and max(eos := as_ids(ruled.eos_token_id), default=0) >= policy.vocab_size:
@@ -239,9 +245,15 @@ def _hooks(
 
 
 def _terms(
-    config: StarsConfig, method: Any, sampling: Sampling, stats: Stats, whole: bool, pilot: bool = False
+    config: StarsConfig,
+    method: Any,
+    sampling: Sampling,
+    stats: Stats,
+    whole: bool,
+    pilot: bool = False,
+    trace: bool = False,
 ) -> Terms:
-    return Terms(config, method, method.segments(), sampling, stats, whole, pilot=pilot)
+    return Terms(config, method, method.segments(), sampling, stats, whole, pilot=pilot, trace=trace)
 
 
 def _size(

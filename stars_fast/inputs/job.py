@@ -9,7 +9,7 @@ from typing import Any
 
 from stars_fast.inputs.call import Call
 from stars_fast.loop.caller import Size
-from stars_fast.loop.pilot import ACCEPTANCE, Pilot, read_pilot, solve
+from stars_fast.loop.pilot import Pilot, read_pilot, solve
 from stars_fast.loop.request import Request
 from stars_fast.loop.stream import new_events
 from stars_fast.notices import log
@@ -97,7 +97,7 @@ class Job:
             return []  # several may end in one heartbeat
         try:
             pilot = read_pilot(self._drawn[i], self.call.config)
-            pilot = solve(pilot, self.call.config, ACCEPTANCE) if self.guided else pilot
+            pilot = solve(pilot, self.call.config, self.call.config.acceptance) if self.guided else pilot
         except Exception as error:
             pilot = Pilot(error=Cause.of(error, "calibration: "))
         self.pilots[i] = pilot

@@ -21,6 +21,7 @@ from stars_fast.loop.request import Request, Strategy
 from stars_fast.loop.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, Heartbeat, HeartbeatCost
 from stars_fast.loop.rsd import Drafting
 from stars_fast.loop.scheduler import Scheduler
+from stars_fast.loop.stopping import Stopping
 from stars_fast.loop.trials import Trials
 from stars_fast.loop.trunks import Trunks
 from stars_fast.loop.turn import Turn
@@ -38,6 +39,7 @@ _STRATEGIES: dict[str, type[OneAnswer]] = {
     "population": Populations,
     "tokens": Enumeration,
     "persona": SelfJudging,
+    "stopping": Stopping,
 }
 
 

@@ -101,6 +101,9 @@ class Loop(Queue):
             asks += strategy.asks(requests, rows)
         for answer, draws in self._drawn_together(asks).items():
             drawn[answer] = [answer.strategy.candidate(answer, draw) for draw in draws]
+        for answer, group in drawn.items():
+            for attempt, one in enumerate(group, answer.attempts):
+                one.attempt = attempt
         self._encode_last([one for group in drawn.values() for one in group if one.answer.terms.whole])
         return drawn
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stars_fast.loop.queue import Queue
 from stars_fast.loop.request import Candidate, Drawn, PromptNode, Request, Tree, Trunk
-from stars_fast.loop.selection import first_accepted
+from stars_fast.loop.selection import Verdict, first_accepted, traced
 from stars_fast.loop.trunks import Trunks
 from stars_fast.ops.select_and_commit import EARLIER, GOES_ON, INVALID, STOP
 from stars_fast.outputs import Cause, SegmentTrace
@@ -157,7 +157,9 @@ class OneAnswer:
 
     def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> None:
         groups = [drawn[request] for request in requests]
-        for request, group, verdict in zip(requests, groups, first_accepted(requests, groups, rewards), strict=True):
+        for request, group, verdict in zip(requests, groups, self.verdicts(requests, groups, rewards), strict=True):
+            if request.terms.trace:
+                request.looked_at = traced(request, group, verdict)
             if verdict.winner == INVALID:
                 culprit = group[verdict.attempts - request.attempts - 1]
                 self.roll_back(group)
@@ -177,6 +179,12 @@ class OneAnswer:
                 if verdict.finish != GOES_ON:
                     self.queue.finish(request, "stop" if verdict.finish == STOP else "length")
 
+    def verdicts(
+        self, requests: Sequence[Request], groups: Sequence[Sequence[Candidate]], rewards: torch.Tensor | None
+    ) -> list[Verdict]:
+        """What becomes of each request's candidates."""
+        return first_accepted(requests, groups, rewards)
+
     def roll_back(self, candidates: Sequence[Candidate], keep: Candidate | None = None) -> None:
         """Release the branches of all but one."""
         dropped = [candidate for candidate in candidates if candidate is not keep]
@@ -194,13 +202,13 @@ class OneAnswer:
         self.queue.tell(answer, "commit", chosen.completion)
         self.grow(answer, chosen)
         trace = (draw.tokens, chosen.reward, chosen.threshold, answer.attempts, accepted, sum(draw.logprobs))
-        answer.segments.append(SegmentTrace(*trace, chosen.parts))
+        answer.segments.append(SegmentTrace(*trace, chosen.parts, answer.looked_at or None))
         answer.tokens.extend(draw.tokens)
         answer.logprobs += draw.logprobs
         answer.sampling_logprobs += draw.sampling_logprobs
         answer.response.ends.append(len(answer.tokens))
         answer.reward = chosen.reward
-        answer.attempts, answer.best, answer.best_attempt = 0, None, -1
+        answer.attempts, answer.best, answer.best_attempt, answer.looked_at = 0, None, -1, []
 
     def commit_untested(self, answer: Request, chosen: Candidate, accepted: bool = True) -> None:
         """Commit what the selection was not asked about."""
@@ -247,7 +255,7 @@ class OneAnswer:
         self.queue.tell(request, "close", request.response)
 
     def drop(self, request: Request) -> None:
-        request.attempts, request.best, request.best_attempt = 0, None, -1
+        request.attempts, request.best, request.best_attempt, request.looked_at = 0, None, -1, []
         self.trunks.forget(request.trunk, request.tokens)
         self.reopen(request)
 

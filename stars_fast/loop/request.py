@@ -11,7 +11,8 @@ import torch
 
 from stars_fast.config import StarsConfig
 from stars_fast.methods.base import Method, Segments
-from stars_fast.outputs import SegmentTrace, Stats
+from stars_fast.methods.stopping import Belief
+from stars_fast.outputs import CandidateTrace, SegmentTrace, Stats
 from stars_fast.policy.leaf import Draw, Leaf, RowProcessor, Sampling
 from stars_fast.rewards.base import Completion, Response, RewardPrompt
 from stars_fast.text.decode import TextStream
@@ -34,6 +35,7 @@ class Terms:
     whole: bool = False  # whether a candidate's last token is encoded with it: its hidden state is needed
     draft: Any = None  # a second Policy, where the method has one
     pilot: bool = False  # drawn for a calibration
+    trace: bool = False  # whether what was looked at is kept
 
 
 @dataclass(eq=False)
@@ -74,6 +76,17 @@ class Candidate:
     gumbel: float = 0.0  # noise for methods that draw among candidates
     threshold: float = float("nan")
     error: str | None = None
+    attempt: int = 0  # index among the segment's candidates
+
+    @property
+    def segment(self) -> int:
+        """Index."""
+        return len(self.answer.segments)
+
+    @property
+    def before(self) -> float | None:
+        """Reward of the answer without it; None at the first segment."""
+        return self.answer.segments[-1].reward if self.answer.segments else None
 
 
 @dataclass(eq=False)
@@ -107,6 +120,8 @@ class Request:
     attempts: int = 0  # candidates of the segment being drawn that were looked at
     best: Candidate | None = None  # of them
     best_attempt: int = -1
+    belief: Belief | None = None  # of its rewards, where the method has one
+    looked_at: list[CandidateTrace] = field(default_factory=list)  # of the segment being drawn, where they are traced
 
     acceptance_sum: float = 0.0  # probabilities of its candidates, added up: evidence for the scheduler
     scored: int = 0

@@ -9,7 +9,8 @@ import torch
 
 from stars_fast.loop.request import Candidate, Request
 from stars_fast.methods.stars import acceptance_probability
-from stars_fast.ops.select_and_commit import select_and_commit
+from stars_fast.ops.select_and_commit import INVALID, NONE, select_and_commit
+from stars_fast.outputs import CandidateTrace
 from stars_fast.rewards.base import Scores
 
 _INTS, _FLOATS = torch.int32, torch.float64
@@ -102,6 +103,22 @@ def first_accepted(
         Verdict(row - start if row >= 0 else row, bool(won), looked, best, ends)
         for (row, won, looked, best, ends), start in zip(verdicts.T.tolist(), starts, strict=False)
     ]
+
+
+def traced(request: Request, group: Sequence[Candidate], verdict: Verdict) -> list[CandidateTrace]:
+    """All candidates of a request's segment so far: those of earlier heartbeats, and what became of this group."""
+    chosen = request.attempts + verdict.winner if verdict.winner >= 0 else verdict.best_attempt
+    traces = [*request.looked_at]
+    for attempt, one in enumerate(group, request.attempts):
+        said = "rejected" if attempt < verdict.attempts else "unseen"
+        said = said if one.error is None else "error"
+        logprob = sum(one.draw.logprobs)
+        traces.append(
+            CandidateTrace(attempt, one.draw.tokens, one.reward, one.score, one.threshold, said, logprob, one.parts)
+        )
+    if verdict.winner not in (NONE, INVALID):
+        traces[chosen] = traces[chosen]._replace(verdict="accepted" if verdict.accepted else "fallback")
+    return traces
 
 
 def _known(base: float | None) -> float:

@@ -8,6 +8,7 @@ from stars_fast.methods.particles import ParticleFilter, TreeBoN
 from stars_fast.methods.persona import PersonaJudge
 from stars_fast.methods.rsd import RSD
 from stars_fast.methods.stars import Stars, Vanilla
+from stars_fast.methods.stopping import OptimalStopping
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
         Stars,
         Cards,
         BlockwiseBestOfN,
+        OptimalStopping,
         Args,
         TreeBoN,
         ParticleFilter,
@@ -37,6 +39,7 @@ __all__ = [
     "Enumerated",
     "Mara",
     "Method",
+    "OptimalStopping",
     "ParticleFilter",
     "PersonaJudge",
     "Population",

@@ -45,9 +45,20 @@ class Scored(Protocol):
 
     reward: float  # NaN where it was not asked for
     unscored: bool
+    attempt: int  # index among the segment's candidates
     gumbel: float  # noise for methods that draw among candidates
     draw: Any  # ``tokens``, ``logprobs``, ``sampling_logprobs``
     completion: Any  # ``hidden``: the policy's hidden state [H] at the last token, where the method needs it
+
+    @property
+    def segment(self) -> int:
+        """Index of its segment."""
+        ...
+
+    @property
+    def before(self) -> float | None:
+        """Reward of the answer without it; None at the first segment."""
+        ...
 
 
 class Segments(NamedTuple):
@@ -80,6 +91,8 @@ class Method:
         Whether :meth:`values` reads ``Completion.hidden``.
     reserves : bool
         Whether :meth:`slots` are of all of a request's answers together, which are set aside when it is admitted.
+    uses_fit : bool
+        Whether ``StarsConfig(fit=...)`` matters.
     gives_hidden_state : bool
         Whether the policy reads every candidate that is scored, so that it has a hidden state.
     """
@@ -91,6 +104,7 @@ class Method:
     needs_hidden_state: ClassVar[bool] = False
     gives_hidden_state: ClassVar[bool] = True
     reserves: ClassVar[bool] = False
+    uses_fit: ClassVar[bool] = False
 
     def rule(self, config: SettingsT) -> SettingsT:
         """The call's settings with what this method decides itself."""

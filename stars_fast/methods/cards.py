@@ -20,6 +20,7 @@ class Cards(Method):
     """
 
     name: ClassVar[str] = "cards"
+    uses_fit: ClassVar[bool] = True
     entropy: float = 3.0
     shortest: int = 4
     longest: int = 64

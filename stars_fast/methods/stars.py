@@ -54,6 +54,7 @@ class Stars(Method):
     """
 
     name: ClassVar[str] = "stars"
+    uses_fit: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

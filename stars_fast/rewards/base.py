@@ -216,6 +216,11 @@ class Reward(abc.ABC):
         """
 
     @property
+    def described(self) -> str:
+        """What tells it from other scorers, besides its models: a fit is made for one."""
+        return type(self).__name__
+
+    @property
     def tree_models(self) -> list[TreeModel]:
         """Models that keep keys and values on their device, which the engine divides among them and the policy."""
         return []

@@ -59,6 +59,10 @@ class CallableReward(Reward):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_loop": None, "_calls": 0}  # a copy is in no session
 
+    @property
+    def described(self) -> str:
+        return f"{super().described} of {getattr(self.function, '__qualname__', type(self.function).__name__)}"
+
     def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
         needed = [name for name in self._required if name not in _OWN_ARGUMENTS]
         for name in needed:

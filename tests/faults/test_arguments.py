@@ -178,7 +178,7 @@ ARGUMENTS = [
     method(methods.RSD, "longest", "integer", None, 0, *INT32),
     method(methods.RSD, "delimiter", "text", "", good=(None,)),
     method(methods.RSD, "draft", "model", good=(None,)),
-    engine("max_rows", "integer", 0, 2**20, *INT32, good=(None,)),
+    engine("max_rows", "integer", 0, 2**20 + 1, *INT32, good=(None,)),
     engine("kv_cache_tokens", "integer", 0, *INT32, good=(None,)),
     engine("gpu_memory_utilization", "real", None, 0, 1.5),
     engine("cuda_graphs", "truth", None),

@@ -27,7 +27,7 @@ from stars_fast.methods.numbers import MOST_ANSWERS, integer, real, shown
 
 # Below this, partial rewards say too little about final ones to guide by.
 _GUIDABLE_CORRELATION = 0.3
-_INPUTS = ("attention_mask", "reward_prompts", "columns", "chat_template_kwargs")  # not fields of StarsConfig
+INPUTS = ("attention_mask", "reward_prompts", "columns", "chat_template_kwargs")  # not fields of StarsConfig
 
 
 class Report(dict[str, Any]):
@@ -153,7 +153,7 @@ def calibrate(
         raise TypeError(f"engine={shown(engine)}: give a StarsEngine")
     acceptance = real("acceptance", acceptance, 0.0, 1.0, open_below=True)
     samples = integer("samples", samples, 2, MOST_ANSWERS)
-    inputs = {name: kwargs.pop(name) for name in _INPUTS if name in kwargs}
+    inputs = {name: kwargs.pop(name) for name in INPUTS if name in kwargs}
     arguments = Arguments(prompts, config, overrides=kwargs, seed=seed, **inputs)
     ruled, pilots = engine.run_pilots(arguments, samples)
     for pilot in pilots:

@@ -1,0 +1,144 @@
+"""A fit for a pair of models: learned once, saved, used for any prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any, ClassVar
+
+from stars_fast.calibration.targets import INPUTS
+from stars_fast.config import StarsConfig
+from stars_fast.engine import StarsEngine
+from stars_fast.inputs.arguments import Arguments
+from stars_fast.inputs.fits import made_for
+from stars_fast.loop.pilot import rank_correlation
+from stars_fast.methods.base import Method, Scored, Segments, SettingsT
+from stars_fast.methods.fit import Fit, Group, learn
+from stars_fast.methods.numbers import integer
+from stars_fast.methods.stopping import OptimalStopping, cost_for, simulate
+from stars_fast.ops.philox import philox_key
+from stars_fast.outputs import SegmentTrace, StarsOutput
+
+# Histories are of answers whose segments are the best of so many: unguided, guided and greedy.
+_AMONG = (1, 3, None)
+_LEAST_PROMPTS = 8
+# Candidates a segment: where it is tried what optimal stopping takes, and of which the report says what to expect.
+_TRIED, _OUTLOOK = (2.0, 6.0), (1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
+
+
+@dataclass(frozen=True)
+class _History(Method):
+    """All candidates of a segment are scored, and the best of the first ``among`` is committed."""
+
+    name: ClassVar[str] = "history"
+    has_target: ClassVar[bool] = False
+    method: Method
+    samples: int
+    among: int
+
+    def rule(self, config: SettingsT) -> SettingsT:
+        ruled = self.method.rule(config)
+        return ruled.replace(target_reward=math.inf, base_reward=None, max_attempts=self.samples)
+
+    def segments(self) -> Segments:
+        return self.method.segments()
+
+    def values(self, candidates: Sequence[Scored]) -> list[float]:
+        return [one.reward if one.attempt < self.among else -math.inf for one in candidates]
+
+
+def fit(
+    engine: StarsEngine,
+    prompts: Any,
+    config: StarsConfig | None = None,
+    *,
+    samples: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+    **overrides: Any,
+) -> Fit:
+    """Learn once, for a policy and a reward, what rewards a segment's candidates have, given the reward before them.
+
+    Three answers to each prompt are drawn with ``samples`` candidates for each segment: of the first answer, the first
+    candidate goes on, of the second the best of three, of the third the best of all, so that prefixes of every level
+    are seen that guidance comes to.
+
+    Parameters
+    ----------
+    engine : StarsEngine
+    prompts : as in :meth:`StarsEngine.generate`
+        At least 8, like those to come.
+    config : StarsConfig, optional
+        Segment length, greatest length and sampling, for which alone the fit holds; "cards" for CARDS' segments.
+    samples : int
+        Candidates of a segment, at least 4.
+    seed : int
+    progress : bool
+        Show a bar.
+    **overrides
+        ``attention_mask``, ``reward_prompts``, ``columns``, ``chat_template_kwargs``, or fields of StarsConfig.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For too few prompts or samples, a reward that does not vary, a reward that cannot score partial text.
+    RuntimeError
+        If an answer fails, with the cause.
+    """
+    samples, seed = integer("samples", samples, 4), integer("seed", seed)
+    inputs = {name: overrides.pop(name) for name in INPUTS if name in overrides}
+    given = (config or StarsConfig()).replace(fit=None, num_return_sequences=1, **overrides)
+
+    def run(place: int, method: Method, known: Fit | None = None) -> StarsOutput:
+        settings = given.replace(method=method, fit=known)
+        key = philox_key(seed, place, 0)
+        return engine.run(
+            Arguments(prompts, settings, seed=key, on_error="raise", trace=known is None, **inputs), progress=progress
+        )
+
+    call = engine.prepare(Arguments(prompts, given.replace(method=_History(given.chosen_method, samples, 1)), **inputs))
+    if len(call.prompts) < _LEAST_PROMPTS:
+        raise ValueError(f"fit: {len(call.prompts)} prompts say too little: give at least {_LEAST_PROMPTS}")
+    outputs = [run(i, _History(given.chosen_method, samples, among or samples)) for i, among in enumerate(_AMONG)]
+    runs = [[segment.reward for segment in segments] for segments in outputs[0].segments]
+    known = learn(
+        [group for output in outputs for segments in output.segments for group in _groups(segments)],
+        made_for(call.config, call.terms.sampling, engine.policy, engine.reward),
+        {
+            "prompts": len(runs),
+            "samples": samples,
+            "unguided_reward": fmean(run[-1] for run in runs),
+            "rank_correlation": _correlation_with_the_last(runs),
+        },
+    )
+    spent = []
+    if given.chosen_method.segments() == Segments():
+        for budget in (one for one in _TRIED if one <= given.max_attempts):
+            outputs.append(run(len(outputs), OptimalStopping(budget=budget), known))
+            counts = [segment.attempts for segments in outputs[-1].segments for segment in segments]
+            spent.append((budget, fmean(counts)))
+    drawn = sum(output.stats["policy_tokens"] for output in outputs)
+    outlook = [(budget, simulate(known, cost_for(budget, 64, known), 64).reward) for budget in _OUTLOOK]
+    return replace(known, spent=tuple(spent), outlook=tuple(outlook), figures={**known.figures, "policy_tokens": drawn})
+
+
+def _groups(segments: Sequence[SegmentTrace]) -> Iterator[Group]:
+    """The candidates of each segment of an answer; of those that a scorer rejects for good nothing is learned."""
+    before = 0.0
+    for index, segment in enumerate(segments):
+        rewards = [candidate.reward for candidate in segment.candidates or ()]
+        if all(map(math.isfinite, [before, *rewards])):
+            yield Group(index, before, rewards)
+        before = segment.reward
+
+
+def _correlation_with_the_last(runs: Sequence[Sequence[float]]) -> float:
+    """Mean over segments, the last left out, of Spearman's rho between partial and final reward; NaN for too few."""
+    rhos = []
+    for segment in range(max(map(len, runs)) - 1):
+        pairs = [(run[segment], run[-1]) for run in runs if len(run) > segment + 1]
+        if len(pairs) > 2 and not math.isnan(rho := rank_correlation(pairs)):
+            rhos.append(rho)
+    return fmean(rhos) if rhos else math.nan

@@ -1,0 +1,264 @@
+"""What is learned once for a policy and a reward model: the law of a segment's rewards, given the reward before it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+FIT_NAME = "stars_fit.json"
+# Quantiles that are kept of a distribution's shape.
+_ATOMS = 400
+
+
+class SegmentLaw(NamedTuple):
+    """Rewards of the candidates of one segment, in the reward's units.
+
+    Their mean varies among prefixes, around ``mean + slope * before`` with standard deviation ``between``. Within a
+    prefix they have the standard deviation ``exp(log_spread + spread_slope * before)``, ``before`` being clipped to
+    what was seen, from ``lowest`` to ``highest``. The first segment has nothing before it: ``before`` is 0.
+    """
+
+    mean: float
+    slope: float
+    between: float
+    log_spread: float
+    spread_slope: float
+    lowest: float
+    highest: float
+
+    def prior(self, before: Any) -> Any:
+        """Mean reward to expect behind a prefix with the reward ``before``; a float or an array."""
+        return self.mean + self.slope * before
+
+    def variance(self, before: float) -> float:
+        """Of the candidates within such a prefix, as far as is known before they are drawn."""
+        return math.exp(2 * (self.log_spread + self.spread_slope * min(max(before, self.lowest), self.highest)))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What :func:`stars_fast.fit` learned for a pair of models; serves any prompt.
+
+    Attributes
+    ----------
+    laws : tuple of SegmentLaw
+        By segment index; the last one holds for later segments as well.
+    residuals : tuple of float
+        Rewards less the mean of their prefix, in its standard deviations: atoms of equal weight, ascending.
+    levels : tuple of float
+        Rewards less what was to be expected before the segment was drawn, in standard deviations of that: the same.
+    weight : float
+        Degrees of freedom that the expected spread of a prefix is worth, against that of its own candidates.
+    spent : tuple of (float, float)
+        Candidates a segment that optimal stopping was to take, and took where it was tried, ascending.
+    outlook : tuple of (float, float)
+        Candidates a segment, and the reward of finished answers to expect for them.
+    made_for : mapping
+        The models, segmenter and sampling it was made for. It says nothing about others.
+    figures : mapping
+        What it was made from, and what that says about the reward.
+    """
+
+    laws: tuple[SegmentLaw, ...]
+    residuals: tuple[float, ...]
+    levels: tuple[float, ...]
+    weight: float
+    spent: tuple[tuple[float, float], ...] = ()
+    outlook: tuple[tuple[float, float], ...] = ()
+    made_for: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    figures: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
+
+    def law(self, segment: int) -> SegmentLaw:
+        """Of the segment with this index, from 0 on."""
+        return self.laws[min(segment, len(self.laws) - 1)]
+
+    def asking(self, budget: float) -> float:
+        """What to ask for to spend so much, by what was spent where it was tried."""
+        if not self.spent:
+            return budget
+        asked, spent = np.log(np.array(self.spent)).T
+        return max(budget * math.exp(float(np.interp(math.log(budget), spent, asked - spent))), 1.0)
+
+    def level(self, segment: int, before: float, reward: float) -> float:
+        """``F(reward)`` in (0, 1), strictly increasing: the share of candidates of such prefixes with lower rewards."""
+        law = self.law(segment)
+        scale = math.sqrt(law.variance(before) + law.between**2)
+        return _share_below((reward - law.prior(before)) / scale, self.levels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain, JSON-ready values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {**plain, "laws": [law._asdict() for law in self.laws]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Fit:
+        """What :meth:`to_dict` gave. Raises ValueError for anything else."""
+        try:
+            laws = tuple(SegmentLaw(**{name: float(v) for name, v in law.items()}) for law in values["laws"])
+            fit = cls(
+                laws,
+                tuple(map(float, values["residuals"])),
+                tuple(map(float, values["levels"])),
+                float(values["weight"]),
+                tuple((float(a), float(b)) for a, b in values["spent"]),
+                tuple((float(a), float(b)) for a, b in values["outlook"]),
+                dict(values["made_for"]),
+                dict(values["figures"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"fit: not what Fit.to_dict gives ({type(error).__name__}: {error})") from error
+        if not (fit.laws and fit.residuals and fit.levels):
+            raise ValueError("fit: laws, residuals and levels must not be empty")
+        return fit
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write ``stars_fit.json`` into a folder, which is made if needed."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FIT_NAME).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str]) -> Fit:
+        """Read what :meth:`save_pretrained` wrote: a folder, or the file itself."""
+        path = Path(pretrained_model_name_or_path)
+        path = path / FIT_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"no {FIT_NAME} at {path}: stars_fast.fit(engine, prompts) makes one")
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def report(self) -> Report:
+        """What it was made from, how far partial rewards predict final ones, and which reward to expect for how much.
+
+        Keys: ``prompts``, ``samples``, ``policy_tokens`` (drawn for it), ``unguided_reward``, ``rank_correlation`` (of
+        partial and final rewards, unguided), ``outlook``.
+        """
+        return Report(self.figures, outlook=self.outlook)
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """What it was made for and what is at hand, where that is not the same, in words."""
+        return [
+            f"{name} is {other.get(name)!r} here, {self.made_for.get(name)!r} in the fit"
+            for name in {**self.made_for, **other}
+            if self.made_for.get(name) != other.get(name)
+        ]
+
+
+class Report(dict[str, Any]):
+    """Figures of a fit; a mapping that prints as text."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"made from                {self['prompts']:.0f} prompts, {self['policy_tokens']:.0f} policy tokens",
+            f"partial/final rank corr. {self['rank_correlation']:.2f}",
+            "candidates a segment     " + " ".join(f"{budget:6g}" for budget, _ in self["outlook"]),
+            "reward to expect         " + " ".join(f"{reward:+6.2f}" for _, reward in self["outlook"]),
+        ]
+        return "\n".join(lines)
+
+
+class Group(NamedTuple):
+    """The candidates of one prefix."""
+
+    segment: int
+    before: float  # reward of the prefix; 0 for the first segment
+    rewards: Sequence[float]  # of its candidates, in the order in which they were drawn
+
+
+def learn(groups: Sequence[Group], made_for: Mapping[str, Any], figures: Mapping[str, float]) -> Fit:
+    """The fit of what was drawn, every group being of as many candidates, at least 4.
+
+    Per segment, least squares for the mean of a prefix and for the logarithm of its spread, given the reward before
+    it; moments for what mean and spread of prefixes vary beyond that.
+
+    Raises
+    ------
+    ValueError
+        For rewards that do not vary.
+    """
+    laws, residuals, levels, standard = [], [], [], []
+    for segment in range(max(group.segment for group in groups) + 1):
+        here = [group for group in groups if group.segment == segment]
+        if len(here) < 3:
+            break
+        before, rewards = np.array([g.before for g in here]), np.array([g.rewards for g in here])  # [n], [n, m]
+        means, variances = rewards.mean(1), rewards.var(1, ddof=1)
+        varies = variances > 1e-12
+        if not varies.any():
+            raise ValueError("fit: the rewards of a segment's candidates are all the same, so that none is better")
+        slope, mean = _line(before, means)
+        spread_slope, _ = _line(before[varies], 0.5 * np.log(variances[varies]))
+        shape = np.exp(2 * spread_slope * before)
+        scale = float((variances / shape).mean())  # so that it is the mean variance which is right
+        off = means - mean - slope * before
+        between = math.sqrt(max(float((off**2).mean() - variances.mean() / rewards.shape[1]), 1e-4 * variances.mean()))
+        limits = float(before.min()), float(before.max())
+        laws.append(SegmentLaw(mean, slope, between, 0.5 * math.log(scale), spread_slope, *limits))
+        standard.append(rewards / np.sqrt(scale * shape)[:, None])
+        residuals.append(((rewards - means[:, None])[varies] / np.sqrt(variances[varies, None])).ravel())
+        expected = np.sqrt(scale * shape + between**2)
+        levels.append(((off + (rewards - means[:, None]).T) / expected).ravel())
+    count = len(groups[0].rewards)
+    whole = np.concatenate(residuals) * math.sqrt(count / (count - 1))
+    return Fit(
+        tuple(laws),
+        _atoms(whole / whole.std()),
+        _atoms(np.concatenate(levels)),
+        _weight(standard),
+        made_for=dict(made_for),
+        figures=dict(figures),
+    )
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """(slope, intercept) of least squares; a slope of 0 where x does not vary."""
+    spread = float(((x - x.mean()) ** 2).sum())
+    slope = float(((x - x.mean()) * (y - y.mean())).sum()) / spread if spread > 0 else 0.0
+    return slope, float(y.mean()) - slope * float(x.mean())
+
+
+def _atoms(values: np.ndarray) -> tuple[float, ...]:
+    """At most 400 numbers of equal weight with the same distribution: means of runs of the sorted values."""
+    runs = np.array_split(np.sort(values), min(_ATOMS, len(values)))
+    return tuple(round(float(run.mean()), 4) for run in runs)
+
+
+def _weight(groups: Sequence[np.ndarray]) -> float:
+    """Degrees of freedom that the expected variance of a prefix is worth.
+
+    The variance of a prefix's first candidates, in units of the expected one, predicts that of its others: with d
+    degrees of freedom each, their correlation is ``d / (d + weight)``. Heavy tails, which make single variances vary,
+    are in it. At least 1, at most 100.
+    """
+    half = groups[0].shape[1] // 2
+    first = np.concatenate([group[:, :half].var(1, ddof=1) for group in groups])
+    other = np.concatenate([group[:, half:].var(1, ddof=1) for group in groups])
+    spread = math.sqrt(float(first.var() * other.var()))
+    alike = float(((first - first.mean()) * (other - other.mean())).mean()) / spread if spread else 0.0
+    return min(max((half - 1) * (1 - alike) / max(alike, 1e-6), 1.0), 100.0)
+
+
+def _share_below(x: float, atoms: Sequence[float]) -> float:
+    """Of a distribution given by atoms, made continuous: linear between them, and beyond them a tail that never ends.
+
+    The i-th of n atoms is its quantile ``(i + 1/2) / n``.
+    """
+    n, width = len(atoms), max(atoms[-1] - atoms[0], 1e-6) / 2
+    if x <= atoms[0]:
+        return 0.5 / n * math.exp((x - atoms[0]) / width)
+    if x >= atoms[-1]:
+        return 1 - 0.5 / n * math.exp((atoms[-1] - x) / width)
+    i = bisect_right(atoms, x) - 1
+    return (i + 0.5 + (x - atoms[i]) / (atoms[i + 1] - atoms[i])) / n

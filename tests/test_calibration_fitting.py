@@ -1,0 +1,109 @@
+"""A fit is made from an engine's own histories, and what it was made for is what it serves."""
+
+import math
+
+import pytest
+from conftest import tiny_policy, tiny_reward
+
+from stars_fast import Fit, StarsConfig, StarsEngine, fit
+from stars_fast.methods import OptimalStopping
+
+VOCAB = 32
+PROMPTS = [[i, i + 1, 2 * i % 31] for i in range(24)]
+OTHERS = [[30 - i % 30, i % 7, i % 31] for i in range(40)]
+CONFIG = StarsConfig(segment_length=4, max_new_tokens=12, ignore_eos=True)
+
+
+def engine(scale=3.0, **settings):
+    return StarsEngine(tiny_policy(VOCAB, hidden=32), tiny_reward(VOCAB, hidden=32, scale=scale), **settings)
+
+
+@pytest.fixture(scope="module")
+def known():
+    return fit(engine(), PROMPTS, CONFIG, samples=8)
+
+
+def test_a_fit_has_a_law_for_each_segment_and_says_what_it_cost(known):
+    assert len(known.laws) == 3
+    report = known.report()
+    assert (report["prompts"], report["samples"]) == (24, 8)
+    assert report["policy_tokens"] >= 24 * 12 * 8 * 3
+    rewards = [reward for _, reward in report["outlook"]]
+    assert rewards == sorted(rewards)
+    assert rewards[0] > report["unguided_reward"]
+    assert "24 prompts" in str(report)
+
+
+def test_the_same_seed_gives_the_same_fit(known, tmp_path):
+    again = fit(engine(max_rows=48), PROMPTS, CONFIG, samples=8)
+    assert again.weight == pytest.approx(known.weight, rel=1e-3)
+    assert [list(law) for law in again.laws] == [pytest.approx(list(law), abs=1e-3) for law in known.laws]
+    known.save_pretrained(tmp_path)
+    assert CONFIG.replace(fit=tmp_path).known == known
+    assert StarsConfig(**CONFIG.replace(fit=known).to_dict()).known == known
+
+
+@pytest.mark.parametrize("budget", [2.0, 4.0])
+def test_on_other_prompts_the_budget_asked_is_spent(known, budget):
+    out = engine().generate(OTHERS, CONFIG, fit=known, method=OptimalStopping(budget=budget), seed=1)
+    counts = [segment.attempts for row in out.segments for segment in row]
+    assert sum(counts) / len(counts) == pytest.approx(budget, rel=0.2)
+
+
+def test_with_a_fit_no_pilots_are_drawn(known):
+    out = engine().generate(OTHERS[:4], CONFIG, fit=known, seed=1)
+    assert out.stats["calibration_tokens"] == 0
+    assert all(math.isfinite(reward) for reward in out.rewards)
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"segment_length": 5}, "segment_length is 5 here, 4 in the fit"),
+        ({"temperature": 0.5}, "temperature is 0.5 here, 1.0 in the fit"),
+        ({"method": "cards"}, "entropy is 3.0 here, None in the fit"),
+    ],
+    ids=str,
+)
+def test_a_fit_for_something_else_is_refused_by_name(known, settings, named):
+    with pytest.raises(ValueError, match=named):
+        engine().generate(OTHERS[:1], CONFIG, fit=known, **settings)
+
+
+def test_a_fit_for_other_models_is_refused_by_name(known):
+    other = StarsEngine(tiny_policy(VOCAB, hidden=32), lambda completions, **_: [0.0] * len(completions))
+    with pytest.raises(ValueError, match=r"reward is 'CallableReward of .*lambda.*' here, 'ClassifierReward, "):
+        other.generate(OTHERS[:1], CONFIG, fit=known)
+
+
+def test_a_method_without_a_use_for_a_fit_says_so(known):
+    with pytest.warns(UserWarning, match="method='best_of_n' has no use for a fit"):
+        engine().generate(OTHERS[:1], CONFIG, fit=known, method="best_of_n")
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ({"prompts": PROMPTS[:3]}, "3 prompts say too little"),
+        ({"prompts": PROMPTS, "samples": 3}, "samples=3 must be at least 4"),
+    ],
+    ids=["prompts", "samples"],
+)
+def test_too_little_to_learn_from_is_refused(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        fit(engine(), config=CONFIG, **arguments)
+
+
+def test_rewards_that_do_not_vary_are_refused():
+    constant = StarsEngine(tiny_policy(VOCAB, hidden=32), lambda completions, **_: [1.0] * len(completions))
+    with pytest.raises(ValueError, match="all the same"):
+        fit(constant, PROMPTS, CONFIG, samples=4)
+
+
+def test_a_fit_is_read_back_or_refused():
+    with pytest.raises(FileNotFoundError, match=r"stars_fit\.json"):
+        StarsConfig(fit="nowhere")
+    with pytest.raises(TypeError, match="fit=3: give what"):
+        StarsConfig(fit=3)
+    with pytest.raises(ValueError, match="not what Fit"):
+        Fit.from_dict({})

@@ -1,0 +1,76 @@
+"""A fit finds the law that rewards were drawn from, and keeps it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from stars_fast.methods.fit import Fit, Group, learn
+
+
+def drawn(prefixes=400, candidates=16, spread=lambda before: 0.5, weight=1e9, slope=0.8, between=0.3, seed=0):
+    """Groups of two segments whose law is known."""
+    random = np.random.default_rng(seed)
+    groups = []
+    for _ in range(prefixes):
+        before = 0.0
+        for segment in range(2):
+            scale = spread(before) * math.sqrt(weight / random.chisquare(weight))
+            mean = 1.0 + slope * before + between * random.standard_normal()
+            rewards = mean + scale * random.standard_normal(candidates)
+            groups.append(Group(segment, before, rewards.tolist()))
+            before = float(rewards[0])
+    return groups
+
+
+def test_a_fit_finds_mean_slope_and_spreads():
+    fit = learn(drawn(), {}, {})
+    first, second = fit.laws
+    assert (first.mean, first.slope) == (pytest.approx(1.0, abs=0.05), 0.0)
+    assert (second.mean, second.slope) == (pytest.approx(1.0, abs=0.15), pytest.approx(0.8, abs=0.1))
+    for law in fit.laws:
+        assert law.between == pytest.approx(0.3, abs=0.04)
+        assert math.sqrt(law.variance(1.0)) == pytest.approx(0.5, abs=0.02)
+    assert fit.law(7) == second
+
+
+def test_a_fit_finds_spreads_that_follow_the_reward_before():
+    law = learn(drawn(spread=lambda before: math.exp(-0.5 - 0.4 * before)), {}, {}).laws[1]
+    assert law.spread_slope == pytest.approx(-0.4, abs=0.05)
+    assert law.variance(law.highest + 5) == law.variance(law.highest), "nothing is known of spreads out there"
+
+
+@pytest.mark.parametrize("weight, least, most", [(6, 3, 12), (1e9, 40, 100)])
+def test_the_weight_says_how_much_spreads_of_prefixes_vary(weight, least, most):
+    assert least <= learn(drawn(2000, weight=weight), {}, {}).weight <= most
+
+
+def test_levels_are_uniform_on_candidates_of_other_prefixes():
+    fit = learn(drawn(seed=1), {}, {})
+    levels = [fit.level(g.segment, g.before, reward) for g in drawn(seed=2) for reward in g.rewards]
+    assert np.histogram(levels, 10, (0, 1))[0] / len(levels) == pytest.approx(np.full(10, 0.1), abs=0.01)
+    assert np.all(np.diff([fit.level(0, 0.0, reward) for reward in np.linspace(-40, 40, 999)]) > 0)
+
+
+def test_a_fit_is_what_it_was_when_it_is_read_again(tmp_path):
+    fit = learn(drawn(20), {"segment_length": 16, "policy": "tiny"}, {"prompts": 20.0})
+    fit.save_pretrained(tmp_path)
+    assert Fit.from_pretrained(tmp_path) == fit
+    assert Fit.from_dict(json.loads(json.dumps(fit.to_dict()))) == fit
+    assert fit.differences({"segment_length": 8, "policy": "tiny"}) == ["segment_length is 8 here, 16 in the fit"]
+
+
+@pytest.mark.parametrize(
+    "broken", [{}, {"laws": []}, {"laws": [{"mean": 1}], "residuals": [], "levels": []}, []], ids=str
+)
+def test_what_is_no_fit_is_refused(broken):
+    with pytest.raises(ValueError, match="fit"):
+        Fit.from_dict(broken)
+
+
+def test_rewards_that_do_not_vary_are_refused():
+    with pytest.raises(ValueError, match="all the same"):
+        learn([Group(0, 0.0, [1.0] * 8)] * 9, {}, {})
