@@ -2,6 +2,7 @@
 
 import errno
 import json
+import warnings
 
 import pytest
 import torch
@@ -75,3 +76,10 @@ def test_a_debugging_user_sees_the_traceback(tmp_path, monkeypatch):
     assert "Traceback" in CliRunner().invoke(app, command).stderr
     monkeypatch.delenv("STARS_FAST_DEBUG")
     assert "Traceback" not in CliRunner().invoke(app, command).stderr
+
+
+def test_a_warning_is_a_line(capsys):
+    with warnings.catch_warnings():
+        console.warn_in_one_line()
+        warnings.warn("this is\nodd", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: this is odd\n"

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from stars_fast.cli import bench, demo, doctor, eval, generate, kernels
-from stars_fast.cli.console import print_version, show_tracebacks
+from stars_fast.cli.console import print_version, show_tracebacks, warn_in_one_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,3 +43,4 @@ def main(
     ] = False,
 ) -> None:
     """Reward-guided generation for Hugging Face models: exact, many candidates at a time."""
+    warn_in_one_line()

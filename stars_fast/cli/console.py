@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -37,6 +38,13 @@ def stdout() -> Console:
 def stderr() -> Console:
     """A console for progress and complaints. Long lines are left to the terminal, so that a pipe gets one."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def warn_in_one_line() -> None:
+    """Warnings from here on are a line each, as everything else is; where in the code they arose helps nobody here."""
+    warnings.showwarning = lambda message, *_: stderr().print(
+        Text.assemble(("warning: ", "bold yellow"), one_line(message))
+    )
 
 
 def note(message: str) -> None:
@@ -114,10 +122,11 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def quiet_transformers() -> None:
-    """No bars while weights load. Warnings stay: a head that the checkpoint lacks is drawn at random."""
+    """No bars while weights load, and no reports: what of a checkpoint is missing or of no use is said in one line."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 @contextmanager
