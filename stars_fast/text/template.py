@@ -11,7 +11,7 @@ from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.text.bounds import bounded
-from stars_fast.text.turns import in_one_piece
+from stars_fast.text.turns import in_one_piece, in_parts
 
 Variables = Mapping[str, Any]
 
@@ -37,7 +37,7 @@ def rendered(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Vari
 
 def apply(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Variables, **form: Any) -> Any:
     """``tokenizer.apply_chat_template`` of turns whose parts of text are joined where the template cannot take them."""
-    if any(isinstance(turn.get("content"), list) for turn in turns) and not _takes_parts(tokenizer, variables):
+    if any(map(in_parts, turns)) and not _takes_parts(tokenizer, variables):
         turns = [in_one_piece(dict(turn)) for turn in turns]
     return _within_bounds(tokenizer, list(turns), variables, **form)
 
