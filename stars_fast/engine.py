@@ -23,7 +23,7 @@ from stars_fast.loop.core import Core
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot
 from stars_fast.loop.request import Request
 from stars_fast.loop.row_cost import Heartbeat
-from stars_fast.loop.stream import UNDECODABLE, Streaming, progress_bar
+from stars_fast.loop.stream import Streaming, progress_bar
 from stars_fast.loop.team import release_team
 from stars_fast.methods.numbers import MOST, integer, real, shown, truth
 from stars_fast.notices import warn
@@ -31,7 +31,7 @@ from stars_fast.outputs import Cause, SegmentEvent, StarsOutput
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward
 from stars_fast.stays import Stays
-from stars_fast.text.tokens import legible, undecodable
+from stars_fast.text.tokens import text_of
 
 _DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
 _MOST_ROWS = 2**20
@@ -374,22 +374,12 @@ class StarsEngine(Stays):
         )
 
     def _text(self, request: Request, job: Job) -> str:
-        """The completion's text. An id that the tokenizer cannot decode costs a character; where there is no text to be
-        had, the request says why, and its ids are whole.
-        """
-        try:
-            return str(self.tokenizer.decode(request.tokens, skip_special_tokens=True))
-        except Exception as error:
-            if bad := undecodable(self.tokenizer, request.tokens):
-                warn(
-                    f"prompts[{request.prompt_index}]: the tokenizer cannot decode id {bad[0]} of the completion "
-                    f"({type(error).__name__}: {error}): in its text stands a replacement character"
-                )
-                return legible(self.tokenizer, request.tokens)
-            if request.error is None:
-                request.error = Cause.of(error, UNDECODABLE)
-                job.note(request)
-            return ""
+        """The completion's text; where there is none to be had, the request says why, and its ids are whole."""
+        text, cause = text_of(self.tokenizer, request.tokens, f"prompts[{request.prompt_index}]")
+        if cause is not None and request.error is None:
+            request.error = cause
+            job.note(request)
+        return text
 
     def close(self) -> None:
         """End what is under way, and free all slots; the engine cannot be used any more."""

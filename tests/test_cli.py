@@ -300,8 +300,8 @@ def test_an_answer_that_the_tokenizer_cannot_write_costs_one_row():
     rows, config = read_rows(['{"prompt": "w3"}', '{"prompt": "w4"}'], 0), StarsConfig()
     events = [event(0, (7, 8)), event(1, (5,))]
     (bad,), (good,) = responses._gathered(Engine, events, rows, config, lambda event: None)
-    assert bad["finish_reason"] == "error"
-    assert bad["error"] == "the tokenizer cannot write the answer: RuntimeError: not today"
+    assert bad["finish_reason"] == "length" and bad["reward"] == 1.0 and bad["completion"] == ""
+    assert bad["error"] == "its text could not be decoded: the tokenizer raised RuntimeError: not today"
     assert bad["completion_ids"] == [7, 8] and good["completion"] == "w5" and good["error"] is None
 
 

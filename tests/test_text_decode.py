@@ -84,7 +84,7 @@ def test_pieces_add_up_to_the_whole_text(tokenizer, data):
     stream, pieces, end = TextStream(), [], 0
     while end < len(ids):
         end += data.draw(st.integers(1, 5))
-        pieces.append(stream.piece(tokenizer, ids[:end], last=end >= len(ids)))
+        pieces.append(stream.piece(tokenizer, ids[:end], last=end >= len(ids))[0])
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
 
 

@@ -43,6 +43,25 @@ def test_the_hub_is_not_asked_of_what_was_downloaded_before(monkeypatch):
     assert tokenizers.has_tokenizer("some/model") and not hub.asked
 
 
+class PanicException(BaseException):
+    """As what pyo3 raises where Rust panics."""
+
+
+@pytest.mark.parametrize("error", [PanicException("ouch"), ImportError("ouch")], ids=str)
+def test_a_tokenizer_given_by_name_that_cannot_be_loaded_is_named(monkeypatch, tmp_path, error):
+    def load(name):
+        raise error
+
+    monkeypatch.setattr(tokenizers.AutoTokenizer, "from_pretrained", load)
+    with pytest.raises(OSError, match=f"reward_tokenizer='{tmp_path}' cannot be loaded: ouch"):
+        tokenizers.named_tokenizer("reward_tokenizer", tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(OSError, match=r"pass tokenizer=\): ouch"):
+        tokenizers.tokenizer_beside(str(tmp_path), "tokenizer")
+    with pytest.raises(TypeError, match="tokenizer is a int, 7: give a tokenizer"):
+        tokenizers.named_tokenizer("tokenizer", 7)
+
+
 def test_vocabularies_are_the_same_where_every_id_means_the_same():
     assert tokenizers.same_vocabulary(tiny_tokenizer(32), tiny_tokenizer(32))
     assert not tokenizers.same_vocabulary(tiny_tokenizer(32), tiny_tokenizer(31))

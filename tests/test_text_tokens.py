@@ -1,5 +1,7 @@
 """What a tokenizer cannot read or write is an error in words, and costs nobody else anything."""
 
+import asyncio
+
 import pytest
 from conftest import refused, sum_reward, tiny_tokenizer
 from tiny_tokenizers import CHATML, byte_bpe
@@ -7,12 +9,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.text.tokens import legible, refuse_long, token_ids, undecodable
+from stars_fast.text.tokens import guarded, legible, refuse_long, text_of, token_ids, undecodable
 
 CONFIG = StarsConfig(segment_length=4, max_new_tokens=12, target_reward=0.5, ignore_eos=True)
 
 
-class Panic(BaseException):
+class PanicException(BaseException):
     """As what pyo3 raises where Rust panics."""
 
 
@@ -47,9 +49,29 @@ def test_text_that_the_tokenizer_refuses_is_named_with_its_prompt(policy32, monk
     with refused(r"prompts\[1\]", "tokenizer cannot read it"):
         engine.generate(["w1", "w9"], CONFIG)
     panicking = tiny_tokenizer(32)
-    monkeypatch.setattr(panicking, "_encode_plus", lambda *a, **k: (_ for _ in ()).throw(Panic("ouch")))
+    monkeypatch.setattr(panicking, "_encode_plus", lambda *a, **k: (_ for _ in ()).throw(PanicException("ouch")))
     with pytest.raises(ValueError, match="ouch"):
         token_ids(panicking, "w1")
+
+
+def test_a_panic_is_an_error_in_words_and_an_interruption_passes(monkeypatch):
+    raising = tiny_tokenizer(32)
+    for error in (PanicException("ouch"), OverflowError("ouch")):
+        monkeypatch.setattr(raising, "decode", lambda *a, error=error, **k: (_ for _ in ()).throw(error))
+        assert text_of(raising, [1]) == ("\ufffd", None)  # of an id alone
+    panicking = tiny_tokenizer(32)
+    monkeypatch.setattr(panicking, "decode", lambda ids, **k: panic() if len(ids) > 1 else "w1")
+    text, cause = text_of(panicking, [1, 2])
+    assert (
+        text == "" and cause == "its text could not be decoded: the tokenizer raised RuntimeError: PanicException: ouch"
+    )
+    for error in (asyncio.CancelledError, KeyboardInterrupt):
+        with pytest.raises(error):
+            guarded(lambda error=error: (_ for _ in ()).throw(error()))
+
+
+def panic():
+    raise PanicException("ouch")
 
 
 def test_an_id_that_cannot_be_decoded_costs_its_own_row_a_character(policy32, partial_tokenizer):

@@ -1,5 +1,7 @@
 """Turns have a role in words, and a content that can be read; anything else is named."""
 
+import json
+
 import pytest
 from conftest import refused
 from tiny_tokenizers import CHATML, LLAMA3, byte_bpe, chat_prefix, models_for
@@ -39,6 +41,8 @@ def tokenizer():
         ({"role": "user", "content": ["hello"]}, "content"),
         ({"role": "user", "content": [{"type": "image", "image": "x"}]}, "image"),
         ({"role": "user", "content": [{"type": "text", "text": None}]}, "text"),
+        ({"role": "system", "content": {"a": 1}}, "content"),
+        ({"role": "tool", "content": 7}, "content"),
     ],
     ids=str,
 )
@@ -63,6 +67,16 @@ def test_a_judge_is_shown_parts_as_text_and_calls_of_tools_as_what_they_are(toke
     assert "the cat\nsat|" in show(IN_PARTS)
     assert "None" not in show(TOOLS) and '"look"' in show(TOOLS)
     assert spoken(TOOLS[1]) == '[{"type": "function", "function": {"name": "look", "arguments": {"a": 1}}}]'
+
+
+@pytest.mark.parametrize("returned", [{"sun": [1, 2]}, [{"sun": 1}, {"rain": 2}]], ids=str)
+def test_what_a_tool_returned_is_left_to_the_template(returned):
+    as_json = CHATML.replace("m['content']", "(m['content'] if m['content'] is string else m['content'] | tojson)")
+    tokenizer = byte_bpe(300, template=as_json)
+    chat = [*IN_PARTS, {"role": "assistant", "content": "hello"}, {"role": "tool", "content": returned}]
+    (prompt,) = read_prompts([chat], tokenizer)
+    assert prompt.ids == chat_prefix(tokenizer, [*TEXT, *chat[1:]])
+    assert spoken(chat[-1]) == json.dumps(returned)
 
 
 def test_content_of_none_beside_calls_of_tools_is_no_content(tokenizer):

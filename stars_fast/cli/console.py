@@ -19,7 +19,6 @@ BAD_USAGE = 2
 INTERRUPTED = 130
 # What transformers and the engine raise for models that do not exist, do not load, or cannot be used.
 _MEANT = (OSError, ValueError, TypeError, NotImplementedError, ImportError)
-_PANIC = "PanicException"  # what libraries written in Rust raise, tokenizers first of all; it is no Exception
 _LONGEST = 2000  # characters of a complaint; some errors of libraries quote all that they were given
 _debugging = False
 
@@ -98,8 +97,11 @@ def refusing_models(again: str = "") -> Iterator[None]:
     except (typer.Exit, BrokenPipeError):  # it has been said; nobody reads on, which is no error of a command
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
-            raise
+        if not isinstance(error, Exception):
+            from stars_fast.text.tokens import is_panic  # and with it torch, which the start does not wait for
+
+            if not is_panic(error):
+                raise
         if _is_shortage(error):
             fail(f"{one_line(error)}{again}", 1)
         if isinstance(error, _MEANT):

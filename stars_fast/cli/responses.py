@@ -11,7 +11,7 @@ from stars_fast.cli.rows import Row, record
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.outputs import SegmentEvent, SegmentTrace
-from stars_fast.text.tokens import legible
+from stars_fast.text.tokens import text_of
 
 Records = list[dict[str, Any]]
 
@@ -87,20 +87,12 @@ def _gathered(
         if event.finish_reason is None:
             continue
         tokens = [token for segment in segments.pop(event.index) for token in segment.tokens]
-        text, error = _decoded(engine.tokenizer, tokens)
+        text, cause = (None, None) if engine.tokenizer is None else text_of(engine.tokenizer, tokens)
         row, done = rows[event.prompt_index], records.setdefault(event.prompt_index, [])
-        reason = event.finish_reason if error is None else "error"
-        done.append(record(row, event.sample_index, tokens, text, own, reason, event.error or error))
+        error = event.error or (None if cause is None else str(cause))
+        done.append(record(row, event.sample_index, tokens, text, own, event.finish_reason, error))
         if len(done) == config.num_return_sequences:
             yield sorted(records.pop(event.prompt_index), key=lambda one: one["sample"])
-
-
-def _decoded(tokenizer: Any, tokens: Sequence[int]) -> tuple[str | None, str | None]:
-    """The text of an answer, or why there is none: a tokenizer that fails costs one row."""
-    try:
-        return None if tokenizer is None else legible(tokenizer, tokens), None
-    except Exception as error:
-        return None, f"the tokenizer cannot write the answer: {type(error).__name__}: {error}"
 
 
 def _rejected(row: Row, error: str, config: StarsConfig, advance: Callable[[SegmentEvent], None]) -> Records:

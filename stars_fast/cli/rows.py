@@ -142,7 +142,7 @@ def record(
         "sample": sample,
         "prompt": row.prompt,
         "completion": text,
-        "reward": rounded(segments[-1].reward) if segments and error is None else None,
+        "reward": rounded(segments[-1].reward) if segments and finish_reason in ("stop", "length") else None,
         "finish_reason": finish_reason,
         "error": error,
         "tokens": len(tokens),

@@ -17,10 +17,9 @@ from stars_fast.methods.numbers import shown
 from stars_fast.notices import warn
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
-from stars_fast.rewards.base import check_tokenizer
 from stars_fast.rewards.classifier import ONE_LABEL
 from stars_fast.rewards.ids import POLICYS, check_draft
-from stars_fast.text.tokenizers import tokenizer_beside
+from stars_fast.text.tokenizers import named_tokenizer, tokenizer_beside
 
 # Heads that a causal LM has no use for, and no model has that was trained as one.
 _HEADS = ("score.weight", "classifier.weight")
@@ -76,11 +75,7 @@ def load_policy(
     _refuse_wrapper(policy, "policy")
     if not hasattr(policy, "config") or not hasattr(policy, "get_output_embeddings"):
         raise TypeError(f"policy is a {type(policy).__name__}: give a transformers causal LM, a path or a hub id")
-    if isinstance(tokenizer, (str, os.PathLike)):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    check_tokenizer("tokenizer", tokenizer)
+    tokenizer = named_tokenizer("tokenizer", tokenizer)
     if isinstance(policy, type):
         raise TypeError(f"policy is the class {policy.__name__}: give a model, a path or a hub id")
     if policy.get_output_embeddings() is None:
@@ -122,12 +117,8 @@ def load_reward(
     """
     if isinstance(reward, type):
         raise TypeError(f"reward is a class: give an instance, {reward.__name__}(...)")
-    if isinstance(reward_tokenizer, (str, os.PathLike)) and reward_tokenizer != POLICYS:
-        from transformers import AutoTokenizer
-
-        reward_tokenizer = AutoTokenizer.from_pretrained(reward_tokenizer)
     if reward_tokenizer != POLICYS:
-        check_tokenizer("reward_tokenizer", reward_tokenizer)
+        reward_tokenizer = named_tokenizer("reward_tokenizer", reward_tokenizer)
     if isinstance(reward, (str, os.PathLike)):
         reward, reward_tokenizer = load_classifier(reward, reward_tokenizer, device)
     _refuse_modules(reward)

@@ -15,8 +15,6 @@ from stars_fast.methods.numbers import shown
 from stars_fast.notices import warn
 from stars_fast.outputs import Cause, SegmentEvent, SegmentTrace
 
-UNDECODABLE = "its text could not be decoded: the tokenizer raised "
-
 
 def new_events(request: Request, tokenizer: Any) -> Iterator[SegmentEvent]:
     """One event per segment that was not told of yet; one without a segment where the request failed."""
@@ -37,12 +35,9 @@ def _event(
 ) -> SegmentEvent:
     text = None
     if tokenizer is not None:
-        try:
-            text = request.text.piece(tokenizer, tokens, last=reason is not None)
-        except Exception as error:  # a later piece brings what this one lacks; the ids are whole
-            text = ""
-            if reason is not None and request.error is None:
-                request.error = Cause.of(error, UNDECODABLE)
+        text, cause = request.text.piece(tokenizer, tokens, last=reason is not None)
+        if reason is not None and request.error is None:
+            request.error = cause
     return SegmentEvent(
         index=request.index,
         prompt_index=request.prompt_index,

@@ -258,14 +258,6 @@ def check_text(argument: str, text: Any) -> None:
         raise TypeError(f"{argument}={shown(text)} must be text")
 
 
-def check_tokenizer(argument: str, tokenizer: Any, needed: str = "") -> None:
-    """Raise TypeError for anything but a tokenizer, or None where it is not ``needed`` for something."""
-    if tokenizer is None and not needed:
-        return
-    if not callable(tokenizer) or not hasattr(tokenizer, "decode") or isinstance(tokenizer, type):
-        raise TypeError(f"{argument} is a {type(tokenizer).__name__}, {shown(tokenizer)}: give a tokenizer{needed}")
-
-
 class Scores(Sequence[Score]):
     """(reward, error) of each completion: a reward of NaN, with the cause in words, where it could not be scored.
 

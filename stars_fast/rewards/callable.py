@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from stars_fast.methods.numbers import shown
-from stars_fast.rewards.base import Completion, Reward, RewardPrompt, check_tokenizer
+from stars_fast.rewards.base import Completion, Reward, RewardPrompt
 from stars_fast.rewards.values import one_each
 from stars_fast.text.prompts import ends_with_answer
+from stars_fast.text.tokenizers import check_tokenizer
 from stars_fast.text.turns import in_one_piece
 
 _OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from stars_fast.notices import warn
-from stars_fast.rewards.base import check_tokenizer
-from stars_fast.text.tokenizers import same_vocabulary, tokenizer_beside
+from stars_fast.text.tokenizers import check_tokenizer, same_vocabulary, tokenizer_beside
 from stars_fast.tree.support import unwrapped, vocabulary
 
 POLICYS = "policy"  # in a tokenizer's place: the scorer reads the policy's ids

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.notices import warn
-from stars_fast.rewards.base import RewardPrompt, check_model, check_text, check_tokenizer
+from stars_fast.rewards.base import RewardPrompt, check_model, check_text
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.ids import check_own
@@ -18,6 +18,7 @@ from stars_fast.rewards.render import Context, Rendering
 from stars_fast.text.chat import encode, text_frame
 from stars_fast.text.prompts import template_kwargs
 from stars_fast.text.template import rendered, stand_in
+from stars_fast.text.tokenizers import check_tokenizer
 from stars_fast.text.turns import spoken
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel

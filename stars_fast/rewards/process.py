@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stars_fast.methods.numbers import shown
-from stars_fast.rewards.base import Completion, Response, RewardPrompt, check_model, check_text, check_tokenizer
+from stars_fast.rewards.base import Completion, Response, RewardPrompt, check_model, check_text
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Text, TreeCache
 from stars_fast.rewards.ids import check_own
@@ -20,6 +20,7 @@ from stars_fast.rewards.render import Context, Rendering
 from stars_fast.text.chat import chat_frame, encode, encode_start, encode_turn
 from stars_fast.text.prompts import Messages
 from stars_fast.text.template import Variables, apply, rendered, stand_in
+from stars_fast.text.tokenizers import check_tokenizer
 from stars_fast.text.turns import spoken
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel

@@ -9,12 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.methods.numbers import integer, plain, shown
-from stars_fast.rewards.base import Completion, RewardPrompt, check_model, check_tokenizer
+from stars_fast.rewards.base import Completion, RewardPrompt, check_model
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.classifier import ClassifierReward
 from stars_fast.rewards.ids import first_reading, reading
 from stars_fast.rewards.render import Context, Rendering
+from stars_fast.text.tokenizers import check_tokenizer
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import unwrapped

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stars_fast.text.tokens import legible
+from stars_fast.outputs import Cause
+from stars_fast.text.tokens import text_of
 
 CONTEXT_TOKENS = 8  # decoded in front of others, these read as they do behind the whole text
 _UNSETTLED = 8  # characters at the end of a text that transformers' clean-up of spaces may still change
@@ -42,25 +43,30 @@ class TextStream:
     start: int = 0
     told: int = 0
 
-    def piece(self, tokenizer: Any, tokens: Sequence[int], last: bool) -> str:
-        """What the text has grown by. What later tokens may still change waits for them, unless these are the last."""
+    def piece(self, tokenizer: Any, tokens: Sequence[int], last: bool) -> tuple[str, Cause | None]:
+        """What the text has grown by. What later tokens may still change waits for them, unless these are the last.
+
+        Where it cannot be decoded, that is the cause; a later piece may bring what this one lacks.
+        """
         end = len(tokens)
         while not last and end > self.start and _is_byte(tokenizer, tokens[end - 1]):
             end -= 1
-        text = legible(tokenizer, tokens[self.start : end])
+        text, cause = text_of(tokenizer, tokens[self.start : end])
+        if cause is not None:
+            return "", cause
         ready = len(text)
         if not last:
             unsettled = _UNSETTLED if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
             ready = max(self.told, len(text.rstrip("\ufffd")) - unsettled)
         piece, self.told = text[self.told : ready], ready
         self._forget(tokenizer, tokens[:end], text)
-        return piece
+        return piece, None
 
     def _forget(self, tokenizer: Any, tokens: Sequence[int], text: str) -> None:
         """Decode only the end from now on, if that reads as it does in ``text`` and the rest has been told."""
         start = len(tokens) - CONTEXT_TOKENS
         if start > self.start:
-            end = legible(tokenizer, tokens[start:])
+            end, _ = text_of(tokenizer, tokens[start:])
             forgotten = len(text) - len(end)
             if end and text.endswith(end) and forgotten <= self.told:
                 self.start, self.told = start, self.told - forgotten

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.text.bounds import bounded
-from stars_fast.text.turns import in_one_piece
+from stars_fast.text.turns import in_one_piece, in_parts
 
 Variables = Mapping[str, Any]
 
@@ -38,25 +37,25 @@ def rendered(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Vari
 
 def apply(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Variables, **form: Any) -> Any:
     """``tokenizer.apply_chat_template`` of turns whose parts of text are joined where the template cannot take them."""
-    if any(isinstance(turn.get("content"), list) for turn in turns) and not _takes_parts(tokenizer, variables):
+    if any(map(in_parts, turns)) and not _takes_parts(tokenizer, variables):
         turns = [in_one_piece(dict(turn)) for turn in turns]
-    with _bounds(tokenizer, turns, variables):
-        return tokenizer.apply_chat_template(list(turns), **variables, **form)
+    return _within_bounds(tokenizer, list(turns), variables, **form)
 
 
-def _bounds(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Variables) -> AbstractContextManager[None]:
-    """Bounds of a template of Jinja's. What a tokenizer of another kind writes is its own business."""
-    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not getattr(tokenizer, "chat_template", None):
-        return nullcontext()
-    return bounded(tokenizer.get_chat_template(tools=variables.get("tools")), turns, variables)
+def _within_bounds(tokenizer: Any, turns: list[Mapping[str, Any]], variables: Variables, **form: Any) -> Any:
+    """A rendering of a template of Jinja's. What a tokenizer of another kind writes is its own business."""
+    function = getattr(tokenizer.apply_chat_template, "__func__", None)
+    if function is not PreTrainedTokenizerBase.apply_chat_template or not tokenizer.chat_template:
+        return tokenizer.apply_chat_template(turns, **variables, **form)
+    with bounded(tokenizer.get_chat_template(tools=variables.get("tools")), turns, variables) as source:
+        return tokenizer.apply_chat_template(turns, chat_template=source, **variables, **form)
 
 
 def _takes_parts(tokenizer: Any, variables: Variables) -> bool:
     """Whether the template shows the text of a content in parts, and that alone."""
-    parts = [{"role": "user", "content": [{"type": "text", "text": SENTINEL}]}]
+    parts: list[Mapping[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": SENTINEL}]}]
     try:
-        with _bounds(tokenizer, parts, variables):
-            text = str(tokenizer.apply_chat_template(parts, **variables, tokenize=False))
+        text = str(_within_bounds(tokenizer, parts, variables, tokenize=False))
     except Exception:  # a template raises what it likes
         return False
     return SENTINEL in text and f"'{SENTINEL}'" not in text and f'"{SENTINEL}"' not in text

@@ -1,12 +1,17 @@
-"""Tokenizers that lie beside models: found, loaded, compared."""
+"""Tokenizers by name and beside models: found, loaded, compared."""
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from huggingface_hub import HfApi, try_to_load_from_cache
+from transformers import AutoTokenizer
+
+from stars_fast.methods.numbers import shown
+from stars_fast.text.tokens import is_panic
 
 # What a tokenizer is saved as, by any of transformers' classes; the usual ones first.
 _FILES = (
@@ -14,6 +19,14 @@ _FILES = (
     *("spiece.model", "sentencepiece.bpe.model", "spm.model", "sentencepiece.model", "tekken.json"),
 )
 _SECONDS = 5.0  # for the hub to answer
+
+
+def check_tokenizer(argument: str, tokenizer: Any, needed: str = "") -> None:
+    """Raise TypeError for anything but a tokenizer, or None where it is not ``needed`` for something."""
+    if tokenizer is None and not needed:
+        return
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode") or isinstance(tokenizer, type):
+        raise TypeError(f"{argument} is a {type(tokenizer).__name__}, {shown(tokenizer)}: give a tokenizer{needed}")
 
 
 def same_vocabulary(a: Any, b: Any) -> bool:
@@ -27,9 +40,7 @@ def tokenizer_beside(name: str, argument: str, cached: bool = False) -> Any:
     One that is there and cannot be loaded is an OSError that names ``argument``: without it, a model would read ids of
     another vocabulary. ``cached``: files that were downloaded before will do, without asking for newer ones.
     """
-    from transformers import AutoTokenizer
-
-    try:
+    with _said(f"the tokenizer of {name!r} cannot be loaded (or pass {argument}=)"):
         # Asked first: of some families, transformers makes an empty tokenizer where there are no files.
         if not has_tokenizer(name):
             return None
@@ -37,8 +48,33 @@ def tokenizer_beside(name: str, argument: str, cached: bool = False) -> Any:
             with suppress(Exception):  # some of them lack
                 return AutoTokenizer.from_pretrained(name, local_files_only=True)
         return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # it needs packages, a connection, permission, code
-        raise OSError(f"the tokenizer of {name!r} cannot be loaded (or pass {argument}=): {error}") from error
+
+
+def named_tokenizer(argument: str, tokenizer: Any) -> Any:
+    """``tokenizer``, loaded where it is a path or hub id.
+
+    Raises
+    ------
+    OSError, TypeError
+        Where it cannot be loaded; for what is neither.
+    """
+    if isinstance(tokenizer, (str, os.PathLike)):
+        name = os.fspath(tokenizer)
+        with _said(f"{argument}={name!r} cannot be loaded"):
+            return AutoTokenizer.from_pretrained(name)
+    check_tokenizer(argument, tokenizer)
+    return tokenizer
+
+
+@contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Whatever loading a tokenizer raises is an OSError: it needs packages, a connection, permission, code."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise OSError(f"{what}: {error}") from error
 
 
 def has_tokenizer(name: str) -> bool:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from stars_fast.notices import warn
+from stars_fast.outputs import Cause
+
 # Characters of a text of which a first part is read alone, to see whether it is too long already.
 _LONG = 1 << 16
 
@@ -15,19 +18,24 @@ def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
     Raises
     ------
     ValueError
-        If the tokenizer refuses it. Those written in Rust may panic, which is no Exception.
+        If the tokenizer refuses it, or panics.
     """
     return guarded(lambda: list(tokenizer(text, **options)["input_ids"]), text)
 
 
 def guarded(call: Callable[[], list[int]], text: str = "", what: str = "the tokenizer cannot read it") -> list[int]:
-    """What a call of a tokenizer returns; ValueError, which begins with ``what``, for all that it raises."""
+    """What a call of a tokenizer returns; ValueError, which begins with ``what``, for errors and panics."""
     try:
         return call()
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-        raise
     except BaseException as error:
+        if isinstance(error, MemoryError) or not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise ValueError(f"{what}: {_half_a_pair(text) or error or type(error).__name__}") from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust, tokenizers first of all, has panicked. What it raises then is no Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 def _half_a_pair(text: str) -> str | None:
@@ -58,10 +66,37 @@ def refuse_long(name: str, texts: Iterable[str], tokenizer: Any, most: int | Non
             size *= 4
 
 
+def text_of(tokenizer: Any, tokens: Sequence[int], name: str | None = None) -> tuple[str, Cause | None]:
+    """Text of the tokens, special ones left out: "" and the cause where the tokenizer cannot decode it.
+
+    An id that it cannot decode by itself costs a replacement character; of what is named, a warning says so.
+    """
+    try:
+        text = legible(tokenizer, tokens)
+    except Exception as error:
+        return "", Cause.of(error, "its text could not be decoded: the tokenizer raised ")
+    if name is not None and "\ufffd" in text and (bad := undecodable(tokenizer, tokens)):
+        warn(
+            f"{name}: the tokenizer cannot decode id {bad[0]} of the completion: in its text stands a replacement "
+            "character"
+        )
+    return text, None
+
+
+def decoded(tokenizer: Any, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+    """``tokenizer.decode``, of which a panic is a RuntimeError."""
+    try:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+    except BaseException as error:
+        if is_panic(error):
+            raise RuntimeError(f"PanicException: {error}") from error
+        raise
+
+
 def legible(tokenizer: Any, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
     """Text of the tokens; ids that the tokenizer cannot decode are replacement characters."""
     try:
-        return str(tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+        return decoded(tokenizer, tokens, skip_special_tokens)
     except Exception:
         bad = undecodable(tokenizer, tokens)
         if not bad:
@@ -81,7 +116,7 @@ def undecodable(tokenizer: Any, tokens: Sequence[int]) -> list[int]:
     bad = []
     for token in dict.fromkeys(tokens):
         try:
-            tokenizer.decode([token])
+            decoded(tokenizer, [token], skip_special_tokens=False)
         except Exception:
             bad.append(token)
     return bad

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+_SPEAKERS = ("user", "assistant", "system", "developer")  # what others return, such as tools, templates know to write
 _WORDLESS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # may stand without content
 
 
@@ -25,6 +26,9 @@ def check_turns(name: str, chat: Sequence[dict[str, Any]]) -> None:
         if content is None:
             if all(turn.get(key) is None for key in _WORDLESS):
                 raise ValueError(f"{where} ({role}): content is None, and there are no tool_calls")
+        elif role not in _SPEAKERS:
+            if not isinstance(content, str | list | dict):
+                raise TypeError(f"{where} ({role}): content is {_form(content)}, not text, a list or a mapping")
         elif isinstance(content, list):
             _check_parts(f"{where} ({role})", content)
         elif not isinstance(content, str):
@@ -58,11 +62,22 @@ def _form(value: Any) -> str:
 
 
 def texts_of(turn: dict[str, Any]) -> list[str]:
-    """The texts of a turn's content."""
+    """The texts of a turn's content; of what a tool returned in a form of its own, its JSON."""
     content = turn.get("content")
-    if isinstance(content, list):
-        return [part["text"] for part in content if isinstance(part.get("text"), str)]
+    if in_parts(turn):
+        return [part["text"] for part in turn["content"]]
+    if isinstance(content, dict | list):
+        return [json.dumps(content, ensure_ascii=False, default=str)]
     return [content] if isinstance(content, str) else []
+
+
+def in_parts(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn's content is a list of parts of text."""
+    content = turn.get("content")
+    return isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+        for part in content
+    )
 
 
 def said(source: Any) -> list[str]:
@@ -75,7 +90,7 @@ def said(source: Any) -> list[str]:
 
 def in_one_piece(turn: dict[str, Any]) -> dict[str, Any]:
     """The turn with its parts of text joined, line by line; without content where that is None."""
-    if isinstance(turn.get("content"), list):
+    if in_parts(turn):
         return {**turn, "content": "\n".join(texts_of(turn))}
     return {key: value for key, value in turn.items() if value is not None}
 
