@@ -35,6 +35,6 @@ def _refuse_endless(name: str) -> None:
     except OSError:  # an adapter's folder has none, and whatever else is wrong is said when the model is read
         return
     for part in (values, values.get("text_config")):
-        for field in _NUMBERS_OF_LAYERS if isinstance(part, dict) else ():
-            if isinstance(value := part.get(field), int) and value > _MOST_LAYERS:
+        for field, value in part.items() if isinstance(part, dict) else ():
+            if field in _NUMBERS_OF_LAYERS and isinstance(value, int) and value > _MOST_LAYERS:
                 raise ValueError(f"{name!r}: its config.json has {field}={value}: must be at most {_MOST_LAYERS}")

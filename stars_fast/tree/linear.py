@@ -37,8 +37,8 @@ def onednn_linears(model: nn.Module) -> Iterator[None]:
     """Run the plain float32 linear layers of ``model`` through oneDNN inside; no weights are copied.
 
     Layers of other classes (quantised ones), with weights elsewhere or in another dtype, and those whose ``forward``
-    somebody has replaced are left alone. On other machines nothing is changed. The process's oneDNN, and that of children
-    which it starts later, keeps fewer kernels from then on, unless the environment says how many.
+    somebody has replaced are left alone. On other machines nothing is changed. The oneDNN of the process, and of its
+    later children, keeps fewer kernels from then on, unless the environment says how many.
     """
     layers = [module for module in model.modules() if _WORTHWHILE and _is_plain(module)]
     if layers:
