@@ -20,7 +20,7 @@ from benchmarks.roofline import (
     gpu_named,
     heartbeat,
 )
-from stars_fast.cli.console import LOADING_ERRORS, plain_table, refusing, stdout
+from stars_fast.cli.console import plain_table, refusing_models, stdout
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -49,7 +49,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what a heartbeat must move and compute, how long that takes, and the best number of candidates."""
-    with refusing(*LOADING_ERRORS):
+    with refusing_models():
         device = _overridden(gpu_named(gpu), bandwidth, tflops)
         workload = Workload(batch, segment, acceptance, context, response, max_attempts, tail)
         costs = ModelCost.named(policy, "policy"), ModelCost.named(reward, "reward")

@@ -14,7 +14,7 @@ from benchmarks.roofline import ModelCost, Workload, gpu_named
 from benchmarks.simulation.acceptance import Course, rates, recorded, synthetic
 from benchmarks.simulation.machine import LinearMachine, Machine, RooflineMachine
 from benchmarks.simulation.run import Outcome, Work, simulate
-from stars_fast.cli.console import LOADING_ERRORS, plain_table, refusing, stdout
+from stars_fast.cli.console import plain_table, refusing_models, stdout
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -43,7 +43,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare adaptive candidates with fixed ones, with waiting for the slowest, and with knowing everything."""
-    with refusing(*LOADING_ERRORS):
+    with refusing_models():
         courses = _courses(acceptance, requests, response, segment, max_attempts, seed)
         paper = Workload(batch, segment, context=context, response=response, max_attempts=max_attempts)
         machine = _machine(policy, reward, gpu, paper, fixed_cost, row_cost)
