@@ -171,6 +171,7 @@ def test_a_reward_whose_hook_raises_for_one_prompt_costs_that_one_alone(hook, me
                 raise ArithmeticError("the books do not balance")
             return super().fork(one) if hook == "fork" else None
 
+    Raising.told.__name__ = hook
     setattr(Raising, hook, Raising.told)
     engine, config = make_engine(Raising()), CONFIG.replace(base_reward=0.0)  # no empty answers
     expected = make_engine().generate(PROMPTS, config, seed=1, method=method)
