@@ -44,8 +44,8 @@ class AsyncStarsEngine(Stays):
         Held open until :meth:`close`. Its own ``generate`` and ``stream`` may be used meanwhile, from other threads. A
         forked child has none of this: it makes an AsyncStarsEngine of its own.
     max_model_len : int, optional
-        Most tokens of a prompt with its answer, at least 2, and no more than the policy has positions. Default: the
-        policy's positions, at most 8,192.
+        Most tokens of a prompt with its answer, at least 2. Where the policy has fewer positions, these are taken
+        without a word; the attribute says what holds. Default: the policy's positions, at most 8,192.
     max_segment_length : int
         Longest segment, at least 1. A heartbeat lasts as long as its longest segment, and admission, abort, timeout and
         the first event wait for one.

@@ -18,7 +18,6 @@ from stars_fast.methods.numbers import MOST, MOST_ANSWERS, integer, plain, real,
 CONFIG_NAME = "stars_config.json"
 # Every row of a decode step holds all of them, and the text is searched for every string after each token.
 _MOST_EOS, _MOST_STOP_STRINGS = 4096, 4096
-_LARGEST_FILE = 1 << 26  # bytes; targets of a million prompts fit
 
 
 @dataclass(frozen=True)
@@ -221,8 +220,6 @@ class StarsConfig:
         path = path / CONFIG_NAME if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"no {CONFIG_NAME} at {path}")
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ValueError(f"{path} is larger than {_LARGEST_FILE:,} bytes")
         try:
             values = json.loads(path.read_text())
             if not isinstance(values, dict):

@@ -196,9 +196,9 @@ class _Decoder:
         wants, and then refuses stop strings for want of one: so it gets one back while it asks.
         """
         frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code.co_name != "_extract_generation_mode_kwargs":
+        while frame is not None and frame.f_globals.get("__name__") == "inspect":
             frame = frame.f_back
-        if frame is not None:
+        if frame is not None and frame.f_code.co_name == "_extract_generation_mode_kwargs":
             arguments, taken = frame.f_locals.get("kwargs"), frame.f_locals.get("generation_mode_kwargs", {})
             tokenizer = self._tokenizer(taken.get("tokenizer"))
             if tokenizer is not None and isinstance(arguments, dict):

@@ -47,6 +47,7 @@ def test_a_mistake_of_our_own_is_seen_as_one():
         (OSError(errno.ENOSPC, "No space left on device"), 1),
         (MemoryError(), 1),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), 1),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -54,6 +55,12 @@ def test_a_full_machine_and_an_interruption_say_how_to_go_on(capsys, error, code
     with pytest.raises(typer.Exit) as left, refusing_models("; run it again"):
         raise error
     assert left.value.exit_code == code and capsys.readouterr().err.endswith("; run it again\n")
+
+
+def test_a_kernel_that_read_elsewhere_does_not_ask_for_the_same_again(capsys):
+    with pytest.raises(typer.Exit), refusing_models("; run it again"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert capsys.readouterr().err == "error: RuntimeError: CUDA error: an illegal memory access was encountered\n"
 
 
 def test_a_reader_that_had_enough_is_no_error(capsys):

@@ -88,13 +88,6 @@ def test_a_file_that_holds_no_config_is_named(tmp_path, contents):
         StarsConfig.from_pretrained(tmp_path)
 
 
-def test_a_file_beyond_all_bounds_is_not_read(tmp_path):
-    with (tmp_path / "stars_config.json").open("wb") as file:
-        file.truncate(1 << 27)  # without a byte on the disk
-    with pytest.raises(ValueError, match="is larger than 67,108,864 bytes"):
-        StarsConfig.from_pretrained(tmp_path)
-
-
 @pytest.mark.parametrize(
     "name, value, limit",
     [

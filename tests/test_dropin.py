@@ -439,6 +439,19 @@ def test_stop_strings_without_a_tokenizer_say_where_it_goes(policy, generate):
         generate(policy, config=CONFIG.replace(stop_strings=["w9"]))
 
 
+def test_who_asks_a_decoder_for_its_signature_finds_its_variables_as_they_were(policy):
+    """Only transformers, which has taken its caller's tokenizer away, is given one."""
+    kwargs, decoder = {}, stars_fast.decoding(sum_reward, CONFIG, tokenizer=tiny_tokenizer(VOCAB))
+
+    def _extract_generation_mode_kwargs(kwargs):
+        return asked(kwargs)
+
+    def asked(kwargs):
+        return inspect.signature(decoder)
+
+    assert "tokenizer" in _extract_generation_mode_kwargs(kwargs).parameters and kwargs == {}
+
+
 # The engine, which stays with the model
 
 

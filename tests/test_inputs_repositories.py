@@ -4,8 +4,10 @@ import json
 
 import pytest
 from conftest import tiny_policy
+from transformers import AutoConfig, Gemma3nTextConfig
 
 from stars_fast import StarsEngine
+from stars_fast.inputs import repositories
 
 
 @pytest.fixture
@@ -35,3 +37,9 @@ def test_layers_without_end_are_refused_before_they_are_made(folder, nested):
         ValueError, match=f"'{folder}': its config.json has num_hidden_layers=1000000000: .*at most 10000"
     ):
         StarsEngine(folder, len)
+
+
+def test_a_size_with_layer_in_its_name_is_no_number_of_layers(tmp_path):
+    """Gemma 3n has a vocabulary per layer, of 262,144."""
+    Gemma3nTextConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    assert repositories.read(AutoConfig, tmp_path).vocab_size_per_layer_input == 262144

@@ -171,6 +171,7 @@ def test_a_reward_whose_hook_raises_for_one_prompt_costs_that_one_alone(hook, me
                 raise ArithmeticError("the books do not balance")
             return super().fork(one) if hook == "fork" else None
 
+    Raising.told.__name__ = hook
     setattr(Raising, hook, Raising.told)
     engine, config = make_engine(Raising()), CONFIG.replace(base_reward=0.0)  # no empty answers
     expected = make_engine().generate(PROMPTS, config, seed=1, method=method)
@@ -245,6 +246,26 @@ def test_a_step_that_fails_once_is_taken_again(monkeypatch, caplog):
     assert out.errors == [None] * 3 and "in once" in caplog.text  # with its traceback
     monkeypatch.undo()
     assert out.completions == alone(PROMPTS, 1)
+    assert_nothing_left(engine)
+
+
+@pytest.mark.parametrize("bug", [AssertionError, TypeError, KeyError, AttributeError, IndexError])
+def test_a_bug_is_raised_to_all_and_not_taken_again(monkeypatch, bug):
+    """It is no answer's error: whoever reads rows alone would take it for the models'."""
+    engine, propose, calls = make_engine(), Policy.propose, itertools.count(1)
+
+    def once(self, leaves):
+        if next(calls) == 2:
+            raise bug("planted")
+        return propose(self, leaves)
+
+    other = Job(engine.prepare(Arguments(OTHERS, CONFIG, seed=2)), None)
+    engine.core.submit(other)
+    monkeypatch.setattr(Policy, "propose", once)
+    with pytest.raises(bug, match="planted"):
+        engine.generate(PROMPTS, CONFIG, seed=1)
+    assert other.over and isinstance(other.error, bug) and next(calls) == 3
+    assert engine.generate(PROMPTS, CONFIG, seed=1).completions == alone(PROMPTS, 1)
     assert_nothing_left(engine)
 
 

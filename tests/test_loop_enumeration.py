@@ -63,3 +63,20 @@ def test_a_processor_that_raises_costs_its_request_alone():
     assert out.errors == [None, "its logits processor raised ArithmeticError: not today", None]
     assert out.completions == [expected.completions[0], expected.completions[1][:2], expected.completions[2]]
     assert engine.policy.tree.nodes == 0
+
+
+def test_a_processor_that_raises_between_two_attempts_at_a_token_costs_its_request_alone():
+    calls = []
+
+    def broken(ids, logits):
+        calls.append(len(ids))
+        if calls.count(2) == 3 and len(ids) == 2:
+            raise ArithmeticError("not today")
+        return logits
+
+    engine, expected = make_engine(Sums()), make_engine().generate(PROMPTS, CONFIG, seed=0)
+    settings = {"candidates": 1}
+    out = engine.run(Arguments(PROMPTS, CONFIG, settings, seed=0, processor=lambda row: broken if row == 1 else None))
+    assert out.errors == [None, "its logits processor raised ArithmeticError: not today", None]
+    assert out.completions == [expected.completions[0], expected.completions[1][:2], expected.completions[2]]
+    assert engine.policy.tree.nodes == 0

@@ -1,8 +1,11 @@
 """The operators keep torch.library's contract, so that torch.compile and CUDA graphs see through them."""
 
 import inspect
+import os
 import pydoc
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -47,3 +50,14 @@ def test_help_states_arguments_shapes_and_what_is_written(name):
         assert re.search(rf"^ +(\w+, )*{argument.name}(, \w+)*$", words, re.M), f"{argument.name} has no paragraph"
     assert words.count("``[") >= 3 and ("written" in words) == operator._schema.is_mutable
     assert list(inspect.signature(operator).parameters) == [argument.name for argument in operator._schema.arguments]
+
+
+@pytest.mark.parametrize("setting, checked", [("STARS_FAST_CHECKS", True), ("STARS_FAST_DEBUG", False)])
+def test_what_is_checked_on_gpus_has_a_setting_of_its_own(setting, checked):
+    """STARS_FAST_DEBUG is the command line's: tracebacks cost no time."""
+    kernel = "from stars_fast.ops._library import operators; print(operators['kv_append'].cuda.function)"
+    code = f"import stars_fast.ops; {kernel}"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("STARS_FAST_")}
+    environment |= {setting: "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    told = subprocess.check_output([sys.executable, "-c", code], text=True, timeout=100, env=environment)
+    assert ("_checked" in told) == checked, told

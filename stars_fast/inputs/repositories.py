@@ -7,6 +7,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 _MOST_LAYERS = 10_000
+# What transformers' configs call their number. Other fields with "layer" in their name are sizes of anything.
+_NUMBERS_OF_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 
 
 def read(auto: Any, name: str, **options: Any) -> Any:
@@ -34,5 +36,5 @@ def _refuse_endless(name: str) -> None:
         return
     for part in (values, values.get("text_config")):
         for field, value in part.items() if isinstance(part, dict) else ():
-            if "layer" in field and isinstance(value, int) and value > _MOST_LAYERS:
+            if field in _NUMBERS_OF_LAYERS and isinstance(value, int) and value > _MOST_LAYERS:
                 raise ValueError(f"{name!r}: its config.json has {field}={value}: must be at most {_MOST_LAYERS}")

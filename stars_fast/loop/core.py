@@ -41,6 +41,8 @@ _STRATEGIES: dict[str, type[OneAnswer]] = {
     "persona": SelfJudging,
     "stopping": Stopping,
 }
+# Mistakes in a program, ours most likely: devices fail otherwise, and what a scorer's hooks raise is told by itself.
+_BUGS = (AssertionError, AttributeError, LookupError, NameError, TypeError)
 
 
 class Core(Stays):
@@ -396,22 +398,23 @@ class Core(Stays):
         for request in list(live):
             self._out(caller, request)
         del self._callers[caller]
+        unforgotten: Exception | None = None
         try:
             self.reward.forget(caller.size.prompts)
         except Exception as raised:  # its answers are whole
-            self.reward.unsure = True
-            caller.end(error)
-            log("the reward could not forget prompts", raised)
-            warn(f"the reward's forget raised {Cause.of(raised)}")
+            self.reward.unsure, unforgotten = True, raised
         caller.end(error)
+        if unforgotten is not None:  # last: a warning may be an error
+            log("the reward could not forget prompts", unforgotten)
+            warn(f"the reward's forget raised {Cause.of(unforgotten)}")
 
     def _take_again(self, error: Exception) -> None:
-        """A step failed: once more from what is committed, unless the one before failed, too.
+        """A step failed: once more from what is committed, unless the one before failed, too, or it is a bug.
 
         Processes that share a model must all do alike, and what failed in one of them has not in the others.
         """
         loop = self.loop
-        if loop is None or self.policy.sharded:
+        if loop is None or self.policy.sharded or isinstance(error, _BUGS):
             return self._fail_all(error)
         smaller = is_lack_of_memory(error) and loop.scheduler.shrink(0, loop.scheduler.max_rows)
         if loop.broke_off and not smaller:
@@ -429,7 +432,10 @@ class Core(Stays):
             warn(f"a heartbeat broke off, and is taken again (its traceback is in the log 'stars_fast'): {cause}")
 
     def _fail_all(self, error: Exception) -> None:
-        """Nothing is known of the trees any more: all callers end, and the next finds an open core."""
+        """Nothing is known of the trees any more: all callers end, and the next finds an open core.
+
+        A bug is raised to all of them; of what else has failed they may return what they have.
+        """
         callers, held, size = list(self._callers.items()), self._held, self._size
         self._callers, self._caller_of = {}, {}
         try:
@@ -437,7 +443,11 @@ class Core(Stays):
         except Exception as another:  # the first cause is told
             log("what was open could not be closed", another)
         for place, (caller, live) in enumerate(callers):
-            caller.fail(_of_its_own(error) if place else error, sorted(live, key=lambda request: request.id))
+            own = _of_its_own(error) if place else error
+            if isinstance(error, _BUGS):
+                caller.end(own)
+            else:
+                caller.fail(own, sorted(live, key=lambda request: request.id))
         if held:
             self._open(size)
 

@@ -43,7 +43,9 @@ class Enumeration(OneAnswer):
                 if is_lack_of_memory(error):
                     raise TooLarge(0, len(requests), f"{type(error).__name__}: {error}") from error
                 failed = Draw(-1, [], [], [], False, ProcessorError.told(error))
-                drawn[request], self._tokens[request] = [self.candidate(request, failed)], [-1]
+                drawn[request] = [self.candidate(request, failed)]
+                # Behind those that were looked at before, so that the selection looks at it, too.
+                self._tokens[request] = [*self._tokens.get(request, [])[: request.attempts], -1]
         requests = [request for request in requests if request not in drawn]
         if not requests:
             return drawn

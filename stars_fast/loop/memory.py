@@ -17,11 +17,8 @@ class TooLarge(Exception):
     """A forward pass ran out of memory or slots."""
 
     def __init__(self, tokens: int, rows: int, cause: str) -> None:
-        super().__init__(tokens, rows, cause)
+        super().__init__(cause)
         self.tokens, self.rows, self.cause = tokens, rows, cause
-
-    def __str__(self) -> str:
-        return self.cause
 
 
 def is_lack_of_memory(error: BaseException) -> bool:

@@ -190,7 +190,7 @@ class OneAnswer:
         dropped = [candidate for candidate in candidates if candidate is not keep]
         self.trunks.policy.tree.release_all([one.draw.node for one in dropped if one.draw.node >= 0])
         for candidate in dropped:
-            self.queue.tell(candidate.answer, "discard", candidate.completion)
+            self.queue.tell(candidate.answer, self.queue.reward.discard, candidate.completion)
 
     def commit(self, answer: Request, chosen: Candidate, accepted: bool) -> None:
         """The chosen branch becomes the answer's leaf; its last token waits for the next heartbeat's forward pass.
@@ -199,7 +199,7 @@ class OneAnswer:
         """
         draw = chosen.draw
         self.queue.committed += len(draw.tokens)
-        self.queue.tell(answer, "commit", chosen.completion)
+        self.queue.tell(answer, self.queue.reward.commit, chosen.completion)
         self.grow(answer, chosen)
         trace = (draw.tokens, chosen.reward, chosen.threshold, answer.attempts, accepted, sum(draw.logprobs))
         answer.segments.append(SegmentTrace(*trace, chosen.parts, answer.looked_at or None))
@@ -241,7 +241,7 @@ class OneAnswer:
 
     def reopen(self, answer: Request) -> None:
         """The scorer forgets the answer: a response that waits does not grow."""
-        self.queue.tell(answer, "close", answer.response)
+        self.queue.tell(answer, self.queue.reward.close, answer.response)
         answer.response = Response(answer.prompt.reward_prompt, list(answer.tokens), ends=list(answer.response.ends))
         if answer.best is not None:
             answer.best.completion.response = answer.response
@@ -249,10 +249,10 @@ class OneAnswer:
     def close(self, request: Request) -> None:
         if request.best is not None:
             self.give_back(request)
-            self.queue.tell(request, "discard", request.best.completion)
+            self.queue.tell(request, self.queue.reward.discard, request.best.completion)
             request.best = None
         self.trunks.give_back(request.trunk, request.tokens)
-        self.queue.tell(request, "close", request.response)
+        self.queue.tell(request, self.queue.reward.close, request.response)
 
     def drop(self, request: Request) -> None:
         request.attempts, request.best, request.best_attempt, request.looked_at = 0, None, -1, []

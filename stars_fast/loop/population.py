@@ -73,7 +73,7 @@ class Populations(Members):
         self.roll_back([candidate for i, (_, candidate) in enumerate(drawn, len(finished)) if i not in chosen])
         for parent in parents:
             self.trunks.give_back(parent.trunk, parent.tokens)
-            self.queue.tell(parent, "close", parent.response)
+            self.queue.tell(parent, self.queue.reward.close, parent.response)
         self.members[request], request.attempts = members, request.attempts + 1
         if not self.leaves(request):
             winner = max(members, key=lambda answer: answer.reward)

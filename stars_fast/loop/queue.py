@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
+from typing import TypeVar
 
 from stars_fast.loop.memory import TooLarge, is_lack_of_memory
 from stars_fast.loop.request import Request, Strategy, Tree, Trunk
@@ -12,7 +13,9 @@ from stars_fast.loop.scheduler import Scheduler
 from stars_fast.loop.trunks import Trunks
 from stars_fast.notices import warn
 from stars_fast.outputs import Cause
-from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt
+from stars_fast.rewards.base import Reward, RewardPrompt
+
+T = TypeVar("T")
 
 _order = attrgetter("order")
 
@@ -201,13 +204,14 @@ class Queue:
             for group in (self.waiting, self.running, self.encoding)
         )
 
-    def tell(self, answer: Request, hook: str, told: Completion | Response) -> None:
+    def tell(self, answer: Request, hook: Callable[[T], None], told: T) -> None:
         """Call the reward's ``commit``, ``discard`` or ``close``: what that raises ends this request, and no other."""
         try:
-            getattr(self.reward, hook)(told)
+            hook(told)
         except Exception as error:
             self.reward.unsure = True
-            self.broken.setdefault(answer.owner or answer, Cause.of(error, f"the reward's {hook} raised "))
+            name = getattr(hook, "__name__", "hook")
+            self.broken.setdefault(answer.owner or answer, Cause.of(error, f"the reward's {name} raised "))
 
     def fail(self, request: Request, cause: str, reason: str = "error") -> None:
         """End a request with an error; what it has committed is kept."""

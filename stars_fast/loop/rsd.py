@@ -115,7 +115,7 @@ class Drafting(TwoTrunks):
         self.drafts.policy.tree.release_all([one.draw.node for one in drafted if one.draw.node >= 0])
         for one in drafted:
             self._drafted.discard(one)
-            self.queue.tell(one.answer, "discard", one.completion)
+            self.queue.tell(one.answer, self.queue.reward.discard, one.completion)
         super().roll_back([one for one in candidates if one not in drafted])
 
     def grow(self, answer: Request, chosen: Candidate) -> None:

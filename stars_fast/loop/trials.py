@@ -71,7 +71,7 @@ class Trials(Members):
     def _end(self, member: Request, error: str) -> None:
         member.error, member.finish_reason, member.reward = error, "error", float("nan")
         self.trunks.give_back(member.trunk, member.tokens)
-        self.queue.tell(member, "close", member.response)
+        self.queue.tell(member, self.queue.reward.close, member.response)
 
     def _look(self, request: Request) -> None:
         """Look at the finished answers as far as no earlier one is in the works."""

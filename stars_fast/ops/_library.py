@@ -10,7 +10,7 @@ not set                C++                 Triton
 
 What stands in the arguments (slots, lengths, row pointers, tokens) and whether they share memory is checked on every
 call on a CPU, before anything is written. On a GPU that would wait for the device: there it is done where
-``STARS_FAST_DEBUG`` is 1, for all calls but those that a CUDA graph replays.
+``STARS_FAST_CHECKS`` is 1, for all calls but those that a CUDA graph replays.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ _SETTING = "STARS_FAST_KERNELS"
 _MODE = os.environ.get(_SETTING, "")
 if _MODE not in ("", "reference", "interpret"):
     raise ValueError(f"{_SETTING} must be 'reference' or 'interpret' or not set, got {_MODE!r}")
-DEBUG = os.environ.get("STARS_FAST_DEBUG", "") not in ("", "0")
+_CHECKS = os.environ.get("STARS_FAST_CHECKS", "")
+if _CHECKS not in ("", "1"):
+    raise ValueError(f"STARS_FAST_CHECKS must be '1' or not set, got {_CHECKS!r}")
 if _MODE == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
     # Triton asks when its own functions are defined, and other libraries may have imported it already.
     raise RuntimeError(f"{_SETTING}=interpret needs TRITON_INTERPRET=1 in the environment too")
@@ -112,7 +114,7 @@ def define(
     if check := _built(f"check_{name}"):  # which the C++ kernel begins with by itself
         cpu, cuda = operator
         cpu = cpu if cpu is compiled and function else _checked(cpu, call, check)
-        operator = Operator(cpu, _checked(cuda, call, check) if DEBUG else cuda)
+        operator = Operator(cpu, _checked(cuda, call, check) if _CHECKS else cuda)
     operators[name] = operator
     # Launchers choose tiles by integers, so a symbolic one would be turned into a number there anyway.
     schema = torch.library.infer_schema(reference, mutates_args=written).replace("SymInt", "int")

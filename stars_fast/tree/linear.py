@@ -17,8 +17,8 @@ _WORTHWHILE = cpu_is_amd() and torch.backends.mkl.is_available() and torch.backe
 
 
 # oneDNN compiles a kernel of about half a megabyte for every number of rows and shape of weights, and it and torch's
-# binding keep 1,024 of them each. Fewer hold what recurs: the time is the same, and padding the rows instead costs a
-# fifth to a half of it.
+# binding keep 1,024 of them each: what one drops the other holds, so both are told. Fewer hold what recurs: the time is
+# the same, and padding the rows instead costs a fifth to a half of it.
 _KEPT_KERNELS = "128"
 _CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # read when a thread first uses oneDNN
 
@@ -37,8 +37,8 @@ def onednn_linears(model: nn.Module) -> Iterator[None]:
     """Run the plain float32 linear layers of ``model`` through oneDNN inside; no weights are copied.
 
     Layers of other classes (quantised ones), with weights elsewhere or in another dtype, and those whose ``forward``
-    somebody has replaced are left alone. On other machines nothing is changed. The process's oneDNN keeps fewer kernels
-    from then on, unless the environment says how many.
+    somebody has replaced are left alone. On other machines nothing is changed. The oneDNN of the process, and of its
+    later children, keeps fewer kernels from then on, unless the environment says how many.
     """
     layers = [module for module in model.modules() if _WORTHWHILE and _is_plain(module)]
     if layers:

@@ -21,7 +21,6 @@ import stars_fast
 from stars_fast import AsyncStarsEngine, QueueFull, StarsConfig, StarsEngine, methods, rewards
 from stars_fast._C import SlotsExhausted
 from stars_fast.calibration import Calibration
-from stars_fast.loop.memory import TooLarge
 from stars_fast.loop.pilot import Pilot
 from stars_fast.outputs import SegmentEvent, SegmentTrace, StarsOutput, Stats
 
@@ -171,7 +170,7 @@ def test_settings_outputs_and_events_come_back_equal_from_a_fresh_process(engine
 
 
 def test_exceptions_of_ours_survive_pickling():
-    for error in (QueueFull("3 requests"), TooLarge(5, 2, "too much"), SlotsExhausted("none")):
+    for error in (QueueFull("3 requests"), SlotsExhausted("none")):
         twin = pickle.loads(pickle.dumps(error))
         assert type(twin) is type(error) and str(twin) == str(error) and vars(twin) == vars(error)
 
