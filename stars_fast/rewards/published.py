@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.methods.numbers import integer, plain, shown
-from stars_fast.rewards.base import Completion, RewardPrompt, check_model, check_tokenizer
+from stars_fast.rewards.base import Completion, RewardPrompt, check_model
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.classifier import ClassifierReward
@@ -35,8 +35,8 @@ class InternLM2Reward(ClassifierReward):
     Parameters
     ----------
     model : transformers model with a ``v_head`` and ``config.reward_token_id``
-    tokenizer : transformers tokenizer, optional
-        The reward model's. None: it reads the policy's ids.
+    tokenizer : transformers tokenizer or "policy", optional
+        As that of :class:`ClassifierReward`.
 
     Raises
     ------
@@ -77,8 +77,9 @@ class ArmoRMReward(RenderedReward):
     Parameters
     ----------
     model : transformers model with a base model, ``regression_layer``, ``gating`` and ``reward_transform_matrix``
-    tokenizer : transformers tokenizer, optional
-        The reward model's, with its chat template. None: it reads the policy's ids, which must be a rendered chat.
+    tokenizer : transformers tokenizer or "policy", optional
+        The reward model's, with its chat template; "policy": it reads the policy's ids, which must be a rendered chat.
+        None: as that of :class:`ClassifierReward`.
     gating_tokens : sequence of int
         The ids between prompt and answer, at the first of which the gate reads.
 
@@ -92,7 +93,6 @@ class ArmoRMReward(RenderedReward):
         self, model: PreTrainedModel, tokenizer: Any = None, *, gating_tokens: Sequence[int] = ARMORM_GATING_TOKENS
     ) -> None:
         check_model("model", model)
-        check_tokenizer("tokenizer", tokenizer)
         self.model: Any = unwrapped(model)  # of a class that is not transformers'
         base = getattr(self.model, self.model.base_model_prefix, None)
         parts = ("regression_layer", "gating", "reward_transform_matrix")
