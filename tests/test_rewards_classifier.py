@@ -333,17 +333,6 @@ def test_a_model_that_does_not_give_one_value_per_text_is_refused_by_name(make, 
         ClassifierReward(model)
 
 
-def test_a_head_that_was_made_when_a_causal_lm_was_loaded_is_warned_of(tmp_path, recwarn):
-    tiny_policy(VOCAB).save_pretrained(tmp_path)
-    model = LlamaForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
-    with pytest.warns(UserWarning, match="saved as LlamaForCausalLM.* its rewards are random"):
-        ClassifierReward(model)
-    model.save_pretrained(tmp_path)  # once it is trained
-    recwarn.clear()
-    ClassifierReward(LlamaForSequenceClassification.from_pretrained(tmp_path))
-    assert not recwarn.list
-
-
 # Ids of another tokenizer
 
 

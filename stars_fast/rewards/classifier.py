@@ -14,7 +14,7 @@ from stars_fast.notices import warn
 from stars_fast.rewards.base import Completion, RewardPrompt, check_model
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
-from stars_fast.rewards.ids import first_reading, loaded_from, reading
+from stars_fast.rewards.ids import first_reading, reading
 from stars_fast.rewards.pairs import Pairs, makes_pairs
 from stars_fast.rewards.render import Rendering
 from stars_fast.tree.attention import evaluating, is_causal, own_dtypes
@@ -23,8 +23,6 @@ from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import refuse_dynamic_rope, refuse_offloaded, unwrapped, vocabulary
 
 ONE_LABEL = "a reward model has exactly 1 (a causal LM scores as JudgeReward or ImplicitReward of stars_fast.rewards)"
-# How classes of models end that have no head of one label.
-_HEADLESS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
 # Tokens of one forward pass where rows are scored whole, as far as one row allows.
 _MAX_TOKENS = 16384
 
@@ -87,7 +85,6 @@ class ClassifierReward(RenderedReward):
         self.device = next(model.parameters()).device
         self.vocab_size = vocabulary(model)
         own = self._check_value()
-        _warn_of_new_head(model)
         self.causal = False
         self.tree_model, self.reason = self._tree_model(own)
         self.max_positions = _most_tokens(model)
@@ -215,17 +212,6 @@ class ClassifierReward(RenderedReward):
     def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> torch.Tensor:
         rewards: torch.Tensor = self.head(features)[:, 0].float()
         return rewards
-
-
-def _warn_of_new_head(model: PreTrainedModel) -> None:
-    """Of a model that was loaded from a checkpoint of another class, and is not known to have been trained since."""
-    inner, saved = unwrapped(model), model.config.architectures or []
-    name = type(inner).__name__
-    if inner is model and loaded_from(model) and saved and all(one.endswith(_HEADLESS) for one in saved):
-        warn(
-            f"reward: {loaded_from(model)!r} was saved as {', '.join(saved)}, so the head of this {name} was made "
-            "anew: unless it was trained since, its rewards are random"
-        )
 
 
 def _scores_last_token(own: torch.Tensor, base: nn.Module, head: nn.Module, ids: torch.Tensor) -> bool:
