@@ -107,6 +107,7 @@ class WeightedSum(Reward):
         for part in self._parts:
             self._begun.append(part)  # first: a begin that raises is ended, too
             part.reward.begin(prompts, max_new_tokens, rows, kv_cache_tokens)
+            part.reward.unsure = False
 
     def open(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> None:
         opened: list[_Part] = []
@@ -147,6 +148,7 @@ class WeightedSum(Reward):
                 rewards = score_each(part.reward, [one.completions[place] for one in asked])
                 for one, (value, error) in zip(asked, rewards, strict=True):
                     one.add(part, value, error)
+                self.unsure |= part.reward.unsure
         self.tokens = sum(part.reward.tokens for part in self._parts)
         return [one.total for one in scored]
 
