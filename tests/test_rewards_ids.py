@@ -213,3 +213,14 @@ def test_a_scorer_does_not_change_whose_ids_it_reads_between_engines(tmp_path, o
     StarsEngine(policy, scorer, tokenizer=backwards())
     with refused("earlier engine", "scorer of its own"):
         StarsEngine(policy, scorer, tokenizer=ours)
+
+
+def test_every_scorer_says_which_tokenizer_it_reads_with(tmp_path, policy32, reward32, ours):
+    pair = [tiny_policy(VOCAB, seed=seed) for seed in (2, 3)]
+    assert ImplicitReward(*pair, tokenizer=ours).tokenizer is ours
+    assert JudgeReward(policy32, ours, yes="w1", no="w2").tokenizer is ours
+    assert ClassifierReward(reward32, "policy").tokenizer is None
+    scorer = ClassifierReward(in_folder(tmp_path, reward32, backwards()))
+    assert scorer.tokenizer is None
+    StarsEngine(policy32, scorer, tokenizer=ours)
+    assert scorer.tokenizer.get_vocab() == backwards().get_vocab()

@@ -13,7 +13,6 @@ from stars_fast.rewards.base import Completion, RewardPrompt, check_model
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.classifier import ClassifierReward
-from stars_fast.rewards.ids import first_reading, reading
 from stars_fast.rewards.render import Context, Rendering
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
@@ -101,7 +100,7 @@ class ArmoRMReward(RenderedReward):
             raise ValueError(
                 f"{type(model).__name__} is not shaped as ArmoRM: it lacks {', '.join(missing) or 'a base'}"
             )
-        self._given, self.reads = tokenizer, first_reading(tokenizer, "tokenizer")
+        self._read_with(tokenizer, "tokenizer", model)
         if not isinstance(plain(gating_tokens), Sequence) or isinstance(gating_tokens, (str, bytes)):
             raise TypeError(f"gating_tokens={shown(gating_tokens)} must be a sequence of ids")
         self.gating_tokens = [
@@ -110,13 +109,8 @@ class ArmoRMReward(RenderedReward):
         self._gates: dict[RewardPrompt, torch.Tensor] = {}  # [A]
         self._start([TreeCache(checked(TreeModel(self.model, base, "reward")))])
 
-    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
-        if self.reads.tokenizer is None:
-            self.reads = reading([self.model], self._given, policy, tokenizer, "tokenizer", self.reads)
-            self._latest = None
-
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
-        return Rendering(self.reads.tokenizer, policy_tokenizer, "auto")
+        return Rendering(self.tokenizer, policy_tokenizer, "auto")
 
     def forget(self, prompts: Sequence[RewardPrompt]) -> None:
         super().forget(prompts)

@@ -91,9 +91,9 @@ class WeightedSum(Reward):
     def tree_models(self) -> list[TreeModel]:
         return [model for part in self._parts for model in part.reward.tree_models]
 
-    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+    def check_policy(self, policy: PreTrainedModel, tokenizer: Any) -> None:
         for part in self._parts:
-            part.reward.check_vocabulary(policy, tokenizer)
+            part.reward.check_policy(policy, tokenizer)
 
     def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
         for part in self._parts:
