@@ -55,7 +55,8 @@ def reading(
 
     The policy's where ``given`` says so, and where one of the models is the policy or was loaded from where the policy
     was; else those of the tokenizer that lies where a model was loaded from. Where none does, nothing is known: ids
-    are shared, with a warning, if sizes and settings speak for it.
+    are shared unless sizes or settings speak against it, with a warning but for a model that was made of a
+    configuration of as many ids.
 
     Parameters
     ----------
