@@ -76,12 +76,15 @@ class Rendering:
         self.policy_tokenizer = policy_tokenizer
         self.tail = tail
         self.chat_template_kwargs = template_kwargs(chat_template_kwargs)
+        self._shared_ids: bool | None = None
         self._habits: dict[str, Habits] = {}  # of the template, by its variables
 
-    @cached_property
+    @property
     def shared_ids(self) -> bool:
-        """Whether the reward model reads the policy's ids."""
-        return self.tokenizer is None or same_vocabulary(self.tokenizer, self.policy_tokenizer)
+        """Whether the reward model reads the policy's ids. Large vocabularies are compared once, when it is asked."""
+        if self._shared_ids is None:  # without cached_property's lock, which a forked child would wait for
+            self._shared_ids = self.tokenizer is None or same_vocabulary(self.tokenizer, self.policy_tokenizer)
+        return self._shared_ids
 
     def context(self, prompt: RewardPrompt) -> Context:
         """The prompt's ids, and the tail of its answers.
