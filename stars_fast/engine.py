@@ -18,7 +18,7 @@ from stars_fast.inputs.arguments import Arguments, check_positions
 from stars_fast.inputs.call import Call, prepare
 from stars_fast.inputs.job import Job
 from stars_fast.inputs.models import draft_policy, load_policy, load_reward
-from stars_fast.inputs.per_prompt import PerPrompt, fingerprint
+from stars_fast.inputs.per_prompt import PerPrompt
 from stars_fast.loop.core import Core
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot
 from stars_fast.loop.request import Request
@@ -287,7 +287,7 @@ class StarsEngine(Stays):
                 tree.check_unchanged()
             call = prepare(arguments, self.policy, self.reward, self.tokenizer, self.kv_cache_tokens, samples)
             if isinstance(targets := call.config.target_reward, tuple):
-                self.per_prompt.used(targets, [fingerprint(prompt.ids) for prompt in call.prompts])
+                self.per_prompt.used(targets, (prompt.ids for prompt in call.prompts))
             if (named := call.terms.method.draft_model) is not None:
                 draft = self._drafts = draft_policy(named, self._drafts, self.policy, self.tokenizer)
                 for index, prompt in enumerate(call.prompts):

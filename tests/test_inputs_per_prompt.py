@@ -1,4 +1,4 @@
-"""Targets that are one per prompt are told from those for other prompts, once."""
+"""Targets that were calibrated for other prompts are named, once."""
 
 import warnings
 
@@ -40,13 +40,12 @@ def test_other_prompts_under_a_calibrated_config_are_named_once(engine, tmp_path
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         engine.generate(second, config, seed=0)
+        engine.generate(second, calibrate(engine, first, config=CONFIG, seed=1).config, seed=0)
 
 
-def test_a_list_of_ones_own_is_known_by_the_prompts_it_was_first_used_for(engine):
-    config = CONFIG.replace(target_reward=[0.1, 0.2])
-    engine.generate(PROMPTS, config, seed=0)
-    with pytest.warns(UserWarning, match=MADE_FOR_OTHERS.format(0)):
-        engine.generate(PROMPTS[::-1], config, seed=0)
+def test_lists_of_ones_own_go_with_any_prompts(engine, quiet):
+    for prompts in (PROMPTS, PROMPTS[::-1], OTHERS):
+        engine.generate(prompts, CONFIG, seed=0, target_reward=[0.1, 0.2])
 
 
 def test_one_number_for_all_goes_with_any_prompts(engine, quiet):

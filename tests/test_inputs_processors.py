@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import tiny_policy
 from test_dropin import CONFIG, PAD, PROMPTS, VOCAB, completions, facade
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
-from stars_fast.inputs.processors import foreign_processors, row_processor
+from stars_fast.inputs import processors
+from stars_fast.inputs.processors import _fresh, foreign_processors, row_processor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 
@@ -137,3 +138,40 @@ def test_a_processor_of_the_ids_is_used_as_it_is(policy):
     assert list(foreign.processors) == [odd] and foreign.whole
     logits = row_processor(foreign.processors, ids, None, 0)([3], torch.zeros(1, VOCAB))
     assert logits[0, ::2].isinf().all() and not logits[0, 1::2].any()
+
+
+class InTensor(LogitsProcessor):
+    """Counts in a tensor that it changes in place, beside a model in a dict of lists."""
+
+    def __init__(self, model=None):
+        self.calls, self.models = torch.zeros(1, dtype=torch.int64), {"scorers": [model]}
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        return only(int(self.calls) % 30, scores)
+
+
+def test_a_state_in_a_tensor_is_copied_for_each_text(policy):
+    config, counting = CONFIG.replace(ignore_eos=True, target_reward=5.0, max_attempts=3), InTensor()
+    texts = processed(policy, counting, config=config, num_return_sequences=2)[:, 5:].tolist()
+    assert texts == [list(range(1, CONFIG.max_new_tokens + 1))] * 8
+    assert counting.calls == 0
+
+
+def test_models_in_lists_and_dicts_are_shared_by_the_copies():
+    class Dear(torch.nn.Module):
+        def __deepcopy__(self, memo):
+            raise AssertionError("copied")
+
+    counting = InTensor(Dear())
+    copied = _fresh(counting)
+    assert copied.models["scorers"][0] is counting.models["scorers"][0] and copied.calls is not counting.calls
+
+
+@pytest.mark.parametrize("kind", [InTensor, lambda: PrefixConstrainedLogitsProcessor(lambda *_: [1, 2], 1)])
+def test_a_processor_is_asked_once_whether_it_keeps_a_state(policy, kind, monkeypatch):
+    asked, keeps = [], processors._keeps_state
+    monkeypatch.setattr(processors, "_keeps_state", lambda *one: asked.append(one) or keeps(*one))
+    given = LogitsProcessorList([kind()])
+    first, second = (foreign_processors(given, policy.generation_config, torch.tensor([[5, 6]]), VOCAB) for _ in "12")
+    assert len(asked) == 1 and [type(one) for one in first.processors] == [type(one) for one in second.processors]

@@ -200,3 +200,19 @@ def test_a_tensor_of_another_length_is_an_error_of_each():
     scores = score_each(Returns(torch.zeros(3)), answers(2))
     assert scores.tensor is None
     assert all("returned 3 values for 1 completions" in error for _, error in scores)
+
+
+def test_a_scorer_is_told_of_the_policy_and_its_tokenizer_under_a_name_that_nothing_else_had(policy32, tokenizer32):
+    class Told(Reward):
+        told = None
+
+        def score(self, completions):
+            return [0.0] * len(completions)
+
+        def check_vocabulary(self, policy_ids, policy):  # as scorers of earlier versions have it
+            return policy_ids < 0
+
+        def check_policy(self, policy, tokenizer):
+            self.told = policy, tokenizer
+
+    assert StarsEngine(policy32, Told(), tokenizer=tokenizer32).reward.told == (policy32, tokenizer32)

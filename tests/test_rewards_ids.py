@@ -1,12 +1,20 @@
 """No scorer reads ids of another tokenizer than its own in silence: whose it reads is known, said, or refused."""
 
 import copy
+import warnings
 
 import pytest
 import torch
-from conftest import refused, tiny_policy, tiny_reward, tiny_tokenizer
+from conftest import refused, tiny_config, tiny_policy, tiny_reward, tiny_tokenizer
+from test_text_tokenizers import Hub
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
 
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine, demo
@@ -36,6 +44,7 @@ def in_folder(folder, model, tokenizer=None):
 @pytest.fixture(autouse=True)
 def nothing_was_said(monkeypatch):
     monkeypatch.setattr(ids, "_warned", set())
+    monkeypatch.setattr(ids, "_without", {})
 
 
 @pytest.fixture
@@ -72,8 +81,22 @@ def test_a_reward_model_given_as_an_object_reads_the_tokenizer_it_was_saved_with
 
 @KINDS
 def test_a_larger_vocabulary_of_which_nothing_is_known_is_refused(policy32, ours, kind):
-    with refused("reward_tokenizer='policy'", "its own tokenizer", "33", "32", "made of a configuration"):
-        StarsEngine(policy32, kind(tiny_reward(VOCAB + 1)), tokenizer=ours)
+    more = ids._MOST_PADDING + 1
+    with refused("reward_tokenizer='policy'", "its own tokenizer", f"{VOCAB + more}", "made of a configuration"):
+        StarsEngine(policy32, kind(tiny_reward(VOCAB + more)), tokenizer=ours)
+
+
+@KINDS
+def test_a_reward_model_with_an_added_pad_token_reads_the_policys_ids_with_a_warning(policy32, ours, kind):
+    with pytest.warns(UserWarning, match=r"Llama\w+ of 33 embeddings, .* of 32 .*tokenizer='policy'"):
+        engine = StarsEngine(policy32, kind(tiny_reward(VOCAB + 1)), tokenizer=ours)
+    assert engine.generate(["w1 w2"], CONFIG, seed=0).errors == [None]
+
+
+def test_another_kind_of_model_of_as_many_ids_is_warned_of(tmp_path, policy32, ours):
+    theirs = Qwen2ForSequenceClassification(Qwen2Config(**tiny_config(VOCAB, num_labels=1).to_dict()))
+    with pytest.warns(UserWarning, match=r"a Qwen2\w+ of 32 .*, a Llama\w+ of 32 .*no tokenizer beside"):
+        StarsEngine(policy32, in_folder(tmp_path, theirs), tokenizer=ours)
 
 
 def test_another_family_is_refused_where_its_tokenizer_is_missing(tmp_path, ours):
@@ -105,11 +128,38 @@ def test_the_drop_in_takes_the_word_too(policy32, reward32, recwarn):
     assert not [one for one in recwarn if "ids" in str(one.message)]
 
 
-def test_where_nothing_can_be_known_it_is_said_once_and_how_to_say_it(policy32, reward32, ours, recwarn):
+@pytest.mark.parametrize("given", [{}, {"tokenizer": tiny_tokenizer(VOCAB)}], ids=["ids alone", "text"])
+def test_two_objects_of_as_many_ids_that_were_made_here_are_used_without_a_word(policy32, reward32, recwarn, given):
+    StarsEngine(policy32, reward32, **given)
+    ids.check_draft(tiny_policy(VOCAB, seed=5), policy32, given.get("tokenizer"))
+    assert not recwarn.list
+
+
+def test_where_nothing_can_be_known_it_is_said_once_and_how_to_say_it(tmp_path, policy32, reward32, ours, recwarn):
+    reward = in_folder(tmp_path, reward32)
     for given in ({}, {"tokenizer": ours}):
-        StarsEngine(policy32, reward32, **given)
+        StarsEngine(policy32, reward, **given)
     (said,) = recwarn
     assert "nothing says" in str(said.message) and "reward_tokenizer='policy'" in str(said.message)
+
+
+def test_models_from_one_place_are_each_warned_of_and_again_where_a_warning_was_an_error(tmp_path, policy32, ours):
+    reward, draft = in_folder(tmp_path, tiny_reward(VOCAB)), in_folder(tmp_path, tiny_policy(VOCAB, seed=5))
+    for _ in range(2):
+        with warnings.catch_warnings(), pytest.raises(UserWarning, match="nothing says that the reward model"):
+            warnings.simplefilter("error")
+            StarsEngine(policy32, reward, tokenizer=ours)
+    with pytest.warns(UserWarning, match="nothing says that draft"):
+        ids.check_draft(draft, policy32, ours)
+
+
+def test_a_repository_that_cannot_be_asked_is_asked_once(monkeypatch, policy32, reward32):
+    hub, reward = Hub(monkeypatch, error=ConnectionError("offline")), copy.deepcopy(reward32)
+    reward.config._name_or_path = "some/model"
+    with pytest.warns(UserWarning, match=r"\('some/model' could not be asked for its tokenizer: offline\)"):
+        StarsEngine(policy32, reward)
+    StarsEngine(policy32, reward)
+    assert hub.asked == 1
 
 
 def test_no_other_word_stands_for_a_tokenizer(reward32):
@@ -163,3 +213,14 @@ def test_a_scorer_does_not_change_whose_ids_it_reads_between_engines(tmp_path, o
     StarsEngine(policy, scorer, tokenizer=backwards())
     with refused("earlier engine", "scorer of its own"):
         StarsEngine(policy, scorer, tokenizer=ours)
+
+
+def test_every_scorer_says_which_tokenizer_it_reads_with(tmp_path, policy32, reward32, ours):
+    pair = [tiny_policy(VOCAB, seed=seed) for seed in (2, 3)]
+    assert ImplicitReward(*pair, tokenizer=ours).tokenizer is ours
+    assert JudgeReward(policy32, ours, yes="w1", no="w2").tokenizer is ours
+    assert ClassifierReward(reward32, "policy").tokenizer is None
+    scorer = ClassifierReward(in_folder(tmp_path, reward32, backwards()))
+    assert scorer.tokenizer is None
+    StarsEngine(policy32, scorer, tokenizer=ours)
+    assert scorer.tokenizer.get_vocab() == backwards().get_vocab()

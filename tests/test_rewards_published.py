@@ -165,6 +165,21 @@ def test_the_reward_token_is_there_in_full_passes_too_and_guides_the_engine(valu
         assert_engine_agrees(engine, TEXTS, CONFIG, expected)
 
 
+@pytest.mark.parametrize("kind", ["gated", "valued"])
+def test_that_the_policys_ids_are_read_is_said_in_one_word(request, kind, gating_tokens, recwarn):
+    model = request.getfixturevalue(kind)
+    scorer = (
+        ArmoRMReward(model, "policy", gating_tokens=gating_tokens)
+        if kind == "gated"
+        else (InternLM2Reward(model, "policy"))
+    )
+    engine = StarsEngine(tiny_policy(VOCAB, positions=512), scorer)
+    assert engine.generate([[20, *gating_tokens]], CONFIG, seed=0).errors == [None]
+    assert not [one for one in recwarn if "ids" in str(one.message)]
+    with pytest.raises(ValueError, match="tokenizer='mine'"):
+        type(scorer)(model, "mine")
+
+
 def refuse(*_):
     raise NotImplementedError("its attention is its own")
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import tiny_reward, tiny_tokenizer
 from histories import assert_scores, fresh
 from tiny_tokenizers import (
     BEGUN,
@@ -24,7 +24,7 @@ from tiny_tokenizers import (
 )
 
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.rewards import ClassifierReward, Completion, JudgeReward, Response, RewardPrompt
+from stars_fast.rewards import ClassifierReward, Completion, JudgeReward, Response, RewardPrompt, render
 from stars_fast.rewards.render import Rendering
 from stars_fast.text.template import SENTINEL
 
@@ -453,3 +453,16 @@ def test_a_scorer_with_a_text_of_its_own_refuses_an_answer_that_the_prompt_begin
     chat = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w7"}]
     with pytest.raises(ValueError, match=r"prompts\[1\] ends with an assistant's turn.*reward_prompts="):
         StarsEngine(policy32, judge, tokenizer=tokenizer32).stream([chat[:1], chat], CONFIG)
+
+
+def test_vocabularies_are_compared_and_habits_told_by_the_prompt_and_not_by_the_candidate(monkeypatch, policy32):
+    compared, told = [], []
+    same, habits_of = render.same_vocabulary, Rendering._habits_of
+    monkeypatch.setattr(render, "same_vocabulary", lambda *pair: compared.append(pair) or same(*pair))
+    monkeypatch.setattr(Rendering, "_habits_of", lambda *asked: told.append(1) or habits_of(*asked))
+    reward = tiny_reward(40)
+    engine = StarsEngine(policy32, reward, tokenizer=tiny_tokenizer(32), reward_tokenizer=tiny_tokenizer(40))
+    assert not compared
+    out = engine.generate(["w1", "w2"], seed=0, max_attempts=8, max_new_tokens=32, segment_length=4, target_reward=9.0)
+    assert len(told) == 2 and len(compared) == 2, "at the check and at the beginning"
+    assert sum(segment.attempts for row in out.segments for segment in row) > 8

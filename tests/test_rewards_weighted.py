@@ -143,6 +143,26 @@ def test_one_bad_completion_costs_the_others_nothing():
     assert first.calls == second.calls == [[0, 1, 2]]
 
 
+def test_a_sum_is_unsure_once_a_part_is_until_it_begins_anew(reward32):
+    class Broken(Reward):
+        broken = True
+
+        def score(self, completions):
+            if self.broken:
+                raise ValueError("no")
+            return [0.0] * len(completions)
+
+    part, (prompt,) = Broken(), ids_prompts(PROMPTS[:1])
+    reward = WeightedSum([(1.0, ClassifierReward(reward32)), (1.0, WeightedSum([(1.0, part)]))])
+    for part.broken in (True, False):
+        reward.begin([prompt], 4, 1, None)
+        reward.unsure = False  # as the engine says of it
+        reward.open([prompt], 4)
+        reward.score([Completion(Response(prompt), [1])])
+        assert reward.unsure == part.broken
+        reward.end()
+
+
 def test_parts_are_not_asked_what_is_rejected_already():
     rule, model = Asked([0.0, -math.inf]), Asked([1.0, 2.0])
     scorer = WeightedSum({"rule": (1.0, rule), "model": (1.0, model)})

@@ -12,7 +12,6 @@ from typing import Any
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.inputs.arguments import Arguments
-from stars_fast.inputs.per_prompt import fingerprint
 from stars_fast.loop.pilot import (
     ACCEPTANCE,
     PILOT_SAMPLES,
@@ -171,5 +170,5 @@ def calibrate(
             beta=beta,
         )
     )
-    engine.per_prompt.made([pilot.target for pilot in pilots], [fingerprint(pilot.prompt) for pilot in pilots])
+    engine.per_prompt.made((pilot.target for pilot in pilots), (pilot.prompt for pilot in pilots))
     return Calibration(chosen, pilots)

@@ -171,7 +171,7 @@ def _reward_path(loaded: _Loaded, policy: _Loaded) -> Report:
     assert loaded.model is not None
     scorer = ClassifierReward(loaded.model, loaded.tokenizer)
     if policy.model is not None:
-        scorer.check_vocabulary(policy.model, policy.tokenizer)
+        scorer.check_policy(policy.model, policy.tokenizer)
     if scorer.reads.tokenizer is None:
         reads = f"the policy's ids ({scorer.reads.why or 'no tokenizer lies beside it'})"
     else:

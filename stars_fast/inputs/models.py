@@ -132,7 +132,7 @@ def load_reward(
     elif reward_tokenizer is not None:
         warn(f"reward_tokenizer= has no effect on a {type(reward).__name__}: it has its own, or needs none")
     if isinstance(reward, Reward):
-        reward.check_vocabulary(policy, tokenizer)
+        reward.check_policy(policy, tokenizer)
         return reward
     if callable(reward):
         return CallableReward(reward, tokenizer)

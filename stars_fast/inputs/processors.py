@@ -10,9 +10,12 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation import (
     EncoderNoRepeatNGramLogitsProcessor,
@@ -63,6 +66,7 @@ _FORBID = (
 _FORCE = (ForcedBOSTokenLogitsProcessor, ForcedEOSTokenLogitsProcessor)
 _STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 _FOLLOWERS = 1024  # texts that a processor's copies follow at a time
+_keeping: WeakKeyDictionary[Any, bool | None] = WeakKeyDictionary()  # whether processors keep a state: asked once
 
 
 class Foreign(NamedTuple):
@@ -202,39 +206,47 @@ class _Following:
 
 
 def _followed(processor: Any, ids: torch.Tensor, vocab: int) -> Any:
-    """The processor, as a function of the text where it is none by itself.
-
-    It is asked about a text, about the text and a token, and about the text again. transformers' own need not be.
-    """
-    own = type(processor).__module__.startswith("transformers.")
-    if own and not isinstance(processor, PrefixConstrainedLogitsProcessor):
+    """The processor, as a function of the text where it is none by itself. transformers' own need not be asked."""
+    constrains = isinstance(processor, PrefixConstrainedLogitsProcessor)
+    if type(processor).__module__.startswith("transformers.") and not constrains:
         return processor
+    asked = processor._prefix_allowed_tokens_fn if constrains else processor  # transformers wraps it for each call
+    keeps = None
+    with suppress(TypeError):  # of what no weak reference can be made to
+        keeps = _keeping.get(asked)
+    if keeps is None:
+        keeps = _keeps_state(processor, ids, vocab)
+        with suppress(TypeError):
+            _keeping[asked] = keeps
+    return _Following(processor, ids.shape[1]) if keeps else processor
+
+
+def _keeps_state(processor: Any, ids: torch.Tensor, vocab: int) -> bool | None:
+    """Whether it is no function of the text; None where that cannot be told.
+
+    A copy is asked about a text, about the text and a token, and about the text again.
+    """
     drawn = torch.Generator("cpu").manual_seed(0)
     first, further = torch.randn(2, 1, vocab, generator=drawn, device="cpu", dtype=torch.float32).to(ids.device)
     asked = _fresh(processor)
     try:
         expected = asked(ids, first.clone())
     except Exception:
-        return processor  # it says so when the text begins
+        return None  # it says so when the text begins
     longer, after = torch.cat([ids, expected.argmax(-1, keepdim=True)], 1), None
-    try:
+    with suppress(Exception):  # as one raises that expects its text with a token more
         after = asked(longer, further.clone())
         if _same(asked(ids, first.clone()), expected):
-            return processor
-    except Exception:
-        pass  # as one does that expects its text with a token more
-    try:
+            return False
+    with suppress(Exception):
         fresh = _fresh(processor)
-        copied = _same(fresh(ids, first.clone()), expected) and _same(fresh(longer, further.clone()), after)
-    except Exception:
-        copied = False
-    if not copied:
-        raise ValueError(
-            f"the logits processor {_name(processor)} gives other logits when it is asked about the same ids again: it "
-            "follows one text by a state of its own, where candidates are many texts, and a copy of it differs too. "
-            "Pass one that computes its state from the ids it is given, or prefix_allowed_tokens_fn="
-        )
-    return _Following(processor, ids.shape[1])
+        if _same(fresh(ids, first.clone()), expected) and _same(fresh(longer, further.clone()), after):
+            return True
+    raise ValueError(
+        f"the logits processor {_name(processor)} gives other logits when it is asked about the same ids again: it "
+        "follows one text by a state of its own, where candidates are many texts, and a copy of it differs too. "
+        "Pass one that computes its state from the ids it is given, or prefix_allowed_tokens_fn="
+    )
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -242,9 +254,12 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _fresh(processor: Any) -> Any:
-    """A copy with a state of its own; models, tokenizers, and what else cannot be copied are shared."""
-    shared = [one for one in vars(processor).values() if isinstance(one, (torch.nn.Module, PreTrainedTokenizerBase))]
+    """A copy with a state of its own, tensors included, which may be changed in place. Models and tokenizers, also in
+    lists and dicts, and what else cannot be copied are shared.
+    """
+    shared = (torch.nn.Module, PreTrainedTokenizerBase)
     try:
-        return copy.deepcopy(processor, {id(one): one for one in shared})
+        held = tree_leaves(getattr(processor, "__dict__", None))
+        return copy.deepcopy(processor, {id(one): one for one in held if isinstance(one, shared)})
     except Exception:
         return copy.copy(processor)

@@ -210,7 +210,7 @@ class Reward(abc.ABC):
     def end(self) -> None:
         """The session is over, normally or not: free everything."""
 
-    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+    def check_policy(self, policy: PreTrainedModel, tokenizer: Any) -> None:
         """An engine is made, of this policy and its tokenizer (None: ids alone): ValueError if its ids, text or hidden
         state cannot be read, or if it is likely that they would be misread.
         """

@@ -7,9 +7,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from transformers import PreTrainedModel
 
 from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt
 from stars_fast.rewards.cache import Row, Text, TreeCache
+from stars_fast.rewards.ids import Reading, first_reading, reading
 from stars_fast.rewards.render import Context, Rendering
 from stars_fast.stays import Stays
 from stars_fast.text.tokens import refuse_long
@@ -25,6 +27,11 @@ class RenderedReward(Stays, Reward):
     max_positions: int | None = None  # of the longest text
     tail_argument: str = "reward_tail"  # what errors call the ids behind an answer
     causal: bool = True  # whether texts go on from their ids: no closing special tokens are in between
+
+    def _read_with(self, given: Any, argument: str, *models: PreTrainedModel) -> None:
+        """To be called once, first: what was given in a tokenizer's place, and the models, the most telling first."""
+        self.reads: Reading = first_reading(given, argument)
+        self._given, self._argument, self._models = given, argument, models
 
     def _start(self, caches: Sequence[TreeCache]) -> None:
         """To be called once, when models are known."""
@@ -42,6 +49,16 @@ class RenderedReward(Stays, Reward):
     @property
     def tree_models(self) -> list[TreeModel]:
         return [cache.model for cache in self.caches]
+
+    @property
+    def tokenizer(self) -> Any:
+        """What prompts and answers are read with; None: they are read in the policy's ids."""
+        return self.reads.tokenizer
+
+    def check_policy(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+        if self.tokenizer is None:
+            self.reads = reading(self._models, self._given, policy, tokenizer, self._argument, self.reads)
+            self._latest = tokenizer, self.make_rendering(tokenizer)
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
         """How prompts and answers of a policy with this tokenizer are read. To be written by the subclass."""

@@ -14,7 +14,6 @@ from stars_fast.notices import warn
 from stars_fast.rewards.base import Completion, RewardPrompt, check_model
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
-from stars_fast.rewards.ids import first_reading, loaded_from, reading
 from stars_fast.rewards.pairs import Pairs, makes_pairs
 from stars_fast.rewards.render import Rendering
 from stars_fast.tree.attention import evaluating, is_causal, own_dtypes
@@ -23,8 +22,6 @@ from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import refuse_dynamic_rope, refuse_offloaded, unwrapped, vocabulary
 
 ONE_LABEL = "a reward model has exactly 1 (a causal LM scores as JudgeReward or ImplicitReward of stars_fast.rewards)"
-# How classes of models end that have no head of one label.
-_HEADLESS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
 # Tokens of one forward pass where rows are scored whole, as far as one row allows.
 _MAX_TOKENS = 16384
 
@@ -74,11 +71,11 @@ class ClassifierReward(RenderedReward):
     ) -> None:
         check_model("reward", model)
         self._check_labels(model)
-        self._given, self._policy_tokenizer, self._tail = tokenizer, policy_tokenizer, tail
+        self._policy_tokenizer, self._tail = policy_tokenizer, tail
         self._pairs, self._variables = pairs, chat_template_kwargs
         if pairs and tail not in ("auto", "none"):
             raise ValueError(f"reward_tail={tail!r}: nothing follows the answer of a pair (pairs=True)")
-        self.reads = first_reading(tokenizer, "reward_tokenizer")
+        self._read_with(tokenizer, "reward_tokenizer", model)
         if tokenizer is not None or not (pairs or tail == "template"):  # else an engine may find one
             self.make_rendering(policy_tokenizer)
         self.model = model
@@ -87,7 +84,6 @@ class ClassifierReward(RenderedReward):
         self.device = next(model.parameters()).device
         self.vocab_size = vocabulary(model)
         own = self._check_value()
-        _warn_of_new_head(model)
         self.causal = False
         self.tree_model, self.reason = self._tree_model(own)
         self.max_positions = _most_tokens(model)
@@ -160,7 +156,7 @@ class ClassifierReward(RenderedReward):
             return None, str(error)
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
-        tokenizer, policy_tokenizer = self.reads.tokenizer, self._policy_tokenizer or policy_tokenizer
+        tokenizer, policy_tokenizer = self.tokenizer, self._policy_tokenizer or policy_tokenizer
         if not self._pairs:
             return Rendering(tokenizer, policy_tokenizer, self._tail, self._variables)
         if tokenizer is None:
@@ -169,13 +165,9 @@ class ClassifierReward(RenderedReward):
             )
         return Pairs(tokenizer, policy_tokenizer)
 
-    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
-        tokenizer = self._policy_tokenizer or tokenizer
-        if self.reads.tokenizer is None:
-            self.reads = reading([self.model], self._given, policy, tokenizer, "reward_tokenizer", self.reads)
-            self._latest = None
-        self.make_rendering(tokenizer)
-        if self._pairs is None and not self.causal and makes_pairs(self.reads.tokenizer):
+    def check_policy(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+        super().check_policy(policy, self._policy_tokenizer or tokenizer)
+        if self._pairs is None and not self.causal and makes_pairs(self.tokenizer):
             warn(
                 f"{type(self.model).__name__} is scored on question and answer as one text: if it was trained on "
                 "tokenizer(question, answer), give ClassifierReward(model, tokenizer, pairs=True) as the reward; "
@@ -215,17 +207,6 @@ class ClassifierReward(RenderedReward):
     def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> torch.Tensor:
         rewards: torch.Tensor = self.head(features)[:, 0].float()
         return rewards
-
-
-def _warn_of_new_head(model: PreTrainedModel) -> None:
-    """Of a model that was loaded from a checkpoint of another class, and is not known to have been trained since."""
-    inner, saved = unwrapped(model), model.config.architectures or []
-    name = type(inner).__name__
-    if inner is model and loaded_from(model) and saved and all(one.endswith(_HEADLESS) for one in saved):
-        warn(
-            f"reward: {loaded_from(model)!r} was saved as {', '.join(saved)}, so the head of this {name} was made "
-            "anew: unless it was trained since, its rewards are random"
-        )
 
 
 def _scores_last_token(own: torch.Tensor, base: nn.Module, head: nn.Module, ids: torch.Tensor) -> bool:

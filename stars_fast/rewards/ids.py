@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ POLICYS = "policy"  # in a tokenizer's place: the scorer reads the policy's ids
 # How many more embeddings two models of one tokenizer may have: vocabularies are padded to multiples of up to 512 and
 # grow by some hundred reserved ids. Those of different tokenizers lie thousands apart.
 _MOST_PADDING = 512
-_warned: set[tuple[str, ...]] = set()  # where models came from of which nothing is known
+_warned: set[str] = set()  # what was said of models of which nothing is known
+_without: dict[str, str] = {}  # why there is no tokenizer in a repository: engines do not ask, and wait, again
 
 
 class Reading(NamedTuple):
@@ -52,7 +54,8 @@ def reading(
 
     The policy's where ``given`` says so, and where one of the models is the policy or was loaded from where the policy
     was; else those of the tokenizer that lies where a model was loaded from. Where none does, nothing is known: ids
-    are shared, with a warning, if sizes and settings speak for it.
+    are shared unless sizes or settings speak against it, with a warning but for a model that was made of a
+    configuration of as many ids.
 
     Parameters
     ----------
@@ -109,29 +112,15 @@ def _unknown(
     models: Sequence[PreTrainedModel], policy: PreTrainedModel, policy_tokenizer: Any, cause: str, argument: str
 ) -> Reading:
     """Nothing says whose ids are read: the policy's, unless that is likely to be wrong."""
-    model = models[0]
+    model, doubt = models[0], _doubt(models[0], policy)
+    name, policys = (f"a {type(unwrapped(one)).__name__} of {vocabulary(one)} embeddings" for one in (model, policy))
+    said = f"nothing says that the reward model, {name}, reads the ids of the policy, {policys} ({cause})"
+    said += "" if doubt is None else f", and it has {doubt}"
     remedy = f"pass {argument}='policy' if it does, else its own tokenizer (to a scorer of yours, as its tokenizer=)"
-    doubt = _doubt(model, policy)
-    name, sizes = type(unwrapped(model)).__name__, {vocabulary(policy)}
-    if policy_tokenizer is not None:
-        sizes.add(len(policy_tokenizer))
-        if doubt is None and vocabulary(model) not in sizes:
-            doubt = f"has {vocabulary(model)} embeddings, the policy {vocabulary(policy)}"
-        ours, theirs = (one.config.get_text_config().model_type for one in (model, policy))
-        if doubt is None and loaded_from(model) and ours != theirs:
-            doubt = f"is of model_type {ours!r}, the policy of {theirs!r}"
-        if doubt is not None:
-            raise ValueError(
-                f"nothing says that the reward model, a {name}, reads the policy's ids ({cause}), and it {doubt}: "
-                + remedy
-            )
-    elif doubt is not None:
-        warn(f"the reward model reads the policy's ids, but {doubt}: pass {argument}= if it has a tokenizer of its own")
-        return Reading(None, "nothing says otherwise")
-    _warn_unknown(
-        (*map(loaded_from, models), loaded_from(policy)),
-        f"nothing says that the reward model, a {name}, reads the policy's ids ({cause}); it is given them: {remedy}",
-    )
+    if doubt is not None and policy_tokenizer is not None:
+        raise ValueError(f"{said}: {remedy}")
+    if loaded_from(model) or doubt is not None or vocabulary(model) != vocabulary(policy):
+        _warn_unknown(f"{said}; it is given them: {remedy}")
     return Reading(None, "nothing says otherwise")
 
 
@@ -145,7 +134,6 @@ def check_own(model: PreTrainedModel, tokenizer: Any, policy: PreTrainedModel, p
     theirs = _beside(policy)
     if theirs.tokenizer is None:
         _warn_unknown(
-            (loaded_from(model), loaded_from(policy)),
             f"nothing says whose ids the policy is asked for ({theirs.why}); a {type(unwrapped(model)).__name__} reads "
             "them with its own tokenizer: pass the policy's as tokenizer=",
         )
@@ -170,21 +158,20 @@ def check_draft(model: PreTrainedModel, policy: PreTrainedModel, policy_tokenize
         known = own.tokenizer is not None and theirs.tokenizer is not None
         same = not known or same_vocabulary(own.tokenizer, theirs.tokenizer)
         cause = f"has a tokenizer ({own.why}) of another vocabulary than the policy's ({theirs.why})"
-        if not known:
+        if not known and loaded_from(model):
             why = own.why if own.tokenizer is None else theirs.why
             _warn_unknown(
-                (loaded_from(model), loaded_from(policy)),
-                f"nothing says that draft, a {name}, has the policy's vocabulary ({why}): it is taken to be the same",
+                f"nothing says that draft, a {name}, has the policy's vocabulary ({why}): it is taken to be the same"
             )
     if not same:
         raise ValueError(f"draft: {name} {cause}: their vocabularies must be the same")
 
 
-def _warn_unknown(loaded: tuple[str, ...], message: str) -> None:
-    """Once for models that were loaded from there."""
-    if loaded not in _warned:
-        _warned.add(loaded)
+def _warn_unknown(message: str) -> None:
+    """Once in a process."""
+    if message not in _warned:
         warn(message)
+        _warned.add(message)  # last: a warning may be an error
 
 
 def loaded_from(model: PreTrainedModel) -> str:
@@ -209,18 +196,17 @@ def _innermost(model: PreTrainedModel) -> PreTrainedModel:
 
 def _beside(*models: PreTrainedModel) -> _Beside:
     """The first tokenizer that lies where a model was loaded from. One that cannot be loaded is none."""
-    causes = []
-    for model in models:
-        if not (name := loaded_from(model)):
-            causes.append("it was made of a configuration")
-            continue
-        try:
-            if (tokenizer := tokenizer_beside(name, "tokenizer", cached=True)) is not None:
-                return _Beside(tokenizer, f"beside {name!r}")
-            causes.append(f"there is no tokenizer beside {name!r}")
-        except OSError as error:
-            causes.append(str(error).replace("(or pass tokenizer=)", "").splitlines()[0])
-    return _Beside(None, causes[0])
+    names = list(map(loaded_from, models))
+    for name in names:
+        if name and (os.path.isdir(name) or name not in _without):
+            cause = f"there is no tokenizer beside {name!r}"
+            try:
+                if (tokenizer := tokenizer_beside(name, cached=True)) is not None:
+                    return _Beside(tokenizer, f"beside {name!r}")
+            except OSError as error:
+                cause = str(error).splitlines()[0]
+            _without[name] = cause
+    return _Beside(None, _without.get(names[0], "it was made of a configuration"))
 
 
 def _check_embeddings(
@@ -240,10 +226,10 @@ def _doubt(model: PreTrainedModel, policy: PreTrainedModel) -> str | None:
     size, reward_size = vocabulary(policy), vocabulary(model)
     ends, reward_ends = _ends_of_texts(policy), _ends_of_texts(model)
     if reward_size > size + _MOST_PADDING:
-        return f"has {reward_size} embeddings, the policy {size}"
+        return f"{reward_size - size} embeddings more"
     # Base and tuned models of a family differ in one of the two, not in both.
     if all(a and b and not set(a) & set(b) for a, b in zip(ends, reward_ends, strict=True)):
-        return "has bos and eos ids {} and {}, the policy {} and {}".format(*reward_ends, *ends)
+        return "bos and eos ids {} and {}, the policy {} and {}".format(*reward_ends, *ends)
     return None
 
 

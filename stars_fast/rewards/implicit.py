@@ -13,7 +13,6 @@ from stars_fast.ops import gather_logprobs
 from stars_fast.rewards.base import Completion, check_model
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Text, TreeCache
-from stars_fast.rewards.ids import first_reading, reading
 from stars_fast.rewards.render import Rendering
 from stars_fast.text.chat import common_prefix
 from stars_fast.text.prompts import template_kwargs
@@ -76,8 +75,8 @@ class ImplicitReward(RenderedReward):
             raise ValueError(
                 "model and reference share their weights, every log-ratio would be 0: load the reference separately"
             )
-        self._given, self.reads = tokenizer, first_reading(tokenizer, "tokenizer")
-        _check_pair(vocabulary(model), vocabulary(reference), self.reads.tokenizer)
+        self._read_with(tokenizer, "tokenizer", model, reference)
+        _check_pair(vocabulary(model), vocabulary(reference), self.tokenizer)
         self.chat_template_kwargs = template_kwargs(chat_template_kwargs)
         self.beta = real("beta", beta, open_below=True, open_above=True)
         self.weights = weights
@@ -86,14 +85,8 @@ class ImplicitReward(RenderedReward):
         # The prediction of an id is made at the one before it: the last id is left to the next pass.
         self._start([TreeCache(tree, lag=1, max_packed=_MAX_PACKED) for tree in trees])
 
-    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
-        if self.reads.tokenizer is None:
-            models = [cache.model.model for cache in self.caches]
-            self.reads = reading(models, self._given, policy, tokenizer, "tokenizer", self.reads)
-            self._latest = None
-
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
-        return Rendering(self.reads.tokenizer, policy_tokenizer, "none", self.chat_template_kwargs)
+        return Rendering(self.tokenizer, policy_tokenizer, "none", self.chat_template_kwargs)
 
     def text(self, completion: Completion) -> Text:
         text, prompt = super().text(completion), completion.response.prompt

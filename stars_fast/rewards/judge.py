@@ -78,7 +78,7 @@ class JudgeReward(RenderedReward):
             check_text(argument, text)
         if template.count("{answer}") != 1:
             raise ValueError(f"template={template!r} holds {{answer}} {template.count('{answer}')} times: must be once")
-        self.tokenizer = tokenizer
+        self._read_with(tokenizer, "tokenizer", model)
         self.template, self.question = template, question
         self.chat_template_kwargs = template_kwargs(chat_template_kwargs)
         self.verdicts = [_first_token(tokenizer, yes), _first_token(tokenizer, no)]
@@ -90,7 +90,7 @@ class JudgeReward(RenderedReward):
                 f"a verdict's first token is {bad[0]}, outside the judge's vocabulary of {self.vocab_size}"
             )
 
-    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+    def check_policy(self, policy: PreTrainedModel, tokenizer: Any) -> None:
         check_own(self.caches[0].model.model, self.tokenizer, policy, tokenizer)
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:

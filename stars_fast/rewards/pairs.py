@@ -14,7 +14,7 @@ class Pairs(Rendering):
 
     def __init__(self, tokenizer: Any, policy_tokenizer: Any) -> None:
         super().__init__(tokenizer, policy_tokenizer, "none")
-        self.shared_ids = self.templated = False
+        self._shared_ids = self.templated = False
         self._types: WeakKeyDictionary[Completion, list[int]] = WeakKeyDictionary()
 
     def context(self, prompt: RewardPrompt) -> Context:

@@ -36,7 +36,7 @@ class HiddenStateProbe(Reward):
 
     @torch.no_grad()
     @own_dtypes()
-    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+    def check_policy(self, policy: PreTrainedModel, tokenizer: Any) -> None:
         head: Any = policy.get_output_embeddings()
         width = getattr(head, "in_features", policy.config.get_text_config().hidden_size)
         with evaluating(self.probe):

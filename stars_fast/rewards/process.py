@@ -62,7 +62,7 @@ class ProcessReward(RenderedReward):
         check_tokenizer("tokenizer", tokenizer, ", by which the steps are read")
         if not isinstance(aggregate, str) or aggregate not in AGGREGATES:
             raise ValueError(f"aggregate={shown(aggregate)}: must be one of {', '.join(map(repr, AGGREGATES))}")
-        self.tokenizer = tokenizer
+        self._read_with(tokenizer, "tokenizer", model.model)
         self.aggregate = AGGREGATES[aggregate]
         self._committed: dict[Response, _Steps] = {}
         self._start([TreeCache(model)])
@@ -154,7 +154,7 @@ class ProcessReward(RenderedReward):
     def shares_ids(self, prompt: RewardPrompt) -> bool:
         return False  # a step's text is tokenised anew
 
-    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+    def check_policy(self, policy: PreTrainedModel, tokenizer: Any) -> None:
         check_own(self.caches[0].model.model, self.tokenizer, policy, tokenizer)
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:

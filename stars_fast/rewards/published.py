@@ -13,9 +13,7 @@ from stars_fast.rewards.base import Completion, RewardPrompt, check_model
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.classifier import ClassifierReward
-from stars_fast.rewards.ids import first_reading, reading
 from stars_fast.rewards.render import Context, Rendering
-from stars_fast.text.tokenizers import check_tokenizer
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import unwrapped
@@ -36,8 +34,8 @@ class InternLM2Reward(ClassifierReward):
     Parameters
     ----------
     model : transformers model with a ``v_head`` and ``config.reward_token_id``
-    tokenizer : transformers tokenizer, optional
-        The reward model's. None: it reads the policy's ids.
+    tokenizer : transformers tokenizer or "policy", optional
+        As that of :class:`ClassifierReward`.
 
     Raises
     ------
@@ -78,8 +76,9 @@ class ArmoRMReward(RenderedReward):
     Parameters
     ----------
     model : transformers model with a base model, ``regression_layer``, ``gating`` and ``reward_transform_matrix``
-    tokenizer : transformers tokenizer, optional
-        The reward model's, with its chat template. None: it reads the policy's ids, which must be a rendered chat.
+    tokenizer : transformers tokenizer or "policy", optional
+        The reward model's, with its chat template; "policy": it reads the policy's ids, which must be a rendered chat.
+        None: as that of :class:`ClassifierReward`.
     gating_tokens : sequence of int
         The ids between prompt and answer, at the first of which the gate reads.
 
@@ -93,7 +92,6 @@ class ArmoRMReward(RenderedReward):
         self, model: PreTrainedModel, tokenizer: Any = None, *, gating_tokens: Sequence[int] = ARMORM_GATING_TOKENS
     ) -> None:
         check_model("model", model)
-        check_tokenizer("tokenizer", tokenizer)
         self.model: Any = unwrapped(model)  # of a class that is not transformers'
         base = getattr(self.model, self.model.base_model_prefix, None)
         parts = ("regression_layer", "gating", "reward_transform_matrix")
@@ -102,7 +100,7 @@ class ArmoRMReward(RenderedReward):
             raise ValueError(
                 f"{type(model).__name__} is not shaped as ArmoRM: it lacks {', '.join(missing) or 'a base'}"
             )
-        self._given, self.reads = tokenizer, first_reading(tokenizer, "tokenizer")
+        self._read_with(tokenizer, "tokenizer", model)
         if not isinstance(plain(gating_tokens), Sequence) or isinstance(gating_tokens, (str, bytes)):
             raise TypeError(f"gating_tokens={shown(gating_tokens)} must be a sequence of ids")
         self.gating_tokens = [
@@ -111,13 +109,8 @@ class ArmoRMReward(RenderedReward):
         self._gates: dict[RewardPrompt, torch.Tensor] = {}  # [A]
         self._start([TreeCache(checked(TreeModel(self.model, base, "reward")))])
 
-    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
-        if self.reads.tokenizer is None:
-            self.reads = reading([self.model], self._given, policy, tokenizer, "tokenizer", self.reads)
-            self._latest = None
-
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
-        return Rendering(self.reads.tokenizer, policy_tokenizer, "auto")
+        return Rendering(self.tokenizer, policy_tokenizer, "auto")
 
     def forget(self, prompts: Sequence[RewardPrompt]) -> None:
         super().forget(prompts)

@@ -36,6 +36,7 @@ class Context:
     begun: bool = False  # that text ends with the beginning of the answer
     frame: ChatFrame | None = None  # of a chat whose template writes some answers otherwise than they are
     in_thought: bool = False  # the policy's prompt ends with the opening of a thought, which the frame has closed
+    habits: Habits = VERBATIM  # of that template
 
 
 class Rendering:
@@ -75,8 +76,15 @@ class Rendering:
         self.policy_tokenizer = policy_tokenizer
         self.tail = tail
         self.chat_template_kwargs = template_kwargs(chat_template_kwargs)
+        self._shared_ids: bool | None = None
         self._habits: dict[str, Habits] = {}  # of the template, by its variables
-        self.shared_ids = tokenizer is None or same_vocabulary(tokenizer, policy_tokenizer)
+
+    @property
+    def shared_ids(self) -> bool:
+        """Whether the reward model reads the policy's ids. Large vocabularies are compared once, when it is asked."""
+        if self._shared_ids is None:  # without cached_property's lock, which a forked child would wait for
+            self._shared_ids = self.tokenizer is None or same_vocabulary(self.tokenizer, self.policy_tokenizer)
+        return self._shared_ids
 
     def context(self, prompt: RewardPrompt) -> Context:
         """The prompt's ids, and the tail of its answers.
@@ -93,8 +101,10 @@ class Rendering:
             after = frame.tail if self.tail in ("auto", "template") else tail
             prefix = list(prompt.ids) if rendered else frame.prefix
             text, begun = "" if self.shared_ids else frame.before, ends_with_answer(prompt.source)
-            kept = None if rendered or (self._habits_of(prompt) == VERBATIM and frame.asked is None) else frame
-            return Context(prefix, after, text, frame.own_start, begun, kept, self._opens_thought(prompt, frame))
+            habits = VERBATIM if rendered else self._habits_of(prompt)
+            kept = None if rendered or (habits == VERBATIM and frame.asked is None) else frame
+            in_thought = self._opens_thought(prompt, frame)
+            return Context(prefix, after, text, frame.own_start, begun, kept, in_thought, habits)
         if self.shared_ids:
             return Context(list(prompt.ids), tail)
         text = self._prompt_text(prompt)
@@ -137,7 +147,7 @@ class Rendering:
             words = answer[: len(answer) - len(ended)]
             text = str(self.tokenizer.decode(words, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         thinking = context.in_thought and not completion.finished
-        variables, habits = self.variables(prompt), self._habits_of(prompt)
+        variables, habits = self.variables(prompt), context.habits
         if isinstance(answer, list) and "\ufffd" in text:
             habits = VERBATIM  # ids of what is no whole character cannot be written anew
         written = write(self.tokenizer, frame, self._turns(prompt), text, variables, habits, thinking)
@@ -155,7 +165,7 @@ class Rendering:
 
     def _habits_of(self, prompt: RewardPrompt) -> Habits:
         variables = self.variables(prompt)
-        key = repr((self.tokenizer.chat_template, sorted(variables.items(), key=repr)))
+        key = repr(sorted(variables.items()))
         if key not in self._habits:
             self._habits[key] = habits_of(self.tokenizer, variables)
         return self._habits[key]

@@ -91,9 +91,9 @@ class WeightedSum(Reward):
     def tree_models(self) -> list[TreeModel]:
         return [model for part in self._parts for model in part.reward.tree_models]
 
-    def check_vocabulary(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+    def check_policy(self, policy: PreTrainedModel, tokenizer: Any) -> None:
         for part in self._parts:
-            part.reward.check_vocabulary(policy, tokenizer)
+            part.reward.check_policy(policy, tokenizer)
 
     def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
         for part in self._parts:
@@ -107,6 +107,7 @@ class WeightedSum(Reward):
         for part in self._parts:
             self._begun.append(part)  # first: a begin that raises is ended, too
             part.reward.begin(prompts, max_new_tokens, rows, kv_cache_tokens)
+            part.reward.unsure = False
 
     def open(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> None:
         opened: list[_Part] = []
@@ -147,6 +148,7 @@ class WeightedSum(Reward):
                 rewards = score_each(part.reward, [one.completions[place] for one in asked])
                 for one, (value, error) in zip(asked, rewards, strict=True):
                     one.add(part, value, error)
+                self.unsure |= part.reward.unsure
         self.tokens = sum(part.reward.tokens for part in self._parts)
         return [one.total for one in scored]
 

@@ -34,16 +34,19 @@ def same_vocabulary(a: Any, b: Any) -> bool:
     return a is not None and b is not None and (a is b or a.get_vocab() == b.get_vocab())
 
 
-def tokenizer_beside(name: str, argument: str, cached: bool = False) -> Any:
+def tokenizer_beside(name: str, argument: str = "", cached: bool = False) -> Any:
     """The tokenizer in a model's folder or repository; None if there is none.
 
-    One that is there and cannot be loaded is an OSError that names ``argument``: without it, a model would read ids of
-    another vocabulary. ``cached``: files that were downloaded before will do, without asking for newer ones.
+    One that is there and cannot be loaded is an OSError that names ``argument``, if it may be passed instead: without
+    it, a model would read ids of another vocabulary. ``cached``: files that were downloaded before will do, without
+    asking for newer ones.
     """
-    with _said(f"the tokenizer of {name!r} cannot be loaded (or pass {argument}=)"):
+    remedy = f" (or pass {argument}=)" if argument else ""
+    with _said(f"{name!r} could not be asked for its tokenizer{remedy}"):
         # Asked first: of some families, transformers makes an empty tokenizer where there are no files.
         if not has_tokenizer(name):
             return None
+    with _said(f"the tokenizer of {name!r} cannot be loaded{remedy}"):
         if cached:
             with suppress(Exception):  # some of them lack
                 return AutoTokenizer.from_pretrained(name, local_files_only=True)
