@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils import chat_template_utils
 
 _CHARACTERS = 4 << 20  # that a template may make on top of what it is given
-_SECONDS = 5.0  # of its thread's processor time, and one more for every so many characters that it is given:
+_SECONDS = 0.8  # of its thread's processor time, and one more for every so many characters that it is given:
 _CHARACTERS_A_SECOND = 1 << 20
 _SECONDS_A_PAIR = 1e-5  # and so much for every pair of turns: some templates walk the chat at each of its turns
 _VALUES = 1_000_000  # in a list or mapping that is written as text
