@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from test_methods_fit import drawn
 
-from stars_fast import StarsConfig
 from stars_fast.methods import OptimalStopping
 from stars_fast.methods.fit import learn
 from stars_fast.methods.stopping import Belief, Prior, Rule, Shape, cost_for, simulate
@@ -106,8 +105,19 @@ def test_without_a_fit_two_candidates_are_looked_at_before_anything_is_known():
     assert seeing(Rule(None, 1.0), 5.0, 5.0).threshold == 5.0, "rewards that do not vary are not waited for"
 
 
-def test_a_budget_beyond_the_attempts_or_below_one_is_refused():
-    with pytest.raises(ValueError, match=r"budget=0\.5 must lie in"):
-        OptimalStopping(budget=0.5)
-    with pytest.raises(ValueError, match="budget=30 exceeds max_attempts=20"):
-        OptimalStopping(budget=30).rule(StarsConfig())
+@pytest.mark.parametrize("budget", [0.5, 257, math.nan])
+def test_a_budget_out_of_range_is_refused(budget):
+    with pytest.raises(ValueError, match=r"budget=.* must lie in"):
+        OptimalStopping(budget=budget)
+
+
+def test_a_budget_of_all_attempts_looks_at_all():
+    belief = OptimalStopping(budget=4.0).belief(None, 3)
+    belief.begin(0, None)
+    for reward in (0.0, 1.0, 9.0):
+        belief.see(reward)
+        assert belief.threshold == math.inf
+
+
+def test_attempts_that_are_hardly_reached_cost_nothing():
+    assert cost_for(2.0, 2**31 - 1, None) == pytest.approx(cost_for(2.0, 32, None))
