@@ -160,9 +160,11 @@ class Soak:
                 raise KeyboardInterrupt
 
         engine.on_heartbeat = observe
-        with suppress(KeyboardInterrupt):
-            engine.generate(self.prompts(), self.config(), seed=2)
-        engine.on_heartbeat = None
+        try:
+            with suppress(KeyboardInterrupt):
+                engine.generate(self.prompts(), self.config(), seed=2)
+        finally:  # the call may be refused before an interrupt is due
+            engine.on_heartbeat = None
 
     def threads(self, engine: StarsEngine) -> None:
         calls = [(self.prompts(2), self.config()) for _ in range(3)]
