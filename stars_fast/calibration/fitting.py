@@ -13,7 +13,7 @@ from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.fits import made_for
-from stars_fast.loop.pilot import rank_correlation
+from stars_fast.loop.pilot import correlations_with_the_last
 from stars_fast.methods.base import Method, Scored, Segments, SettingsT
 from stars_fast.methods.fit import Fit, Group, learn
 from stars_fast.methods.numbers import integer
@@ -103,6 +103,7 @@ def fit(
         raise ValueError(f"fit: {len(call.prompts)} prompts say too little: give at least {_LEAST_PROMPTS}")
     outputs = [run(i, _History(given.chosen_method, samples, among or samples)) for i, among in enumerate(_AMONG)]
     runs = [[segment.reward for segment in segments] for segments in outputs[0].segments]
+    rhos = correlations_with_the_last(runs)
     known = learn(
         [group for output in outputs for segments in output.segments for group in _groups(segments)],
         made_for(call.config, call.terms.sampling, engine.policy, engine.reward),
@@ -110,7 +111,7 @@ def fit(
             "prompts": len(runs),
             "samples": samples,
             "unguided_reward": fmean(run[-1] for run in runs),
-            "rank_correlation": _correlation_with_the_last(runs),
+            "rank_correlation": fmean(rhos) if rhos else math.nan,
         },
     )
     spent = []
@@ -132,13 +133,3 @@ def _groups(segments: Sequence[SegmentTrace]) -> Iterator[Group]:
         if all(map(math.isfinite, [before, *rewards])):
             yield Group(index, before, rewards)
         before = segment.reward
-
-
-def _correlation_with_the_last(runs: Sequence[Sequence[float]]) -> float:
-    """Mean over segments, the last left out, of Spearman's rho between partial and final reward; NaN for too few."""
-    rhos = []
-    for segment in range(max(map(len, runs)) - 1):
-        pairs = [(run[segment], run[-1]) for run in runs if len(run) > segment + 1]
-        if len(pairs) > 2 and not math.isnan(rho := rank_correlation(pairs)):
-            rhos.append(rho)
-    return fmean(rhos) if rhos else math.nan

@@ -17,7 +17,7 @@ from stars_fast.loop.pilot import (
     PILOT_SAMPLES,
     Pilot,
     acceptance_by_segment,
-    rank_correlation,
+    correlations_with_the_last,
     solve,
     spread,
     tilted_mean,
@@ -102,12 +102,8 @@ class Calibration:
 
     def _rank_correlation(self) -> float:
         """Mean over prompts and unfinished positions of Spearman's rho between partial and final reward."""
-        rhos = []
-        for pilot in self.pilots:
-            for k in range(max(len(run) for run in pilot.responses) - 1):
-                pairs = [(run[k][1], run[-1][1]) for run in pilot.responses if len(run) > k + 1]
-                if len(pairs) > 2 and not math.isnan(rho := rank_correlation(pairs)):
-                    rhos.append(rho)
+        runs = [[[reward for _, reward in run] for run in pilot.responses] for pilot in self.pilots]
+        rhos = [rho for one in runs for rho in correlations_with_the_last(one)]
         return fmean(rhos) if rhos else math.nan
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:

@@ -134,6 +134,16 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
     return covariance / scale if scale else math.nan
 
 
+def correlations_with_the_last(runs: Sequence[Sequence[float]]) -> list[float]:
+    """Spearman's rho between partial and final reward, by segment, the last left out; none where too few say it."""
+    rhos = []
+    for segment in range(max(map(len, runs)) - 1):
+        pairs = [(run[segment], run[-1]) for run in runs if len(run) > segment + 1]
+        if len(pairs) > 2 and not math.isnan(rho := rank_correlation(pairs)):
+            rhos.append(rho)
+    return rhos
+
+
 def _ranks(values: Sequence[float]) -> list[float]:
     return [sum(w < v for w in values) + (sum(w == v for w in values) - 1) / 2 for v in values]
 

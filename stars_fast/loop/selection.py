@@ -109,12 +109,12 @@ def traced(request: Request, group: Sequence[Candidate], verdict: Verdict) -> li
     """All candidates of a request's segment so far: those of earlier heartbeats, and what became of this group."""
     chosen = request.attempts + verdict.winner if verdict.winner >= 0 else verdict.best_attempt
     traces = [*request.looked_at]
-    for attempt, one in enumerate(group, request.attempts):
-        said = "rejected" if attempt < verdict.attempts else "unseen"
+    for one in group:
+        said = "rejected" if one.attempt < verdict.attempts else "unseen"
         said = said if one.error is None else "error"
         logprob = sum(one.draw.logprobs)
         traces.append(
-            CandidateTrace(attempt, one.draw.tokens, one.reward, one.score, one.threshold, said, logprob, one.parts)
+            CandidateTrace(one.attempt, one.draw.tokens, one.reward, one.score, one.threshold, said, logprob, one.parts)
         )
     if verdict.winner not in (NONE, INVALID):
         traces[chosen] = traces[chosen]._replace(verdict="accepted" if verdict.accepted else "fallback")
