@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from stars_fast.demo import FOLDER as DEMO_FOLDER
+from stars_fast.demo import NAME as DEMO
 from stars_fast.methods import METHODS
 from stars_fast.methods.base import Method, method_from
 from stars_fast.methods.fit import Fit
@@ -78,6 +80,7 @@ class StarsConfig:
     fit : Fit, path or mapping, optional
         What :func:`stars_fast.fit` learned for this policy, reward model, segment length and sampling. "stars" and
         "cards" without a target then test quantiles and need no pilots; "optimal_stopping" knows what to expect.
+        "demo": that of the demonstration models, for ``top_k=50`` and all else left open.
 
     Raises
     ------
@@ -237,8 +240,8 @@ def _fit(value: Any) -> Fit | None:
     if isinstance(value, Mapping):
         return Fit.from_dict(value)
     if isinstance(value, (str, os.PathLike)):
-        return Fit.from_pretrained(value)
-    raise TypeError(f"fit={shown(value)}: give what stars_fast.fit returns, or the path it was saved to")
+        return Fit.from_pretrained(DEMO_FOLDER if value == DEMO else value)
+    raise TypeError(f"fit={shown(value)}: give what stars_fast.fit returns, the path it was saved to, or 'demo'")
 
 
 def _path(name: str, value: Any) -> Path:

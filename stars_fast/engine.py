@@ -127,6 +127,7 @@ class StarsEngine(Stays):
         self.per_prompt = PerPrompt()
         self._preparing = threading.Lock()
         self._missed = set[Any]()  # targets that nothing reached, and that were named
+        self._priced = False  # whether what pilots cost was said
         limits = (self.max_rows, self.kv_cache_tokens, utilization)
         self.core = Core(self.policy, self.reward, self.tokenizer, *limits)
 
@@ -328,12 +329,24 @@ class StarsEngine(Stays):
                 "the reward is the same for all pilot responses: nothing is guided while it does not vary"
                 + (" (it was called with token ids: give tokenizer= for text)" if ids else "")
             )
+        self._warn_of_pilots(job)
         self._warn_of_unreached(job)
         if job.failed and job.call.arguments.on_error != "raise":
             failed, rows = len(job.failed), job.call.rows
             warn(
                 ("no request succeeded" if failed == rows else f"{failed} of {rows} requests failed")
                 + f"; the first ended with: {job.first_failure} ({where}; on_error='raise' raises the first)"
+            )
+
+    def _warn_of_pilots(self, job: Job) -> None:
+        """Once: what targets per prompt cost, where a fit would spare it."""
+        stats = job.stats
+        if stats.calibration_tokens and job.guided and job.call.terms.method.uses_fit and not self._priced:
+            self._priced = True
+            warn(
+                f"{stats.calibration_tokens} of {stats.policy_tokens} policy tokens were drawn to find a target for "
+                "each prompt. What stars_fast.fit(engine, prompts) returns, once, spares them in every call with fit= "
+                "(command line: stars-fast fit); so does target_reward"
             )
 
     def _warn_of_unreached(self, job: Job) -> None:

@@ -1,11 +1,12 @@
 """A fit is made from an engine's own histories, and what it was made for is what it serves."""
 
 import math
+import warnings
 
 import pytest
 from conftest import tiny_policy, tiny_reward
 
-from stars_fast import Fit, StarsConfig, StarsEngine, fit
+from stars_fast import Fit, StarsConfig, StarsEngine, demo, fit
 from stars_fast.methods import OptimalStopping
 
 VOCAB = 32
@@ -56,6 +57,16 @@ def test_with_a_fit_no_pilots_are_drawn(known):
     assert all(math.isfinite(reward) for reward in out.rewards)
 
 
+def test_what_pilots_cost_is_said_once_where_a_fit_would_spare_it():
+    one = engine()
+    with pytest.warns(UserWarning, match=r"96 of \d+ policy tokens were drawn to find a target .* stars_fast\.fit"):
+        one.generate(OTHERS[:1], CONFIG, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one.generate(OTHERS[:1], CONFIG, seed=1)
+        engine().generate(OTHERS[:1], CONFIG, seed=1, method="rejection_sampling")
+
+
 @pytest.mark.parametrize(
     "settings, named",
     [
@@ -98,6 +109,16 @@ def test_rewards_that_do_not_vary_are_refused():
     constant = StarsEngine(tiny_policy(VOCAB, hidden=32), lambda completions, **_: [1.0] * len(completions))
     with pytest.raises(ValueError, match="all the same"):
         fit(constant, PROMPTS, CONFIG, samples=4)
+
+
+def test_the_demo_models_bring_a_fit():
+    policy, reward, tokenizer = demo.load()
+    one = StarsEngine(policy, reward, tokenizer=tokenizer)
+    settings = {"method": OptimalStopping(budget=2.0), "max_new_tokens": 32, "top_k": 50, "seed": 0}
+    guided = one.generate(list(demo.PROMPTS), fit="demo", **settings)
+    assert guided.stats["policy_tokens"] / guided.stats["committed_tokens"] == pytest.approx(2.0, rel=0.5)
+    with pytest.raises(ValueError, match="top_k is None here, 50 in the fit"):
+        one.generate(list(demo.PROMPTS), fit="demo", **settings | {"top_k": None})
 
 
 def test_a_fit_is_read_back_or_refused():

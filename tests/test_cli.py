@@ -78,10 +78,9 @@ def assert_same(records, others) -> None:
 def test_demo_shows_both_texts_the_segments_and_the_figures_in_80_columns():
     result = invoke(*DEMO)
     assert result.exit_code == 0, result.stderr
-    shown = ["vanilla", "guided", "log-odds", "threshold", "acceptance rate", "accepted tokens/s", "discarded"]
+    shown = ["vanilla", "guided", "log-odds", "enough", "candidates per segment", "policy tokens per token returned"]
     assert [word for word in shown if word not in result.stdout] == []
     assert result.stdout.count("reward ") >= 3
-    assert re.search(r"accepted|fallback", result.stdout)
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
@@ -99,6 +98,34 @@ def test_demo_refuses_what_it_cannot_do_in_one_line(options):
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert str(options[1]) in result.stderr
+
+
+# fit
+
+
+def test_a_fit_is_learned_once_and_serves_generate(generate, models, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"w{3 + i}"}) + "\n" for i in range(12)))
+    chosen = ("--set", "max_new_tokens=14", "--set", "segment_length=4")
+    made = invoke(
+        "fit", *models, "--input", tmp_path / "prompts.jsonl", "--output", tmp_path / "fit", "--samples", 4, *chosen
+    )
+    assert made.exit_code == 0, made.stderr
+    assert "12 prompts" in made.stdout
+    options = ("--set", f"fit={tmp_path / 'fit'}", "--set", "method=optimal_stopping")
+    result, records = generate(ROWS, *options)
+    assert result.exit_code == 0, result.stderr
+    assert len(records) == len(ROWS)
+    refused, _ = generate(ROWS, *options, "--set", "temperature=0.5", output="other.jsonl")
+    assert refused.exit_code == 2
+    assert "temperature is 0.5 here, 1.0 in the fit" in refused.stderr
+
+
+def test_a_fit_of_a_bad_row_is_refused_by_line(models, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": 3}\n')
+    result = invoke("fit", *models, "--input", tmp_path / "prompts.jsonl", "--output", tmp_path / "fit")
+    assert result.exit_code == 2
+    assert "line 1: prompt is a int" in result.stderr
+    assert not (tmp_path / "fit").exists()
 
 
 # generate

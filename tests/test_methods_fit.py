@@ -43,6 +43,20 @@ def test_a_fit_finds_spreads_that_follow_the_reward_before():
     assert law.variance(law.highest + 5) == law.variance(law.highest), "nothing is known of spreads out there"
 
 
+def test_a_fit_finds_what_unfinished_answers_come_to():
+    random, groups = np.random.default_rng(0), []
+    for among in (1, 3, 16):
+        for group in drawn(8, seed=among):
+            kept = max(group.rewards[:among])
+            final = 2.0 + 0.5 * kept + 0.3 * math.log(among) + 1e-3 * random.standard_normal()
+            groups.append(group._replace(kept=kept, among=among, final=final))
+    for law in learn(groups, {}, {}).laws:
+        assert (law.ahead, law.carried, law.searched) == pytest.approx((2.0, 0.5, 0.3), abs=0.01)
+        assert law.unfinished(2.0 + 0.5 * 1.7 + 0.3 * math.log(4), 4) == pytest.approx(1.7, abs=0.05)
+    alike = learn([group._replace(kept=math.nan) for group in groups], {}, {}).laws[0]
+    assert alike.unfinished(1.7, 4) == 1.7, "where answers never went on, finished ones are compared as they are"
+
+
 @pytest.mark.parametrize("weight, least, most", [(6, 3, 12), (1e9, 40, 100)])
 def test_the_weight_says_how_much_spreads_of_prefixes_vary(weight, least, most):
     assert least <= learn(drawn(2000, weight=weight), {}, {}).weight <= most

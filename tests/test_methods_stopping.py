@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from test_methods_fit import drawn
 
+from stars_fast import StarsConfig
 from stars_fast.methods import OptimalStopping
 from stars_fast.methods.fit import learn
 from stars_fast.methods.stopping import Belief, Prior, Rule, Shape, cost_for, simulate
@@ -103,6 +104,14 @@ def test_more_reward_than_the_best_of_as_many(fit):
 def test_without_a_fit_two_candidates_are_looked_at_before_anything_is_known():
     assert seeing(Rule(None, 1.0), 5.0).threshold == math.inf
     assert seeing(Rule(None, 1.0), 5.0, 5.0).threshold == 5.0, "rewards that do not vary are not waited for"
+
+
+def test_without_a_fit_no_segment_takes_more_than_twice_the_budget():
+    settings = StarsConfig(method=OptimalStopping(budget=3.0), max_attempts=20)
+    assert settings.chosen_method.rule(settings).max_attempts == 6
+    assert settings.chosen_method.rule(settings.replace(max_attempts=4)).max_attempts == 4
+    fitted = settings.replace(fit=learn(drawn(), {}, {}))
+    assert fitted.chosen_method.rule(fitted).max_attempts == 20
 
 
 @pytest.mark.parametrize("budget", [0.5, 257, math.nan])

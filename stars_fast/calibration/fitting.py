@@ -105,7 +105,12 @@ def fit(
     runs = [[segment.reward for segment in segments] for segments in outputs[0].segments]
     rhos = correlations_with_the_last(runs)
     known = learn(
-        [group for output in outputs for segments in output.segments for group in _groups(segments)],
+        [
+            group
+            for output, among in zip(outputs, _AMONG, strict=True)
+            for segments in output.segments
+            for group in _groups(segments, among or samples)
+        ],
         made_for(call.config, call.terms.sampling, engine.policy, engine.reward),
         {
             "prompts": len(runs),
@@ -125,11 +130,12 @@ def fit(
     return replace(known, spent=tuple(spent), outlook=tuple(outlook), figures={**known.figures, "policy_tokens": drawn})
 
 
-def _groups(segments: Sequence[SegmentTrace]) -> Iterator[Group]:
+def _groups(segments: Sequence[SegmentTrace], among: int) -> Iterator[Group]:
     """The candidates of each segment of an answer; of those that a scorer rejects for good nothing is learned."""
-    before = 0.0
+    before, final = 0.0, segments[-1].reward
     for index, segment in enumerate(segments):
         rewards = [candidate.reward for candidate in segment.candidates or ()]
         if all(map(math.isfinite, [before, *rewards])):
-            yield Group(index, before, rewards)
+            kept = segment.reward if index < len(segments) - 1 else math.nan
+            yield Group(index, before, rewards, kept, among, final)
         before = segment.reward

@@ -117,8 +117,8 @@ def _pair(policy: str | None, reward: str | None, demo: bool, size: str, dtype: 
     import torch
 
     from stars_fast.bench.models import Pair, random_pair
-    from stars_fast.demo import PROMPTS
-    from stars_fast.inputs.models import DEMO, load_classifier, load_policy, placement
+    from stars_fast.demo import NAME, PROMPTS
+    from stars_fast.inputs.models import load_classifier, load_policy, placement
 
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype {dtype!r}: must be one of {', '.join(_DTYPES)}")
@@ -128,11 +128,11 @@ def _pair(policy: str | None, reward: str | None, demo: bool, size: str, dtype: 
         return random_pair(size, getattr(torch, dtype), placement(device))
     if policy is not None and demo:
         raise ValueError(f"--policy {policy!r} and --demo: give one of them")
-    names = (policy or DEMO, reward or DEMO)
+    names = (policy or NAME, reward or NAME)
     causal, tokenizer = load_policy(names[0], None, device, dtype)
     classifier, _ = load_classifier(names[1], None, device, dtype)
     openings = [list(tokenizer(opening)["input_ids"]) for opening in PROMPTS] if demo else []
-    return Pair(DEMO if demo else " and ".join(names), causal, classifier, openings)
+    return Pair(NAME if demo else " and ".join(names), causal, classifier, openings)
 
 
 def _show(console: Console, found: Record) -> None:

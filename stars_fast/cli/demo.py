@@ -25,14 +25,16 @@ from stars_fast import StarsEngine, demo
 
 policy, reward, tokenizer = demo.load()
 engine = StarsEngine(policy, reward, tokenizer=tokenizer)
-out = engine.generate(demo.PROMPTS[:{prompts}], max_new_tokens={tokens}, top_k=50, seed={seed})
+out = engine.generate(
+    demo.PROMPTS[:{prompts}], method="optimal_stopping", fit="demo", max_new_tokens={tokens}, top_k=50, seed={seed}
+)
 """
 
 _WIDEST = 110  # columns; longer lines of prose are hard to read
 
 _LEGEND = (
     "reward: the critic's log-odds that the text so far is praise; 0 is undecided, +2 is 88 % sure. "
-    "Both sides draw the same random numbers: they part where the first segment is rejected."
+    "Both sides draw the same random numbers: they part where a segment's first candidate is not the one kept."
 )
 
 
@@ -45,6 +47,8 @@ def run(
     ] = "auto",
 ) -> None:
     """Continue film reviews, unguided and guided by a critic who likes praise. Offline, in seconds."""
+    from stars_fast.demo import NAME
+
     console = stdout()
     console.width = min(console.width, _WIDEST)
     with stderr().status("loading the demo models"):
@@ -53,8 +57,8 @@ def run(
     with refusing_models(), torch_threads(1):  # more gain little in models this small, and lose much on busy cores
         with stderr().status("writing without guidance"):
             vanilla = engine.generate(openings, config, seed=seed, target_reward=-math.inf, max_attempts=1)
-        with stderr().status("calibrating on unguided responses, then writing with guidance"):
-            guided = engine.generate(openings, config, seed=seed)
+        with stderr().status("writing with guidance"):
+            guided = engine.generate(openings, config.replace(method="optimal_stopping", fit=NAME), seed=seed)
     console.print("A small model continues film reviews; a smaller one, its critic, guides it towards praise.")
     _show_texts(console, openings, vanilla, guided)
     _show_segments(console, openings[0], guided.segments[0], engine)
@@ -64,13 +68,12 @@ def run(
 
 def _load(count: int) -> tuple[StarsEngine, list[str]]:
     from stars_fast import StarsEngine, demo
-    from stars_fast.inputs.models import DEMO
 
     if count > len(demo.PROMPTS):
         fail(f"--prompts {count}: there are {len(demo.PROMPTS)}")
     quiet_transformers()
     with refusing_models():
-        return StarsEngine(DEMO, DEMO, device="cpu"), list(demo.PROMPTS[:count])
+        return StarsEngine(demo.NAME, demo.NAME, device="cpu"), list(demo.PROMPTS[:count])
 
 
 def _config(max_new_tokens: int, candidates: str) -> StarsConfig:
@@ -112,19 +115,20 @@ def _show_segments(console: Console, opening: str, segments: Sequence[SegmentTra
     title = Text.assemble("how the first guided text was chosen, segment by segment: ", (f"{opening} ...", "italic"))
     table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, expand=True, padding=(0, 1))
     table.add_column("segment", ratio=1)
-    for name in ("reward", "threshold", "attempts"):
+    for name in ("reward", "enough", "candidates"):
         table.add_column(name, justify="right")
-    table.add_column("")
     for segment in segments:
         table.add_row(
             one_paragraph(engine.tokenizer.decode(segment.tokens, skip_special_tokens=True)).strip(),
             f"{segment.reward:+.2f}",
             f"{segment.threshold:+.2f}",
             str(segment.attempts),
-            Text("accepted", style="green") if segment.accepted else Text("fallback", style="yellow"),
         )
     console.print()
     console.print(table)
+    console.print(
+        Text("Candidates are drawn until the best has enough: more would cost more than they gain.", style="dim")
+    )
 
 
 def _show_summary(console: Console, vanilla: StarsOutput, guided: StarsOutput) -> None:
@@ -136,28 +140,16 @@ def _show_summary(console: Console, vanilla: StarsOutput, guided: StarsOutput) -
     for name in figures[0]:
         table.add_row(name, *(own[name] for own in figures))
     console.print(table)
-    stats = guided.stats
-    console.print(
-        Text(
-            f"Guided without its calibration, which drew {stats['calibration_tokens']} tokens in "
-            f"{stats['calibration_seconds']:.1f} s, once per prompt. A fallback is the best of all attempts.",
-            style="dim",
-        )
-    )
 
 
 def _figures(out: StarsOutput) -> dict[str, str]:
-    segments = [segment for row in out.segments for segment in row]
-    attempts = sum(segment.attempts for segment in segments)
+    attempts = [segment.attempts for row in out.segments for segment in row]
     stats = out.stats
-    committed = max(stats["committed_tokens"], 1)
-    discarded = stats["discarded_tokens"] - stats["calibration_tokens"]
     return {
         "mean reward": f"{fmean(out.rewards):+.2f}",
-        "acceptance rate": f"{sum(segment.accepted for segment in segments) / attempts:.0%}",
-        "attempts per segment": f"{attempts / len(segments):.1f}",
-        "accepted tokens/s": f"{committed / (stats['seconds'] - stats['calibration_seconds']):.0f}",
-        "policy tokens discarded per committed token": f"{discarded / committed:.1f}",
+        "candidates per segment": f"{fmean(attempts):.1f}",
+        "tokens returned per second": f"{stats['committed_tokens'] / stats['seconds']:.0f}",
+        "policy tokens per token returned": f"{stats['policy_tokens'] / max(stats['committed_tokens'], 1):.1f}",
     }
 
 

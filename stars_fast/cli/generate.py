@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.padding import Padding
 from rich.text import Text
 
-from stars_fast.cli.console import fail, note, quiet_transformers, refusing, refusing_models, stdout
+from stars_fast.cli import models
+from stars_fast.cli.console import fail, note, refusing, refusing_models, stdout
+from stars_fast.cli.models import Names, check_models, load_engine, template_variables
 
 if TYPE_CHECKING:
     from stars_fast.cli.rows import Row
@@ -24,12 +24,11 @@ if TYPE_CHECKING:
     from stars_fast.engine import StarsEngine
 
 Records = list[dict[str, Any]]
-DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def run(
-    policy: Annotated[str | None, typer.Option(help="Causal LM: folder, hub id or 'demo'.")] = None,
-    reward: Annotated[str | None, typer.Option(help="One-label sequence classifier: folder, hub id or 'demo'.")] = None,
+    policy: models.PolicyName = None,
+    reward: models.RewardName = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be repeated.")] = None,
     input_: Annotated[
         Path | None,
@@ -39,29 +38,18 @@ def run(
         Path | None,
         typer.Option(help="JSON Lines to write to, row by row; ids in it are skipped, failed ones tried again."),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML with fields of StarsConfig, and maybe policy and reward.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A field of StarsConfig; may be repeated.")
-    ] = None,
+    config: models.SettingsFile = None,
+    set_: models.Assignments = None,
     seed: Annotated[int, typer.Option(help="Each row draws by this and its id.")] = 0,
-    tokenizer: Annotated[str | None, typer.Option(help="The policy's, where it is not beside it.")] = None,
-    reward_tokenizer: Annotated[
-        str | None,
-        typer.Option(help="The reward model's, where it is not beside it; 'policy' if it reads the policy's ids."),
-    ] = None,
-    reward_tail: Annotated[
-        str, typer.Option(help="What follows an answer when it is scored: auto, template, none, or ids: 5,6,7.")
-    ] = "auto",
-    chat_template_kwargs: Annotated[
-        str | None, typer.Option(metavar="JSON", help="Variables for chat templates: '{\"enable_thinking\": false}'.")
-    ] = None,
+    tokenizer: models.TokenizerName = None,
+    reward_tokenizer: models.RewardTokenizerName = None,
+    reward_tail: models.RewardTail = "auto",
+    chat_template_kwargs: models.TemplateVariables = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows calibrated and admitted together.")] = 128,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="Most candidates side by side.")] = None,
-    kv_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Slots of each tree of keys and values.")] = None,
-    dtype: Annotated[str, typer.Option(help=f"Of both models: {', '.join(DTYPES)}.")] = "auto",
-    device: Annotated[str, typer.Option(help="Of both models; auto takes a GPU where there is one.")] = "auto",
+    max_rows: models.MaxRows = None,
+    kv_cache_tokens: models.KvCacheTokens = None,
+    dtype: models.Dtype = "auto",
+    device: models.Device = "auto",
 ) -> None:
     """Complete prompts under the guidance of a reward model.
 
@@ -73,10 +61,10 @@ def run(
 
     with refusing(OSError, ValueError, TypeError):
         settings = read_settings(config, set_ or ())
-    names = _Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
+    names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
     _check_usage(names, prompt, input_, output, dtype)
     rows = _read_input(prompt, input_, seed)
-    variables = _variables(chat_template_kwargs)
+    variables = template_variables(chat_template_kwargs)
     with ExitStack() as held:
         if output is not None:
             output = Path(os.path.realpath(output))  # a link stays one: what it leads to is written
@@ -88,7 +76,7 @@ def run(
         if not todo:
             note(f"nothing to do: {output} holds all {len(rows)} rows")
             return
-        engine = _engine(names, dtype, device, max_rows, kv_cache_tokens)
+        engine = load_engine(names, dtype, device, max_rows, kv_cache_tokens)
         failed = _run_all(engine, todo, settings.config, output, batch_size, made_with, variables)
     errors = f", {failed} with an error" if failed else ""
     if output is not None:
@@ -100,24 +88,10 @@ def run(
         raise typer.Exit(1)
 
 
-class _Names(NamedTuple):
-    """Models and tokenizers as the user named them."""
-
-    policy: str | None
-    reward: str | None
-    tokenizer: str | None
-    reward_tokenizer: str | None
-    reward_tail: str
-
-
-def _check_usage(names: _Names, prompt: list[str] | None, input_: Path | None, output: Path | None, dtype: str) -> None:
-    for name, value in (("policy", names.policy), ("reward", names.reward)):
-        if not value:
-            fail(f"no {name} model: give --{name} (a folder, a hub id or 'demo') or `{name}:` in --config")
+def _check_usage(names: Names, prompt: list[str] | None, input_: Path | None, output: Path | None, dtype: str) -> None:
+    check_models(names, dtype)
     if bool(prompt) == (input_ is not None):
         fail("give either --prompt or --input" + (", not both" if prompt else ""))
-    if dtype not in DTYPES:
-        fail(f"--dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     if output is None:
         return
     if output.exists() and not output.is_file():
@@ -145,7 +119,7 @@ def _read_input(prompt: list[str] | None, input_: Path | None, seed: int) -> lis
     return rows
 
 
-def _made_with(names: _Names, config: StarsConfig, seed: int, dtype: str) -> dict[str, Any]:
+def _made_with(names: Names, config: StarsConfig, seed: int, dtype: str) -> dict[str, Any]:
     """What the texts depend on."""
     with refusing(ValueError):
         fields = config.to_dict()
@@ -161,40 +135,6 @@ def _todo(rows: list[Row], output: Path | None, samples: int, made_with: dict[st
     with refusing(OSError, ValueError):
         done = resume(output, samples, rows, made_with)
     return [row for row in rows if row.id not in done]
-
-
-def _engine(names: _Names, dtype: str, device: str, max_rows: int | None, kv_cache_tokens: int | None) -> StarsEngine:
-    from stars_fast.engine import StarsEngine
-    from stars_fast.inputs.models import load_classifier, load_policy
-
-    quiet_transformers()
-    assert names.policy is not None and names.reward is not None
-    with refusing_models():
-        policy, tokenizer = load_policy(names.policy, names.tokenizer, device, dtype)
-        classifier, reward_tokenizer = load_classifier(names.reward, names.reward_tokenizer, device, dtype)
-        return StarsEngine(
-            policy,
-            classifier,
-            tokenizer=tokenizer,
-            reward_tokenizer=reward_tokenizer,
-            reward_tail=_tail(names.reward_tail),
-            max_rows=max_rows,
-            kv_cache_tokens=kv_cache_tokens,
-        )
-
-
-def _variables(text: str | None) -> dict[str, Any] | None:
-    """The chat templates' variables that were given."""
-    from stars_fast.text.prompts import template_kwargs
-
-    try:
-        return None if text is None else template_kwargs(json.loads(text))
-    except (ValueError, TypeError) as error:
-        fail(f"--chat-template-kwargs {text}: give a JSON object of variables: {error}")
-
-
-def _tail(text: str) -> str | list[int]:
-    return [int(token) for token in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else text
 
 
 def _run_all(

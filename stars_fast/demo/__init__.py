@@ -16,7 +16,12 @@ if TYPE_CHECKING:
         PreTrainedTokenizerFast,
     )
 
-__all__ = ["PROMPTS", "load"]
+__all__ = ["FOLDER", "NAME", "PROMPTS", "load"]
+
+NAME = "demo"
+"""Stands for the models, and for their fit, where a path or a hub id could stand."""
+
+FOLDER = Path(__file__).parent
 
 PROMPTS: tuple[str, ...] = (
     "I watched this film last night with",
@@ -63,8 +68,9 @@ def load() -> tuple[LlamaForCausalLM, LlamaForSequenceClassification, PreTrained
         PreTrainedTokenizerFast,
     )
 
-    here = Path(__file__).parent
-    policy = LlamaForCausalLM.from_pretrained(here / "policy", dtype=torch.float32, local_files_only=True)
-    reward = LlamaForSequenceClassification.from_pretrained(here / "reward", dtype=torch.float32, local_files_only=True)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(here / "policy", local_files_only=True)
+    policy = LlamaForCausalLM.from_pretrained(FOLDER / "policy", dtype=torch.float32, local_files_only=True)
+    reward = LlamaForSequenceClassification.from_pretrained(
+        FOLDER / "reward", dtype=torch.float32, local_files_only=True
+    )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER / "policy", local_files_only=True)
     return policy.eval(), reward.eval(), tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from stars_fast.text.tokenizers import named_tokenizer, tokenizer_beside
 
 # Heads that a causal LM has no use for, and no model has that was trained as one.
 _HEADS = ("score.weight", "classifier.weight")
-DEMO, _DEMO_FOLDER = "demo", os.path.dirname(demo.__file__)
 Device = str | torch.device | None
 
 
@@ -189,12 +189,12 @@ def load_classifier(
 def _named(name: str | os.PathLike[str], role: str) -> str:
     """The folder or hub id. transformers takes a folder that does not exist for a hub id, and says so at length."""
     path = os.fspath(name)
-    if path == DEMO:
-        path = os.path.join(_DEMO_FOLDER, role)
+    if path == demo.NAME:
+        path = os.path.join(demo.FOLDER, role)
         if not os.path.exists(os.path.join(path, "model.safetensors")):
             raise FileNotFoundError(f"the demo models are missing here: examples/train_demo.py makes them (in {path})")
     elif path.startswith((".", "/", "~")) and not os.path.isdir(path):
-        raise FileNotFoundError(f"no folder {path}: give a model's folder, a hub id or {DEMO!r}")
+        raise FileNotFoundError(f"no folder {path}: give a model's folder, a hub id or {demo.NAME!r}")
     return path
 
 
@@ -217,7 +217,7 @@ def _loaded(
 ) -> tuple[PreTrainedModel, dict[str, Iterable[str]]]:
     """The model, and what transformers says of its loading."""
     place = placement(device)
-    if dtype == "auto" and os.path.dirname(name) == _DEMO_FOLDER:
+    if dtype == "auto" and Path(name).parent == demo.FOLDER:
         dtype = "float32"  # the files hold half of that, to be small
     model, loading = read(auto, name, dtype=dtype, output_loading_info=True, **options)
     try:

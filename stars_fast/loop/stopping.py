@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import cast
 
@@ -41,6 +42,12 @@ def _look(request: Request, group: Sequence[Candidate]) -> Verdict:
             return Verdict(INVALID, False, attempts, best_attempt, GOES_ON)
         if math.isfinite(one.score):
             request.belief.see(one.score)
+            if (
+                one.ended
+                and len(request.tokens) + config.segment_length < config.max_new_tokens
+                and os.environ.get("WORTH", "1") == "1"
+            ):
+                one.score = request.belief.rule.worth(one.segment, one.score)
         one.threshold = request.belief.threshold
         if best is None or one.score > best.score:
             best, best_attempt = one, attempts - 1

@@ -17,6 +17,8 @@ import numpy as np
 FIT_NAME = "stars_fit.json"
 # Quantiles that are kept of a distribution's shape.
 _ATOMS = 400
+# Answers from which it is learned what unfinished ones come to; and what of their reward counts in the end, at least.
+_LEAST_PROSPECTS, _LEAST_CARRIED = 12, 0.25
 
 
 class SegmentLaw(NamedTuple):
@@ -34,6 +36,9 @@ class SegmentLaw(NamedTuple):
     spread_slope: float
     lowest: float
     highest: float
+    ahead: float = 0.0
+    carried: float = 1.0
+    searched: float = 0.0
 
     def prior(self, before: Any) -> Any:
         """Mean reward to expect behind a prefix with the reward ``before``; a float or an array."""
@@ -42,6 +47,10 @@ class SegmentLaw(NamedTuple):
     def variance(self, before: float) -> float:
         """Of the candidates within such a prefix, as far as is known before they are drawn."""
         return math.exp(2 * (self.log_spread + self.spread_slope * min(max(before, self.lowest), self.highest)))
+
+    def unfinished(self, final: float, candidates: float) -> float:
+        """Reward of an unfinished answer that is worth as much as a finished one with the reward ``final``."""
+        return (final - self.ahead - self.searched * math.log(candidates)) / self.carried
 
 
 @dataclass(frozen=True)
@@ -175,13 +184,16 @@ class Group(NamedTuple):
     segment: int
     before: float  # reward of the prefix; 0 for the first segment
     rewards: Sequence[float]  # of its candidates, in the order in which they were drawn
+    kept: float = math.nan  # reward of the one that the answer went on with; NaN where it ended there
+    among: int = 1  # of so many it was the best
+    final: float = math.nan  # reward of the finished answer
 
 
 def learn(groups: Sequence[Group], made_for: Mapping[str, Any], figures: Mapping[str, float]) -> Fit:
     """The fit of what was drawn, every group being of as many candidates, at least 4.
 
     Per segment, least squares for the mean of a prefix and for the logarithm of its spread, given the reward before
-    it; moments for what mean and spread of prefixes vary beyond that.
+    it, and for what unfinished answers come to; moments for what mean and spread of prefixes vary beyond that.
 
     Raises
     ------
@@ -205,7 +217,7 @@ def learn(groups: Sequence[Group], made_for: Mapping[str, Any], figures: Mapping
         off = means - mean - slope * before
         between = math.sqrt(max(float((off**2).mean() - variances.mean() / rewards.shape[1]), 1e-4 * variances.mean()))
         limits = float(before.min()), float(before.max())
-        laws.append(SegmentLaw(mean, slope, between, 0.5 * math.log(scale), spread_slope, *limits))
+        laws.append(SegmentLaw(mean, slope, between, 0.5 * math.log(scale), spread_slope, *limits, *_prospect(here)))
         standard.append(rewards / np.sqrt(scale * shape)[:, None])
         residuals.append(((rewards - means[:, None])[varies] / np.sqrt(variances[varies, None])).ravel())
         expected = np.sqrt(scale * shape + between**2)
@@ -220,6 +232,16 @@ def learn(groups: Sequence[Group], made_for: Mapping[str, Any], figures: Mapping
         made_for=dict(made_for),
         figures=dict(figures),
     )
+
+
+def _prospect(groups: Sequence[Group]) -> tuple[float, float, float]:
+    """``ahead``, ``carried`` and ``searched`` of answers that went on; as they are where too few did."""
+    on = [group for group in groups if not math.isnan(group.kept + group.final)]
+    if len(on) < _LEAST_PROSPECTS:
+        return 0.0, 1.0, 0.0
+    x = np.array([(1.0, group.kept, math.log(group.among)) for group in on])
+    ahead, carried, searched = np.linalg.lstsq(x, np.array([group.final for group in on]), rcond=None)[0].tolist()
+    return ahead, max(carried, _LEAST_CARRIED), searched
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:

@@ -20,6 +20,8 @@ from stars_fast.methods.numbers import real
 _REQUESTS, _SEGMENTS = 200, 8
 # Candidates that the reward of the prefix is worth as a forecast, where no fit says it.
 _WORTH = 3.0
+# Candidates a segment where no fit says what to expect, in budgets.
+_FARTHEST = 2.0
 
 
 class Shape:
@@ -75,10 +77,12 @@ class Rule:
         prefix being worth three of them.
     cost : float
         Of a candidate: in the reward's units with a fit, in spreads of the candidates without one.
+    budget : float
+        Candidates a segment with which answers go on.
     """
 
-    def __init__(self, fit: Fit | None, cost: float) -> None:
-        self.fit, self.cost = fit, cost
+    def __init__(self, fit: Fit | None, cost: float, budget: float = 1.0) -> None:
+        self.fit, self.cost, self.budget = fit, cost, budget
         self._shape = _shape(_NORMAL if fit is None else fit.residuals)
 
     def prior(self, segment: int, before: float | None) -> Prior:
@@ -87,6 +91,10 @@ class Rule:
             return Prior(before or 0.0, 1.0, 0.0, None, before is not None)
         law = self.fit.law(segment)
         return Prior(law.prior(before or 0.0), law.variance(before or 0.0), self.fit.weight, law.between)
+
+    def worth(self, segment: int, final: float) -> float:
+        """Of a candidate that ends the answer, beside others that do not: the reward of one of these that is as good."""
+        return final if self.fit is None else self.fit.law(segment).unfinished(final, self.budget)
 
     def threshold(self, mean: float, spread: float, within: float) -> float:
         """The reservation value under :meth:`Belief.forecast`."""
@@ -232,8 +240,11 @@ class OptimalStopping(Method):
         object.__setattr__(self, "budget", real("optimal_stopping: budget", self.budget, 1.0, 256.0))
 
     def rule(self, config: SettingsT) -> SettingsT:
-        return config.replace(target_reward=0.0, base_reward=0.0)  # which nothing is tested against
+        most = config.max_attempts
+        if config.known is None:  # whose spread a request misjudges, it would overspend
+            most = min(most, math.ceil(_FARTHEST * self.budget))
+        return config.replace(target_reward=0.0, base_reward=0.0, max_attempts=most)  # nothing is tested against them
 
     def belief(self, fit: Fit | None, attempts: int) -> Belief:
         """A request's, under the rule whose cost spends the budget."""
-        return Belief(Rule(fit, cost_for(self.budget, attempts, fit)))
+        return Belief(Rule(fit, cost_for(self.budget, attempts, fit), self.budget))

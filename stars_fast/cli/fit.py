@@ -1,0 +1,67 @@
+"""``stars-fast fit``: learns once, for a policy and a reward model, what rewards candidates have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stars_fast.cli import models
+from stars_fast.cli.console import fail, note, refusing, refusing_models
+
+
+def run(
+    input_: Annotated[
+        Path, typer.Option("--input", help="JSON Lines with prompt, messages or prompt_ids: 24 like those to come.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder that stars_fit.json is written to.")],
+    policy: models.PolicyName = None,
+    reward: models.RewardName = None,
+    samples: Annotated[int, typer.Option(min=4, help="Candidates drawn for each segment.")] = 16,
+    config: models.SettingsFile = None,
+    set_: models.Assignments = None,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+    tokenizer: models.TokenizerName = None,
+    reward_tokenizer: models.RewardTokenizerName = None,
+    reward_tail: models.RewardTail = "auto",
+    chat_template_kwargs: models.TemplateVariables = None,
+    max_rows: models.MaxRows = None,
+    kv_cache_tokens: models.KvCacheTokens = None,
+    dtype: models.Dtype = "auto",
+    device: models.Device = "auto",
+) -> None:
+    """Learn what rewards a segment's candidates have, for ``generate --set fit=FOLDER``.
+
+    Holds for this policy, reward model, segment length and sampling; --set method=optimal_stopping then spends its
+    budget where it gains most, and stars and cards need no pilots.
+    """
+    from stars_fast.cli.rows import lines_of, read_rows
+    from stars_fast.cli.settings import read_settings
+
+    with refusing(OSError, ValueError, TypeError):
+        settings = read_settings(config, set_ or ())
+        with input_.open("rb") as file:
+            rows = read_rows(lines_of(file), seed)
+    names = models.Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
+    models.check_models(names, dtype)
+    if bad := next((row for row in rows if row.error is not None), None):
+        fail(f"--input {input_}: {bad.error}")
+    variables = models.template_variables(chat_template_kwargs)
+    engine = models.load_engine(names, dtype, device, max_rows, kv_cache_tokens)
+    with refusing_models():
+        from stars_fast.calibration import fit
+
+        prompts = [row.prompt for row in rows]
+        known = fit(
+            engine,
+            prompts,
+            settings.config,
+            samples=samples,
+            seed=seed,
+            progress=True,
+            **({} if variables is None else {"chat_template_kwargs": variables}),
+        )
+        known.save_pretrained(output)
+    typer.echo(known.report())
+    note(f"written to {output}: --set fit={output}")
