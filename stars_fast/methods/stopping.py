@@ -93,7 +93,7 @@ class Rule:
         return Prior(law.prior(before or 0.0), law.variance(before or 0.0), self.fit.weight, law.between)
 
     def worth(self, segment: int, final: float) -> float:
-        """Of a candidate that ends the answer, beside others that do not: the reward of one of these that is as good."""
+        """Of a candidate that ends the answer, beside those that do not: the reward of one of these that is as good."""
         return final if self.fit is None else self.fit.law(segment).unfinished(final, self.budget)
 
     def threshold(self, mean: float, spread: float, within: float) -> float:
