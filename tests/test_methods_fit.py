@@ -26,21 +26,29 @@ def drawn(prefixes=400, candidates=16, spread=lambda before: 0.5, weight=1e9, sl
     return groups
 
 
-def test_a_fit_finds_mean_slope_and_spreads():
+def test_a_fit_finds_mean_slope_and_spread():
     fit = learn(drawn(), {}, {})
     first, second = fit.laws
     assert (first.mean, first.slope) == (pytest.approx(1.0, abs=0.05), 0.0)
     assert (second.mean, second.slope) == (pytest.approx(1.0, abs=0.15), pytest.approx(0.8, abs=0.1))
     for law in fit.laws:
-        assert law.between == pytest.approx(0.3, abs=0.04)
-        assert math.sqrt(law.variance(1.0)) == pytest.approx(0.5, abs=0.02)
+        assert law.spread(1.0) == pytest.approx(math.hypot(0.3, 0.5), abs=0.03)
     assert fit.law(7) == second
 
 
 def test_a_fit_finds_spreads_that_follow_the_reward_before():
     law = learn(drawn(spread=lambda before: math.exp(-0.5 - 0.4 * before)), {}, {}).laws[1]
     assert law.spread_slope == pytest.approx(-0.4, abs=0.05)
-    assert law.variance(law.highest + 5) == law.variance(law.highest), "nothing is known of spreads out there"
+    assert law.spread(law.highest + 5) == law.spread(law.highest), "nothing is known of spreads out there"
+
+
+def test_a_segment_whose_rewards_do_not_vary_is_no_obstacle():
+    groups = [group if group.segment else group._replace(rewards=[0.0] * 16, before=0.0) for group in drawn(40)]
+    flat, other = learn(groups, {}, {}).laws
+    assert flat.centre(0.0) == 0.0
+    assert 0 < flat.spread(0.0) < 0.2 * other.spread(1.0)
+    with pytest.raises(ValueError, match="all the same"):
+        learn([group._replace(rewards=[1.0] * 16) for group in groups], {}, {})
 
 
 def test_a_fit_finds_what_unfinished_answers_come_to():
@@ -55,11 +63,6 @@ def test_a_fit_finds_what_unfinished_answers_come_to():
         assert law.unfinished(2.0 + 0.5 * 1.7 + 0.3 * math.log(4), 4) == pytest.approx(1.7, abs=0.05)
     alike = learn([group._replace(kept=math.nan) for group in groups], {}, {}).laws[0]
     assert alike.unfinished(1.7, 4) == 1.7, "where answers never went on, finished ones are compared as they are"
-
-
-@pytest.mark.parametrize("weight, least, most", [(6, 3, 12), (1e9, 40, 100)])
-def test_the_weight_says_how_much_spreads_of_prefixes_vary(weight, least, most):
-    assert least <= learn(drawn(2000, weight=weight), {}, {}).weight <= most
 
 
 def test_levels_are_uniform_on_candidates_of_other_prefixes():

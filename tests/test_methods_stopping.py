@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import random
-from statistics import fmean
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from test_methods_fit import drawn
 
-from stars_fast import StarsConfig
 from stars_fast.methods import OptimalStopping
-from stars_fast.methods.fit import learn
-from stars_fast.methods.stopping import Belief, Prior, Rule, Shape, cost_for, simulate
+from stars_fast.methods.fit import Group, learn
+from stars_fast.methods.stopping import NORMAL, Experience, Forecast, Shape, cost_for, simulate
 
 
 @pytest.fixture(scope="module")
@@ -28,90 +27,115 @@ def test_a_reservation_value_is_what_a_candidate_gains_on_average(cost):
     assert np.maximum(atoms - value, 0).mean() == pytest.approx(cost, rel=1e-9)
 
 
-class Given(Rule):
-    """Whose prior is given."""
-
-    def __init__(self, *prior):
-        super().__init__(None, 0.1)
-        self.given = Prior(*prior)
-
-    def prior(self, segment, before):
-        return self.given
-
-
-def seeing(rule, *rewards):
-    belief = Belief(rule)
-    belief.begin(0, None)
+def seeing(one, *rewards):
+    one.begin(0, None)
     for reward in rewards:
-        belief.see(reward)
-    return belief
+        one.see(reward)
+    return one
 
 
-def test_beliefs_are_the_conjugate_posterior():
-    """Against brute force: the posterior mean of a normal mean with a normal prior, given the spread."""
-    seen = [2.0, 3.5, 1.0]
-    grid = np.linspace(-10, 10, 20001)
-    density = np.exp(-((grid - 1) ** 2) / 0.5 - sum((x - grid) ** 2 for x in seen) / 8)
-    posterior = (grid * density).sum() / density.sum()
-    variance = ((grid - posterior) ** 2 * density).sum() / density.sum()
-    mean, spread, within = seeing(Given(1.0, 4.0, 1e12, 0.5), *seen).forecast()
-    assert (mean, within) == (pytest.approx(posterior, abs=1e-4), pytest.approx(2.0))
-    assert spread == pytest.approx(math.sqrt(4 + variance), abs=1e-4)
+def test_a_forecast_stops_where_a_candidate_gains_what_it_costs(fit):
+    """Under the posterior of a Dirichlet prior worth three candidates: over the fit's atoms and those seen."""
+    law, atoms, seen = fit.law(0), np.array(fit.levels), [0.4, 1.1]
+    threshold = seeing(Forecast(fit, 0.07, 4.0), *seen).threshold
+    assert threshold > max(seen), "or what was seen would be gained, too"
+    gains = np.maximum(law.centre(0.0) + law.spread(0.0) * atoms - threshold, 0)
+    assert 3 / (3 + len(seen)) * gains.mean() == pytest.approx(0.07, rel=1e-6)
 
 
-def test_a_request_learns_its_own_spread():
-    belief, spreads = Belief(Given(0.0, 1.0, 4.0, 1.0)), []
-    for segment in range(20):
-        belief.begin(segment, None)
+def test_a_forecast_gives_up_with_each_candidate(fit):
+    one, thresholds = seeing(Forecast(fit, 0.07, 4.0)), []
+    for _ in range(20):
+        one.see(0.0)
+        thresholds.append(one.threshold)
+    assert all(a > b for a, b in pairwise(thresholds))
+    one.begin(0, None)
+    one.see(0.0)
+    assert one.threshold == thresholds[0], "a segment that begins anew has seen nothing"
+
+
+def test_a_finished_candidate_is_worth_what_going_on_comes_to(fit):
+    law = fit.laws[0]._replace(ahead=1.0, carried=0.5, searched=0.25)
+    one = seeing(Forecast(replace(fit, laws=(law, *fit.laws[1:])), 0.07, 4.0))
+    assert 1.0 + 0.5 * one.worth(2.0) + 0.25 * math.log(4) == pytest.approx(2.0)
+    assert Experience(0.1, 2).worth(2.0) == 2.0
+
+
+def test_experience_learns_the_spread_of_a_request():
+    one, thresholds = Experience(0.1, 2), []
+    for segment in range(8):
+        one.begin(segment, 0.0)
         for reward in (-5.0, 5.0):
-            belief.see(reward)
-        spreads.append(belief.forecast()[2])
-    assert spreads == sorted(spreads)
-    assert spreads[-1] == pytest.approx(math.sqrt(50), rel=0.2)
-
-
-def test_beginning_a_segment_anew_forgets_its_candidates(fit):
-    again = seeing(Rule(fit, 0.1), 9.0)
-    again.begin(0, None)
-    again.see(0.5)
-    assert again.threshold == seeing(Rule(fit, 0.1), 0.5).threshold
+            one.see(reward)
+        thresholds.append(one.threshold)
+    spread = math.sqrt(50)  # of two candidates around their mean
+    expected = 0.0 + spread * math.sqrt(1.2) * Shape(NORMAL).reservation(0.1 / math.sqrt(1.2))
+    assert thresholds == pytest.approx([expected] * 8)
+    one.begin(8, 0.0)
+    one.see(0.0)
+    assert one.threshold == pytest.approx(spread * math.sqrt(1.25) * Shape(NORMAL).reservation(0.1 / math.sqrt(1.25)))
 
 
 @pytest.mark.parametrize("budget", [1.5, 4.0, 12.0])
 @pytest.mark.parametrize("fitted", [True, False])
 def test_the_budget_asked_is_the_budget_spent(fit, fitted, budget):
     chosen = fit if fitted else None
-    assert simulate(chosen, cost_for(budget, 24, chosen), 24).candidates == pytest.approx(budget, rel=0.05)
+    one = OptimalStopping(budget).search(chosen, 24)
+    assert simulate(one, chosen, 24).candidates == pytest.approx(budget, rel=0.05)
+
+
+@pytest.mark.parametrize("attempts", [4, 24])
+def test_the_budget_holds_where_rewards_are_counts(attempts):
+    """Ties, bounds, and prefixes of other odds: as of a rule that checks a segment's two steps."""
+    counts = learn(checked_steps(), {}, {})
+    for budget in (1.5, 2.5):
+        one = OptimalStopping(budget).search(counts, attempts)
+        assert simulate(one, counts, attempts).candidates == pytest.approx(budget, rel=0.2)
+    highest = seeing(OptimalStopping(64.0).search(counts, 256), 2.0, 2.0)
+    assert highest.threshold <= 2.2, "the most that can be is enough"
+
+
+def checked_steps(prompts=30):
+    """Each candidate takes two more steps, right or wrong, with its prefix's odds."""
+    random, groups = np.random.default_rng(0), []
+    for _ in range(prompts):
+        before, odds = 0.0, random.beta(2, 1)
+        for segment in range(3):
+            rewards = before + 2.0 * random.binomial(2, odds, 16) - 2.0
+            groups.append(Group(segment, before, rewards.tolist()))
+            before = float(rewards[0])
+    return groups
 
 
 def test_more_reward_than_the_best_of_as_many(fit):
-    """On the fit's own law: what stopping is for."""
-    numbers = random.Random(0)
+    """On prefixes of the fit's own law: what stopping is for."""
+
+    class BestOf(Experience):
+        def __init__(self, count):
+            super().__init__(0.0, 1.0)
+            self.count = count
+
+        @property
+        def threshold(self):
+            return math.inf if self._seen < self.count else -math.inf
+
+    unguided = simulate(BestOf(1), fit, 32).reward
     for budget in (2, 4, 8):
-        stopped = simulate(fit, cost_for(float(budget), 32, fit), 32)
-        blockwise = []
-        for _ in range(2000):
-            before = 0.0
-            for segment in range(2):
-                law = fit.law(segment)
-                mean = law.prior(before) + law.between * numbers.gauss(0, 1)
-                before = max(mean + math.sqrt(law.variance(before)) * numbers.gauss(0, 1) for _ in range(budget))
-            blockwise.append(before)
-        unguided = 1.0 + 0.8 * 1.0
-        assert stopped.reward - unguided > 1.05 * (fmean(blockwise) - unguided)
+        stopped = simulate(OptimalStopping(budget).search(fit, 32), fit, 32)
+        assert stopped.reward - unguided > 1.05 * (simulate(BestOf(budget), fit, 32).reward - unguided)
 
 
 def test_without_a_fit_two_candidates_are_looked_at_before_anything_is_known():
-    assert seeing(Rule(None, 1.0), 5.0).threshold == math.inf
-    assert seeing(Rule(None, 1.0), 5.0, 5.0).threshold == 5.0, "rewards that do not vary are not waited for"
+    assert seeing(Experience(1.0, 2), 5.0).threshold == math.inf
+    assert seeing(Experience(1.0, 2), 5.0, 5.0).threshold == 5.0, "rewards that do not vary are not waited for"
+    assert seeing(Experience(1.0, 4), 5.0, 5.0).threshold == math.inf, "a tie of two says little of a budget of four"
 
 
-def test_without_a_fit_no_segment_takes_more_than_twice_the_budget():
-    settings = StarsConfig(method=OptimalStopping(budget=3.0), max_attempts=20)
-    assert settings.chosen_method.rule(settings).max_attempts == 6
-    assert settings.chosen_method.rule(settings.replace(max_attempts=4)).max_attempts == 4
-    fitted = settings.replace(fit=learn(drawn(), {}, {}))
-    assert fitted.chosen_method.rule(fitted).max_attempts == 20
+def test_without_a_fit_no_segment_takes_twice_the_budget():
+    one = seeing(Experience(1e-9, 2.5), *range(3))
+    assert one.threshold > 3
+    one.see(0.0)
+    assert one.threshold == -math.inf
 
 
 @pytest.mark.parametrize("budget", [0.5, 257, math.nan])
@@ -121,11 +145,11 @@ def test_a_budget_out_of_range_is_refused(budget):
 
 
 def test_a_budget_of_all_attempts_looks_at_all():
-    belief = OptimalStopping(budget=4.0).belief(None, 3)
-    belief.begin(0, None)
+    one = OptimalStopping(budget=4.0).search(None, 3)
+    one.begin(0, None)
     for reward in (0.0, 1.0, 9.0):
-        belief.see(reward)
-        assert belief.threshold == math.inf
+        one.see(reward)
+        assert one.threshold == math.inf
 
 
 def test_attempts_that_are_hardly_reached_cost_nothing():

@@ -17,15 +17,15 @@ from stars_fast.loop.pilot import correlations_with_the_last
 from stars_fast.methods.base import Method, Scored, Segments, SettingsT
 from stars_fast.methods.fit import Fit, Group, learn
 from stars_fast.methods.numbers import integer
-from stars_fast.methods.stopping import OptimalStopping, cost_for, simulate
+from stars_fast.methods.stopping import OptimalStopping, simulate
 from stars_fast.ops.philox import philox_key
 from stars_fast.outputs import SegmentTrace, StarsOutput
 
 # Histories are of answers whose segments are the best of so many: unguided, guided and greedy.
 _AMONG = (1, 3, None)
 _LEAST_PROMPTS = 8
-# Candidates a segment: where it is tried what optimal stopping takes, and of which the report says what to expect.
-_TRIED, _OUTLOOK = (2.0, 6.0), (1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
+# Candidates a segment of which the report says what to expect.
+_OUTLOOK = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,17 @@ def fit(
     inputs = {name: overrides.pop(name) for name in INPUTS if name in overrides}
     given = (config or StarsConfig()).replace(fit=None, num_return_sequences=1, **overrides)
 
-    def run(place: int, method: Method, known: Fit | None = None) -> StarsOutput:
-        settings = given.replace(method=method, fit=known)
+    def run(place: int, among: int) -> StarsOutput:
+        settings = given.replace(method=_History(given.chosen_method, samples, among))
         key = philox_key(seed, place, 0)
         return engine.run(
-            Arguments(prompts, settings, seed=key, on_error="raise", trace=known is None, **inputs), progress=progress
+            Arguments(prompts, settings, seed=key, on_error="raise", trace=True, **inputs), progress=progress
         )
 
     call = engine.prepare(Arguments(prompts, given.replace(method=_History(given.chosen_method, samples, 1)), **inputs))
     if len(call.prompts) < _LEAST_PROMPTS:
         raise ValueError(f"fit: {len(call.prompts)} prompts say too little: give at least {_LEAST_PROMPTS}")
-    outputs = [run(i, _History(given.chosen_method, samples, among or samples)) for i, among in enumerate(_AMONG)]
+    outputs = [run(i, among or samples) for i, among in enumerate(_AMONG)]
     runs = [[segment.reward for segment in segments] for segments in outputs[0].segments]
     rhos = correlations_with_the_last(runs)
     known = learn(
@@ -119,15 +119,9 @@ def fit(
             "rank_correlation": fmean(rhos) if rhos else math.nan,
         },
     )
-    spent = []
-    if given.chosen_method.segments() == Segments():
-        for budget in (one for one in _TRIED if one <= given.max_attempts):
-            outputs.append(run(len(outputs), OptimalStopping(budget=budget), known))
-            counts = [segment.attempts for segments in outputs[-1].segments for segment in segments]
-            spent.append((budget, fmean(counts)))
     drawn = sum(output.stats["policy_tokens"] for output in outputs)
-    outlook = [(budget, simulate(known, cost_for(budget, 64, known), 64).reward) for budget in _OUTLOOK]
-    return replace(known, spent=tuple(spent), outlook=tuple(outlook), figures={**known.figures, "policy_tokens": drawn})
+    outlook = [(budget, simulate(OptimalStopping(budget).search(known, 64), known, 64).reward) for budget in _OUTLOOK]
+    return replace(known, outlook=tuple(outlook), figures={**known.figures, "policy_tokens": drawn})
 
 
 def _groups(segments: Sequence[SegmentTrace], among: int) -> Iterator[Group]:

@@ -11,7 +11,7 @@ import torch
 
 from stars_fast.config import StarsConfig
 from stars_fast.methods.base import Method, Segments
-from stars_fast.methods.stopping import Belief
+from stars_fast.methods.stopping import Search
 from stars_fast.outputs import CandidateTrace, SegmentTrace, Stats
 from stars_fast.policy.leaf import Draw, Leaf, RowProcessor, Sampling
 from stars_fast.rewards.base import Completion, Response, RewardPrompt
@@ -120,7 +120,7 @@ class Request:
     attempts: int = 0  # candidates of the segment being drawn that were looked at
     best: Candidate | None = None  # of them
     best_attempt: int = -1
-    belief: Belief | None = None  # of its rewards, where the method has one
+    search: Search | None = None  # for its segments, where the method has one
     looked_at: list[CandidateTrace] = field(default_factory=list)  # of the segment being drawn, where they are traced
 
     acceptance_sum: float = 0.0  # probabilities of its candidates, added up: evidence for the scheduler

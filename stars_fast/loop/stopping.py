@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import cast
 
@@ -30,25 +29,22 @@ class Stopping(OneAnswer):
 def _look(request: Request, group: Sequence[Candidate]) -> Verdict:
     """Look at the candidates in index order until one of them ends the search."""
     config = request.terms.config
-    if request.belief is None:
-        request.belief = cast(OptimalStopping, request.terms.method).belief(config.known, config.max_attempts)
+    if request.search is None:
+        request.search = cast(OptimalStopping, request.terms.method).search(config.known, config.max_attempts)
+    search = request.search
     if not request.attempts:
-        before = request.segments[-1].reward if request.segments else None
-        request.belief.begin(len(request.segments), before)
+        search.begin(len(request.segments), request.segments[-1].reward if request.segments else None)
+    last = len(request.tokens) + config.segment_length >= config.max_new_tokens
     attempts, best, best_attempt = request.attempts, request.best, request.best_attempt
     for one in group[: config.max_attempts - attempts]:
         attempts += 1
         if one.error is not None:
             return Verdict(INVALID, False, attempts, best_attempt, GOES_ON)
         if math.isfinite(one.score):
-            request.belief.see(one.score)
-            if (
-                one.ended
-                and len(request.tokens) + config.segment_length < config.max_new_tokens
-                and os.environ.get("WORTH", "1") == "1"
-            ):
-                one.score = request.belief.rule.worth(one.segment, one.score)
-        one.threshold = request.belief.threshold
+            search.see(one.score)
+            if one.ended and not last:
+                one.score = search.worth(one.score)
+        one.threshold = search.threshold
         if best is None or one.score > best.score:
             best, best_attempt = one, attempts - 1
         stops = best.score >= one.threshold

@@ -9,48 +9,63 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 
 FIT_NAME = "stars_fit.json"
-# Quantiles that are kept of a distribution's shape.
-_ATOMS = 400
+# Quantiles that are kept of a distribution's shape, and prefixes of each segment.
+_ATOMS, _PREFIXES = 400, 64
 # Answers from which it is learned what unfinished ones come to; and what of their reward counts in the end, at least.
 _LEAST_PROSPECTS, _LEAST_CARRIED = 12, 0.25
+# Of the mean variance of all segments, what one is taken to have whose rewards do not vary.
+_LEAST_VARIANCE = 0.01
 
 
 class SegmentLaw(NamedTuple):
-    """Rewards of the candidates of one segment, in the reward's units.
+    """Rewards of the candidates of one segment, in the reward's units, behind a prefix with the reward ``before``.
 
-    Their mean varies among prefixes, around ``mean + slope * before`` with standard deviation ``between``. Within a
-    prefix they have the standard deviation ``exp(log_spread + spread_slope * before)``, ``before`` being clipped to
-    what was seen, from ``lowest`` to ``highest``. The first segment has nothing before it: ``before`` is 0.
+    Before one of them is seen, they have the mean ``mean + slope * before`` and the standard deviation
+    ``exp(log_spread + spread_slope * before)``, ``before`` being clipped there to what was seen, from ``lowest`` to
+    ``highest``. The first segment has nothing before it: ``before`` is 0. None of those seen was more than ``top``
+    standard deviations above the mean.
+
+    An unfinished answer that has the reward r after it, and goes on with n candidates a segment, ends with
+    ``ahead + carried * r + searched * log(n)`` on average.
     """
 
     mean: float
     slope: float
-    between: float
     log_spread: float
     spread_slope: float
     lowest: float
     highest: float
+    top: float
     ahead: float = 0.0
     carried: float = 1.0
     searched: float = 0.0
 
-    def prior(self, before: Any) -> Any:
-        """Mean reward to expect behind a prefix with the reward ``before``; a float or an array."""
+    def centre(self, before: Any) -> Any:
+        """Mean reward to expect behind such a prefix; a float or an array."""
         return self.mean + self.slope * before
 
-    def variance(self, before: float) -> float:
-        """Of the candidates within such a prefix, as far as is known before they are drawn."""
-        return math.exp(2 * (self.log_spread + self.spread_slope * min(max(before, self.lowest), self.highest)))
+    def spread(self, before: float) -> float:
+        """Standard deviation around it, of what is not known of the prefix and of its candidates together."""
+        return math.exp(self.log_spread + self.spread_slope * min(max(before, self.lowest), self.highest))
 
     def unfinished(self, final: float, candidates: float) -> float:
         """Reward of an unfinished answer that is worth as much as a finished one with the reward ``final``."""
         return (final - self.ahead - self.searched * math.log(candidates)) / self.carried
+
+
+class Prefix(NamedTuple):
+    """A prefix that was met, and the rewards of its candidates in the order in which they were drawn."""
+
+    before: float  # its own; 0 for the first segment
+    rewards: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -61,14 +76,11 @@ class Fit:
     ----------
     laws : tuple of SegmentLaw
         By segment index; the last one holds for later segments as well.
-    residuals : tuple of float
-        Rewards less the mean of their prefix, in its standard deviations: atoms of equal weight, ascending.
     levels : tuple of float
-        Rewards less what was to be expected before the segment was drawn, in standard deviations of that: the same.
-    weight : float
-        Degrees of freedom that the expected spread of a prefix is worth, against that of its own candidates.
-    spent : tuple of (float, float)
-        Candidates a segment that optimal stopping was to take, and took where it was tried, ascending.
+        Rewards less what was to be expected before the segment was drawn, in standard deviations of that: atoms of
+        equal weight, ascending.
+    prefixes : tuple of tuple of Prefix
+        By segment index, some of those that it was learned from, by ascending reward.
     outlook : tuple of (float, float)
         Candidates a segment, and the reward of finished answers to expect for them.
     made_for : mapping
@@ -78,10 +90,8 @@ class Fit:
     """
 
     laws: tuple[SegmentLaw, ...]
-    residuals: tuple[float, ...]
     levels: tuple[float, ...]
-    weight: float
-    spent: tuple[tuple[float, float], ...] = ()
+    prefixes: tuple[tuple[Prefix, ...], ...]
     outlook: tuple[tuple[float, float], ...] = ()
     made_for: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     figures: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
@@ -90,18 +100,10 @@ class Fit:
         """Of the segment with this index, from 0 on."""
         return self.laws[min(segment, len(self.laws) - 1)]
 
-    def asking(self, budget: float) -> float:
-        """What to ask for to spend so much, by what was spent where it was tried."""
-        if not self.spent:
-            return budget
-        asked, spent = np.log(np.array(self.spent)).T
-        return max(budget * math.exp(float(np.interp(math.log(budget), spent, asked - spent))), 1.0)
-
     def level(self, segment: int, before: float, reward: float) -> float:
         """``F(reward)`` in (0, 1), strictly increasing: the share of candidates of such prefixes with lower rewards."""
         law = self.law(segment)
-        scale = math.sqrt(law.variance(before) + law.between**2)
-        return _share_below((reward - law.prior(before)) / scale, self.levels)
+        return _share_below((reward - law.centre(before)) / law.spread(before), self.levels)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain, JSON-ready values."""
@@ -114,20 +116,22 @@ class Fit:
         """What :meth:`to_dict` gave. Raises ValueError for anything else."""
         try:
             laws = tuple(SegmentLaw(**{name: float(v) for name, v in law.items()}) for law in values["laws"])
+            prefixes = tuple(
+                tuple(Prefix(float(before), tuple(map(float, rewards))) for before, rewards in segment)
+                for segment in values["prefixes"]
+            )
             fit = cls(
                 laws,
-                tuple(map(float, values["residuals"])),
                 tuple(map(float, values["levels"])),
-                float(values["weight"]),
-                tuple((float(a), float(b)) for a, b in values["spent"]),
+                prefixes,
                 tuple((float(a), float(b)) for a, b in values["outlook"]),
                 dict(values["made_for"]),
                 dict(values["figures"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"fit: not what Fit.to_dict gives ({type(error).__name__}: {error})") from error
-        if not (fit.laws and fit.residuals and fit.levels):
-            raise ValueError("fit: laws, residuals and levels must not be empty")
+        if not (fit.laws and fit.levels and all(fit.prefixes) and len(fit.prefixes) == len(fit.laws)):
+            raise ValueError("fit: laws, levels and prefixes must not be empty")
         return fit
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
@@ -193,44 +197,47 @@ def learn(groups: Sequence[Group], made_for: Mapping[str, Any], figures: Mapping
     """The fit of what was drawn, every group being of as many candidates, at least 4.
 
     Per segment, least squares for the mean of a prefix and for the logarithm of its spread, given the reward before
-    it, and for what unfinished answers come to; moments for what mean and spread of prefixes vary beyond that.
+    it, and for what unfinished answers come to.
 
     Raises
     ------
     ValueError
         For rewards that do not vary.
     """
-    laws, residuals, levels, standard = [], [], [], []
-    for segment in range(max(group.segment for group in groups) + 1):
-        here = [group for group in groups if group.segment == segment]
-        if len(here) < 3:
-            break
+    by_segment = [[g for g in groups if g.segment == k] for k in range(max(group.segment for group in groups) + 1)]
+    by_segment = list(takewhile(lambda here: len(here) >= 3, by_segment))
+    mean_variance = fmean(float(np.var(group.rewards, ddof=1)) for here in by_segment for group in here)
+    if not mean_variance > 1e-12:
+        raise ValueError("fit: the rewards of a segment's candidates are all the same, so that none is better")
+    laws, levels = [], []
+    for here in by_segment:
         before, rewards = np.array([g.before for g in here]), np.array([g.rewards for g in here])  # [n], [n, m]
         means, variances = rewards.mean(1), rewards.var(1, ddof=1)
         varies = variances > 1e-12
-        if not varies.any():
-            raise ValueError("fit: the rewards of a segment's candidates are all the same, so that none is better")
         slope, mean = _line(before, means)
         spread_slope, _ = _line(before[varies], 0.5 * np.log(variances[varies]))
         shape = np.exp(2 * spread_slope * before)
-        scale = float((variances / shape).mean())  # so that it is the mean variance which is right
-        off = means - mean - slope * before
-        between = math.sqrt(max(float((off**2).mean() - variances.mean() / rewards.shape[1]), 1e-4 * variances.mean()))
+        squares = (rewards - (mean + slope * before)[:, None]) ** 2
+        scale = max(float((squares.mean(1) / shape).mean()), _LEAST_VARIANCE * mean_variance)
         limits = float(before.min()), float(before.max())
-        laws.append(SegmentLaw(mean, slope, between, 0.5 * math.log(scale), spread_slope, *limits, *_prospect(here)))
-        standard.append(rewards / np.sqrt(scale * shape)[:, None])
-        residuals.append(((rewards - means[:, None])[varies] / np.sqrt(variances[varies, None])).ravel())
-        expected = np.sqrt(scale * shape + between**2)
-        levels.append(((off + (rewards - means[:, None]).T) / expected).ravel())
-    count = len(groups[0].rewards)
-    whole = np.concatenate(residuals) * math.sqrt(count / (count - 1))
+        levels.append(((rewards.T - mean - slope * before) / np.sqrt(scale * shape)).ravel())
+        top = float(levels[-1].max())
+        laws.append(SegmentLaw(mean, slope, 0.5 * math.log(scale), spread_slope, *limits, top, *_prospect(here)))
     return Fit(
         tuple(laws),
-        _atoms(whole / whole.std()),
         _atoms(np.concatenate(levels)),
-        _weight(standard),
+        tuple(map(_kept, by_segment)),
         made_for=dict(made_for),
         figures=dict(figures),
+    )
+
+
+def _kept(groups: Sequence[Group]) -> tuple[Prefix, ...]:
+    """At most 64 of them, of all levels."""
+    ordered = sorted(groups, key=lambda group: group.before)
+    places = np.unique(np.linspace(0, len(ordered) - 1, _PREFIXES).round().astype(int))
+    return tuple(
+        Prefix(round(ordered[i].before, 4), tuple(round(float(one), 4) for one in ordered[i].rewards)) for i in places
     )
 
 
@@ -246,6 +253,8 @@ def _prospect(groups: Sequence[Group]) -> tuple[float, float, float]:
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """(slope, intercept) of least squares; a slope of 0 where x does not vary."""
+    if len(x) == 0:
+        return 0.0, 0.0
     spread = float(((x - x.mean()) ** 2).sum())
     slope = float(((x - x.mean()) * (y - y.mean())).sum()) / spread if spread > 0 else 0.0
     return slope, float(y.mean()) - slope * float(x.mean())
@@ -255,21 +264,6 @@ def _atoms(values: np.ndarray) -> tuple[float, ...]:
     """At most 400 numbers of equal weight with the same distribution: means of runs of the sorted values."""
     runs = np.array_split(np.sort(values), min(_ATOMS, len(values)))
     return tuple(round(float(run.mean()), 4) for run in runs)
-
-
-def _weight(groups: Sequence[np.ndarray]) -> float:
-    """Degrees of freedom that the expected variance of a prefix is worth.
-
-    The variance of a prefix's first candidates, in units of the expected one, predicts that of its others: with d
-    degrees of freedom each, their correlation is ``d / (d + weight)``. Heavy tails, which make single variances vary,
-    are in it. At least 1, at most 100.
-    """
-    half = groups[0].shape[1] // 2
-    first = np.concatenate([group[:, :half].var(1, ddof=1) for group in groups])
-    other = np.concatenate([group[:, half:].var(1, ddof=1) for group in groups])
-    spread = math.sqrt(float(first.var() * other.var()))
-    alike = float(((first - first.mean()) * (other - other.mean())).mean()) / spread if spread else 0.0
-    return min(max((half - 1) * (1 - alike) / max(alike, 1e-6), 1.0), 100.0)
 
 
 def _share_below(x: float, atoms: Sequence[float]) -> float:

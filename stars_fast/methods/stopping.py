@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,10 +18,10 @@ from stars_fast.methods.numbers import real
 
 # Simulated requests, and segments of each where no fit says how many, when a cost is solved for.
 _REQUESTS, _SEGMENTS = 200, 8
-# Candidates that the reward of the prefix is worth as a forecast, where no fit says it.
+# Prefixes of the fit, nearest in reward, one of which stands for a simulated one.
+_NEAREST = 5
+# Candidates that what is expected before one of them is seen is worth: a fit's forecast, or the prefix's reward.
 _WORTH = 3.0
-# Candidates a segment where no fit says what to expect, in budgets.
-_FARTHEST = 2.0
 
 
 class Shape:
@@ -50,111 +50,119 @@ def _shape(atoms: tuple[float, ...]) -> Shape:
     return Shape(atoms)
 
 
-_NORMAL = tuple(NormalDist().inv_cdf((i + 0.5) / 400) for i in range(400))
+NORMAL = tuple(NormalDist().inv_cdf((i + 0.5) / 400) for i in range(400))
 
 
-class Prior(NamedTuple):
-    """What is expected of a segment's candidates before one of them is seen."""
-
-    mean: float  # of them
-    variance: float  # of them, within this prefix
-    weight: float  # degrees of freedom that this variance is worth
-    between: float | None  # standard deviation of their mean among such prefixes; None where no fit says it
-    known: bool = True  # whether there is a mean to expect; else the candidates alone say it
-
-
-NOTHING = Prior(0.0, 1.0, 0.0, None, known=False)
-
-
-class Rule:
-    """Weitzman's rule (1979) for candidates of one law that is being learned: stop once the best so far reaches
-    ``mean + spread * u`` with ``E (Z - u)^+ = cost / spread``.
-
-    Parameters
-    ----------
-    fit : Fit, optional
-        None: a request learns from its own candidates alone, their spread being unknown at first and the reward of the
-        prefix being worth three of them.
-    cost : float
-        Of a candidate: in the reward's units with a fit, in spreads of the candidates without one.
-    budget : float
-        Candidates a segment with which answers go on.
-    """
-
-    def __init__(self, fit: Fit | None, cost: float, budget: float = 1.0) -> None:
-        self.fit, self.cost, self.budget = fit, cost, budget
-        self._shape = _shape(_NORMAL if fit is None else fit.residuals)
-
-    def prior(self, segment: int, before: float | None) -> Prior:
-        """Of a segment behind a prefix with this reward; None at the first."""
-        if self.fit is None:
-            return Prior(before or 0.0, 1.0, 0.0, None, before is not None)
-        law = self.fit.law(segment)
-        return Prior(law.prior(before or 0.0), law.variance(before or 0.0), self.fit.weight, law.between)
-
-    def worth(self, segment: int, final: float) -> float:
-        """Of a candidate that ends the answer, beside those that do not: the reward of one of these that is as good."""
-        return final if self.fit is None else self.fit.law(segment).unfinished(final, self.budget)
-
-    def threshold(self, mean: float, spread: float, within: float) -> float:
-        """The reservation value under :meth:`Belief.forecast`."""
-        if spread == 0.0:
-            return mean
-        cost = self.cost if self.fit is not None else self.cost * within
-        return mean + spread * self._shape.reservation(cost / spread)
-
-
-@dataclass
-class Belief:
-    """What a request's own candidates say, in index order: of this segment, and of the spread in those before."""
-
-    rule: Rule
-    segment: int = -1  # none yet
-    prior: Prior = NOTHING
-    count: int = 0
-    total: float = 0.0  # of rewards less the prior mean
-    squares: float = 0.0
-    past: float = 0.0  # squares within earlier segments, in units of the variance expected there
-    degrees: int = 0  # of freedom, of those
+class Search(Protocol):
+    """One segment's search after the other, by what is expected of the next candidate."""
 
     def begin(self, segment: int, before: float | None) -> None:
         """A segment begins, or begins anew, behind a prefix with this reward; None at the first."""
-        if segment != self.segment and self.count:
-            self.past += self._within / self.prior.variance
-            self.degrees += self.count - 1
-        self.segment, self.prior = segment, self.rule.prior(segment, before)
-        self.count, self.total, self.squares = 0, 0.0, 0.0
 
     def see(self, reward: float) -> None:
         """A further candidate."""
-        self.count += 1
-        self.total += reward - self.prior.mean
-        self.squares += (reward - self.prior.mean) ** 2
 
     @property
     def threshold(self) -> float:
         """What the best of those seen has to reach; inf where there is nothing to go by yet."""
-        if self.prior.weight + self.degrees + self.count <= 1:
-            return math.inf
-        return self.rule.threshold(*self.forecast())
+
+    def worth(self, final: float) -> float:
+        """Of a candidate that ends the answer, beside those that do not: the reward of one of these that is as good."""
+
+
+class Forecast:
+    """By a fit. Stop once the best so far, b, gains less from a further candidate than this costs.
+
+    The law of a prefix is not known: it has a Dirichlet prior whose centre is the fit's law, which is worth three
+    candidates. Those seen are at most b, so that a further one is expected to gain
+    ``E (V - b)^+ = 3 / (3 + seen) * E_fit (V - b)^+``. That falls with each candidate, and in such a case it is optimal
+    to look one step ahead (Chow and Robbins 1961; an unknown law: Rothschild 1974, Bikhchandani and Sharma 1996).
+
+    Parameters
+    ----------
+    fit : Fit
+    cost : float
+        Of a candidate, in the reward's units.
+    budget : float
+        Candidates a segment with which answers go on.
+    """
+
+    def __init__(self, fit: Fit, cost: float, budget: float) -> None:
+        self.fit, self.cost, self.budget = fit, cost, budget
+        self._shape = _shape(fit.levels)
+        self.begin(0, None)
+
+    def begin(self, segment: int, before: float | None) -> None:
+        self._law, self._seen = self.fit.law(segment), 0
+        self._centre, self._spread = self._law.centre(before or 0.0), self._law.spread(before or 0.0)
+
+    def see(self, reward: float) -> None:
+        self._seen += 1
+
+    @property
+    def threshold(self) -> float:
+        cost = self.cost / self._spread * (_WORTH + self._seen) / _WORTH
+        return self._centre + self._spread * min(self._shape.reservation(cost), self._law.top)
+
+    def worth(self, final: float) -> float:
+        return self._law.unfinished(final, self.budget)
+
+
+class Experience:
+    """By the request's own candidates alone, their law being taken for normal: Weitzman's rule (1979), stop once the
+    best reaches ``mean + spread * u`` with ``E (Z - u)^+ = cost``.
+
+    The mean is that of the segment's candidates and of the prefix's reward, which is worth three of them; the spread is
+    that within all segments so far.
+
+    Parameters
+    ----------
+    cost : float
+        Of a candidate, in standard deviations of a segment's candidates.
+    budget : float
+        Candidates of a segment before rewards that do not vary say anything. Of twice as many, less one, the best is
+        enough: a request that misjudges the spread would overspend.
+    """
+
+    def __init__(self, cost: float, budget: float) -> None:
+        self.cost, self.least, self.most = cost, round(budget), math.ceil(2 * budget - 1)
+        self._segment, self._seen = -1, 0
+        self._past, self._degrees = 0.0, 0  # squares within the segments before, and their degrees of freedom
+
+    def begin(self, segment: int, before: float | None) -> None:
+        if segment != self._segment and self._seen:
+            self._past, self._degrees = self._past + self._within, self._degrees + self._seen - 1
+        self._segment, self._seen = segment, 0
+        self._prior, self._known = before or 0.0, _WORTH * (before is not None)
+        self._total = self._squares = 0.0  # of rewards less the prefix's
+
+    def see(self, reward: float) -> None:
+        self._seen += 1
+        self._total += reward - self._prior
+        self._squares += (reward - self._prior) ** 2
 
     @property
     def _within(self) -> float:
         """Squares around the mean of those seen."""
-        return max(self.squares - self.total**2 / self.count, 0.0) if self.count else 0.0
+        return max(self._squares - self._total**2 / self._seen, 0.0) if self._seen else 0.0
 
-    def forecast(self) -> tuple[float, float, float]:
-        """Mean of the next candidate, its standard deviation, and that of candidates within the prefix.
+    @property
+    def threshold(self) -> float:
+        degrees = self._degrees + self._seen - 1
+        if self._seen >= self.most:
+            return -math.inf
+        if degrees <= 0:
+            return math.inf
+        spread = math.sqrt((self._past + self._within) / degrees)
+        if spread == 0.0 and self._seen < self.least:
+            return math.inf
+        worth = self._known + self._seen
+        widened = math.sqrt(1 + 1 / worth)  # by what is not known of the mean
+        mean = self._prior + self._total / worth
+        return mean + spread * widened * _shape(NORMAL).reservation(self.cost / widened)
 
-        Normal means under a normal prior, a variance shrunk to the expected one: conjugate updates of both.
-        """
-        prior = self.prior
-        degrees = prior.weight + self.degrees + self.count - 1
-        variance = (prior.variance * (prior.weight + self.past) + self._within) / degrees
-        worth = _WORTH if prior.between is None else variance / prior.between**2  # candidates, the prior mean is
-        seen = worth * prior.known + self.count
-        mean = prior.mean + self.total / max(seen, 1e-9)
-        return mean, math.sqrt(variance * (1 + 1 / max(seen, 1e-9))), math.sqrt(variance)
+    def worth(self, final: float) -> float:
+        return final
 
 
 class Outcome(NamedTuple):
@@ -164,38 +172,47 @@ class Outcome(NamedTuple):
     reward: float  # of finished answers
 
 
-def simulate(fit: Fit | None, cost: float, attempts: int) -> Outcome:
-    """What the rule does where rewards are as the fit says; without one, normal, and those of prefixes as varied.
+def simulate(search: Search, fit: Fit | None, attempts: int) -> Outcome:
+    """What a search comes to. With a fit, where a simulated prefix has the candidates of one that was met, one of the
+    nearest in reward; without one, where rewards are normal, and those of prefixes as varied.
 
     The same random numbers in each call, so that costs can be compared.
     """
-    rule, random = Rule(fit, cost), np.random.default_rng(0)
+    draw, random = (_normal if fit is None else _met), np.random.default_rng(0)
     segments = _SEGMENTS if fit is None else len(fit.laws)
-    shape = _shape(_NORMAL if fit is None else fit.residuals).atoms
-    noise = shape[random.integers(len(shape), size=(_REQUESTS, segments, attempts))].tolist()
-    levels = random.standard_normal((_REQUESTS, segments)).tolist()
-    weight = 1e9 if fit is None else fit.weight
-    scales = np.sqrt(weight / random.chisquare(weight, (_REQUESTS, segments))).tolist()
     looked, rewards = 0, 0.0
-    for request in range(_REQUESTS):
-        before, belief = None, Belief(rule)
+    for _ in range(_REQUESTS):
+        before = None
         for segment in range(segments):
-            belief.begin(segment, before)
-            prior = belief.prior
-            between = _WORTH**-0.5 if prior.between is None else prior.between
-            mean = prior.mean + between * levels[request][segment]
-            spread = math.sqrt(prior.variance) * scales[request][segment]
+            search.begin(segment, before)
             best = -math.inf
-            for one in noise[request][segment]:
+            for reward in draw(fit, random, segment, before, attempts):
                 looked += 1
-                reward = mean + spread * one
-                belief.see(reward)
+                search.see(reward)
                 best = max(best, reward)
-                if best >= belief.threshold:
+                if best >= search.threshold:
                     break
             before = best
         rewards += best
     return Outcome(looked / _REQUESTS / segments, rewards / _REQUESTS)
+
+
+def _normal(fit: None, random: np.random.Generator, segment: int, before: float | None, count: int) -> list[float]:
+    mean = (before or 0.0) + _WORTH**-0.5 * random.standard_normal()
+    rewards: list[float] = (mean + random.standard_normal(count)).tolist()
+    return rewards
+
+
+def _met(fit: Fit, random: np.random.Generator, segment: int, before: float | None, count: int) -> list[float]:
+    """Candidates of a prefix that was met, in some order; beyond those that were drawn, by the fit's law."""
+    prefixes, law = fit.prefixes[segment], fit.laws[segment]
+    first, among = 0, len(prefixes)
+    if before is not None and among > _NEAREST:
+        place = bisect_left(prefixes, before, key=lambda prefix: prefix.before)
+        first, among = min(max(place - _NEAREST // 2, 0), among - _NEAREST), _NEAREST
+    rewards: list[float] = random.permutation(prefixes[first + random.integers(among)].rewards)[:count].tolist()
+    further = np.array(fit.levels)[random.integers(len(fit.levels), size=count)][len(rewards) :]
+    return rewards + (law.centre(before or 0.0) + law.spread(before or 0.0) * further).tolist()
 
 
 @lru_cache(maxsize=64)
@@ -203,14 +220,22 @@ def cost_for(budget: float, attempts: int, fit: Fit | None) -> float:
     """The cost at which so many candidates a segment are to be expected, by bisection of its logarithm."""
     if budget >= attempts:
         return 0.0
-    budget = budget if fit is None else fit.asking(budget)
     attempts = min(attempts, max(32, 4 * math.ceil(budget)))  # further ones are hardly ever reached
-    scale = 1.0 if fit is None else max(math.sqrt(law.variance(law.lowest)) for law in fit.laws)
+
+    def expected(log_cost: float) -> float:
+        return simulate(search(math.exp(log_cost), budget, fit), fit, attempts).candidates
+
+    scale = 1.0 if fit is None else max(law.spread(law.lowest) for law in fit.laws)
     low, high = math.log(1e-5 * scale), math.log(10 * scale)
     while high - low > 0.02:
         middle = (low + high) / 2
-        low, high = (middle, high) if simulate(fit, math.exp(middle), attempts).candidates > budget else (low, middle)
-    return math.exp(middle)
+        low, high = (middle, high) if expected(middle) > budget else (low, middle)
+    return math.exp(min(low, high, key=lambda one: abs(math.log(expected(one) / budget))))
+
+
+def search(cost: float, budget: float, fit: Fit | None) -> Search:
+    """By what there is to go by."""
+    return Experience(cost, budget) if fit is None else Forecast(fit, cost, budget)
 
 
 @dataclass(frozen=True)
@@ -219,15 +244,15 @@ class OptimalStopping(Method):
 
     A candidate costs as much reward as makes ``budget`` of them the expected number a segment; drawing goes on while
     the best so far is below the reservation value (Weitzman 1979, "Optimal search for the best alternative"; for whole
-    answers: arXiv 2510.01394). Which rewards to expect says ``StarsConfig(fit=...)``, updated by the request's own
-    candidates; without a fit these alone do. The best is committed, not the last. It is a search: no law of the text is
+    answers: arXiv 2510.01394). Which rewards to expect says ``StarsConfig(fit=...)``; without a fit the request's own
+    candidates do (docs/methods.md). The best is committed, not the last. It is a search: no law of the text is
     promised, but the text of a seed does not depend on ``candidates``, batch or neighbours.
 
     Parameters
     ----------
     budget : float
         Expected candidates a segment, from 1 (plain sampling) to 256. Where it is ``StarsConfig.max_attempts`` or more,
-        all of these are looked at.
+        all of these are looked at. Without a fit no segment takes twice as many.
     """
 
     name: ClassVar[str] = "optimal_stopping"
@@ -240,11 +265,8 @@ class OptimalStopping(Method):
         object.__setattr__(self, "budget", real("optimal_stopping: budget", self.budget, 1.0, 256.0))
 
     def rule(self, config: SettingsT) -> SettingsT:
-        most = config.max_attempts
-        if config.known is None:  # whose spread a request misjudges, it would overspend
-            most = min(most, math.ceil(_FARTHEST * self.budget))
-        return config.replace(target_reward=0.0, base_reward=0.0, max_attempts=most)  # nothing is tested against them
+        return config.replace(target_reward=0.0, base_reward=0.0)  # which nothing is tested against
 
-    def belief(self, fit: Fit | None, attempts: int) -> Belief:
-        """A request's, under the rule whose cost spends the budget."""
-        return Belief(Rule(fit, cost_for(self.budget, attempts, fit), self.budget))
+    def search(self, fit: Fit | None, attempts: int) -> Search:
+        """A request's, at the cost that spends the budget."""
+        return search(cost_for(self.budget, attempts, fit), self.budget, fit)
