@@ -138,7 +138,7 @@ class Fit:
         """Write ``stars_fit.json`` into a folder, which is made if needed."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FIT_NAME).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        (folder / FIT_NAME).write_text(json.dumps(self.to_dict()) + "\n")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str]) -> Fit:
