@@ -37,7 +37,7 @@ def test_a_fit_has_a_law_for_each_segment_and_says_what_it_cost(known):
 
 def test_the_same_seed_gives_the_same_fit(known, tmp_path):
     again = fit(engine(max_rows=48), PROMPTS, CONFIG, samples=8)
-    assert again.weight == pytest.approx(known.weight, rel=1e-3)
+    assert again.levels == pytest.approx(known.levels, abs=1e-2)
     assert [list(law) for law in again.laws] == [pytest.approx(list(law), abs=1e-3) for law in known.laws]
     known.save_pretrained(tmp_path)
     assert CONFIG.replace(fit=tmp_path).known == known
@@ -117,7 +117,7 @@ def test_the_demo_models_bring_a_fit():
     settings = {"method": OptimalStopping(budget=2.0), "max_new_tokens": 32, "top_k": 50, "seed": 0}
     guided = one.generate(list(demo.PROMPTS), fit="demo", **settings)
     assert guided.stats["policy_tokens"] / guided.stats["committed_tokens"] == pytest.approx(2.0, rel=0.5)
-    with pytest.raises(ValueError, match="top_k is None here, 50 in the fit"):
+    with pytest.raises(ValueError, match="top_k is 0 here, 50 in the fit"):
         one.generate(list(demo.PROMPTS), fit="demo", **settings | {"top_k": None})
 
 

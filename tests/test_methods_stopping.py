@@ -77,11 +77,11 @@ def test_experience_learns_the_spread_of_a_request():
 
 
 @pytest.mark.parametrize("budget", [1.5, 4.0, 12.0])
-@pytest.mark.parametrize("fitted", [True, False])
-def test_the_budget_asked_is_the_budget_spent(fit, fitted, budget):
+@pytest.mark.parametrize("fitted, segments", [(True, 1), (True, 7), (False, 7)])
+def test_the_budget_asked_is_the_budget_spent(fit, fitted, budget, segments):
     chosen = fit if fitted else None
-    one = OptimalStopping(budget).search(chosen, 24)
-    assert simulate(one, chosen, 24).candidates == pytest.approx(budget, rel=0.05)
+    one = OptimalStopping(budget).search(chosen, 24, segments)
+    assert simulate(one, chosen, 24, segments).candidates == pytest.approx(budget, rel=0.05)
 
 
 @pytest.mark.parametrize("attempts", [4, 24])
@@ -89,9 +89,9 @@ def test_the_budget_holds_where_rewards_are_counts(attempts):
     """Ties, bounds, and prefixes of other odds: as of a rule that checks a segment's two steps."""
     counts = learn(checked_steps(), {}, {})
     for budget in (1.5, 2.5):
-        one = OptimalStopping(budget).search(counts, attempts)
-        assert simulate(one, counts, attempts).candidates == pytest.approx(budget, rel=0.2)
-    highest = seeing(OptimalStopping(64.0).search(counts, 256), 2.0, 2.0)
+        one = OptimalStopping(budget).search(counts, attempts, 3)
+        assert simulate(one, counts, attempts, 3).candidates == pytest.approx(budget, rel=0.2)
+    highest = seeing(OptimalStopping(64.0).search(counts, 256, 3), 2.0, 2.0)
     assert highest.threshold <= 2.2, "the most that can be is enough"
 
 
@@ -119,10 +119,10 @@ def test_more_reward_than_the_best_of_as_many(fit):
         def threshold(self):
             return math.inf if self._seen < self.count else -math.inf
 
-    unguided = simulate(BestOf(1), fit, 32).reward
+    unguided = simulate(BestOf(1), fit, 32, 2).reward
     for budget in (2, 4, 8):
-        stopped = simulate(OptimalStopping(budget).search(fit, 32), fit, 32)
-        assert stopped.reward - unguided > 1.05 * (simulate(BestOf(budget), fit, 32).reward - unguided)
+        stopped = simulate(OptimalStopping(budget).search(fit, 32, 2), fit, 32, 2)
+        assert stopped.reward - unguided > 1.05 * (simulate(BestOf(budget), fit, 32, 2).reward - unguided)
 
 
 def test_without_a_fit_two_candidates_are_looked_at_before_anything_is_known():
@@ -145,7 +145,7 @@ def test_a_budget_out_of_range_is_refused(budget):
 
 
 def test_a_budget_of_all_attempts_looks_at_all():
-    one = OptimalStopping(budget=4.0).search(None, 3)
+    one = OptimalStopping(budget=4.0).search(None, 3, 2)
     one.begin(0, None)
     for reward in (0.0, 1.0, 9.0):
         one.see(reward)
@@ -153,4 +153,4 @@ def test_a_budget_of_all_attempts_looks_at_all():
 
 
 def test_attempts_that_are_hardly_reached_cost_nothing():
-    assert cost_for(2.0, 2**31 - 1, None) == pytest.approx(cost_for(2.0, 32, None))
+    assert cost_for(2.0, 2**31 - 1, 8, None) == pytest.approx(cost_for(2.0, 32, 8, None))

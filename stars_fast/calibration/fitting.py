@@ -120,7 +120,11 @@ def fit(
         },
     )
     drawn = sum(output.stats["policy_tokens"] for output in outputs)
-    outlook = [(budget, simulate(OptimalStopping(budget).search(known, 64), known, 64).reward) for budget in _OUTLOOK]
+    segments = len(known.laws)
+    outlook = [
+        (budget, simulate(OptimalStopping(budget).search(known, 64, segments), known, 64, segments).reward)
+        for budget in _OUTLOOK
+    ]
     return replace(known, outlook=tuple(outlook), figures={**known.figures, "policy_tokens": drawn})
 
 

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from stars_fast.outputs import SegmentTrace, StarsOutput
 
 _PYTHON = """\
-from stars_fast import StarsEngine, demo
+from stars_fast import StarsConfig, StarsEngine, demo
 
 policy, reward, tokenizer = demo.load()
 engine = StarsEngine(policy, reward, tokenizer=tokenizer)
+config = StarsConfig(method="optimal_stopping", fit="demo", top_k=50)
 out = engine.generate(
-    demo.PROMPTS[:{prompts}], method="optimal_stopping", fit="demo", max_new_tokens={tokens}, top_k=50, seed={seed}
+    demo.PROMPTS[:{prompts}], config, max_new_tokens={tokens}, seed={seed}
 )
 """
 

@@ -30,7 +30,8 @@ def _look(request: Request, group: Sequence[Candidate]) -> Verdict:
     """Look at the candidates in index order until one of them ends the search."""
     config = request.terms.config
     if request.search is None:
-        request.search = cast(OptimalStopping, request.terms.method).search(config.known, config.max_attempts)
+        segments = -(-config.max_new_tokens // config.segment_length)
+        request.search = cast(OptimalStopping, request.terms.method).search(config.known, config.max_attempts, segments)
     search = request.search
     if not request.attempts:
         search.begin(len(request.segments), request.segments[-1].reward if request.segments else None)

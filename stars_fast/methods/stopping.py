@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import NormalDist
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -16,8 +16,8 @@ from stars_fast.methods.base import Method, SettingsT
 from stars_fast.methods.fit import Fit
 from stars_fast.methods.numbers import real
 
-# Simulated requests, and segments of each where no fit says how many, when a cost is solved for.
-_REQUESTS, _SEGMENTS = 200, 8
+# Simulated segments when a cost is solved for, and most of them in an answer: later ones are like those before.
+_SIMULATED, _LONGEST = 1600, 32
 # Prefixes of the fit, nearest in reward, one of which stands for a simulated one.
 _NEAREST = 5
 # Candidates that what is expected before one of them is seen is worth: a fit's forecast, or the prefix's reward.
@@ -172,21 +172,20 @@ class Outcome(NamedTuple):
     reward: float  # of finished answers
 
 
-def simulate(search: Search, fit: Fit | None, attempts: int) -> Outcome:
-    """What a search comes to. With a fit, where a simulated prefix has the candidates of one that was met, one of the
-    nearest in reward; without one, where rewards are normal, and those of prefixes as varied.
+def simulate(search: Search, fit: Fit | None, attempts: int, segments: int) -> Outcome:
+    """What a search comes to in answers of so many segments. With a fit, where a simulated prefix has the candidates of
+    one that was met, one of the nearest in reward; without one, where rewards are normal, and means of prefixes vary.
 
     The same random numbers in each call, so that costs can be compared.
     """
-    draw, random = (_normal if fit is None else _met), np.random.default_rng(0)
-    segments = _SEGMENTS if fit is None else len(fit.laws)
-    looked, rewards = 0, 0.0
-    for _ in range(_REQUESTS):
+    draw, random = _normal if fit is None else partial(_met, fit), np.random.default_rng(0)
+    looked, rewards, requests = 0, 0.0, max(_SIMULATED // segments, 1)
+    for _ in range(requests):
         before = None
         for segment in range(segments):
             search.begin(segment, before)
             best = -math.inf
-            for reward in draw(fit, random, segment, before, attempts):
+            for reward in draw(random, segment, before, attempts):
                 looked += 1
                 search.see(reward)
                 best = max(best, reward)
@@ -194,10 +193,10 @@ def simulate(search: Search, fit: Fit | None, attempts: int) -> Outcome:
                     break
             before = best
         rewards += best
-    return Outcome(looked / _REQUESTS / segments, rewards / _REQUESTS)
+    return Outcome(looked / requests / segments, rewards / requests)
 
 
-def _normal(fit: None, random: np.random.Generator, segment: int, before: float | None, count: int) -> list[float]:
+def _normal(random: np.random.Generator, segment: int, before: float | None, count: int) -> list[float]:
     mean = (before or 0.0) + _WORTH**-0.5 * random.standard_normal()
     rewards: list[float] = (mean + random.standard_normal(count)).tolist()
     return rewards
@@ -205,7 +204,7 @@ def _normal(fit: None, random: np.random.Generator, segment: int, before: float 
 
 def _met(fit: Fit, random: np.random.Generator, segment: int, before: float | None, count: int) -> list[float]:
     """Candidates of a prefix that was met, in some order; beyond those that were drawn, by the fit's law."""
-    prefixes, law = fit.prefixes[segment], fit.laws[segment]
+    prefixes, law = fit.prefixes[min(segment, len(fit.prefixes) - 1)], fit.law(segment)
     first, among = 0, len(prefixes)
     if before is not None and among > _NEAREST:
         place = bisect_left(prefixes, before, key=lambda prefix: prefix.before)
@@ -216,14 +215,17 @@ def _met(fit: Fit, random: np.random.Generator, segment: int, before: float | No
 
 
 @lru_cache(maxsize=64)
-def cost_for(budget: float, attempts: int, fit: Fit | None) -> float:
-    """The cost at which so many candidates a segment are to be expected, by bisection of its logarithm."""
+def cost_for(budget: float, attempts: int, segments: int, fit: Fit | None) -> float:
+    """The cost at which so many candidates a segment are to be expected in answers of so many segments, by bisection of
+    its logarithm. Early segments take more of them.
+    """
     if budget >= attempts:
         return 0.0
     attempts = min(attempts, max(32, 4 * math.ceil(budget)))  # further ones are hardly ever reached
+    segments = min(segments, _LONGEST)
 
     def expected(log_cost: float) -> float:
-        return simulate(search(math.exp(log_cost), budget, fit), fit, attempts).candidates
+        return simulate(search(math.exp(log_cost), budget, fit), fit, attempts, segments).candidates
 
     scale = 1.0 if fit is None else max(law.spread(law.lowest) for law in fit.laws)
     low, high = math.log(1e-5 * scale), math.log(10 * scale)
@@ -267,6 +269,6 @@ class OptimalStopping(Method):
     def rule(self, config: SettingsT) -> SettingsT:
         return config.replace(target_reward=0.0, base_reward=0.0)  # which nothing is tested against
 
-    def search(self, fit: Fit | None, attempts: int) -> Search:
-        """A request's, at the cost that spends the budget."""
-        return search(cost_for(self.budget, attempts, fit), self.budget, fit)
+    def search(self, fit: Fit | None, attempts: int, segments: int) -> Search:
+        """A request's, for an answer of so many segments, at the cost that spends the budget."""
+        return search(cost_for(self.budget, attempts, segments, fit), self.budget, fit)
