@@ -12,7 +12,7 @@ from test_methods_fit import drawn
 
 from stars_fast.methods import OptimalStopping
 from stars_fast.methods.fit import Group, learn
-from stars_fast.methods.stopping import NORMAL, Experience, Forecast, Shape, cost_for, simulate
+from stars_fast.methods.stopping import NORMAL, Experience, Forecast, Shape, cost_for, expected_candidates
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_experience_learns_the_spread_of_a_request():
 def test_the_budget_asked_is_the_budget_spent(fit, fitted, budget, segments):
     chosen = fit if fitted else None
     one = OptimalStopping(budget).search(chosen, 24, segments)
-    assert simulate(one, chosen, 24, segments).candidates == pytest.approx(budget, rel=0.05)
+    assert expected_candidates(one, chosen, 24, segments) == pytest.approx(budget, rel=0.05)
 
 
 @pytest.mark.parametrize("attempts", [4, 24])
@@ -90,7 +90,7 @@ def test_the_budget_holds_where_rewards_are_counts(attempts):
     counts = learn(checked_steps(), {}, {})
     for budget in (1.5, 2.5):
         one = OptimalStopping(budget).search(counts, attempts, 3)
-        assert simulate(one, counts, attempts, 3).candidates == pytest.approx(budget, rel=0.2)
+        assert expected_candidates(one, counts, attempts, 3) == pytest.approx(budget, rel=0.2)
     highest = seeing(OptimalStopping(64.0).search(counts, 256, 3), 2.0, 2.0)
     assert highest.threshold <= 2.2, "the most that can be is enough"
 
@@ -108,21 +108,28 @@ def checked_steps(prompts=30):
 
 
 def test_more_reward_than_the_best_of_as_many(fit):
-    """On prefixes of the fit's own law: what stopping is for."""
-
-    class BestOf(Experience):
-        def __init__(self, count):
-            super().__init__(0.0, 1.0)
-            self.count = count
-
-        @property
-        def threshold(self):
-            return math.inf if self._seen < self.count else -math.inf
-
-    unguided = simulate(BestOf(1), fit, 32, 2).reward
+    """On the fit's own law: what stopping is for."""
     for budget in (2, 4, 8):
-        stopped = simulate(OptimalStopping(budget).search(fit, 32, 2), fit, 32, 2)
-        assert stopped.reward - unguided > 1.05 * (simulate(BestOf(budget), fit, 32, 2).reward - unguided)
+        one, numbers = OptimalStopping(budget).search(fit, 64, 2), np.random.default_rng(0)
+        looked, stopped, best_of = 0, 0.0, 0.0
+        for _ in range(1000):
+            ends = []
+            for stops in (True, False):
+                before = 0.0
+                for segment in range(2):
+                    one.begin(segment, before)
+                    mean, best = 1.0 + 0.8 * before * (segment > 0) + 0.3 * numbers.standard_normal(), -math.inf
+                    for noise in numbers.standard_normal(64 if stops else budget):
+                        looked, best = looked + stops, max(best, mean + 0.5 * noise)
+                        one.see(mean + 0.5 * noise)
+                        if stops and best >= one.threshold:
+                            break
+                    before = best
+                ends.append(before)
+            stopped, best_of = stopped + ends[0], best_of + ends[1]
+        assert looked / 2000 == pytest.approx(budget, rel=0.1)
+        unguided = 1.0 + 0.8 * 1.0
+        assert stopped / 1000 - unguided > 1.04 * (best_of / 1000 - unguided)
 
 
 def test_without_a_fit_two_candidates_are_looked_at_before_anything_is_known():

@@ -17,15 +17,12 @@ from stars_fast.loop.pilot import correlations_with_the_last
 from stars_fast.methods.base import Method, Scored, Segments, SettingsT
 from stars_fast.methods.fit import Fit, Group, learn
 from stars_fast.methods.numbers import integer
-from stars_fast.methods.stopping import OptimalStopping, simulate
 from stars_fast.ops.philox import philox_key
 from stars_fast.outputs import SegmentTrace, StarsOutput
 
 # Histories are of answers whose segments are the best of so many: unguided, guided and greedy.
 _AMONG = (1, 3, None)
 _LEAST_PROMPTS = 8
-# Candidates a segment of which the report says what to expect.
-_OUTLOOK = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
 
 
 @dataclass(frozen=True)
@@ -120,11 +117,8 @@ def fit(
         },
     )
     drawn = sum(output.stats["policy_tokens"] for output in outputs)
-    segments = len(known.laws)
-    outlook = [
-        (budget, simulate(OptimalStopping(budget).search(known, 64, segments), known, 64, segments).reward)
-        for budget in _OUTLOOK
-    ]
+    finals = [fmean(segments[-1].reward for segments in output.segments) for output in outputs]
+    outlook = [(float(among or samples), final) for among, final in zip(_AMONG, finals, strict=True)]
     return replace(known, outlook=tuple(outlook), figures={**known.figures, "policy_tokens": drawn})
 
 

@@ -19,6 +19,8 @@ import numpy as np
 FIT_NAME = "stars_fit.json"
 # Quantiles that are kept of a distribution's shape, and prefixes of each segment.
 _ATOMS, _PREFIXES = 400, 64
+# Candidates a segment of which a report speaks.
+_BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16)
 # Answers from which it is learned what unfinished ones come to; and what of their reward counts in the end, at least.
 _LEAST_PROSPECTS, _LEAST_CARRIED = 12, 0.25
 # Of the mean variance of all segments, what one is taken to have whose rewards do not vary.
@@ -82,7 +84,7 @@ class Fit:
     prefixes : tuple of tuple of Prefix
         By segment index, some of those that it was learned from, by ascending reward.
     outlook : tuple of (float, float)
-        Candidates a segment, and the reward of finished answers to expect for them.
+        Candidates a segment, the best of which went on, and the reward of the finished answers; ascending.
     made_for : mapping
         The models, segmenter and sampling it was made for. It says nothing about others.
     figures : mapping
@@ -156,9 +158,13 @@ class Fit:
         """What it was made from, how far partial rewards predict final ones, and which reward to expect for how much.
 
         Keys: ``prompts``, ``samples``, ``policy_tokens`` (drawn for it), ``unguided_reward``, ``rank_correlation`` (of
-        partial and final rewards, unguided), ``outlook``.
+        partial and final rewards, unguided), ``outlook`` (by candidates a segment, the reward of the best of as many,
+        between those that were tried by their logarithm; optimal stopping is to do better).
         """
-        return Report(self.figures, outlook=self.outlook)
+        tried, rewards = zip(*self.outlook, strict=True)
+        budgets = [budget for budget in _BUDGETS if budget <= tried[-1]]
+        expected = np.interp(np.log(budgets), np.log(tried), rewards).tolist()
+        return Report(self.figures, outlook=dict(zip(budgets, expected, strict=True)))
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What it was made for and what is at hand, where that is not the same, in words."""
@@ -176,8 +182,8 @@ class Report(dict[str, Any]):
         lines = [
             f"made from                {self['prompts']:.0f} prompts, {self['policy_tokens']:.0f} policy tokens",
             f"partial/final rank corr. {self['rank_correlation']:.2f}",
-            "candidates a segment     " + " ".join(f"{budget:6g}" for budget, _ in self["outlook"]),
-            "reward to expect         " + " ".join(f"{reward:+6.2f}" for _, reward in self["outlook"]),
+            "candidates a segment     " + " ".join(f"{budget:6g}" for budget in self["outlook"]),
+            "reward to expect, about  " + " ".join(f"{reward:+6.2f}" for reward in self["outlook"].values()),
         ]
         return "\n".join(lines)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from statistics import NormalDist
-from typing import ClassVar, NamedTuple, Protocol
+from functools import lru_cache
+from statistics import NormalDist, fmean
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -16,10 +16,9 @@ from stars_fast.methods.base import Method, SettingsT
 from stars_fast.methods.fit import Fit
 from stars_fast.methods.numbers import real
 
-# Simulated segments when a cost is solved for, and most of them in an answer: later ones are like those before.
-_SIMULATED, _LONGEST = 1600, 32
-# Prefixes of the fit, nearest in reward, one of which stands for a simulated one.
-_NEAREST = 5
+# When a cost is solved for: simulated segments; most of them in an answer (later ones are like those before); orders of
+# the candidates of a prefix that was met.
+_SIMULATED, _LONGEST, _ORDERS = 1600, 32, 4
 # Candidates that what is expected before one of them is seen is worth: a fit's forecast, or the prefix's reward.
 _WORTH = 3.0
 
@@ -165,53 +164,49 @@ class Experience:
         return final
 
 
-class Outcome(NamedTuple):
-    """Of a simulation: means over its requests."""
-
-    candidates: float  # a segment
-    reward: float  # of finished answers
-
-
-def simulate(search: Search, fit: Fit | None, attempts: int, segments: int) -> Outcome:
-    """What a search comes to in answers of so many segments. With a fit, where a simulated prefix has the candidates of
-    one that was met, one of the nearest in reward; without one, where rewards are normal, and means of prefixes vary.
+def expected_candidates(search: Search, fit: Fit | None, attempts: int, segments: int) -> float:
+    """Candidates a segment, in answers of so many segments: with a fit, at the prefixes that it has met, each with its
+    own candidates in some order; without one, where rewards are normal, and means of prefixes vary.
 
     The same random numbers in each call, so that costs can be compared.
     """
-    draw, random = _normal if fit is None else partial(_met, fit), np.random.default_rng(0)
-    looked, rewards, requests = 0, 0.0, max(_SIMULATED // segments, 1)
+    random = np.random.default_rng(0)
+    if fit is None:
+        return _at_normal_prefixes(search, attempts, segments, random)
+    counts = [
+        fmean(_looked_at(search, k, one.before, _some(one.rewards, attempts, random))[0] for one in met * _ORDERS)
+        for k, met in enumerate(fit.prefixes[:segments])
+    ]
+    return fmean([*counts, *counts[-1:] * (segments - len(counts))])
+
+
+def _some(rewards: Sequence[float], count: int, random: np.random.Generator) -> list[float]:
+    """So many of a prefix's candidates: those that were drawn in some order, then any of them."""
+    drawn: list[float] = random.permutation(rewards)[:count].tolist()
+    return drawn + random.choice(rewards, size=count - len(drawn)).tolist()
+
+
+def _at_normal_prefixes(search: Search, attempts: int, segments: int, random: np.random.Generator) -> float:
+    looked, requests = 0, max(_SIMULATED // segments, 1)
     for _ in range(requests):
         before = None
         for segment in range(segments):
-            search.begin(segment, before)
-            best = -math.inf
-            for reward in draw(random, segment, before, attempts):
-                looked += 1
-                search.see(reward)
-                best = max(best, reward)
-                if best >= search.threshold:
-                    break
-            before = best
-        rewards += best
-    return Outcome(looked / requests / segments, rewards / requests)
+            mean = (before or 0.0) + _WORTH**-0.5 * random.standard_normal()
+            count, before = _looked_at(search, segment, before, mean + random.standard_normal(attempts))
+            looked += count
+    return looked / requests / segments
 
 
-def _normal(random: np.random.Generator, segment: int, before: float | None, count: int) -> list[float]:
-    mean = (before or 0.0) + _WORTH**-0.5 * random.standard_normal()
-    rewards: list[float] = (mean + random.standard_normal(count)).tolist()
-    return rewards
-
-
-def _met(fit: Fit, random: np.random.Generator, segment: int, before: float | None, count: int) -> list[float]:
-    """Candidates of a prefix that was met, in some order; beyond those that were drawn, by the fit's law."""
-    prefixes, law = fit.prefixes[min(segment, len(fit.prefixes) - 1)], fit.law(segment)
-    first, among = 0, len(prefixes)
-    if before is not None and among > _NEAREST:
-        place = bisect_left(prefixes, before, key=lambda prefix: prefix.before)
-        first, among = min(max(place - _NEAREST // 2, 0), among - _NEAREST), _NEAREST
-    rewards: list[float] = random.permutation(prefixes[first + random.integers(among)].rewards)[:count].tolist()
-    further = np.array(fit.levels)[random.integers(len(fit.levels), size=count)][len(rewards) :]
-    return rewards + (law.centre(before or 0.0) + law.spread(before or 0.0) * further).tolist()
+def _looked_at(search: Search, segment: int, before: float | None, rewards: Iterable[float]) -> tuple[int, float]:
+    """How many of a segment's candidates, and the best of them."""
+    search.begin(segment, before)
+    count, best = 0, -math.inf
+    for reward in rewards:
+        count, best = count + 1, max(best, float(reward))
+        search.see(float(reward))
+        if best >= search.threshold:
+            break
+    return count, best
 
 
 @lru_cache(maxsize=64)
@@ -225,7 +220,7 @@ def cost_for(budget: float, attempts: int, segments: int, fit: Fit | None) -> fl
     segments = min(segments, _LONGEST)
 
     def expected(log_cost: float) -> float:
-        return simulate(search(math.exp(log_cost), budget, fit), fit, attempts, segments).candidates
+        return expected_candidates(search(math.exp(log_cost), budget, fit), fit, attempts, segments)
 
     scale = 1.0 if fit is None else max(law.spread(law.lowest) for law in fit.laws)
     low, high = math.log(1e-5 * scale), math.log(10 * scale)
