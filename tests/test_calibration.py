@@ -109,6 +109,7 @@ def test_a_reward_that_varies_for_one_prompt_is_not_warned_of():
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*were drawn to find a target")
         engine(reward=reward).generate(PROMPTS, CONFIG, seed=0)
 
 
@@ -172,7 +173,22 @@ def test_a_calibration_serves_its_prompts_and_comes_back_from_disk(tmp_path, cou
         == counted.generate(PROMPTS, found.config, seed=3).completions
     )
     with pytest.raises(ValueError, match=r"target_reward has 6 entries for 1 prompts: calibrated for other prompts\?"):
-        counted.generate(PROMPTS[:1], again)
+        counted.generate(PROMPTS[:1], again.replace(fit=None))
+
+
+def test_a_calibration_serves_new_prompts_at_its_acceptance_without_pilots(tmp_path, counted):
+    config = CONFIG.replace(ignore_eos=True)
+    calibrate(counted, PROMPTS, acceptance=0.4, config=config, samples=32, seed=1).save_pretrained(tmp_path)
+    again = StarsConfig.from_pretrained(tmp_path)
+    new = [[20, i] for i in range(20)]
+    out = counted.generate(new, again, seed=2, num_return_sequences=4)
+    segments = [segment for row in out.segments for segment in row]
+    assert out.stats["calibration_tokens"] == 0
+    assert len(segments) / sum(segment.attempts for segment in segments) == pytest.approx(0.4, abs=0.08)
+    free = counted.generate(new, again, seed=2, num_return_sequences=4, target_reward=-math.inf, base_reward=None)
+    assert sum(out.rewards) > sum(free.rewards) + 8
+    with pytest.raises(ValueError, match="method='optimal_stopping' needs one of"):
+        counted.generate(new, again, method="optimal_stopping")
 
 
 def test_calibrated_rewards_beat_unguided_ones(counted):

@@ -32,15 +32,22 @@ def test_a_calibrated_config_serves_its_own_prompts_in_silence(engine, quiet, tm
 
 
 @pytest.mark.parametrize("first, second, place", [(PROMPTS, OTHERS, 1), (PROMPTS[:1], OTHERS[1:], 0)])
-def test_other_prompts_under_a_calibrated_config_are_named_once(engine, tmp_path, first, second, place):
+def test_other_prompts_under_calibrated_targets_alone_are_named_once(engine, tmp_path, first, second, place):
     calibrate(engine, first, config=CONFIG, seed=0).save_pretrained(tmp_path)
-    config = StarsConfig.from_pretrained(tmp_path)
+    config = StarsConfig.from_pretrained(tmp_path).replace(fit=None)
     with pytest.warns(UserWarning, match=MADE_FOR_OTHERS.format(place)):
         engine.generate(second, config, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         engine.generate(second, config, seed=0)
-        engine.generate(second, calibrate(engine, first, config=CONFIG, seed=1).config, seed=0)
+        engine.generate(second, calibrate(engine, first, config=CONFIG, seed=1).config.replace(fit=None), seed=0)
+
+
+def test_other_prompts_under_a_calibrated_config_are_served_by_its_fit(engine, quiet):
+    config = calibrate(engine, PROMPTS, config=CONFIG, seed=0).config
+    alone = engine.generate([OTHERS[1]], config, seed=[5])
+    assert engine.generate(OTHERS, config, seed=[4, 5]).completions[1] == alone.completions[0]
+    assert all(segment.threshold == 1.0 for segment in alone.segments[0]), "a quantile"
 
 
 def test_lists_of_ones_own_go_with_any_prompts(engine, quiet):

@@ -32,21 +32,22 @@ def test_a_fit_finds_mean_slope_and_spread():
     assert (first.mean, first.slope) == (pytest.approx(1.0, abs=0.05), 0.0)
     assert (second.mean, second.slope) == (pytest.approx(1.0, abs=0.15), pytest.approx(0.8, abs=0.1))
     for law in fit.laws:
-        assert law.spread(1.0) == pytest.approx(math.hypot(0.3, 0.5), abs=0.03)
+        assert law.between == pytest.approx(0.3, abs=0.04)
+        assert math.sqrt(law.variance(1.0)) == pytest.approx(0.5, abs=0.02)
     assert fit.law(7) == second
 
 
 def test_a_fit_finds_spreads_that_follow_the_reward_before():
     law = learn(drawn(spread=lambda before: math.exp(-0.5 - 0.4 * before)), {}, {}).laws[1]
     assert law.spread_slope == pytest.approx(-0.4, abs=0.05)
-    assert law.spread(law.highest + 5) == law.spread(law.highest), "nothing is known of spreads out there"
+    assert law.variance(law.highest + 5) == law.variance(law.highest), "nothing is known of spreads out there"
 
 
 def test_a_segment_whose_rewards_do_not_vary_is_no_obstacle():
     groups = [group if group.segment else group._replace(rewards=[0.0] * 16, before=0.0) for group in drawn(40)]
     flat, other = learn(groups, {}, {}).laws
     assert flat.centre(0.0) == 0.0
-    assert 0 < flat.spread(0.0) < 0.2 * other.spread(1.0)
+    assert 0 < flat.variance(0.0) < 0.04 * other.variance(1.0)
     with pytest.raises(ValueError, match="all the same"):
         learn([group._replace(rewards=[1.0] * 16) for group in groups], {}, {})
 

@@ -12,6 +12,7 @@ from typing import Any
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.inputs.arguments import Arguments
+from stars_fast.inputs.fits import made_for
 from stars_fast.loop.pilot import (
     ACCEPTANCE,
     PILOT_SAMPLES,
@@ -22,6 +23,7 @@ from stars_fast.loop.pilot import (
     spread,
     tilted_mean,
 )
+from stars_fast.methods.fit import Fit, Group, learn
 from stars_fast.methods.numbers import MOST_ANSWERS, integer, real, shown
 
 # Below this, partial rewards say too little about final ones to guide by.
@@ -50,8 +52,9 @@ class Calibration:
     Attributes
     ----------
     config : StarsConfig
-        The caller's, with ``target_reward`` and ``base_reward`` per prompt and beta in the reward's units: for these
-        prompts.
+        The caller's, with ``target_reward`` and ``base_reward`` per prompt and beta in the reward's units, for these
+        prompts. For others it has ``acceptance`` and a ``fit`` to the pilots: quantiles are tested there, where "stars"
+        or "cards" was calibrated and the pilots' rewards vary.
     pilots : list of Pilot
     """
 
@@ -166,5 +169,21 @@ def calibrate(
             beta=beta,
         )
     )
+    if ruled.chosen_method.uses_fit and acceptance < 1.0 and (known := _fit(engine, arguments, pilots)) is not None:
+        chosen = chosen.replace(fit=known, acceptance=acceptance)
     engine.per_prompt.made((pilot.target for pilot in pilots), (pilot.prompt for pilot in pilots))
     return Calibration(chosen, pilots)
+
+
+def _fit(engine: StarsEngine, arguments: Arguments, pilots: Sequence[Pilot]) -> Fit | None:
+    """To the pilots, each prefix with its one candidate; None where they say too little."""
+    call, groups = engine.prepare(arguments), []
+    for run in (run for pilot in pilots for run in pilot.responses):
+        befores = [0.0, *(reward for _, reward in run)]
+        for segment, (before, (_, reward)) in enumerate(zip(befores, run, strict=False)):
+            if math.isfinite(before) and math.isfinite(reward):
+                groups.append(Group(segment, before, (reward,)))
+    try:
+        return learn(groups, made_for(call.config, call.terms.sampling, engine.policy, engine.reward), {})
+    except ValueError:
+        return None

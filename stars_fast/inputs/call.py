@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
@@ -24,6 +24,7 @@ from stars_fast.inputs.arguments import (
 from stars_fast.inputs.fits import check_fit
 from stars_fast.inputs.generation_settings import row_processors, time_limit, warn_of_unapplied
 from stars_fast.inputs.hooks import stop_test
+from stars_fast.inputs.per_prompt import PerPrompt
 from stars_fast.inputs.sampling import as_ids, resolve_sampling
 from stars_fast.loop.caller import Size
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot, of_prompt, pilot_config
@@ -130,8 +131,11 @@ def prepare(
     tokenizer: Any,
     kv_cache_tokens: int | None,
     samples: int = PILOT_SAMPLES,
+    per_prompt: PerPrompt | None = None,
 ) -> Call:
     """Check every argument and read the prompts: settings, texts, limits, keys.
+
+    ``per_prompt`` knows which prompts a config was calibrated for: under its fit, others are none of these.
 
     Raises
     ------
@@ -139,8 +143,16 @@ def prepare(
         Naming the argument, the value, the prompt's index and the limit. Nothing has run when this raises.
     """
     given, config, sampling = _settings(arguments, policy, reward, tokenizer)
+    prompts, reward_prompts = _texts(arguments, policy, tokenizer)
+    if per_prompt is not None and given.known is not None and isinstance(given.target_reward, tuple):
+        served = per_prompt.serves(given.target_reward, [prompt.ids for prompt in prompts])
+        others = {} if served else {"target_reward": None, "base_reward": None}
+        arguments = replace(arguments, overrides={**arguments.overrides, **others})
+        given, config, sampling = _settings(arguments, policy, reward, tokenizer)
+    for name in ("target_reward", "base_reward"):
+        if isinstance(value := getattr(given, name), tuple):
+            check_per_prompt(name, value, len(prompts), ": calibrated for other prompts?")
     method = config.chosen_method
-    prompts, reward_prompts = _texts(arguments, given, policy, tokenizer)
     sampling, hooks = _hooks(arguments, config, sampling, prompts, policy, tokenizer)
     preferred = under_preferences(method, prompts, arguments, sampling, hooks, policy, tokenizer)
     check_limits(prompts, preferred, config, policy, kv_cache_tokens)
@@ -176,7 +188,8 @@ def _settings(
     method.check(reward)
     ruled = method.rule(given)
     warn_of_overruled(method, given, ruled)
-    if given.known is not None and method.uses_fit and method.has_target and ruled.target_reward is None:
+    tests_quantiles = method.uses_fit and method.has_target and ruled.target_reward is None
+    if given.known is not None and tests_quantiles:
         quantiles = QuantileRule(method, given.known, ruled.acceptance)
         ruled = quantiles.rule(given).replace(method=quantiles)
     if method.segments().delimiter is not None and tokenizer is None:
@@ -186,7 +199,8 @@ def _settings(
         )
     own = _generation_config(arguments, policy)
     sampling = resolve_sampling(ruled, policy.model, tokenizer, own)
-    check_fit(ruled, sampling, policy, reward)
+    if tests_quantiles or not (method.uses_fit and method.has_target):  # a target that is given needs no fit
+        check_fit(ruled, sampling, policy, reward)
     if ruled.stop_strings is None and (strings := getattr(own, "stop_strings", None)) is not None:
         ruled = ruled.replace(stop_strings=strings)
     if ruled.eos_token_id is not None and max(eos := as_ids(ruled.eos_token_id), default=0) >= policy.vocab_size:
@@ -199,9 +213,7 @@ def _generation_config(arguments: Arguments, policy: Policy) -> GenerationConfig
     return arguments.generation_config or getattr(policy.model, "generation_config", None)
 
 
-def _texts(
-    arguments: Arguments, given: StarsConfig, policy: Policy, tokenizer: Any
-) -> tuple[Sequence[Prompt], list[RewardPrompt]]:
+def _texts(arguments: Arguments, policy: Policy, tokenizer: Any) -> tuple[Sequence[Prompt], list[RewardPrompt]]:
     """Prompts, and as the reward sees them."""
     prompts = read_prompts(
         arguments.prompts,
@@ -210,9 +222,6 @@ def _texts(
         chat_template_kwargs=arguments.chat_template_kwargs,
         max_positions=policy.max_positions,
     )
-    for name in ("target_reward", "base_reward"):
-        if isinstance(value := getattr(given, name), tuple):
-            check_per_prompt(name, value, len(prompts), ": calibrated for other prompts?")
     return prompts, read_reward_prompts(arguments, prompts, tokenizer)
 
 

@@ -37,6 +37,11 @@ def check_fit(config: StarsConfig, sampling: Sampling, policy: Policy, reward: R
         return
     if not config.chosen_method.uses_fit:
         warn(f"method={config.chosen_method.name!r} has no use for a fit")
+    elif not config.chosen_method.has_target and len(config.known.prefixes[0][0].rewards) == 1:
+        raise ValueError(
+            f"fit: a calibration's, which serves 'stars' and 'cards': method={config.chosen_method.name!r} needs one "
+            "of stars_fast.fit(engine, prompts)"
+        )
     elif differences := config.known.differences(made_for(config, sampling, policy, reward)):
         raise ValueError(
             f"fit: made for something else ({'; '.join(differences)}); make one with stars_fast.fit(engine, prompts)"

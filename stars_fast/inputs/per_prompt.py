@@ -20,6 +20,11 @@ class PerPrompt:
         """Targets, one for each of these prompts' ids."""
         self._made = [*self._made[1 - _KEPT :], (tuple(targets), _fingerprints(prompts))]
 
+    def serves(self, targets: Sequence[float], prompts: Sequence[Sequence[int]]) -> bool:
+        """Whether there is one for each of these prompts, and nothing says that it is another one's."""
+        known = [made for calibrated, made in self._made if calibrated == targets]
+        return len(targets) == len(prompts) and (not known or _fingerprints(prompts) in known)
+
     def used(self, targets: Sequence[float], prompts: Iterable[Sequence[int]]) -> None:
         """They are used for these: a warning says once where they were made for others."""
         known = [made for calibrated, made in self._made if calibrated == targets]

@@ -30,10 +30,9 @@ _LEAST_VARIANCE = 0.01
 class SegmentLaw(NamedTuple):
     """Rewards of the candidates of one segment, in the reward's units, behind a prefix with the reward ``before``.
 
-    Before one of them is seen, they have the mean ``mean + slope * before`` and the standard deviation
-    ``exp(log_spread + spread_slope * before)``, ``before`` being clipped there to what was seen, from ``lowest`` to
-    ``highest``. The first segment has nothing before it: ``before`` is 0. None of those seen was more than ``top``
-    standard deviations above the mean.
+    Their mean varies among such prefixes, around ``mean + slope * before`` with the standard deviation ``between``.
+    Within a prefix they have the standard deviation ``exp(log_spread + spread_slope * before)``, ``before`` being
+    clipped there to what was seen, from ``lowest`` to ``highest``. The first segment has nothing before it: 0.
 
     An unfinished answer that has the reward r after it, and goes on with n candidates a segment, ends with
     ``ahead + carried * r + searched * log(n)`` on average.
@@ -41,22 +40,22 @@ class SegmentLaw(NamedTuple):
 
     mean: float
     slope: float
+    between: float
     log_spread: float
     spread_slope: float
     lowest: float
     highest: float
-    top: float
     ahead: float = 0.0
     carried: float = 1.0
     searched: float = 0.0
 
-    def centre(self, before: Any) -> Any:
-        """Mean reward to expect behind such a prefix; a float or an array."""
+    def centre(self, before: float) -> float:
+        """Mean reward to expect behind such a prefix."""
         return self.mean + self.slope * before
 
-    def spread(self, before: float) -> float:
-        """Standard deviation around it, of what is not known of the prefix and of its candidates together."""
-        return math.exp(self.log_spread + self.spread_slope * min(max(before, self.lowest), self.highest))
+    def variance(self, before: float) -> float:
+        """Of the candidates within such a prefix, as far as is known before they are drawn."""
+        return math.exp(2 * (self.log_spread + self.spread_slope * min(max(before, self.lowest), self.highest)))
 
     def unfinished(self, final: float, candidates: float) -> float:
         """Reward of an unfinished answer that is worth as much as a finished one with the reward ``final``."""
@@ -82,7 +81,8 @@ class Fit:
         Rewards less what was to be expected before the segment was drawn, in standard deviations of that: atoms of
         equal weight, ascending.
     prefixes : tuple of tuple of Prefix
-        By segment index, some of those that it was learned from, by ascending reward.
+        By segment index, some of those that it was learned from, by ascending reward. Those of a calibration have one
+        candidate each: enough for quantiles, and for nothing else.
     outlook : tuple of (float, float)
         Candidates a segment, the best of which went on, and the reward of the finished answers; ascending.
     made_for : mapping
@@ -105,7 +105,8 @@ class Fit:
     def level(self, segment: int, before: float, reward: float) -> float:
         """``F(reward)`` in (0, 1), strictly increasing: the share of candidates of such prefixes with lower rewards."""
         law = self.law(segment)
-        return _share_below((reward - law.centre(before)) / law.spread(before), self.levels)
+        scale = math.sqrt(law.variance(before) + law.between**2)
+        return _share_below((reward - law.centre(before)) / scale, self.levels)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain, JSON-ready values."""
@@ -200,10 +201,11 @@ class Group(NamedTuple):
 
 
 def learn(groups: Sequence[Group], made_for: Mapping[str, Any], figures: Mapping[str, float]) -> Fit:
-    """The fit of what was drawn, every group being of as many candidates, at least 4.
+    """The fit of what was drawn, every group being of as many candidates: at least 4, or one.
 
-    Per segment, least squares for the mean of a prefix and for the logarithm of its spread, given the reward before
-    it, and for what unfinished answers come to.
+    Per segment, least squares for the mean of a prefix, given the reward before it, and for what unfinished answers
+    come to; where there are several candidates, for the logarithm of their spread as well, and moments for what the
+    means of prefixes vary beyond that.
 
     Raises
     ------
@@ -212,23 +214,27 @@ def learn(groups: Sequence[Group], made_for: Mapping[str, Any], figures: Mapping
     """
     by_segment = [[g for g in groups if g.segment == k] for k in range(max(group.segment for group in groups) + 1)]
     by_segment = list(takewhile(lambda here: len(here) >= 3, by_segment))
-    mean_variance = fmean(float(np.var(group.rewards, ddof=1)) for here in by_segment for group in here)
+    mean_variance = fmean(_variance(here) for here in by_segment) if by_segment else 0.0
     if not mean_variance > 1e-12:
         raise ValueError("fit: the rewards of a segment's candidates are all the same, so that none is better")
     laws, levels = [], []
     for here in by_segment:
         before, rewards = np.array([g.before for g in here]), np.array([g.rewards for g in here])  # [n], [n, m]
-        means, variances = rewards.mean(1), rewards.var(1, ddof=1)
-        varies = variances > 1e-12
-        slope, mean = _line(before, means)
-        spread_slope, _ = _line(before[varies], 0.5 * np.log(variances[varies]))
-        shape = np.exp(2 * spread_slope * before)
-        squares = (rewards - (mean + slope * before)[:, None]) ** 2
-        scale = max(float((squares.mean(1) / shape).mean()), _LEAST_VARIANCE * mean_variance)
+        count, deviations = rewards.shape[1], rewards.std(1)
+        slope, mean = _line(before, rewards.mean(1))
+        varies = deviations > 1e-6
+        spread_slope, _ = _line(before[varies], np.log(deviations[varies]))
+        shape, off = np.exp(2 * spread_slope * before), rewards - (mean + slope * before)[:, None]
+        least = _LEAST_VARIANCE * mean_variance
+        if count > 1:
+            variances = rewards.var(1, ddof=1)
+            scale = max(float((variances / shape).mean()), least)  # so that it is the mean variance which is right
+            between = math.sqrt(max(float((off.mean(1) ** 2).mean() - variances.mean() / count), 1e-4 * scale))
+        else:
+            scale, between = max(float((off**2).mean()), least), 0.0
         limits = float(before.min()), float(before.max())
-        levels.append(((rewards.T - mean - slope * before) / np.sqrt(scale * shape)).ravel())
-        top = float(levels[-1].max())
-        laws.append(SegmentLaw(mean, slope, 0.5 * math.log(scale), spread_slope, *limits, top, *_prospect(here)))
+        laws.append(SegmentLaw(mean, slope, between, 0.5 * math.log(scale), spread_slope, *limits, *_prospect(here)))
+        levels.append((off / np.sqrt(scale * shape + between**2)[:, None]).ravel())
     return Fit(
         tuple(laws),
         _atoms(np.concatenate(levels)),
@@ -236,6 +242,12 @@ def learn(groups: Sequence[Group], made_for: Mapping[str, Any], figures: Mapping
         made_for=dict(made_for),
         figures=dict(figures),
     )
+
+
+def _variance(groups: Sequence[Group]) -> float:
+    """Of the candidates of a prefix, on average; of all, where each has one."""
+    rewards = np.array([group.rewards for group in groups])
+    return float((rewards.var(1) if rewards.shape[1] > 1 else rewards.var()).mean())
 
 
 def _kept(groups: Sequence[Group]) -> tuple[Prefix, ...]:

@@ -19,8 +19,11 @@ from stars_fast.methods.numbers import real
 # When a cost is solved for: simulated segments; most of them in an answer (later ones are like those before); orders of
 # the candidates of a prefix that was met.
 _SIMULATED, _LONGEST, _ORDERS = 1600, 32, 4
-# Candidates that what is expected before one of them is seen is worth: a fit's forecast, or the prefix's reward.
-_WORTH = 3.0
+# Degrees of freedom that the expected spread of a prefix is worth, and candidates that the fit's shape is worth: half
+# and twice as many are as good (docs/findings/optimal-stopping.md).
+_SPREAD_WORTH, _SHAPE_WORTH = 12.0, 8.0
+# Candidates that the reward of the prefix is worth as a forecast of their mean, where no fit says it.
+_PREFIX_WORTH = 3.0
 
 
 class Shape:
@@ -69,13 +72,34 @@ class Search(Protocol):
         """Of a candidate that ends the answer, beside those that do not: the reward of one of these that is as good."""
 
 
-class Forecast:
-    """By a fit. Stop once the best so far, b, gains less from a further candidate than this costs.
+class Seen:
+    """Candidates of a segment, by their sums around a centre."""
 
-    The law of a prefix is not known: it has a Dirichlet prior whose centre is the fit's law, which is worth three
-    candidates. Those seen are at most b, so that a further one is expected to gain
-    ``E (V - b)^+ = 3 / (3 + seen) * E_fit (V - b)^+``. That falls with each candidate, and in such a case it is optimal
-    to look one step ahead (Chow and Robbins 1961; an unknown law: Rothschild 1974, Bikhchandani and Sharma 1996).
+    def __init__(self, centre: float) -> None:
+        self.centre, self.count, self.total, self.squares = centre, 0, 0.0, 0.0
+
+    def see(self, reward: float) -> None:
+        self.count += 1
+        self.total += reward - self.centre
+        self.squares += (reward - self.centre) ** 2
+
+    def mean(self, worth: float) -> float:
+        """Of those seen and of the centre, which counts as so many."""
+        return self.centre + self.total / (worth + self.count)
+
+    @property
+    def within(self) -> float:
+        """Squares around the mean of those seen."""
+        return max(self.squares - self.total**2 / self.count, 0.0) if self.count else 0.0
+
+
+class Forecast:
+    """By a fit, and by the segment's own candidates: enough is where a further one, V, gains over the best so far, b,
+    what it costs (Weitzman 1979; of a law that is being learned: Rothschild 1974).
+
+    The mean of V has the posterior of a normal mean under the fit's law; its spread is shrunk to the expected one,
+    which is worth twelve degrees of freedom; its shape is the fit's. That shape is worth eight candidates (a Dirichlet
+    prior): as those seen are at most b, ``E (V - b)^+ = 8 / (8 + seen) * E_shape (V - b)^+``.
 
     Parameters
     ----------
@@ -92,16 +116,21 @@ class Forecast:
         self.begin(0, None)
 
     def begin(self, segment: int, before: float | None) -> None:
-        self._law, self._seen = self.fit.law(segment), 0
-        self._centre, self._spread = self._law.centre(before or 0.0), self._law.spread(before or 0.0)
+        self._law = self.fit.law(segment)
+        self._variance = self._law.variance(before or 0.0)
+        self._worth = self._variance / self._law.between**2  # candidates, the forecast of the mean is
+        self._seen = Seen(self._law.centre(before or 0.0))
 
     def see(self, reward: float) -> None:
-        self._seen += 1
+        self._seen.see(reward)
 
     @property
     def threshold(self) -> float:
-        cost = self.cost / self._spread * (_WORTH + self._seen) / _WORTH
-        return self._centre + self._spread * min(self._shape.reservation(cost), self._law.top)
+        seen = self._seen.count
+        variance = (_SPREAD_WORTH * self._variance + self._seen.within) / (_SPREAD_WORTH + max(seen - 1, 0))
+        spread = math.sqrt(variance * (1 + 1 / (self._worth + seen)))
+        cost = self.cost * (_SHAPE_WORTH + seen) / _SHAPE_WORTH
+        return self._seen.mean(self._worth) + spread * self._shape.reservation(cost / spread)
 
     def worth(self, final: float) -> float:
         return self._law.unfinished(final, self.budget)
@@ -125,40 +154,29 @@ class Experience:
 
     def __init__(self, cost: float, budget: float) -> None:
         self.cost, self.least, self.most = cost, round(budget), math.ceil(2 * budget - 1)
-        self._segment, self._seen = -1, 0
+        self._segment, self._seen = -1, Seen(0.0)
         self._past, self._degrees = 0.0, 0  # squares within the segments before, and their degrees of freedom
 
     def begin(self, segment: int, before: float | None) -> None:
-        if segment != self._segment and self._seen:
-            self._past, self._degrees = self._past + self._within, self._degrees + self._seen - 1
-        self._segment, self._seen = segment, 0
-        self._prior, self._known = before or 0.0, _WORTH * (before is not None)
-        self._total = self._squares = 0.0  # of rewards less the prefix's
+        if segment != self._segment and self._seen.count:
+            self._past, self._degrees = self._past + self._seen.within, self._degrees + self._seen.count - 1
+        self._segment, self._seen = segment, Seen(before or 0.0)
+        self._worth = _PREFIX_WORTH * (before is not None)
 
     def see(self, reward: float) -> None:
-        self._seen += 1
-        self._total += reward - self._prior
-        self._squares += (reward - self._prior) ** 2
-
-    @property
-    def _within(self) -> float:
-        """Squares around the mean of those seen."""
-        return max(self._squares - self._total**2 / self._seen, 0.0) if self._seen else 0.0
+        self._seen.see(reward)
 
     @property
     def threshold(self) -> float:
-        degrees = self._degrees + self._seen - 1
-        if self._seen >= self.most:
+        seen = self._seen.count
+        if seen >= self.most:
             return -math.inf
-        if degrees <= 0:
+        degrees = self._degrees + seen - 1
+        spread = math.sqrt((self._past + self._seen.within) / degrees) if degrees > 0 else 0.0
+        if spread == 0.0 and seen < max(self.least, 2):
             return math.inf
-        spread = math.sqrt((self._past + self._within) / degrees)
-        if spread == 0.0 and self._seen < self.least:
-            return math.inf
-        worth = self._known + self._seen
-        widened = math.sqrt(1 + 1 / worth)  # by what is not known of the mean
-        mean = self._prior + self._total / worth
-        return mean + spread * widened * _shape(NORMAL).reservation(self.cost / widened)
+        widened = math.sqrt(1 + 1 / (self._worth + seen))  # by what is not known of the mean
+        return self._seen.mean(self._worth) + spread * widened * _shape(NORMAL).reservation(self.cost / widened)
 
     def worth(self, final: float) -> float:
         return final
@@ -191,7 +209,7 @@ def _at_normal_prefixes(search: Search, attempts: int, segments: int, random: np
     for _ in range(requests):
         before = None
         for segment in range(segments):
-            mean = (before or 0.0) + _WORTH**-0.5 * random.standard_normal()
+            mean = (before or 0.0) + _PREFIX_WORTH**-0.5 * random.standard_normal()
             count, before = _looked_at(search, segment, before, mean + random.standard_normal(attempts))
             looked += count
     return looked / requests / segments
@@ -222,7 +240,7 @@ def cost_for(budget: float, attempts: int, segments: int, fit: Fit | None) -> fl
     def expected(log_cost: float) -> float:
         return expected_candidates(search(math.exp(log_cost), budget, fit), fit, attempts, segments)
 
-    scale = 1.0 if fit is None else max(law.spread(law.lowest) for law in fit.laws)
+    scale = 1.0 if fit is None else max(math.sqrt(law.variance(law.lowest)) for law in fit.laws)
     low, high = math.log(1e-5 * scale), math.log(10 * scale)
     while high - low > 0.02:
         middle = (low + high) / 2
