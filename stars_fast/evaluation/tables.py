@@ -25,11 +25,15 @@ _NEAR = 1.5
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one cell. Prompts that failed in the cell or in the baseline are left out of what is paired."""
+    """Figures of one cell. Prompts that failed in the cell or in the baseline are left out of what is paired.
+
+    Intervals are over prompts, a prompt's value being the mean over its seeds.
+    """
 
     method: str
     budget: float | None
     prompts: int
+    seeds: int
     errors: int
     guide: Interval
     judge: Interval
@@ -69,42 +73,63 @@ def summarise(generations: Sequence[Record], batches: Sequence[Record], tie: flo
         raise ValueError(
             f"no cell of method {BASELINE!r} among {', '.join(names) or 'none'}: wins are counted against it"
         )
-    judged = {row["place"]: row["judge"] for row in baseline if row["error"] is None}
+    judged = {_key(row): row["judge"] for row in baseline if row["error"] is None}
     return [
         _row(rows, [batch for batch in batches if batch["cell"] == name], judged, tie) for name, rows in cells.items()
     ]
 
 
-def _row(rows: Sequence[Record], batches: Sequence[Record], baseline: Mapping[int, float], tie: float) -> Row:
-    sound = [row for row in rows if row["error"] is None and row["place"] in baseline]
+def _key(row: Record) -> tuple[int, int]:
+    """What pairs generations of different cells."""
+    return row["place"], row["seed"]
+
+
+def by_prompt(rows: Sequence[Record], values: Sequence[float]) -> list[float]:
+    """Means over a prompt's seeds, by place: what is resampled are prompts."""
+    grouped: dict[int, list[float]] = {}
+    for row, value in zip(rows, values, strict=True):
+        grouped.setdefault(row["place"], []).append(value)
+    return [fmean(grouped[place]) for place in sorted(grouped)]
+
+
+def _row(
+    rows: Sequence[Record], batches: Sequence[Record], baseline: Mapping[tuple[int, int], float], tie: float
+) -> Row:
+    sound = [row for row in rows if row["error"] is None and _key(row) in baseline]
     if not sound:
         raise ValueError(f"{rows[0]['cell']}: all {len(rows)} responses failed, the first with {rows[0]['error']!r}")
-    wins = outcomes([row["judge"] for row in sound], [baseline[row["place"]] for row in sound], tie)
+    wins = outcomes([row["judge"] for row in sound], [baseline[_key(row)] for row in sound], tie)
     totals = {name: sum(batch[name] for batch in batches) for name in (*_TOKENS, *_PASSES, "seconds")}
     committed = totals["committed_tokens"]
     segments = [segment for row in sound for segment in row["segments"]]
     attempts = sum(segment["attempts"] for segment in segments)
-    texts = [row["completion_ids"] for row in sound]
+    # Texts of one seed together: among more texts more is said twice.
+    texts = [[row["completion_ids"] for row in sound if row["seed"] == seed] for seed in _seeds(sound)]
     return Row(
         method=rows[0]["method"],
         budget=rows[0]["budget"],
-        prompts=len(sound),
+        prompts=len({row["place"] for row in sound}),
+        seeds=len(texts),
         errors=sum(row["error"] is not None for row in rows),
-        guide=bootstrap([row["guide"] for row in sound]),
-        judge=bootstrap([row["judge"] for row in sound]),
-        win=bootstrap(wins),
+        guide=bootstrap(by_prompt(sound, [row["guide"] for row in sound])),
+        judge=bootstrap(by_prompt(sound, [row["judge"] for row in sound])),
+        win=bootstrap(by_prompt(sound, wins)),
         ties=fmean(win == 0.5 for win in wins),
         perplexity=perplexity(row["logprobs"] for row in sound),
-        distinct_1=distinct(texts, 1),
-        distinct_2=distinct(texts, 2),
-        distinct_3=distinct(texts, 3),
-        length=fmean(map(len, texts)),
+        distinct_1=fmean(distinct(some, 1) for some in texts),
+        distinct_2=fmean(distinct(some, 2) for some in texts),
+        distinct_3=fmean(distinct(some, 3) for some in texts),
+        length=fmean(len(row["completion_ids"]) for row in sound),
         policy_tokens=totals["policy_tokens"] / committed,
         reward_tokens=totals["reward_tokens"] / committed,
         compute=sum(totals[name] for name in _PASSES) / committed,
         acceptance=sum(segment["accepted"] for segment in segments) / attempts if attempts else math.nan,
         tokens_per_second=committed / totals["seconds"],
     )
+
+
+def _seeds(rows: Sequence[Record]) -> list[int]:
+    return sorted({row["seed"] for row in rows})
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -128,7 +153,7 @@ def _cells(row: Row) -> dict[str, str]:
         "tokens": f"{row.length:.0f}",
         "policy tok": f"{row.policy_tokens:.2f}",
         "reward tok": f"{row.reward_tokens:.2f}",
-        "acceptance": f"{row.acceptance:.2f}" if row.method in _TESTING else "",
+        "acceptance": f"{row.acceptance:.2f}" if row.method.partition("+")[0] in _TESTING else "",
         "tok/s": f"{row.tokens_per_second:.0f}",
     }
 
