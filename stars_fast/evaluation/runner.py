@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from torch import nn
@@ -44,18 +45,19 @@ class Evaluation:
 
         ``advance`` is told how many generations were added, and of which cell.
         """
-        for seed in range(self.seed, self.seed + self.repeats):
-            for cell in cells:
-                todo = [batch for batch in range(self.batches) if (cell.name, seed, batch) not in records.done]
-                advance(len(self.prompts) - sum(len(self._places(batch)) for batch in todo), cell.name)
-                config = self.learned.config(cell) if todo else cell.config
-                for batch in todo:
-                    records.add(*self._run_batch(cell, config, seed, batch))
-                    advance(len(self._places(batch)), cell.name)
+        for cell in cells:
+            todo = [key for key in self._batches() if (cell.name, *key) not in records.done]
+            left = sum(len(self._places(batch)) for _, batch in todo)
+            advance(len(self.prompts) * self.repeats - left, cell.name)
+            config = self.learned.config(cell) if todo else cell.config
+            for seed, batch in todo:
+                records.add(*self._run_batch(cell, config, seed, batch))
+                advance(len(self._places(batch)), cell.name)
 
-    @property
-    def batches(self) -> int:
-        return -(-len(self.prompts) // self.batch_size)
+    def _batches(self) -> list[tuple[int, int]]:
+        """Seed and number of each."""
+        count = -(-len(self.prompts) // self.batch_size)
+        return list(product(range(self.seed, self.seed + self.repeats), range(count)))
 
     def _places(self, batch: int) -> range:
         return range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.prompts)))
