@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.cli import app
 from stars_fast.evaluation.cells import cells, steps
+from stars_fast.evaluation.divergence import of_best
 from stars_fast.evaluation.judging import judged
 from stars_fast.evaluation.learned import Learned, shared_target
 from stars_fast.evaluation.metrics import (
@@ -255,6 +256,7 @@ def test_the_baseline_ties_with_itself_and_best_of_n_earns_more_for_its_tokens(e
     baseline, other = summarise(records.generations, records.batches)
     assert baseline.win == (0.5, 0.5, 0.5) and baseline.ties == 1.0
     assert other.guide.value > baseline.guide.value
+    assert baseline.kl == 0.0 and other.kl == pytest.approx(of_best(4))
     assert other.policy_tokens > 2 * baseline.policy_tokens == 2.0
     spent = [sum(batch[name] for batch in records.batches[3:]) for name in ("policy_passes", "reward_passes")]
     assert other.compute == sum(spent) / sum(batch["committed_tokens"] for batch in records.batches[3:])
@@ -281,6 +283,7 @@ def test_a_way_to_use_a_method_is_a_row_of_its_own(evaluation, tmp_path):
     _, stars, pilots, fitted, stopping = summarise(records.generations, records.batches)
     assert [row.method for row in (stars, pilots, fitted, stopping)] == [cell.label for cell in made[1:]]
     assert pilots.policy_tokens > 8 > 4 > max(stars.policy_tokens, fitted.policy_tokens, stopping.policy_tokens)
+    assert all(0 < row.kl < 4 for row in (stars, pilots, fitted, stopping)) and stopping.kl_at_most
     betas = {
         name: {row["beta"] for row in records.generations if row["method"] == name}
         for name in ("stars", "stars+pilots")
@@ -395,7 +398,7 @@ def test_the_command_writes_table_and_plot_and_has_nothing_to_do_twice(tmp_path,
     assert again.stdout == first.stdout
     assert (tmp_path / "out" / "generations.jsonl").read_text() == lines
     pytest.importorskip("matplotlib")
-    assert (tmp_path / "out" / "quality_against_compute.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "quality_against_policy_tokens.png").stat().st_size > 1000
     other = CliRunner().invoke(app, [*command.split(), "--seed", "1"])
     assert other.exit_code == 2 and "other" in other.stderr
     monkeypatch.setitem(sys.modules, "matplotlib", None)

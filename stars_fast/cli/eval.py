@@ -54,7 +54,7 @@ def run(
         int | None, typer.Option(min=1, help="Answers to each prompt, with the seeds SEED, SEED + 1, ...")
     ] = None,
     tie: Annotated[float, typer.Option(min=0.0, help="Largest difference of judged rewards that is a tie.")] = 0.0,
-    output: Annotated[Path, typer.Option(help="Folder: generations and batches as JSON Lines, table, plot.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder: generations and batches as JSON Lines, table, plots.")] = Path(
         "evaluation"
     ),
     dtype: Annotated[str, typer.Option(help="Of all models: auto, float32, float16, bfloat16.")] = "auto",
@@ -97,7 +97,7 @@ def run(
         ):
             evaluation.run(made, records, advance)
         with refusing(OSError):
-            _report(records, output, tie)
+            _report(records, output, task, tie)
 
 
 def _prepare(
@@ -139,16 +139,14 @@ def _prepare(
     return evaluation, made, records
 
 
-def _report(records: Records, output: Path, tie: float) -> None:
+def _report(records: Records, output: Path, task: Recipe, tie: float) -> None:
     from stars_fast.evaluation.plots import plot
-    from stars_fast.evaluation.tables import equal_compute, markdown, summarise, to_csv
+    from stars_fast.evaluation.summary import Summary
 
-    rows = summarise(records.generations, records.batches, tie)
-    table = markdown(rows) + equal_compute(rows)
-    (output / "table.md").write_text(table, encoding="utf-8")
-    (output / "table.csv").write_text(to_csv(rows), encoding="utf-8")
-    typer.echo(table, nl=False)
+    summary = Summary.of(records.generations, records.batches, output, tie, task.pairs)
+    summary.write(output)
+    typer.echo(summary.markdown(), nl=False)
     try:
-        plot(rows, output)
+        plot(summary.rows, output)
     except ImportError as error:
         note(f"no plot: {error}")

@@ -40,6 +40,7 @@ class Recipe:
     settings: dict[str, Any] | None = None  # fields of StarsConfig, for all methods
     parameters: dict[str, dict[str, Any]] | None = None  # by name, its own
     fit: int = 0  # further prompts from which a fit is learned, once, for the methods "+fit"
+    pairs: tuple[tuple[str, str], ...] = ()  # of methods that are compared at equal tokens and at equal budgets
     batch_size: int = 16
     seed: int = 0
     repeats: int = 1  # answers to each prompt under each method: the random numbers are those of seed, seed + 1, ...
@@ -70,7 +71,8 @@ def read_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
             values[name] = values[name].split(",")
     recipe = dataclasses.replace(Recipe(), **values)
     methods = tuple(map(_asked, recipe.methods))
-    return dataclasses.replace(recipe, methods=methods, budgets=tuple(map(_number, recipe.budgets)))
+    budgets, pairs = tuple(map(_number, recipe.budgets)), tuple(map(_pair, recipe.pairs))
+    return dataclasses.replace(recipe, methods=methods, budgets=budgets, pairs=pairs)
 
 
 def _asked(entry: Any) -> Asked:
@@ -79,6 +81,12 @@ def _asked(entry: Any) -> Asked:
     if not isinstance(entry, dict) or len(entry) != 1 or not isinstance(budgets := next(iter(entry.values())), list):
         raise ValueError(f"methods: {entry!r} is neither a name nor `name: [budget, ...]`")
     return Asked(str(next(iter(entry))), tuple(map(_number, budgets)))
+
+
+def _pair(entry: Any) -> tuple[str, str]:
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+        raise ValueError(f"pairs: {entry!r} is not two methods")
+    return str(entry[0]), str(entry[1])
 
 
 def _number(budget: Any) -> float:
