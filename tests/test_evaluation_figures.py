@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks import reward_plot
 from stars_fast.evaluation.divergence import divergence, of_best, of_search, of_tested
 from stars_fast.evaluation.metrics import Interval, bootstrap
 from stars_fast.evaluation.paired import Point, Reached, at_equal_tokens, compare, to_reach, tokens_to_reach
@@ -142,3 +143,25 @@ def test_a_summary_is_text_and_json_of_the_same_figures():
     read = json.loads(summary.to_json())
     assert read["rows"][0]["kl"] == 1.23457 and read["rows"][0]["judge_low"] == 0.0
     assert read["to_reach"]["stars"] == {"guide": {"tokens": 2.0, "at_most": True}, "judge": None}
+
+
+# ------------------------------------------------------------------------------------- README's plot
+def test_the_plot_of_the_readme_is_the_same_for_the_same_records(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [row("vanilla", None, 1.0, 0.0)]
+    for i, method in enumerate(reward_plot.SERIES):
+        rows += [row(method, float(n), float(n), math.log(n) + i, -math.log(n)) for n in (2, 4, 64)]
+    table = Summary(rows, {}, [], [], {}).to_json()
+    for date in ("2026-01-01", "2026-02-01"):
+        (tmp_path / f"{date}-eval-films.json").write_text(table)
+    assert list(reward_plot.newest(tmp_path)) == ["films"]
+    record = json.loads(table)
+    assert [one[:2] for one in reward_plot.points(record, "best_of_n", "judge")] == [
+        (1.0, 0.0),
+        (2.0, pytest.approx(-math.log(2), abs=1e-5)),
+        (4.0, pytest.approx(-math.log(4), abs=1e-5)),
+    ]
+    for name in ("a.svg", "b.svg"):
+        reward_plot.main(["--results", str(tmp_path), "--output", str(tmp_path / name)])
+    drawn = (tmp_path / "a.svg").read_bytes()
+    assert drawn == (tmp_path / "b.svg").read_bytes() and len(drawn) < 100_000 and b"<dc:date>" not in drawn
