@@ -25,7 +25,7 @@ SERIES = {
 }
 _BASELINE = "vanilla"
 _GREY = "#858d96"  # text and axes: as dark on white as it is bright on black
-_MOST_TOKENS = 20.0  # best-of-64 would leave the others a corner
+_MOST = 20.0  # best-of-64 would leave the others a corner
 
 
 def newest(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -37,10 +37,10 @@ def newest(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
 
 
 def points(record: Mapping[str, Any], method: str, scorer: str) -> list[tuple[float, float, float, float]]:
-    """Policy tokens per token returned, mean reward and its interval, of each budget, from the baseline on."""
+    """Of each budget, from the baseline on: policy tokens of an answer in an unguided one's, mean reward, interval."""
     rows = [row for row in record["rows"] if row["method"] in (_BASELINE, method)]
-    found = [tuple(row[name] for name in ("policy_tokens", scorer, f"{scorer}_low", f"{scorer}_high")) for row in rows]
-    return sorted(point for point in found if point[0] <= _MOST_TOKENS)
+    found = [tuple(row[name] for name in ("answers", scorer, f"{scorer}_low", f"{scorer}_high")) for row in rows]
+    return sorted(point for point in found if point[0] <= _MOST)
 
 
 def draw(records: Mapping[str, Mapping[str, Any]], scorer: str, output: Path) -> None:
@@ -50,7 +50,7 @@ def draw(records: Mapping[str, Mapping[str, Any]], scorer: str, output: Path) ->
 
     look = {
         "svg.hashsalt": "stars-fast",
-        "svg.fonttype": "path",
+        "svg.fonttype": "none",
         "font.size": 10,
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _GREY),
     }
@@ -77,7 +77,7 @@ def panel(axes: Any, record: Mapping[str, Any], scorer: str) -> None:
     axes.annotate("vanilla", (tokens, value), (6, -10), textcoords="offset points", fontsize=9)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("policy tokens drawn per token returned")
+    axes.set_xlabel("policy tokens drawn for an answer (vanilla: 1)")
     axes.patch.set_alpha(0.0)
     axes.grid(True, color=_GREY, alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

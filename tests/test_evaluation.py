@@ -257,6 +257,8 @@ def test_the_baseline_ties_with_itself_and_best_of_n_earns_more_for_its_tokens(e
     assert baseline.win == (0.5, 0.5, 0.5) and baseline.ties == 1.0
     assert other.guide.value > baseline.guide.value
     assert baseline.kl == 0.0 and other.kl == pytest.approx(of_best(4))
+    drawn = [sum(batch["policy_tokens"] for batch in some) for some in (records.batches[:3], records.batches[3:])]
+    assert baseline.answers == 1.0 and other.answers == drawn[1] / drawn[0]
     assert other.policy_tokens > 2 * baseline.policy_tokens == 2.0
     spent = [sum(batch[name] for batch in records.batches[3:]) for name in ("policy_passes", "reward_passes")]
     assert other.compute == sum(spent) / sum(batch["committed_tokens"] for batch in records.batches[3:])
@@ -398,7 +400,7 @@ def test_the_command_writes_table_and_plot_and_has_nothing_to_do_twice(tmp_path,
     assert again.stdout == first.stdout
     assert (tmp_path / "out" / "generations.jsonl").read_text() == lines
     pytest.importorskip("matplotlib")
-    assert (tmp_path / "out" / "quality_against_policy_tokens.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "quality_against_answers.png").stat().st_size > 1000
     other = CliRunner().invoke(app, [*command.split(), "--seed", "1"])
     assert other.exit_code == 2 and "other" in other.stderr
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -12,16 +12,16 @@ import pytest
 from benchmarks import reward_plot
 from stars_fast.evaluation.divergence import divergence, of_best, of_search, of_tested
 from stars_fast.evaluation.metrics import Interval, bootstrap
-from stars_fast.evaluation.paired import Point, Reached, at_equal_tokens, compare, to_reach, tokens_to_reach
+from stars_fast.evaluation.paired import Point, Reached, at_equal_tokens, compare, cost_to_reach, to_reach
 from stars_fast.evaluation.summary import Summary
 from stars_fast.evaluation.tables import Row, rewards
 
 
-def row(method, budget, tokens, guide, judge=0.0, **others):
+def row(method, budget, answers, guide, judge=0.0, **others):
     plain = {field.name: 0 for field in dataclasses.fields(Row)}
     figures = {"cell": f"{method}@{budget}" if budget else method, "method": method, "budget": budget, "compute": 1.0}
     at = {name: Interval(value, value, value) for name, value in {"guide": guide, "judge": judge, "win": 0.5}.items()}
-    return Row(**{**plain, **figures, **at, "policy_tokens": tokens, "kl": math.nan, "kl_at_most": False, **others})
+    return Row(**{**plain, **figures, **at, "answers": answers, "kl": math.nan, "kl_at_most": False, **others})
 
 
 # ------------------------------------------------------------------------------------------------- KL
@@ -70,13 +70,13 @@ def test_kl_is_zero_without_guidance_and_unknown_where_no_formula_is():
 
 
 # ------------------------------------------------------------------------------- tokens to reach a reward
-def test_tokens_to_reach_are_linear_in_log_tokens():
+def test_the_cost_to_reach_a_reward_is_linear_in_its_log():
     points = [(8.0, 3.0), (2.0, 1.0), (4.0, 2.0)]
-    assert tokens_to_reach(points, 2.5).tokens == pytest.approx(4 * math.sqrt(2))
-    assert tokens_to_reach(points, 3.0) == Reached(8.0, at_most=False)
-    assert tokens_to_reach(points, 0.5) == Reached(2.0, at_most=True)
-    assert tokens_to_reach(points, 3.1) is None
-    assert tokens_to_reach([(2.0, 1.0)], 2.0) is None
+    assert cost_to_reach(points, 2.5).cost == pytest.approx(4 * math.sqrt(2))
+    assert cost_to_reach(points, 3.0) == Reached(8.0, at_most=False)
+    assert cost_to_reach(points, 0.5) == Reached(2.0, at_most=True)
+    assert cost_to_reach(points, 3.1) is None
+    assert cost_to_reach([(2.0, 1.0)], 2.0) is None
 
 
 def test_the_yardstick_is_best_of_16_under_each_scorer():
@@ -84,7 +84,7 @@ def test_the_yardstick_is_best_of_16_under_each_scorer():
     rows.append(row("stars", 4.0, 4.0, 3.0, 1.6))
     reached = to_reach(rows)
     assert reached["vanilla"] == {"guide": None, "judge": None}
-    assert reached["stars"]["guide"].tokens == pytest.approx(2 * math.sqrt(2))
+    assert reached["stars"]["guide"].cost == pytest.approx(2 * math.sqrt(2))
     assert reached["stars"]["judge"] == Reached(2.0, at_most=True)
     assert to_reach(rows[:1]) == {}
 
@@ -113,11 +113,11 @@ def test_pairs_are_compared_on_the_prompts_that_all_their_cells_have():
     cells = {"vanilla": {0: 0.0, 1: 0.0}, "a@2.0": {0: 1.0, 1: 3.0}, "b@2.0": {0: 1.0, 1: 2.0, 2: 9.0}}
     cells["b@4.0"] = {0: 2.0, 1: 4.0, 2: 9.0}
     tokens, budgets = compare(rows, {"guide": cells, "judge": cells}, [("a", "b"), ("a", "unknown")])
-    assert [(one.scorer, one.tokens) for one in tokens] == [("guide", 2.0), ("judge", 2.0)]
+    assert [(one.scorer, one.cost) for one in tokens] == [("guide", 2.0), ("judge", 2.0)]
     share = math.log(2) / math.log(2.5)  # of the way from vanilla to b at 2.5 tokens
     assert tokens[0].difference.value == pytest.approx((1 - share * 1 + 3 - share * 2) / 2)
     assert tokens[0].ratio.value == pytest.approx(4 / (3 * share))
-    assert budgets[0].other_tokens == 2.5 and budgets[0].difference == bootstrap([0.0, 1.0])
+    assert budgets[0].other_cost == 2.5 and budgets[0].difference == bootstrap([0.0, 1.0])
 
 
 def test_rewards_are_means_over_seeds_of_what_did_not_fail():
@@ -142,7 +142,7 @@ def test_a_summary_is_text_and_json_of_the_same_figures():
     assert "| ≤ 1.23 |" in text and "| stars | ≤ 2.00 |  |" in text and "24 prompts, 1,000,000 policy tokens" in text
     read = json.loads(summary.to_json())
     assert read["rows"][0]["kl"] == 1.23457 and read["rows"][0]["judge_low"] == 0.0
-    assert read["to_reach"]["stars"] == {"guide": {"tokens": 2.0, "at_most": True}, "judge": None}
+    assert read["to_reach"]["stars"] == {"guide": {"cost": 2.0, "at_most": True}, "judge": None}
 
 
 # ------------------------------------------------------------------------------------- README's plot

@@ -1,4 +1,4 @@
-"""Methods against each other on the same prompts: at equal policy tokens, at equal budgets, and up to a yardstick."""
+"""Methods against each other on the same prompts: at equal policy tokens, at equal budgets and up to a yardstick."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ YARDSTICK_BUDGET = 16
 class Point(NamedTuple):
     """A method at a budget."""
 
-    tokens: float  # policy tokens per token returned
+    cost: float  # policy tokens of an answer, in an unguided one's
     rewards: np.ndarray  # [prompts]
 
 
 class Reached(NamedTuple):
-    """Policy tokens per token returned at which a method reaches a reward."""
+    """What a method costs where it reaches a reward."""
 
-    tokens: float
+    cost: float  # policy tokens of an answer, in an unguided one's
     at_most: bool  # its smallest budget is beyond the reward
 
 
@@ -39,28 +39,28 @@ class Comparison:
     other: str
     scorer: str
     budget: float | None  # of the method; of the other, too, where both are at the same
-    tokens: float  # policy tokens per token returned, of the method
-    other_tokens: float
+    cost: float  # policy tokens of an answer, in an unguided one's
+    other_cost: float
     difference: Interval
-    ratio: Interval | None = None  # of what both gain on the baseline; at equal tokens only
+    ratio: Interval | None = None  # of what both gain on the baseline; at equal cost only
 
 
-def tokens_to_reach(points: Sequence[tuple[float, float]], reward: float) -> Reached | None:
-    """Where rewards reach a height, linear in log tokens between budgets; None where none does.
+def cost_to_reach(points: Sequence[tuple[float, float]], reward: float) -> Reached | None:
+    """Where rewards reach a height, linear in the log of the cost between budgets; None where none does.
 
     Parameters
     ----------
     points : sequence of (float, float)
-        Tokens and mean reward, of each budget.
+        Cost and mean reward, of each budget.
     """
     below: tuple[float, float] | None = None
-    for tokens, value in sorted(points):
+    for cost, value in sorted(points):
         if value >= reward:
             if below is None:
-                return Reached(tokens, at_most=True)
+                return Reached(cost, at_most=True)
             share = (reward - below[1]) / (value - below[1])
-            return Reached(below[0] * (tokens / below[0]) ** share, at_most=False)
-        below = tokens, value
+            return Reached(below[0] * (cost / below[0]) ** share, at_most=False)
+        below = cost, value
     return None
 
 
@@ -72,8 +72,8 @@ def to_reach(rows: Sequence[Row]) -> dict[str, dict[str, Reached | None]]:
     of = {name: [row for row in rows if row.method == name] for name in dict.fromkeys(row.method for row in rows)}
     return {
         name: {
-            scorer: tokens_to_reach(
-                [(row.policy_tokens, getattr(row, scorer).value) for row in points], getattr(goal, scorer).value
+            scorer: cost_to_reach(
+                [(row.answers, getattr(row, scorer).value) for row in points], getattr(goal, scorer).value
             )
             for scorer in SCORERS
         }
@@ -84,8 +84,9 @@ def to_reach(rows: Sequence[Row]) -> dict[str, dict[str, Reached | None]]:
 def at_equal_tokens(point: Point, others: Sequence[Point], baseline: np.ndarray) -> tuple[Interval, Interval] | None:
     """A method less another one, and the ratio of what both gain on the baseline, at the method's policy tokens.
 
-    The other's mean reward is linear in log tokens between its budgets; the baseline is its budget of 1. Prompts are
-    resampled for all of them together; tokens are taken as they are. None where the other has no budget as large.
+    The other's mean reward is linear in the log of the policy tokens between its budgets; the baseline is its budget
+    of 1. Prompts are resampled for all of them together; tokens are taken as they are. None where the other has no
+    budget as large.
 
     Parameters
     ----------
@@ -95,12 +96,12 @@ def at_equal_tokens(point: Point, others: Sequence[Point], baseline: np.ndarray)
     baseline : ndarray
         Its rewards ``[prompts]``.
     """
-    ladder = sorted([Point(1.0, baseline), *others], key=lambda one: one.tokens)
-    above = next((i for i, one in enumerate(ladder) if one.tokens >= point.tokens), None)
+    ladder = sorted([Point(1.0, baseline), *others], key=lambda one: one.cost)
+    above = next((i for i, one in enumerate(ladder) if one.cost >= point.cost), None)
     if not above:
         return None
     low, high = ladder[above - 1], ladder[above]
-    share = math.log(point.tokens / low.tokens) / math.log(high.tokens / low.tokens)
+    share = math.log(point.cost / low.cost) / math.log(high.cost / low.cost)
     other = (1 - share) * low.rewards + share * high.rewards  # of each prompt: means are linear in it
     mine, its, unguided = map(resamples, (point.rewards, other, baseline))
     difference = interval(float((point.rewards - other).mean()), mine - its)
@@ -129,16 +130,16 @@ def compare(
         for scorer in SCORERS if mine and its else ():
             places = set.intersection(*(set(rewards[scorer][cell]) for cell in cells))
             values = {cell: np.array([rewards[scorer][cell][place] for place in sorted(places)]) for cell in cells}
-            ladder = [Point(row.policy_tokens, values[row.cell]) for row in its]
+            ladder = [Point(row.answers, values[row.cell]) for row in its]
             for row in mine:
-                tokens, here = row.policy_tokens, values[row.cell]
-                found = at_equal_tokens(Point(tokens, here), ladder, values[first.cell])
+                cost, here = row.answers, values[row.cell]
+                found = at_equal_tokens(Point(cost, here), ladder, values[first.cell])
                 if found is not None:
-                    head = (method, other, scorer, row.budget, tokens, tokens)
+                    head = (method, other, scorer, row.budget, cost, cost)
                     equal_tokens.append(Comparison(*head, difference=found[0], ratio=found[1]))
                 for same in (one for one in its if one.budget == row.budget):
                     off = here - values[same.cell]
                     difference = interval(float(off.mean()), resamples(off))
-                    head = (method, other, scorer, row.budget, tokens, same.policy_tokens)
+                    head = (method, other, scorer, row.budget, cost, same.answers)
                     equal_budgets.append(Comparison(*head, difference=difference))
     return equal_tokens, equal_budgets

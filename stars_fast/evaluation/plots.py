@@ -17,7 +17,7 @@ _MARKERS = "osD^vPX*<>ph"
 # By name of a plot: what it is drawn against, and how that axis is divided.
 _AGAINST = {
     "compute": ("compute per returned token (policy forward passes)", "log"),
-    "policy_tokens": ("policy tokens per returned token", "log"),
+    "answers": ("policy tokens of an answer, in an unguided one's", "log"),
     "kl": ("KL to the policy (nats a text; of a search: at most)", "linear"),
 }
 

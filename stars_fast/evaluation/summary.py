@@ -60,7 +60,9 @@ class Summary:
         parts = [markdown(self.rows), equal_compute(self.rows)]
         if self.reached:
             reached = [{"method": name, **_reached_cells(of)} for name, of in self.reached.items()]
-            title = f"Policy tokens per token returned that reach the reward of {YARDSTICK} with n = {YARDSTICK_BUDGET}"
+            title = (
+                f"Policy tokens, in unguided answers, that reach the reward of {YARDSTICK} with n = {YARDSTICK_BUDGET}"
+            )
             parts.append(f"\n{title}:\n\n{lines(reached)}")
         for title, found in (
             ("At equal policy tokens, the other's rewards being interpolated", self.equal_tokens),
@@ -98,7 +100,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reached_cells(of: Mapping[str, Reached | None]) -> dict[str, str]:
-    return {scorer: "" if one is None else f"{'≤ ' * one.at_most}{one.tokens:.2f}" for scorer, one in of.items()}
+    return {scorer: "" if one is None else f"{'≤ ' * one.at_most}{one.cost:.2f}" for scorer, one in of.items()}
 
 
 def _compared_cells(found: Sequence[Comparison]) -> list[dict[str, str]]:
@@ -108,9 +110,9 @@ def _compared_cells(found: Sequence[Comparison]) -> list[dict[str, str]]:
         head = {
             "method": one.method,
             "budget": budget_text(one.budget),
-            "policy tok": f"{one.tokens:.2f}",
+            "answers": f"{one.cost:.2f}",
             "against": one.other,
-            "its policy tok": f"{one.other_tokens:.2f}",
+            "its answers": f"{one.other_cost:.2f}",
         }
         row = rows.setdefault((one.method, one.other, one.budget), head)
         row[f"{one.scorer}, difference [95 %]"] = _interval(one.difference, "+")

@@ -48,6 +48,7 @@ class Row:
     distinct_2: float
     distinct_3: float
     length: float  # tokens
+    answers: float  # policy tokens drawn for an answer, in those of the baseline's: unguided answers' worth
     policy_tokens: float  # these three per committed token
     reward_tokens: float
     compute: float  # of a committed token, in forward passes of the policy over one token: all models that read
@@ -78,8 +79,14 @@ def summarise(generations: Sequence[Record], batches: Sequence[Record], tie: flo
             f"no cell of method {BASELINE!r} among {', '.join(names) or 'none'}: wins are counted against it"
         )
     judged = {_key(row): row["judge"] for row in baseline if row["error"] is None}
+    drawn = {
+        name: sum(batch["policy_tokens"] for batch in batches if batch["cell"] == name) / len(rows)
+        for name, rows in cells.items()
+    }
+    unguided = drawn[baseline[0]["cell"]]
     return [
-        _row(rows, [batch for batch in batches if batch["cell"] == name], judged, tie) for name, rows in cells.items()
+        _row(rows, [batch for batch in batches if batch["cell"] == name], judged, tie, drawn[name] / unguided)
+        for name, rows in cells.items()
     ]
 
 
@@ -106,7 +113,11 @@ def rewards(generations: Sequence[Record], scorer: str) -> dict[str, dict[int, f
 
 
 def _row(
-    rows: Sequence[Record], batches: Sequence[Record], baseline: Mapping[tuple[int, int], float], tie: float
+    rows: Sequence[Record],
+    batches: Sequence[Record],
+    baseline: Mapping[tuple[int, int], float],
+    tie: float,
+    answers: float,
 ) -> Row:
     sound = [row for row in rows if row["error"] is None and _key(row) in baseline]
     if not sound:
@@ -137,6 +148,7 @@ def _row(
         distinct_2=fmean(distinct(some, 2) for some in texts),
         distinct_3=fmean(distinct(some, 3) for some in texts),
         length=fmean(len(row["completion_ids"]) for row in sound),
+        answers=answers,
         policy_tokens=totals["policy_tokens"] / committed,
         reward_tokens=totals["reward_tokens"] / committed,
         compute=sum(totals[name] for name in _PASSES) / committed,
@@ -173,6 +185,7 @@ def _cells(row: Row) -> dict[str, str]:
         "perplexity": f"{row.perplexity:.1f}",
         "distinct-2": f"{row.distinct_2:.3f}",
         "tokens": f"{row.length:.0f}",
+        "answers": f"{row.answers:.2f}",
         "policy tok": f"{row.policy_tokens:.2f}",
         "reward tok": f"{row.reward_tokens:.2f}",
         "acceptance": f"{row.acceptance:.2f}" if row.method.partition("+")[0] in _TESTING else "",
