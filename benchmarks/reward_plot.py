@@ -48,7 +48,7 @@ def draw(records: Mapping[str, Mapping[str, Any]], scorer: str, output: Path) ->
     import matplotlib
     from matplotlib.figure import Figure
 
-    look = {
+    look: Any = {
         "svg.hashsalt": "stars-fast",
         "svg.fonttype": "none",
         "font.size": 10,
@@ -73,8 +73,7 @@ def panel(axes: Any, record: Mapping[str, Any], scorer: str) -> None:
         tokens, means, lows, highs = zip(*found, strict=True)
         axes.fill_between(tokens, lows, highs, color=colour, alpha=0.12, linewidth=0)
         axes.plot(tokens, means, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
-    tokens, value, *_ = points(record, _BASELINE, scorer)[0]
-    axes.annotate("vanilla", (tokens, value), (6, -10), textcoords="offset points", fontsize=9)
+    axes.annotate("vanilla", points(record, _BASELINE, scorer)[0][:2], (6, -10), textcoords="offset points", fontsize=9)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("policy tokens drawn for an answer (vanilla: 1)")
