@@ -63,7 +63,7 @@ class Learned:
         known = fit(self.engine(cell.method), list(self.fit_prompts), settings, seed=self.seed)
         known = replace(known, figures={**known.figures, "seconds": round(time.perf_counter() - start, 1)})
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(known.to_dict(), indent=1) + "\n")
+        replace_file(path, json.dumps(known.to_dict()) + "\n")
         return known
 
 
