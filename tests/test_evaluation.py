@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.cli import app
-from stars_fast.evaluation.cells import cells
+from stars_fast.evaluation.cells import cells, steps
+from stars_fast.evaluation.divergence import of_best
 from stars_fast.evaluation.judging import judged
+from stars_fast.evaluation.learned import Learned, shared_target
 from stars_fast.evaluation.metrics import (
     bootstrap,
     distinct,
@@ -28,12 +30,14 @@ from stars_fast.evaluation.metrics import (
 )
 from stars_fast.evaluation.models import load_probe
 from stars_fast.evaluation.prompts import read_prompts
-from stars_fast.evaluation.recipe import Recipe, read_recipe
+from stars_fast.evaluation.recipe import Asked, Recipe, read_recipe
 from stars_fast.evaluation.records import Records
-from stars_fast.evaluation.runner import Evaluation, ended_by_eos, shared_target
+from stars_fast.evaluation.runner import Evaluation, ended_by_eos
 from stars_fast.evaluation.tables import at_compute, equal_compute, markdown, summarise, to_csv
 from stars_fast.loop.pilot import Pilot, expected_acceptance, set_target
 from stars_fast.methods import METHODS
+from stars_fast.methods.fit import Fit
+from stars_fast.methods.quantile import softness
 from stars_fast.rewards import ClassifierReward
 
 RECIPES = Path(__file__).parents[1] / "benchmarks" / "eval"
@@ -117,7 +121,7 @@ def test_prompts_are_fields_cut_and_put_into_a_template(tmp_path):
     assert sorted(read_prompts(recipe)) == [f"Q: word{i} two\n" for i in (1, 3, 5)]
     with pytest.raises(ValueError, match=r"3 different prompts, fewer than 4 \(--count\)$"):
         read_prompts(dataclasses.replace(recipe, count=4))
-    with pytest.raises(ValueError, match=r"3 different prompts, fewer than 2 \(--count\) \+ 16 for the target"):
+    with pytest.raises(ValueError, match=r"3 different prompts, fewer than 2 \(--count\) \+ 16 for targets and fit"):
         read_prompts(dataclasses.replace(recipe, count=2), calibration=16)
     with pytest.raises(ValueError, match="row 1: prompt=None"):
         read_prompts(Recipe(prompts=str(path)))
@@ -138,8 +142,8 @@ def test_a_recipe_names_what_it_does_not_know(tmp_path):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_name_every_method_and_make_cells(path):
     recipe = read_recipe(path, {})
-    assert {"vanilla", *recipe.methods} == set(METHODS)
-    made = cells(recipe.methods, recipe.budgets, StarsConfig(**recipe.settings), recipe.parameters)
+    assert {"vanilla", *recipe.names} == set(METHODS)
+    made = cells(recipe.asked, StarsConfig(**recipe.settings), recipe.parameters)
     assert len({cell.name for cell in made}) == len(made)
 
 
@@ -161,20 +165,21 @@ def test_judged_is_the_models_own_score_of_the_finished_text():
 
 def test_an_interrupted_batch_is_dropped_and_other_settings_are_refused(tmp_path):
     records = Records(tmp_path, {"seed": 0})
-    one = {"cell": "vanilla", "batch": 0, "place": 0, "text": "\u2028 kept"}
-    records.add([one], {"cell": "vanilla", "batch": 0})
+    one = {"cell": "vanilla", "seed": 0, "batch": 0, "place": 0, "text": "\u2028 kept"}
+    records.add([one], {"cell": "vanilla", "seed": 0, "batch": 0})
     with (tmp_path / "generations.jsonl").open("a") as file:
-        file.write('{"cell": "vanilla", "batch": 1, "place": 1}\n{"cell": "van')
+        file.write('{"cell": "vanilla", "seed": 0, "batch": 1, "place": 1}\n{"cell": "van')
     again = Records(tmp_path, {"seed": 0})
-    assert again.generations == [one] and again.done == {("vanilla", 0)}
+    assert again.generations == [one] and again.done == {("vanilla", 0, 0)}
     with pytest.raises(ValueError, match="other seed"):
         Records(tmp_path, {"seed": 1})
 
 
 def test_records_are_read_again_without_being_written_anew(tmp_path, monkeypatch):
-    Records(tmp_path, {}).add([{"cell": "vanilla", "batch": 0}], {"cell": "vanilla", "batch": 0})
+    row = {"cell": "vanilla", "seed": 0, "batch": 0}
+    Records(tmp_path, {}).add([row], row)
     monkeypatch.setattr("stars_fast.evaluation.records.replacing", None)  # on a full disk there is no room for a copy
-    assert Records(tmp_path, {}).done == {("vanilla", 0)}
+    assert Records(tmp_path, {}).done == {("vanilla", 0, 0)}
 
 
 @pytest.mark.parametrize("name", ["generations.jsonl", "batches.jsonl"])
@@ -196,11 +201,16 @@ def test_settings_that_a_kill_or_an_editor_left_broken_are_named(tmp_path):
 
 # ------------------------------------------------------------------------------------------- runs
 @pytest.fixture(scope="module")
-def evaluation():
+def evaluation(tmp_path_factory):
     tokenizer = tiny_tokenizer(32)
     engine = StarsEngine(tiny_policy(32), tiny_reward(32, scale=4.0), tokenizer=tokenizer)
     judge = ClassifierReward(tiny_reward(32, seed=5))
-    return Evaluation(PROMPTS[:6], PROMPTS[6:8], lambda method: engine, engine.reward, judge, batch_size=2, seed=0)
+    learned = Learned(tmp_path_factory.mktemp("learned"), lambda method: engine, PROMPTS[6:8], PROMPTS[:8], seed=0)
+    return Evaluation(PROMPTS[:6], learned, lambda method: engine, engine.reward, judge, batch_size=2, seed=0)
+
+
+def asked(*names, budgets=(2.0,)):
+    return [Asked(name, budgets) for name in names]
 
 
 CONFIG = StarsConfig(max_new_tokens=8, segment_length=4, candidates=1)
@@ -218,7 +228,7 @@ class _Killed(Exception):
 
 
 def test_a_run_killed_half_way_ends_with_the_same_table(evaluation, tmp_path, monkeypatch):
-    made = cells(["best_of_n", "stars"], [2, 3], CONFIG)
+    made = cells(asked("best_of_n", "stars", budgets=(2, 3)), CONFIG)
     evaluation.run(made, Records(tmp_path / "whole", {}))
     records, add = Records(tmp_path / "killed", {}), Records.add
 
@@ -238,14 +248,17 @@ def test_a_run_killed_half_way_ends_with_the_same_table(evaluation, tmp_path, mo
 def test_a_prompt_that_is_refused_is_found_by_its_batch(evaluation, tmp_path):
     long = dataclasses.replace(evaluation, prompts=[*PROMPTS[:2], "w3 " * 300, PROMPTS[3]])
     with pytest.raises(ValueError, match=r"vanilla, prompts 2 to 3: prompts\[0\] has 300 tokens"):
-        long.run(cells([], [], CONFIG), Records(tmp_path, {}))
+        long.run(cells([], CONFIG), Records(tmp_path, {}))
 
 
 def test_the_baseline_ties_with_itself_and_best_of_n_earns_more_for_its_tokens(evaluation, tmp_path):
-    evaluation.run(cells(["best_of_n"], [4], CONFIG), records := Records(tmp_path, {}))
+    evaluation.run(cells(asked("best_of_n", budgets=(4,)), CONFIG), records := Records(tmp_path, {}))
     baseline, other = summarise(records.generations, records.batches)
     assert baseline.win == (0.5, 0.5, 0.5) and baseline.ties == 1.0
     assert other.guide.value > baseline.guide.value
+    assert baseline.kl == 0.0 and other.kl == pytest.approx(of_best(4))
+    drawn = [sum(batch["policy_tokens"] for batch in some) for some in (records.batches[:3], records.batches[3:])]
+    assert baseline.answers == 1.0 and other.answers == drawn[1] / drawn[0]
     assert other.policy_tokens > 2 * baseline.policy_tokens == 2.0
     spent = [sum(batch[name] for batch in records.batches[3:]) for name in ("policy_passes", "reward_passes")]
     assert other.compute == sum(spent) / sum(batch["committed_tokens"] for batch in records.batches[3:])
@@ -256,11 +269,95 @@ def test_the_baseline_ties_with_itself_and_best_of_n_earns_more_for_its_tokens(e
 
 
 def test_the_table_has_a_line_per_cell_and_the_csv_its_intervals(evaluation, tmp_path):
-    evaluation.run(cells(["stars"], [2], CONFIG), records := Records(tmp_path, {}))
+    evaluation.run(cells(asked("stars"), CONFIG), records := Records(tmp_path, {}))
     rows = summarise(records.generations, records.batches)
     assert [line.split("|")[1].strip() for line in markdown(rows).splitlines()[2:]] == ["vanilla", "stars"]
     read = list(csv.DictReader(to_csv(rows).splitlines()))
     assert float(read[1]["judge_low"]) <= float(read[1]["judge"]) <= float(read[1]["judge_high"])
+
+
+def test_a_way_to_use_a_method_is_a_row_of_its_own(evaluation, tmp_path):
+    """One target for all, a target for each prompt from pilots whose tokens count, and quantiles of a fit."""
+    made = cells(asked("stars", "stars+pilots", "stars+fit", "optimal_stopping+fit"), CONFIG)
+    assert [cell.name for cell in made[1:4]] == ["stars@2", "stars+pilots@2", "stars+fit@2"]
+    assert (made[2].config.acceptance, made[2].acceptance, made[1].acceptance) == (0.5, None, 0.5)
+    evaluation.run(made, records := Records(tmp_path, {}))
+    _, stars, pilots, fitted, stopping = summarise(records.generations, records.batches)
+    assert [row.method for row in (stars, pilots, fitted, stopping)] == [cell.label for cell in made[1:]]
+    assert pilots.policy_tokens > 8 > 4 > max(stars.policy_tokens, fitted.policy_tokens, stopping.policy_tokens)
+    assert all(abs(row.kl) < 4 for row in (stars, pilots, fitted)) and 0 < stopping.kl < 4 and stopping.kl_at_most
+    betas = {
+        name: {row["beta"] for row in records.generations if row["method"] == name}
+        for name in ("stars", "stars+pilots")
+    }
+    assert len(betas["stars"]) == 1 and len(betas["stars+pilots"]) == 6  # of all prompts, of each
+
+
+def test_accepted_segments_are_kept_with_the_probability_of_that(evaluation, tmp_path):
+    evaluation.run(cells(asked("stars", "stars+fit", budgets=(8,)), CONFIG), records := Records(tmp_path, {}))
+    fitted = evaluation.learned.config(cells(asked("stars+fit", budgets=(8,)), CONFIG)[1])
+    for row in records.generations:
+        before = 0.0
+        for i, segment in enumerate(row["segments"]):
+            if row["method"] == "stars":
+                log = (segment["reward"] - segment["threshold"]) / row["beta"]
+                assert segment["log_acceptance"] == pytest.approx(min(0.0, log), abs=1e-4)
+            elif row["method"] == "stars+fit":
+                level = fitted.fit.level(i, before, segment["reward"])
+                assert row["beta"] == pytest.approx(softness(1 / 8), rel=1e-4)
+                assert segment["log_acceptance"] == pytest.approx((level - 1) / row["beta"], abs=1e-3)
+                before = segment["reward"]
+            else:
+                assert "log_acceptance" not in segment
+
+
+def test_a_fit_is_learned_once_from_prompts_of_its_own_and_kept(evaluation, tmp_path):
+    learned = dataclasses.replace(evaluation.learned, folder=tmp_path, _pilots={})
+    cell = cells(asked("optimal_stopping+fit"), CONFIG)[1]
+    known = learned.fit(cell)
+    assert known.figures["prompts"] == 8 and known.figures["seconds"] > 0
+    saved = (tmp_path / "fit" / "stars_fit.json").read_text()
+    assert learned.fit(cells(asked("stars+fit"), CONFIG)[1]) == Fit.from_dict(json.loads(saved))
+    with pytest.raises(ValueError, match=r"stars\+fit: give `fit:` in the recipe"):
+        dataclasses.replace(learned, folder=tmp_path / "other", fit_prompts=()).fit(
+            cells(asked("stars+fit"), CONFIG)[1]
+        )
+
+
+def test_a_table_of_two_seeds_has_their_means_and_is_the_same_when_the_second_is_added_later(evaluation, tmp_path):
+    made = cells(asked("stars"), CONFIG)
+    evaluation.run(made, Records(tmp_path / "added", {}))
+    both = dataclasses.replace(evaluation, repeats=2)
+    both.run(made, Records(tmp_path / "added", {}))
+    both.run(made, records := Records(tmp_path / "whole", {}))
+    assert figures(tmp_path / "added") == figures(tmp_path / "whole")
+    row = summarise(records.generations, records.batches)[1]
+    of = [[r["judge"] for r in records.generations if r["method"] == "stars" and r["seed"] == seed] for seed in (0, 1)]
+    assert of[0] != of[1] and (row.prompts, row.seeds) == (6, 2)
+    assert row.judge == bootstrap([(a + b) / 2 for a, b in zip(*of, strict=True)])
+
+
+def test_budgets_of_one_method_and_parameters_of_one_way():
+    recipe = read_recipe(None, {"methods": ["best_of_n", {"best_of_n": [64, 2]}, "args"], "budgets": [2]})
+    names = [cell.name for cell in cells(recipe.asked, CONFIG)]
+    assert names == ["vanilla", "best_of_n@2", "best_of_n@64", "args@2"]
+    parameters = {"particle_filter": {"temperature": 2.0}, "particle_filter+cold": {"temperature": 0.5}}
+    made = cells(asked("particle_filter", "particle_filter+cold"), CONFIG, parameters)
+    assert [cell.config.chosen_method.temperature for cell in made[1:]] == [2.0, 0.5]
+    for name, said in {
+        "args+fit": "no use for a fit",
+        "args+pilots": "no target",
+        "args+x": "'args.x' is in none",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            cells(asked(name), CONFIG)
+    with pytest.raises(ValueError, match="neither a name nor"):
+        read_recipe(None, {"methods": [{"stars": 2}]})
+
+
+def test_steps_of_a_chain_redraw_as_much_as_its_budget_says():
+    # With four segments a redraw is of 4, 3, 2 or 1 of them: 5 / 8 of an answer on average.
+    assert steps(1, 4) == 0 and steps(6, 4) == 8 and steps(4, 1) == 3
 
 
 @pytest.mark.parametrize("acceptance", [0.5, 0.25, 0.05])
@@ -285,9 +382,9 @@ def test_answers_ended_by_whatever_is_an_eos_are_seen_as_ended(evaluation, eos):
 
 def test_cells_refuse_unknown_methods_and_budgets_below_one():
     with pytest.raises(ValueError, match="'starz' is unknown; known are vanilla"):
-        cells(["starz"], [2], CONFIG)
+        cells(asked("starz"), CONFIG)
     with pytest.raises(ValueError, match=r"budgets: 0.5 is below 1"):
-        cells(["stars"], [0.5], CONFIG)
+        cells(asked("stars", budgets=(0.5,)), CONFIG)
 
 
 def test_the_command_writes_table_and_plot_and_has_nothing_to_do_twice(tmp_path, monkeypatch):
@@ -303,7 +400,7 @@ def test_the_command_writes_table_and_plot_and_has_nothing_to_do_twice(tmp_path,
     assert again.stdout == first.stdout
     assert (tmp_path / "out" / "generations.jsonl").read_text() == lines
     pytest.importorskip("matplotlib")
-    assert (tmp_path / "out" / "quality_against_compute.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "quality_against_answers.png").stat().st_size > 1000
     other = CliRunner().invoke(app, [*command.split(), "--seed", "1"])
     assert other.exit_code == 2 and "other" in other.stderr
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stars_fast.evaluation.records import Records
     from stars_fast.evaluation.runner import Evaluation
 
-CALIBRATION_PROMPTS = 16
+TARGET_PROMPTS = 16  # from which one target for all prompts is taken
 
 
 def run(
@@ -35,17 +35,26 @@ def run(
     count: Annotated[
         int | None, typer.Option(min=1, help="Prompts, drawn by the seed.", show_default=str(Recipe.count))
     ] = None,
-    methods: Annotated[str | None, typer.Option(help="Names, with commas. vanilla always runs.")] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Names, with commas, of methods and of ways to use them: stars+fit. vanilla always runs."),
+    ] = None,
     budgets: Annotated[
         str | None, typer.Option(help="Numbers, with commas: about how many unguided responses' work may be spent.")
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A field of StarsConfig; may be repeated.")
     ] = None,
+    fit: Annotated[
+        int | None, typer.Option(min=0, help="Further prompts from which a fit is learned, once, for NAME+fit.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts of one call.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of prompts and random numbers.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Answers to each prompt, with the seeds SEED, SEED + 1, ...")
+    ] = None,
     tie: Annotated[float, typer.Option(min=0.0, help="Largest difference of judged rewards that is a tie.")] = 0.0,
-    output: Annotated[Path, typer.Option(help="Folder: generations and batches as JSON Lines, table, plot.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder: generations and batches as JSON Lines, table, plots.")] = Path(
         "evaluation"
     ),
     dtype: Annotated[str, typer.Option(help="Of all models: auto, float32, float16, bfloat16.")] = "auto",
@@ -53,7 +62,7 @@ def run(
 ) -> None:
     """Compare decoding methods at equal compute.
 
-    Run the same command again to go on where it stopped; with more methods or budgets to add them.
+    Run the same command again to go on where it stopped; with more methods, budgets or repeats to add them.
     """
     given = {
         "policy": policy,
@@ -66,8 +75,10 @@ def run(
         "count": count,
         "methods": methods,
         "budgets": budgets,
+        "fit": fit,
         "batch_size": batch_size,
         "seed": seed,
+        "repeats": repeats,
     }
     with refusing(OSError, ValueError, TypeError):
         task = read_recipe(recipe, given)
@@ -82,11 +93,11 @@ def run(
             evaluation, made, records = _prepare(task, set_ or (), output, dtype, device)
         with (
             refusing_models(f"; {output} keeps the finished batches: run the same command again to go on"),
-            progress(len(made) * task.count, "methods") as advance,
+            progress(len(made) * task.count * task.repeats, "methods") as advance,
         ):
             evaluation.run(made, records, advance)
         with refusing(OSError):
-            _report(records, output, tie)
+            _report(records, output, task, tie)
 
 
 def _prepare(
@@ -95,6 +106,7 @@ def _prepare(
     """Read settings and prompts, load the models, open the folder."""
     from stars_fast.cli.settings import read_settings
     from stars_fast.evaluation.cells import cells
+    from stars_fast.evaluation.learned import Learned
     from stars_fast.evaluation.models import Models
     from stars_fast.evaluation.prompts import read_prompts
     from stars_fast.evaluation.records import Records
@@ -106,34 +118,35 @@ def _prepare(
         note(f"warning: {task.judge} is guide and judge: the judge is not independent, and favours what it guided")
     settings = [f"{name}={value}" for name, value in (task.settings or {}).items()]
     config = read_settings(None, [*settings, *assignments]).config
-    prompts = read_prompts(task, CALIBRATION_PROMPTS)
+    prompts = read_prompts(task, TARGET_PROMPTS + task.fit)
     models = Models(task, dtype, device)
-    made = cells(task.methods, task.budgets, config, models.parameters(task.methods))
-    # Methods and budgets may be added to a run, what they share may not change.
-    shared = {name: getattr(task, name) for name in ("policy", "guide", "judge", "batch_size", "seed")}
+    made = cells(task.asked, config, models.parameters(task.names))
+    # Methods, budgets and repeats may be added to a run, what they share may not change.
+    shared = {name: getattr(task, name) for name in ("policy", "guide", "judge", "fit", "batch_size", "seed")}
     records = Records(output, {**shared, "prompts": prompts, "settings": config.to_dict()})
+    others = prompts[task.count :]
+    learned = Learned(output, models.engine, others[:TARGET_PROMPTS], others[TARGET_PROMPTS:], task.seed)
     evaluation = Evaluation(
         prompts=prompts[: task.count],
-        calibration_prompts=prompts[task.count :],
+        learned=learned,
         engine=models.engine,
         guide=models.guide,
         judge=models.judge,
         batch_size=task.batch_size,
         seed=task.seed,
+        repeats=task.repeats,
     )
     return evaluation, made, records
 
 
-def _report(records: Records, output: Path, tie: float) -> None:
+def _report(records: Records, output: Path, task: Recipe, tie: float) -> None:
     from stars_fast.evaluation.plots import plot
-    from stars_fast.evaluation.tables import equal_compute, markdown, summarise, to_csv
+    from stars_fast.evaluation.summary import Summary
 
-    rows = summarise(records.generations, records.batches, tie)
-    table = markdown(rows) + equal_compute(rows)
-    (output / "table.md").write_text(table, encoding="utf-8")
-    (output / "table.csv").write_text(to_csv(rows), encoding="utf-8")
-    typer.echo(table, nl=False)
+    summary = Summary.of(records.generations, records.batches, output, tie, task.pairs)
+    summary.write(output)
+    typer.echo(summary.markdown(), nl=False)
     try:
-        plot(rows, output)
+        plot(summary.rows, output)
     except ImportError as error:
         note(f"no plot: {error}")

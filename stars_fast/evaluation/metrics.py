@@ -39,9 +39,22 @@ def bootstrap(values: Sequence[float]) -> Interval:
         raise ValueError(
             f"values has {sample.size} entries, {int(np.isnan(sample).sum())} of them NaN: nothing to mean"
         )
-    drawn = np.random.default_rng(_BOOTSTRAP_SEED).integers(sample.size, size=(_RESAMPLES, sample.size))
-    low, high = np.quantile(sample[drawn].mean(axis=1), [0.025, 0.975])
-    return Interval(float(sample.mean()), float(low), float(high))
+    return interval(float(sample.mean()), resamples(sample))
+
+
+def resamples(values: np.ndarray) -> np.ndarray:
+    """Means ``[2000]`` of resamples of the values of prompts ``[n]``: the same prompts for the same n, so that means of
+    several methods are paired.
+    """
+    drawn = np.random.default_rng(_BOOTSTRAP_SEED).integers(values.size, size=(_RESAMPLES, values.size))
+    means: np.ndarray = values[drawn].mean(axis=1)
+    return means
+
+
+def interval(value: float, resampled: np.ndarray) -> Interval:
+    """An estimate with the percentiles of what it is in resamples ``[n]``."""
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return Interval(value, float(low), float(high))
 
 
 def outcomes(rewards: Sequence[float], baseline: Sequence[float], tie: float = 0.0) -> list[float]:

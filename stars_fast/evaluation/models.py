@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Models:
         """The engine that runs a method: TreeBoN follows the implicit reward where the recipe has an aligned model."""
         return self._implicit if method == "treebon" and self.recipe.aligned is not None else self._guided
 
-    def parameters(self, methods: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    def parameters(self, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The recipe's parameters of methods, and the models among them.
 
         Raises

@@ -1,7 +1,8 @@
-"""Quality against compute, one point per method and budget."""
+"""Quality against what it costs, one point per method and budget."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,35 +14,50 @@ from stars_fast.report.figures import new_figure, save
 _MARKERS = "osD^vPX*<>ph"
 
 
+# By name of a plot: what it is drawn against, and how that axis is divided.
+_AGAINST = {
+    "compute": ("compute per returned token (policy forward passes)", "log"),
+    "answers": ("policy tokens of an answer, in an unguided one's", "log"),
+    "kl": ("KL to the policy (nats a text; of a search: at most)", "linear"),
+}
+
+
 def plot(rows: Sequence[Row], folder: Path) -> None:
-    """Draw the judge's reward and the win rate against compute per token, as ``quality_against_compute`` in a folder.
+    """Draw guide's and judge's reward and the win rate against compute, policy tokens and KL into a folder, each as
+    ``quality_against_...``. Methods without a KL are not in that plot.
 
     Raises
     ------
     ImportError
         Without matplotlib, saying what to install.
     """
-    x = "compute per returned token (policy forward passes)"
-    both = "judge's reward", f"wins against {BASELINE}, ties half (%)"
-    figure, (left, right) = new_figure(folder.name, x, *both)
-    for place, method in enumerate(dict.fromkeys(row.method for row in rows)):
-        points = sorted((row for row in rows if row.method == method), key=lambda row: row.compute)
-        style = {"marker": _MARKERS[place % len(_MARKERS)], "color": f"C{place % 10}", "label": method}
-        _line(left, points, [(row.judge.value, row.judge.low, row.judge.high) for row in points], style)
-        _line(right, points, [(100 * row.win.value, 100 * row.win.low, 100 * row.win.high) for row in points], style)
-    right.axhline(50, color="0.6", linewidth=0.8, zorder=0)
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
-    save(figure, folder, "quality_against_compute")
+    for name, (label, scale) in _AGAINST.items():
+        figure, every = new_figure(
+            folder.name, label, "guide's reward", "judge's reward", f"wins against {BASELINE} (%)"
+        )
+        for place, method in enumerate(dict.fromkeys(row.method for row in rows)):
+            own = [row for row in rows if row.method == method and math.isfinite(getattr(row, name))]
+            points = sorted(own, key=lambda row: getattr(row, name))
+            style = {"marker": _MARKERS[place % len(_MARKERS)], "color": f"C{place % 10}", "label": method}
+            for axes, scorer, unit in zip(every, ("guide", "judge", "win"), (1, 1, 100), strict=True):
+                _line(axes, points, name, scorer, unit, style)
+        every[-1].axhline(50, color="0.6", linewidth=0.8, zorder=0)
+        if scale == "log":
+            for axes in every:
+                axes.set_xscale("log", base=2)
+                axes.xaxis.set_major_formatter("{x:g}")
+        handles, labels = every[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", frameon=False)
+        save(figure, folder, f"quality_against_{name}")
 
 
-def _line(axes: Any, rows: Sequence[Row], values: Sequence[tuple[float, float, float]], style: dict[str, Any]) -> None:
-    middle = [value for value, _, _ in values]
-    spread = [[value - low for value, low, _ in values], [high - value for value, _, high in values]]
-    places = [row.compute for row in rows]
+def _line(axes: Any, rows: Sequence[Row], against: str, scorer: str, unit: float, style: dict[str, Any]) -> None:
+    if not rows:
+        return
+    found = [getattr(row, scorer) for row in rows]
+    middle = [unit * one.value for one in found]
+    spread = [[unit * (one.value - one.low) for one in found], [unit * (one.high - one.value) for one in found]]
+    places = [getattr(row, against) for row in rows]
     axes.errorbar(places, middle, yerr=spread, linewidth=1, elinewidth=0.5, markersize=5, **style)
     for row, place, value in zip(rows, places, middle, strict=True):
         axes.annotate(budget_text(row.budget), (place, value), (3, 3), textcoords="offset points", fontsize=6)

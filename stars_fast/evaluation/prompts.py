@@ -26,9 +26,9 @@ def read_prompts(recipe: Recipe, calibration: int = 0) -> list[str]:
     rows = (row for row in rows if all(row.get(name) == value for name, value in wanted))
     prompts = dict.fromkeys(_prompt(recipe, number, row) for number, row in enumerate(rows, 1))
     if len(prompts) < recipe.count + calibration:
-        asked = f"{recipe.count} (--count)" + (f" + {calibration} for the target" if calibration else "")
+        asked = f"{recipe.count} (--count)" + (f" + {calibration} for targets and fit" if calibration else "")
         raise ValueError(f"{recipe.prompts} has {len(prompts)} different prompts, fewer than {asked}")
-    return random.Random(recipe.seed).sample(list(prompts), recipe.count + calibration)
+    return random.Random(recipe.seed).sample(list(prompts), len(prompts))[: recipe.count + calibration]
 
 
 def _prompt(recipe: Recipe, number: int, row: Any) -> str:

@@ -5,9 +5,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stars_fast.report.files import read_yaml
+
+
+class Asked(NamedTuple):
+    """A method, or one of the ways to use it, and its own budgets where it has any."""
+
+    name: str
+    budgets: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,27 @@ class Recipe:
     template: str = "{}"  # what the policy is given, with the field in the braces
     where: dict[str, Any] | None = None  # rows to keep: values of other fields
     count: int = 100  # prompts
-    methods: tuple[str, ...] = ("stars", "best_of_n")  # the baseline runs in any case
-    budgets: tuple[float, ...] = (2, 4, 8)  # as in stars_fast.evaluation.cells.cells
+    # Names as in stars_fast.evaluation.cells.cells, or a name with its budgets, as in `stars+fit: [2, 4]`; the baseline
+    # runs in any case.
+    methods: tuple[Asked, ...] = (Asked("stars"), Asked("best_of_n"))
+    budgets: tuple[float, ...] = (2, 4, 8)  # of methods without their own
     settings: dict[str, Any] | None = None  # fields of StarsConfig, for all methods
-    parameters: dict[str, dict[str, Any]] | None = None  # by method, its own
+    parameters: dict[str, dict[str, Any]] | None = None  # by name, its own
+    fit: int = 0  # further prompts from which a fit is learned, once, for the methods "+fit"
+    pairs: tuple[tuple[str, str], ...] = ()  # of methods that are compared at equal tokens and at equal budgets
     batch_size: int = 16
     seed: int = 0
+    repeats: int = 1  # answers to each prompt under each method: the random numbers are those of seed, seed + 1, ...
+
+    @property
+    def asked(self) -> list[Asked]:
+        """The methods, each with its budgets."""
+        return [Asked(name, self.budgets if budgets is None else budgets) for name, budgets in self.methods]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the methods, as in ``stars_fast.methods.METHODS``."""
+        return tuple(dict.fromkeys(name.partition("+")[0] for name, _ in self.methods))
 
 
 def read_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
@@ -48,7 +70,23 @@ def read_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
         if isinstance(values.get(name), str):
             values[name] = values[name].split(",")
     recipe = dataclasses.replace(Recipe(), **values)
-    return dataclasses.replace(recipe, methods=tuple(recipe.methods), budgets=tuple(map(_number, recipe.budgets)))
+    methods = tuple(map(_asked, recipe.methods))
+    budgets, pairs = tuple(map(_number, recipe.budgets)), tuple(map(_pair, recipe.pairs))
+    return dataclasses.replace(recipe, methods=methods, budgets=budgets, pairs=pairs)
+
+
+def _asked(entry: Any) -> Asked:
+    if isinstance(entry, (str, Asked)):
+        return Asked(entry) if isinstance(entry, str) else entry
+    if not isinstance(entry, dict) or len(entry) != 1 or not isinstance(budgets := next(iter(entry.values())), list):
+        raise ValueError(f"methods: {entry!r} is neither a name nor `name: [budget, ...]`")
+    return Asked(str(next(iter(entry))), tuple(map(_number, budgets)))
+
+
+def _pair(entry: Any) -> tuple[str, str]:
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+        raise ValueError(f"pairs: {entry!r} is not two methods")
+    return str(entry[0]), str(entry[1])
 
 
 def _number(budget: Any) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from stars_fast.report.files import replace_file, replacing, to_line
 
 Record = dict[str, Any]
-BatchKey = tuple[str, int]
+BatchKey = tuple[str, int, int]  # cell, seed, batch
 
 
 class Records:
@@ -35,7 +35,7 @@ class Records:
 
     @property
     def done(self) -> set[BatchKey]:
-        """Cells and batches that are complete."""
+        """Batches that are complete."""
         return {_key(batch) for batch in self.batches}
 
     def add(self, generations: Sequence[Record], batch: Record) -> None:
@@ -79,7 +79,7 @@ class Records:
 
 
 def _key(row: Record) -> BatchKey:
-    return row["cell"], row["batch"]
+    return row["cell"], row["seed"], row["batch"]
 
 
 def _row(path: Path, number: int, line: bytes) -> Record:

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from itertools import product
 from typing import Any
 
 from torch import nn
 
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
-from stars_fast.evaluation.cells import Cell
+from stars_fast.evaluation.cells import ACCEPTING, Cell
 from stars_fast.evaluation.judging import judged
+from stars_fast.evaluation.learned import Learned
 from stars_fast.evaluation.records import Record, Records
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.sampling import resolve_sampling
-from stars_fast.loop.pilot import FARTHEST, Pilot, aim, expected_acceptance, solve, spread
+from stars_fast.loop.request import Request
 from stars_fast.ops.philox import philox_key
 from stars_fast.outputs import StarsOutput
 from stars_fast.report.files import rounded, summary
 from stars_fast.report.weights import Weights
 from stars_fast.rewards import Reward
-
-PILOTS = 8  # responses to each calibration prompt
-_CALIBRATION = 1 << 32  # index of the first calibration prompt: its random numbers are nobody else's
 
 
 @dataclass(frozen=True)
@@ -32,12 +30,13 @@ class Evaluation:
     """What all cells share."""
 
     prompts: Sequence[str]
-    calibration_prompts: Sequence[str]  # others, from whose pilot responses one target for all prompts is taken
+    learned: Learned
     engine: Callable[[str], StarsEngine]  # by method: they may want other rewards, or a second policy
     guide: Reward  # scores every finished response, as the judge does; most methods follow it
     judge: Reward  # guided nothing
     batch_size: int  # prompts of one call; part of what a run is: how much is drawn in vain depends on the neighbours
     seed: int  # a prompt's random numbers depend on it and the prompt's place, and are the same in every cell
+    repeats: int = 1  # with the seeds seed, seed + 1, ...
 
     def run(
         self, cells: Sequence[Cell], records: Records, advance: Callable[[int, str], None] = lambda count, cell: None
@@ -47,69 +46,64 @@ class Evaluation:
         ``advance`` is told how many generations were added, and of which cell.
         """
         for cell in cells:
-            todo = [batch for batch in range(self.batches) if (cell.name, batch) not in records.done]
-            advance(len(self.prompts) - sum(len(self._places(batch)) for batch in todo), cell.name)
-            config = self._calibrated(cell) if todo else cell.config
-            for batch in todo:
-                records.add(*self._run_batch(cell, config, batch))
+            todo = [key for key in self._batches() if (cell.name, *key) not in records.done]
+            left = sum(len(self._places(batch)) for _, batch in todo)
+            advance(len(self.prompts) * self.repeats - left, cell.name)
+            config = self.learned.config(cell) if todo else cell.config
+            for seed, batch in todo:
+                records.add(*self._run_batch(cell, config, seed, batch))
                 advance(len(self._places(batch)), cell.name)
 
-    @property
-    def batches(self) -> int:
-        return -(-len(self.prompts) // self.batch_size)
+    def _batches(self) -> list[tuple[int, int]]:
+        """Seed and number of each."""
+        count = -(-len(self.prompts) // self.batch_size)
+        return list(product(range(self.seed, self.seed + self.repeats), range(count)))
 
     def _places(self, batch: int) -> range:
         return range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.prompts)))
 
-    def _calibrated(self, cell: Cell) -> StarsConfig:
-        """The cell's settings; with one target for all prompts where it asks for an acceptance."""
-        if cell.acceptance is None:
-            return cell.config
-        seeds = [philox_key(self.seed, _CALIBRATION + i, 0) for i in range(len(self.calibration_prompts))]
-        arguments = Arguments(list(self.calibration_prompts), cell.config, seed=seeds)
-        config, pilots = self.engine(cell.method).run_pilots(arguments, PILOTS)
-        return shared_target(config, pilots, cell.acceptance)
-
-    def _run_batch(self, cell: Cell, config: StarsConfig, batch: int) -> tuple[list[Record], Record]:
+    def _run_batch(self, cell: Cell, config: StarsConfig, seed: int, batch: int) -> tuple[list[Record], Record]:
         places, engine = self._places(batch), self.engine(cell.method)
         prompts = [self.prompts[place] for place in places]
+        arguments = Arguments(prompts, config, seed=[philox_key(seed, place, 0) for place in places])
         try:
-            out = engine.generate(prompts, config, seed=[philox_key(self.seed, place, 0) for place in places])
+            job = engine.finished(arguments)
         except (ValueError, TypeError) as error:  # which counts from the batch's first prompt
             raise ValueError(f"{cell.name}, prompts {places.start} to {places.stop - 1}: {error}") from error
+        out = engine.output(job)
+        engine.warn_of(job)
         eos = ended_by_eos(out, config, engine)
         scores = [
             judged(reward, engine.tokenizer, prompts, out.completions, eos) for reward in (self.guide, self.judge)
         ]
-        label: Record = {"cell": cell.name, "method": cell.method, "budget": cell.budget, "batch": batch}
+        label: Record = {
+            "cell": cell.name,
+            "method": cell.label,
+            "budget": cell.budget,
+            "seed": seed,
+            "batch": batch,
+        }
         rows = [
             {**label, "place": place, "prompt": prompt, **_generation(out, i, *(score[i] for score in scores))}
             for i, (place, prompt) in enumerate(zip(places, prompts, strict=True))
         ]
-        target = rounded(config.target_reward) if isinstance(config.target_reward, float) else None
-        return rows, {**label, "target": target, **out.stats, **_spent(out, config, engine)}
+        if cell.method in ACCEPTING:
+            for row, request in zip(rows, job.requests, strict=True):
+                if request is not None:  # it is None where its pilots failed
+                    row |= _tested(request, config)
+        return rows, {**label, **out.stats, **_spent(out, config, engine)}
 
 
-def shared_target(config: StarsConfig, pilots: Sequence[Pilot], acceptance: float) -> StarsConfig:
-    """Settings with one r_star, r0 and beta for all prompts, from the pilots of some of them.
-
-    The target is solved for on all pilots together; beta is in units of the median spread within a prompt, as in
-    :func:`stars_fast.calibrate`. Unlike there the target is not capped at what the pilots reached: a budget is to be
-    spent, also where it buys little.
-
-    Raises
-    ------
-    RuntimeError
-        If a pilot failed, with the cause.
-    """
-    failed = next((pilot.error for pilot in pilots if pilot.error is not None), None)
-    if failed is not None:
-        raise RuntimeError(failed)
-    pooled = Pilot([run for pilot in pilots for run in pilot.responses])
-    solve(pooled, config, acceptance, config.beta * median(spread(pilot) for pilot in pilots))
-    if expected_acceptance(pooled, config) > acceptance:
-        aim(pooled, config, acceptance, pooled.target, pooled.target + FARTHEST * pooled.beta)
-    return config.replace(target_reward=pooled.target, base_reward=pooled.empty, beta=pooled.beta)
+def _tested(request: Request, config: StarsConfig) -> Record:
+    """Target and beta of a request whose candidates were tested, and the acceptance probabilities of its segments'."""
+    before, segments = 0.0, []
+    for index, segment in enumerate(request.segments):
+        known = config.known
+        score = segment.reward if known is None else known.level(index, before, segment.reward)
+        log = min((score - segment.threshold) / request.beta, 0.0)
+        segments.append({**summary(segment), "log_acceptance": rounded(log)})
+        before = segment.reward
+    return {"target": rounded(request.target), "beta": rounded(request.beta), "segments": segments}
 
 
 def ended_by_eos(out: StarsOutput, config: StarsConfig, engine: StarsEngine) -> list[bool]:
