@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any, ClassVar
+
+import numpy as np
 
 from stars_fast.calibration.targets import INPUTS
 from stars_fast.config import StarsConfig
@@ -101,19 +103,21 @@ def fit(
     outputs = [run(i, among or samples) for i, among in enumerate(_AMONG)]
     runs = [[segment.reward for segment in segments] for segments in outputs[0].segments]
     rhos = correlations_with_the_last(runs)
+    groups = [
+        group
+        for output, among in zip(outputs, _AMONG, strict=True)
+        for segments in output.segments
+        for group in _groups(segments, among or samples)
+    ]
     known = learn(
-        [
-            group
-            for output, among in zip(outputs, _AMONG, strict=True)
-            for segments in output.segments
-            for group in _groups(segments, among or samples)
-        ],
+        groups,
         made_for(call.config, call.terms.sampling, engine.policy, engine.reward),
         {
             "prompts": len(runs),
             "samples": samples,
             "unguided_reward": fmean(run[-1] for run in runs),
             "rank_correlation": fmean(rhos) if rhos else math.nan,
+            "log_z": _log_z(groups, given.beta * (pstdev(run[-1] for run in runs) or 1.0)),
         },
     )
     drawn = sum(output.stats["policy_tokens"] for output in outputs)
@@ -131,3 +135,29 @@ def _groups(segments: Sequence[SegmentTrace], among: int) -> Iterator[Group]:
             kept = segment.reward if index < len(segments) - 1 else math.nan
             yield Group(index, before, rewards, kept, among, final)
         before = segment.reward
+
+
+def _log_z(groups: Sequence[Group], beta: float) -> float:
+    """Mean of ``|log Z - its mean|`` over prefixes, ``log Z = log E exp((r - before) / beta)`` over their candidates.
+
+    0 where the reward is a value function: then the law that STARS has for a segment is that of whole texts; what is
+    the same for all prefixes of a length cancels. Covariances of halves of the candidates are free of sampling noise;
+    log Z is taken for normal. The first segment is left out: nothing is before it.
+    """
+    spreads = []
+    for segment in range(1, max(group.segment for group in groups) + 1):
+        here = [group for group in groups if group.segment == segment]
+        if len(here) > 2:
+            gains = (np.array([g.rewards for g in here]) - np.array([[g.before] for g in here])) / beta  # [n, m]
+            halves = np.cov(_log_mean_exp(gains[:, ::2]), _log_mean_exp(gains[:, 1::2]))
+            spreads.append(math.sqrt(max(float(halves[0, 1]), 0.0)))
+    return fmean(spreads) * math.sqrt(2 / math.pi) if spreads else math.nan
+
+
+def _log_mean_exp(x: np.ndarray) -> np.ndarray:
+    """Over columns, by the jackknife: the plain one is too low by about the square of the variation over 2 m."""
+    m, top = x.shape[1], x.max(1, keepdims=True)
+    weights = np.exp(x - top)
+    total = weights.sum(1, keepdims=True)
+    left_out = np.log(np.maximum(total - weights, 1e-300) / (m - 1)) + top
+    return np.asarray(m * (np.log(total / m) + top)[:, 0] - (m - 1) * left_out.mean(1))

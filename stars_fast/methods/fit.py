@@ -159,8 +159,9 @@ class Fit:
         """What it was made from, how far partial rewards predict final ones, and which reward to expect for how much.
 
         Keys: ``prompts``, ``samples``, ``policy_tokens`` (drawn for it), ``unguided_reward``, ``rank_correlation`` (of
-        partial and final rewards, unguided), ``outlook`` (by candidates a segment, the reward of the best of as many,
-        between those that were tried by their logarithm; optimal stopping is to do better).
+        partial and final rewards, unguided), ``log_z`` (how far the reward is from a value function, ``E |log Z|`` over
+        prefixes, 0 where it is one: docs/methods.md), ``outlook`` (by candidates a segment, the reward of the best of
+        as many, between those that were tried by their logarithm; optimal stopping is to do better).
         """
         tried, rewards = zip(*self.outlook, strict=True)
         budgets = [budget for budget in _BUDGETS if budget <= tried[-1]]
@@ -183,6 +184,7 @@ class Report(dict[str, Any]):
         lines = [
             f"made from                {self['prompts']:.0f} prompts, {self['policy_tokens']:.0f} policy tokens",
             f"partial/final rank corr. {self['rank_correlation']:.2f}",
+            f"E |log Z| of a segment   {self['log_z']:.2f} (0: the law of a segment is that of whole texts)",
             "candidates a segment     " + " ".join(f"{budget:6g}" for budget in self["outlook"]),
             "reward to expect, about  " + " ".join(f"{reward:+6.2f}" for reward in self["outlook"].values()),
         ]
