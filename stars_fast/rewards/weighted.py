@@ -182,6 +182,13 @@ class WeightedSum(Reward):
             twin.state = [part.reward.fork(own) for part, own in owned]
         return twin
 
+    def fork_at(self, response: Response, length: int) -> Response:
+        twin = super().fork_at(response, length)
+        if response.state is not None:
+            owned = zip(self._parts, self._responses(response), strict=True)
+            twin.state = [part.reward.fork_at(own, length) for part, own in owned]
+        return twin
+
     def _responses(self, response: Response) -> list[Response]:
         """The response as each part knows it, as long as it now is."""
         if response.state is None:
