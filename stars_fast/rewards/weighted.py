@@ -161,8 +161,8 @@ class WeightedSum(Reward):
             if part.name in scored.known_to:
                 part.reward.commit(own)
             else:  # it does not know the segment: its response comes back without its state
+                responses[place] = part.reward.fork_at(own.response, len(own.response.tokens))
                 part.reward.close(own.response)
-                responses[place] = Response(own.response.prompt)
 
     def discard(self, completion: Completion) -> None:
         if completion.state is not None:
