@@ -19,9 +19,11 @@ from stars_fast.methods import (
     BlockwiseBestOfN,
     Cards,
     Mara,
+    MetropolisHastings,
     OptimalStopping,
     ParticleFilter,
     PersonaJudge,
+    PowerSampling,
     RejectionSampling,
     Stars,
     TreeBoN,
@@ -38,6 +40,8 @@ EVERY = {
     "vanilla": Vanilla(),
     "best_of_n": BestOfN(n=3),
     "rejection_sampling": RejectionSampling(),
+    "metropolis_hastings": MetropolisHastings(steps=4),
+    "power_sampling": PowerSampling(alpha=2.0, steps=4),
     "stars": Stars(),
     "cards": Cards(entropy=2.0, shortest=2, longest=6),
     "blockwise_best_of_n": BlockwiseBestOfN(n=3),
@@ -244,7 +248,10 @@ def test_stop_strings_end_an_answer(method):
         assert not stops & set(completion[:-1]) and (completion[-1] in stops) == (reason == "stop")
 
 
-@pytest.mark.parametrize("name", ["best_of_n", "rejection_sampling", "cards", "blockwise_best_of_n", "mara"])
+SIDE_BY_SIDE = ("best_of_n", "rejection_sampling", "metropolis_hastings", "power_sampling", "cards")
+
+
+@pytest.mark.parametrize("name", [*SIDE_BY_SIDE, "blockwise_best_of_n", "mara"])
 def test_what_is_drawn_side_by_side_does_not_change_the_text(name):
     texts = [generate(make_engine(), EVERY[name], candidates=count).completions for count in (1, 2, "auto")]
     assert texts[0] == texts[1] == texts[2]
@@ -263,7 +270,15 @@ class Finished(Sums):
         return super().score(completions)
 
 
-ITEM = ("vanilla", "best_of_n", "rejection_sampling", "mara", "persona_judge")
+ITEM = (
+    "vanilla",
+    "best_of_n",
+    "rejection_sampling",
+    "metropolis_hastings",
+    "power_sampling",
+    "mara",
+    "persona_judge",
+)
 
 
 @pytest.mark.parametrize("name", ITEM)
@@ -295,7 +310,7 @@ class Hidden(Sums):
         return {"length": float(len(completion.tokens)), "twice": 2.0 * len(completion.tokens)}
 
 
-@pytest.mark.parametrize("name", ["stars", "cards", "best_of_n", "args", "particle_filter"])
+@pytest.mark.parametrize("name", ["stars", "cards", "best_of_n", "metropolis_hastings", "args", "particle_filter"])
 def test_a_reward_sees_the_policys_hidden_state_and_may_tell_its_parts(name):
     engine = make_engine(Hidden())
     out, plain = generate(engine, EVERY[name]), generate(make_engine(), EVERY[name])

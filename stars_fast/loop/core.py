@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from stars_fast.loop.caller import Caller, Size
+from stars_fast.loop.chains import Chains
 from stars_fast.loop.enumeration import Enumeration
 from stars_fast.loop.heartbeat import Loop
 from stars_fast.loop.memory import is_lack_of_memory
@@ -36,6 +37,7 @@ from stars_fast.tree.memory import default_tokens, divide_devices
 _STRATEGIES: dict[str, type[OneAnswer]] = {
     "segments": OneAnswer,
     "trials": Trials,
+    "chains": Chains,
     "population": Populations,
     "tokens": Enumeration,
     "persona": SelfJudging,

@@ -50,12 +50,12 @@ class Members(OneAnswer):
         self.start(request)
         return [(self.trunks, leaf.trunk) for leaf in self.leaves(request)]
 
-    def member(self, request: Request, slot: int) -> Request:
+    def member(self, request: Request, slot: int, group: int = 0) -> Request:
         """A new answer to the request's prompt, with random numbers of its own."""
         member = Request(
             terms=request.terms,
             prompt=request.prompt,
-            key=philox_key(request.key, 0, slot, domain=Domain.MEMBER),
+            key=philox_key(request.key, group, slot, domain=Domain.MEMBER),
             target=-math.inf,
             base=-math.inf,
             beta=1.0,

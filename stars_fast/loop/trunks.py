@@ -130,6 +130,16 @@ class Trunks:
             self.policy.tree.retain(trunk.leaf)
         return Trunk(trunk.prompt, trunk.leaf, trunk.logits, list(trunk.pending))
 
+    def cut(self, trunk: Trunk, tokens: Sequence[int]) -> Trunk:
+        """Another trunk that goes on from ``tokens``, the first of the answer's, which are all in this one.
+
+        Only the last of them is encoded again, for the logits that follow it.
+        """
+        if not tokens:
+            return Trunk(trunk.prompt)
+        node = self.policy.tree.cut(trunk.leaf, len(trunk.prompt.ids) + len(tokens) - 1)
+        return Trunk(trunk.prompt, node, pending=list(tokens[-1:]))
+
     def give_back(self, trunk: Trunk, tokens: Sequence[int]) -> None:
         """Release the trunk's slots. ``tokens``, all that is committed, are to be encoded again if it goes on."""
         self._release(trunk)

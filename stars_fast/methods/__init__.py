@@ -4,6 +4,7 @@ from stars_fast.methods.args_mara import Args, Mara
 from stars_fast.methods.base import Enumerated, Method, Population, Segments, Trial
 from stars_fast.methods.best_of import BestOfN, BlockwiseBestOfN, RejectionSampling
 from stars_fast.methods.cards import Cards
+from stars_fast.methods.metropolis import Ending, MetropolisHastings, PowerSampling, SuffixChain
 from stars_fast.methods.particles import ParticleFilter, TreeBoN
 from stars_fast.methods.persona import PersonaJudge
 from stars_fast.methods.rsd import RSD
@@ -16,6 +17,8 @@ METHODS: dict[str, type[Method]] = {
         Vanilla,
         BestOfN,
         RejectionSampling,
+        MetropolisHastings,
+        PowerSampling,
         Stars,
         Cards,
         BlockwiseBestOfN,
@@ -36,16 +39,20 @@ __all__ = [
     "BestOfN",
     "BlockwiseBestOfN",
     "Cards",
+    "Ending",
     "Enumerated",
     "Mara",
     "Method",
+    "MetropolisHastings",
     "OptimalStopping",
     "ParticleFilter",
     "PersonaJudge",
     "Population",
+    "PowerSampling",
     "RejectionSampling",
     "Segments",
     "Stars",
+    "SuffixChain",
     "TreeBoN",
     "Trial",
     "Vanilla",

@@ -23,6 +23,10 @@ class Settings(Protocol):
     @property
     def max_attempts(self) -> int: ...
     @property
+    def candidates(self) -> int | str: ...
+    @property
+    def temperature(self) -> float | None: ...
+    @property
     def top_k(self) -> int | None: ...
     def replace(self: SettingsT, **overrides: Any) -> SettingsT:
         """A copy with some fields changed."""
@@ -82,7 +86,7 @@ class Method:
         What ``StarsConfig(method=...)`` calls it.
     loop : str
         How its requests live in the loop (``stars_fast.loop``): "segments" (one answer grows, the first accepted
-        candidate is committed), "trials", "population", "tokens", "rsd" or "persona".
+        candidate is committed), "stopping", "trials", "chains", "population", "tokens", "rsd" or "persona".
     scores_unfinished : bool
         Whether unfinished answers are scored. A reward with ``partial=False`` serves methods that do not ask for it.
     has_target : bool
@@ -150,7 +154,8 @@ class Method:
         if self.scores_unfinished and not reward.partial:
             raise ValueError(
                 f"method={self.name!r} scores unfinished answers, which {type(reward).__name__} (partial=False) cannot "
-                "do; vanilla, best_of_n, rejection_sampling, mara and persona_judge score finished ones only"
+                "do; vanilla, best_of_n, rejection_sampling, metropolis_hastings, power_sampling, mara and "
+                "persona_judge score finished ones only"
             )
         if reward.needs_hidden_state and not self.gives_hidden_state:
             raise ValueError(

@@ -10,6 +10,8 @@ from enum import IntEnum
 
 import torch
 
+from stars_fast._C import philox4x32 as words_of
+
 
 class Stream(IntEnum):
     """What a number is for: the upper four bits of the counter's last word."""
@@ -19,6 +21,7 @@ class Stream(IntEnum):
     ACCEPT = 2  # whether a candidate, or a token of it, is accepted
     CHOICE = 3  # Gumbel noise: which of candidates that all stand
     RESAMPLE = 4  # which members of a population go on
+    CUT = 5  # from where on a chain draws its text anew
 
 
 class Domain(IntEnum):
@@ -152,6 +155,11 @@ def uniform(
     """
     bits = philox4x32(keys, (segment, attempt, position, stream << 28))[..., 0]
     return (bits.double() + 0.5) * 2.0**-32
+
+
+def uniform_number(key: int, segment: int, attempt: int, stream: int = Stream.ACCEPT) -> float:
+    """:func:`uniform` of one candidate, without tensors: for who needs a number at a time."""
+    return (words_of(key & _MASK64, (segment, attempt, 0, stream << 28))[0] + 0.5) * 2.0**-32
 
 
 def choice_noise(keys: torch.Tensor, segment: torch.Tensor, attempt: torch.Tensor) -> torch.Tensor:

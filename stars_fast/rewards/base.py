@@ -193,8 +193,8 @@ class Reward(abc.ABC):
     def commit(self, completion: Completion) -> None:
         """The completion's segment joins its response (whose ``tokens`` the caller extends afterwards).
 
-        What this raises ends the request whose answer it is, as does what :meth:`discard`, :meth:`close` and
-        :meth:`fork` raise; one that has ended by then keeps its answer.
+        What this raises ends the request whose answer it is, as does what :meth:`discard`, :meth:`close`,
+        :meth:`fork` and :meth:`fork_at` raise; one that has ended by then keeps its answer.
         """
 
     def discard(self, completion: Completion) -> None:
@@ -206,6 +206,13 @@ class Reward(abc.ABC):
     def fork(self, response: Response) -> Response:
         """A second response that goes on from this one."""
         return Response(response.prompt, list(response.tokens), ends=list(response.ends))
+
+    def fork_at(self, response: Response, length: int) -> Response:
+        """A second response that goes on from the first ``length`` tokens of this one, which are whole segments.
+
+        By default it comes without ``state``, as a response does whose request had to give way.
+        """
+        return Response(response.prompt, response.tokens[:length], ends=[n for n in response.ends if n <= length])
 
     def end(self) -> None:
         """The session is over, normally or not: free everything."""

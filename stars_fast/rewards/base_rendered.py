@@ -160,6 +160,12 @@ class RenderedReward(Stays, Reward):
             cache.fork(response, twin)
         return twin
 
+    def fork_at(self, response: Response, length: int) -> Response:
+        twin = super().fork_at(response, length)
+        for cache in self.caches:
+            cache.fork(response, twin)  # what lies behind is found not to be shared when the twin is scored
+        return twin
+
     def texts(self, completions: Sequence[Completion]) -> list[Text]:
         """What is to be encoded; raises ValueError for ids or lengths that the models do not have."""
         texts = [self.text(completion) for completion in completions]

@@ -161,8 +161,8 @@ class WeightedSum(Reward):
             if part.name in scored.known_to:
                 part.reward.commit(own)
             else:  # it does not know the segment: its response comes back without its state
+                responses[place] = part.reward.fork_at(own.response, len(own.response.tokens))
                 part.reward.close(own.response)
-                responses[place] = Response(own.response.prompt)
 
     def discard(self, completion: Completion) -> None:
         if completion.state is not None:
@@ -180,6 +180,13 @@ class WeightedSum(Reward):
         if response.state is not None:
             owned = zip(self._parts, self._responses(response), strict=True)
             twin.state = [part.reward.fork(own) for part, own in owned]
+        return twin
+
+    def fork_at(self, response: Response, length: int) -> Response:
+        twin = super().fork_at(response, length)
+        if response.state is not None:
+            owned = zip(self._parts, self._responses(response), strict=True)
+            twin.state = [part.reward.fork_at(own, length) for part, own in owned]
         return twin
 
     def _responses(self, response: Response) -> list[Response]:

@@ -20,7 +20,7 @@ from conftest import tiny_policy, tiny_reward, tiny_tokenizer
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.inputs.arguments import Arguments
-from stars_fast.methods import RSD, Mara, PersonaJudge
+from stars_fast.methods import RSD, Mara, MetropolisHastings, PersonaJudge
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.segment_tree import SegmentTree, SlotsExhausted
 
@@ -31,6 +31,7 @@ METHODS = {
     "stars": dict(),
     "best_of_n": dict(method="best_of_n", max_attempts=3),
     "particle_filter": dict(method="particle_filter"),
+    "metropolis_hastings": dict(method=MetropolisHastings(steps=3), candidates=2),
     "args": dict(method="args"),
     "mara": dict(method=Mara(mlp=NETWORK, top_k=6)),
     "rsd": dict(method=RSD(draft=DRAFT, delimiter=None, longest=4, threshold=0.5)),
@@ -94,12 +95,14 @@ STEPS = {
     "reward discard": Step("stars_fast.rewards.base_rendered:RenderedReward.discard", "one"),
     "reward close": Step("stars_fast.rewards.base_rendered:RenderedReward.close", "one"),
     "reward fork": Step("stars_fast.rewards.base_rendered:RenderedReward.fork", "one"),
+    "reward fork_at": Step("stars_fast.rewards.base_rendered:RenderedReward.fork_at", "one"),
     "reward forget": Step("stars_fast.rewards.base_rendered:RenderedReward.forget"),
     # what a request brings
     "values": Step("stars_fast.methods.base:Method.values", "one"),
     "values of args": Step("stars_fast.methods.args_mara:Args.values", "one"),
     "network": Step("stars_fast.methods.args_mara:Mara.values", "one"),
     "select": Step("stars_fast.methods.particles:ParticleFilter.select", "one"),
+    "log_ratio": Step("stars_fast.methods.metropolis:MetropolisHastings.log_ratio", "one"),
     "stop test": Step("stop", "one"),
     "logits processor": Step("processor", "one"),
     "decode": Step("decode", "one"),
