@@ -120,6 +120,7 @@ class Request:
     attempts: int = 0  # candidates of the segment being drawn that were looked at
     best: Candidate | None = None  # of them
     best_attempt: int = -1
+    weighed: float = 0.0  # of a population's member: its reward when last some were chosen by it, where that matters
     belief: Belief | None = None  # of its rewards, where the method has one
     looked_at: list[CandidateTrace] = field(default_factory=list)  # of the segment being drawn, where they are traced
 
