@@ -87,7 +87,7 @@ def satisfice(
     thresholds: Mapping[str, float],
     config: StarsConfig | None = None,
     *,
-    eta: float = 0.5,
+    eta: float = 1.0,
     rounds: int = 12,
     seed: int = 0,
     progress: bool = False,
