@@ -94,7 +94,7 @@ def test_one_particle_is_drawn_by_its_weight(policy):
     for p, _, texts, shares in filtered(method, oracle(policy, TEXTS)):
         for y, share in zip(texts, shares, strict=True):
             law[y] += p * share
-    assert_law(run(policy, method, TEXTS, samples=400), law)
+    assert_law(run(policy, method, TEXTS, samples=800), law)
 
 
 def test_with_many_particles_whole_texts_follow_the_tilted_law(policy):
@@ -113,7 +113,7 @@ def test_systematic_resampling_copies_each_particle_as_often_as_it_should():
         expected = [16 * share / sum(shares) for share in shares]
         values = [math.log(share) for share in shares]
         for u in (1e-9, rng.random(), 1 - 1e-9):
-            places = method.select(values, [u] * 16)
+            places = method.select(values, [u, *(rng.random() for _ in range(15))])
             if places is not None:
                 chosen += 1
                 copies = [places.count(place) for place in range(16)]
