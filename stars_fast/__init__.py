@@ -7,7 +7,7 @@ from stars_fast import _source_tree
 
 if TYPE_CHECKING:
     from stars_fast.async_engine import AsyncStarsEngine, QueueFull
-    from stars_fast.calibration import Calibration, calibrate, fit
+    from stars_fast.calibration import Calibration, Satisficing, calibrate, fit, satisfice
     from stars_fast.config import StarsConfig
     from stars_fast.dropin import StarsGenerateOutput, decoding, generate
     from stars_fast.engine import StarsEngine
@@ -23,6 +23,7 @@ __all__ = [
     "CandidateTrace",
     "Fit",
     "QueueFull",
+    "Satisficing",
     "SegmentEvent",
     "SegmentTrace",
     "StarsConfig",
@@ -33,6 +34,7 @@ __all__ = [
     "decoding",
     "fit",
     "generate",
+    "satisfice",
 ]
 
 # Public name -> its module. Imported on first use: torch and transformers take seconds, `stars-fast --help` none.
@@ -42,6 +44,7 @@ _HOMES = {
     "CandidateTrace": "outputs",
     "Fit": "methods.fit",
     "QueueFull": "async_engine",
+    "Satisficing": "calibration",
     "SegmentEvent": "outputs",
     "SegmentTrace": "outputs",
     "StarsConfig": "config",
@@ -52,6 +55,7 @@ _HOMES = {
     "decoding": "dropin",
     "fit": "calibration",
     "generate": "dropin",
+    "satisfice": "calibration",
 }
 
 

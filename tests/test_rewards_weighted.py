@@ -246,3 +246,22 @@ def test_a_prompt_that_one_part_refuses_is_forgotten_by_the_parts_before_it():
         scorer.open(prompts, 8)
     assert not first._contexts and not first.caches[0]._runs
     scorer.end()
+
+
+def test_weights_are_set_by_name_between_calls_and_tell_one_sum_from_another():
+    final = Asked([5.0], partial=False)
+    scorer = WeightedSum({"guide": (1.0, Returns(2.0)), "final": (0.0, final)})
+    before = scorer.described
+    scorer.weights = {"guide": 3.0}
+    assert scorer.weights == {"guide": 3.0, "final": 0.0} and scorer.score([one()]) == [6.0] and scorer.partial
+    assert scorer.described != before and "3 guide (Returns)" in scorer.described
+    scorer.weights = {"final": 1.0}
+    assert not scorer.partial
+    for weights, named in ({"guid": 1.0}, "'guid'; there are guide, final"), ({"guide": math.nan}, "'guide': weight"):
+        with pytest.raises(ValueError, match=named):
+            scorer.weights = weights
+    scorer.begin([], 1, 1, None)
+    with pytest.raises(RuntimeError, match="between calls"):
+        scorer.weights = {"guide": 1.0}
+    scorer.end()
+    scorer.weights = {"guide": 1.0}

@@ -149,7 +149,7 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def tilted_mean(pilot: Pilot) -> float:
-    """Mean final reward under weights ``exp(min(r, r_star) / beta)``, the law guidance aims at."""
+    """Mean final reward, answers weighted by ``exp(min(r, r_star) / beta)``: what guidance by segments comes near."""
     top = max(min(reward, pilot.target) for reward in pilot.finals)
     weights = [math.exp((min(reward, pilot.target) - top) / pilot.beta) for reward in pilot.finals]
     return sum(w * r for w, r in zip(weights, pilot.finals, strict=True)) / sum(weights)

@@ -40,7 +40,8 @@ class Populations(Members):
             pairs = [(leaf, candidate) for leaf in self.leaves(request) for candidate in drawn[leaf]]
             error = next((candidate.error for _, candidate in pairs if candidate.error is not None), None)
             finished = [member for member in self.members[request] if member.finish_reason is not None]
-            values = [answer.reward for answer in finished] + [candidate.score for _, candidate in pairs]
+            values = [answer.reward - answer.weighed for answer in finished]
+            values += [candidate.score - leaf.weighed for leaf, candidate in pairs]
             if error is None:
                 try:
                     places = _method(request).select(values, self._uniforms(request))
@@ -57,13 +58,14 @@ class Populations(Members):
         request: Request,
         finished: Sequence[Request],
         drawn: Sequence[tuple[Request, Candidate]],
-        places: Sequence[int],
+        places: Sequence[int] | None,
     ) -> None:
         """The members of the next round: those in these places among finished answers and this round's candidates."""
+        method = _method(request)
         parents = self.leaves(request)
         chosen: dict[int, Request] = dict(enumerate(finished))
         members = []
-        for slot, place in enumerate(places):
+        for slot, place in enumerate(range(len(finished) + len(drawn)) if places is None else places):
             if place not in chosen:
                 chosen[place] = self._continued(request, slot, *drawn[place - len(finished)], attempts=len(drawn))
                 members.append(chosen[place])
@@ -75,8 +77,11 @@ class Populations(Members):
             self.trunks.give_back(parent.trunk, parent.tokens)
             self.queue.tell(parent, self.queue.reward.close, parent.response)
         self.members[request], request.attempts = members, request.attempts + 1
+        if places is not None and method.weighs_increments:
+            for one in members:
+                one.weighed = one.reward
         if not self.leaves(request):
-            winner = max(members, key=lambda answer: answer.reward)
+            winner = members[method.answer([one.reward - one.weighed for one in members], self._uniforms(request)[0])]
             self.settle(request, winner, winner.segments)
 
     def _uniforms(self, request: Request) -> list[float]:
@@ -97,6 +102,7 @@ class Populations(Members):
         twin = self.member(request, slot)
         twin.segments = list(answer.segments)
         twin.logprobs, twin.sampling_logprobs = list(answer.logprobs), list(answer.sampling_logprobs)
+        twin.reward, twin.weighed = answer.reward, answer.weighed
         twin.trunk = self.trunks.fork(answer.trunk)
         try:
             twin.response = self.reward.fork(answer.response)

@@ -121,6 +121,7 @@ class Request:
     best: Candidate | None = None  # of them
     best_attempt: int = -1
     search: Search | None = None  # for its segments, where the method has one
+    weighed: float = 0.0  # of a population's member: its reward when last some were chosen by it, where that matters
     looked_at: list[CandidateTrace] = field(default_factory=list)  # of the segment being drawn, where they are traced
 
     acceptance_sum: float = 0.0  # probabilities of its candidates, added up: evidence for the scheduler

@@ -230,10 +230,7 @@ class Enumerated(Method):
 
 @dataclass(frozen=True)
 class Population(Method):
-    """Several answers grow at once; after each segment some are continued, once or several times.
-
-    The last of them to be chosen is the one with the highest reward, ties to the first.
-    """
+    """Several answers grow at once; after each segment some are continued, once or several times."""
 
     loop: ClassVar[str] = "population"
     has_target: ClassVar[bool] = False
@@ -252,13 +249,22 @@ class Population(Method):
         """Candidates of each answer that goes on. The first round draws ``width`` from the prompt."""
         raise NotImplementedError
 
-    def select(self, values: Sequence[float], uniforms: Sequence[float]) -> list[int]:
-        """Places of the answers that stay, which may repeat.
+    @property
+    def weighs_increments(self) -> bool:
+        """Whether :meth:`select` gets rewards less what they were when it last chose (at first: 0), not rewards."""
+        return False
+
+    def select(self, values: Sequence[float], uniforms: Sequence[float]) -> list[int] | None:
+        """Places of the answers that stay, which may repeat; None where it does not choose: each goes on.
 
         ``values`` are those of all answers: the finished ones, then this round's candidates. ``uniforms`` are ``width``
         independent numbers in (0, 1).
         """
         raise NotImplementedError
+
+    def answer(self, values: Sequence[float], uniform: float) -> int:
+        """Place of the one that is returned once all have finished: the highest value, ties to the first."""
+        return max(range(len(values)), key=values.__getitem__)
 
     def rows(self, config: Settings) -> int:
         return self.width

@@ -50,7 +50,8 @@ class Stars(Method):
 
     A candidate that brings the answer to n tokens is accepted with probability ``min(1, exp((r - tau(n)) / beta))``,
     ``tau(n) = min(r0 + (r_star - r0) n / max_new_tokens, r_star)``, ``r0 = (1 - alpha) r(x) + alpha r_star``; the best
-    of ``max_attempts`` is committed where none is.
+    of ``max_attempts`` is committed where none is. Given acceptance, a segment's law is ``pi(s) exp(-max(tau - r, 0) /
+    beta)`` up to a constant, given the text before: a tilt of each segment, not of whole texts.
     """
 
     name: ClassVar[str] = "stars"

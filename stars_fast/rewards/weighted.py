@@ -88,6 +88,29 @@ class WeightedSum(Reward):
         self._begun: list[_Part] = []
 
     @property
+    def weights(self) -> dict[str, float]:
+        """Of each part, by its name. To be set between calls; whoever is left out keeps its weight.
+
+        Setting raises ValueError for unknown names and weights that are not finite, and RuntimeError during a call.
+        """
+        return {part.name: part.weight for part in self._parts}
+
+    @weights.setter
+    def weights(self, weights: Mapping[str, float]) -> None:
+        if self._calls:
+            raise RuntimeError("this WeightedSum is scoring: set its weights between calls")
+        if unknown := [name for name in weights if name not in self.weights]:
+            raise ValueError(f"weights: there is no part {shown(unknown[0])}; there are {', '.join(self.weights)}")
+        new = {name: _weight(name, weight) for name, weight in weights.items()}
+        self._parts = [part._replace(weight=new.get(part.name, part.weight)) for part in self._parts]
+        self.partial = all(part.reward.partial for part in self._parts if part.weight)
+
+    @property
+    def described(self) -> str:
+        parts = (f"{part.weight:g} {part.name} ({part.reward.described})" for part in self._parts)
+        return f"{type(self).__name__} of {', '.join(parts)}"
+
+    @property
     def tree_models(self) -> list[TreeModel]:
         return [model for part in self._parts for model in part.reward.tree_models]
 
@@ -223,5 +246,9 @@ def _named(
             kind = type(reward).__name__
             seen[kind] += 1
             name = kind if seen[kind] == 1 else f"{kind}_{seen[kind]}"
-        named.append((name, real(f"part {name!r}: weight", weight, open_below=True, open_above=True), reward))
+        named.append((name, _weight(name, weight), reward))
     return named
+
+
+def _weight(name: str, weight: Any) -> float:
+    return real(f"part {name!r}: weight", weight, open_below=True, open_above=True)

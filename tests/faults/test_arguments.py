@@ -161,6 +161,7 @@ ARGUMENTS = [
     method(methods.ParticleFilter, "particles", "integer", None, 0, 10**9),
     method(methods.ParticleFilter, "temperature", "real", None, 0, math.inf),
     method(methods.ParticleFilter, "delimiter", "text", "", good=(None, "a")),
+    method(methods.ParticleFilter, "increments", "truth", None),
     method(methods.Cards, "entropy", "real", None, -1.0, good=(math.inf,)),
     method(methods.Cards, "shortest", "integer", None, 0, *INT32),
     method(methods.Cards, "longest", "integer", None, 0, *INT32),
