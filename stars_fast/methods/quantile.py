@@ -17,8 +17,8 @@ class QuantileRule(Method):
     """``stars`` or ``cards`` without a target, with a fit.
 
     A candidate is accepted with probability ``min(1, exp((u - 1) / b))``, ``u = F(r)`` being its quantile among the
-    candidates of such prefixes. F is fixed before they are drawn, so the law of a segment is exactly the policy's,
-    tilted by ``exp(u / b)``. Where u is uniform, ``acceptance = b (1 - exp(-1 / b))``.
+    candidates of such prefixes. F is fixed before they are drawn, so that the law of an accepted segment is
+    exactly the policy's, tilted by ``exp(u / b)``. Where u is uniform, ``acceptance = b (1 - exp(-1 / b))``.
     """
 
     uses_fit: ClassVar[bool] = True
