@@ -19,6 +19,7 @@ from stars_fast.ops.philox import (
     philox4x32,
     philox_key,
     uniform,
+    uniform_number,
 )
 
 HEADER = Path(__file__).resolve().parents[1] / "csrc/philox.h"
@@ -83,6 +84,12 @@ def test_cpp_names_its_streams_alike():
     assert {name.upper(): int(number) for name, number in spelled.items()} == {
         stream.name: stream for stream in (Stream.TILE, Stream.TOKEN, Stream.ACCEPT)
     }
+
+
+def test_a_single_number_is_that_of_the_tensors():
+    for key, segment, attempt in itertools.product((philox_key(3, 1, 0), philox_key(4, 1, 0)), (0, 7), (0, 2**31 - 1)):
+        numbers = uniform(torch.tensor(key), torch.tensor(segment), torch.tensor(attempt), stream=Stream.CUT)
+        assert uniform_number(key, segment, attempt, Stream.CUT) == numbers.item()
 
 
 def noise(rows, count, *, stream=Stream.TOKEN, first=0):

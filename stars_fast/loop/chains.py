@@ -42,8 +42,10 @@ class Chains(Members):
         super().__init__(queue)
         self._chains: dict[Request, list[Chain]] = {}
         self._lanes: dict[Request, int] = {}
+        self._sides: dict[int, int] = {}  # by steps: what a chain is given side by side, as many as are here now
 
     def enter(self, requests: Sequence[Request]) -> None:
+        self._sides.clear()
         for request in requests:
             self._chains[request] = [Chain(place) for place in range(_method(request).chains)]
 
@@ -58,13 +60,18 @@ class Chains(Members):
         if config.candidates != "auto":
             most = min(method.steps, int(config.candidates))
         else:
-            together = sum(map(len, self._chains.values()))
-            limits = [method.steps] * together
-            most = min(scheduler.shares([ACCEPTANCE] * together, limits, scheduler.max_rows))
+            most = self._sides.get(method.steps) or self._side(method.steps)
         answers = (scheduler.kv_cache_tokens - len(request.prompt.ids)) // config.max_new_tokens  # that have room
         room = answers - method.chains if answers >= 2 * method.chains else answers // 2
         width = max(1, min(most * method.chains, room, scheduler.max_rows))
         return width - width % method.chains if width > method.chains else width
+
+    def _side(self, steps: int) -> int:
+        """Asked for once by all who come together: it takes the longer, the more there are."""
+        together = sum(map(len, self._chains.values()))
+        shares = self.scheduler.shares([ACCEPTANCE] * together, [steps] * together, self.scheduler.max_rows)
+        self._sides[steps] = min(shares)
+        return self._sides[steps]
 
     def reserve(self, request: Request) -> int:
         width = self._width(request)
