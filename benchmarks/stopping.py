@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stars_fast
 from examples.arithmetic import problem, right_less_wrong, solved
-from stars_fast import StarsConfig, StarsEngine, demo
+from stars_fast import StarsConfig, StarsEngine, StarsOutput, demo
 from stars_fast.methods.fit import Fit
 from stars_fast.rewards import ClassifierReward
 
@@ -91,9 +91,9 @@ class Record:
 def measured(engine: StarsEngine, prompts: list[str], config: StarsConfig, task: str, **overrides: Any) -> Any:
     """One way of decoding: rewards by prompt, and what it cost."""
     began = time.monotonic()
-    output = engine.generate(prompts, config, seed=0, on_error="raise", **overrides)
+    output = engine.generate(prompts, config, seed=0, on_error="raise", trace=True, **overrides)
     row = {
-        "tokens": output.stats["policy_tokens"] / output.stats["committed_tokens"],
+        "tokens": _looked_at(output) / output.stats["committed_tokens"],
         "spent": fmean(s.attempts for segments in output.segments for s in segments),
         "mean": fmean(output.rewards),
         "rewards": [round(reward, 4) for reward in output.rewards],
@@ -103,6 +103,14 @@ def measured(engine: StarsEngine, prompts: list[str], config: StarsConfig, task:
         right = [solved(prompt, text) for prompt, text in zip(prompts, output.texts, strict=True)]
         row |= {"solved": fmean(right), "right": right}
     return row
+
+
+def _looked_at(output: StarsOutput) -> int:
+    """Tokens of candidates in index order up to the verdict: what drawing them one at a time would have cost."""
+    traces = [segment.candidates for segments in output.segments for segment in segments]
+    if None in traces:  # a method that draws whole answers
+        return int(output.stats["policy_tokens"])
+    return sum(len(one.tokens) for candidates in traces for one in candidates if one.verdict != "unseen")
 
 
 def fit_on(engine: StarsEngine, prompts: list[str], config: StarsConfig) -> Any:
@@ -173,7 +181,7 @@ def main() -> None:
 def _measure(args: argparse.Namespace, record: Record, prefix: str) -> None:
     torch.set_num_threads(1)
     engine = engine_for(args.task, args.policy)
-    config = StarsConfig(max_new_tokens=64, segment_length=args.segment_length, top_k=50, candidates=1)
+    config = StarsConfig(max_new_tokens=64, segment_length=args.segment_length, top_k=50)
     if args.task == "sums":
         chance = random.Random(1)
         known, prompts = [problem(chance) for _ in range(FITTED)], [problem(chance) for _ in range(args.count)]
@@ -202,9 +210,9 @@ def _measure(args: argparse.Namespace, record: Record, prefix: str) -> None:
         for name, one in fits.items():
             run(f"stopping-{name}/{budget:g}", method={"name": "optimal_stopping", "budget": budget}, fit=one)
     for n in BLOCKWISE:
-        run(f"blockwise/{n}", method={"name": "blockwise_best_of_n", "n": n}, candidates="auto")
+        run(f"blockwise/{n}", method={"name": "blockwise_best_of_n", "n": n})
     for n in BEST_OF if args.best_of_n else ():
-        run(f"best-of-n/{n}", method={"name": "best_of_n", "n": n}, candidates="auto")
+        run(f"best-of-n/{n}", method={"name": "best_of_n", "n": n})
     for acceptance in ACCEPTANCES if args.stars else ():
         run(f"stars/{acceptance}", method="stars", fit=fit("24", known[:24]), acceptance=acceptance)
 
