@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--segment-length", type=int, default=16)
     parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)
     parser.add_argument("--fits", nargs="*", default=["24", "none"], help="prompts of a fit; normal (of 24); none")
+    parser.add_argument("--blockwise", type=int, nargs="*", default=BLOCKWISE, help="n of blockwise best-of-n")
     parser.add_argument("--stars", action="store_true", help="stars on quantiles, with the fit on 24")
     parser.add_argument("--best-of-n", action="store_true")
     parser.add_argument("--show", action="store_true", help="print what is there, measure nothing")
@@ -209,7 +210,7 @@ def _measure(args: argparse.Namespace, record: Record, prefix: str) -> None:
     for budget in args.budgets:
         for name, one in fits.items():
             run(f"stopping-{name}/{budget:g}", method={"name": "optimal_stopping", "budget": budget}, fit=one)
-    for n in BLOCKWISE:
+    for n in args.blockwise:
         run(f"blockwise/{n}", method={"name": "blockwise_best_of_n", "n": n})
     for n in BEST_OF if args.best_of_n else ():
         run(f"best-of-n/{n}", method={"name": "best_of_n", "n": n})
