@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--elsewhere", type=Path, help="histories of another domain, to fit on as well")
     parser.add_argument("--column", default="text", help="of the texts")
     parser.add_argument("--count", type=int, default=96, help="prompts")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[8, 24, 72], help="prompts that fits are made on")
     parser.add_argument("--segment-length", type=int, default=16)
     parser.add_argument("--policy", type=Path, help="what examples/train_arithmetic.py wrote (sums)")
     parser.add_argument("--json", type=Path)
@@ -177,10 +178,9 @@ def main() -> None:
 
         return fit
 
-    prompts = len({prompt for prompt, _, _ in answers})
-    ways: dict[str, Callable[[set[int]], Fit | None]] = {
-        f"fit on {size}": fitted(size) for size in (8, 24, 72) if size <= prompts * (FOLDS - 1) // FOLDS
-    }
+    prompts = len({prompt for prompt, _, _ in answers}) * (FOLDS - 1) // FOLDS
+    sizes = [size for size in args.sizes if size <= prompts]
+    ways: dict[str, Callable[[set[int]], Fit | None]] = {f"fit on {size}": fitted(size) for size in sizes}
     ways |= {"fit on 24, normal residuals": lambda held: normal(fitted(24)(held)), "no fit": lambda held: None}
     if args.elsewhere:
         elsewhere = learn([g for _, groups, _ in pickle.loads(args.elsewhere.read_bytes()) for g in groups], {}, {})
