@@ -32,7 +32,7 @@ from stars_fast import StarsConfig, StarsEngine
 from stars_fast.calibration.fitting import _AMONG, _groups, _History
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.methods.fit import Fit, Group, learn
-from stars_fast.methods.stopping import Belief, Rule, cost_for
+from stars_fast.methods.stopping import cost_for, search
 
 SAMPLES, FOLDS, LADDER, BUDGETS, PENALTIES = (
     16,
@@ -55,20 +55,20 @@ def histories(engine: StarsEngine, prompts: list[str], config: StarsConfig) -> l
             whole = torch.tensor([ids + [token for segment in segments for token in segment.tokens]])
             ends = len(ids) - 1 + np.cumsum([0] + [len(segment.tokens) for segment in segments[:-1]])
             states = model(whole, output_hidden_states=True).hidden_states[-1][0, ends]
-            answers.append((place, list(_groups(segments)), states.numpy()))
+            answers.append((place, list(_groups(segments, among or SAMPLES)), states.numpy()))
     return answers
 
 
 def replayed(answers: Sequence[Answer], known: Fit | None, budget: float) -> list[tuple[int, int, float]]:
     """By prefix: its prompt, how many of its candidates are looked at, and what the best of these gains."""
-    rule, seen = Rule(known, cost_for(budget, 20, known)), []
+    seen, cost = [], cost_for(budget, 20, max(len(groups) for _, groups, _ in answers), known)
     for prompt, groups, _ in answers:
-        belief = Belief(rule)
+        asked = search(cost, budget, known)
         for group in groups:
-            belief.begin(group.segment, group.before if group.segment else None)
+            asked.begin(group.segment, group.before if group.segment else None)
             for count, reward in enumerate(group.rewards, 1):
-                belief.see(reward)
-                if max(group.rewards[:count]) >= belief.threshold:
+                asked.see(reward)
+                if max(group.rewards[:count]) >= asked.threshold:
                     break
             seen.append((prompt, count, max(group.rewards[:count]) - group.before))
     return seen
@@ -181,7 +181,7 @@ def main() -> None:
     prompts = len({prompt for prompt, _, _ in answers}) * (FOLDS - 1) // FOLDS
     sizes = [size for size in args.sizes if size <= prompts]
     ways: dict[str, Callable[[set[int]], Fit | None]] = {f"fit on {size}": fitted(size) for size in sizes}
-    ways |= {"fit on 24, normal residuals": lambda held: normal(fitted(24)(held)), "no fit": lambda held: None}
+    ways |= {"fit on 24, normal shape": lambda held: normal(fitted(24)(held)), "no fit": lambda held: None}
     if args.elsewhere:
         elsewhere = learn([g for _, groups, _ in pickle.loads(args.elsewhere.read_bytes()) for g in groups], {}, {})
         ways["fit elsewhere"] = lambda held: elsewhere

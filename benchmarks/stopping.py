@@ -25,7 +25,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import NormalDist, fmean
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ import stars_fast
 from examples.arithmetic import problem, right_less_wrong, solved
 from stars_fast import StarsConfig, StarsEngine, StarsOutput, demo
 from stars_fast.methods.fit import Fit
+from stars_fast.methods.stopping import NORMAL
 from stars_fast.rewards import ClassifierReward
 
 BLOCKWISE, BEST_OF, BUDGETS, ACCEPTANCES = (2, 3, 4, 6, 8, 12, 16), (2, 4, 8, 16), (2, 4, 8, 16), (0.5, 0.3, 0.15)
@@ -122,8 +123,7 @@ def fit_on(engine: StarsEngine, prompts: list[str], config: StarsConfig) -> Any:
 
 def normal(known: Fit) -> Fit:
     """The same with a normal law in place of the shape that was seen."""
-    n = len(known.residuals)
-    return dataclasses.replace(known, residuals=tuple(NormalDist().inv_cdf((i + 0.5) / n) for i in range(n)))
+    return dataclasses.replace(known, levels=NORMAL)
 
 
 def compared(rows: dict[str, Any], name: str, column: str = "rewards") -> tuple[float, float, float, float]:
