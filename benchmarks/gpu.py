@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_parts.hypotheses import HYPOTHESES, line  # noqa: E402
+from benchmarks.gpu_parts.hypotheses import HYPOTHESES, judged, line  # noqa: E402
 from benchmarks.gpu_parts.runner import DEVICE_BROKEN, Part, Record, Runner  # noqa: E402
 
 _GRACE = 15.0  # seconds that a part may run past the limit before its process is ended
@@ -52,7 +52,7 @@ PARTS = [
         ("pass-profile", 15, "profiles.profile_passes", "Scoring and prefill by kernel."),
         ("idle", 20, "idle.measure_idle", "Where the device waits for the host."),
         ("score-order", 35, "order.compare_orders", "Scoring in order against all at once."),
-        ("products", 35, "products.measure_products", "Products: cuBLAS against others."),
+        ("products", 35, "products.measure_products", "Products by torch's libraries and others."),
         ("tiles", 30, "tiles.measure_tiles", "Attention with 5 and 7 stages."),
         ("heartbeats", 40, "heartbeats.measure_acceptances", "Steady heartbeats of batch 64."),
         ("small-batches", 20, "heartbeats.measure_small_batches", "Steady heartbeats of batch 1 and 16."),
@@ -113,6 +113,8 @@ def supervise(args: argparse.Namespace, parts: list[Part]) -> int:
         if not cause or not before < len(record.content["parts"]) < len(parts):
             break
         print(f"the process has ended ({cause}): starting it again for the parts behind", flush=True)
+    for name in record.content["parts"]:  # the one that was killed too
+        record.content["verdicts"] |= judged(record.content, name)
     record.content["ended"] = cause
     record.content["total_seconds"] = time.time() - started
     record.save()

@@ -89,9 +89,9 @@ def rates(found: list[Record]) -> str:
     record = newest("engine", found)
     source = "Not measured yet." if record is None else f"Measured {_source(record)}."
     lines = [
-        f"{source} Batch {_BATCH}, segments of {_SEGMENT}, bfloat16, a 7B reward model; steady heartbeats at the wanted "
-        "acceptance, beside what is expected at 0.95 and 0.77 of the copy and product rates that the run measured, and "
-        "the floor at all of both:",
+        f"{source} Batch {_BATCH}, segments of {_SEGMENT}, bfloat16, a 7B reward model; steady heartbeats, at the "
+        "acceptance that was wanted, beside what is expected at 0.95 and 0.77 of the copy and product rates that the "
+        "run measured, and the floor at all of both:",
         "",
         *_heading(
             "policy, accepted, candidates, heartbeat ms, expected, floor, accepted tok/s, x strong, x plain, "

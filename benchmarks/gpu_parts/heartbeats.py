@@ -207,7 +207,7 @@ def measure_acceptances(runner: Runner) -> None:
     """Steady heartbeats of batch 64: 30, 15 and 50 % accepted, as the engine chooses and with one candidate."""
     for candidates in ("auto", 1):
         for acceptance in (0.3,) if runner.tiny else (0.3, 0.15, 0.5):
-            measure_engine(runner, workload(runner, 4 if runner.tiny else 64, acceptance), candidates, 7.0)
+            measure_engine(runner, workload(runner, 4 if runner.tiny else 64, acceptance), candidates, 9.0)
 
 
 def measure_small_batches(runner: Runner) -> None:

@@ -131,13 +131,9 @@ class Runner:
         for part in parts:
             if part.name in self.record.content["parts"]:
                 continue
-            entry = self.record.content["parts"][part.name] = {
-                "status": "running",
-                "started": time.time(),
-                "estimate": part.seconds,
-                "seconds": 0.0,
-                "rows": [],
-            }
+            entry: dict[str, Any] = {"status": "running", "started": time.time(), "estimate": part.seconds}
+            entry |= {"seconds": 0.0, "rows": []}
+            self.record.content["parts"][part.name] = entry
             self._rows = entry["rows"]
             self._part_ends = min(self.ends, time.time() + 1.5 * part.seconds)
             reason = self._reason_to_skip(part)

@@ -73,5 +73,4 @@ def _whole_call(runner: Runner, load: Workload, watch: Watch, tokens: int, secon
         "beats": len(watch.beats),
         "refilled_beats": sum(beat.refilled for beat in watch.beats),
         **{f"{name}_passes": count for name, count in watch.passes.items()},
-        "all_beats": [beat._asdict() for beat in watch.beats],
     }
