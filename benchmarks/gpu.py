@@ -118,6 +118,10 @@ def supervise(args: argparse.Namespace, parts: list[Part]) -> int:
     record.content["ended"] = cause
     record.content["total_seconds"] = time.time() - started
     record.save()
+    from benchmarks.pages import calls, heartbeats, kernels, products  # what they import may have had to be built
+
+    for table in (calls, kernels, products, heartbeats):
+        print(f"\n{table([record.content])}")
     print("\n".join(["", *summary(record.content)]))
     failed = any(entry["status"] == "failed" for entry in record.content["parts"].values())
     return 1 if failed or cause else 0

@@ -58,7 +58,7 @@ def newest(kind: str, found: list[Record]) -> Record | None:
 def gpu_of(record: Record) -> Gpu:
     """The record's GPU with the rates it measured."""
     (rates,) = rows_of(record, "rates")
-    return device(record["machine"]["gpu"], rates["copy"], rates["matrix"])
+    return device(record["machine"].get("gpu", ""), rates["copy"], rates["matrix"])
 
 
 @lru_cache
@@ -73,7 +73,9 @@ def steady(record: Record, row: Row) -> dict[str, float]:
     """
     candidates = row["rows"] / row["batch"]
     work = row["batch"], row["segment"], row["wanted"], row["context"], candidates
-    told = expectation(_costs(row["pair"]), gpu_of(record), *work)
+    told = row.get("expected", {})
+    if "floor_milliseconds" not in told:  # an earlier program's, of the best number of candidates
+        told = expectation(_costs(row["pair"]), gpu_of(record), *work)
     commit = 1 - (1 - row["wanted"]) ** candidates
     return {
         "candidates": candidates,
@@ -175,7 +177,7 @@ def kernels(found: list[Record]) -> str:
     record = newest("profile", found) or newest("kernels", found)
     if record is None:
         return "Not measured yet."
-    lines = _heading("what, kernels, ms, count")
+    lines = _heading("what, kernels, ms, count, TB/s, TFLOP/s")
     for row in rows_of(record, "profile") or rows_of(record, "kernels"):
         spent = by_class((one["name"], one["milliseconds"], one["count"]) for one in row["top"])
         if row["kind"] == "profile":
@@ -187,8 +189,12 @@ def kernels(found: list[Record]) -> str:
             name, wall, working = f"a heartbeat, batch {row['batch']}", row["milliseconds"], row["busy_milliseconds"]
             listed = [sum(column) for column in zip(*spent.values(), strict=True)]
             spent["not listed"] = working - listed[0], row["launches"] - listed[1]
-        lines += [_line(name, one, f"{ms:.2f}", f"{count:,}") for one, (ms, count) in spent.items()]
-        lines.append(_line(name, "none: the device waits", f"{wall - working:.2f}", ""))
+        lines += [_line(name, one, f"{ms:.2f}", f"{count:,}", "", "") for one, (ms, count) in spent.items()]
+        lines.append(_line(name, "none: the device waits", f"{wall - working:.2f}", "", "", ""))
+        for one in row.get("products", ()):
+            shape = f"{one['rows']:,} x {one['inner']:,} x {one['columns']:,}, launched"
+            rates_of_it = f"{one['terabytes_per_second']:.2f}", f"{one['teraflops']:.0f}"
+            lines.append(_line(name, shape, f"{one['microseconds'] / 1e3:.4f} each", f"{one['count']}", *rates_of_it))
     return "\n".join([f"{_source(record)}:", "", *lines])
 
 
@@ -199,7 +205,7 @@ def steps(found: list[Record]) -> str:
         return "Not measured yet."
     each = {(row["rows"], row["mode"]): row for row in rows_of(record, "step")}
     modes = list(dict.fromkeys(mode for _, mode in each))
-    lines = _heading(", ".join(["rows, floor ms, expected ms", *(f"{mode} ms" for mode in modes)]))
+    lines = _heading(", ".join(["rows, floor ms, expected ms", *(f"{mode} ms (over floor)" for mode in modes)]))
     for rows in sorted({rows for rows, _ in each}):
         same = next(row for (own, _), row in each.items() if own == rows)
         cells = [f"{rows}", f"{same['floor_milliseconds']:.2f}", f"{same['expected_milliseconds']:.2f}"]
@@ -224,15 +230,18 @@ def calls(found: list[Record]) -> str:
 
 
 def products(found: list[Record]) -> str:
-    """Microseconds, TB/s and TFLOP/s of each product, by who computes it."""
+    """Each product by who computes it and by rows."""
     record = newest("product", found)
     if record is None:
         return "Not measured yet."
-    lines = _heading("product, rows, by, us, TB/s, TFLOP/s")
+    cells: dict[tuple[str, str], dict[int, str]] = {}
     for row in rows_of(record, "product"):
-        figures = f"{median(row['microseconds']):.1f}", f"{row['terabytes_per_second']:.2f}", f"{row['teraflops']:.0f}"
-        lines.append(_line(row["shape"], f"{row['rows']}", row["contender"], *figures))
-    return "\n".join([f"{_source(record)}:", "", *lines])
+        told = f"{median(row['microseconds']):.1f} / {row['terabytes_per_second']:.2f} / {row['teraflops']:.0f}"
+        cells.setdefault((row["shape"], row["contender"]), {})[row["rows"]] = told
+    counts = sorted({rows for one in cells.values() for rows in one})
+    lines = _heading("product; by; " + "; ".join(f"{rows} rows" for rows in counts), "; ")
+    lines += [_line(*names, *(one.get(rows, "") for rows in counts)) for names, one in cells.items()]
+    return "\n".join([f"{_source(record)}, us / TB/s / TFLOP/s:", "", *lines])
 
 
 def verdicts(found: list[Record]) -> str:
@@ -268,11 +277,12 @@ def _matching(record: Record | None, kind: str, **fields: Any) -> list[Row]:
 
 
 def _source(record: Record) -> str:
-    return f"{record['date'][:10]}, {record['machine']['gpu']}, torch {record['machine']['torch']}"
+    about = record["machine"]
+    return f"{record['date'][:10]}, {about.get('gpu', 'a CPU')}, torch {about['torch']}"
 
 
-def _heading(names: str) -> list[str]:
-    columns = names.split(", ")
+def _heading(names: str, between: str = ", ") -> list[str]:
+    columns = names.split(between)
     return [_line(*columns), "|" + "---|" * len(columns)]
 
 

@@ -48,7 +48,7 @@ def saved(runner):
 
 def run_program(*arguments):
     command = [sys.executable, gpu.__file__, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow

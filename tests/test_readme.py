@@ -77,6 +77,6 @@ def test_verdicts_and_profiles_of_a_record_become_tables():
         "| H4 | a step | at most 2 ms |  |  | not measured |",
     ]
     assert pages.kernels([record]).splitlines()[-2:] == [
-        "| step 64 x 3 | product | 3.00 | 7 |",
-        "| step 64 x 3 | none: the device waits | 1.00 |  |",
+        "| step 64 x 3 | product | 3.00 | 7 |  |  |",
+        "| step 64 x 3 | none: the device waits | 1.00 |  |  |  |",
     ]

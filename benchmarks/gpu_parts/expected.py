@@ -37,26 +37,30 @@ def expectation(
     context: float,
     candidates: float | None = None,
     response: int | None = None,
+    in_order: bool = False,
 ) -> dict[str, Any]:
     """A heartbeat of policy and reward model with so many candidates a request in the mean; with the best number of
     them where none is given. A prompt is let in for each answer of ``response`` tokens; none where that is not given.
+    ``in_order`` says whether candidates behind an accepted one are left out of scoring.
     """
     context = max(context, 2.0)
-    work = Workload(batch, segment, min(max(acceptance, 0.01), 1.0), context, response=response or int(context))
+    order = {"in_order": True} if in_order else {}
+    share = min(max(acceptance, 0.01), 1.0)
+    work = Workload(batch, segment, share, context, response=response or int(context), **order)
     if candidates is None:
         candidates = best_candidates(*costs, work, gpu).candidates
     least = max(math.floor(candidates), 1)
-    shares = [(least + 1 - candidates, least), (candidates - least, least + 1)]
-    beats = [(share, heartbeat(*costs, work, m, gpu)) for share, m in shares if share > 0]
+    around = [(least + 1 - candidates, least), (candidates - least, least + 1)]
+    beats = [(weight, heartbeat(*costs, work, m, gpu)) for weight, m in around if weight > 0]
     stages = [
-        Stage.total(same[0].name, zip((share for share, _ in beats), same, strict=True))
+        Stage.total(same[0].name, zip((weight for weight, _ in beats), same, strict=True))
         for same in zip(*(beat.stages for _, beat in beats), strict=True)
         if response or same[0].name != "refill"
     ]
     seconds = sum(stage.achievable_s for stage in stages)
     return {
         "candidates": candidates,
-        "tokens_per_second": sum(share * beat.committed_tokens for share, beat in beats) / seconds,
+        "tokens_per_second": sum(weight * beat.committed_tokens for weight, beat in beats) / seconds,
         "milliseconds": seconds * 1e3,
         "floor_milliseconds": sum(stage.floor_s for stage in stages) * 1e3,
         "stages_milliseconds": {stage.name: stage.achievable_s * 1e3 for stage in stages},

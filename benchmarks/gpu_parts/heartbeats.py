@@ -137,6 +137,11 @@ def run_engine(
     return watch
 
 
+def scores_in_order(engine: StarsEngine) -> bool:
+    """Whether this build leaves candidates behind an accepted one out of scoring, and this engine does."""
+    return getattr(engine.core, "in_order", False)
+
+
 def stream_until(
     enough: Callable[[], bool],
     engine: StarsEngine,
@@ -198,7 +203,9 @@ def measure_engine(runner: Runner, load: Workload, candidates: int | str, second
         row |= {"wanted": load.acceptance, "candidates": candidates, **figures(watch, load)}
         if row["beats"]:
             work = load.batch, load.segment_length, load.acceptance, row["context"], row["rows"] / load.batch
-            row["expected"] = expectation(costs(runner), machine(runner), *work)
+            row["expected"] = expectation(
+                costs(runner), machine(runner), *work, in_order=scores_in_order(driven.engine)
+            )
             row["of_expected"] = [row["expected"]["milliseconds"] / one for one in row["repeats_milliseconds"]]
         runner.add("engine", **row)
 

@@ -16,7 +16,7 @@ _CLASSES = {
     "split-K reduce": r"splitk_?reduce",
     "product": r"nvjet|gemm|gemv|cutlass|wgmma|skinny_product|aten::(add)?mm$",
     "merge": r"merge_parts",
-    "attention": r"tree_attention",
+    "attention": r"tree_(attention|work)",
     "append": r"kv_append",
     "sampling": r"draw_kernel|tile_sums|rank_|sample_step|gather_logprobs|select_and_commit",
     "copy": r"memcpy|memset|direct_copy|CatArray",
