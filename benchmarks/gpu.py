@@ -1,11 +1,12 @@
-"""Everything about speed that only a GPU can show, in one command of less than nine minutes.
+"""What only a GPU can show of speed, in one command of eight minutes, beside what was predicted.
 
-    python benchmarks/gpu.py --out gpu.json                # --list; --only llama-2-7b --only operators; --seconds 300
-    python benchmarks/gpu.py --tiny --out tiny.json        # toy models, on a CPU too: shows that the program works
+    python benchmarks/gpu.py --out gpu.json            # --list; --only tiles --only products; --minutes 4
+    python benchmarks/gpu.py --tiny --out tiny.json    # toy models, on a CPU too: shows that the program works
 
-Models have real shapes and random weights; nothing is downloaded. The extension is built in place if it is missing.
-The parts run in a process of their own, started again where one of them has broken it; each figure is in the JSON file
-as soon as it is measured, and the table at the end is made from that file and written beside it.
+Each part ends with a line for each of its hypotheses (``gpu_parts/hypotheses.yaml``): predicted, measured, and whether
+that is confirmed, refuted or unclear. Models have real shapes and random weights; nothing is downloaded. The extension
+is built in place if it is missing. The parts run in a process of their own, started again where one of them has broken
+it; each figure is in the JSON file as soon as it is measured. ``pages.py`` makes the tables of README and docs of it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,54 +26,40 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_parts.report import lines  # noqa: E402
+from benchmarks.gpu_parts.hypotheses import HYPOTHESES, judged, line  # noqa: E402
 from benchmarks.gpu_parts.runner import DEVICE_BROKEN, Part, Record, Runner  # noqa: E402
 
 _GRACE = 15.0  # seconds that a part may run past the limit before its process is ended
 
 
-def measuring(about: str, function: str, *arguments: Any) -> Callable[[Runner], None]:
+def measuring(about: str, function: str) -> Callable[[Runner], None]:
     """Runs a function of ``gpu_parts``, imported only then: the extension may yet have to be built."""
     module, name = function.split(".")
 
     def run(runner: Runner) -> None:
-        getattr(import_module(f"benchmarks.gpu_parts.{module}"), name)(runner, *arguments)
+        getattr(import_module(f"benchmarks.gpu_parts.{module}"), name)(runner)
 
     run.__doc__ = about
     return run
 
 
-COMPARE = partial(measuring, "Heartbeats against one candidate, plain, strong and generate.", "compare.compare_pair")
-STEPS = partial(
-    measuring, "Decode steps against their floor: compiled and captured, captured, launched.", "steps.time_modes"
-)
-DEVICE = measuring("Copy bandwidth and matrix rate of this device.", "compare.machine")
-SPLIT = measuring("Where the time of a heartbeat goes (a profiling pass).", "steps.split_batches")
-TESTS = measuring("pytest -m gpu: what only a GPU can show.", "operators.run_tests", "tests", "-m", "gpu")
-OPERATORS = measuring("Each operator against its floor.", "operators.measure_operators")
-UNCOMPILED = measuring("Heartbeats without compiled layers.", "steps.time_uncompiled")
-OVERLAP = measuring("What scoring on a second stream would gain.", "overlap.overlapped_scoring")
-SEGMENTS = measuring("Segments of 32, 15 and 30 tokens.", "compare.compare_segments")
-KERNEL_TESTS = measuring("The tests of the Triton kernels, compiled where there is a GPU.", "operators.kernel_tests")
-TILES = measuring("Attention with other tiles than the ones it chooses.", "operators.measure_tiles")
-
-# The most valuable first. Seconds are estimates for an H100 or H200.
+# The most valuable first; the first call must come before everything. Seconds are estimates for an H100 or H200.
 PARTS = [
-    Part("device", 5, DEVICE),
-    Part("llama-2-7b", 85, COMPARE("llama-2-7b", (64, 1), (0.3, 0.15, 0.5))),
-    Part("split", 30, SPLIT),
-    Part("tests", 60, TESTS, needs_gpu=True),
-    Part("steps", 35, STEPS("llama-2-7b")),
-    Part("operators", 35, OPERATORS),
-    Part("uncompiled", 25, UNCOMPILED),
-    Part("overlap", 10, OVERLAP),
-    Part("qwen2.5-7b", 70, COMPARE("qwen2.5-7b", (64, 1), (0.3, 0.15, 0.5))),
-    Part("steps-qwen", 20, STEPS("qwen2.5-7b"), needs_gpu=True),
-    Part("batch-16", 25, COMPARE("llama-2-7b", (16,), (0.3,))),
-    Part("segments", 25, SEGMENTS),
-    Part("llama-3.2-1b", 35, COMPARE("llama-3.2-1b", (64, 1, 16), (0.3,))),
-    Part("kernel-tests", 30, KERNEL_TESTS, needs_gpu=True),
-    Part("tiles", 20, TILES, needs_gpu=True),
+    Part(name, seconds, measuring(about, function), needs_gpu=name == "tests")
+    for name, seconds, function, about in (
+        ("throughput", 95, "throughput.measure_throughput", "192 requests, first call and later ones."),
+        ("step-profile", 30, "profiles.profile_steps", "Decode steps by kernel."),
+        ("pass-profile", 15, "profiles.profile_passes", "Scoring and prefill by kernel."),
+        ("idle", 20, "idle.measure_idle", "Where the device waits for the host."),
+        ("score-order", 35, "order.compare_orders", "Scoring in order against all at once."),
+        ("products", 35, "products.measure_products", "Products by torch's libraries and others."),
+        ("tiles", 30, "tiles.measure_tiles", "Attention with 5 and 7 stages."),
+        ("heartbeats", 40, "heartbeats.measure_acceptances", "Steady heartbeats of batch 64."),
+        ("small-batches", 20, "heartbeats.measure_small_batches", "Steady heartbeats of batch 1 and 16."),
+        ("unguided", 25, "baselines.compare_unguided", "Accepting everything beside generate."),
+        ("baselines", 35, "baselines.compare_scripts", "plain and strong."),
+        ("tests", 90, "project_tests.run_tests", "pytest -m gpu."),
+    )
 ]
 
 
@@ -83,13 +69,16 @@ def main(arguments: list[str] | None = None) -> int:
     names = [part.name for part in PARTS]
     parser.add_argument("--only", action="append", choices=names, metavar="NAME", help="run this part; may be repeated")
     parser.add_argument("--list", action="store_true", help="name the parts")
-    parser.add_argument("--seconds", type=float, default=520, help="start nothing new after these (default: 520)")
+    parser.add_argument("--minutes", type=float, default=8, help="start nothing new after these (default: 8)")
+    parser.add_argument("--pair", choices=("llama-2-7b", "qwen2.5-7b", "llama-3.2-1b"), default="llama-2-7b")
     parser.add_argument("--tiny", action="store_true", help="toy models, few figures")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     parts = [part for part in PARTS if not args.only or part.name in args.only]
     if args.list:
-        print("\n".join(f"{part.name:14}{part.seconds:5.0f} s  {part.about}" for part in parts))
+        for part in parts:
+            decides = ", ".join(one["id"] for one in HYPOTHESES if one["part"] == part.name)
+            print(f"{part.name:14}{part.seconds:5.0f} s  {part.about:42} {decides}".rstrip())
         return 0
     return work(args, parts) if args.worker else supervise(args, parts)
 
@@ -106,29 +95,46 @@ def supervise(args: argparse.Namespace, parts: list[Part]) -> int:
     if not args.tiny and not _has_gpu():
         print("there is no GPU: --tiny shows on a CPU that the program works", file=sys.stderr)
         return 2
-    record = Record(args.out, {"started": started, "seconds": args.seconds, "tiny": args.tiny, "parts": {}})
+    about_run = {"started": started, "seconds": 60 * args.minutes, "tiny": args.tiny, "pair": args.pair}
+    record = Record(args.out, {**about_run, "parts": {}, "verdicts": {}})
     record.content["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     record.content["build"] = build()
     record.content["commit"] = _told("git", "-c", f"safe.directory={ROOT}", "rev-parse", "HEAD")
     record.save()
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--out", str(args.out)]
-    command += ["--tiny"] * args.tiny + [word for name in args.only or () for word in ("--only", name)]
+    command += (
+        ["--pair", args.pair] + ["--tiny"] * args.tiny + [word for name in args.only or () for word in ("--only", name)]
+    )
     while True:
         before = len(record.content["parts"])
-        cause = _one_worker(command, started + args.seconds + _GRACE, args.out)
+        cause = _one_worker(command, started + 60 * args.minutes + _GRACE, args.out)
         record = Record.of(args.out)
         record.bury(cause)
         if not cause or not before < len(record.content["parts"]) < len(parts):
             break
         print(f"the process has ended ({cause}): starting it again for the parts behind", flush=True)
+    for name in record.content["parts"]:  # the one that was killed too
+        record.content["verdicts"] |= judged(record.content, name)
     record.content["ended"] = cause
     record.content["total_seconds"] = time.time() - started
     record.save()
-    table = "\n".join(lines(record.content))
-    args.out.with_suffix(".txt").write_text(table + "\n")
-    print(table)
+    from benchmarks.pages import calls, heartbeats, kernels, products  # what they import may have had to be built
+
+    for table in (calls, kernels, products, heartbeats):
+        print(f"\n{table([record.content])}")
+    print("\n".join(["", *summary(record.content)]))
     failed = any(entry["status"] == "failed" for entry in record.content["parts"].values())
     return 1 if failed or cause else 0
+
+
+def summary(content: dict[str, Any]) -> list[str]:
+    """All verdicts, and how each part ended."""
+    told = [line(one) for one in content["verdicts"].values()]
+    for name, entry in content["parts"].items():
+        cause = f": {entry['error'].strip().splitlines()[-1][:150]}" if entry.get("error") else ""
+        cut = ", cut short" if any(row["kind"] == "left_out" and "seconds" in row for row in entry["rows"]) else ""
+        told.append(f"part {name}: {entry['status']}{cut}, {entry['seconds']:.0f} s{cause}")
+    return told + ([f"the last process ended early: {content['ended']}"] if content["ended"] else [])
 
 
 def _one_worker(command: list[str], ends: float, out: Path) -> str:
@@ -156,7 +162,8 @@ def work(args: argparse.Namespace, parts: list[Part]) -> int:
     record = Record.of(args.out)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record.content["machine"] = about(where)
-    runner = Runner(record, record.content["started"] + record.content["seconds"], where, args.tiny)
+    ends = record.content["started"] + record.content["seconds"]
+    runner = Runner(record, ends, where, args.tiny, args.pair)
     if runner.run(parts):
         return 0
     sys.stdout.flush()

@@ -1,61 +1,84 @@
-"""Whole heartbeats of the engine in a steady state."""
+"""Heartbeats of the engine, and the steady ones at three acceptances and batch sizes.
+
+A heartbeat is *warm* where all its passes had been met before: nothing was compiled or captured in it, and nothing
+launched for want of a graph. It is *steady* where it is warm, all requests of the batch drew, and no prompt was let in.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
+from benchmarks.gpu_parts.expected import expectation
+from benchmarks.gpu_parts.models import costs, machine, pilots
 from benchmarks.gpu_parts.runner import Runner
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.bench.models import Pair
-from stars_fast.bench.workload import Pilots, Workload
+from stars_fast.bench.workload import Workload
 from stars_fast.loop.row_cost import Heartbeat
+from stars_fast.tree.graphs import Captured
 
 PROMPT, RESPONSE = 128, 256  # tokens: a mean context of 256, and time for a steady state
+BEATS = 16  # steady ones that a figure rests on, at least
+REPEATS = 3
 
 
 class Beat(NamedTuple):
     """One heartbeat."""
 
-    propose: float  # seconds from its start until candidates were drawn
-    score: float  # seconds from then on
+    seconds: float
     committed: int  # tokens
     drawn: int  # tokens
-    context: float  # mean tokens of prompt and accepted text
-    steady: bool  # all requests ran, nothing was prefilled, no graph was captured
+    scored: int  # tokens that the reward model read, prompts included
+    requests: int
+    context: float  # mean tokens of prompt and accepted text, where requests are not replaced
+    refilled: bool  # a prompt was let in
+    warm: bool
+    steady: bool
 
-    @property
-    def seconds(self) -> float:
-        return self.propose + self.score
 
-
-@dataclass
 class Watch:
     """What an engine tells of its heartbeats with these prompts, call after call."""
 
-    prompts: list[list[int]]
-    beats: list[Beat] = field(default_factory=list)
-    calls: list[Heartbeat] = field(default_factory=list)  # the last one of each
-    context: float = math.nan
+    def __init__(self, engine: StarsEngine, prompts: Sequence[list[int]]) -> None:
+        self.engine, self.batch = engine, len(prompts)
+        self.length = statistics.fmean(map(len, prompts))
+        self.beats: list[Beat] = []
+        self.passes: Counter[str] = Counter()
+        self.last: list[Heartbeat] = []  # of each call
 
     def begin(self) -> None:
         """The next call starts."""
-        self.context = statistics.fmean(map(len, self.prompts))
+        self._context, self._scored, self._launched = self.length, self.engine.reward.tokens, self.passes["launched"]
+        self._one: Heartbeat | None = None
 
     def __call__(self, one: Heartbeat) -> None:
-        timing, batch = one.timing, len(self.prompts)
-        steady = one.measured and one.requests == batch and not timing.encoded
-        work = (one.committed, one.drawn, self.context, steady)
-        self.beats.append(Beat(timing.propose_seconds, timing.score_seconds, *work))
-        self.context += one.committed / batch
-        self.last = one
+        timing, scored, launched = one.timing, self.engine.reward.tokens, self.passes["launched"]
+        refilled, warm = timing.encoded > 0, one.measured and launched == self._launched
+        self.beats.append(
+            Beat(
+                seconds=timing.propose_seconds + timing.score_seconds,
+                committed=one.committed,
+                drawn=one.drawn,
+                scored=scored - self._scored,
+                requests=one.requests,
+                context=self._context,
+                refilled=refilled,
+                warm=warm,
+                steady=warm and one.requests == self.batch and not refilled,
+            )
+        )
+        self._context += one.committed / self.batch
+        self._scored, self._launched, self._one = scored, launched, one
 
     def end(self) -> None:
         """The call has ended."""
-        self.calls.append(self.last)
+        self.last += [self._one] if self._one else []
 
     @property
     def steady(self) -> list[Beat]:
@@ -63,78 +86,138 @@ class Watch:
 
     @property
     def acceptance(self) -> float:
-        """Mean acceptance probability of all candidates scored."""
-        return sum(one.accepted for one in self.calls) / sum(one.tested for one in self.calls)
+        """Mean acceptance probability of all candidates looked at."""
+        return sum(one.accepted for one in self.last) / sum(one.tested for one in self.last)
 
 
-def workload(runner: Runner, batch: int, segment: int, acceptance: float) -> Workload:
+@contextmanager
+def counting_passes(counts: Counter[str]) -> Iterator[None]:
+    """Count, on a GPU, the decode steps and small passes that replay a graph and those launched for want of one."""
+    run = Captured.run
+
+    def counted(work: Captured) -> None:
+        if work.model.device.type == "cuda":
+            counts["launched" if work.graph is None else "replayed"] += 1
+        run(work)
+
+    with patch.object(Captured, "run", counted):
+        yield
+
+
+@contextmanager
+def watching(engine: StarsEngine, prompts: Sequence[list[int]]) -> Iterator[Watch]:
+    """Look on while the engine runs inside."""
+    engine.on_heartbeat = watch = Watch(engine, prompts)
+    try:
+        with counting_passes(watch.passes):
+            yield watch
+    finally:
+        engine.on_heartbeat = None
+
+
+def workload(runner: Runner, batch: int, acceptance: float, prompt: int = PROMPT, response: int = RESPONSE) -> Workload:
     """Requests that are long enough for a steady state."""
-    length, response = (8, 8 * segment) if runner.tiny else (PROMPT, max(RESPONSE, 4 * segment))
+    length, response, segment = (8, 32, 4) if runner.tiny else (prompt, response, 16)
     return Workload(batch, length, response, segment, acceptance, top_k=0)
 
 
-def pilots(runner: Runner, pair: Pair, torch_compile: bool = True) -> Pilots:
-    """An engine on these models whose trees keep their size, so that graphs serve all calls, and its targets."""
-    kept = runner.shared.get("pilots")
-    if kept is None or kept.pair is not pair:
-        slots = 4_000 if runner.tiny else 30_000
-        engine = StarsEngine(
-            pair.policy, pair.reward, reward_tokenizer="policy", kv_cache_tokens=slots, torch_compile=torch_compile
-        )
-        runner.shared["pilots"] = kept = Pilots(pair, engine)
-    return kept
-
-
 def run_engine(
-    runner: Runner,
+    runner: Runner, prompts: list[list[int]], config: StarsConfig, candidates: int | str, wanted: int, seconds: float
+) -> Watch:
+    """Run until so many steady heartbeats are seen, or the time is up."""
+    engine, ends = pilots(runner).engine, time.time() + min(seconds, max(runner.left(), 1.0))
+    with watching(engine, prompts) as watch:
+        while len(watch.steady) < wanted and time.time() < ends:
+            watch.begin()
+            seed = len(watch.last)
+            stream_until(
+                lambda: len(watch.steady) >= wanted or time.time() >= ends, engine, prompts, config, candidates, seed
+            )
+            watch.end()
+    return watch
+
+
+def scores_in_order(engine: StarsEngine) -> bool:
+    """Whether this build leaves candidates behind an accepted one out of scoring, and this engine does."""
+    return getattr(engine.core, "in_order", False)
+
+
+def stream_until(
+    enough: Callable[[], bool],
     engine: StarsEngine,
     prompts: list[list[int]],
     config: StarsConfig,
     candidates: int | str,
-    wanted: int,
-    seconds: float,
-) -> Watch:
-    """Run until so many steady heartbeats are seen, or the time is up; a stream closed early leaves nothing behind."""
-    ends = time.time() + min(seconds, max(runner.left(), 1.0))
-    engine.on_heartbeat = watch = Watch(prompts)
-    try:
-        while len(watch.steady) < wanted and time.time() < ends:
-            watch.begin()
-            events = engine.stream(prompts, config, candidates=candidates, seed=len(watch.calls), on_error="raise")
-            for _ in events:
-                if len(watch.steady) >= wanted or time.time() >= ends:
-                    break
-            events.close()
-            watch.end()
-    finally:
-        engine.on_heartbeat = None
-    return watch
+    seed: int,
+) -> None:
+    """Run one call to its end, or until there is enough; a stream closed early leaves nothing behind."""
+    events = engine.stream(prompts, config, candidates=candidates, seed=seed, on_error="raise")
+    with closing(events):  # type: ignore[type-var]
+        for _ in events:
+            if enough():
+                break
 
 
-def figures(watch: Watch, segment: int) -> dict[str, Any]:
+def figures(watch: Watch, load: Workload) -> dict[str, Any]:
     """What the steady heartbeats say.
 
     ``tokens_per_second`` is batch x K x P(commit) over the mean heartbeat, where P(commit) = 1 - (1 - a)^M with the
-    mean acceptance ``a`` of all candidates scored and M the candidates per request: of a few heartbeats it is far more
-    exact than what they happened to commit, which ``counted_tokens_per_second`` is.
+    wanted acceptance ``a`` and M the candidates per request: of a few heartbeats it is far more exact than what they
+    happened to commit.
     """
-    beats, batch = watch.steady, len(watch.prompts)
-    told = [{"seconds": beat.seconds, **beat._asdict()} for beat in watch.beats]
+    beats = watch.steady
+    told: dict[str, Any] = {"beats": len(beats), "all_beats": [beat._asdict() for beat in watch.beats]}
     if not beats:
-        return {"beats": 0, "all_beats": told}
-    longest = 3 * statistics.median(beat.seconds for beat in beats)  # a kernel may have been compiled in one of them
-    beats = [beat for beat in beats if beat.seconds <= longest]
-    mean = statistics.fmean(beat.seconds for beat in beats)
-    commit = statistics.fmean(1 - (1 - watch.acceptance) ** (beat.drawn / segment / batch) for beat in beats)
-    return {
+        return told
+    seconds = [beat.seconds for beat in beats]
+    mean, rows = statistics.fmean(seconds), statistics.fmean(beat.drawn for beat in beats) / load.segment_length
+    commit = 1 - (1 - load.acceptance) ** (rows / load.batch)
+    error = statistics.stdev(seconds) / math.sqrt(len(beats)) if len(beats) > 1 else None
+    return told | {
         "acceptance": watch.acceptance,
-        "rows": statistics.fmean(beat.drawn for beat in beats) / segment,
-        "beats": len(beats),
-        "outliers": len(watch.steady) - len(beats),
+        "rows": rows,
         "milliseconds": mean * 1e3,
-        "median_milliseconds": statistics.median(beat.seconds for beat in beats) * 1e3,
-        "tokens_per_second": batch * segment * commit / mean,
-        "counted_tokens_per_second": sum(beat.committed for beat in beats) / sum(beat.seconds for beat in beats),
+        "standard_error_milliseconds": error and error * 1e3,
+        "median_milliseconds": statistics.median(seconds) * 1e3,
+        "repeats_milliseconds": [part * 1e3 for part in thirds(seconds)],
+        "tokens_per_second": load.batch * load.segment_length * commit / mean,
         "context": statistics.fmean(beat.context for beat in beats),
-        "all_beats": told,
     }
+
+
+def thirds(seconds: Sequence[float]) -> list[float]:
+    """Means of the first, the next and the last third, or of what there is."""
+    size = math.ceil(len(seconds) / REPEATS)
+    return [statistics.fmean(seconds[at : at + size]) for at in range(0, len(seconds), size)]
+
+
+def measure_engine(runner: Runner, load: Workload, candidates: int | str, seconds: float, beats: int = BEATS) -> None:
+    """Steady heartbeats of one workload, beside what the roofline expects of as many candidates."""
+    if not runner.time_for(0.5 * seconds):
+        return
+    driven = pilots(runner)
+    with runner.guarded(f"engine, batch {load.batch}, {load.acceptance:.0%} wanted, candidates {candidates}"):
+        prompts, config = driven.pair.prompts(load.batch, load.prompt_length), driven.config(load)
+        watch = run_engine(runner, prompts, config, candidates, 3 if runner.tiny else beats, seconds)
+        row: dict[str, Any] = {"pair": driven.pair.name, "batch": load.batch, "segment": load.segment_length}
+        row |= {"wanted": load.acceptance, "candidates": candidates, **figures(watch, load)}
+        if row["beats"]:
+            work = load.batch, load.segment_length, load.acceptance, row["context"], row["rows"] / load.batch
+            row["expected"] = expectation(
+                costs(runner), machine(runner), *work, in_order=scores_in_order(driven.engine)
+            )
+            row["of_expected"] = [row["expected"]["milliseconds"] / one for one in row["repeats_milliseconds"]]
+        runner.add("engine", **row)
+
+
+def measure_acceptances(runner: Runner) -> None:
+    """Steady heartbeats of batch 64: 30, 15 and 50 % accepted, as the engine chooses and with one candidate."""
+    for candidates in ("auto", 1):
+        for acceptance in (0.3,) if runner.tiny else (0.3, 0.15, 0.5):
+            measure_engine(runner, workload(runner, 4 if runner.tiny else 64, acceptance), candidates, 9.0)
+
+
+def measure_small_batches(runner: Runner) -> None:
+    """Steady heartbeats of batch 1 and 16, 30 % accepted."""
+    for batch in (1, 2) if runner.tiny else (1, 16):
+        measure_engine(runner, workload(runner, batch, 0.3), "auto", 8.0, 2 * BEATS)

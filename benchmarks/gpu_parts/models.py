@@ -8,9 +8,14 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedConfig
 
+from benchmarks.gpu_parts.expected import device
 from benchmarks.gpu_parts.runner import Runner
-from benchmarks.roofline import ModelCost, config_named
+from benchmarks.micro.timing import in_table
+from benchmarks.roofline import Gpu, ModelCost, config_named
+from stars_fast import StarsEngine
 from stars_fast.bench.models import Pair, made_pair, random_pair
+from stars_fast.bench.workload import Pilots
+from stars_fast.bench.yardsticks import rates
 
 # Short names of policy and reward model.
 PAIRS = {
@@ -18,24 +23,44 @@ PAIRS = {
     "qwen2.5-7b": ("qwen2.5-7b", "llama-2-7b-reward"),
     "llama-3.2-1b": ("llama-3.2-1b", "llama-3.2-1b-reward"),
 }
+_SLOTS = 30_000  # of each tree: 64 requests of 384 tokens, with candidates
 
 
-def pair(runner: Runner, name: str) -> Pair:
-    """The models of that name; those asked for before are freed, so that two 7B models are there at most."""
-    kept = runner.shared.get("pair")
-    if kept is None or kept.name != name:
-        free(runner)
+def pair(runner: Runner) -> Pair:
+    """The models that the run is about; made when first asked for."""
+    if "pair" not in runner.shared:
         if runner.tiny:
-            kept = replace(random_pair("1m", torch.float32, runner.device), name=name)
+            made = replace(random_pair("1m", torch.float32, runner.device), name=runner.pair)
         else:
-            kept = made_pair(name, *configs(name), torch.bfloat16, runner.device)
-        runner.shared["pair"] = kept
-    return kept
+            made = made_pair(runner.pair, *configs(runner.pair), torch.bfloat16, runner.device)
+        runner.shared["pair"] = made
+    return runner.shared["pair"]
 
 
-def costs(models: Pair) -> tuple[ModelCost, ModelCost]:
+def pilots(runner: Runner) -> Pilots:
+    """An engine on them whose trees keep their size, so that graphs serve all calls, and its targets."""
+    if "pilots" not in runner.shared:
+        models, slots = pair(runner), 4_000 if runner.tiny else _SLOTS
+        engine = StarsEngine(models.policy, models.reward, reward_tokenizer="policy", kv_cache_tokens=slots)
+        runner.shared["pilots"] = Pilots(models, engine)
+    return runner.shared["pilots"]
+
+
+def costs(runner: Runner) -> tuple[ModelCost, ModelCost]:
     """What the roofline has to know of policy and reward model."""
+    models = pair(runner)
     return ModelCost.of(models.policy), ModelCost.of(models.reward)
+
+
+def machine(runner: Runner) -> Gpu:
+    """Copy bandwidth and matrix rate of this device, measured when first asked for."""
+    known = runner.rows("rates")
+    if not known:
+        sheet, found = in_table(runner.device), rates(runner.device)
+        share = found.copy / sheet.bandwidth if sheet else None
+        known = [runner.add("rates", copy=found.copy, matrix=found.matrix, of_data_sheet=share)]
+    name = torch.cuda.get_device_name(runner.device) if runner.on_gpu else ""
+    return device(name, known[0]["copy"], known[0]["matrix"])
 
 
 def free(runner: Runner) -> None:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.gpu_parts.hypotheses import judged, line
+
 DEVICE_BROKEN = 75  # exit status: start me again
 _PATIENCE = 45.0  # seconds; of a part that has had its time, for the measurement that it is in
 
@@ -72,11 +74,11 @@ class Record:
 
 class Runner:
     """Runs parts that the record does not hold until the time is up: nothing is started after ``ends``, of
-    ``time.time()``. With ``tiny``, toy models and few figures.
+    ``time.time()``. With ``tiny``, toy models and few figures; ``pair`` names the models.
     """
 
-    def __init__(self, record: Record, ends: float, device: Any, tiny: bool) -> None:
-        self.record, self.ends, self.device, self.tiny = record, ends, device, tiny
+    def __init__(self, record: Record, ends: float, device: Any, tiny: bool, pair: str = "llama-2-7b") -> None:
+        self.record, self.ends, self.device, self.tiny, self.pair = record, ends, device, tiny, pair
         self.shared: dict[str, Any] = {}  # what one part makes and others use
         self._part_ends = ends
         self._rows: list[dict[str, Any]] = []
@@ -129,20 +131,16 @@ class Runner:
         for part in parts:
             if part.name in self.record.content["parts"]:
                 continue
-            entry = self.record.content["parts"][part.name] = {
-                "status": "running",
-                "started": time.time(),
-                "estimate": part.seconds,
-                "seconds": 0.0,
-                "rows": [],
-            }
+            entry: dict[str, Any] = {"status": "running", "started": time.time(), "estimate": part.seconds}
+            entry |= {"seconds": 0.0, "rows": []}
+            self.record.content["parts"][part.name] = entry
             self._rows = entry["rows"]
             self._part_ends = min(self.ends, time.time() + 1.5 * part.seconds)
             reason = self._reason_to_skip(part)
             if reason:
                 entry.update(status="skipped", error=reason)
                 self.say(f"{part.name}: skipped, {reason}")
-                self.record.save()
+                self.judge(part.name)
                 continue
             self.record.save()
             self.say(f"{part.name}: {part.about} (about {part.seconds:.0f} s; {self.ends - time.time():.0f} s left)")
@@ -156,10 +154,18 @@ class Runner:
                 self.say(entry["error"])
                 self.shared.clear()  # an engine that was interrupted, models that fill the memory
             entry["seconds"] = time.time() - started
-            self.record.save()
+            self.judge(part.name)
             if not self._device_works():
                 return False
         return True
+
+    def judge(self, part: str) -> None:
+        """Say and write down what the part's figures make of what was predicted of them."""
+        found = judged(self.record.content, part)
+        self.record.content.setdefault("verdicts", {}).update(found)
+        self.record.save()
+        for told in found.values():
+            self.say(line(told))
 
     def _reason_to_skip(self, part: Part) -> str:
         if part.needs_gpu and not self.on_gpu:

@@ -45,7 +45,7 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        # Measured on one: a device copy moves 4.3 TB/s (read + write), large products run at 770-800 TFLOP/s.
+        # Measured on one: a device copy moves 4.17 TB/s (read + write), a large product runs at 774 TFLOP/s.
         Gpu("h200", 4.8e12, 989e12, 141e9, "NVIDIA H200 data sheet, SXM: 4.8 TB/s, 1,979 TFLOPS with sparsity, 141 GB"),
         Gpu("h100-sxm", 3.35e12, 989e12, 80e9, "NVIDIA H100 data sheet, SXM: 3.35 TB/s, 1,979 TFLOPS with sparsity"),
         Gpu("a100-80gb", 2.039e12, 312e12, 80e9, "NVIDIA A100 data sheet, 80 GB SXM: 2,039 GB/s, 312 TFLOPS dense"),
