@@ -45,7 +45,8 @@ def expectation(
 ) -> dict[str, Any]:
     """What the roofline expects of heartbeats without a prefill; with the best number of candidates where None."""
     context = max(context, 2.0)
-    work = WorkOnPaper(load.batch, load.segment_length, min(max(acceptance, 0.01), 1.0), context, response=int(context))
+    acceptance = min(max(acceptance, 0.01), 1.0)
+    work = WorkOnPaper(load.batch, load.segment_length, acceptance, context, response=int(context), in_order=True)
     both, gpu = costs(models), machine(runner)
     if candidates is None:
         candidates = best_candidates(*both, work, gpu).candidates
