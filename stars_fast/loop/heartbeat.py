@@ -140,7 +140,7 @@ class Loop(Queue):
         the others' nobody looks at.
         """
         requests, left = self.running, drawn
-        while left:
+        while requests:
             ordered = [answer for answer in left if answer.strategy.looks_in_order(answer)]
             most = self.scheduler.looked_at_together(ordered, [left[answer] for answer in ordered])
             stage = left | {answer: left[answer][:most] for answer in ordered}
