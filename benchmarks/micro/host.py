@@ -23,7 +23,7 @@ from stars_fast.loop.heartbeat import Loop
 from stars_fast.loop.queue import Queue
 from stars_fast.loop.row_cost import Heartbeat
 from stars_fast.loop.trunks import Trunks
-from stars_fast.policy import steps
+from stars_fast.policy.steps import Steps
 from stars_fast.tree.model import TreeModel
 
 STAGES = {
@@ -77,11 +77,12 @@ def watched(clock: Clock) -> Iterator[None]:
     """Heartbeats inside are timed."""
     places: list[tuple[Any, str, Callable[..., Any]]] = [
         (TreeModel, "forward", clock.stop(TreeModel.forward)),
-        (steps, "sample_step", clock.stop(steps.sample_step)),
+        (Steps, "run", clock.stop(Steps.run)),
+        (Steps, "draw", clock.stop(Steps.draw)),
         (Queue, "admit", clock.of("admit", Queue.admit)),
     ]
     places += [(owner, name, clock.of(stage, getattr(owner, name))) for stage, (owner, name) in STAGES.items()]
-    kept = [(owner, name, vars(owner)[name]) for owner, name, _ in places]
+    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     for owner, name, function in places:
         setattr(owner, name, function)
     try:
@@ -128,7 +129,7 @@ def run(
         call(0)
         profiler = cProfile.Profile(time.thread_time)
         profiler.runcall(call, 1)
-        pstats.Stats(profiler).sort_stats("tottime").print_stats(45)
+        pstats.Stats(profiler).sort_stats("tottime").print_stats("stars_fast|Tensor|torch.tensor", 45)
     for stage, seconds in host_seconds(requests, candidates, calls).items():
         print(f"{stage:8} {seconds * 1e3:6.2f} ms")
 

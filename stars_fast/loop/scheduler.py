@@ -163,7 +163,7 @@ class Scheduler:
         sizes = [len(group) for group in groups]
         if self.scoring is None or max(sizes, default=1) == 1:
             return max(sizes, default=1)
-        tokens = [max(len(one.draw.tokens) for one in group) for group in groups]
+        tokens = [len(group[0].draw.tokens) for group in groups]  # about
         return first_stage(sizes, tokens, self.acceptance(requests), self.scoring)
 
     def acceptance(self, running: Sequence[Request]) -> list[float]:
