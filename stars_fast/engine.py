@@ -186,7 +186,8 @@ class StarsEngine(Stays):
         progress : bool
             Show a bar with accepted tokens/s and, where candidates are tested, the acceptance rate.
         trace : bool
-            Whether ``SegmentTrace.candidates`` holds all candidates of a segment, where one answer grows.
+            Whether ``SegmentTrace.candidates`` holds all candidates of a segment, where one answer grows. All of them
+            are scored then, also those that nobody looks at.
         **overrides
             Fields of StarsConfig for this call.
 

@@ -98,7 +98,7 @@ class Stats:
 
     policy_tokens: int = 0  # tokens sampled: from the policy, and from the draft model where a method has one
     draft_tokens: int = 0  # of these, the draft model's
-    reward_tokens: int = 0  # tokens the reward model encoded (0 for a callable)
+    reward_tokens: int = 0  # tokens the reward model encoded (0 for a callable): not of all that was drawn
     committed_tokens: int = 0
     heartbeats: int = 0
     rows: Counter[int] = field(default_factory=Counter)  # candidates drawn side by side -> heartbeats

@@ -36,7 +36,7 @@ def test_prompts_are_not_starved_where_a_pass_is_dear_and_its_tokens_are_cheap(s
     def heartbeat(encoded):
         seconds = 16 * (6e-3 + 3e-5 * running) + (60e-3 + 2e-5 * encoded if encoded else 0)
         seconds *= np.exp(0.02 * rng.standard_normal())
-        cost.observe(Timing(running, 16, encoded, 0, seconds, 0.05), running)
+        cost.observe(Timing(running, 16, encoded, 0, seconds, 0.05, running), running)
 
     for beat in range(64):  # one prompt at a time before
         heartbeat(192 + int(rng.integers(0, 100)) if beat % 4 else 0)
@@ -87,7 +87,7 @@ def test_padding_is_paid_by_decode_steps_and_not_by_scoring():
     cost = HeartbeatCost()
     for rows in [*range(33, 97)] * 2:
         padded = 64 if rows <= 64 else 96
-        cost.observe(Timing(rows, 16, 0, 0, 16 * (5 + 0.01 * padded), 16 * 0.02 * rows), padded)
+        cost.observe(Timing(rows, 16, 0, 0, 16 * (5 + 0.01 * padded), 16 * 0.02 * rows, rows), padded)
     same_bucket = cost.per_token(np.array([96, 96]), np.array([70, 90]))
     assert same_bucket[1] - same_bucket[0] == pytest.approx(20 * 0.02, rel=0.1)
     assert cost.encoding_worth(10, 16) > 0

@@ -269,7 +269,7 @@ def test_a_policy_in_several_processes_plans_without_a_clock(sharded, monkeypatc
     engine = StarsEngine(tiny_policy(32, hidden=32), sum_reward)
     engine.policy.sharded = sharded
     used, costs = [], Scheduler.costs
-    monkeypatch.setattr(Scheduler, "costs", lambda self, rows: used.append(self.cost.line()) or costs(self, rows))
+    monkeypatch.setattr(Scheduler, "costs", lambda self, *rows: used.append(self.cost.line()) or costs(self, *rows))
     engine.generate([[1, 2], [3]], CONFIG, seed=0)
     fresh = HeartbeatCost().line()
     assert all(line == fresh for line in used) == (engine.core.cost.line() == fresh) == sharded

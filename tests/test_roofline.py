@@ -246,6 +246,27 @@ def test_a_heartbeat_where_all_is_accepted_is_the_sum_of_its_passes(costs):
     assert row.committed_tokens == 64 * 16
 
 
+def test_scoring_in_order_reads_what_is_looked_at(costs):
+    models, work = (costs["llama-2-7b"], costs["llama-2-7b-reward"]), Workload(acceptance=0.3)
+    at_once, in_order = (heartbeat(*models, replace(work, in_order=one), 3, H200) for one in (False, True))
+    before, after = (row.stages[1].operations for row in (at_once, in_order))
+    assert after / before == pytest.approx((1 + 0.7 + 0.7**2) / 3, rel=0.01)
+    assert in_order.committed_tokens == at_once.committed_tokens
+    assert in_order.tokens_per_second > 1.03 * at_once.tokens_per_second
+    assert best_candidates(*models, replace(work, in_order=True), H200).candidates >= 3
+
+
+def test_few_candidates_and_those_that_are_all_accepted_have_the_same_pass_in_order(costs):
+    models = costs["qwen2.5-7b"], costs["llama-2-7b-reward"]
+    for work, candidates in ((Workload(1), 8), (Workload(16), 3), (Workload(), 1)):
+        assert heartbeat(*models, replace(work, in_order=True), candidates, H200) == heartbeat(
+            *models, work, candidates, H200
+        )
+    accepted = Workload(acceptance=1.0, in_order=True)
+    row = heartbeat(*models, accepted, 2, H200)
+    assert row.stages[1] == replace(score_pass(models[1], 64, 64, 256, 16, H200), name="score")
+
+
 def test_candidates_that_do_not_fit_are_not_chosen(costs):
     models = costs["llama-2-7b"], costs["llama-2-7b-reward"]
     workload = Workload(acceptance=0.15)

@@ -42,6 +42,7 @@ def run(
     response: Annotated[int, typer.Option(help="Tokens of a whole response; each costs a prefill.")] = 128,
     max_attempts: Annotated[int, typer.Option(help="Candidates per segment before the best is kept.")] = 20,
     tail: Annotated[int, typer.Option(help="Template tokens the reward model reads behind each candidate.")] = 0,
+    in_order: Annotated[bool, typer.Option("--in-order", help="Score no candidate behind an accepted one.")] = False,
     bandwidth: Annotated[float | None, typer.Option(help="TB/s, instead of the GPU's.")] = None,
     tflops: Annotated[
         float | None, typer.Option(help="Dense TFLOP/s of matrix products, instead of the GPU's 16-bit rate.")
@@ -51,7 +52,7 @@ def run(
     """Show what a heartbeat must move and compute, how long that takes, and the best number of candidates."""
     with refusing_models():
         device = _overridden(gpu_named(gpu), bandwidth, tflops)
-        workload = Workload(batch, segment, acceptance, context, response, max_attempts, tail)
+        workload = Workload(batch, segment, acceptance, context, response, max_attempts, tail, in_order)
         costs = ModelCost.named(policy, "policy"), ModelCost.named(reward, "reward")
     best = best_candidates(*costs, workload, device)
     shown = sorted({m for m in _SHOWN if m <= max_attempts} | {best.candidates})

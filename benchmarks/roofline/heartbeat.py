@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.roofline.cost import ModelCost
 from benchmarks.roofline.gpus import Gpu
 from benchmarks.roofline.stages import Part, Stage, prefill, proposal, score_pass
+from stars_fast.loop.in_order import PASS_OF_GPUS, first_stage
 
 # Per row a reward, a length, flags, a uniform, and a slot per token of a winner: next to nothing.
 _SELECT_BYTES_PER_ROW = 128
@@ -27,6 +29,7 @@ class Workload:
     response: int = 128  # tokens of a whole one; each costs one prefill of its prompt, by both models
     max_attempts: int = 20  # candidates per segment, after which the best rejected one is committed
     tail: int = 0  # tokens of a chat template behind the segment that the reward model reads anew for each row
+    in_order: bool = False  # whether candidates are scored in stages, those behind an accepted one never
 
     def __post_init__(self) -> None:
         if not 0 < self.acceptance <= 1:
@@ -127,9 +130,10 @@ def heartbeat(
         Requests that committed encode their last token (its logits are the new leaf's; a retry has them already); all
         rows draw their first token from the leaf's logits; then K - 1 decode steps of all rows.
     score
-        One packed pass of the reward model over the K new tokens of every row.
+        One packed pass of the reward model over the K new tokens of every row; or, in order, one a stage
+        (:func:`stages_in_order`).
     select, host
-        One kernel and a copy; the plan.
+        One kernel and a copy a pass; the plan.
     refill
         One prefill per response that ended, by both models.
 
@@ -142,6 +146,9 @@ def heartbeat(
     commit, rows = 1 / cycle.heartbeats, workload.batch * cycle.candidates / cycle.heartbeats
     committed = workload.batch * commit * workload.segment
     memory = _memory(policy, reward, workload, candidates)
+    stages = [(float(workload.batch), rows)]
+    if workload.in_order:
+        stages = stages_in_order(workload, candidates, rows / workload.batch / candidates)
     return Heartbeat(
         candidates=candidates,
         rows=rows,
@@ -152,8 +159,8 @@ def heartbeat(
         fits=memory <= gpu.memory,
         stages=(
             _propose(policy, workload, rows, commit, gpu),
-            score_pass(reward, rows, workload.batch, workload.context, workload.segment, gpu, workload.tail),
-            Stage.of("select", [Part(rows * _SELECT_BYTES_PER_ROW, 0)], gpu, kernels=_SELECT_KERNELS),
+            _score(reward, workload, stages, gpu),
+            Stage.of("select", [Part(rows * _SELECT_BYTES_PER_ROW, 0)], gpu, kernels=_SELECT_KERNELS * len(stages)),
             Stage("host", achievable_s=gpu.achievable.host_s),
             _refill(policy, reward, workload, committed / workload.response, gpu),
         ),
@@ -173,6 +180,31 @@ def _propose(policy: ModelCost, workload: Workload, rows: float, commit: float, 
     behind = workload.batch * commit / extends
     work = (workload.batch, workload.context, workload.segment)
     return proposal(policy, rows, *work, gpu, behind=behind, extends=extends)
+
+
+def stages_in_order(workload: Workload, candidates: int, drawn: float = 1.0) -> list[tuple[float, float]]:
+    """Requests and rows of each scoring pass, as :func:`stars_fast.loop.in_order.first_stage` divides them.
+
+    After d candidates a request is still without an accepted one with probability ``(1 - a)^d``. ``drawn`` is the mean
+    share of the ``candidates`` that there are: near the last attempt there are fewer.
+    """
+    stages, looked_at = list[tuple[float, float]](), 0
+    while looked_at < candidates:
+        requests = workload.batch * (1 - workload.acceptance) ** looked_at
+        whole = max(round(requests), 1)
+        sizes, lengths = [candidates - looked_at] * whole, [workload.segment + workload.tail] * whole
+        width = first_stage(sizes, lengths, [workload.acceptance] * whole, PASS_OF_GPUS)
+        stages.append((requests, requests * width * drawn))
+        looked_at += width
+    return [(requests, rows) for requests, rows in stages if requests]
+
+
+def _score(reward: ModelCost, workload: Workload, stages: Sequence[tuple[float, float]], gpu: Gpu) -> Stage:
+    passes = (
+        score_pass(reward, rows, requests, workload.context, workload.segment, gpu, workload.tail)
+        for requests, rows in stages
+    )
+    return Stage.total("score", ((1.0, one) for one in passes))
 
 
 def _refill(policy: ModelCost, reward: ModelCost, workload: Workload, prompts: float, gpu: Gpu) -> Stage:

@@ -76,11 +76,11 @@ class Informed(Scheduler):
     def acceptance(self, running: Sequence[Request]) -> list[float]:
         return [self.work.courses[request.index].acceptance for request in running]
 
-    def costs(self, rows: np.ndarray) -> np.ndarray:
+    def costs(self, rows: np.ndarray, together: int) -> np.ndarray:
         requests = int(rows[0])
         return np.array([self._seconds(n, requests) for n in rows.tolist()])
 
-    def row_price(self, requests: int) -> tuple[float, float]:
+    def row_price(self, requests: int, in_order: bool = False) -> tuple[float, float]:
         """Of the chord up to four rows a request: a straight line does not describe buckets."""
         most = max(min(4 * requests, self.work.max_rows), requests + 1)
         one = self._seconds(requests, requests)
@@ -183,7 +183,7 @@ class _Run:
         propose, score = self.machine.heartbeat(rows, len(shares), steps, prompts)
         self.seconds += propose + score
         encoded = prompts * self.work.prompt
-        return Timing(rows, steps, encoded, encoded, noise * propose, noise * score)
+        return Timing(rows, steps, encoded, encoded, noise * propose, noise * score, rows)
 
     def _judge(self, request: Request, share: int, length: int) -> bool:
         """Whether the request commits, with this many more candidates."""

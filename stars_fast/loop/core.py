@@ -14,6 +14,7 @@ from stars_fast.loop.caller import Caller, Size
 from stars_fast.loop.chains import Chains
 from stars_fast.loop.enumeration import Enumeration
 from stars_fast.loop.heartbeat import Loop
+from stars_fast.loop.in_order import PASS, PASS_OF_GPUS
 from stars_fast.loop.memory import is_lack_of_memory
 from stars_fast.loop.one_answer import OneAnswer
 from stars_fast.loop.persona import SelfJudging
@@ -81,6 +82,7 @@ class Core(Stays):
         self.gpu_memory_utilization = gpu_memory_utilization
         self._ratio = PRIOR_RATIO if policy.device.type == "cpu" else PRIOR_RATIO_OF_GPUS
         self.cost = HeartbeatCost(self._ratio)  # what is learned on this machine serves the next caller
+        self.in_order = True  # scoring; False, from the next opening on, to compare with
         self._on_heartbeat: Callable[[Heartbeat], None] | None = None
         self.loop: Loop | None = None  # while it is open
         self.closed = False
@@ -270,7 +272,9 @@ class Core(Stays):
             self.reward.begin(size.prompts, size.max_new_tokens, size.rows, self.kv_cache_tokens)
             self.reward.unsure = False
             self._stack = stack.pop_all()
-        scheduler = Scheduler(self.max_rows, tokens, self.cost, policy.graphs.enabled)
+        passes = PASS if policy.device.type == "cpu" else PASS_OF_GPUS
+        scoring = passes if self.in_order and self.reward.in_order else None
+        scheduler = Scheduler(self.max_rows, tokens, self.cost, policy.graphs.enabled, scoring)
         if policy.sharded:  # every process must plan alike, and each has a clock of its own
             scheduler.cost, scheduler.learns = HeartbeatCost(self._ratio), False
         loop = self.loop = Loop(Trunks(policy, scheduler), self.reward, scheduler, self.tokenizer)

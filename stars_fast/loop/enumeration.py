@@ -91,6 +91,9 @@ class Enumeration(OneAnswer):
         # Where it forbids everything one is kept, whose log-probability then says so.
         return [token for token, may in zip(tokens, allowed, strict=True) if may] or tokens[:1]
 
+    def looks_in_order(self, answer: Request) -> bool:
+        return False  # methods may compare their values
+
     def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> None:
         super().judge(requests, drawn, rewards)
         for request in requests:

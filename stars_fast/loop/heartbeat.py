@@ -52,10 +52,12 @@ class Loop(Queue):
         except TooLarge as error:
             large = TooLarge(error.tokens, error.rows, error.cause)
         else:
-            proposed, scored = time.perf_counter(), self.reward.tokens
-            self.judge(drawn, self.score(drawn))
+            proposed, scored, looked_at = time.perf_counter(), self.reward.tokens, list[Candidate]()
+            for requests, stage in self.stages(drawn):
+                self.judge(requests, stage, self.score(stage))
+                looked_at += [one for group in stage.values() for one in group]
             self.drop_finished()
-            self.note(drawn, started, proposed, self.reward.tokens - scored, self.committed - before)
+            self.note(drawn, looked_at, started, proposed, self.reward.tokens - scored, self.committed - before)
             self.broke_off = False
             return
         # Out here nothing of the failed pass is alive: an exception holds its frames, and they their tensors.
@@ -94,7 +96,7 @@ class Loop(Queue):
         """Draw candidates for all: most of them in one proposal, side by side."""
         drawn, asks = Drawn(), list[tuple[Request, int]]()
         taken = sum(request.strategy.rows(request) for request in self.running)
-        for strategy, requests in self._by_strategy():
+        for strategy, requests in _by_strategy(self.running):
             others = taken - sum(strategy.rows(request) for request in requests)
             rows = self.scheduler.max_rows - len(self.encoding) - others
             drawn |= strategy.draw(requests, rows)
@@ -131,8 +133,26 @@ class Loop(Queue):
             for one, row in zip(batch, hidden, strict=True):
                 one.completion.hidden = row
 
+    def stages(self, drawn: Drawn) -> Iterator[tuple[Sequence[Request], Drawn]]:
+        """What is scored together, and whose it is: all candidates, or in several stages some of each request's.
+
+        Each stage is judged before the next is asked for, which is of requests that nothing settled. What is left of
+        the others' nobody looks at.
+        """
+        requests, left = self.running, drawn
+        while requests:
+            ordered = [answer for answer in left if answer.strategy.looks_in_order(answer)]
+            most = self.scheduler.looked_at_together(ordered, [left[answer] for answer in ordered])
+            stage = left | {answer: left[answer][:most] for answer in ordered}
+            yield requests, stage
+            left = {answer: rest for answer in ordered if (rest := left[answer][most:])}
+            for answer, rest in list(left.items()):
+                if answer.attempts != rest[0].attempt:
+                    answer.strategy.roll_back(left.pop(answer))
+            requests = list(left)
+
     def score(self, drawn: Drawn) -> torch.Tensor | None:
-        """One packed pass of the reward model over the new tokens of all candidates, and what methods make of it.
+        """One packed pass of the reward model over the new tokens of these, and what methods make of it.
 
         Returns the rewards ``[B]`` where all of them lie on a device and are compared as they are: they stay there.
         """
@@ -170,19 +190,20 @@ class Loop(Queue):
             and all(one.answer.strategy.judges_on_device for one in candidates)
         )
 
-    def judge(self, drawn: Drawn, rewards: torch.Tensor | None) -> None:
+    def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> None:
         """Each strategy judges its own candidates."""
-        for strategy, requests in self._by_strategy():
-            strategy.judge(requests, drawn, rewards)
+        for strategy, own in _by_strategy(requests):
+            strategy.judge(own, drawn, rewards)
 
-    def _by_strategy(self) -> Iterator[tuple[Strategy, list[Request]]]:
-        """The running requests, by how they live in the loop."""
-        groups: dict[Strategy, list[Request]] = {}
-        for request in self.running:
-            groups.setdefault(request.strategy, []).append(request)
-        return iter(groups.items())
-
-    def note(self, drawn: Drawn, started: float, proposed: float, scored: int, committed: int) -> None:
+    def note(
+        self,
+        drawn: Drawn,
+        looked_at: Sequence[Candidate],
+        started: float,
+        proposed: float,
+        scored: int,
+        committed: int,
+    ) -> None:
         """Count, and learn what rows cost: not from rounds that captured or compiled something.
 
         The host has looked at the device when candidates were drawn, and again when they were judged, so two readings
@@ -196,8 +217,9 @@ class Loop(Queue):
         models = (self.trunks.policy, *self.reward.tree_models)
         before, self._prepared = self._prepared, sum(model.prepared for model in models)
         ended, measured = time.perf_counter(), before == self._prepared
-        beside = max(scored - sum(lengths), 0)
-        timing = Timing(len(lengths), max(lengths), self.encoded, beside, proposed - started, ended - proposed)
+        beside = max(scored - sum(len(one.draw.tokens) for one in looked_at), 0)
+        seconds = proposed - started, ended - proposed
+        timing = Timing(len(lengths), max(lengths), self.encoded, beside, *seconds, len(looked_at))
         if measured and any(lengths):
             self.scheduler.observe(timing)
         if self.on_heartbeat is not None:
@@ -225,6 +247,14 @@ class Loop(Queue):
             encoded, self.counted = self.reward.tokens - self.counted, self.reward.tokens
             for stats, share in _shared_out(parts, encoded):
                 stats.reward_tokens += share
+
+
+def _by_strategy(requests: Sequence[Request]) -> Iterator[tuple[Strategy, list[Request]]]:
+    """Requests by how they live in the loop."""
+    groups: dict[Strategy, list[Request]] = {}
+    for request in requests:
+        groups.setdefault(request.strategy, []).append(request)
+    return iter(groups.items())
 
 
 def _set_values(method: Method, candidates: Sequence[Candidate]) -> None:

@@ -42,6 +42,9 @@ class Members(OneAnswer):
     def branch(self, request: Request) -> int:
         return 0
 
+    def looks_in_order(self, answer: Request) -> bool:
+        return False
+
     def start(self, request: Request) -> None:
         """See to it that it has answers that grow."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -151,6 +152,9 @@ class OneAnswer:
         return len(tokens)
 
     # Judging
+
+    def looks_in_order(self, answer: Request) -> bool:
+        return answer.target < math.inf and not answer.terms.trace  # which shows all rewards
 
     def asks_reward(self, candidate: Candidate) -> bool:
         return candidate.answer.terms.method.scores_unfinished or candidate.completion.finished

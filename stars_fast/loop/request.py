@@ -211,14 +211,21 @@ class Strategy(Protocol):
     def draw(self, requests: Sequence[Request], rows: int) -> Drawn:
         """Candidates that it draws by itself."""
 
+    def looks_in_order(self, answer: Request) -> bool:
+        """Whether it may be settled before all of its candidates are looked at, so that some need no reward."""
+
     def asks_reward(self, candidate: Candidate) -> bool:
         """Whether the reward of a candidate is needed: for the selection, or because it would be the answer."""
 
     def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> None:
-        """Accept, fall back or go on, and roll everything else back.
+        """Accept, fall back or go on, and roll everything else back. Where one of its requests goes on, that has so
+        many more ``attempts`` as candidates were looked at.
 
         ``rewards`` are those of all candidates in their order, where they lie on a device and nobody has looked yet.
         """
+
+    def roll_back(self, candidates: Sequence[Candidate]) -> None:
+        """Nobody looks at these any more: release what they hold."""
 
     def give_back(self, request: Request) -> int:
         """Release its waiting candidates' slots; returns how many those are. Their tokens are kept."""

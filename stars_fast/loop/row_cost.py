@@ -91,6 +91,7 @@ class Timing(NamedTuple):
     scored: int  # by the reward model beside the rows' own tokens: prompts
     propose_seconds: float  # from the heartbeat's start until the rows were drawn
     score_seconds: float  # from then on
+    looked_at: int  # of the rows: the others needed no reward
 
 
 class Heartbeat(NamedTuple):
@@ -120,19 +121,20 @@ class HeartbeatCost:
     def observe(self, timing: Timing, padded_rows: int) -> None:
         """Learn from a heartbeat whose decode steps had so many rows, padding included."""
         self.propose.observe(padded_rows, timing.encoded, timing.propose_seconds, timing.steps)
-        self.score.observe(timing.rows, timing.scored, timing.score_seconds, timing.steps)
+        self.score.observe(timing.looked_at, timing.scored, timing.score_seconds, timing.steps)
 
-    def per_token(self, padded_rows: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Expected seconds per token of the segments, for each number of rows ``[...]`` and what it is padded to."""
-        return self.propose(padded_rows) + self.score(rows)
+    def per_token(self, padded_rows: np.ndarray, looked_at: np.ndarray) -> np.ndarray:
+        """Expected seconds per token of the segments, for numbers of rows ``[...]``, padded and to be scored."""
+        return self.propose(padded_rows) + self.score(looked_at)
 
     def unvaried(self) -> bool:
         """Whether the last heartbeats had equally many rows, so that what one more costs is the prior's guess."""
         return self.propose.unvaried()
 
-    def line(self) -> tuple[float, float]:
-        """What is fixed in it, and what a row adds."""
-        return self.propose.fixed + self.score.fixed, self.propose.slope + self.score.slope
+    def line(self, in_order: bool = False) -> tuple[float, float]:
+        """What is fixed in it, and what a row adds: where scoring goes in order, none that it would not cost later."""
+        row = self.propose.slope + (0.0 if in_order else self.score.slope)
+        return self.propose.fixed + self.score.fixed, row
 
     def encoding_worth(self, rows: int, steps: int) -> float:
         """Tokens that are encoded in the time of so many decode steps of so many rows.

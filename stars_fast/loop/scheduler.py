@@ -9,8 +9,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from stars_fast.loop.in_order import Pass, first_stage
 from stars_fast.loop.pilot import ACCEPTANCE
-from stars_fast.loop.request import PromptNode, Request
+from stars_fast.loop.request import Candidate, PromptNode, Request
 from stars_fast.loop.row_cost import HeartbeatCost, Timing
 from stars_fast.loop.shares import row_values, share_evenly, share_rows
 from stars_fast.tree.passes import bucket
@@ -43,15 +44,23 @@ class Scheduler:
         What is known of this machine and pair of models; goes on learning. Default: nothing yet.
     padded : bool
         Whether decode steps run in buckets of rows (:func:`stars_fast.tree.passes.bucket`).
+    scoring : Pass, optional
+        What a scoring pass costs, where candidates are scored in the order in which they are looked at. Default: all
+        are scored at once.
     """
 
     def __init__(
-        self, max_rows: int, kv_cache_tokens: int, cost: HeartbeatCost | None = None, padded: bool = False
+        self,
+        max_rows: int,
+        kv_cache_tokens: int,
+        cost: HeartbeatCost | None = None,
+        padded: bool = False,
+        scoring: Pass | None = None,
     ) -> None:
         self.max_rows = max_rows
         self.kv_cache_tokens = kv_cache_tokens
         self.cost = cost or HeartbeatCost()
-        self.padded = padded
+        self.padded, self.scoring = padded, scoring
         self.learns = True  # from measured times
         self.prefill_tokens = _PREFILL_TOKENS
         self._most = (max_rows, _PREFILL_TOKENS)  # where memory does not lack
@@ -121,15 +130,23 @@ class Scheduler:
         if free:
             acceptance = self.acceptance([requests[i] for i in free])
             left = rows - sum(shares) + len(free)
-            for i, share in zip(free, self.shares(acceptance, [limits[i] for i in free], left), strict=True):
+            together = left if self.scoring is None else self.scoring.undivided // largest
+            for i, share in zip(free, self.shares(acceptance, [limits[i] for i in free], left, together), strict=True):
                 shares[i] = share
         return shares
 
-    def shares(self, acceptance: Sequence[float], limits: Sequence[int], rows: int) -> list[int]:
-        """Candidates per request, each at least 1 and at most its limit, that take least time in the long run."""
+    def shares(
+        self, acceptance: Sequence[float], limits: Sequence[int], rows: int, together: int | None = None
+    ) -> list[int]:
+        """Candidates per request, each at least 1 and at most its limit, that take least time in the long run.
+
+        Of more rows than are scored ``together`` (default: any number) the further ones are scored when they are looked
+        at. That would come later without them, so it is no part of their price.
+        """
         requests = len(limits)
-        fixed, row = self.row_price(requests)
-        costs = self.costs(np.arange(requests, max(rows, requests) + 1))
+        together = rows if together is None else together
+        fixed, row = self.row_price(requests, in_order=requests >= together)
+        costs = self.costs(np.arange(requests, max(rows, requests) + 1), max(together, requests))
         if self.cost.unvaried():  # a heartbeat with more rows now and then tells what they cost
             row /= _CURIOSITY
             costs = costs[0] + (costs - costs[0]) / _CURIOSITY
@@ -137,9 +154,17 @@ class Scheduler:
         share = fixed / row / requests
         return share_rows([row_values(a, left, share) for a, left in zip(acceptance, limits, strict=True)], costs)
 
-    def row_price(self, requests: int) -> tuple[float, float]:
+    def row_price(self, requests: int, in_order: bool = False) -> tuple[float, float]:
         """What a heartbeat of so many requests costs without rows, and what a row adds."""
-        return self.cost.line()
+        return self.cost.line(in_order)
+
+    def looked_at_together(self, requests: Sequence[Request], groups: Sequence[Sequence[Candidate]]) -> int:
+        """How many candidates of each of these requests, which look at them in order, are scored next."""
+        sizes = [len(group) for group in groups]
+        if self.scoring is None or max(sizes, default=1) == 1:
+            return max(sizes, default=1)
+        tokens = [len(group[0].draw.tokens) for group in groups]  # about
+        return first_stage(sizes, tokens, self.acceptance(requests), self.scoring)
 
     def acceptance(self, running: Sequence[Request]) -> list[float]:
         """P(accept) of a candidate of each request, as far as is known."""
@@ -166,9 +191,9 @@ class Scheduler:
         if self.learns:
             self.cost.observe(timing, bucket(timing.rows) if self.padded else timing.rows)
 
-    def costs(self, rows: np.ndarray) -> np.ndarray:
-        """Of a heartbeat, for each of several numbers of rows ``[n]``, growing by one."""
-        return self.cost.per_token(_buckets(int(rows[-1]))[rows] if self.padded else rows, rows)
+    def costs(self, rows: np.ndarray, together: int) -> np.ndarray:
+        """Of a heartbeat, for each of several numbers of rows ``[n]``, growing by one, of which so many are scored."""
+        return self.cost.per_token(_buckets(int(rows[-1]))[rows] if self.padded else rows, np.minimum(rows, together))
 
     def shrink(self, tokens: int, rows: int) -> bool:
         """After a pass that did not fit: at most half its tokens, or rows, or one. Returns whether that is news."""

@@ -209,8 +209,8 @@ def _draws(steps: Steps, branches: Sequence[int], eos: Sequence[set[int]]) -> li
     draws = []
     columns = (branches, lengths, ids.tolist(), logprobs.tolist(), sampling_logprobs.tolist(), eos)
     for place, (node, count, row, row_logprobs, row_sampling, ends) in enumerate(zip(*columns, strict=True)):
-        # Logits that are not finite end a row with a NaN log-probability.
-        finite = not any(math.isnan(value) for value in row_sampling[: count + 1])
+        # Logits that are not finite end a row with a NaN log-probability. None is +inf, so their sum tells.
+        finite = not math.isnan(sum(row_sampling[: count + 1]))
         draws.append(
             Draw(
                 node=node,

@@ -125,6 +125,10 @@ class Reward(abc.ABC):
         Whether the engine sets ``Completion.hidden`` before :meth:`score`.
     reads_text : bool
         Whether it is a function of whole texts, which half words and characters would mislead.
+    in_order : bool
+        Whether candidates are scored in the order in which they are looked at, in several calls a heartbeat where these
+        are many, so that those behind an accepted one need not be: for scorers whose time grows with what they are
+        given. Others see all candidates in one call.
     tokens : int
         Tokens encoded since :meth:`begin`, for ``stats["reward_tokens"]``.
     """
@@ -132,6 +136,7 @@ class Reward(abc.ABC):
     partial: bool = True
     needs_hidden_state: bool = False
     reads_text: bool = False
+    in_order: bool = False
     tokens: int = 0
     unsure: bool = False  # something was raised since :meth:`begin`: the engine ends the session once nobody needs it
     _calls: int = 0  # sessions that began and have not ended, refused ones included

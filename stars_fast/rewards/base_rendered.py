@@ -22,6 +22,7 @@ from stars_fast.tree.model import TreeModel
 class RenderedReward(Stays, Reward):
     """Renders each prompt once, checks what models would choke on, and passes the protocol on to its caches."""
 
+    in_order = True
     caches: Sequence[TreeCache] = ()  # one per model; none where texts are scored in full
     vocab_size: int = 0  # ids that every model has an embedding for
     max_positions: int | None = None  # of the longest text

@@ -36,6 +36,8 @@ class RuleReward(Reward):
         that is NaN or +inf.
     """
 
+    in_order = True
+
     def __init__(
         self,
         patterns: Mapping[str | re.Pattern[str], float] | None = None,

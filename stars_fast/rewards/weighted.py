@@ -84,6 +84,7 @@ class WeightedSum(Reward):
         if len({id(part.reward) for part in self._parts}) < len(self._parts):
             raise ValueError("a scorer is given twice: add its weights up")
         self.partial = all(part.reward.partial for part in self._parts if part.weight)
+        self.in_order = all(part.reward.in_order for part in self._parts)
         self.needs_hidden_state = any(part.reward.needs_hidden_state for part in self._parts)
         self._begun: list[_Part] = []
 
