@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 
 from stars_fast.ops._library import address
 
-from .tiles import DTYPES, LEAST_BLOCKS, Tile, check, choose_parts, choose_tile, fit_warps
+from .tiles import CANDIDATES, DTYPES, LEAST_BLOCKS, Tile, check, choose_parts, choose_tile, fit_warps
 from .variant import Variant
 
 
@@ -228,10 +228,11 @@ def tree_attention_kernel(
         branch = n - in_trunk_count
         key_row = tile_row + branch // tl.maximum(width, 1)
         key_index = branch_start + branch % tl.maximum(width, 1)
-        # A branch that is shorter than the longest ends here; what its table holds behind that may be anything.
-        exists = n < stop
-        exists &= key_index < tl.load(branch_len + key_row, exists, other=0)
-        slot = tl.load(branch_slots + key_row * branch_width + key_index, exists, other=0).to(tl.int64)
+        # A branch that is shorter than the longest ends before this, and what its table holds behind that may be
+        # anything. Read all the same: a load behind one that is behind another would not be asked for as early.
+        listed_here = n < stop
+        slot = tl.load(branch_slots + key_row * branch_width + key_index, listed_here, other=0).to(tl.int64)
+        exists = listed_here & (key_index < tl.load(branch_len + key_row, listed_here, other=0))
         seen = exists[None, :] & (key_row[None, :] == row[:, None]) & (key_index[None, :] <= index[:, None])
         if WINDOW:
             seen &= key_index[None, :] > index[:, None] - window
@@ -459,6 +460,10 @@ def variants(target: GPUTarget) -> list[Variant]:
     for size, dtype, packed, split, options in wanted:
         one = _variant(size, dtype, packed, hip=hip, split=split, options=options)
         found[one.name] = one
+    if target.arch == 90:
+        for tile in (tile for tiles in CANDIDATES.values() for tile in tiles if tile.pipelined):
+            one = _variant((128, 128), bf16, tile.queries, hip=hip, split=False, options=False, tile=tile)
+            found[one.name] = one
     merge = {name: "i32" if name.islower() else "constexpr" for name in merge_parts_kernel.arg_names}
     merge |= dict.fromkeys(("values", "part_max", "part_sum"), "*fp32") | {"out": "*bf16"}
     merge |= dict.fromkeys(("group_indptr", "query_indptr"), "*i32")
@@ -468,11 +473,20 @@ def variants(target: GPUTarget) -> list[Variant]:
 
 
 def _variant(
-    sizes: tuple[int, int], dtype: torch.dtype, packed: int, *, hip: bool, split: bool, options: bool
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
+    packed: int,
+    *,
+    hip: bool,
+    split: bool,
+    options: bool,
+    tile: Tile | None = None,
 ) -> Variant:
-    tile = choose_tile(*sizes, dtype, packed, hip=hip)
+    """As a call would compile it, or with another tile than it would choose."""
+    chosen = choose_tile(*sizes, dtype, packed, hip=hip)
     if not split:  # there are many programs
-        tile = fit_warps(tile, 2, 1)
+        chosen = fit_warps(chosen, 2, 1)
+    tile = tile or chosen
     name, float_type = DTYPES[dtype], f"*{DTYPES[dtype]}"
     tables = ("trunk_slots", "trunk_len", "branch_slots", "branch_len", "group_indptr", "query_indptr")
     types = {name: "i32" for name in tree_attention_kernel.arg_names if name.islower()}
@@ -481,6 +495,8 @@ def _variant(
     types |= dict.fromkeys(("q_token_stride", "q_head_stride"), "i32:16") | dict.fromkeys(("scale", "softcap"), "fp32")
     size = "d{}".format(sizes[0] if sizes[0] == sizes[1] else "{}/{}".format(*sizes))
     parts = [size, f"m{tile.queries}", name, *(["split"] if split else []), *(["options"] if options else [])]
+    if tile != chosen:
+        parts.append(f"{tile.keys}x{tile.warps}x{tile.stages}")
     constants = _constants(tile, *sizes, hip=hip, split=split, window=options, softcap=options, sinks=options)
     return Variant(
         f"tree_attention[{','.join(parts)}]",
@@ -491,4 +507,5 @@ def _variant(
         num_stages=tile.stages,
         fp_fusion=True,
         needs_matrix=True,
+        pipelined=tile.pipelined,
     )
