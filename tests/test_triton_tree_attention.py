@@ -133,6 +133,28 @@ def test_a_table_that_is_not_what_its_shape_says_is_refused():
         kernel.tree_attention(**case | {"branch_len": case["branch_len"].long()})
 
 
+@pytest.mark.parametrize(("shape", "parts"), [("decode", 1), ("scoring", 2), ("prefill", 1)])
+def test_layers_share_what_is_worked_out_from_the_tables(shape, parts):
+    """It takes no more than sizes from queries and pools, and with it row pointers and trunk lengths are not read."""
+    case = on_device(tree(**SHAPES[shape]))
+    expected = naive(case)
+    tables = {name: case[name] for name in ("trunk_len", "branch_len", "group_indptr", "query_indptr")}
+    blank = torch.full_like(case["q"], torch.nan), torch.full_like(case["v_pool"], torch.nan)
+    work = kernel.tree_work(*blank, **tables, max_rows=case["max_rows"], max_queries=case["max_queries"])
+    for name in ("trunk_len", "group_indptr", "query_indptr"):
+        case[name].fill_(1_000_000)
+    kernel.tree_attention(**case, work=work, parts=parts)
+    torch.testing.assert_close(case["out"].double().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_table_for_other_heads_or_queries_is_refused():
+    case, other = (on_device(tree(**SHAPES["scoring"], heads=heads)) for heads in (4, 16))
+    names = ("q", "v_pool", "trunk_len", "branch_len", "group_indptr", "query_indptr", "max_rows", "max_queries")
+    work = kernel.tree_work(*(other[name] for name in names))
+    with pytest.raises(ValueError, match=r"work must be torch\.int32"):
+        kernel.tree_attention(**case, work=work)
+
+
 def test_strided_queries_are_taken_as_transformers_gives_them():
     case = tree(**SHAPES["scoring"])
     case["q"] = case["q"].transpose(0, 1).contiguous().transpose(0, 1)
