@@ -190,15 +190,25 @@ def test_a_list_is_split_only_where_processors_would_idle():
     assert tiles.choose_parts(tile, programs=8, longest=0, processors=132) == 1
 
 
+def test_short_lists_are_cut_finer_where_processors_would_idle():
+    """8 candidates of one request: 13 µs in four parts, 11 in seven of an H100 (docs/findings/gpu-kernels.md)."""
+    tile = tiles.choose_tile(128, 128, torch.bfloat16, 8)
+    few = dict(programs=32, longest=416, processors=132)
+    fine = tiles.fit_warps(tile, **few)
+    assert fine.keys == 32 and tiles.choose_parts(fine, **few) == 7 > tiles.choose_parts(tile, **few)
+    for enough in ({"programs": 4, "longest": 4224}, {"longest": 2048}):
+        assert tiles.fit_warps(tile, **few | enough) == tile
+
+
 def test_few_queries_take_fewer_warps_where_there_are_many_programs():
     tile = tiles.choose_tile(128, 128, torch.bfloat16, 16)
-    assert tiles.fit_warps(tile, programs=100, processors=132) == tile
-    many = tiles.fit_warps(tile, programs=2048, processors=132)
+    assert tiles.fit_warps(tile, programs=100, longest=4096, processors=132) == tile
+    many = tiles.fit_warps(tile, programs=2048, longest=4096, processors=132)
     assert many.warps < tile.warps and tile.pipelined and not many.pipelined
     assert many == tiles.CANDIDATES[16][0]  # what others are timed against
     for other in ((torch.bfloat16, 64), (torch.float32, 16)):
         tile = tiles.choose_tile(128, 128, *other)
-        assert tiles.fit_warps(tile, programs=2048, processors=132) == tile
+        assert tiles.fit_warps(tile, programs=2048, longest=4096, processors=132) == tile
 
 
 def test_a_model_is_refused_when_it_is_planned_not_when_it_runs(monkeypatch):

@@ -70,13 +70,18 @@ def choose_tile(head_size: int, value_size: int, dtype: torch.dtype, packed: int
     return Tile(queries, 32 if queries == 64 and size > 64 else 64, 4, PIPELINED)
 
 
-def fit_warps(tile: Tile, programs: int, processors: int) -> Tile:
-    """The tile with fewer warps and stages where its few queries meet many others.
+def fit_warps(tile: Tile, programs: int, longest: int, processors: int) -> Tile:
+    """The tile with fewer warps and stages for many programs, or with fewer keys for few; arguments as below.
 
-    A processor then holds four or five programs, which wait in turn, and not two or three that pipeline.
+    Where few queries meet many others a processor then holds four or five programs, which wait in turn, and not two or
+    three that pipeline. Lists that are too short to be split for all processors are cut finer.
     """
-    many = programs >= 2 * processors and tile.queries == 16 and tile.pipelined
-    return tile._replace(warps=2, stages=3) if many else tile
+    if not tile.pipelined:
+        return tile
+    if programs >= 2 * processors:
+        return tile._replace(warps=2, stages=3) if tile.queries == 16 else tile
+    short = choose_parts(tile, programs, longest, processors) < min(2 * processors // programs, _MOST_PARTS)
+    return tile._replace(keys=32) if short else tile
 
 
 def choose_parts(tile: Tile, programs: int, longest: int, processors: int) -> int:

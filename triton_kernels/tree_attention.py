@@ -457,9 +457,9 @@ def tree_attention(
         work = tree_work(q, v_pool, trunk_len, branch_len, group_indptr, query_indptr, max_rows, max_queries)
     address(work, "work", torch.int32, (8 * tiles + 2 * tokens + 1,))
     programs, processors = max(groups, triton.cdiv(tokens * fold, tile.queries)) * kv_heads, _processors(q.device)
-    tile = fit_warps(tile, programs, processors)
+    longest = trunk_slots.shape[1] + min(max_rows, tile.queries) * branch_slots.shape[1]
+    tile = fit_warps(tile, programs, longest, processors)
     if parts is None:
-        longest = trunk_slots.shape[1] + min(max_rows, tile.queries) * branch_slots.shape[1]
         parts = choose_parts(tile, programs, longest, processors)
     split = parts > 1
     values, part_max, part_sum = out, out, out
@@ -532,13 +532,19 @@ def variants(target: GPUTarget) -> list[Variant]:
     hip, found = target.backend == "hip", {}
     sizes = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
     bf16 = torch.bfloat16
-    kinds = [(dtype, size) for dtype in (torch.float32, bf16) for size in sizes] + [(torch.float16, (128, 128))]
+    padded = (torch.float32, (96, 96))  # to 128 elements, which are compiled
+    kinds = [(dtype, size) for dtype in (torch.float32, bf16) for size in sizes if (dtype, size) != padded]
     wanted = [(size, dtype, packed, packed < 64, False) for dtype, size in kinds for packed in (16, 64)]
+    wanted += [((128, 128), torch.float16, 16, True, False)]
     wanted += [((128, 128), bf16, 32, True, False), ((128, 128), bf16, 64, True, False)]
     wanted += [(size, bf16, packed, packed < 64, True) for size in ((128, 128), (256, 256)) for packed in (16, 64)]
     wanted += [((size, size), bf16, 16, False, False) for size in (64, 96, 128)]
     for size, dtype, packed, split, options in wanted:
         one = _variant(size, dtype, packed, hip=hip, split=split, options=options)
+        found[one.name] = one
+    for packed in () if hip else (16, 32):
+        tile = choose_tile(128, 128, bf16, packed)._replace(keys=32)
+        one = _variant((128, 128), bf16, packed, hip=hip, split=True, options=False, tile=tile)
         found[one.name] = one
     if target.arch == 90:
         for tile in (tile for tiles in CANDIDATES.values() for tile in tiles if tile.pipelined):
@@ -570,7 +576,7 @@ def _variant(
     """As a call would compile it, or with another tile than it would choose."""
     chosen = choose_tile(*sizes, dtype, packed, hip=hip)
     if not split:  # there are many programs
-        chosen = fit_warps(chosen, 2, 1)
+        chosen = fit_warps(chosen, 2, 0, 1)
     tile = tile or chosen
     name, float_type = DTYPES[dtype], f"*{DTYPES[dtype]}"
     tables = ("trunk_slots", "branch_slots", "branch_len", "work")
