@@ -9,14 +9,15 @@ from typer.testing import CliRunner
 from stars_fast.cli import app
 
 aot = pytest.importorskip("stars_fast.kernels.aot", exc_type=ImportError)
-GOOD = aot.Record("select_and_commit", "sm_90", 40, 0, 0, None, 0.5)
-FIELDS = ["kernel", "target", "registers", "shared_bytes", "spill_bytes", "matrix_instruction", "seconds"]
+GOOD = aot.Record("select_and_commit", "sm_90", 40, 0, 0, None, [], [], 0.5)
+DECODE = "tree_attention[d128,m16,bf16,split]"  # few requests: its tile pipelines
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_for_every_target_and_passes_the_gate():
+def test_every_kernel_compiles_for_every_target_and_passes_the_gate(pytestconfig):
     jobs = aot.jobs_for()
-    records = aot.compile_all(jobs)
+    kept = getattr(pytestconfig, "cache", None)  # from run to run: Triton compiles what has changed
+    records = aot.compile_all(jobs, cache=kept and kept.mkdir("triton"))
     assert [(record.target, record.kernel) for record in records] == jobs
     assert aot.failures(records) == []
     assert {target for target, _ in jobs} == {"sm_80", "sm_90", "sm_100", "gfx942"}
@@ -49,15 +50,28 @@ def test_the_gate_names_a_kernel_without_its_matrix_instruction(monkeypatch):
     assert aot.failures([GOOD._replace(matrix_instruction="wgmma")]) == []
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_the_command_prints_a_record_of_a_compiled_kernel(target, monkeypatch):
+@pytest.mark.parametrize(("buffers", "waits"), [([1, 2], [0, 4]), ([1, 1], [None, None]), ([2, 2], [0, 0]), ([], [])])
+def test_the_gate_names_a_tile_that_claims_to_pipeline_and_does_not(buffers, waits):
+    record = GOOD._replace(kernel=DECODE, matrix_instruction="mma.sync", buffers=[2, 2], waits=[3, 1])
+    assert aot.failures([record]) == []
+    (failure,) = aot.failures([record._replace(buffers=buffers, waits=waits)])
+    assert failure.startswith(f"{DECODE} on sm_90 claims to pipeline, but its loops have {buffers} buffers")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "target", "matrix", "loops"),
+    [(DECODE, "sm_90", "mma.sync", 2), ("select_and_commit", "gfx942", None, 0)],
+)
+def test_the_command_prints_a_record_of_a_compiled_kernel(kernel, target, matrix, loops, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # what this process is set to does not reach the compiler
-    result = CliRunner().invoke(app, ["kernels", "--json", "--kernel", "select_and_commit", "--target", target])
+    result = CliRunner().invoke(app, ["kernels", "--json", "--kernel", kernel, "--target", target])
     assert result.exit_code == 0, result.output
     (record,) = json.loads(result.stdout)
-    assert list(record) == FIELDS
-    assert (record["kernel"], record["target"], record["matrix_instruction"]) == ("select_and_commit", target, None)
+    assert tuple(record) == aot.Record._fields
+    assert (record["kernel"], record["target"], record["matrix_instruction"]) == (kernel, target, matrix)
     assert 8 < record["registers"] < 256 and record["spill_bytes"] == 0 and record["seconds"] > 0
+    assert len(record["buffers"]) == len(record["waits"]) == loops
+    assert all(buffers > 1 for buffers in record["buffers"]) and all(wait > 0 for wait in record["waits"])
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 from conftest import tiny_policy, tiny_reward
 
 from stars_fast import StarsEngine
-from stars_fast.tree import model
+from stars_fast.tree import attention, model
 from stars_fast.tree.slots import SlotPool
 
 
@@ -38,3 +38,14 @@ def test_a_pool_that_the_device_has_no_room_for_is_named_with_its_size(monkeypat
         engine.generate([[1]], max_new_tokens=4, target_reward=0.0)
     monkeypatch.undo()
     assert engine.generate([[1]], max_new_tokens=4, target_reward=0.0).errors == [None]
+
+
+def test_the_layers_of_a_pass_work_out_once_which_program_has_what(monkeypatch):
+    engine, asked, passes = StarsEngine(tiny_policy(32), tiny_reward(32)), [], []  # of two layers each
+    forward = model.TreeModel.forward
+    monkeypatch.setattr(attention, "tree_work", lambda q, *_: asked.append(q.shape[0]))
+    monkeypatch.setattr(
+        model.TreeModel, "forward", lambda *args, **kw: (passes.append(len(args[1])), forward(*args, **kw))[1]
+    )
+    assert engine.generate([[4, 5, 6]], target_reward=0.0, max_new_tokens=4).errors == [None]
+    assert asked == passes and 3 in passes

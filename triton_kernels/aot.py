@@ -33,7 +33,7 @@ _MATRIX_INSTRUCTIONS = {  # the best one first; looked for in PTX and AMD's asse
     "mma.sync": r"\bmma\.sync\b",
     "mfma": r"\bv_mfma_",
 }
-_NOT_FOR_CHILDREN = ("TRITON_INTERPRET", "STARS_FAST_KERNELS")
+_NOT_FOR_CHILDREN = ("TRITON_INTERPRET", "STARS_FAST_KERNELS", "TRITON_ALWAYS_COMPILE")
 _LAST_LINES = 5  # of a compiler that crashed
 
 
@@ -68,7 +68,9 @@ class Record(NamedTuple):
     shared_bytes: int
     spill_bytes: int  # of a thread: its stack (NVIDIA) or scratch memory (AMD)
     matrix_instruction: str | None
-    seconds: float  # to compile, with nothing cached
+    buffers: list[int]  # of each loop over blocks of matrices: how many blocks lie in shared memory at a time
+    waits: list[int | None]  # of the same: how many copies may be under way where it waits; None if it never does
+    seconds: float  # to compile, or to find it in the cache
 
 
 def kernel_modules() -> list[str]:
@@ -121,7 +123,11 @@ def _names(kernel: str) -> set[str]:
 
 
 def compile_all(
-    jobs: Sequence[Job], *, processes: int | None = None, done: Callable[[Record], Any] | None = None
+    jobs: Sequence[Job],
+    *,
+    processes: int | None = None,
+    done: Callable[[Record], Any] | None = None,
+    cache: Path | None = None,
 ) -> list[Record]:
     """Compile in child processes; the records are in the order of the jobs.
 
@@ -133,6 +139,8 @@ def compile_all(
         At a time; as many as there are processors if None.
     done
         Called with each record when it is there, in any order and thread.
+    cache
+        A folder that keeps what is compiled, from which it is taken where neither kernel nor compiler has changed.
 
     Raises
     ------
@@ -146,7 +154,7 @@ def compile_all(
 
     def work() -> None:
         while not waiting.empty():
-            with Child() as child:
+            with Child(cache) as child:
                 while child.alive and (index := _next(waiting)) is not None:
                     answers[index] = answer = child.compile(jobs[index])
                     if done is not None and isinstance(answer, Record):
@@ -181,10 +189,13 @@ def _next(waiting: queue.SimpleQueue[int]) -> int | None:
 class Child:
     """A process that compiles for real, whatever this one is set to, and finds the modules that this one finds."""
 
+    def __init__(self, cache: Path | None = None) -> None:
+        self._cache = cache
+
     def __enter__(self) -> "Child":
         self._folder = tempfile.TemporaryDirectory()
         environment = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_CHILDREN}
-        environment |= {"TRITON_CACHE_DIR": str(Path(self._folder.name, "cache")), "TRITON_ALWAYS_COMPILE": "1"}
+        environment["TRITON_CACHE_DIR"] = str(self._cache or Path(self._folder.name, "cache"))
         environment["PYTHONPATH"] = os.pathsep.join(path or os.curdir for path in sys.path)
         self._log = Path(self._folder.name, "log").open("w+")
         self._process = subprocess.Popen(
@@ -235,7 +246,10 @@ def compile_one(job: Job) -> Record:
         registers, spill_bytes = _nvidia_usage(compiled.asm["cubin"])
     instruction = next((name for name, pattern in _MATRIX_INSTRUCTIONS.items() if re.search(pattern, text)), None)
     shared = compiled.metadata.shared
-    return Record(job.kernel, job.target, registers, shared, spill_bytes, instruction, round(seconds, 3))
+    buffers, waits = _pipelines(compiled.asm["ttgir"])
+    return Record(
+        job.kernel, job.target, registers, shared, spill_bytes, instruction, buffers, waits, round(seconds, 3)
+    )
 
 
 def _source(variant: Variant) -> ASTSource:
@@ -265,6 +279,31 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     return _number(r"\.vgpr_count:\s*(\d+)", assembly), _number(r"\.private_segment_fixed_size:\s*(\d+)", assembly)
 
 
+def _pipelines(ttgir: str) -> tuple[list[int], list[int | None]]:
+    """Buffers and waits of the loops in Triton's last own form, in which a loop's body is what is indented further.
+
+    A matrix has as many buffers as its allocation, just before its loop, has first elements; of several matrices and
+    waits in a loop the fewest count, since that is where it stands still.
+    """
+    buffers: list[int] = []
+    waits: list[int | None] = []
+    allocated: list[int] = []
+    inside: int | None = None  # indentation of the loop that these lines are in
+    for line in ttgir.splitlines():
+        indentation = len(line) - len(line.lstrip())
+        if allocation := re.search(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+xb?f\d+,", line):
+            allocated.append(int(allocation[1]))
+        elif allocated and "scf.for" in line:
+            buffers.append(min(allocated))
+            waits.append(None)
+            allocated, inside = [], indentation
+        elif inside is not None and indentation <= inside:
+            inside = None
+        elif inside is not None and (wait := re.search(r"async_wait.* \{num = (\d+)", line)):
+            waits[-1] = min(int(wait[1]), waits[-1] if waits[-1] is not None else int(wait[1]))
+    return buffers, waits
+
+
 def _number(pattern: str, text: str) -> int:
     match = re.search(pattern, text)
     if match is None:
@@ -273,15 +312,18 @@ def _number(pattern: str, text: str) -> int:
 
 
 def failures(records: Sequence[Record]) -> list[str]:
-    """What is wrong with what was compiled, a line each: spills, no matrix instruction, too much shared memory."""
+    """What is wrong with what was compiled, a line each: spills, no matrix instruction or pipeline, too much memory."""
     return [f"{record.kernel} on {record.target} {wrong}" for record in records for wrong in _wrong(record)]
 
 
 def _wrong(record: Record) -> Iterator[str]:
     if record.spill_bytes > MOST_SPILL_BYTES:
         yield f"spills {record.spill_bytes} bytes a thread, at most {MOST_SPILL_BYTES} are allowed"
-    if record.matrix_instruction is None and variants_for(record.target)[record.kernel].needs_matrix:
+    variant = variants_for(record.target)[record.kernel]
+    if variant.needs_matrix and record.matrix_instruction is None:
         yield "uses no matrix instruction"
+    if variant.pipelined and not (record.buffers and record.buffers[0] > 1 and record.waits[0]):
+        yield f"claims to pipeline, but its loops have {record.buffers} buffers and wait until {record.waits} are left"
     limit = TARGETS[record.target].shared_limit
     if record.shared_bytes > limit:
         yield f"needs {record.shared_bytes} bytes of shared memory, a program has at most {limit}"

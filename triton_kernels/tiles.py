@@ -7,6 +7,7 @@ import torch
 LARGEST_HEAD = 256
 LEAST_BLOCKS = 2  # of keys, in a part of a list
 _MOST_PARTS = 32
+PIPELINED = 5  # stages from which on keys and values are asked for two blocks ahead, as they lie behind their slots
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -18,6 +19,20 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     most_head: int = LARGEST_HEAD  # elements of keys that meet the queries at a time
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether keys and values of a block are under way while the one before is worked on."""
+        return self.stages >= PIPELINED
+
+
+# What is worth timing for heads of 128 elements in 16 bits, by queries a tile: first what was the fastest before, then
+# what compiles without spills for sm_90. Docs/kernels.md says what is expected of them.
+CANDIDATES = {
+    16: (Tile(16, 64, 2, 3), Tile(16, 64, 2, 5), Tile(16, 32, 4, 5), Tile(16, 32, 4, 7), Tile(16, 64, 4, 5)),
+    32: (Tile(32, 64, 4, 3), Tile(32, 64, 4, 5), Tile(32, 32, 4, 5)),
+    64: (Tile(64, 32, 4, 3), Tile(64, 32, 4, 5)),
+}
 
 
 def check(head_size: int, value_size: int, dtype: torch.dtype) -> None:
@@ -38,8 +53,9 @@ def check(head_size: int, value_size: int, dtype: torch.dtype) -> None:
 def choose_tile(head_size: int, value_size: int, dtype: torch.dtype, packed: int, *, hip: bool = False) -> Tile:
     """The tile for lists whose (query, head) pairs of one key-value head number at most ``packed``.
 
-    Of those that ``stars-fast kernels`` finds without spilled registers, those that were fastest for 64 requests on an
-    H100 (docs/findings/gpu-kernels.md). Those of float32 are small because three products of tf32 make one of float32.
+    Of those that ``stars-fast kernels`` finds without spilled registers, the keys and warps that were fastest for 64
+    requests on an H100 (docs/findings/gpu-kernels.md), with as many stages as pipeline, since a processor holds as many
+    programs as with fewer. Those of float32 are small because three products of tf32 make one of float32.
     """
     queries = 16 if packed <= 16 else 32 if packed <= 32 else 64
     size = max(head_size, value_size)
@@ -51,13 +67,21 @@ def choose_tile(head_size: int, value_size: int, dtype: torch.dtype, packed: int
         return Tile(queries, 32 if size <= 128 else 16, 4, 2)
     if size > 128:
         return Tile(queries, 32, 8 if queries == 64 else 4, 2)
-    return Tile(queries, 32 if queries == 64 and size > 64 else 64, 4, 3)
+    return Tile(queries, 32 if queries == 64 and size > 64 else 64, 4, PIPELINED)
 
 
-def fit_warps(tile: Tile, programs: int, processors: int) -> Tile:
-    """The tile with fewer warps where its few queries meet many others: a processor then holds more programs."""
-    many = programs >= 2 * processors and tile.queries == 16 and tile.stages == 3
-    return tile._replace(warps=2) if many else tile
+def fit_warps(tile: Tile, programs: int, longest: int, processors: int) -> Tile:
+    """The tile with fewer warps and stages for many programs, or with fewer keys for few; arguments as below.
+
+    Where few queries meet many others a processor then holds four or five programs, which wait in turn, and not two or
+    three that pipeline. Lists that are too short to be split for all processors are cut finer.
+    """
+    if not tile.pipelined:
+        return tile
+    if programs >= 2 * processors:
+        return tile._replace(warps=2, stages=3) if tile.queries == 16 else tile
+    short = choose_parts(tile, programs, longest, processors) < min(2 * processors // programs, _MOST_PARTS)
+    return tile._replace(keys=32) if short else tile
 
 
 def choose_parts(tile: Tile, programs: int, longest: int, processors: int) -> int:

@@ -5,7 +5,8 @@ by side, so they are packed as (token, head) pairs into tiles of 16, 32 or 64: a
 candidates and all query heads that share them. The list is the trunk and then the branches of the tile's own rows, each
 given as much room as the longest of them needs; a mask lets a query see its own branch only, and nothing after itself.
 
-A list is split where whole ones would leave processors idle; a second launch then merges the float32 parts.
+A list is split where whole ones would leave processors idle; a second launch then merges the float32 parts. Which tile
+has which queries and what list is found by a launch before, whose table serves all layers of a pass.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 from stars_fast.ops._library import address
 
-from .tiles import DTYPES, LEAST_BLOCKS, Tile, check, choose_parts, choose_tile, fit_warps
+from .tiles import CANDIDATES, DTYPES, LEAST_BLOCKS, Tile, check, choose_parts, choose_tile, fit_warps
 from .variant import Variant
 
 
@@ -45,6 +46,47 @@ def _row_of(token, query_indptr, first_row, last_row):
         end = tl.load(query_indptr + r + 1, r < last_row, other=2147483647)
         row += tl.sum((end[None, :] <= token[:, None]).to(tl.int32), 1)
     return row
+
+
+@triton.jit(do_not_specialize=["tokens", "groups", "fold"])
+def tree_work_kernel(
+    work,
+    trunk_len,
+    branch_len,
+    group_indptr,
+    query_indptr,
+    tokens,
+    groups,
+    fold,
+    BLOCK_M: tl.constexpr,
+):
+    """What one tile works on, and where its tokens are, for the kernels of all layers; see :func:`tree_work`."""
+    tile, places = tl.program_id(0), work + 8 * tl.num_programs(0)
+    if tile == 0:
+        tl.store(places + 2 * tokens, tl.load(query_indptr + tl.load(group_indptr + groups)))
+    group, first_tile = _group_of(tile, group_indptr, query_indptr, groups, fold, BLOCK_M)
+    first_row, last_row = tl.load(group_indptr + group), tl.load(group_indptr + group + 1)
+    first_token, last_token = tl.load(query_indptr + first_row), tl.load(query_indptr + last_row)
+    first_pair = first_token * fold + (tile - first_tile) * BLOCK_M
+    entry = work + 8 * tile
+    if first_pair >= last_token * fold:
+        tl.store(entry, -1)
+        return
+    token = (first_pair + tl.arange(0, BLOCK_M)) // fold
+    valid = token < last_token
+    row = _row_of(token, query_indptr, first_row, last_row)
+    end, length = tl.load(query_indptr + row + 1, valid, other=0), tl.load(branch_len + row, valid, other=0)
+    index = length - end + token  # in the branch
+    tl.store(places + 2 * token, row, valid)
+    tl.store(places + 2 * token + 1, index, valid)
+    tl.store(entry, group)
+    tl.store(entry + 1, first_pair)
+    tl.store(entry + 2, last_token)
+    tl.store(entry + 3, tl.min(tl.where(valid, row, last_row)))
+    tl.store(entry + 4, tl.max(tl.where(valid, row, first_row)))
+    tl.store(entry + 5, tl.load(trunk_len + group))
+    tl.store(entry + 6, tl.max(tl.where(valid, index, -1)) + 1)
+    tl.store(entry + 7, tl.min(tl.where(valid, index, 2147483647)))
 
 
 @triton.jit
@@ -110,7 +152,7 @@ def _attend(
     return new_maximum, total, values
 
 
-@triton.jit(do_not_specialize=["tokens", "groups", "trunk_width", "branch_width", "window", "fold", "kv_heads"])
+@triton.jit(do_not_specialize=["tokens", "trunk_width", "branch_width", "window", "fold", "kv_heads"])
 def tree_attention_kernel(
     q,
     k_pool,
@@ -120,15 +162,12 @@ def tree_attention_kernel(
     part_sum,
     sinks,
     trunk_slots,
-    trunk_len,
     branch_slots,
     branch_len,
-    group_indptr,
-    query_indptr,
+    work,
     q_token_stride,
     q_head_stride,
     tokens,
-    groups,
     trunk_width,
     branch_width,
     kv_heads,
@@ -160,33 +199,29 @@ def tree_attention_kernel(
     tile, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = kv_heads * fold
     dv = tl.arange(0, BLOCK_DV)
+    entry, places = work + 8 * tile, work + 8 * tl.num_programs(0)
+    group, first_pair, last_token = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    tile_row, tile_last_row = tl.load(entry + 3), tl.load(entry + 4)
+    trunk, branch_end, oldest_index = tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
     if not SPLIT:  # padding after the last group's queries
-        used = tl.load(query_indptr + tl.load(group_indptr + groups))
+        used = tl.load(places + 2 * tokens)
         for token in range(used + tile, tokens, tl.num_programs(0)):
             for head in range(kv_head * fold, (kv_head + 1) * fold):
                 offset = token * heads.to(tl.int64) * VALUE_SIZE + head * VALUE_SIZE
                 tl.store(out + offset + dv, tl.zeros((BLOCK_DV,), out.dtype.element_ty), dv < VALUE_SIZE)
-
-    group, first_tile = _group_of(tile, group_indptr, query_indptr, groups, fold, BLOCK_M)
-    first_row, last_row = tl.load(group_indptr + group), tl.load(group_indptr + group + 1)
-    first_token, last_token = tl.load(query_indptr + first_row), tl.load(query_indptr + last_row)
-    packed = (tile - first_tile) * BLOCK_M + tl.arange(0, BLOCK_M)
-    if first_token + (tile - first_tile) * BLOCK_M // fold >= last_token:
+    if group < 0:
         return
-    token, head = first_token + packed // fold, kv_head * fold + packed % fold
+    pair = first_pair + tl.arange(0, BLOCK_M)
+    token, head = pair // fold, kv_head * fold + pair % fold
     valid = token < last_token
-    row = _row_of(token, query_indptr, first_row, last_row)
-    end, length = tl.load(query_indptr + row + 1, valid, other=0), tl.load(branch_len + row, valid, other=0)
-    trunk = tl.load(trunk_len + group)
-    index = length - end + token  # in the branch
+    row = tl.load(places + 2 * token, valid, other=-1)
+    index = tl.load(places + 2 * token + 1, valid, other=-1)  # in the branch
     position = trunk + index
 
     # The list: keys of the trunk from trunk_start on, then of every branch those from branch_start to branch_end.
-    tile_row, tile_last_row = tl.min(tl.where(valid, row, last_row)), tl.max(tl.where(valid, row, first_row))
-    branch_end = tl.max(tl.where(valid, index, -1)) + 1
     trunk_start, branch_start = 0, 0
     if WINDOW:
-        oldest = tl.min(tl.where(valid, position, 2147483647)) - window + 1
+        oldest = trunk + oldest_index - window + 1
         trunk_start, branch_start = tl.minimum(tl.maximum(oldest, 0), trunk), tl.maximum(oldest - trunk, 0)
     in_trunk_count = trunk - trunk_start
     width = branch_end - branch_start
@@ -228,10 +263,11 @@ def tree_attention_kernel(
         branch = n - in_trunk_count
         key_row = tile_row + branch // tl.maximum(width, 1)
         key_index = branch_start + branch % tl.maximum(width, 1)
-        # A branch that is shorter than the longest ends here; what its table holds behind that may be anything.
-        exists = n < stop
-        exists &= key_index < tl.load(branch_len + key_row, exists, other=0)
-        slot = tl.load(branch_slots + key_row * branch_width + key_index, exists, other=0).to(tl.int64)
+        # A branch that is shorter than the longest ends before this, and what its table holds behind that may be
+        # anything. Read all the same: a load behind one that is behind another would not be asked for as early.
+        listed_here = n < stop
+        slot = tl.load(branch_slots + key_row * branch_width + key_index, listed_here, other=0).to(tl.int64)
+        exists = listed_here & (key_index < tl.load(branch_len + key_row, listed_here, other=0))
         seen = exists[None, :] & (key_row[None, :] == row[:, None]) & (key_index[None, :] <= index[:, None])
         if WINDOW:
             seen &= key_index[None, :] > index[:, None] - window
@@ -256,16 +292,15 @@ def tree_attention_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["tokens", "groups", "heads", "parts"])
+@triton.jit(do_not_specialize=["tokens", "tiles", "heads", "parts"])
 def merge_parts_kernel(
     values,
     part_max,
     part_sum,
     out,
-    group_indptr,
-    query_indptr,
+    work,
     tokens,
-    groups,
+    tiles,
     heads,
     parts,
     VALUE_SIZE: tl.constexpr,
@@ -275,7 +310,7 @@ def merge_parts_kernel(
     """One query's parts ``[parts, T, Hq, Dv]`` put together; 0 for padding."""
     token, head = tl.program_id(0), tl.program_id(1)
     part, dv = tl.arange(0, BLOCK_PARTS), tl.arange(0, BLOCK_DV)
-    used = tl.load(query_indptr + tl.load(group_indptr + groups))
+    used = tl.load(work + 8 * tiles + 2 * tokens)
     place = (part.to(tl.int64) * tokens + token) * heads + head
     present = part < tl.where(token < used, parts, 0)
     total = tl.load(part_sum + place, present, other=0.0)
@@ -316,6 +351,55 @@ def _constants(
     }
 
 
+_HIP = torch.version.hip is not None
+
+
+def _tiles(q: torch.Tensor, v_pool: torch.Tensor, groups: int, max_rows: int, max_queries: int) -> tuple[Tile, int]:
+    """The tile, and how many: since they start at first_token * fold // queries + group, enough for any lengths."""
+    (tokens, heads, head_size), (_, kv_heads, value_size) = q.shape, v_pool.shape
+    fold = heads // kv_heads
+    tile = choose_tile(head_size, value_size, q.dtype, min(max_rows * max_queries, tokens) * fold, hip=_HIP)
+    return tile, tokens * fold // tile.queries + groups
+
+
+def tree_work(
+    q: torch.Tensor,
+    v_pool: torch.Tensor,
+    trunk_len: torch.Tensor,
+    branch_len: torch.Tensor,
+    group_indptr: torch.Tensor,
+    query_indptr: torch.Tensor,
+    max_rows: int,
+    max_queries: int,
+) -> torch.Tensor:
+    """:func:`stars_fast.ops.tree_attention.tree_work` in Triton.
+
+    Returns
+    -------
+    torch.Tensor
+        int32 ``[8 * tiles + 2 * T + 1]``. Of each tile the group (-1 where there is no work), the first (token, head)
+        pair, the token behind the group's last, the first row and the last, the trunk's length, where the furthest
+        branch ends, and the earliest index in a branch; of each token the row and the index in its branch; and how many
+        tokens are no padding.
+    """
+    (tokens, heads, _), kv_heads, groups = q.shape, v_pool.shape[1], trunk_len.shape[0]
+    tile, tiles = _tiles(q, v_pool, groups, max_rows, max_queries)
+    work = torch.empty(8 * tiles + 2 * tokens + 1, dtype=torch.int32, device=q.device)
+    tree_work_kernel[(tiles,)](
+        work,
+        trunk_len,
+        branch_len,
+        group_indptr,
+        query_indptr,
+        tokens,
+        groups,
+        heads // kv_heads,
+        BLOCK_M=tile.queries,
+        num_warps=1,
+    )
+    return work
+
+
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
@@ -337,6 +421,7 @@ def tree_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    work: torch.Tensor | None = None,
     *,
     parts: int | None = None,
 ) -> None:
@@ -367,12 +452,14 @@ def tree_attention(
     fold = heads // kv_heads
     if tokens == 0:
         return
-    hip = torch.version.hip is not None
-    tile = choose_tile(head_size, value_size, q.dtype, min(max_rows * max_queries, tokens) * fold, hip=hip)
+    tile, tiles = _tiles(q, v_pool, groups, max_rows, max_queries)
+    if work is None:
+        work = tree_work(q, v_pool, trunk_len, branch_len, group_indptr, query_indptr, max_rows, max_queries)
+    address(work, "work", torch.int32, (8 * tiles + 2 * tokens + 1,))
     programs, processors = max(groups, triton.cdiv(tokens * fold, tile.queries)) * kv_heads, _processors(q.device)
-    tile = fit_warps(tile, programs, processors)
+    longest = trunk_slots.shape[1] + min(max_rows, tile.queries) * branch_slots.shape[1]
+    tile = fit_warps(tile, programs, longest, processors)
     if parts is None:
-        longest = trunk_slots.shape[1] + min(max_rows, tile.queries) * branch_slots.shape[1]
         parts = choose_parts(tile, programs, longest, processors)
     split = parts > 1
     values, part_max, part_sum = out, out, out
@@ -383,15 +470,13 @@ def tree_attention(
         tile,
         head_size,
         value_size,
-        hip=hip,
+        hip=_HIP,
         split=split,
         window=window > 0,
         softcap=softcap > 0,
         sinks=sinks is not None,
     )
-    # Tiles start at first_token * fold // queries + group, so this many are enough for any lengths.
-    grid = (tokens * fold // tile.queries + groups, kv_heads, parts)
-    tree_attention_kernel[grid](
+    tree_attention_kernel[(tiles, kv_heads, parts)](
         q,
         k_pool,
         v_pool,
@@ -400,15 +485,12 @@ def tree_attention(
         part_sum,
         q if sinks is None else sinks,
         trunk_slots,
-        trunk_len,
         branch_slots,
         branch_len,
-        group_indptr,
-        query_indptr,
+        work,
         q.stride(0),
         q.stride(1),
         tokens,
-        groups,
         trunk_slots.shape[1],
         branch_slots.shape[1],
         kv_heads,
@@ -427,10 +509,9 @@ def tree_attention(
             part_max,
             part_sum,
             out,
-            group_indptr,
-            query_indptr,
+            work,
             tokens,
-            groups,
+            tiles,
             heads,
             parts,
             VALUE_SIZE=value_size,
@@ -451,36 +532,62 @@ def variants(target: GPUTarget) -> list[Variant]:
     hip, found = target.backend == "hip", {}
     sizes = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
     bf16 = torch.bfloat16
-    kinds = [(dtype, size) for dtype in (torch.float32, bf16) for size in sizes] + [(torch.float16, (128, 128))]
+    padded = (torch.float32, (96, 96))  # to 128 elements, which are compiled
+    kinds = [(dtype, size) for dtype in (torch.float32, bf16) for size in sizes if (dtype, size) != padded]
     wanted = [(size, dtype, packed, packed < 64, False) for dtype, size in kinds for packed in (16, 64)]
+    wanted += [((128, 128), torch.float16, 16, True, False)]
     wanted += [((128, 128), bf16, 32, True, False), ((128, 128), bf16, 64, True, False)]
     wanted += [(size, bf16, packed, packed < 64, True) for size in ((128, 128), (256, 256)) for packed in (16, 64)]
     wanted += [((size, size), bf16, 16, False, False) for size in (64, 96, 128)]
     for size, dtype, packed, split, options in wanted:
         one = _variant(size, dtype, packed, hip=hip, split=split, options=options)
         found[one.name] = one
+    for packed in () if hip else (16, 32):
+        tile = choose_tile(128, 128, bf16, packed)._replace(keys=32)
+        one = _variant((128, 128), bf16, packed, hip=hip, split=True, options=False, tile=tile)
+        found[one.name] = one
+    if target.arch == 90:
+        for tile in (tile for tiles in CANDIDATES.values() for tile in tiles if tile.pipelined):
+            one = _variant((128, 128), bf16, tile.queries, hip=hip, split=False, options=False, tile=tile)
+            found[one.name] = one
     merge = {name: "i32" if name.islower() else "constexpr" for name in merge_parts_kernel.arg_names}
-    merge |= dict.fromkeys(("values", "part_max", "part_sum"), "*fp32") | {"out": "*bf16"}
-    merge |= dict.fromkeys(("group_indptr", "query_indptr"), "*i32")
+    merge |= dict.fromkeys(("values", "part_max", "part_sum"), "*fp32") | {"out": "*bf16", "work": "*i32"}
     constants = {"VALUE_SIZE": 128, "BLOCK_DV": 128, "BLOCK_PARTS": 16}
     types = {name: kind for name, kind in merge.items() if kind != "constexpr"}
-    return [*found.values(), Variant("tree_attention.merge", merge_parts_kernel, types, constants)]
+    tables = ("work", "trunk_len", "branch_len", "group_indptr", "query_indptr")
+    work = dict.fromkeys(tables, "*i32") | dict.fromkeys(("tokens", "groups", "fold"), "i32")
+    return [
+        *found.values(),
+        Variant("tree_attention.merge", merge_parts_kernel, types, constants),
+        Variant("tree_attention.work", tree_work_kernel, work, {"BLOCK_M": 64}, num_warps=1),
+    ]
 
 
 def _variant(
-    sizes: tuple[int, int], dtype: torch.dtype, packed: int, *, hip: bool, split: bool, options: bool
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
+    packed: int,
+    *,
+    hip: bool,
+    split: bool,
+    options: bool,
+    tile: Tile | None = None,
 ) -> Variant:
-    tile = choose_tile(*sizes, dtype, packed, hip=hip)
+    """As a call would compile it, or with another tile than it would choose."""
+    chosen = choose_tile(*sizes, dtype, packed, hip=hip)
     if not split:  # there are many programs
-        tile = fit_warps(tile, 2, 1)
+        chosen = fit_warps(chosen, 2, 0, 1)
+    tile = tile or chosen
     name, float_type = DTYPES[dtype], f"*{DTYPES[dtype]}"
-    tables = ("trunk_slots", "trunk_len", "branch_slots", "branch_len", "group_indptr", "query_indptr")
+    tables = ("trunk_slots", "branch_slots", "branch_len", "work")
     types = {name: "i32" for name in tree_attention_kernel.arg_names if name.islower()}
     types |= dict.fromkeys(("q", "k_pool", "v_pool", "sinks"), float_type) | dict.fromkeys(tables, "*i32")
     types |= dict.fromkeys(("out", "part_max", "part_sum"), "*fp32" if split else float_type)
     types |= dict.fromkeys(("q_token_stride", "q_head_stride"), "i32:16") | dict.fromkeys(("scale", "softcap"), "fp32")
     size = "d{}".format(sizes[0] if sizes[0] == sizes[1] else "{}/{}".format(*sizes))
     parts = [size, f"m{tile.queries}", name, *(["split"] if split else []), *(["options"] if options else [])]
+    if tile != chosen:
+        parts.append(f"{tile.keys}x{tile.warps}x{tile.stages}")
     constants = _constants(tile, *sizes, hip=hip, split=split, window=options, softcap=options, sinks=options)
     return Variant(
         f"tree_attention[{','.join(parts)}]",
@@ -491,4 +598,5 @@ def _variant(
         num_stages=tile.stages,
         fp_fusion=True,
         needs_matrix=True,
+        pipelined=tile.pipelined,
     )

@@ -20,3 +20,4 @@ class Variant(NamedTuple):
     fp_fusion: bool = False  # of products and sums: off where results must round as those of C++ do
     maxnreg: int | None = None  # CUDA only: keeps ptxas from spilling for the sake of occupancy
     needs_matrix: bool = False  # whether it must use a matrix instruction
+    pipelined: bool = False  # whether its first loop must load the next block while it works on one

@@ -13,6 +13,8 @@ from rich.table import Table
 
 from stars_fast.cli.console import fail, plain_table, refusing, stderr, stdout
 
+_LOOPS = ("buffers", "waits")  # what a record has one of for each loop
+
 
 def run(
     target: Annotated[
@@ -26,7 +28,8 @@ def run(
 ) -> None:
     """Compile the Triton kernels, without a GPU.
 
-    Exit code 1 if one spills over 32 bytes, misses the matrix instructions, or needs more shared memory than there is.
+    Exit code 1 if one spills over 32 bytes, misses the matrix instructions, does not pipeline although it should, or
+    needs more shared memory than there is.
     """
     try:
         import_module("triton")
@@ -51,8 +54,9 @@ def run(
 
 
 def _table(records: list[Any]) -> Table:
-    table = plain_table(None, ("kernel", "target", "matrix"), ("registers", "shared", "spilled", "seconds"))
+    table = plain_table(None, ("kernel", "target", "matrix"), ("registers", "shared", "spilled", *_LOOPS, "seconds"))
     for record in records:
-        numbers = (record.registers, record.shared_bytes, record.spill_bytes, f"{record.seconds:.2f}")
+        loops = (" ".join("-" if n is None else str(n) for n in getattr(record, name)) for name in _LOOPS)
+        numbers = (record.registers, record.shared_bytes, record.spill_bytes, *loops, f"{record.seconds:.2f}")
         table.add_row(escape(record.kernel), record.target, record.matrix_instruction or "-", *map(str, numbers))
     return table

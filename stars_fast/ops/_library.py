@@ -35,9 +35,9 @@ _SETTING = "STARS_FAST_KERNELS"
 _MODE = os.environ.get(_SETTING, "")
 if _MODE not in ("", "reference", "interpret"):
     raise ValueError(f"{_SETTING} must be 'reference' or 'interpret' or not set, got {_MODE!r}")
-_CHECKS = os.environ.get("STARS_FAST_CHECKS", "")
-if _CHECKS not in ("", "1"):
-    raise ValueError(f"STARS_FAST_CHECKS must be '1' or not set, got {_CHECKS!r}")
+CHECKS = os.environ.get("STARS_FAST_CHECKS", "")
+if CHECKS not in ("", "1"):
+    raise ValueError(f"STARS_FAST_CHECKS must be '1' or not set, got {CHECKS!r}")
 if _MODE == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
     # Triton asks when its own functions are defined, and other libraries may have imported it already.
     raise RuntimeError(f"{_SETTING}=interpret needs TRITON_INTERPRET=1 in the environment too")
@@ -114,7 +114,7 @@ def define(
     if check := _built(f"check_{name}"):  # which the C++ kernel begins with by itself
         cpu, cuda = operator
         cpu = cpu if cpu is compiled and function else _checked(cpu, call, check)
-        operator = Operator(cpu, _checked(cuda, call, check) if _CHECKS else cuda)
+        operator = Operator(cpu, _checked(cuda, call, check) if CHECKS else cuda)
     operators[name] = operator
     # Launchers choose tiles by integers, so a symbolic one would be turned into a number there anyway.
     schema = torch.library.infer_schema(reference, mutates_args=written).replace("SymInt", "int")
@@ -173,13 +173,13 @@ def _triton(name: str) -> Callable[..., Any]:
         return getattr(triton_kernel(name), name)
 
     def launch(*args: Any) -> Any:
-        with _on(args[0].device):
+        with on(args[0].device):
             return launcher()(*args)
 
     return launch
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, wherever the tensors are."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()

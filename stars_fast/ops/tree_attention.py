@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from stars_fast.ops._library import FLOAT_CODES, address, define, operators, triton_kernel
+from stars_fast.ops._library import CHECKS, FLOAT_CODES, address, define, on, operators, triton_kernel
 
 
 def check_supported(key_size: int, value_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -23,6 +23,29 @@ def check_supported(key_size: int, value_size: int, dtype: torch.dtype, device: 
         triton_kernel("tree_attention").check(key_size, value_size, dtype)
     elif dtype not in FLOAT_CODES:
         raise ValueError(f"tree_attention: keys and values must be float32, float16 or bfloat16, got {dtype}")
+
+
+def tree_work(
+    q: torch.Tensor,
+    v_pool: torch.Tensor,
+    trunk_len: torch.Tensor,
+    branch_len: torch.Tensor,
+    group_indptr: torch.Tensor,
+    query_indptr: torch.Tensor,
+    max_rows: int,
+    max_queries: int,
+) -> torch.Tensor | None:
+    """Which program of :func:`tree_attention` has which queries and keys, for all layers of a pass.
+
+    The arguments are those of the operator; of ``q`` and ``v_pool`` only sizes and dtype matter. None where the kernel
+    of this device has no use for it, and where arguments are still to be checked.
+    """
+    if CHECKS or not operators["tree_attention"].kernel(q.device.type).startswith("Triton"):
+        return None
+    make, tables = triton_kernel("tree_attention").tree_work, (trunk_len, branch_len, group_indptr, query_indptr)
+    with on(q.device):
+        work: torch.Tensor = make(q, v_pool, *tables, max_rows, max_queries)
+    return work
 
 
 def tree_attention_reference(
@@ -42,6 +65,7 @@ def tree_attention_reference(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    work: torch.Tensor | None = None,
 ) -> None:
     """Attend from packed queries to slots of a tree, accumulating in float32.
 
@@ -79,6 +103,8 @@ def tree_attention_reference(
         Scores become ``softcap * tanh(score / softcap)`` after scaling (Gemma 2). 0 for none.
     sinks
         ``[Hq]`` or None: one more logit per head in the softmax's denominator (gpt-oss).
+    work
+        What :func:`tree_work` made of the same tables, for queries and pools of the same sizes; None: it is made here.
 
     Raises
     ------
@@ -206,6 +232,7 @@ def _call(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    work: torch.Tensor | None = None,
 ) -> None:
     (tokens, heads, head_size), (slots, kv_heads, value_size) = q.shape, v_pool.shape
     (groups, trunk_width), (rows, branch_width) = trunk_slots.shape, branch_slots.shape

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stars_fast.ops import kv_append, tree_attention
 from stars_fast.ops._library import library
+from stars_fast.ops.tree_attention import tree_work
 from stars_fast.tree.linear import onednn_linears
 from stars_fast.tree.segment_tree import TreePlan
 from stars_fast.tree.slots import SlotPool
@@ -54,25 +55,28 @@ class TreeContext:
     query_indptr: torch.Tensor  # [B + 1] int32
     max_rows: int  # most rows of one group
     max_queries: int  # most new tokens of one row
+    work: dict[Any, torch.Tensor | None] = field(default_factory=dict)  # of layers, by the sizes of their heads
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
         k_pool, v_pool = self.pool.layer(layer)
         kv_append(k, v, k_pool, v_pool, self.write_slots)
         out = torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device)
+        plan, sizes = self.plan, (q.shape[1:], v_pool.shape[1:])
+        lengths = (plan.group_indptr, self.query_indptr, self.max_rows, self.max_queries)
+        if sizes not in self.work:
+            self.work[sizes] = tree_work(q, v_pool, plan.trunk_len, self.branch_len, *lengths)
         tree_attention(
             q,
             k_pool,
             v_pool,
             out,
-            self.plan.trunk_slots,
-            self.plan.trunk_len,
-            self.plan.branch_slots,
+            plan.trunk_slots,
+            plan.trunk_len,
+            plan.branch_slots,
             self.branch_len,
-            self.plan.group_indptr,
-            self.query_indptr,
-            self.max_rows,
-            self.max_queries,
+            *lengths,
             **options,
+            work=self.work[sizes],
         )
         return out
 
