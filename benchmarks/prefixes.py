@@ -151,7 +151,7 @@ def forecasts(answers: Sequence[Answer]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["films", "chance", "words", "sums"])
+    parser.add_argument("task", choices=["films", "chance", "words"])
     parser.add_argument(
         "--histories", type=Path, required=True, help="where they are kept; drawn if they are not there"
     )
@@ -161,14 +161,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=96, help="prompts")
     parser.add_argument("--sizes", type=int, nargs="*", default=[8, 24, 72], help="prompts that fits are made on")
     parser.add_argument("--segment-length", type=int, default=16)
-    parser.add_argument("--policy", type=Path, help="what examples/train_arithmetic.py wrote (sums)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if not args.histories.exists():
         config = StarsConfig(max_new_tokens=64, segment_length=args.segment_length, top_k=50)
         prompts = openings(args.prompts, 0, args.count, args.column)
-        args.histories.write_bytes(pickle.dumps(histories(engine_for(args.task, args.policy), prompts, config)))
+        args.histories.write_bytes(pickle.dumps(histories(engine_for(args.task, None), prompts, config)))
     answers: list[Answer] = pickle.loads(args.histories.read_bytes())
 
     def fitted(size: int) -> Callable[[set[int]], Fit]:
@@ -181,7 +180,8 @@ def main() -> None:
     prompts = len({prompt for prompt, _, _ in answers}) * (FOLDS - 1) // FOLDS
     sizes = [size for size in args.sizes if size <= prompts]
     ways: dict[str, Callable[[set[int]], Fit | None]] = {f"fit on {size}": fitted(size) for size in sizes}
-    ways |= {"fit on 24, normal shape": lambda held: normal(fitted(24)(held)), "no fit": lambda held: None}
+    ways[f"fit on {min(24, prompts)}, normal shape"] = lambda held: normal(fitted(24)(held))
+    ways["no fit"] = lambda held: None
     if args.elsewhere:
         elsewhere = learn([g for _, groups, _ in pickle.loads(args.elsewhere.read_bytes()) for g in groups], {}, {})
         ways["fit elsewhere"] = lambda held: elsewhere
