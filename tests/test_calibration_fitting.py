@@ -119,6 +119,34 @@ def test_too_little_to_learn_from_is_refused(arguments, named):
         fit(engine(), config=CONFIG, **arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments, error, named",
+    [
+        ({"samples": 2**40}, ValueError, "samples=1099511627776 must be at most 1024"),
+        ({"num_return_sequences": 2}, TypeError, "num_return_sequences is not an argument"),
+        ({"method": "best_of_n"}, ValueError, "method='best_of_n' has no use for one"),
+    ],
+    ids=["samples", "num_return_sequences", "method"],
+)
+def test_what_a_fit_has_no_place_for_is_refused_by_name(arguments, error, named):
+    with pytest.raises(error, match=named):
+        fit(engine(), PROMPTS, CONFIG, **arguments)
+    with pytest.raises(TypeError, match="engine=None: give a StarsEngine"):
+        fit(None, PROMPTS)
+
+
+def test_a_scorer_that_rejects_for_good_is_learned_from_what_it_leaves():
+    def reward(prompts, completions, **_):
+        return [-math.inf if 7 in ids else float(sum(ids)) for ids in completions]
+
+    one = StarsEngine(tiny_policy(VOCAB, hidden=32), reward)
+    known = fit(one, PROMPTS, CONFIG, samples=4)
+    assert math.isfinite(known.report()["unguided_reward"])
+    nothing = StarsEngine(tiny_policy(VOCAB, hidden=32), lambda completions, **_: [-math.inf] * len(completions))
+    with pytest.raises(ValueError, match="hardly any reward is finite"):
+        fit(nothing, PROMPTS, CONFIG, samples=4)
+
+
 def test_rewards_that_do_not_vary_are_refused():
     constant = StarsEngine(tiny_policy(VOCAB, hidden=32), lambda completions, **_: [1.0] * len(completions))
     with pytest.raises(ValueError, match="all the same"):

@@ -64,6 +64,7 @@ def test_the_best_of_those_looked_at_is_committed_once_it_reaches_the_threshold(
         for one in looked[:-1]:
             so_far = max(so_far, one.reward)
             assert so_far < one.threshold
+        assert segment.threshold == looked[-1].threshold, "what it was enough for"
         assert segment.accepted == (best.reward >= looked[-1].threshold)
         assert segment.accepted or segment.attempts == config.max_attempts
 
@@ -93,3 +94,12 @@ def test_a_candidate_that_cannot_be_scored_ends_its_request_alone():
     assert [error is not None for error in out.errors] == [prompt == PROMPTS[2] for prompt in PROMPTS]
     assert out.finish_reasons.count("error") == 1
     assert len(whole.completions) == len(PROMPTS)
+
+
+def test_a_search_that_fails_is_its_request_s_own_error(monkeypatch):
+    def search(self, *_):
+        raise ZeroDivisionError("spread 0")
+
+    monkeypatch.setattr(OptimalStopping, "search", search)
+    out = engine().generate(PROMPTS[:2], CONFIG, seed=SEEDS[:2])
+    assert all("optimal stopping raised ZeroDivisionError: spread 0" in error for error in out.errors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,3 +93,56 @@ def test_what_is_no_fit_is_refused(broken):
 def test_rewards_that_do_not_vary_are_refused():
     with pytest.raises(ValueError, match="all the same"):
         learn([Group(0, 0.0, [1.0] * 8)] * 9, {}, {})
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_a_fit_is_in_the_rewards_own_units(scale):
+    groups = [g._replace(before=scale * g.before, rewards=[scale * r for r in g.rewards]) for g in drawn(60)]
+    fit, other = learn(drawn(60), {}, {}), learn(groups, {}, {})
+    assert other.levels == pytest.approx(fit.levels, abs=1e-3)
+    assert [scale * law.between for law in fit.laws] == pytest.approx([law.between for law in other.laws], rel=1e-3)
+    assert len({reward for one in other.prefixes[0] for reward in one.rewards}) > 900, "not rounded away"
+
+
+def spoilt(path, value):
+    """A fit's file with another value at a path of keys."""
+    values = json.loads(json.dumps(learn(drawn(20), {}, {}).to_dict()))
+    at = values
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    "path, value, named",
+    [
+        (("laws", 0, "between"), 0.0, r"law 0: between=0 must be > 0"),
+        (("laws", 1, "mean"), math.nan, "a number is NaN"),
+        (("laws", 1, "mean"), 1e308, "a number is NaN or beyond 1e30"),
+        (("laws", 0, "log_spread"), 1e6, r"law 0: a spread of exp\(1e\+06\)"),
+        (("laws", 0, "carried"), 0.0, r"law 0: carried=0 must be > 0"),
+        (("laws", 1, "lowest"), 1e9, r"law 1: lowest=1e\+09 is above"),
+        (("levels", 0), 9e9, "levels do not ascend"),
+        (("levels",), [], "laws, levels or prefixes are empty"),
+        (("prefixes", 0, 0, 1), [], "prefixes have no candidates, or not as many each"),
+        (("prefixes", 0, 0, 1, 3), math.inf, "a number is NaN"),
+        (("prefixes",), [], "of as many segments"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_a_damaged_fit_is_refused_by_name(path, value, named):
+    with pytest.raises(ValueError, match=named + r".*make it anew"):
+        Fit.from_dict(spoilt(path, value))
+
+
+def test_partial_rewards_that_say_nothing_are_warned_of():
+    fit = replace(learn(drawn(20), {}, {"prompts": 20, "policy_tokens": 9}), outlook=((1.0, 0.0), (16.0, 1.0)))
+    for figures, words in (({}, "to tell if partial"), ({"rank_correlation": 0.1}, "consider best-of-N")):
+        report = replace(fit, figures={**fit.figures, **figures}).report()
+        assert words in report["warnings"][0]
+        assert "warning: " in str(report)
+    assert replace(fit, figures={**fit.figures, "rank_correlation": 0.5}).report()["warnings"] == []
+    with pytest.raises(ValueError, match=r"Calibration\.report\(\)"):
+        learn(drawn(20), {}, {}).report()
+    assert repr(fit) == "Fit(2 segments, 20 prompts)"

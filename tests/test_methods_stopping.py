@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 from test_methods_fit import drawn
 
-from stars_fast.methods import OptimalStopping
+from stars_fast.methods import OptimalStopping, stopping
 from stars_fast.methods.fit import Group, learn
-from stars_fast.methods.stopping import NORMAL, Experience, Forecast, Shape, cost_for, expected_candidates
+from stars_fast.methods.stopping import NORMAL, Experience, Forecast, Shape, cost_for, replayed, simulated
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +84,70 @@ def test_experience_learns_the_spread_of_a_request():
     assert one.threshold == pytest.approx(spread * math.sqrt(1.25) * Shape(NORMAL).reservation(0.1 / math.sqrt(1.25)))
 
 
-@pytest.mark.parametrize("budget", [1.5, 4.0, 12.0])
-@pytest.mark.parametrize("fitted, segments", [(True, 1), (True, 7), (False, 7)])
-def test_the_budget_asked_is_the_budget_spent(fit, fitted, budget, segments):
-    chosen = fit if fitted else None
-    one = OptimalStopping(budget).search(chosen, 24, segments)
-    assert expected_candidates(one, chosen, 24, segments) == pytest.approx(budget, rel=0.05)
+def looked_at(one, segment, before, rewards):
+    """How many, one after the other, and the best of them."""
+    one.begin(segment, before)
+    count, best = 0, -math.inf
+    for reward in rewards:
+        one.see(reward)
+        count, best = count + 1, max(best, reward)
+        if best >= one.threshold:
+            break
+    return count, best
+
+
+@pytest.mark.parametrize("cost", [0.01, 0.1, 0.5])
+def test_a_cost_is_replayed_as_candidates_are_looked_at(fit, cost, monkeypatch):
+    """All prefixes at once, against one candidate after another."""
+    seen = []
+    some = stopping._some
+
+    def watch(*arguments):
+        seen.append(some(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(stopping, "_some", watch)
+    expected, one, counts = replayed(fit, 24, 2)(cost), Forecast(fit, cost, 4.0), []
+    rows = iter(seen)
+    for segment, met in enumerate(fit.prefixes):
+        of = [looked_at(one, segment, prefix.before, next(rows))[0] for prefix in met for _ in range(4)]
+        counts.append(sum(of) / len(of))
+    assert expected == pytest.approx(sum(counts) / 2)
+
+
+@pytest.mark.parametrize("cost", [0.02, 0.2, 1.0])
+def test_without_a_fit_a_cost_is_simulated_as_candidates_are_looked_at(cost):
+    numbers, total = np.random.default_rng(1), 0
+    for _ in range(1500):
+        one, before = Experience(cost, 3.0), None
+        for segment in range(3):
+            around = (before or 0.0) + 3**-0.5 * numbers.standard_normal()
+            count, before = looked_at(one, segment, before, around + numbers.standard_normal(24))
+            total += count
+    assert simulated(3.0, 24, 3)(cost) == pytest.approx(total / 4500, rel=0.05)
+
+
+@pytest.mark.parametrize("budget", [2.0, 4.0, 8.0])
+@pytest.mark.parametrize("segments", [1, 2, 7])
+def test_on_other_prefixes_the_budget_asked_is_spent(fit, budget, segments):
+    one, numbers, counts = OptimalStopping(budget).search(fit, 64, segments), np.random.default_rng(5), []
+    for _ in range(400):
+        before = None
+        for segment in range(segments):
+            law = fit.law(segment)
+            around = law.centre(before or 0.0) + law.between * numbers.standard_normal()
+            rewards = around + math.sqrt(law.variance(before or 0.0)) * numbers.standard_normal(64)
+            counts.append(looked_at(one, segment, before, rewards)[0])
+            before = float(rewards[0])
+    assert np.mean(counts) == pytest.approx(budget, rel=0.2)
+
+
+def test_a_cost_is_found_in_no_time(fit):
+    begun = time.process_time()
+    for segments in range(1, 9):
+        cost_for(16.5, 64, segments, fit)
+        cost_for(16.5, 64, segments, None)
+    assert time.process_time() - begun < 8.0
 
 
 @pytest.mark.parametrize("attempts", [4, 24])
@@ -96,8 +155,8 @@ def test_the_budget_holds_where_rewards_are_counts(attempts):
     """Ties, bounds, and prefixes of other odds: as of a rule that checks a segment's two steps."""
     counts = learn(checked_steps(), {}, {})
     for budget in (1.5, 2.5):
-        one = OptimalStopping(budget).search(counts, attempts, 3)
-        assert expected_candidates(one, counts, attempts, 3) == pytest.approx(budget, rel=0.2)
+        cost = cost_for(budget, attempts, 3, counts)
+        assert replayed(counts, attempts, 3)(cost) == pytest.approx(budget, rel=0.2)
 
 
 def checked_steps(prompts=30):
@@ -120,16 +179,12 @@ def test_more_reward_than_the_best_of_as_many(fit):
         for _ in range(1000):
             ends = []
             for stops in (True, False):
-                before = 0.0
+                before = None
                 for segment in range(2):
-                    one.begin(segment, before)
-                    mean, best = 1.0 + 0.8 * before * (segment > 0) + 0.3 * numbers.standard_normal(), -math.inf
-                    for noise in numbers.standard_normal(64 if stops else budget):
-                        looked, best = looked + stops, max(best, mean + 0.5 * noise)
-                        one.see(mean + 0.5 * noise)
-                        if stops and best >= one.threshold:
-                            break
-                    before = best
+                    mean = 1.0 + 0.8 * (before or 0.0) + 0.3 * numbers.standard_normal()
+                    rewards = mean + 0.5 * numbers.standard_normal(64 if stops else budget)
+                    count, best = looked_at(one, segment, before, rewards) if stops else (0, rewards.max())
+                    looked, before = looked + count, float(best)
                 ends.append(before)
             stopped, best_of = stopped + ends[0], best_of + ends[1]
         assert looked / 2000 == pytest.approx(budget, rel=0.1)

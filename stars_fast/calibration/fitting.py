@@ -18,10 +18,12 @@ from stars_fast.inputs.fits import made_for
 from stars_fast.loop.pilot import correlations_with_the_last
 from stars_fast.methods.base import Method, Scored, Segments, SettingsT
 from stars_fast.methods.fit import Fit, Group, learn
-from stars_fast.methods.numbers import integer
+from stars_fast.methods.numbers import integer, shown
 from stars_fast.ops.philox import philox_key
 from stars_fast.outputs import SegmentTrace, StarsOutput
 
+# Each is a trace that is kept until all are drawn.
+_MOST_SAMPLES = 1024
 # Histories are of answers whose segments are the best of so many: unguided, guided and greedy.
 _AMONG = (1, 3, None)
 _LEAST_PROMPTS = 8
@@ -86,9 +88,20 @@ def fit(
     RuntimeError
         If an answer fails, with the cause.
     """
-    samples, seed = integer("samples", samples, 4), integer("seed", seed)
+    if not isinstance(engine, StarsEngine):
+        raise TypeError(f"engine={shown(engine)}: give a StarsEngine")
+    samples, seed = integer("samples", samples, 4, _MOST_SAMPLES), integer("seed", seed)
     inputs = {name: overrides.pop(name) for name in INPUTS if name in overrides}
+    if taken := {"fit", "num_return_sequences"} & overrides.keys():
+        raise TypeError(f"fit: {min(taken)} is not an argument of it")
     given = (config or StarsConfig()).replace(fit=None, num_return_sequences=1, **overrides)
+    if not given.chosen_method.uses_fit:
+        raise ValueError(
+            f"fit: method={given.chosen_method.name!r} has no use for one: leave it out, or give 'cards' for "
+            "its segments"
+        )
+    if not engine.reward.partial:
+        raise ValueError(f"fit: {engine.reward.described} scores finished answers only (partial=False): use best_of_n")
 
     def run(place: int, among: int) -> StarsOutput:
         settings = given.replace(method=_History(given.chosen_method, samples, among))
@@ -109,21 +122,26 @@ def fit(
         for segments in output.segments
         for group in _groups(segments, among or samples)
     ]
+    finals = [[row[-1].reward for row in output.segments if math.isfinite(row[-1].reward)] for output in outputs]
+    if not groups or not all(finals):
+        raise ValueError(
+            "fit: hardly any reward is finite, so that nothing is learned of them: the scorer rejects too much"
+        )
+    figures = {
+        "prompts": len(runs),
+        "samples": samples,
+        "policy_tokens": sum(output.stats["policy_tokens"] for output in outputs),
+        "unguided_reward": fmean(finals[0]),
+        "rank_correlation": fmean(rhos) if rhos else math.nan,
+        "log_z": _log_z(groups, given.beta * (pstdev(finals[0]) or 1.0)),
+    }
     known = learn(
         groups,
         made_for(call.config, call.terms.sampling, engine.policy, engine.reward),
-        {
-            "prompts": len(runs),
-            "samples": samples,
-            "unguided_reward": fmean(run[-1] for run in runs),
-            "rank_correlation": fmean(rhos) if rhos else math.nan,
-            "log_z": _log_z(groups, given.beta * (pstdev(run[-1] for run in runs) or 1.0)),
-        },
+        {name: figure for name, figure in figures.items() if not math.isnan(figure)},
     )
-    drawn = sum(output.stats["policy_tokens"] for output in outputs)
-    finals = [fmean(segments[-1].reward for segments in output.segments) for output in outputs]
-    outlook = [(float(among or samples), final) for among, final in zip(_AMONG, finals, strict=True)]
-    return replace(known, outlook=tuple(outlook), figures={**known.figures, "policy_tokens": drawn})
+    outlook = [(float(among or samples), fmean(of)) for among, of in zip(_AMONG, finals, strict=True)]
+    return replace(known, outlook=tuple(outlook))
 
 
 def _groups(segments: Sequence[SegmentTrace], among: int) -> Iterator[Group]:

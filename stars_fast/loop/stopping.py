@@ -13,6 +13,7 @@ from stars_fast.loop.request import Candidate, Request
 from stars_fast.loop.selection import Verdict
 from stars_fast.methods.stopping import OptimalStopping
 from stars_fast.ops.select_and_commit import EARLIER, GOES_ON, INVALID, LENGTH, NONE, STOP
+from stars_fast.outputs import Cause
 
 
 class Stopping(OneAnswer):
@@ -27,7 +28,14 @@ class Stopping(OneAnswer):
     def verdicts(
         self, requests: Sequence[Request], groups: Sequence[Sequence[Candidate]], rewards: torch.Tensor | None
     ) -> list[Verdict]:
-        return [_look(request, group) for request, group in zip(requests, groups, strict=True)]
+        verdicts = []
+        for request, group in zip(requests, groups, strict=True):
+            try:
+                verdicts.append(_look(request, group))
+            except Exception as error:  # of its own numbers
+                group[0].error = Cause.of(error, "optimal stopping raised ")
+                verdicts.append(Verdict(INVALID, False, request.attempts + 1, request.best_attempt, GOES_ON))
+        return verdicts
 
 
 def _look(request: Request, group: Sequence[Candidate]) -> Verdict:
@@ -55,6 +63,7 @@ def _look(request: Request, group: Sequence[Candidate]) -> Verdict:
         stops = best.score >= one.threshold
         request.acceptance_sum, request.scored = request.acceptance_sum + stops, request.scored + 1
         if stops or attempts == config.max_attempts:
+            best.threshold = one.threshold  # which it was enough for, or not
             length = len(request.tokens) + len(best.draw.tokens)
             finish = STOP if best.ended else LENGTH if length == config.max_new_tokens else GOES_ON
             winner = best_attempt - request.attempts if best_attempt >= request.attempts else EARLIER

@@ -9,7 +9,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -23,6 +23,10 @@ _ATOMS, _PREFIXES = 400, 64
 _BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16)
 # Answers from which it is learned what unfinished ones come to; and what of their reward counts in the end, at least.
 _LEAST_PROSPECTS, _LEAST_CARRIED = 12, 0.25
+# Below this, partial rewards say too little about final ones to guide by.
+_GUIDABLE_CORRELATION = 0.3
+# Largest logarithm of a spread, whose square is to be a number still.
+_WIDEST = 100.0
 # Of the mean variance of all segments, what one is taken to have whose rewards do not vary.
 _LEAST_VARIANCE = 0.01
 
@@ -69,7 +73,7 @@ class Prefix(NamedTuple):
     rewards: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fit:
     """What :func:`stars_fast.fit` learned for a pair of models; serves any prompt.
 
@@ -97,6 +101,9 @@ class Fit:
     outlook: tuple[tuple[float, float], ...] = ()
     made_for: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     figures: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
+
+    def __repr__(self) -> str:
+        return f"Fit({len(self.laws)} segments, {self.figures.get('prompts', 0):.0f} prompts)"
 
     def law(self, segment: int) -> SegmentLaw:
         """Of the segment with this index, from 0 on."""
@@ -132,16 +139,41 @@ class Fit:
                 dict(values["figures"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"fit: not what Fit.to_dict gives ({type(error).__name__}: {error})") from error
-        if not (fit.laws and fit.levels and all(fit.prefixes) and len(fit.prefixes) == len(fit.laws)):
-            raise ValueError("fit: laws, levels and prefixes must not be empty")
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"fit: not what Fit.to_dict gives ({said}): make it anew with stars_fast.fit(engine, prompts)"
+            ) from error
+        fit._check()
         return fit
+
+    def _check(self) -> None:
+        """Raise ValueError for what no fit has: a file may be damaged, or edited by hand."""
+        numbers = [*self.levels, *(number for law in self.laws for number in law)]
+        rewards = [reward for met in self.prefixes for one in met for reward in (one.before, *one.rewards)]
+        counts = {len(one.rewards) for met in self.prefixes for one in met}
+        faults = {
+            "laws, levels or prefixes are empty": not (self.laws and self.levels and all(self.prefixes)),
+            "laws and prefixes are not of as many segments": len(self.laws) != len(self.prefixes),
+            "a number is NaN or beyond 1e30": not all(abs(one) <= 1e30 for one in (*numbers, *rewards)),
+            "levels do not ascend": any(a > b for a, b in pairwise(self.levels)),
+            "prefixes have no candidates, or not as many each": len(counts) != 1 or 0 in counts,
+            "more than 10,000 levels or prefixes of a segment": max(map(len, (self.levels, *self.prefixes))) > 10_000,
+        }
+        for i, law in enumerate(self.laws):
+            widest = abs(law.log_spread) + abs(law.spread_slope) * max(abs(law.lowest), abs(law.highest))
+            faults[f"law {i}: between={law.between:g} must be > 0"] = not (law.between > 0 or counts == {1})
+            faults[f"law {i}: carried={law.carried:g} must be > 0"] = not law.carried > 0
+            faults[f"law {i}: lowest={law.lowest:g} is above highest={law.highest:g}"] = law.lowest > law.highest
+            faults[f"law {i}: a spread of exp({widest:g})"] = not widest <= _WIDEST
+        found = next((fault for fault, there in faults.items() if there), None)
+        if found is not None:
+            raise ValueError(f"fit: {found}: make it anew with stars_fast.fit(engine, prompts) or stars-fast fit")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write ``stars_fit.json`` into a folder, which is made if needed."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FIT_NAME).write_text(json.dumps(self.to_dict()) + "\n")
+        (folder / FIT_NAME).write_text(json.dumps(self.to_dict(), allow_nan=False) + "\n")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str]) -> Fit:
@@ -152,7 +184,7 @@ class Fit:
             raise FileNotFoundError(f"no {FIT_NAME} at {path}: stars_fast.fit(engine, prompts) makes one")
         try:
             return cls.from_dict(json.loads(path.read_text()))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def report(self) -> Report:
@@ -163,10 +195,13 @@ class Fit:
         prefixes, 0 where it is one: docs/methods.md), ``outlook`` (by candidates a segment, the reward of the best of
         as many, between those that were tried by their logarithm; optimal stopping is to do better).
         """
+        if not self.outlook:
+            raise ValueError("fit: a calibration's, which has no outlook: Calibration.report() says what to expect")
         tried, rewards = zip(*self.outlook, strict=True)
         budgets = [budget for budget in _BUDGETS if budget <= tried[-1]]
         expected = np.interp(np.log(budgets), np.log(tried), rewards).tolist()
-        return Report(self.figures, outlook=dict(zip(budgets, expected, strict=True)))
+        warnings = unguidable(self.figures.get("rank_correlation", math.nan))
+        return Report(self.figures, outlook=dict(zip(budgets, expected, strict=True)), warnings=warnings)
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What it was made for and what is at hand, where that is not the same, in words."""
@@ -183,12 +218,29 @@ class Report(dict[str, Any]):
     def __str__(self) -> str:
         lines = [
             f"made from                {self['prompts']:.0f} prompts, {self['policy_tokens']:.0f} policy tokens",
-            f"partial/final rank corr. {self['rank_correlation']:.2f}",
-            f"E |log Z| of a segment   {self['log_z']:.2f} (0: the law of a segment is that of whole texts)",
+            f"partial/final rank corr. {_shown(self.get('rank_correlation'))}",
+            f"E |log Z| of a segment   {_shown(self.get('log_z'))} (0: the law of a segment is that of whole texts)",
             "candidates a segment     " + " ".join(f"{budget:6g}" for budget in self["outlook"]),
             "reward to expect, about  " + " ".join(f"{reward:+6.2f}" for reward in self["outlook"].values()),
+            *(f"warning: {warning}" for warning in self["warnings"]),
         ]
         return "\n".join(lines)
+
+
+def _shown(figure: float | None) -> str:
+    return "unknown: answers have one segment" if figure is None else f"{figure:.2f}"
+
+
+def unguidable(correlation: float) -> list[str]:
+    """The warning for a reward whose partial values say little about final ones, if that is so."""
+    if math.isnan(correlation):
+        return ["too few segments, or rewards too alike, to tell if partial rewards predict final ones"]
+    if correlation < _GUIDABLE_CORRELATION:
+        return [
+            f"partial rewards hardly predict final ones (rank correlation {correlation:.2f}, below "
+            f"{_GUIDABLE_CORRELATION}): this reward model cannot guide partial text; consider best-of-N"
+        ]
+    return []
 
 
 class Group(NamedTuple):
@@ -217,14 +269,20 @@ def learn(groups: Sequence[Group], made_for: Mapping[str, Any], figures: Mapping
     by_segment = [[g for g in groups if g.segment == k] for k in range(max(group.segment for group in groups) + 1)]
     by_segment = list(takewhile(lambda here: len(here) >= 3, by_segment))
     mean_variance = fmean(_variance(here) for here in by_segment) if by_segment else 0.0
-    if not mean_variance > 1e-12:
-        raise ValueError("fit: the rewards of a segment's candidates are all the same, so that none is better")
+    if not by_segment:
+        raise ValueError("fit: fewer than three prefixes with finite rewards: give more prompts")
+    size = math.sqrt(fmean(reward**2 for here in by_segment for group in here for reward in group.rewards))
+    if not mean_variance > (1e-6 * size) ** 2:
+        raise ValueError(
+            "fit: the rewards of a segment's candidates are all the same, so that none is better and nothing is guided "
+            "(a reward that is called with token ids may need tokenizer=)"
+        )
     laws, levels = [], []
     for here in by_segment:
         before, rewards = np.array([g.before for g in here]), np.array([g.rewards for g in here])  # [n], [n, m]
         count, deviations = rewards.shape[1], rewards.std(1)
         slope, mean = _line(before, rewards.mean(1))
-        varies = deviations > 1e-6
+        varies = deviations > 1e-6 * math.sqrt(mean_variance)
         spread_slope, _ = _line(before[varies], np.log(deviations[varies]))
         shape, off = np.exp(2 * spread_slope * before), rewards - (mean + slope * before)[:, None]
         least = _LEAST_VARIANCE * mean_variance
@@ -256,9 +314,12 @@ def _kept(groups: Sequence[Group]) -> tuple[Prefix, ...]:
     """At most 64 of them, of all levels."""
     ordered = sorted(groups, key=lambda group: group.before)
     places = np.unique(np.linspace(0, len(ordered) - 1, _PREFIXES).round().astype(int))
-    return tuple(
-        Prefix(round(ordered[i].before, 4), tuple(round(float(one), 4) for one in ordered[i].rewards)) for i in places
-    )
+    return tuple(Prefix(_short(ordered[i].before), tuple(map(_short, ordered[i].rewards))) for i in places)
+
+
+def _short(reward: float) -> float:
+    """Six digits of it, whatever its unit."""
+    return float(f"{reward:.6g}")
 
 
 def _prospect(groups: Sequence[Group]) -> tuple[float, float, float]:

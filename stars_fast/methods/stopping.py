@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist, fmean
-from typing import ClassVar, Protocol
+from statistics import NormalDist
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
 from stars_fast.methods.base import Method, SettingsT
-from stars_fast.methods.fit import Fit
+from stars_fast.methods.fit import Fit, SegmentLaw
 from stars_fast.methods.numbers import real
 
 # When a cost is solved for: simulated segments; most of them in an answer (later ones are like those before); orders of
@@ -32,7 +32,8 @@ class Shape:
     def __init__(self, atoms: Sequence[float]) -> None:
         z, left = np.array(atoms), len(atoms) - np.arange(len(atoms))
         gains = (np.cumsum(z[::-1])[::-1] - left * z) / len(z)  # E (Z - u)^+ at each atom; linear in between
-        self.atoms, self._falling, self._points = z, (-gains).tolist(), z.tolist()
+        self._atoms, self._losses = z, -gains
+        self._falling, self._points = (-gains).tolist(), z.tolist()
 
     def reservation(self, cost: float) -> float:
         """The u with ``E (Z - u)^+ = cost``; inf where it costs nothing to draw on."""
@@ -45,6 +46,11 @@ class Shape:
         if i == len(z):
             return z[-1]
         return z[i - 1] + (z[i] - z[i - 1]) * (falling[i - 1] + cost) / (falling[i - 1] - falling[i])
+
+    def reservations(self, costs: np.ndarray) -> np.ndarray:
+        """The same of positive costs."""
+        below = self._atoms[0] - costs - self._losses[0]
+        return np.where(-costs <= self._losses[0], below, np.interp(-costs, self._losses, self._atoms))
 
 
 @lru_cache(maxsize=8)
@@ -83,14 +89,35 @@ class Seen:
         self.total += reward - self.centre
         self.squares += (reward - self.centre) ** 2
 
-    def mean(self, worth: float) -> float:
-        """Of those seen and of the centre, which counts as so many."""
-        return self.centre + self.total / (worth + self.count)
-
     @property
     def within(self) -> float:
         """Squares around the mean of those seen."""
-        return max(self.squares - self.total**2 / self.count, 0.0) if self.count else 0.0
+        return _within(self.count, self.total, self.squares) if self.count else 0.0
+
+
+def _within(count: Any, total: Any, squares: Any) -> Any:
+    return abs(squares - total * total / count)  # rounding may leave less than nothing
+
+
+class Prior(NamedTuple):
+    """Of the candidates behind a prefix, before one is seen; numbers, or arrays of them."""
+
+    centre: Any
+    variance: Any  # within the prefix
+    worth: Any  # candidates, the centre is
+
+    def enough(self, seen: Any, total: Any, squares: Any, cost: Any, reservation: Callable[[Any], Any]) -> Any:
+        """See :class:`Forecast`; of ``seen`` candidates, by their sums around the centre."""
+        within = _within(seen, total, squares)
+        variance = (_SPREAD_WORTH * self.variance + within) / (_SPREAD_WORTH + seen - 1)
+        spread = (variance * (1 + 1 / (self.worth + seen))) ** 0.5
+        expected = self.centre + total / (self.worth + seen)
+        return expected + spread * reservation(cost * (_SHAPE_WORTH + seen) / _SHAPE_WORTH / spread)
+
+
+def prior(law: SegmentLaw, before: float) -> Prior:
+    variance = law.variance(before)
+    return Prior(law.centre(before), variance, variance / law.between**2)
 
 
 class Forecast:
@@ -117,20 +144,20 @@ class Forecast:
 
     def begin(self, segment: int, before: float | None) -> None:
         self._law = self.fit.law(segment)
-        self._variance = self._law.variance(before or 0.0)
-        self._worth = self._variance / self._law.between**2  # candidates, the forecast of the mean is
-        self._seen = Seen(self._law.centre(before or 0.0))
+        self._prior = prior(self._law, before or 0.0)
+        self._seen = Seen(self._prior.centre)
 
     def see(self, reward: float) -> None:
         self._seen.see(reward)
 
     @property
     def threshold(self) -> float:
-        seen = self._seen.count
-        variance = (_SPREAD_WORTH * self._variance + self._seen.within) / (_SPREAD_WORTH + max(seen - 1, 0))
-        spread = math.sqrt(variance * (1 + 1 / (self._worth + seen)))
-        cost = self.cost * (_SHAPE_WORTH + seen) / _SHAPE_WORTH
-        return self._seen.mean(self._worth) + spread * self._shape.reservation(cost / spread)
+        seen = self._seen
+        return float(
+            self._prior.enough(seen.count, seen.total, seen.squares, self.cost, self._shape.reservation)
+            if seen.count
+            else math.inf
+        )
 
     def worth(self, final: float) -> float:
         return self._law.unfinished(final, self.budget)
@@ -176,58 +203,81 @@ class Experience:
         if spread == 0.0 and seen < max(self.least, 2):
             return math.inf
         widened = math.sqrt(1 + 1 / (self._worth + seen))  # by what is not known of the mean
-        return self._seen.mean(self._worth) + spread * widened * _shape(NORMAL).reservation(self.cost / widened)
+        mean = self._seen.centre + self._seen.total / (self._worth + seen)
+        return mean + spread * widened * _shape(NORMAL).reservation(self.cost / widened)
 
     def worth(self, final: float) -> float:
         return final
 
 
-def expected_candidates(search: Search, fit: Fit | None, attempts: int, segments: int) -> float:
-    """Candidates a segment, in answers of so many segments: with a fit, at the prefixes that it has met, each with its
-    own candidates in some order; without one, where rewards are normal, and means of prefixes vary.
-
-    The same random numbers in each call, so that costs can be compared.
+def replayed(fit: Fit, attempts: int, segments: int) -> Callable[[float], float]:
+    """By cost, the candidates a segment in answers of so many segments, at the prefixes that the fit has met: each with
+    its own candidates in some orders, and beyond those with any of them again. The same orders for all costs.
     """
-    random = np.random.default_rng(0)
-    if fit is None:
-        return _at_normal_prefixes(search, attempts, segments, random)
-    counts = [
-        fmean(_looked_at(search, k, one.before, _some(one.rewards, attempts, random))[0] for one in met * _ORDERS)
-        for k, met in enumerate(fit.prefixes[:segments])
-    ]
-    return fmean([*counts, *counts[-1:] * (segments - len(counts))])
+    random, weights, looks = np.random.default_rng(0), [], []
+    for segment, met in enumerate(fit.prefixes[:segments]):
+        priors = [prior(fit.laws[segment], one.before) for one in met for _ in range(_ORDERS)]
+        of = Prior(*(np.array(column)[:, None] for column in zip(*priors, strict=True)))  # [n, 1]
+        rewards = np.array([_some(one.rewards, attempts, random) for one in met for _ in range(_ORDERS)])  # [n, m]
+        looks.append((of, *_sums(rewards - of.centre), np.maximum.accumulate(rewards, 1)))
+        weights.append(1)
+    weights[-1] += segments - len(weights)  # later ones are like the last
+    shape = _shape(fit.levels)
+
+    def expected(cost: float) -> float:
+        counts = [
+            _first(best >= of.enough(seen, total, squares, cost, shape.reservations)).mean()
+            for of, seen, total, squares, best in looks
+        ]
+        return float(np.average(counts, weights=weights))
+
+    return expected
 
 
-def _some(rewards: Sequence[float], count: int, random: np.random.Generator) -> list[float]:
+def _some(rewards: Sequence[float], count: int, random: np.random.Generator) -> np.ndarray:
     """So many of a prefix's candidates: those that were drawn in some order, then any of them."""
-    drawn: list[float] = random.permutation(rewards)[:count].tolist()
-    return drawn + random.choice(rewards, size=count - len(drawn)).tolist()
+    drawn = random.permutation(rewards)[:count]
+    return np.concatenate([drawn, random.choice(rewards, size=count - len(drawn))])
 
 
-def _at_normal_prefixes(search: Search, attempts: int, segments: int, random: np.random.Generator) -> float:
-    looked, requests = 0, max(_SIMULATED // segments, 1)
-    for _ in range(requests):
-        before = None
-        for segment in range(segments):
-            mean = (before or 0.0) + _PREFIX_WORTH**-0.5 * random.standard_normal()
-            count, before = _looked_at(search, segment, before, mean + random.standard_normal(attempts))
-            looked += count
-    return looked / requests / segments
+def _sums(off: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How many, their sum and their squares, of the first ones of each row ``[n, m]``, for each m."""
+    return np.arange(1, off.shape[1] + 1.0), np.cumsum(off, 1), np.cumsum(off**2, 1)
 
 
-def _looked_at(search: Search, segment: int, before: float | None, rewards: Iterable[float]) -> tuple[int, float]:
-    """How many of a segment's candidates, and the best of them."""
-    search.begin(segment, before)
-    count, best = 0, -math.inf
-    for reward in rewards:
-        count, best = count + 1, max(best, float(reward))
-        search.see(float(reward))
-        if best >= search.threshold:
-            break
-    return count, best
+def _first(enough: np.ndarray) -> np.ndarray:
+    """How many are looked at in each row, all where it is never enough."""
+    return np.where(enough.any(1), enough.argmax(1) + 1, enough.shape[1])
 
 
-@lru_cache(maxsize=64)
+def simulated(budget: float, attempts: int, segments: int) -> Callable[[float], float]:
+    """By cost, the candidates a segment without a fit: rewards are normal, and means of prefixes vary."""
+    one = Experience(0.0, budget)
+    requests, most = max(_SIMULATED // segments, 1), min(attempts, one.most)
+    random = np.random.default_rng(0)
+    means = _PREFIX_WORTH**-0.5 * random.standard_normal((segments, requests, 1))
+    noise = means + random.standard_normal((segments, requests, most))  # around the reward of the prefix
+    rows = np.arange(requests)
+
+    def expected(cost: float) -> float:
+        past = degrees = np.zeros(requests)
+        looked, known = 0.0, 0.0
+        for off in noise:
+            seen, total, squares = _sums(off)
+            free = degrees[:, None] + seen - 1
+            spread = np.sqrt((past[:, None] + _within(seen, total, squares)) / np.maximum(free, 1))
+            widened = np.sqrt(1 + 1 / (known + seen))
+            threshold = total / (known + seen) + spread * widened * _shape(NORMAL).reservations(cost / widened)
+            counts = _first((np.maximum.accumulate(off, 1) >= threshold) & (free > 0))
+            past = past + _within(seen, total, squares)[rows, counts - 1]
+            degrees, known = degrees + counts - 1, _PREFIX_WORTH
+            looked += counts.mean()
+        return float(looked / segments)
+
+    return expected
+
+
+@lru_cache(maxsize=256)
 def cost_for(budget: float, attempts: int, segments: int, fit: Fit | None) -> float:
     """The cost at which so many candidates a segment are to be expected in answers of so many segments, by bisection of
     its logarithm. Early segments take more of them.
@@ -236,21 +286,13 @@ def cost_for(budget: float, attempts: int, segments: int, fit: Fit | None) -> fl
         return 0.0
     attempts = min(attempts, max(32, 4 * math.ceil(budget)))  # further ones are hardly ever reached
     segments = min(segments, _LONGEST)
-
-    def expected(log_cost: float) -> float:
-        return expected_candidates(search(math.exp(log_cost), budget, fit), fit, attempts, segments)
-
+    expected = simulated(budget, attempts, segments) if fit is None else replayed(fit, attempts, segments)
     scale = 1.0 if fit is None else max(math.sqrt(law.variance(law.lowest)) for law in fit.laws)
-    low, high = math.log(1e-5 * scale), math.log(10 * scale)
-    while high - low > 0.02:
-        middle = (low + high) / 2
+    low, high = 1e-5 * scale, 10 * scale
+    while high > 1.02 * low:
+        middle = math.sqrt(low * high)
         low, high = (middle, high) if expected(middle) > budget else (low, middle)
-    return math.exp(min(low, high, key=lambda one: abs(math.log(expected(one) / budget))))
-
-
-def search(cost: float, budget: float, fit: Fit | None) -> Search:
-    """By what there is to go by."""
-    return Experience(cost, budget) if fit is None else Forecast(fit, cost, budget)
+    return min(low, high, key=lambda one: abs(math.log(expected(one) / budget)))
 
 
 @dataclass(frozen=True)
@@ -284,4 +326,5 @@ class OptimalStopping(Method):
 
     def search(self, fit: Fit | None, attempts: int, segments: int) -> Search:
         """A request's, for an answer of so many segments, at the cost that spends the budget."""
-        return search(cost_for(self.budget, attempts, segments, fit), self.budget, fit)
+        cost = cost_for(self.budget, attempts, segments, fit)
+        return Experience(cost, self.budget) if fit is None else Forecast(fit, cost, self.budget)
