@@ -205,7 +205,8 @@ class OneAnswer:
         self.queue.committed += len(draw.tokens)
         self.queue.tell(answer, self.queue.reward.commit, chosen.completion)
         self.grow(answer, chosen)
-        trace = (draw.tokens, chosen.reward, chosen.threshold, answer.attempts, accepted, sum(draw.logprobs))
+        threshold = chosen.threshold if answer.search is None else answer.search.threshold  # when it was looked at last
+        trace = (draw.tokens, chosen.reward, threshold, answer.attempts, accepted, sum(draw.logprobs))
         answer.segments.append(SegmentTrace(*trace, chosen.parts, answer.looked_at or None))
         answer.tokens.extend(draw.tokens)
         answer.logprobs += draw.logprobs

@@ -63,7 +63,6 @@ def _look(request: Request, group: Sequence[Candidate]) -> Verdict:
         stops = best.score >= one.threshold
         request.acceptance_sum, request.scored = request.acceptance_sum + stops, request.scored + 1
         if stops or attempts == config.max_attempts:
-            best.threshold = one.threshold  # which it was enough for, or not
             length = len(request.tokens) + len(best.draw.tokens)
             finish = STOP if best.ended else LENGTH if length == config.max_new_tokens else GOES_ON
             winner = best_attempt - request.attempts if best_attempt >= request.attempts else EARLIER
