@@ -84,8 +84,8 @@ def check_fit(config: StarsConfig, sampling: Sampling, policy: Policy, reward: R
     if config.max_new_tokens > longest and policy not in _told:
         _told.add(policy)
         warn(
-            f"max_new_tokens={config.max_new_tokens}, and the fit was made with max_new_tokens={longest}: later segments "
-            "are taken to be like the last of those. Make one at this length where that matters"
+            f"max_new_tokens={config.max_new_tokens}, and the fit was made with max_new_tokens={longest}: later "
+            "segments are taken to be like the last of those. Make one at this length where that matters"
         )
 
 
