@@ -287,9 +287,7 @@ class StarsEngine(Stays):
         with self._preparing:  # tokenizers keep a state
             for tree in (self.policy, *self.reward.tree_models):
                 tree.check_unchanged()
-            call = prepare(
-                arguments, self.policy, self.reward, self.tokenizer, self.kv_cache_tokens, samples, self.per_prompt
-            )
+            call = prepare(arguments, self.policy, self.reward, self.tokenizer, self.kv_cache_tokens, samples)
             if isinstance(targets := call.config.target_reward, tuple):
                 self.per_prompt.used(targets, (prompt.ids for prompt in call.prompts))
             if (named := call.terms.method.draft_model) is not None:

@@ -1,6 +1,7 @@
 """What the command ``stars-fast`` promises."""
 
 import json
+import os
 import re
 from pathlib import Path
 from statistics import fmean
@@ -111,10 +112,19 @@ def test_a_fit_is_learned_once_and_serves_generate(generate, models, tmp_path):
     )
     assert made.exit_code == 0, made.stderr
     assert "12 prompts" in made.stdout
+    assert "over the one" not in made.stderr
     options = ("--set", f"fit={tmp_path / 'fit'}", "--set", "method=optimal_stopping")
     result, records = generate(ROWS, *options)
     assert result.exit_code == 0, result.stderr
     assert len(records) == len(ROWS)
+    assert (tmp_path / "out.jsonl.settings.json").stat().st_size < 2000, "a digest of the fit"
+    again = invoke(
+        *("fit", *models, "--input", tmp_path / "prompts.jsonl", "--output", tmp_path / "fit", "--samples", 4, *chosen),
+        *("--seed", 1),
+    )
+    assert again.exit_code == 0 and "over the one that was there" in again.stderr
+    result, _ = generate(ROWS, *options)
+    assert result.exit_code == 2 and re.search("settings.json.: fit was '[0-9a-f]{16}' and is '", result.stderr)
     refused, _ = generate(ROWS, *options, "--set", "temperature=0.5", output="other.jsonl")
     assert refused.exit_code == 2
     assert "temperature is 0.5 here, 1.0 in the fit" in refused.stderr
@@ -126,6 +136,21 @@ def test_a_fit_of_a_bad_row_is_refused_by_line(models, tmp_path):
     assert result.exit_code == 2
     assert "line 1: prompt is a int" in result.stderr
     assert not (tmp_path / "fit").exists()
+
+
+@pytest.mark.parametrize(
+    "place, why", [("file", "is a file"), ("file/fit", "is a file"), ("shut/fit", "no permission to write")]
+)
+def test_a_fit_that_could_not_be_written_is_refused_before_it_is_made(models, tmp_path, monkeypatch, place, why):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w3"}\n' * 12)
+    (tmp_path / "file").touch()
+    (tmp_path / "shut").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, *args: path != tmp_path / "shut" and access(path, *args))
+    monkeypatch.setattr("stars_fast.cli.models.load_engine", lambda *args: pytest.fail("models were loaded"))
+    result = invoke("fit", *models, "--input", tmp_path / "prompts.jsonl", "--output", tmp_path / place)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert f"--output {tmp_path / place}: " in result.stderr and why in result.stderr
 
 
 # generate

@@ -13,6 +13,7 @@ from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.fits import made_for
+from stars_fast.inputs.per_prompt import fingerprints
 from stars_fast.loop.pilot import (
     ACCEPTANCE,
     PILOT_SAMPLES,
@@ -53,8 +54,9 @@ class Calibration:
     ----------
     config : StarsConfig
         The caller's, with ``target_reward`` and ``base_reward`` per prompt and beta in the reward's units, for these
-        prompts. For others it has ``acceptance`` and a ``fit`` to the pilots: quantiles are tested there, where "stars"
-        or "cards" was calibrated and the pilots' rewards vary.
+        prompts in any order, known by their ids. For others it has ``acceptance`` and a ``fit`` to the pilots:
+        quantiles are tested there, where "stars" or "cards" was calibrated and the pilots' rewards vary. Which of the
+        two a prompt goes by does not depend on those beside it.
     pilots : list of Pilot
     """
 
@@ -183,7 +185,12 @@ def _fit(engine: StarsEngine, arguments: Arguments, pilots: Sequence[Pilot]) -> 
         for segment, (before, (_, reward)) in enumerate(zip(befores, run, strict=False)):
             if math.isfinite(before) and math.isfinite(reward):
                 groups.append(Group(segment, before, (reward,)))
+    record = {
+        **made_for(call.config, call.terms.sampling, engine.policy, engine.reward),
+        "prompts": fingerprints(pilot.prompt for pilot in pilots),
+        "targets": [pilot.target for pilot in pilots],
+    }
     try:
-        return learn(groups, made_for(call.config, call.terms.sampling, engine.policy, engine.reward), {})
+        return learn(groups, record, {})
     except ValueError:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -45,12 +46,14 @@ def run(
             rows = read_rows(lines_of(file), seed)
     names = models.Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
     models.check_models(names, dtype)
+    _check_output(output)
     if bad := next((row for row in rows if row.error is not None), None):
         fail(f"--input {input_}: {bad.error}")
     variables = models.template_variables(chat_template_kwargs)
     engine = models.load_engine(names, dtype, device, max_rows, kv_cache_tokens)
     with refusing_models():
         from stars_fast.calibration import fit
+        from stars_fast.methods.fit import FIT_NAME
 
         prompts = [row.prompt for row in rows]
         known = fit(
@@ -62,6 +65,16 @@ def run(
             progress=True,
             **({} if variables is None else {"chat_template_kwargs": variables}),
         )
+        over = ", over the one that was there" if (output / FIT_NAME).exists() else ""
         known.save_pretrained(output)
     typer.echo(known.report())
-    note(f"written to {output}: --set fit={output}")
+    note(f"written to {output}{over}: --set fit={output}")
+
+
+def _check_output(output: Path) -> None:
+    """Refuse before anything is drawn what could not be written to."""
+    there = next((path for path in (output, *output.absolute().parents) if path.exists()), output)
+    if not there.is_dir():
+        fail(f"--output {output}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        fail(f"--output {output}: no permission to write to {there}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -124,6 +126,9 @@ def _made_with(names: Names, config: StarsConfig, seed: int, dtype: str) -> dict
     with refusing(ValueError):
         fields = config.to_dict()
     del fields["candidates"]
+    if fields["fit"] is not None:  # it is long, and only has to be told from others
+        contents = json.dumps(fields["fit"], sort_keys=True).encode()
+        fields["fit"] = hashlib.blake2b(contents, digest_size=8).hexdigest()
     return {**names._asdict(), "dtype": dtype, "seed": seed, **fields}
 
 

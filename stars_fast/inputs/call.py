@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from stars_fast.inputs.arguments import (
 from stars_fast.inputs.fits import check_fit
 from stars_fast.inputs.generation_settings import row_processors, time_limit, warn_of_unapplied
 from stars_fast.inputs.hooks import stop_test
-from stars_fast.inputs.per_prompt import PerPrompt
+from stars_fast.inputs.per_prompt import places
 from stars_fast.inputs.sampling import as_ids, resolve_sampling
 from stars_fast.loop.caller import Size
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot, of_prompt, pilot_config
@@ -48,6 +48,7 @@ class Rule(NamedTuple):
     beta: float
 
 
+_PER_PROMPT = ("target_reward", "base_reward")
 UNGUIDED = Rule(-math.inf, -math.inf, 1.0)
 
 
@@ -64,6 +65,8 @@ class Call:
     size: Size
     samples: int = PILOT_SAMPLES  # of a pilot
     priority: int = 0  # of its requests; lower runs first
+    calibrated: Mapping[int, Rule] = field(default_factory=dict)  # by prompt, of those whose target the config has
+    calibrated_terms: Terms | None = None  # of these; the others go by the fit
     pilot_terms: Terms = field(init=False)
 
     def __post_init__(self) -> None:
@@ -90,8 +93,11 @@ class Call:
     def guided_requests(self, prompt: int, pilot: Pilot | None) -> list[Request]:
         """A request per sample of a prompt, under its pilot's rule where targets are calibrated."""
         samples = self.config.num_return_sequences
-        rule = Rule(pilot.target, pilot.base, pilot.beta) if pilot else _explicit_rule(self.config, prompt)
-        requests = self._samples(prompt, self.keys[prompt * samples : (prompt + 1) * samples], rule, self.terms)
+        terms, rule = self.calibrated_terms, self.calibrated.get(prompt)
+        if terms is None or rule is None:
+            rule = Rule(pilot.target, pilot.base, pilot.beta) if pilot else _explicit_rule(self.config, prompt)
+            terms = self.terms
+        requests = self._samples(prompt, self.keys[prompt * samples : (prompt + 1) * samples], rule, terms)
         if pilot is not None and pilot.error is not None:
             for request in requests:
                 request.error, request.finish_reason = pilot.error, "error"
@@ -131,11 +137,10 @@ def prepare(
     tokenizer: Any,
     kv_cache_tokens: int | None,
     samples: int = PILOT_SAMPLES,
-    per_prompt: PerPrompt | None = None,
 ) -> Call:
     """Check every argument and read the prompts: settings, texts, limits, keys.
 
-    ``per_prompt`` knows which prompts a config was calibrated for: under its fit, others are none of these.
+    Each prompt that a config was calibrated for has its own target; others go by the calibration's fit.
 
     Raises
     ------
@@ -144,12 +149,21 @@ def prepare(
     """
     given, config, sampling = _settings(arguments, policy, reward, tokenizer)
     prompts, reward_prompts = _texts(arguments, policy, tokenizer)
-    if per_prompt is not None and given.known is not None and isinstance(given.target_reward, tuple):
-        served = per_prompt.serves(given.target_reward, [prompt.ids for prompt in prompts])
-        others = {} if served else {"target_reward": None, "base_reward": None}
-        arguments = replace(arguments, overrides={**arguments.overrides, **others})
+    calibrated, with_targets = dict[int, Rule](), config
+    own = places(given.known, given.target_reward, [prompt.ids for prompt in prompts])
+    if own is not None and isinstance(given.target_reward, tuple) and isinstance(given.base_reward, tuple):
+        check_per_prompt("base_reward", given.base_reward, len(given.target_reward), " that were calibrated")
+    if own is not None and None not in own:
+        arguments = _overridden(arguments, {name: _picked(getattr(given, name), own) for name in _PER_PROMPT})
         given, config, sampling = _settings(arguments, policy, reward, tokenizer)
-    for name in ("target_reward", "base_reward"):
+    elif own is not None:
+        if config.chosen_method.has_target:
+            calibrated = {i: _explicit_rule(config, place) for i, place in enumerate(own) if place is not None}
+        base = given.base_reward
+        others = {"target_reward": None, "base_reward": None if isinstance(base, tuple) else base}
+        arguments = _overridden(arguments, others)
+        given, config, sampling = _settings(arguments, policy, reward, tokenizer)
+    for name in _PER_PROMPT:
         if isinstance(value := getattr(given, name), tuple):
             check_per_prompt(name, value, len(prompts), ": calibrated for other prompts?")
     method = config.chosen_method
@@ -159,9 +173,12 @@ def prepare(
     reward.check(reward_prompts, config.max_new_tokens, kv_cache_tokens)
     keys = read_keys(arguments.seed, len(prompts), config.num_return_sequences, policy.sharded)
     whole = method.needs_hidden_state or reward.needs_hidden_state
+    terms = _terms(config, method, sampling, Stats(), whole, trace=arguments.trace)
     return Call(
         arguments=arguments,
-        terms=_terms(config, method, sampling, Stats(), whole, trace=arguments.trace),
+        terms=terms,
+        calibrated=calibrated,
+        calibrated_terms=replace(terms, config=with_targets, method=with_targets.chosen_method) if calibrated else None,
         prompts=prompts,
         nodes=[
             PromptNode(prompt.ids, rewarded, under_preferences=ids)
@@ -172,6 +189,14 @@ def prepare(
         size=_size(config, prompts, preferred, samples, reward_prompts),
         samples=samples,
     )
+
+
+def _overridden(arguments: Arguments, fields: Mapping[str, Any]) -> Arguments:
+    return replace(arguments, overrides={**arguments.overrides, **fields})
+
+
+def _picked(values: Any, own: Sequence[int | None]) -> Any:
+    return tuple(values[place] for place in own if place is not None) if isinstance(values, tuple) else values
 
 
 def _settings(
