@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.cli import app
-from stars_fast.evaluation.cells import cells, steps
+from stars_fast.evaluation.cells import cells, share_a_target, steps
 from stars_fast.evaluation.divergence import of_best
 from stars_fast.evaluation.judging import judged
 from stars_fast.evaluation.learned import Learned, shared_target
@@ -119,10 +119,8 @@ def test_prompts_are_fields_cut_and_put_into_a_template(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = Recipe(prompts=str(path), field="text", words=2, template="Q: {}\n", where={"kind": "b"}, count=3)
     assert sorted(read_prompts(recipe)) == [f"Q: word{i} two\n" for i in (1, 3, 5)]
-    with pytest.raises(ValueError, match=r"3 different prompts, fewer than 4 \(--count\)$"):
+    with pytest.raises(ValueError, match=r"3 different prompts, fewer than 4 \(--count\): give 1 more, or less for "):
         read_prompts(dataclasses.replace(recipe, count=4))
-    with pytest.raises(ValueError, match=r"3 different prompts, fewer than 2 \(--count\) \+ 16 for targets and fit"):
-        read_prompts(dataclasses.replace(recipe, count=2), calibration=16)
     with pytest.raises(ValueError, match="row 1: prompt=None"):
         read_prompts(Recipe(prompts=str(path)))
 
@@ -389,12 +387,16 @@ def test_cells_refuse_unknown_methods_and_budgets_below_one():
 
 def test_the_command_writes_table_and_plot_and_has_nothing_to_do_twice(tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"This film number {i}"}) + "\n" for i in range(20)))
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"This film number {i}"}) + "\n" for i in range(4))
+    )  # none left over
     command = f"eval --policy demo --guide demo --judge demo --prompts {prompts} --count 4 --methods best_of_n"
     command += f" --budgets 2 --set max_new_tokens=4 --batch-size 4 --output {tmp_path / 'out'}"
     first = CliRunner().invoke(app, command.split())
     assert first.exit_code == 0, first.output
     assert "| best_of_n | 2 |" in first.stdout and "the judge is not independent" in first.stderr
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]
+    assert settings["candidates"] == 1  # what is drawn in vain would count as the method's cost
     lines = (tmp_path / "out" / "generations.jsonl").read_text()
     again = CliRunner().invoke(app, command.split())
     assert again.stdout == first.stdout
@@ -410,3 +412,19 @@ def test_the_command_writes_table_and_plot_and_has_nothing_to_do_twice(tmp_path,
 
 def test_help_shows_how_many_prompts_are_drawn():
     assert re.search(r"--count.*default: \(100\)", CliRunner().invoke(app, ["eval", "--help"]).stdout, re.S)
+
+
+def test_prompts_for_a_target_are_demanded_where_a_method_shares_one(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(30)))
+    recipe = Recipe(prompts=str(path), count=6, fit=10)
+    few = (
+        r"fewer than 6 \(--count\) \+ 10 \(--fit\) \+ 16 \(for one target of stars, cards\): give 2 more, or less for "
+    )
+    with pytest.raises(ValueError, match=few + "--count or --fit$"):
+        read_prompts(recipe, 16, share_a_target(asked("stars", "stars+fit", "cards", "best_of_n")))
+    assert share_a_target(asked("stars+fit", "cards+pilots", "best_of_n")) == []
+    assert sorted(read_prompts(recipe, 16, [])) == sorted(f"p{i}" for i in range(30))
+    # A run's prompts do not depend on whether its methods share one, so that such a method can be added.
+    enough = dataclasses.replace(recipe, count=4)
+    assert read_prompts(enough, 16, []) == read_prompts(enough, 16, ["stars"])

@@ -105,7 +105,7 @@ def _prepare(
 ) -> tuple[Evaluation, list[Cell], Records]:
     """Read settings and prompts, load the models, open the folder."""
     from stars_fast.cli.settings import read_settings
-    from stars_fast.evaluation.cells import cells
+    from stars_fast.evaluation.cells import cells, share_a_target
     from stars_fast.evaluation.learned import Learned
     from stars_fast.evaluation.models import Models
     from stars_fast.evaluation.prompts import read_prompts
@@ -117,15 +117,16 @@ def _prepare(
     if Path(task.guide).resolve() == Path(task.judge).resolve():
         note(f"warning: {task.judge} is guide and judge: the judge is not independent, and favours what it guided")
     settings = [f"{name}={value}" for name, value in (task.settings or {}).items()]
-    config = read_settings(None, [*settings, *assignments]).config
-    prompts = read_prompts(task, TARGET_PROMPTS + task.fit)
+    # What is drawn side by side and not looked at is speed, not the method's need, and would be counted as its cost.
+    config = read_settings(None, ["candidates=1", *settings, *assignments]).config
+    prompts = read_prompts(task, TARGET_PROMPTS, share_a_target(task.asked))
     models = Models(task, dtype, device)
     made = cells(task.asked, config, models.parameters(task.names))
     # Methods, budgets and repeats may be added to a run, what they share may not change.
     shared = {name: getattr(task, name) for name in ("policy", "guide", "judge", "fit", "batch_size", "seed")}
     records = Records(output, {**shared, "prompts": prompts, "settings": config.to_dict()})
-    others = prompts[task.count :]
-    learned = Learned(output, models.engine, others[:TARGET_PROMPTS], others[TARGET_PROMPTS:], task.seed)
+    for_fit = len(prompts) - task.fit
+    learned = Learned(output, models.engine, prompts[task.count : for_fit], prompts[for_fit:], task.seed)
     evaluation = Evaluation(
         prompts=prompts[: task.count],
         learned=learned,

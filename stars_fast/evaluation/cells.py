@@ -91,6 +91,12 @@ def cells(
     return list(made.values())
 
 
+def share_a_target(asked: Sequence[Asked]) -> list[str]:
+    """Those with one target for all prompts, which is solved for on prompts of its own."""
+    parts = ((label, *label.partition("+")[::2], budgets) for label, budgets in asked)
+    return [label for label, name, way, budgets in parts if name in ACCEPTING and way not in (FIT, PILOTS) and budgets]
+
+
 def _check(name: str, way: str, label: str, parameters: Mapping[str, Any]) -> None:
     for one in (name, *(key.partition("+")[0] for key in parameters)):
         if one not in METHODS:

@@ -5,30 +5,45 @@ from __future__ import annotations
 import json
 import lzma
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from stars_fast.evaluation.recipe import Recipe
 
 
-def read_prompts(recipe: Recipe, calibration: int = 0) -> list[str]:
-    """The first ``count + calibration`` different prompts in the order of the recipe's seed.
+def read_prompts(recipe: Recipe, target: int = 0, sharing: Sequence[str] = ()) -> list[str]:
+    """The first ``count + target + fit`` different prompts in the order of the recipe's seed.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    target : int
+        Prompts for one target for all. Without methods that share one there may be fewer: they are drawn all the same
+        where there are as many, so that the prompts of a run stay the same whatever methods are added to it.
+    sharing : sequence of str
+        Methods that share a target.
 
     Raises
     ------
     ValueError
-        For a row without the field, naming it by number, and for fewer prompts than asked for.
+        For a row without the field, naming it by number, and for fewer prompts than are needed.
     """
     assert recipe.prompts is not None
     rows = _json_lines(Path(recipe.prompts)) if Path(recipe.prompts).exists() else _hub_rows(recipe.prompts)
     wanted = (recipe.where or {}).items()
     rows = (row for row in rows if all(row.get(name) == value for name, value in wanted))
     prompts = dict.fromkeys(_prompt(recipe, number, row) for number, row in enumerate(rows, 1))
-    if len(prompts) < recipe.count + calibration:
-        asked = f"{recipe.count} (--count)" + (f" + {calibration} for targets and fit" if calibration else "")
-        raise ValueError(f"{recipe.prompts} has {len(prompts)} different prompts, fewer than {asked}")
-    return random.Random(recipe.seed).sample(list(prompts), len(prompts))[: recipe.count + calibration]
+    most = recipe.count + target + recipe.fit
+    needed = most if sharing else recipe.count + recipe.fit
+    if len(prompts) < needed:
+        asked = f"{recipe.count} (--count)" + (f" + {recipe.fit} (--fit)" if recipe.fit else "")
+        asked += f" + {target} (for one target of {', '.join(sharing)})" if sharing else ""
+        raise ValueError(
+            f"{recipe.prompts} has {len(prompts)} different prompts, fewer than {asked}: give {needed - len(prompts)} "
+            f"more, or less for --count{' or --fit' if recipe.fit else ''}"
+        )
+    return random.Random(recipe.seed).sample(list(prompts), len(prompts))[:most]
 
 
 def _prompt(recipe: Recipe, number: int, row: Any) -> str:
