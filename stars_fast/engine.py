@@ -27,7 +27,7 @@ from stars_fast.loop.stream import Streaming, progress_bar
 from stars_fast.loop.team import release_team
 from stars_fast.methods.numbers import MOST, integer, real, shown, truth
 from stars_fast.notices import warn
-from stars_fast.outputs import Cause, SegmentEvent, StarsOutput
+from stars_fast.outputs import Cause, SegmentEvent, StarsOutput, as_cause
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward
 from stars_fast.stays import Stays
@@ -280,7 +280,11 @@ class StarsEngine(Stays):
         job = Job(call, self.tokenizer, guided=False)
         for _ in self._events(job):
             pass
-        return call.config, [pilot for pilot in job.pilots if pilot is not None]
+        pilots = [pilot for pilot in job.pilots if pilot is not None]
+        for index, pilot in enumerate(pilots):
+            if pilot.error is not None:
+                pilot.error = as_cause(pilot.error).after(f"prompts[{index}]: ")
+        return call.config, pilots
 
     def prepare(self, arguments: Arguments, samples: int = PILOT_SAMPLES) -> Call:
         """Check a call's arguments and read its prompts; nothing runs yet. Raises what :meth:`generate` raises then."""

@@ -219,7 +219,7 @@ def test_a_pilot_that_fails_is_named():
         ]
 
     broken = engine(reward=reward)
-    with pytest.raises(RuntimeError, match=r"calibration: .*None"):
+    with pytest.raises(RuntimeError, match=r"prompts\[1\]: calibration: .*None"):
         calibrate(broken, PROMPTS, config=CONFIG)
     out = broken.generate(PROMPTS, CONFIG, seed=0)
     assert [error is None for error in out.errors] == [True, False, True, True, True, True]

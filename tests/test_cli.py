@@ -530,3 +530,8 @@ def test_version():
     import stars_fast
 
     assert invoke("--version").stdout == f"stars-fast {stars_fast.__version__}\n"
+
+
+def test_a_parameter_of_a_method_is_set_with_its_name():
+    with pytest.raises(ValueError, match=r"--set 'method=\{name: optimal_stopping, budget: 4\}'"):
+        read_settings(None, ["budget=4"])

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from stars_fast.config import StarsConfig
+from stars_fast.methods import METHODS, Method
 from stars_fast.report.files import check_known, parse_yaml, read_yaml
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(StarsConfig))
@@ -44,6 +45,11 @@ def read_settings(path: Path | None, assignments: Sequence[str] = ()) -> Setting
         name, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"--set {assignment!r}: write name=value")
+        if name not in _FIELDS and (having := [one for one, method in METHODS.items() if _has(method, name)]):
+            raise ValueError(
+                f"--set {assignment}: {name} is a parameter of a method: "
+                + " or ".join(f"--set 'method={{name: {one}, {name}: {text}}}'" for one in having)
+            )
         check_known({name}, "--set", _FIELDS)
         values[name] = _parse(name, text)
     config = StarsConfig(**{name: _numbers(name, value) for name, value in values.items()})
@@ -51,6 +57,10 @@ def read_settings(path: Path | None, assignments: Sequence[str] = ()) -> Setting
         if isinstance(getattr(config, name), tuple):
             raise ValueError(f"{name} is a list, one per prompt: give one number for all rows, or leave it out")
     return Settings(config, **models)
+
+
+def _has(method: type[Method], name: str) -> bool:
+    return any(field.name == name for field in dataclasses.fields(method))
 
 
 def _parse(name: str, text: str) -> Any:
