@@ -20,7 +20,7 @@ RESULTS, OUTPUT = ROOT / "benchmarks" / "results", ROOT / "docs" / "reward.svg"
 SERIES = {
     "optimal_stopping+fit": ("optimal stopping", "#2f81f7"),
     "blockwise_best_of_n": ("blockwise best-of-N", "#d1741c"),
-    "stars+fit": ("STARS", "#2da44e"),
+    "stars": ("STARS", "#2da44e"),
     "best_of_n": ("best-of-N", "#bf4b8a"),
 }
 _BASELINE = "vanilla"
