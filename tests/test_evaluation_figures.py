@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import reward_plot
-from stars_fast.evaluation.divergence import divergence, of_best, of_search, of_tested
+from stars_fast.evaluation.divergence import divergence, fallbacks, of_best, of_search, of_tested
 from stars_fast.evaluation.metrics import Interval, bootstrap
 from stars_fast.evaluation.paired import Point, Reached, at_equal_tokens, compare, cost_to_reach, to_reach
 from stars_fast.evaluation.summary import Summary
@@ -42,6 +43,36 @@ def test_kl_of_a_rejection_rule_is_estimated_without_a_bias():
     assert np.mean(estimates) == pytest.approx(exact, abs=4 * np.std(estimates) / math.sqrt(20_000))
     texts = [segments[:10_000], segments[10_000:]]
     assert divergence("stars", texts).value == pytest.approx(sum(estimates) / 2)  # a text's is the sum of its segments'
+
+
+@pytest.mark.parametrize(
+    ("accept", "attempts", "sign"),
+    [([0.0, 0.0, 0.0, 1.0, 1.0], 4, 1), ([0.2, 0.3, 0.4, 0.5, 0.7], 3, -1)],  # hard, soft
+)
+def test_fallbacks_bias_the_kl_either_way_and_within_the_stated_bound(accept, attempts, sign):
+    """Every sequence of candidates and of verdicts on them, the fallback being the best of what was rejected."""
+    atoms, mean, law, estimate = len(accept), sum(accept) / len(accept), np.zeros(len(accept)), 0.0
+    for drawn in itertools.product(range(atoms), repeat=attempts):  # in the order of their rewards
+        left = 1 / atoms**attempts  # the probability of being here
+        for j, candidate in enumerate(drawn, 1):
+            if (passed := left * accept[candidate]) > 0:
+                law[candidate] += passed
+                log = math.log(accept[candidate])
+                estimate += passed * of_tested({"attempts": j, "accepted": True, "log_acceptance": log})
+            left -= passed
+        law[max(drawn)] += left
+        estimate += left * of_tested({"attempts": attempts, "accepted": False})
+    exact, share = float((law[law > 0] * np.log(law[law > 0] * atoms)).sum()), (1 - mean) ** attempts
+    bound = -share * math.log(share) - (1 - share) * math.log(1 - share) - share * math.log(mean)
+    assert 0.02 < sign * (estimate - exact) < bound
+
+
+def test_kl_is_left_out_where_more_than_a_tenth_of_the_segments_fell_back():
+    passed, fell_back = ({"attempts": 4, "accepted": accepted, "log_acceptance": -0.5} for accepted in (True, False))
+    few, many = [[passed] * 9 + [fell_back]] * 2, [[passed] * 8 + [fell_back]] * 2
+    assert fallbacks("stars", few) == 0.1 and divergence("stars", few).value > 0
+    assert fallbacks("cards", many) == 1 / 9 and math.isnan(divergence("cards", many).value)
+    assert math.isnan(fallbacks("best_of_n", many)) and divergence("best_of_n", many).value > 0
 
 
 def test_kl_of_the_best_of_n_is_that_of_an_enumerated_law():

@@ -24,7 +24,7 @@ _AGAINST = {
 
 def plot(rows: Sequence[Row], folder: Path) -> None:
     """Draw guide's and judge's reward and the win rate against compute, policy tokens and KL into a folder, each as
-    ``quality_against_...``. Methods without a KL are not in that plot.
+    ``quality_against_...``. Rows without a KL are not in that plot.
 
     Raises
     ------

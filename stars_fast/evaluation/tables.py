@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from stars_fast.evaluation.cells import BASELINE
-from stars_fast.evaluation.divergence import divergence
+from stars_fast.evaluation.divergence import divergence, fallbacks
 from stars_fast.evaluation.metrics import Interval, bootstrap, distinct, outcomes, perplexity
 from stars_fast.evaluation.records import Record
 
@@ -41,7 +41,7 @@ class Row:
     judge: Interval
     win: Interval  # against the baseline on the judge's reward, ties counting half
     ties: float
-    kl: float  # to the policy, of a text, in nats; NaN where there is no formula
+    kl: float  # to the policy, of a text, in nats; NaN where there is no formula, or too many segments fell back
     kl_at_most: bool  # whether it is a bound
     perplexity: float
     distinct_1: float
@@ -53,6 +53,7 @@ class Row:
     reward_tokens: float
     compute: float  # of a committed token, in forward passes of the policy over one token: all models that read
     acceptance: float  # segments accepted over candidates looked at
+    fallbacks: float  # share of segments of which no candidate passed; NaN where none is tested
     tokens_per_second: float
 
 
@@ -125,8 +126,9 @@ def _row(
     wins = outcomes([row["judge"] for row in sound], [baseline[_key(row)] for row in sound], tie)
     totals = {name: sum(batch[name] for batch in batches) for name in (*_TOKENS, *_PASSES, "seconds")}
     committed = totals["committed_tokens"]
-    kl = divergence(rows[0]["method"].partition("+")[0], [row["segments"] for row in sound])
-    segments = [segment for row in sound for segment in row["segments"]]
+    method, answered = rows[0]["method"].partition("+")[0], [row["segments"] for row in sound]
+    kl = divergence(method, answered)
+    segments = [segment for text in answered for segment in text]
     attempts = sum(segment["attempts"] for segment in segments)
     # Texts of one seed together: among more texts more is said twice.
     texts = [[row["completion_ids"] for row in sound if row["seed"] == seed] for seed in _seeds(sound)]
@@ -153,6 +155,7 @@ def _row(
         reward_tokens=totals["reward_tokens"] / committed,
         compute=sum(totals[name] for name in _PASSES) / committed,
         acceptance=sum(segment["accepted"] for segment in segments) / attempts if attempts else math.nan,
+        fallbacks=fallbacks(method, answered),
         tokens_per_second=committed / totals["seconds"],
     )
 
@@ -189,6 +192,7 @@ def _cells(row: Row) -> dict[str, str]:
         "policy tok": f"{row.policy_tokens:.2f}",
         "reward tok": f"{row.reward_tokens:.2f}",
         "acceptance": f"{row.acceptance:.2f}" if row.method.partition("+")[0] in _TESTING else "",
+        "fallbacks %": "" if math.isnan(row.fallbacks) else f"{100 * row.fallbacks:.1f}",
         "tok/s": f"{row.tokens_per_second:.0f}",
     }
 
