@@ -3,7 +3,9 @@
 python benchmarks/reward_plot.py                  # writes docs/reward.svg
 python benchmarks/reward_plot.py --scorer guide   # under the reward that methods follow, not the judge
 
-A record is the ``table.json`` of ``stars-fast eval``, kept as ``<date>-eval-<task>.json``.
+A record is the ``table.json`` of ``stars-fast eval``, kept as ``<date>-eval-<task>.json``. Of its rows five methods are
+drawn: the point of vanilla, and from it best-of-N, blockwise best-of-N, STARS as its paper has it (``stars``, one
+target for all prompts; ``stars+fit`` is in the record) and optimal stopping with a fit.
 """
 
 from __future__ import annotations
@@ -61,8 +63,13 @@ def draw(records: Mapping[str, Mapping[str, Any]], scorer: str, output: Path) ->
         for axes, (task, record) in zip(every, records.items(), strict=True):
             panel(axes, record, scorer)
             axes.set_title(task, fontsize=10)
-        every[0].set_ylabel({"guide": "reward", "judge": "reward of a judge that guided nothing"}[scorer])
-        figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        every[0].set_ylabel({"guide": "reward", "judge": "reward of a judge (it guided none)"}[scorer])
+        figure.legend(
+            *every[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=2 * min(2, len(records)),
+            frameon=False,
+        )
         figure.savefig(output, metadata={"Date": None, "Creator": None})
 
 
@@ -73,10 +80,12 @@ def panel(axes: Any, record: Mapping[str, Any], scorer: str) -> None:
         tokens, means, lows, highs = zip(*found, strict=True)
         axes.fill_between(tokens, lows, highs, color=colour, alpha=0.12, linewidth=0)
         axes.plot(tokens, means, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
-    axes.annotate("vanilla", points(record, _BASELINE, scorer)[0][:2], (6, -10), textcoords="offset points", fontsize=9)
+    tokens, mean, *_ = points(record, _BASELINE, scorer)[0]
+    axes.plot([tokens], [mean], color=_GREY, linewidth=0, marker="D", markersize=6, zorder=3)
+    axes.annotate("vanilla", (tokens, mean), (9, -9), textcoords="offset points", fontsize=9)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("policy tokens drawn for an answer (vanilla: 1)")
+    axes.set_xlabel("answers: policy tokens drawn for one answer,\nover those of an unguided one")
     axes.patch.set_alpha(0.0)
     axes.grid(True, color=_GREY, alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

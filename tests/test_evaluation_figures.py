@@ -151,6 +151,19 @@ def test_pairs_are_compared_on_the_prompts_that_all_their_cells_have():
     assert budgets[0].other_cost == 2.5 and budgets[0].difference == bootstrap([0.0, 1.0])
 
 
+def test_a_row_that_has_no_partner_as_dear_is_listed_and_named():
+    rows = [row("vanilla", None, 1.0, 0.0), row("a", 2, 2.0, 1.0), row("a", 16, 12.0, 2.0), row("b", 16, 7.0, 2.0)]
+    cells = {one.cell: {0: one.guide.value, 1: one.guide.value + 1} for one in rows}
+    tokens, budgets = compare(rows, {"guide": cells, "judge": cells}, [("a", "b")])
+    assert [one.difference is None for one in tokens if one.scorer == "guide"] == [False, True]
+    text = Summary(rows, {}, tokens, budgets, {}).markdown()
+    assert (
+        "| a | 16 | 12.00 | b |  |  |  |  |  |\n\nEmpty, since the other has no budget as dear: a at 16 (b).\n" in text
+    )
+    read = json.loads(Summary(rows, {}, tokens, budgets, {}).to_json())["equal_tokens"]
+    assert read[-1]["cost"] == 12.0 and read[-1]["difference"] is None
+
+
 def test_rewards_are_means_over_seeds_of_what_did_not_fail():
     rows = [
         {"cell": "a", "place": 1, "seed": 0, "error": None, "guide": 1.0},

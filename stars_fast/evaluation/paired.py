@@ -41,7 +41,7 @@ class Comparison:
     budget: float | None  # of the method; of the other, too, where both are at the same
     cost: float  # policy tokens of an answer, in an unguided one's
     other_cost: float
-    difference: Interval
+    difference: Interval | None  # None at tokens that the other's budgets do not span
     ratio: Interval | None = None  # of what both gain on the baseline; at equal cost only
 
 
@@ -112,7 +112,8 @@ def at_equal_tokens(point: Point, others: Sequence[Point], baseline: np.ndarray)
 def compare(
     rows: Sequence[Row], rewards: Mapping[str, Mapping[str, Mapping[int, float]]], pairs: Sequence[Sequence[str]]
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """Pairs of methods at equal policy tokens, and at equal budgets.
+    """Pairs of methods at equal policy tokens, without a difference where the other has no budget as dear, and at equal
+    budgets.
 
     Parameters
     ----------
@@ -133,10 +134,8 @@ def compare(
             ladder = [Point(row.answers, values[row.cell]) for row in its]
             for row in mine:
                 cost, here = row.answers, values[row.cell]
-                found = at_equal_tokens(Point(cost, here), ladder, values[first.cell])
-                if found is not None:
-                    head = (method, other, scorer, row.budget, cost, cost)
-                    equal_tokens.append(Comparison(*head, difference=found[0], ratio=found[1]))
+                found = at_equal_tokens(Point(cost, here), ladder, values[first.cell]) or (None, None)
+                equal_tokens.append(Comparison(method, other, scorer, row.budget, cost, cost, *found))
                 for same in (one for one in its if one.budget == row.budget):
                     off = here - values[same.cell]
                     difference = interval(float(off.mean()), resamples(off))

@@ -69,7 +69,7 @@ class Summary:
             ("At equal budgets", self.equal_budgets),
         ):
             if found:
-                parts.append(f"\n{title}:\n\n{lines(_compared_cells(found))}")
+                parts.append(f"\n{title}:\n\n{lines(_compared_cells(found))}{_alone(found)}")
         for name, figures in self.fits.items():
             made = f"{figures['prompts']:.0f} prompts, {figures['policy_tokens']:,.0f} policy tokens"
             parts.append(f"\n`{name}` was learned once from {made}; the rows do not count them.\n")
@@ -106,20 +106,30 @@ def _reached_cells(of: Mapping[str, Reached | None]) -> dict[str, str]:
 def _compared_cells(found: Sequence[Comparison]) -> list[dict[str, str]]:
     """A row for each method, other and budget, with the figures of both scorers."""
     rows: dict[tuple[str, str, float | None], dict[str, str]] = {}
+    by_ratio = any(one.ratio is not None for one in found)
     for one in found:
         head = {
             "method": one.method,
             "budget": budget_text(one.budget),
             "answers": f"{one.cost:.2f}",
             "against": one.other,
-            "its answers": f"{one.other_cost:.2f}",
+            "its answers": "" if one.difference is None else f"{one.other_cost:.2f}",
         }
         row = rows.setdefault((one.method, one.other, one.budget), head)
         row[f"{one.scorer}, difference [95 %]"] = _interval(one.difference, "+")
-        if one.ratio is not None:
+        if by_ratio:
             row[f"{one.scorer}, ratio of gains [95 %]"] = _interval(one.ratio)
     return list(rows.values())
 
 
-def _interval(one: Interval, sign: str = "") -> str:
+def _alone(found: Sequence[Comparison]) -> str:
+    """A line on rows without a difference."""
+    rows = [f"{one.method} at {budget_text(one.budget)} ({one.other})" for one in found if one.difference is None]
+    named = ", ".join(dict.fromkeys(rows))
+    return f"\nEmpty, since the other has no budget as dear: {named}.\n" if rows else ""
+
+
+def _interval(one: Interval | None, sign: str = "") -> str:
+    if one is None:
+        return ""
     return f"{one.value:{sign}.2f} [{one.low:{sign}.2f}, {one.high:{sign}.2f}]"
