@@ -65,6 +65,16 @@ def test_on_other_prompts_the_budget_asked_is_spent(known, budget):
     assert sum(counts) / len(counts) == pytest.approx(budget, rel=0.2)
 
 
+def test_a_budget_holds_where_answers_end_early():
+    config = CONFIG.replace(ignore_eos=False, max_new_tokens=24)
+    out = engine().generate(
+        OTHERS, config, fit=fit(engine(), PROMPTS, config, samples=8), method=OptimalStopping(budget=3.0), seed=1
+    )
+    assert out.finish_reasons.count("stop") >= 8
+    counts = [segment.attempts for row in out.segments for segment in row]
+    assert sum(counts) / len(counts) == pytest.approx(3.0, rel=0.2)
+
+
 def test_with_a_fit_no_pilots_are_drawn(known):
     out = engine().generate(OTHERS[:4], CONFIG, fit=known, seed=1)
     assert out.stats["calibration_tokens"] == 0

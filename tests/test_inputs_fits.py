@@ -46,7 +46,7 @@ def test_a_fit_of_other_weights_of_the_same_sizes_is_refused_by_name(models, con
     others[name] = copy.deepcopy(others[name])
     with torch.no_grad():
         change(others[name])
-    with pytest.raises(ValueError, match=rf"something else \(the {name}'s weights are others here\); make one"):
+    with pytest.raises(ValueError, match=rf"something else \(the {name}'s weights are others here\): give what"):
         StarsEngine(others["policy"], others["reward"]).generate([[1, 2]], config, seed=0)
 
 

@@ -78,7 +78,8 @@ def check_fit(config: StarsConfig, sampling: Sampling, policy: Policy, reward: R
     ]
     if differences:
         raise ValueError(
-            f"fit: made for something else ({'; '.join(differences)}); make one with stars_fast.fit(engine, prompts)"
+            f"fit: made for something else ({'; '.join(differences)}): give what it was made for, or make one with "
+            "stars_fast.fit(engine, prompts) or stars-fast fit"
         )
     longest = recorded.get("max_new_tokens", config.max_new_tokens)
     if config.max_new_tokens > longest and policy not in _told:

@@ -309,7 +309,9 @@ class OptimalStopping(Method):
     ----------
     budget : float
         Expected candidates a segment, from 1 (plain sampling) to 256. Where it is ``StarsConfig.max_attempts`` or more,
-        all of these are looked at. Without a fit no segment takes twice as many.
+        all of these are looked at, and near it little is left to save: ``max_attempts`` of four budgets leaves it free.
+        Without a fit no segment takes twice as many. A fit knows ``samples`` candidates of a prefix; budgets beyond
+        half of them may be missed by more than a fifth.
     """
 
     name: ClassVar[str] = "optimal_stopping"
