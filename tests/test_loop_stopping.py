@@ -103,3 +103,14 @@ def test_a_search_that_fails_is_its_request_s_own_error(monkeypatch):
     monkeypatch.setattr(OptimalStopping, "search", search)
     out = engine().generate(PROMPTS[:2], CONFIG, seed=SEEDS[:2])
     assert all("optimal stopping raised ZeroDivisionError: spread 0" in error for error in out.errors)
+
+
+def test_what_is_drawn_side_by_side_goes_by_the_budget():
+    """Before a heartbeat has told anything: of many rows, more where more will be looked at."""
+    drawn = []
+    for budget in (1.5, 10.0):
+        one, first = engine(max_rows=64), []
+        one.on_heartbeat = first.append
+        one.generate(PROMPTS[:2], CONFIG, seed=0, method=OptimalStopping(budget=budget), max_new_tokens=4)
+        drawn.append(first[0].drawn)
+    assert drawn[0] < drawn[1]

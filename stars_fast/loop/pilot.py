@@ -14,12 +14,11 @@ from statistics import fmean, pstdev
 
 from stars_fast.config import StarsConfig
 from stars_fast.loop.request import Request
+from stars_fast.methods.base import ACCEPTANCE as ACCEPTANCE
 from stars_fast.methods.stars import acceptance_probability, base_reward, target_for, threshold
 from stars_fast.outputs import as_cause
 
 PILOT_SAMPLES = 8
-# Share of candidates accepted: aimed at where targets are calibrated, and expected before anything is seen.
-ACCEPTANCE = 0.3
 _CAP_QUANTILE = 0.9
 FARTHEST = 40.0  # a target is looked for so many betas beyond the rewards that were seen
 

@@ -6,11 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from statistics import fmean
 
 import numpy as np
 
 from stars_fast.loop.in_order import Pass, first_stage
-from stars_fast.loop.pilot import ACCEPTANCE
 from stars_fast.loop.request import Candidate, PromptNode, Request
 from stars_fast.loop.row_cost import HeartbeatCost, Timing
 from stars_fast.loop.shares import row_values, share_evenly, share_rows
@@ -224,7 +224,8 @@ def acceptance_estimates(running: Sequence[Request], past: tuple[float, int] = (
     """
     total = past[0] + sum(request.acceptance_sum for request in running)
     scored = past[1] + sum(request.scored for request in running)
-    mean = (total + _PRIOR_WEIGHT * ACCEPTANCE) / (scored + _PRIOR_WEIGHT)
+    prior = fmean(request.terms.method.expected_acceptance for request in running)
+    mean = (total + _PRIOR_WEIGHT * prior) / (scored + _PRIOR_WEIGHT)
     estimates = [(r.acceptance_sum + _PRIOR_WEIGHT * mean) / (r.scored + _PRIOR_WEIGHT) for r in running]
     return [min(max(estimate, 0.02), 0.98) for estimate in estimates]
 

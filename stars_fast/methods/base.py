@@ -10,6 +10,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from stars_fast.methods.numbers import MOST, integer, real, shown
 
+# Share of candidates accepted: aimed at where targets are calibrated, and expected before anything is seen.
+ACCEPTANCE = 0.3
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -117,6 +119,11 @@ class Method:
     def segments(self) -> Segments:
         """Where a segment ends."""
         return Segments()
+
+    @property
+    def expected_acceptance(self) -> float:
+        """Share of the candidates that end their segment, before any is seen: what is drawn side by side goes by it."""
+        return ACCEPTANCE
 
     @property
     def draft_model(self) -> Any:

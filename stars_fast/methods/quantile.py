@@ -30,6 +30,10 @@ class QuantileRule(Method):
     def name(self) -> str:  # type: ignore[override]
         return self.method.name
 
+    @property
+    def expected_acceptance(self) -> float:
+        return self.acceptance
+
     def rule(self, config: SettingsT) -> SettingsT:
         ruled = self.method.rule(config)
         return ruled.replace(target_reward=1.0, base_reward=1.0, beta=softness(self.acceptance))

@@ -326,6 +326,10 @@ class OptimalStopping(Method):
     def rule(self, config: SettingsT) -> SettingsT:
         return config.replace(target_reward=0.0, base_reward=0.0)  # which nothing is tested against
 
+    @property
+    def expected_acceptance(self) -> float:
+        return 1 / self.budget
+
     def search(self, fit: Fit | None, attempts: int, segments: int) -> Search:
         """A request's, for an answer of so many segments, at the cost that spends the budget."""
         cost = cost_for(self.budget, attempts, segments, fit)
