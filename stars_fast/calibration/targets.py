@@ -24,11 +24,9 @@ from stars_fast.loop.pilot import (
     spread,
     tilted_mean,
 )
-from stars_fast.methods.fit import Fit, Group, learn
+from stars_fast.methods.fit import Fit, Group, learn, unguidable
 from stars_fast.methods.numbers import MOST_ANSWERS, integer, real, shown
 
-# Below this, partial rewards say too little about final ones to guide by.
-_GUIDABLE_CORRELATION = 0.3
 INPUTS = ("attention_mask", "reward_prompts", "columns", "chat_template_kwargs")  # not fields of StarsConfig
 
 
@@ -72,14 +70,6 @@ class Calibration:
         rows = [row for pilot in self.pilots for row in acceptance_by_segment(pilot, self._ruled)]
         by_position = [fmean(row[k] for row in rows if len(row) > k) for k in range(max(len(row) for row in rows))]
         correlation = self._rank_correlation()
-        warnings = []
-        if math.isnan(correlation):
-            warnings.append("too few segments, or rewards too alike, to tell if partial rewards predict final ones")
-        elif correlation < _GUIDABLE_CORRELATION:
-            warnings.append(
-                f"partial rewards hardly predict final ones (rank correlation {correlation:.2f}, below "
-                f"{_GUIDABLE_CORRELATION}): this reward model cannot guide partial text; consider best-of-N"
-            )
         return Report(
             acceptance=fmean(probability for row in rows for probability in row),
             acceptance_by_position=by_position,
@@ -87,7 +77,7 @@ class Calibration:
             expected_reward=fmean(tilted_mean(pilot) for pilot in self.pilots),
             unguided_reward=fmean(fmean(pilot.finals) for pilot in self.pilots),
             rank_correlation=correlation,
-            warnings=warnings,
+            warnings=unguidable(correlation),
         )
 
     @property
