@@ -99,8 +99,11 @@ class Fit:
     levels: tuple[float, ...]
     prefixes: tuple[tuple[Prefix, ...], ...]
     outlook: tuple[tuple[float, float], ...] = ()
-    made_for: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
-    figures: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    made_for: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __hash__(self) -> int:  # asked for each request, by what is kept of costs: of the part that is short
+        return hash((self.laws, self.levels))
 
     def __repr__(self) -> str:
         return f"Fit({len(self.laws)} segments, {self.figures.get('prompts', 0):.0f} prompts)"
@@ -268,9 +271,9 @@ def learn(groups: Sequence[Group], made_for: Mapping[str, Any], figures: Mapping
     """
     by_segment = [[g for g in groups if g.segment == k] for k in range(max(group.segment for group in groups) + 1)]
     by_segment = list(takewhile(lambda here: len(here) >= 3, by_segment))
-    mean_variance = fmean(_variance(here) for here in by_segment) if by_segment else 0.0
     if not by_segment:
         raise ValueError("fit: fewer than three prefixes with finite rewards: give more prompts")
+    mean_variance = fmean(map(_variance, by_segment))
     size = math.sqrt(fmean(reward**2 for here in by_segment for group in here for reward in group.rewards))
     if not mean_variance > (1e-6 * size) ** 2:
         raise ValueError(
