@@ -13,6 +13,7 @@ from stars_fast import StarsConfig, StarsEngine
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.job import Job
 from stars_fast.loop.core import Size
+from stars_fast.loop.trunks import Trunks
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward
 
@@ -246,6 +247,25 @@ def test_a_step_that_fails_once_is_taken_again(monkeypatch, caplog):
     assert out.errors == [None] * 3 and "in once" in caplog.text  # with its traceback
     monkeypatch.undo()
     assert out.completions == alone(PROMPTS, 1)
+    assert_nothing_left(engine)
+
+
+@pytest.mark.filterwarnings("ignore:a heartbeat broke off", "ignore:no request succeeded")
+@pytest.mark.parametrize("error", [ZeroDivisionError, torch.OutOfMemoryError])
+def test_what_fails_at_every_commit_ends_the_call_though_heartbeats_between_succeed(monkeypatch, error):
+    engine, seen = make_engine(), itertools.count()
+
+    def grow(*args):
+        raise error("planted")
+
+    def bounded(heartbeat):
+        if next(seen) > 400:
+            raise KeyboardInterrupt("it goes on for ever")
+
+    monkeypatch.setattr(Trunks, "append", grow)
+    engine.on_heartbeat = bounded
+    out = engine.generate(PROMPTS, CONFIG, seed=1, target_reward=1e6, alpha=1.0, candidates=1)  # five heartbeats each
+    assert out.finish_reasons == ["error"] * 3 and all("planted" in cause for cause in out.errors)
     assert_nothing_left(engine)
 
 

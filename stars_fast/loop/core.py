@@ -415,7 +415,7 @@ class Core(Stays):
             warn(f"the reward's forget raised {Cause.of(unforgotten)}")
 
     def _take_again(self, error: Exception) -> None:
-        """A step failed: once more from what is committed, unless the one before failed, too, or it is a bug.
+        """A step failed: once more from what is committed, unless one failed since the last commit, or it is a bug.
 
         Processes that share a model must all do alike, and what failed in one of them has not in the others.
         """

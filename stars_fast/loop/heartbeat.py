@@ -32,7 +32,7 @@ class Loop(Queue):
 
     on_heartbeat: Callable[[Heartbeat], None] | None = None
     counted = 0  # of the reward's tokens, those that stand in somebody's statistics
-    broke_off = False  # the heartbeat before this one
+    broke_off = False  # since something was last committed
     _prepared = -1  # captures and compilations so far; the first round has too many to be a measure
 
     @torch.no_grad()
@@ -57,8 +57,11 @@ class Loop(Queue):
                 self.judge(requests, stage, self.score(stage))
                 looked_at += [one for group in stage.values() for one in group]
             self.drop_finished()
-            self.note(drawn, looked_at, started, proposed, self.reward.tokens - scored, self.committed - before)
-            self.broke_off = False
+            committed = self.committed - before
+            self.note(drawn, looked_at, started, proposed, self.reward.tokens - scored, committed)
+            if committed:  # what is begun anew each time, and fails at its end, gets no further by failing again
+                self.broke_off = False
+                self.scheduler.recover()
             return
         # Out here nothing of the failed pass is alive: an exception holds its frames, and they their tensors.
         self.retreat(large)
@@ -210,7 +213,6 @@ class Loop(Queue):
         of the clock are all it takes.
         """
         self._count(drawn)
-        self.scheduler.recover()
         lengths = [len(one.draw.tokens) for group in drawn.values() for one in group]
         if not lengths:
             return

@@ -205,7 +205,7 @@ class Scheduler:
         return (self.max_rows, self.prefill_tokens) != before
 
     def recover(self) -> None:
-        """A heartbeat fitted: after a good number of them, twice as much is tried again."""
+        """A heartbeat fitted, and committed something: after a good number of them, twice as much is tried again."""
         self._whole_beats += 1
         if self._whole_beats % _PATIENCE == 0:
             rows, tokens = self._most
