@@ -240,3 +240,13 @@ def test_a_templates_variables_are_the_callers(policy32, thinking_tokenizer):
     for none, what in [({"tokenize": False}, "tokenize"), ({"chat_template": "x"}, "chat_template"), ([1], "mapping")]:
         with refused("chat_template_kwargs", what):
             engine.generate([chat], CONFIG, chat_template_kwargs=none)
+
+
+@pytest.mark.parametrize("keys", [["pixel_values", "image_grid_thw"], ["position_ids"], ["inputs_embeds"]])
+def test_what_the_policy_would_not_see_of_an_encoding_is_refused_by_name(engine, keys):
+    encoding = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.tensor([[1, 1]])}
+    with pytest.raises(ValueError, match=f"prompts holds {', '.join(keys)}, which the policy would not see"):
+        engine.generate({**encoding, **dict.fromkeys(keys, torch.zeros(1))}, CONFIG)
+    told = {"token_type_ids": torch.tensor([[0, 0]]), "length": torch.tensor([2])}
+    expected = engine.generate([[5, 6]], CONFIG, seed=0).completions
+    assert engine.generate({**encoding, **told}, CONFIG, seed=0).completions == expected

@@ -31,6 +31,15 @@ def test_attention_with_a_wrong_scale_is_noticed(role, monkeypatch):
     assert max_difference(model) > tolerance(torch.float32)
 
 
+def test_a_model_that_is_off_by_a_few_per_cent_is_refused(monkeypatch):
+    """As PaliGemma is, whose own attention sees a prompt in both directions."""
+    right = attention.tree_attention
+    wrong = lambda *tensors, scale, **rest: right(*tensors, scale=1.1 * scale, **rest)  # noqa: E731
+    monkeypatch.setattr(attention, "tree_attention", wrong)
+    with refused("policy", "differ from its own by [2-9]%"):
+        Policy(tiny_policy(32))
+
+
 def test_a_model_with_few_positions_is_checked_within_them():
     assert max_difference(Policy(tiny_policy(32, positions=4))) < 1e-4
 

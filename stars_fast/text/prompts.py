@@ -30,6 +30,16 @@ class Prompt:
 _OWN = {"conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
 _OWN |= {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
 _OWN |= {"tokenizer_kwargs", "sanitize_control_tokens"}
+# Of an encoding: what is read, and what a tokenizer tells of the text besides. Anything else is meant for the model.
+_READ_OR_ABOUT_TEXT = {
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "special_tokens_mask",
+    "offset_mapping",
+    "length",
+}
+_READ_OR_ABOUT_TEXT |= {"assistant_masks", "overflow_to_sample_mapping"}
 
 
 def template_kwargs(given: Any, name: str = "chat_template_kwargs") -> dict[str, Any]:
@@ -83,7 +93,7 @@ def read_prompts(
         For a form that is not known, text without a tokenizer, or an empty prompt, naming the prompt's index.
     """
     if isinstance(prompts, Mapping) and "input_ids" in prompts:
-        prompts, attention_mask = _read_encoding(prompts, attention_mask)
+        prompts, attention_mask = _read_encoding(name, prompts, attention_mask)
     if isinstance(prompts, np.ndarray):
         prompts = torch.tensor(prompts.copy()) if prompts.dtype.kind in "biuf" else prompts.tolist()
     if isinstance(prompts, torch.Tensor):
@@ -168,8 +178,15 @@ def ends_with_answer(prompt: Any) -> bool:
     return _is_chat(prompt) and prompt[-1].get("role") == "assistant"
 
 
-def _read_encoding(encoding: Mapping[str, Any], given: torch.Tensor | None) -> tuple[Any, torch.Tensor | None]:
+def _read_encoding(
+    name: str, encoding: Mapping[str, Any], given: torch.Tensor | None
+) -> tuple[Any, torch.Tensor | None]:
     """The ids of what a tokenizer returns, and the mask that goes with a tensor of them; lists lose their padding."""
+    if unread := [key for key in encoding if key not in _READ_OR_ABOUT_TEXT]:
+        raise ValueError(
+            f"{name} holds {', '.join(map(str, unread))}, which the policy would not see: give text, chats, or an "
+            "encoding of text alone (input_ids, attention_mask)"
+        )
     ids, mask = encoding["input_ids"], encoding.get("attention_mask")
     if isinstance(ids, torch.Tensor):
         return ids, mask if given is None else given

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from stars_fast.tree.attention import causal_probe, evaluating, own_dtypes, plugged
 from stars_fast.tree.model import TreeModel
 
-# Relative difference from a plain forward pass: rounding stays far below in any dtype, another computation far above.
-_LARGEST_ERROR = 0.2
+# Relative difference from a plain forward pass that rounding explains, in whatever a float32 model multiplies (TF32,
+# int8 per token); half precision has more. Another computation can come to 0.17, as PaliGemma's mask does.
+_LEAST_TOLERATED = 0.01
 # Models whose numbers were compared, and as what: dtype, device and body change what is computed, weights do not.
 _compared: WeakKeyDictionary[PreTrainedModel, set[tuple[str, bool]]] = WeakKeyDictionary()
 _AnyTree = TypeVar("_AnyTree", bound=TreeModel)
@@ -36,7 +37,7 @@ def checked(tree_model: _AnyTree) -> _AnyTree:
     form = (tree_model.made_for, tree_model.body is tree_model.model)
     if form not in seen:
         error = median_difference(tree_model)
-        if not error < _LARGEST_ERROR:
+        if not error < max(_LEAST_TOLERATED, 2.2 * torch.finfo(tree_model.dtype).eps ** 0.5):
             found = "mask other ids than its own" if math.isinf(error) else f"differ from its own by {error:.0%}"
             raise NotImplementedError(
                 f"the {tree_model.name}: on a tree its outputs {found}, so it does more than causal attention over "
