@@ -27,9 +27,10 @@ _MAX_PACKED = 1024
 class ImplicitReward(RenderedReward):
     """``beta * sum_k w_k (log pi_r(y_k | x, y_<k) - log pi_ref(y_k | x, y_<k))`` over the answer's tokens.
 
-    With ``w_k = 1`` this is the reward that DPO (arXiv 2305.18290) and TDPO fit, up to a constant per prompt, and the
-    guide of TITA where the pair is a small one. With ``w_k = 1 / k``, k = 1 for the answer's first token, it is the
-    partial reward of TreeBoN (arXiv 2410.16033). Both models keep a tree of their own; a candidate costs each its own
+    With ``w_k = 1`` this is the reward that DPO (arXiv 2305.18290) fits, up to a constant per prompt, and the guide of
+    TITA where the pair is a small one; TDPO (arXiv 2404.11999) adds ``beta * sum_k KL(pi_ref || pi_r)`` at the same
+    positions, which is left out here. With ``w_k = 1 / k``, k = 1 for the answer's first token, it is the partial
+    reward of TreeBoN (arXiv 2410.16033). Both models keep a tree of their own; a candidate costs each its own
     tokens, and the empty answer is worth 0.
 
     Parameters
