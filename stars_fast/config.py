@@ -15,6 +15,7 @@ from stars_fast.demo import NAME as DEMO
 from stars_fast.methods import METHODS
 from stars_fast.methods.base import Method, method_from
 from stars_fast.methods.fit import Fit
+from stars_fast.methods.names import near, refusing_unknown
 from stars_fast.methods.numbers import MOST, MOST_ANSWERS, integer, plain, real, shown, truth
 
 CONFIG_NAME = "stars_config.json"
@@ -22,6 +23,12 @@ CONFIG_NAME = "stars_config.json"
 _MOST_EOS, _MOST_STOP_STRINGS = 4096, 4096
 
 
+def _no_field(config: type, name: str) -> str:
+    known = sorted(field.name for field in dataclasses.fields(config))
+    return f"{name!r} is not a field of StarsConfig{near(name, known)}; the fields are {', '.join(known)}"
+
+
+@refusing_unknown(_no_field)
 @dataclass(frozen=True)
 class StarsConfig:
     """Settings of reward-guided generation. Names are transformers' where transformers has one.
@@ -184,7 +191,7 @@ class StarsConfig:
             if name in (field.name for field in dataclasses.fields(method)):
                 give = f"method={type(method).__name__}({name}={value!r})"
                 raise TypeError(f"{name!r} is a parameter of the method, not a field of StarsConfig: give {give}")
-            raise TypeError(f"{name!r} is not a field of StarsConfig; the fields are {', '.join(sorted(known))}")
+            raise TypeError(_no_field(StarsConfig, name))
         return dataclasses.replace(self, **overrides)
 
     def to_dict(self) -> dict[str, Any]:

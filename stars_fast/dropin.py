@@ -115,6 +115,8 @@ def generate(
     with Streaming(streamer) as streaming:
         if not hasattr(model, "get_output_embeddings"):
             raise TypeError(f"model={shown(model)}: give a transformers causal LM")
+        for name, given in (("inputs", inputs), ("input_ids", kwargs.get("input_ids"))):
+            transformers_call.check_ids(name, given)
         config = transformers_call.with_methods_sampling(_checked(stars_config))
         call = transformers_call.merge(model, config, generation_config, kwargs)
         decoder = _Decoder(

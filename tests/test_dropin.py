@@ -354,6 +354,13 @@ def test_anything_to_start_from_besides_ids_is_refused(policy, generate, name):
         generate(policy, max_new_tokens=3, **{name: embeds if name == "inputs_embeds" else cache})
 
 
+@pytest.mark.parametrize("given", ["w3 w4", ["w3"], [[3, 4]]], ids=str)
+def test_what_is_no_tensor_of_ids_is_refused_with_what_to_give(policy, given):
+    for call in ({"inputs": given}, {"input_ids": given}):
+        with pytest.raises(TypeError, match=rf"{next(iter(call))}=.*\*\*tokenizer\(text, return_tensors='pt'\)"):
+            stars_fast.generate(policy, reward_model=sum_reward, **call)
+
+
 def test_an_assistant_is_refused(policy):
     with pytest.raises(ValueError, match="assistant_model"):
         facade(policy, assistant_model=tiny_policy(VOCAB, hidden=32))

@@ -14,6 +14,7 @@ from stars_fast.methods import (
     Args,
     Cards,
     Method,
+    OptimalStopping,
     ParticleFilter,
     PersonaJudge,
     RejectionSampling,
@@ -97,6 +98,21 @@ def test_a_method_of_ones_own_is_a_few_lines():
 def test_a_method_that_does_not_exist_or_fit_is_named_with_those_that_do(value, message):
     with pytest.raises(ValueError, match=message):
         StarsConfig(method=value)
+
+
+def test_a_misspelt_name_is_told_what_it_may_have_been():
+    likely = r"'{}'.* \(did you mean '{}'\?\)"
+    for misspelt, named in (
+        (lambda: OptimalStopping(budgets=4), likely.format("budgets", "budget")),
+        (lambda: StarsConfig(target_rewards=1.0), likely.format("target_rewards", "target_reward")),
+        (lambda: StarsConfig().replace(betta=1.0), likely.format("betta", "beta")),
+    ):
+        with pytest.raises(TypeError, match=named):
+            misspelt()
+    with pytest.raises(ValueError, match=likely.format("entopy", "entropy")):
+        StarsConfig(method={"name": "cards", "entopy": 1})
+    with pytest.raises(ValueError, match="method='star' is unknown" + r" \(did you mean 'stars'\?\)"):
+        StarsConfig(method="star")
 
 
 def test_the_class_of_a_method_is_refused_as_such():

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from typing import Any, NamedTuple
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from stars_fast.config import StarsConfig
@@ -26,6 +27,16 @@ class GenerateCall(NamedTuple):
     kwargs: dict[str, Any]
     config: StarsConfig
     explicit: set[str]  # settings that win over the config's
+
+
+def check_ids(name: str, value: Any) -> None:
+    """Raise TypeError for anything but a tensor of ids, which is what transformers takes."""
+    if value is None or isinstance(value, torch.Tensor):
+        return
+    raise TypeError(
+        f"{name}={shown(value)} is a {type(value).__name__}: give a tensor of ids [batch, length], such as "
+        "**tokenizer(text, return_tensors='pt'); text and chats are for StarsEngine(model, reward).generate"
+    )
 
 
 def merge(

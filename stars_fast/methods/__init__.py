@@ -1,10 +1,11 @@
 """Methods as choices of segmenter, proposal, scorer, selection and schedule, each with its paper's defaults."""
 
 from stars_fast.methods.args_mara import Args, Mara
-from stars_fast.methods.base import Enumerated, Method, Population, Segments, Trial
+from stars_fast.methods.base import Enumerated, Method, Population, Segments, Trial, no_parameter
 from stars_fast.methods.best_of import BestOfN, BlockwiseBestOfN, RejectionSampling
 from stars_fast.methods.cards import Cards
 from stars_fast.methods.metropolis import Ending, MetropolisHastings, PowerSampling, SuffixChain
+from stars_fast.methods.names import refusing_unknown
 from stars_fast.methods.particles import ParticleFilter, TreeBoN
 from stars_fast.methods.persona import PersonaJudge
 from stars_fast.methods.rsd import RSD
@@ -12,7 +13,7 @@ from stars_fast.methods.stars import Stars, Vanilla
 from stars_fast.methods.stopping import OptimalStopping
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method
+    method.name: refusing_unknown(no_parameter)(method)
     for method in (
         Vanilla,
         BestOfN,

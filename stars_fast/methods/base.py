@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
+from stars_fast.methods.names import near
 from stars_fast.methods.numbers import MOST, integer, real, shown
 
 # Share of candidates accepted: aimed at where targets are calibrated, and expected before anything is seen.
@@ -302,11 +303,18 @@ def method_from(value: Any, known: Mapping[str, type[Method]]) -> Method:
         name = value.get("name")
     if not isinstance(name, str) or name not in known:
         asked = name if isinstance(name, str) else value
-        raise ValueError(f"method={shown(asked)} is unknown; known methods: {', '.join(known)}")
+        raise ValueError(f"method={shown(asked)} is unknown{near(asked, known)}; known methods: {', '.join(known)}")
     fields = [field.name for field in dataclasses.fields(known[name])]
     for parameter in parameters:
         if parameter not in fields:
-            raise ValueError(
-                f"method={name!r} has no parameter {shown(parameter)}; it has {', '.join(fields) or 'none'}"
-            )
+            raise ValueError(no_parameter(known[name], parameter))
     return known[name](**parameters)
+
+
+def no_parameter(method: type[Method], name: str) -> str:
+    """What is said of a parameter that a method does not have."""
+    fields = [field.name for field in dataclasses.fields(method)]
+    return (
+        f"method={method.name!r} has no parameter {shown(name)}{near(name, fields)}; it has "
+        f"{', '.join(fields) or 'none'}"
+    )

@@ -16,6 +16,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
+from stars_fast.methods.names import near
+
 if TYPE_CHECKING:
     from stars_fast.outputs import SegmentTrace
 
@@ -107,7 +109,8 @@ def check_known(names: Iterable[str], where: str, known: Sequence[str]) -> None:
     """Raise ValueError for names that are not known, with those that are."""
     unknown = sorted(set(names) - set(known))
     if unknown:
-        raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
+        named = ", ".join(f"{name!r}{near(name, known)}" for name in unknown)
+        raise ValueError(f"{where}: unknown {named}; known are {', '.join(known)}")
 
 
 def to_line(record: dict[str, Any]) -> str:
