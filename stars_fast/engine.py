@@ -186,8 +186,8 @@ class StarsEngine(Stays):
         progress : bool
             Show a bar with accepted tokens/s and, where candidates are tested, the acceptance rate.
         trace : bool
-            Whether ``SegmentTrace.candidates`` holds all candidates of a segment, where one answer grows. All of them
-            are scored then, also those that nobody looks at.
+            Whether ``SegmentTrace.candidates`` holds what was drawn for a segment, and what became of it: nothing else
+            changes, so that candidates which nobody had to look at may have no reward. See docs/trace.md.
         **overrides
             Fields of StarsConfig for this call.
 

@@ -48,16 +48,17 @@ def as_cause(words: str) -> Cause:
 
 
 class CandidateTrace(NamedTuple):
-    """One candidate of a segment that was drawn."""
+    """One candidate that was drawn. What that is under each method stands in docs/methods.md."""
 
-    attempt: int  # index among the segment's candidates
+    attempt: int  # index among the segment's candidates; of a population's, among all of the answer's
     tokens: list[int]
-    reward: float  # of prompt + response up to and including it; NaN where the method did not ask for it
+    reward: float  # of prompt + response up to and including it; NaN where nobody asked for it
     score: float  # what the selection compared
     threshold: float  # what it was tested against
     verdict: str  # "accepted", "rejected", "fallback", "unseen" (behind the one that was committed) or "error"
     logprob: float  # sum of the raw policy log-probabilities, nats
     parts: dict[str, float] | None = None  # of the reward
+    parent: int | None = None  # of a population's: the attempt that it continues; None at the beginning
 
 
 class SegmentTrace(NamedTuple):
