@@ -18,6 +18,7 @@ from stars_fast.inputs.arguments import Arguments, check_positions
 from stars_fast.inputs.call import Call, prepare
 from stars_fast.inputs.job import Job
 from stars_fast.inputs.models import draft_policy, load_policy, load_reward
+from stars_fast.inputs.origin import origin
 from stars_fast.inputs.per_prompt import PerPrompt
 from stars_fast.loop.core import Core
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot
@@ -399,6 +400,7 @@ class StarsEngine(Stays):
             sampling_logprobs=[request.sampling_logprobs for request in requests],
             segments=[request.segments for request in requests],
             stats=job.stats.to_dict(),
+            origin=origin(job, requests, self.tokenizer) if job.call.terms.trace else None,
         )
 
     def _text(self, request: Request, job: Job) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -118,6 +119,21 @@ class Stats:
         return {**vars(self), "discarded_tokens": self.discarded_tokens}
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a traced output came of, and what did not become part of it. Lists are by row of the output."""
+
+    settings: dict[str, Any]  # the fields of StarsConfig, with what the method decides itself; of a fit, whether
+    loop: str  # how candidates hang together: ``Method.loop``
+    samples: int  # of a prompt
+    prompts: list[Any]  # as they were given: text, messages or ids
+    prompt_ids: list[list[int]]
+    seeds: list[int | None]
+    rules: list[tuple[float, float | None, float]]  # r_star, r0, beta
+    unfinished: list[list[CandidateTrace]]  # of the segment, or of all answers, in which a request ended too early
+    tokenizer: Any
+
+
 @dataclass
 class StarsOutput:
     """Result of :meth:`StarsEngine.generate`. Row ``i * num_return_sequences + j`` is sample j of prompt i.
@@ -143,6 +159,8 @@ class StarsOutput:
     segments : list of list of SegmentTrace
     stats : dict
         The fields of :class:`Stats`.
+    origin : Origin, optional
+        What :meth:`save_trace` writes beside the rest, where ``trace`` asked for it.
     """
 
     sequences: torch.Tensor
@@ -155,3 +173,20 @@ class StarsOutput:
     sampling_logprobs: list[list[float]]
     segments: list[list[SegmentTrace]] = field(repr=False)
     stats: dict[str, Any]
+    origin: Origin | None = field(default=None, repr=False)
+
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write one line of JSON per answer, which ``stars-fast trace`` shows; docs/trace.md has the fields.
+
+        The file takes its name in one step, once it is whole.
+
+        Raises
+        ------
+        ValueError
+            If the output was generated without ``trace=True``.
+        OSError
+            If the file cannot be written.
+        """
+        from stars_fast.report.trace import save_trace  # which decodes texts: a floor up
+
+        save_trace(self, path)
