@@ -108,9 +108,7 @@ def measured(engine: StarsEngine, prompts: list[str], config: StarsConfig, task:
 
 def _looked_at(output: StarsOutput) -> int:
     """Tokens of candidates in index order up to the verdict: what drawing them one at a time would have cost."""
-    traces = [segment.candidates for segments in output.segments for segment in segments]
-    if None in traces:  # a method that draws whole answers
-        return int(output.stats["policy_tokens"])
+    traces = [segment.candidates or [] for segments in output.segments for segment in segments]
     return sum(len(one.tokens) for candidates in traces for one in candidates if one.verdict != "unseen")
 
 

@@ -18,6 +18,7 @@ from stars_fast.inputs.arguments import Arguments, check_positions
 from stars_fast.inputs.call import Call, prepare
 from stars_fast.inputs.job import Job
 from stars_fast.inputs.models import draft_policy, load_policy, load_reward
+from stars_fast.inputs.origin import origin
 from stars_fast.inputs.per_prompt import PerPrompt
 from stars_fast.loop.core import Core
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot
@@ -186,8 +187,8 @@ class StarsEngine(Stays):
         progress : bool
             Show a bar with accepted tokens/s and, where candidates are tested, the acceptance rate.
         trace : bool
-            Whether ``SegmentTrace.candidates`` holds all candidates of a segment, where one answer grows. All of them
-            are scored then, also those that nobody looks at.
+            Whether ``SegmentTrace.candidates`` holds what was drawn for a segment, and what became of it: nothing else
+            changes, so that candidates which nobody had to look at may have no reward. See docs/trace.md.
         **overrides
             Fields of StarsConfig for this call.
 
@@ -399,6 +400,7 @@ class StarsEngine(Stays):
             sampling_logprobs=[request.sampling_logprobs for request in requests],
             segments=[request.segments for request in requests],
             stats=job.stats.to_dict(),
+            origin=origin(job, requests, self.tokenizer) if job.call.terms.trace else None,
         )
 
     def _text(self, request: Request, job: Job) -> str:

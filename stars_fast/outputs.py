@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -48,16 +49,17 @@ def as_cause(words: str) -> Cause:
 
 
 class CandidateTrace(NamedTuple):
-    """One candidate of a segment that was drawn."""
+    """One candidate that was drawn. What that is under each method stands in docs/methods.md."""
 
-    attempt: int  # index among the segment's candidates
+    attempt: int  # index among the segment's candidates; of a population's, among all of the answer's
     tokens: list[int]
-    reward: float  # of prompt + response up to and including it; NaN where the method did not ask for it
+    reward: float  # of prompt + response up to and including it; NaN where nobody asked for it
     score: float  # what the selection compared
     threshold: float  # what it was tested against
     verdict: str  # "accepted", "rejected", "fallback", "unseen" (behind the one that was committed) or "error"
     logprob: float  # sum of the raw policy log-probabilities, nats
     parts: dict[str, float] | None = None  # of the reward
+    parent: int | None = None  # of a population's: the attempt that it continues; None at the beginning
 
 
 class SegmentTrace(NamedTuple):
@@ -117,6 +119,21 @@ class Stats:
         return {**vars(self), "discarded_tokens": self.discarded_tokens}
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a traced output came of, and what did not become part of it. Lists are by row of the output."""
+
+    settings: dict[str, Any]  # the fields of StarsConfig, with what the method decides itself; of a fit, whether
+    loop: str  # how candidates hang together: ``Method.loop``
+    samples: int  # of a prompt
+    prompts: list[Any]  # as they were given: text, messages or ids
+    prompt_ids: list[list[int]]
+    seeds: list[int | None]
+    rules: list[tuple[float, float | None, float]]  # r_star, r0, beta
+    unfinished: list[list[CandidateTrace]]  # of the segment, or of all answers, in which a request ended too early
+    tokenizer: Any
+
+
 @dataclass
 class StarsOutput:
     """Result of :meth:`StarsEngine.generate`. Row ``i * num_return_sequences + j`` is sample j of prompt i.
@@ -142,6 +159,8 @@ class StarsOutput:
     segments : list of list of SegmentTrace
     stats : dict
         The fields of :class:`Stats`.
+    origin : Origin, optional
+        What :meth:`save_trace` writes beside the rest, where ``trace`` asked for it.
     """
 
     sequences: torch.Tensor
@@ -154,3 +173,20 @@ class StarsOutput:
     sampling_logprobs: list[list[float]]
     segments: list[list[SegmentTrace]] = field(repr=False)
     stats: dict[str, Any]
+    origin: Origin | None = field(default=None, repr=False)
+
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write one line of JSON per answer, which ``stars-fast trace`` shows; docs/trace.md has the fields.
+
+        The file takes its name in one step, once it is whole.
+
+        Raises
+        ------
+        ValueError
+            If the output was generated without ``trace=True``.
+        OSError
+            If the file cannot be written.
+        """
+        from stars_fast.report.trace import save_trace  # which decodes texts: a floor up
+
+        save_trace(self, path)

@@ -195,21 +195,11 @@ def test_a_function_has_all_candidates_in_one_call(one_by_one):
     assert sum(asked) == sum(rows * beats for rows, beats in out.stats["rows"].items()) + len(PROMPTS)
 
 
-def test_methods_that_look_at_all_candidates_and_traces_have_one_pass(one_by_one):
+def test_methods_that_look_at_all_candidates_have_one_pass(one_by_one):
     base = CONFIG.replace(alpha=1.0)
     assert calls(OfIds(sum_reward), base) > 1.5
     assert calls(OfIds(sum_reward), base.replace(method="blockwise_best_of_n", target_reward=None)) == 1
     assert calls(OfIds(sum_reward), base.replace(method=OptimalStopping(budget=20))) == 1
-    assert calls(OfIds(sum_reward), base, trace=True) == 1
-
-
-def test_a_trace_has_the_rewards_of_all_candidates(one_by_one):
-    one = engine()
-    out = one.generate(PROMPTS, CONFIG, seed=SEEDS, trace=True)
-    traced = [candidate for row in out.segments for segment in row for candidate in segment.candidates]
-    assert any(candidate.verdict == "unseen" for candidate in traced)
-    assert all(math.isfinite(candidate.reward) for candidate in traced)
-    assert out.completions == run(True).completions
 
 
 def test_a_sum_is_asked_in_order_where_all_its_parts_are():

@@ -166,6 +166,7 @@ class Chains(Members):
             while chain.proposals and chain.proposals[0].finish_reason is not None:
                 error = self._decide(request, chain)
                 if error is not None:
+                    request.looked_at = self._traces(request)
                     self.queue.fail(request, error)
                     return
             if chain.step > steps and chain.state is not None:
@@ -173,9 +174,11 @@ class Chains(Members):
         if all(chain.step > steps for chain in chains):
             state = chains[int(uniform_number(request.key, 0, 0, Stream.CHOICE) * len(chains))].state
             assert state is not None
-            looked_at = [trace for chain in chains for trace in chain.looked_at]
-            first = state.segments[0]._replace(candidates=looked_at or None)
+            first = state.segments[0]._replace(candidates=self._traces(request) or None)
             self.settle(request, state, [first, *state.segments[1:]])
+
+    def _traces(self, request: Request) -> list[CandidateTrace]:
+        return [trace for chain in self._chains[request] for trace in chain.looked_at]
 
     def _decide(self, request: Request, chain: Chain) -> str | None:
         """Whether the next step's answer becomes the state. Returns an error instead, where there is one."""

@@ -12,6 +12,7 @@ from stars_fast.loop.memory import TooLarge, passing
 from stars_fast.loop.queue import Queue, due
 from stars_fast.loop.request import Candidate, Drawn, PromptNode, Request, Strategy
 from stars_fast.loop.row_cost import Heartbeat, Timing
+from stars_fast.loop.selection import trace_unseen
 from stars_fast.methods.base import Method
 from stars_fast.methods.stars import base_reward
 from stars_fast.notices import warn
@@ -152,6 +153,7 @@ class Loop(Queue):
             for answer, rest in list(left.items()):
                 if answer.attempts != rest[0].attempt:
                     answer.strategy.roll_back(left.pop(answer))
+                    trace_unseen(answer, rest)
             requests = list(left)
 
     def score(self, drawn: Drawn) -> torch.Tensor | None:

@@ -154,7 +154,7 @@ class OneAnswer:
     # Judging
 
     def looks_in_order(self, answer: Request) -> bool:
-        return answer.target < math.inf and not answer.terms.trace  # which shows all rewards
+        return answer.target < math.inf
 
     def asks_reward(self, candidate: Candidate) -> bool:
         return candidate.answer.terms.method.scores_unfinished or candidate.completion.finished

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -14,6 +15,7 @@ from stars_fast.loop.request import Candidate, Drawn, PromptNode, Request, Tree,
 from stars_fast.loop.two_trunks import TwoTrunks
 from stars_fast.ops.philox import uniform
 from stars_fast.ops.sample_step import filter_logits, sample_step
+from stars_fast.outputs import CandidateTrace
 from stars_fast.policy.leaf import NOT_FINITE, Draw, Sampling
 
 # The random numbers' attempts: a block is drafted with the first, what replaces a token that fell with the second.
@@ -101,6 +103,9 @@ class SelfJudging(TwoTrunks):
                 torch.arange(starts[i], starts[i] + len(ids), device="cpu"),
                 torch.tensor(ids, dtype=torch.int64, device="cpu"),
             )
+            if request.terms.trace and i in new:
+                nothing = math.nan, math.nan, math.nan
+                request.looked_at = [CandidateTrace(0, draft.tokens, *nothing, "rejected", math.nan)]
             ended = bool(ids) and ids[-1] in request.terms.sampling.eos_token_ids
             error = draft.error or (NOT_FINITE if raw[rows[0]].isnan().any() else None)
             judged.append(Draw(-1, ids, raw[rows].tolist(), judge[rows].tolist(), ended, error))
@@ -134,6 +139,9 @@ class SelfJudging(TwoTrunks):
             (candidate,) = drawn[request]
             twin = self._twins.pop(candidate)
             request.attempts += 1
+            if request.terms.trace:
+                candidate.attempt = len(request.looked_at)
+                request.looked_at.append(candidate.traced("accepted"))
             if candidate.error is not None:
                 self.trunks.policy.tree.release(twin)
                 self.roll_back([candidate])

@@ -11,7 +11,7 @@ from stars_fast.loop.members import Members
 from stars_fast.loop.request import Candidate, Drawn, Request
 from stars_fast.methods.base import Population
 from stars_fast.ops.philox import Stream, uniform
-from stars_fast.outputs import Cause
+from stars_fast.outputs import CandidateTrace, Cause, SegmentTrace
 from stars_fast.rewards.base import Reward
 
 
@@ -48,6 +48,7 @@ class Populations(Members):
                 except Exception as raised:
                     error = Cause.of(raised, f"method={_method(request).name!r} raised ")
             if error is not None:
+                self._trace(request, pairs, "unseen")
                 self.roll_back([candidate for _, candidate in pairs])
                 self.queue.fail(request, error)
             else:
@@ -64,11 +65,13 @@ class Populations(Members):
         method = _method(request)
         parents = self.leaves(request)
         chosen: dict[int, Request] = dict(enumerate(finished))
-        members = []
+        members, first = [], len(request.looked_at)
         for slot, place in enumerate(range(len(finished) + len(drawn)) if places is None else places):
             if place not in chosen:
-                chosen[place] = self._continued(request, slot, *drawn[place - len(finished)], attempts=len(drawn))
-                members.append(chosen[place])
+                child = self._continued(request, slot, *drawn[place - len(finished)], attempts=len(drawn))
+                child.traced_as = first + place - len(finished)
+                chosen[place] = child
+                members.append(child)
             else:  # a finished answer holds nothing that copies would need of their own
                 one = chosen[place]
                 members.append(one if one.finish_reason is not None else self._fork(request, slot, one))
@@ -76,13 +79,22 @@ class Populations(Members):
         for parent in parents:
             self.trunks.give_back(parent.trunk, parent.tokens)
             self.queue.tell(parent, self.queue.reward.close, parent.response)
+        self._trace(request, drawn, "rejected")
         self.members[request], request.attempts = members, request.attempts + 1
         if places is not None and method.weighs_increments:
             for one in members:
                 one.weighed = one.reward
         if not self.leaves(request):
             winner = members[method.answer([one.reward - one.weighed for one in members], self._uniforms(request)[0])]
-            self.settle(request, winner, winner.segments)
+            self.settle(request, winner, _with_candidates(winner, request.looked_at))
+
+    def _trace(self, request: Request, drawn: Sequence[tuple[Request, Candidate]], verdict: str) -> None:
+        """Keep a round's candidates, and which of the round before each continues. Who wins is known at the end."""
+        if request.terms.trace:
+            request.looked_at += [
+                one.traced(verdict)._replace(attempt=attempt, parent=parent.traced_as)
+                for attempt, (parent, one) in enumerate(drawn, len(request.looked_at))
+            ]
 
     def _uniforms(self, request: Request) -> list[float]:
         slots = torch.arange(_method(request).width, device="cpu")
@@ -102,7 +114,7 @@ class Populations(Members):
         twin = self.member(request, slot)
         twin.segments = list(answer.segments)
         twin.logprobs, twin.sampling_logprobs = list(answer.logprobs), list(answer.sampling_logprobs)
-        twin.reward, twin.weighed = answer.reward, answer.weighed
+        twin.reward, twin.weighed, twin.traced_as = answer.reward, answer.weighed, answer.traced_as
         twin.trunk = self.trunks.fork(answer.trunk)
         try:
             twin.response = self.reward.fork(answer.response)
@@ -111,6 +123,24 @@ class Populations(Members):
             self.queue.broken[request] = Cause.of(error, "the reward's fork raised ")
             twin.response = Reward.fork(self.reward, answer.response)
         return twin
+
+
+def _with_candidates(winner: Request, traces: Sequence[CandidateTrace]) -> list[SegmentTrace]:
+    """The winner's segments with the candidates of their rounds; the last has those of the rounds after it, too."""
+    if not traces:
+        return winner.segments
+    traces, place = list(traces), winner.traced_as
+    rounds: list[int] = []  # of each candidate
+    for one in traces:
+        rounds.append(0 if one.parent is None else rounds[one.parent] + 1)
+    while place is not None:
+        traces[place] = traces[place]._replace(verdict="accepted")
+        place = traces[place].parent
+    last = len(winner.segments) - 1
+    return [
+        segment._replace(candidates=[one for one, r in zip(traces, rounds, strict=True) if min(r, last) == index])
+        for index, segment in enumerate(winner.segments)
+    ]
 
 
 def _method(request: Request) -> Population:

@@ -88,6 +88,12 @@ class Candidate:
         """Reward of the answer without it; None at the first segment."""
         return self.answer.segments[-1].reward if self.answer.segments else None
 
+    def traced(self, verdict: str) -> CandidateTrace:
+        """What is kept of it."""
+        said = verdict if self.error is None else "error"
+        values = self.reward, self.score, self.threshold
+        return CandidateTrace(self.attempt, self.draw.tokens, *values, said, sum(self.draw.logprobs), self.parts)
+
 
 @dataclass(eq=False)
 class Request:
@@ -122,7 +128,9 @@ class Request:
     best_attempt: int = -1
     search: Search | None = None  # for its segments, where the method has one
     weighed: float = 0.0  # of a population's member: its reward when last some were chosen by it, where that matters
-    looked_at: list[CandidateTrace] = field(default_factory=list)  # of the segment being drawn, where they are traced
+    traced_as: int | None = None  # of a population's member: the candidate that it has grown from
+    # Of the segment being drawn, where they are traced; of all of its answers so far, where it has several.
+    looked_at: list[CandidateTrace] = field(default_factory=list)
 
     acceptance_sum: float = 0.0  # probabilities of its candidates, added up: evidence for the scheduler
     scored: int = 0

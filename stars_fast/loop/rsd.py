@@ -93,14 +93,17 @@ class Drafting(TwoTrunks):
             error = candidate.error or self._foreign(candidate)
             drafted, threshold = candidate in self._drafted, cast(RSD, request.terms.method).threshold
             request.attempts += 1
+            candidate.error, candidate.threshold = error, threshold if drafted else math.nan
+            stays = not (drafted and candidate.reward < threshold)
+            if request.terms.trace:
+                verdict = "fallback" if not drafted else "accepted" if stays else "rejected"
+                request.looked_at = [*request.looked_at, candidate.traced(verdict)]
             if error is not None:
                 self.roll_back([candidate])
                 self.queue.fail(request, error)
-            elif drafted and candidate.reward < threshold:
+            elif not stays:
                 self.roll_back([candidate])
             else:
-                if drafted:
-                    candidate.threshold = threshold
                 self.commit_untested(request, candidate, accepted=drafted)
                 request.terms.stats.committed_tokens += len(candidate.draw.tokens)
 

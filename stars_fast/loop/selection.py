@@ -109,16 +109,17 @@ def traced(request: Request, group: Sequence[Candidate], verdict: Verdict) -> li
     """All candidates of a request's segment so far: those of earlier heartbeats, and what became of this group."""
     chosen = request.attempts + verdict.winner if verdict.winner >= 0 else verdict.best_attempt
     traces = [*request.looked_at]
-    for one in group:
-        said = "rejected" if one.attempt < verdict.attempts else "unseen"
-        said = said if one.error is None else "error"
-        logprob = sum(one.draw.logprobs)
-        traces.append(
-            CandidateTrace(one.attempt, one.draw.tokens, one.reward, one.score, one.threshold, said, logprob, one.parts)
-        )
+    traces += [one.traced("rejected" if one.attempt < verdict.attempts else "unseen") for one in group]
     if verdict.winner not in (NONE, INVALID):
         traces[chosen] = traces[chosen]._replace(verdict="accepted" if verdict.accepted else "fallback")
     return traces
+
+
+def trace_unseen(answer: Request, rest: Sequence[Candidate]) -> None:
+    """Add what was behind the candidate that settled a segment, and was not even scored."""
+    traces = answer.looked_at or answer.segments[-1].candidates  # it has failed, or has just committed
+    if answer.terms.trace and traces is not None:
+        traces += [one.traced("unseen") for one in rest]
 
 
 def _known(base: float | None) -> float:

@@ -22,8 +22,7 @@ class Stopping(OneAnswer):
     judges_on_device = False
 
     def looks_in_order(self, answer: Request) -> bool:
-        budget = cast(OptimalStopping, answer.terms.method).budget
-        return budget < answer.terms.config.max_attempts and not answer.terms.trace
+        return cast(OptimalStopping, answer.terms.method).budget < answer.terms.config.max_attempts
 
     def verdicts(
         self, requests: Sequence[Request], groups: Sequence[Sequence[Candidate]], rewards: torch.Tensor | None

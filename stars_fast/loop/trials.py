@@ -12,7 +12,7 @@ from stars_fast.loop.queue import Queue
 from stars_fast.loop.request import Drawn, Request
 from stars_fast.methods.stars import acceptance_probability
 from stars_fast.ops.philox import uniform
-from stars_fast.outputs import SegmentTrace
+from stars_fast.outputs import CandidateTrace, SegmentTrace
 
 
 class Trials(Members):
@@ -81,6 +81,7 @@ class Trials(Members):
             if answer.finish_reason is None:
                 return
             if answer.error is not None:
+                request.looked_at = self._traces(request)
                 self.queue.fail(request, answer.error)
                 return
             request.attempts += 1
@@ -99,8 +100,20 @@ class Trials(Members):
 
     def _settle_at(self, request: Request, answer: Request, accepted: bool) -> None:
         logprob, parts = sum(answer.logprobs), answer.segments[-1].parts
-        trace = SegmentTrace(answer.tokens, answer.reward, request.target, request.attempts, accepted, logprob, parts)
-        self.settle(request, answer, [trace])
+        trace = (answer.tokens, answer.reward, request.target, request.attempts, accepted, logprob, parts)
+        said = "accepted" if accepted else "fallback"
+        self.settle(request, answer, [SegmentTrace(*trace, self._traces(request, answer, said) or None)])
+
+    def _traces(self, request: Request, winner: Request | None = None, said: str = "") -> list[CandidateTrace]:
+        """All answers so far, where they are traced; those that nobody looked at may be unfinished."""
+        traces = []
+        for attempt, one in enumerate(self.members[request] if request.terms.trace else ()):
+            verdict = "rejected" if attempt < request.attempts else "unseen"
+            verdict = said if one is winner else verdict if one.error is None else "error"
+            parts = one.segments[-1].parts if one.segments else None
+            values = one.reward, one.reward, request.target
+            traces.append(CandidateTrace(attempt, one.tokens, *values, verdict, sum(one.logprobs), parts))
+        return traces
 
     def close(self, request: Request) -> None:
         self._widths.pop(request, None)
