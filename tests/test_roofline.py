@@ -120,6 +120,9 @@ def test_configs_in_the_package_have_the_published_sizes(costs):
     assert billions == {
         "llama-2-7b": 6.738,
         "llama-2-7b-reward": 6.607,
+        "llama-3.1-70b": 70.554,
+        "llama-3.1-8b": 8.030,
+        "llama-3.1-8b-reward": 7.505,
         "llama-3.2-1b": 1.236,
         "llama-3.2-1b-reward": 1.236,
         "qwen2.5-7b": 7.616,

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from benchmarks.roofline import GPUS, ModelCost, Workload, config_named, heartbeat, renewal
 from benchmarks.simulation.__main__ import app
 from benchmarks.simulation.acceptance import rates, recorded, synthetic
+from benchmarks.simulation.arrivals import SHAPES, Surge, arrival_times, lengths
+from benchmarks.simulation.fleet import Fleet, Replica, Requests
 from benchmarks.simulation.machine import LinearMachine, RooflineMachine
 from benchmarks.simulation.run import Work, simulate
 from stars_fast import StarsConfig, StarsEngine
@@ -75,7 +77,20 @@ def test_a_gpu_on_paper_agrees_with_the_roofline(h200):
     """Without prefill, and away from the edges of buckets: 64 requests with two candidates each fill 128 rows."""
     beat = heartbeat(h200.policy, h200.reward, h200.workload, 2, h200.gpu)
     expected = sum(stage.achievable_s for stage in beat.stages if stage.name != "refill")
-    assert sum(h200.heartbeat(128, 64, 16, 0)) == pytest.approx(expected, rel=0.03)
+    assert sum(h200.heartbeat(128, 64, 16, 0, [(128, 64)])) == pytest.approx(expected, rel=0.03)
+
+
+def test_in_order_the_candidates_behind_an_accepted_one_cost_no_scoring(h200):
+    at_once, in_order = (
+        simulate(work("0.5", 300, batch=64, max_rows=320, in_order=flag), h200, 3) for flag in (False, True)
+    )
+    assert (at_once.committed, at_once.drawn) == (in_order.committed, in_order.drawn)
+    paper = [
+        heartbeat(h200.policy, h200.reward, Workload(64, acceptance=0.5, in_order=flag), 3, h200.gpu)
+        for flag in (False, True)
+    ]
+    expected = paper[0].total.achievable_s / paper[1].total.achievable_s
+    assert 1.02 < at_once.seconds / in_order.seconds == pytest.approx(expected, rel=0.03)
 
 
 # Adaptive candidates
@@ -111,6 +126,93 @@ def test_it_is_the_engines_scheduler_that_decides(monkeypatch):
     monkeypatch.setattr(Scheduler, "candidates", lambda *args: seen.append(candidates(*args)) or seen[-1])
     outcome = simulate(work("0.3", 30), SMALL)
     assert len(seen) == outcome.heartbeats and sum(map(sum, seen)) * 16 == outcome.drawn
+
+
+# A fleet
+
+
+def day(requests, replicas, rate, groups=200, shared=0.5, shape=SHAPES["conversation"], **options):
+    rng = np.random.default_rng(1)
+    prompt, answer = (lengths(quantiles, requests, rng) for quantiles in (shape.prompt, shape.answer))
+    return Requests(
+        arrival_times(requests, requests / rate / replicas, shape, **options),
+        prompt,
+        (prompt * shared).astype(int),
+        answer,
+        np.full(requests, 0.3),
+        rng.integers(0, groups, requests),
+    )
+
+
+SHAPE = SHAPES["conversation"]
+PLAIN = Replica(4, 50, np.array([0, 4, 4, 4, 4]), np.array([0, 0.1, 0.1, 0.1, 0.1]), 1e-5, 16, 20)
+
+
+def test_requests_come_as_the_trace_has_them():
+    """Hours, gaps and lengths: what was published of it is what is drawn."""
+    times = arrival_times(200_000, 86_400.0, SHAPE)
+    hourly = np.histogram(times, 24, (0, 86_400))[0]
+    assert hourly.max() / hourly.min() == pytest.approx(SHAPE.peak_to_trough, rel=0.1) and hourly.argmax() in (14, 15)
+    gaps = np.diff(times)
+    assert np.median(gaps) / gaps.mean() == pytest.approx(1.37 / 15.33, rel=0.15)
+    drawn = lengths(SHAPE.answer, 200_000, np.random.default_rng(0))
+    assert np.quantile(drawn, [0.5, 0.9, 0.95, 0.99]) == pytest.approx([41, 342, 455, 694], rel=0.03)
+
+
+def test_merged_streams_are_less_bursty():
+    one, many = (np.diff(arrival_times(20_000, 100.0, SHAPE, streams)) for streams in (1, 50))
+    assert one.std() / one.mean() > 2 > 1.6 > many.std() / many.mean()
+
+
+@pytest.mark.parametrize("acceptance, batch", [("0.3", 64), ("beta(1.5,3.5)", 16)])
+def test_one_replica_of_a_fleet_does_what_the_engines_scheduler_does(h200, acceptance, batch):
+    """All requests at once and no prompts: 10 % in accepted tokens a second."""
+    drawn = rates(acceptance, 8 * batch, 1)
+    paper = Workload(batch, acceptance=float(drawn.mean()), in_order=True)
+    replica = Replica.modelled(h200.policy, h200.reward, h200.gpu, paper, batch, 0.0)
+    none = np.zeros(len(drawn), int)
+    served = Fleet(replica, 1, "random").serve(Requests(none.astype(float), none, none, none + 128, drawn, none))
+    machine = RooflineMachine(h200.policy, h200.reward, paper, h200.gpu)
+    machine.prefill = lambda cost, prompts: 0.0
+    one = simulate(Work(synthetic(drawn, 128, 16, 2), batch, max_rows=512, in_order=True), machine)
+    assert served.committed / served.seconds == pytest.approx(one.tokens_per_second, rel=0.1)
+
+
+@pytest.mark.parametrize("routing", ["random", "two", "prefix"])
+def test_every_request_is_answered_once_and_in_its_time(routing):
+    requests = day(800, 10, 2.0)
+    served = Fleet(PLAIN, 10, routing).serve(requests)
+    assert served.committed == requests.answer.sum() and np.isfinite(served.whole).all()
+    segments = np.ceil(requests.answer / 16)
+    assert (served.first > 0.1 - 0.05).all() and (served.whole > 0.1 * segments - 0.05).all()
+    assert (served.first <= served.whole).all()
+
+
+def test_a_fixed_number_of_candidates_draws_what_renewal_theory_says():
+    requests = day(1_000, 20, 2.0, shared=0.0)
+    served = Fleet(PLAIN, 20, "two").serve(requests)
+    assert served.drawn / served.committed == pytest.approx(renewal(0.3, 4, 20).candidates, rel=0.07)
+
+
+def test_beginnings_are_found_where_requests_are_sent_by_them():
+    """Fifty kept of two hundred: a quarter by chance, nearly all where each has a home."""
+    hits = {routing: Fleet(PLAIN, 20, routing).serve(day(4_000, 20, 2.5)).hits for routing in ("random", "prefix")}
+    assert hits["random"] == pytest.approx(0.25, abs=0.08) and hits["prefix"] > 0.7
+
+
+def test_a_surge_makes_requests_wait():
+    calm, surge = (
+        np.quantile(Fleet(PLAIN, 20, "two").serve(day(2_000, 20, 2.0, surge=one)).first, 0.99)
+        for one in (Surge(), Surge(12, 6.0, 0.04))
+    )
+    assert surge > 2 * calm
+
+
+def test_a_replica_that_does_not_fit_is_refused(h200):
+    with pytest.raises(ValueError, match="seats=900: the memory of h200"):
+        Replica.modelled(h200.policy, h200.reward, h200.gpu, Workload(context=2000), 900, 0.0)
+    with pytest.raises(ValueError, match="routing='nearest'"):
+        Fleet(PLAIN, 2, "nearest")
 
 
 # What is put in

@@ -31,6 +31,7 @@ def run(
     context: Annotated[float, typer.Option(help="Mean tokens of prompt and accepted text.")] = 256,
     max_attempts: Annotated[int, typer.Option(help="Candidates per segment before the best is kept.")] = 20,
     max_rows: Annotated[int, typer.Option(help="Most candidates side by side.")] = 256,
+    in_order: Annotated[bool, typer.Option("--in-order", help="Score no candidate behind an accepted one.")] = False,
     policy: Annotated[str, typer.Option(help="Config of the policy, as for roofline.")] = "llama-2-7b",
     reward: Annotated[str, typer.Option(help="Config of the reward model.")] = "llama-2-7b",
     gpu: Annotated[str, typer.Option(help="As for roofline.")] = "h200",
@@ -47,7 +48,7 @@ def run(
         courses = _courses(acceptance, requests, response, segment, max_attempts, seed)
         paper = Workload(batch, segment, context=context, response=response, max_attempts=max_attempts)
         machine = _machine(policy, reward, gpu, paper, fixed_cost, row_cost)
-        work = Work(courses, batch, segment, max_attempts, max(int(context - response / 2), 1), max_rows)
+        work = Work(courses, batch, segment, max_attempts, max(int(context - response / 2), 1), max_rows, in_order)
         schedules: list[str | int] = ["auto", "oracle", "barrier", *_numbers(fixed, max_attempts)]
         outcomes = [simulate(work, machine, schedule, seed) for schedule in schedules]
     if as_json:
@@ -58,6 +59,7 @@ def run(
             "segment": segment,
             "max_attempts": max_attempts,
             "max_rows": max_rows,
+            "in_order": in_order,
             "machine": {"fixed_ms": fixed_cost, "row_ms": row_cost}
             if fixed_cost is not None
             else {"policy": policy, "reward": reward, "gpu": gpu, "context": context},

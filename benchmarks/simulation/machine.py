@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -22,8 +23,13 @@ class Machine(Protocol):
 
     padded: bool  # whether decode steps run in buckets of rows
 
-    def heartbeat(self, rows: int, requests: int, steps: int, prompts: int) -> Seconds:
-        """With so many candidates of so many requests, ``steps`` tokens each, and prompts encoded before them."""
+    def heartbeat(
+        self, rows: int, requests: int, steps: int, prompts: int, scored: Sequence[tuple[int, int]]
+    ) -> Seconds:
+        """With so many candidates of so many requests, ``steps`` tokens each, and prompts encoded before them.
+
+        ``scored`` are candidates and requests of each scoring pass.
+        """
         ...
 
 
@@ -45,7 +51,9 @@ class LinearMachine:
         if not (self.fixed > 0 and self.row >= 0):
             raise ValueError(f"fixed={self.fixed}, row={self.row}: the first above 0, the second not negative")
 
-    def heartbeat(self, rows: int, requests: int, steps: int, prompts: int) -> Seconds:
+    def heartbeat(
+        self, rows: int, requests: int, steps: int, prompts: int, scored: Sequence[tuple[int, int]]
+    ) -> Seconds:
         return Seconds(self.fixed + self.row * rows, 0.0)
 
 
@@ -64,8 +72,10 @@ class RooflineMachine:
         self.score = functools.cache(self._score)
         self.prefill = functools.cache(self._prefill)
 
-    def heartbeat(self, rows: int, requests: int, steps: int, prompts: int) -> Seconds:
-        propose, score = self.propose(bucket(rows), requests, steps), self.score(rows, requests, steps)
+    def heartbeat(
+        self, rows: int, requests: int, steps: int, prompts: int, scored: Sequence[tuple[int, int]]
+    ) -> Seconds:
+        propose, score = self.propose(bucket(rows), requests, steps), sum(self.score(*one, steps) for one in scored)
         if not prompts:
             return Seconds(propose, score)
         return Seconds(propose + self.prefill(self.policy, prompts), score + self.prefill(self.reward, prompts))

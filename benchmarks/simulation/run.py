@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.simulation.acceptance import Course
 from benchmarks.simulation.machine import Machine
 from stars_fast.config import StarsConfig
+from stars_fast.loop.in_order import PASS_OF_GPUS, Pass, first_stage
 from stars_fast.loop.one_answer import OneAnswer
 from stars_fast.loop.queue import Queue
 from stars_fast.loop.request import PromptNode, Request, Terms
@@ -37,6 +38,7 @@ class Work:
     max_attempts: int = 20
     prompt: int = 192  # tokens
     max_rows: int = 256  # most candidates in one heartbeat
+    in_order: bool = False  # whether candidates are scored in stages, those behind an accepted one never
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= self.max_rows:
@@ -70,7 +72,7 @@ class Informed(Scheduler):
     """Knows each request's acceptance, and what heartbeats cost on average."""
 
     def __init__(self, work: Work, machine: Machine) -> None:
-        super().__init__(work.max_rows, _AMPLE)
+        super().__init__(work.max_rows, _AMPLE, scoring=_scoring(work))
         self.work, self.machine = work, machine
 
     def acceptance(self, running: Sequence[Request]) -> list[float]:
@@ -78,17 +80,18 @@ class Informed(Scheduler):
 
     def costs(self, rows: np.ndarray, together: int) -> np.ndarray:
         requests = int(rows[0])
-        return np.array([self._seconds(n, requests) for n in rows.tolist()])
+        return np.array([self._seconds(n, requests, together) for n in rows.tolist()])
 
     def row_price(self, requests: int, in_order: bool = False) -> tuple[float, float]:
         """Of the chord up to four rows a request: a straight line does not describe buckets."""
         most = max(min(4 * requests, self.work.max_rows), requests + 1)
         one = self._seconds(requests, requests)
-        row = (self._seconds(most, requests) - one) / (most - requests)
+        row = (self._seconds(most, requests, requests if in_order else most) - one) / (most - requests)
         return one - row * requests, row
 
-    def _seconds(self, rows: int, requests: int) -> float:
-        return sum(self.machine.heartbeat(rows, requests, self.work.segment, 0))
+    def _seconds(self, rows: int, requests: int, together: int | None = None) -> float:
+        scored = [(rows if together is None else min(rows, together), requests)]
+        return sum(self.machine.heartbeat(rows, requests, self.work.segment, 0, scored))
 
 
 def simulate(work: Work, machine: Machine, schedule: str | int = "auto", seed: int = 0) -> Outcome:
@@ -115,7 +118,11 @@ def _scheduler(work: Work, machine: Machine, schedule: str | int) -> Scheduler:
         return Informed(work, machine)
     if schedule != "auto" and schedule != "barrier" and not isinstance(schedule, int):
         raise ValueError(f"schedule={schedule!r}: 'auto', 'oracle', 'barrier' or a number of candidates")
-    return Scheduler(work.max_rows, _AMPLE, padded=machine.padded)
+    return Scheduler(work.max_rows, _AMPLE, padded=machine.padded, scoring=_scoring(work))
+
+
+def _scoring(work: Work) -> Pass | None:
+    return PASS_OF_GPUS if work.in_order else None
 
 
 class _Run:
@@ -156,7 +163,7 @@ class _Run:
         shares = [count for _, count in self.strategy.asks(self.behind, self.scheduler.max_rows)]
         self.host_seconds += time.thread_time() - started
         drawing, lengths = self.behind, [self._length(request) for request in self.behind]
-        timing = self._time(shares, max(lengths), admitted)
+        timing = self._time(shares, max(lengths), admitted, self._stages(drawing, shares, lengths))
         started = time.thread_time()
         self.scheduler.observe(timing)
         self.host_seconds += time.thread_time() - started
@@ -175,15 +182,36 @@ class _Run:
     def _length(self, request: Request) -> int:
         return self.work.courses[request.index].tokens[len(request.segments)]
 
-    def _time(self, shares: Sequence[int], steps: int, prompts: int) -> Timing:
+    def _stages(
+        self, drawing: Sequence[Request], shares: Sequence[int], lengths: Sequence[int]
+    ) -> list[tuple[int, int]]:
+        """Candidates and requests of each scoring pass."""
+        if self.scheduler.scoring is None:
+            return [(sum(shares), len(shares))]
+        courses = [self.work.courses[request.index] for request in drawing]
+        until = [course.winners[len(r.segments)] - r.attempts for course, r in zip(courses, drawing, strict=True)]
+        left, acceptance = list(range(len(drawing))), self.scheduler.acceptance(drawing)
+        stages, looked_at = list[tuple[int, int]](), 0
+        while left:
+            sizes = [shares[i] - looked_at for i in left]
+            some = [lengths[i] for i in left], [acceptance[i] for i in left]
+            width = first_stage(sizes, *some, self.scheduler.scoring)
+            stages.append((sum(min(width, size) for size in sizes), len(left)))
+            looked_at += width
+            left = [i for i in left if shares[i] > looked_at and until[i] > looked_at]
+        return stages
+
+    def _time(self, shares: Sequence[int], steps: int, prompts: int, scored: Sequence[tuple[int, int]]) -> Timing:
         rows = sum(shares)
         noise = float(np.exp(_SCATTER * self.rng.standard_normal()))
         if self.rng.random() < _STALLS:
             noise *= 5
-        propose, score = self.machine.heartbeat(rows, len(shares), steps, prompts)
+        propose, score = self.machine.heartbeat(rows, len(shares), steps, prompts, scored)
         self.seconds += propose + score
         encoded = prompts * self.work.prompt
-        return Timing(rows, steps, encoded, encoded, noise * propose, noise * score, rows)
+        return Timing(
+            rows, steps, encoded, encoded, noise * propose, noise * score, sum(looked for looked, _ in scored)
+        )
 
     def _judge(self, request: Request, share: int, length: int) -> bool:
         """Whether the request commits, with this many more candidates."""
