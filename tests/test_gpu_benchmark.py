@@ -15,7 +15,7 @@ from benchmarks import gpu
 from benchmarks.gpu_parts import heartbeats as gpu_heartbeats
 from benchmarks.gpu_parts import kernels as gpu_kernels
 from benchmarks.gpu_parts import models as gpu_models
-from benchmarks.gpu_parts import order, project_tests
+from benchmarks.gpu_parts import order, prefill, project_tests
 from benchmarks.gpu_parts.hypotheses import HYPOTHESES, judged, line, verdict
 from benchmarks.gpu_parts.runner import Part, Record, Runner
 from stars_fast import StarsConfig
@@ -348,6 +348,19 @@ def test_orders_of_scoring_are_compared_in_turns(runner, monkeypatch):
     (row,) = saved(runner)["score-order"]["rows"]
     assert seen == [True] + 3 * [True, False], "a first run is for captures"
     assert len(row["saved_milliseconds"]) == len(row["token_share"]) == 3
+
+
+def test_attention_of_fresh_prompts_is_compared_with_a_library(runner):
+    runner.run([Part("prefill", 60, prefill.measure_prefill)])
+    part = saved(runner)["prefill"]
+    assert part["status"] == "done", part
+    shapes = [(8, 1), (8, 2), (4, 1), (4, 2)]
+    for contender in (prefill.OURS, prefill.STAND_IN):
+        found = [row for row in part["rows"] if row.get("contender") == contender]
+        assert [(row["length"], row["batch"]) for row in found] == shapes
+        assert all(row["teraflops"] > 0 and len(row["microseconds"]) == 3 for row in found)
+    gains = [row for row in part["rows"] if row["kind"] == "prefill_gain"]
+    assert [(row["length"], row["batch"], len(row["gain"])) for row in gains] == [(*shape, 3) for shape in shapes]
 
 
 def test_the_projects_tests_are_found(runner):

@@ -19,6 +19,7 @@ from stars_fast.loop import selection
 from stars_fast.loop.queue import Queue
 from stars_fast.methods import Cards
 from stars_fast.policy.steps import Steps
+from stars_fast.tree import prefill
 from stars_fast.tree.passes import WORTH_CAPTURING
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error:.*captured in a CUDA graph", "error:.*do not compile")]
@@ -94,6 +95,22 @@ def test_every_method_gives_the_texts_of_the_cpu(name, way):
     assert there.errors == here.errors == [None] * 6
     assert flips(here.completions, there.completions) <= 1
     test_methods.assert_all_free(engine)
+
+
+@pytest.mark.parametrize("overrides", [EAGER, COMPILED], ids=["eager", "compiled"])
+def test_fresh_texts_read_through_a_library_give_the_numbers_of_plain_passes(overrides, monkeypatch):
+    served, chosen = [], prefill.chosen
+    monkeypatch.setattr(prefill, "chosen", lambda *ask: served.append(chosen(*ask)) or served[-1])
+    policy = tiny_policy(32, hidden=128, positions=4096).to(DEVICE, torch.bfloat16)
+    engine = StarsEngine(policy, tiny_reward(32, hidden=128, positions=4096).to(DEVICE, torch.bfloat16), **overrides)
+    prompts = [[i % 30 for i in range(start, start + 700)] for start in (1, 7)]
+    out = engine.generate(prompts, CONFIG, seed=SEEDS[:2], candidates=3)
+    assert any(served), prefill.in_words(engine.policy.asks, engine.policy.device)
+    with torch.no_grad():
+        for prompt, completion, logprobs in zip(prompts, out.completions, out.logprobs, strict=True):
+            plain = policy(torch.tensor([prompt + completion], device=DEVICE)).logits[0].float().log_softmax(1).cpu()
+            expected = [plain[len(prompt) - 1 + i, token].item() for i, token in enumerate(completion)]
+            assert logprobs == pytest.approx(expected, abs=0.1)
 
 
 @pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")], ids=str)

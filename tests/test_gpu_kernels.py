@@ -8,6 +8,7 @@ from test_select_and_commit import WRITTEN, tables
 from test_tree_attention import naive, tree
 
 from stars_fast.ops import gather_logprobs, kv_append, sample_step, select_and_commit, tree_attention
+from stars_fast.tree import prefill
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -76,6 +77,29 @@ def test_attention_takes_windows_soft_caps_and_sinks(option, dtype):
         tree_attention(**case, **to_cuda(option))
         tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
         torch.testing.assert_close(case["out"].double().cpu(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("window", [0, 100])
+def test_libraries_attend_to_fresh_texts_as_ours_does(window, heads, dtype):
+    lengths = [300, 1, 64, 257]
+    case = tree(
+        group_rows=[1] * 4, trunk_lens=[0] * 4, branch_lens=lengths, queries=lengths, **HEADS[heads], dtype=dtype
+    )
+    exact = naive(case, window)[:-1]
+    case = to_cuda(case)
+    q = case["q"][:-1].transpose(0, 1).contiguous().transpose(0, 1)  # as layers give it
+    slots = torch.cat([case["branch_slots"][i, :length] for i, length in enumerate(lengths)]).long()
+    k, v = (case[pool][slots] for pool in ("k_pool", "v_pool"))
+    shape = prefill.Shape.of(q, v, window, 0.0, None)
+    serving = [one for one in prefill.libraries(q.device) if not prefill.refused(one, shape)]
+    takes = dtype != torch.float32 and q.shape[2] == v.shape[2]
+    assert bool(serving) == takes, prefill.in_words({shape}, q.device)
+    for library in serving:
+        out = library.attend(q, k, v, case["query_indptr"], 300, case["scale"], window, 0.0)
+        tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+        torch.testing.assert_close(out.double().cpu(), exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def measure_products(runner: Runner) -> None:
                     error = deviation(product(x, weights[0]).float(), expected)
                     if not error <= _TOLERANCE:
                         raise AssertionError(f"{contender} deviates by {error:.2g}, more than {_TOLERANCE:g}")
-                    spent = _timed(runner, product, x, weights)
+                    spent = timed(runner, partial(_each, product, x, weights), len(weights))
                     mean = sum(spent) / len(spent)
                     runner.add(
                         "product",
@@ -109,13 +110,15 @@ def _add_gain(runner: Runner, rows: int, layer: dict[str, list[list[float]]], pr
         runner.add("product_gain", rows=rows, gain=[sum(usual) / sum(fastest) for usual, fastest in pairs])
 
 
-def _timed(runner: Runner, product: Product, x: torch.Tensor, weights: list[torch.Tensor]) -> list[float]:
-    """Seconds of one product, a few times over; on a GPU in a graph, whose replays launch nothing."""
+def _each(product: Product, x: torch.Tensor, weights: list[torch.Tensor]) -> None:
+    for weight in weights:
+        product(x, weight)
 
-    def work() -> None:
-        for weight in weights:
-            product(x, weight)
 
+def timed(runner: Runner, work: Callable[[], Any], calls: int) -> list[float]:
+    """Seconds of one of the ``calls`` that ``work`` makes, a few times over; on a GPU in a graph, whose replays launch
+    nothing.
+    """
     run = work
     if runner.on_gpu:
         work()
@@ -131,4 +134,4 @@ def _timed(runner: Runner, product: Product, x: torch.Tensor, weights: list[torc
         for _ in range(times):
             run()
 
-    return [seconds(several, runner.device, 1) / times / len(weights) for _ in range(_REPEATS)]
+    return [seconds(several, runner.device, 1) / times / calls for _ in range(_REPEATS)]

@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from stars_fast.ops import kv_append, tree_attention
 from stars_fast.ops._library import library
 from stars_fast.ops.tree_attention import tree_work
+from stars_fast.tree import prefill
 from stars_fast.tree.linear import onednn_linears
 from stars_fast.tree.segment_tree import TreePlan
 from stars_fast.tree.slots import SlotPool
@@ -56,10 +57,13 @@ class TreeContext:
     max_rows: int  # most rows of one group
     max_queries: int  # most new tokens of one row
     work: dict[Any, torch.Tensor | None] = field(default_factory=dict)  # of layers, by the sizes of their heads
+    fresh: bool = False  # each row's new tokens are all that it has, and are not padded
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
         k_pool, v_pool = self.pool.layer(layer)
         kv_append(k, v, k_pool, v_pool, self.write_slots)
+        if self.fresh and (attended := self._attend_fresh(q, k, v, **options)) is not None:
+            return attended
         out = torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device)
         plan, sizes = self.plan, (q.shape[1:], v_pool.shape[1:])
         lengths = (plan.group_indptr, self.query_indptr, self.max_rows, self.max_queries)
@@ -80,6 +84,24 @@ class TreeContext:
         )
         return out
 
+    def _attend_fresh(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        window: int,
+        softcap: float,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """By a library's kernel, where one is chosen."""
+        shape = prefill.Shape.of(q, v, window, softcap, sinks)
+        library = prefill.chosen(shape, self.max_queries, q.device)
+        if library is None:
+            return None
+        # Some lay their output out as q is; compiled layers rely on what the operator promises.
+        return library.attend(q, k, v, self.query_indptr, self.max_queries, scale, window, softcap).contiguous()
+
 
 @dataclass
 class ShapeRecorder:
@@ -87,11 +109,13 @@ class ShapeRecorder:
 
     shapes: dict[int, tuple[int, int, int]]  # layer -> (kv heads, key head size, value head size)
     windows: dict[int, int] = field(default_factory=dict)  # layer -> sliding window it asks for, 0 for none
+    asks: set[prefill.Shape] = field(default_factory=set)
     dtype: torch.dtype = torch.float32
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
         self.dtype = k.dtype
         self.windows[layer] = options["window"]
+        self.asks.add(prefill.Shape.of(q, v, options["window"], options["softcap"], options["sinks"]))
         self.shapes[layer] = (k.shape[1], k.shape[2], v.shape[2])
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from stars_fast.tree.model import TreeModel
+from stars_fast.tree.model import MOST_PACKED, TreeModel
 from stars_fast.tree.passes import MOST_TOKENS
 
 # Of the memory that is free when the pool is made, where no engine has divided the device; the rest is for activations
@@ -20,8 +20,6 @@ _SHARE_OF_PHYSICAL_MEMORY = 0.5
 # Where it does not even tell that.
 _UNKNOWN_MEMORY = 4 << 30
 _ROOT = Path("/")
-# Tokens of the largest forward pass: a scoring pass of a reward model, a prefill is smaller.
-_PACKED_TOKENS = 16384
 # Of a token a layer holds at once: residual, norms in float32, queries, keys, values, attention; gate, up, product.
 _HIDDEN_COPIES, _INTERMEDIATE_COPIES = 8, 4
 
@@ -136,7 +134,7 @@ def pool_tokens(total: int, in_use: int, workspace: int, bytes_per_token: Sequen
 
 
 def workspace_bytes(
-    rows: int, vocab: int, hidden: int, intermediate: int, itemsize: int, packed_tokens: int = _PACKED_TOKENS
+    rows: int, vocab: int, hidden: int, intermediate: int, itemsize: int, packed_tokens: int = MOST_PACKED
 ) -> int:
     """Bytes of a forward pass's logits (``rows``, twice in float32) and of a layer's activations."""
     logits = 2 * rows * vocab * torch.float32.itemsize
@@ -149,6 +147,6 @@ def _workspace(model: TreeModel, rows: int) -> int:
     vocab = model.vocab_size if model.body is model.model else 0  # a reward model's body has no logits
     launched, captured = (
         workspace_bytes(rows, vocab, hidden, intermediate, model.dtype.itemsize, tokens)
-        for tokens in (_PACKED_TOKENS, MOST_TOKENS)
+        for tokens in (MOST_PACKED, MOST_TOKENS)
     )
     return launched + captured * model.graphs.enabled  # memory of graphs serves nobody else

@@ -26,8 +26,12 @@ from stars_fast.tree.support import described, hidden_window, max_positions, pla
 if TYPE_CHECKING:
     from stars_fast.tree.compiled import CompiledLayers
 
-# A packed prefill is cut into pieces of this many tokens a row, so that a long prompt's scores fit in memory.
+# A packed prefill is cut into pieces of this many tokens a row, so that a long prompt's scores fit in memory; on a CUDA
+# device, whose kernels keep none, of so many that the first piece is mostly the whole text.
 PREFILL_CHUNK = 512
+PREFILL_CHUNK_CUDA = 4096
+# Tokens of the largest forward pass, where nobody asks for less.
+MOST_PACKED = 16384
 # Shapes of small passes whose meetings are counted; those met least often are forgotten.
 _MOST_SHAPES = 512
 
@@ -80,7 +84,7 @@ class TreeModel(Stays):
         self.made_for = place(model)
         self.max_positions = max_positions(self.text_config)
         recorder = self._record_shapes()
-        self.shapes, self.dtype = recorder.shapes, recorder.dtype
+        self.shapes, self.dtype, self.asks = recorder.shapes, recorder.dtype, recorder.asks
         for _, key_size, value_size in sorted(set(self.shapes.values())):
             try:
                 check_supported(key_size, value_size, self.dtype, self.device)
@@ -261,6 +265,7 @@ class TreeModel(Stays):
             query_indptr=torch.cat([ends.new_zeros(1), ends]).int(),
             max_rows=rows,
             max_queries=max(lengths),
+            fresh=plan.fresh,
         )
         if isinstance(kwargs.get("logits_to_keep"), int):  # else the caller's index of the packed row
             kwargs["logits_to_keep"] = ends - 1
@@ -311,6 +316,8 @@ class TreeModel(Stays):
     ) -> tuple[list[int], list[Any]]:
         """Append tokens below each leaf, long runs in chunks; no forward pass takes more than ``limit`` tokens.
 
+        Default: :data:`MOST_PACKED`.
+
         Returns
         -------
         (nodes, outputs)
@@ -327,11 +334,12 @@ class TreeModel(Stays):
 
     def _extend(self, nodes: list[int], tokens: Sequence[Sequence[int]], limit: int | None, **kwargs: Any) -> list[Any]:
         outputs: list[Any] = [None] * len(nodes)
-        done = [0] * len(nodes)
+        done, limit = [0] * len(nodes), MOST_PACKED if limit is None else limit
+        longest = PREFILL_CHUNK_CUDA if self.device.type == "cuda" else PREFILL_CHUNK
         while any(start < len(run) for start, run in zip(done, tokens, strict=True)):
             rows, pieces, packed = list[int](), list[Sequence[int]](), 0
             for i, run in enumerate(tokens):
-                room = PREFILL_CHUNK if limit is None else min(PREFILL_CHUNK, limit - packed)
+                room = min(longest, limit - packed)
                 if room > 0 and (piece := run[done[i] : done[i] + room]):
                     rows.append(i)
                     pieces.append(piece)

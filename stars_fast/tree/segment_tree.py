@@ -36,6 +36,7 @@ class TreePlan:
     branch_len: Tensor  # [B] how many of them the row has
     group_indptr: Tensor  # [G + 1] first row of each request, and B
     branches: list[int]  # [B] the rows' nodes in the tree; the caller holds one reference to each
+    fresh: bool = False  # no request has a trunk
 
     @classmethod
     def empty(cls, groups: int, trunk: int, rows: int, branch: int, device: torch.device) -> TreePlan:
@@ -97,7 +98,8 @@ def plan(
     except BaseException:
         tree.release_all(nodes.tolist())
         raise
-    return TreePlan(trunk_slots, trunk_len, branch_slots, branch_len, group_indptr, nodes.tolist())
+    fresh = all(leaf < 0 for leaf in leaves)
+    return TreePlan(trunk_slots, trunk_len, branch_slots, branch_len, group_indptr, nodes.tolist(), fresh)
 
 
 def _sections(buffer: Tensor, shapes: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
