@@ -252,6 +252,15 @@ class AsyncStarsEngine(Stays):
         elif request_id in self._jobs:
             self._aborted.add(request_id)
 
+    def usage(self, request_id: str) -> dict[str, Any] | None:
+        """What an open request has cost so far: ``prompt_tokens``, and the fields of :class:`Stats`; None where it is
+        not known, over, or still being read. At its last event, that is the whole cost.
+        """
+        job = self._jobs.get(request_id)
+        if job is None:
+            return None
+        return {"prompt_tokens": sum(len(prompt.ids) for prompt in job.call.prompts), **job.stats.to_dict()}
+
     async def drain(self, timeout: float | None = None) -> None:
         """Take no more requests and wait until the open ones have ended; after ``timeout`` seconds, at least 0, abort
         them.

@@ -24,6 +24,7 @@ class Settings(NamedTuple):
     config: StarsConfig
     policy: str | None
     reward: str | None
+    given: frozenset[str] = frozenset()  # fields of the config that they name
 
 
 def read_settings(path: Path | None, assignments: Sequence[str] = ()) -> Settings:
@@ -56,7 +57,7 @@ def read_settings(path: Path | None, assignments: Sequence[str] = ()) -> Setting
     for name in ("target_reward", "base_reward"):
         if isinstance(getattr(config, name), tuple):
             raise ValueError(f"{name} is a list, one per prompt: give one number for all rows, or leave it out")
-    return Settings(config, **models)
+    return Settings(config, **models, given=frozenset(values))
 
 
 def _has(method: type[Method], name: str) -> bool:

@@ -1,0 +1,154 @@
+"""What requests look like: checked strictly, and described in ``/openapi.json``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from stars_fast.methods.numbers import MOST
+
+# What one request may ask for, beyond which a typing error would keep a GPU busy for hours.
+MOST_ANSWERS = 128
+MOST_ATTEMPTS = 1024
+MOST_PROMPTS = 256
+MOST_STOPS = 64
+_MOST_SECONDS = 86_400.0
+_EXACT = 2**53 - 1  # JSON's numbers are doubles to many clients
+
+
+def _whole(value: Any) -> Any:
+    """1.0 is an integer in JSON, and languages with one kind of number write it so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole), Field(ge=-_EXACT, le=_EXACT)]
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MOST)]
+Words = Annotated[str, Field(min_length=1)]
+StopWord = Annotated[str, Field(min_length=1, max_length=1024)]
+Id = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST)]
+Ids = Annotated[list[Id], Field(min_length=1)]
+Parameter = Annotated[float, Field(ge=-MOST_ATTEMPTS, le=MOST_ATTEMPTS)]
+IntegerParameter = Annotated[int, Field(ge=-MOST_ATTEMPTS, le=MOST_ATTEMPTS)]
+
+
+class Strict(BaseModel):
+    """No conversions: 0 is not False, "1" is not 1. Keys that are not known are let through."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class MethodSettings(Strict):
+    """A method by name, with parameters of its own. Numbers only: a path would be read on the server's machine."""
+
+    __pydantic_extra__: dict[str, bool | IntegerParameter | Parameter | None] = Field(init=False)
+    name: Words
+
+
+class StarsSettings(Strict):
+    """Fields of StarsConfig that OpenAI's API has no name for."""
+
+    model_config = ConfigDict(extra="forbid")
+    target_reward: float | None = None
+    base_reward: float | None = None
+    alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    beta: Annotated[float, Field(gt=0)] | None = None
+    acceptance: Annotated[float, Field(gt=0, lt=1)] | None = None
+    segment_length: Count | None = None
+    max_attempts: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MOST_ATTEMPTS)] | None = None
+    candidates: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MOST_ATTEMPTS)] | Literal["auto"] | None = None
+    finished_threshold: Literal["target", "ramp"] | None = None
+    method: Words | MethodSettings | None = None
+    trace: bool = Field(False, description="Put every segment, with its candidates, beside the choice.")
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+
+
+class Asked(Strict):
+    """What completions and chats have in common."""
+
+    model: str | None = None
+    max_tokens: Count | None = None
+    n: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MOST_ANSWERS)] | None = None
+    seed: Whole | None = None
+    stop: StopWord | Annotated[list[StopWord], Field(max_length=MOST_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, BeforeValidator(_whole), Field(ge=-1, le=MOST, description="-1 and 0: off.")] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    ignore_eos: bool | None = None
+    priority: Annotated[Whole, Field(description="Lower is let in first.")] | None = None
+    timeout: Annotated[float, Field(gt=0, le=_MOST_SECONDS, description="Seconds.")] | None = None
+    stars: StarsSettings | None = None
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of an answer, where the request says so."""
+        return self.max_tokens
+
+    @property
+    def prompts(self) -> list[Any]:
+        """What is to be answered, each by itself."""
+        raise NotImplementedError
+
+    @property
+    def samples(self) -> int:
+        return self.n or 1
+
+    @property
+    def traced(self) -> bool:
+        return self.stars is not None and self.stars.trace
+
+
+class CompletionRequest(Asked):
+    prompt: (
+        Words
+        | Ids
+        | Annotated[list[Words], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    )
+
+    @property
+    def prompts(self) -> list[Any]:
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return list(self.prompt) if several else [self.prompt]
+
+
+class Part(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[Part], Field(min_length=1)]
+
+
+class ChatRequest(Asked):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def prompts(self) -> list[Any]:
+        return [[message.model_dump(include={"role", "content"}) for message in self.messages]]
+
+
+# What to write where a value fits none of several forms; pydantic complains once for each of them.
+FORMS = {
+    "prompt": f"give text, token ids, or a list of at most {MOST_PROMPTS} texts or lists of ids",
+    "stop": f"give text, or a list of at most {MOST_STOPS} texts, none of them empty or longer than 1024 characters",
+    "content": 'give text, or a list of parts {"type": "text", "text": ...}; pictures and sounds are not read',
+    "method": 'give the name of a method, or {"name": ..., and its parameters, which are numbers from '
+    f"-{MOST_ATTEMPTS} to {MOST_ATTEMPTS} here}}",
+    "candidates": f'give an integer from 1 to {MOST_ATTEMPTS}, or "auto"',
+}

@@ -1,0 +1,192 @@
+"""What the server was started with, and what it makes of a request: settings, limits, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from stars_fast.async_engine import AsyncStarsEngine
+from stars_fast.config import StarsConfig
+from stars_fast.inputs.arguments import Arguments
+from stars_fast.methods.numbers import shown
+from stars_fast.rewards.base_rendered import RenderedReward
+from stars_fast.serve.errors import Refusal, legible, misspelt, named, unavailable
+from stars_fast.serve.metrics import Metrics
+from stars_fast.serve.schema import Asked, ChatRequest, StarsSettings
+
+COMPLETION_TOKENS = 16  # of a completion that does not say how long, as OpenAI has it
+
+_log = logging.getLogger("stars_fast.serve")
+_OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
+# Of OpenAI's parameters and those of kindred servers, what cannot be done here, and values that ask for nothing.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "logit_bias": (_OFF, "logits are not biased"),
+    "frequency_penalty": (_OFF, "give repetition_penalty"),
+    "presence_penalty": (_OFF, "give repetition_penalty"),
+    "tools": (_OFF, "tools are not called"),
+    "tool_choice": ((*_OFF, "none", "auto"), "tools are not called"),
+    "functions": (_OFF, "functions are not called"),
+    "function_call": ((*_OFF, "none", "auto"), "functions are not called"),
+    "response_format": ((*_OFF, {"type": "text"}), "answers follow no grammar"),
+    "structured_outputs": (_OFF, "answers follow no grammar"),
+    "best_of": ((*_OFF, 1), 'give stars: {"method": {"name": "best_of_n", "n": ...}}'),
+    "suffix": (_OFF, "text is continued, not filled in"),
+    "echo": (_OFF, "the prompt is not repeated"),
+    "logprobs": ((None, False), "log-probabilities are not served"),
+    "top_logprobs": (_OFF, "log-probabilities are not served"),
+    "prompt_logprobs": (_OFF, "log-probabilities are not served"),
+    "use_beam_search": (_OFF, "beams are not searched: candidates are sampled"),
+    "min_tokens": (_OFF, "answers may end at any token"),
+    "modalities": ((*_OFF, ["text"]), "answers are text"),
+    "audio": (_OFF, "answers are text"),
+}
+_DIRECT = ("temperature", "top_p", "min_p", "repetition_penalty", "ignore_eos")
+
+
+@dataclass
+class Service:
+    """The engine with what requests are answered by.
+
+    Attributes
+    ----------
+    engine : AsyncStarsEngine
+    model : str
+        What clients call it.
+    config : StarsConfig
+        What a request leaves open.
+    max_tokens : int, optional
+        Of a request that does not say. None: 16 for completions, the rest of the context for chats.
+    timeout : float, optional
+        Seconds; no request may have more.
+    samples_greedy : bool
+        Whether temperature 0 is taken for one that was not given.
+    keep_alive : float
+        Seconds of silence after which a stream sends a comment.
+    """
+
+    engine: AsyncStarsEngine
+    model: str
+    config: StarsConfig
+    max_tokens: int | None = None
+    timeout: float | None = None
+    samples_greedy: bool = False
+    keep_alive: float = 15.0
+    metrics: Metrics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.engine)
+        self.draining, self._greedy_told = False, False
+
+    @property
+    def max_body(self) -> int:
+        """Most bytes of a request: ids of the longest prompt, written as JSON, several times over."""
+        return max(1 << 20, 16 * self.engine.max_model_len)
+
+    def trouble(self) -> str | None:
+        """Why no request can be answered, if so."""
+        if self.engine.dead is not None:
+            return "the engine's thread has died"
+        return "the server is shutting down" if self.draining else None
+
+    def check(self, body: Asked) -> None:
+        """Refuse what this server has not, or cannot do. Unknown parameters are let through, as other servers do."""
+        if body.model is not None and body.model != self.model:
+            raise Refusal(f"model={shown(body.model)}: there is {self.model!r} here", 404, "model")
+        given = {name: value for name, value in (body.model_extra or {}).items() if value is not None}
+        for name, value in given.items():
+            nothing, why = _REFUSED.get(name, ((value,), ""))
+            if value not in nothing:
+                raise Refusal(f"{name} is not served: {why}", param=name)
+            if name in StarsSettings.model_fields:
+                raise Refusal(f'{name} is a setting of stars: give stars: {{"{name}": ...}}', param=name)
+            if name not in _REFUSED and (meant := misspelt(name, list(type(body).model_fields))):
+                raise Refusal(f"{name:.40} is no parameter: did you mean {meant!r}?", param=name[:40])
+        if len(body.prompts) > self.engine.max_waiting:
+            raise Refusal(
+                f"prompt has {len(body.prompts)} entries: this server takes max_waiting={self.engine.max_waiting} "
+                "requests at a time",
+                param="prompt",
+            )
+        if (reason := self.trouble()) is not None:
+            raise unavailable(reason)
+
+    async def settings(self, body: Asked) -> StarsConfig:
+        """The request's settings over the server's.
+
+        Raises
+        ------
+        Refusal
+            For values that the engine refuses, in the request's own terms.
+        """
+        changes: dict[str, Any] = {"num_return_sequences": body.samples}
+        changes |= {name: value for name in _DIRECT if (value := getattr(body, name)) is not None}
+        if self.is_greedy(body):
+            del changes["temperature"]
+        if body.top_k is not None:
+            changes["top_k"] = max(body.top_k, 0)
+        if body.stop:
+            changes["stop_strings"] = body.stop
+        if body.stars is not None:
+            changes |= body.stars.model_dump(exclude_none=True, exclude={"trace"})
+        changes["max_new_tokens"] = body.longest or self.max_tokens or COMPLETION_TOKENS
+        try:
+            config = self.config.replace(**changes)
+            method, given = config.chosen_method, () if body.stars is None else body.stars.model_fields_set
+            # What the server was started with for another method.
+            if not method.has_target:
+                config = config.replace(
+                    **{name: None for name in ("target_reward", "base_reward") if name not in given}
+                )
+            if not method.uses_fit:
+                config = config.replace(fit=None)
+            if isinstance(body, ChatRequest) and body.longest is None and self.max_tokens is None:
+                room = await asyncio.to_thread(self._room, body, config)
+                config = config.replace(max_new_tokens=max(room, 1))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise self.refused(error) from error
+        return config
+
+    def _room(self, body: ChatRequest, config: StarsConfig) -> int:
+        """Tokens that are left for the answer to a chat, in both models."""
+        shortest = config.replace(max_new_tokens=1)
+        arguments = Arguments(body.prompts, shortest, chat_template_kwargs=body.chat_template_kwargs)
+        call, engine = self.engine.engine.prepare(arguments), self.engine.engine
+        length = len(call.prompts[0].ids)
+        room = self.engine.max_model_len - length
+        if engine.kv_cache_tokens is not None:
+            room = min(room, engine.kv_cache_tokens - length - config.segment_length)
+        if isinstance(reward := engine.reward, RenderedReward) and reward.max_positions is not None:
+            context = reward.context(call.nodes[0].reward_prompt)
+            room = min(room, reward.max_positions - len(context.prefix) - len(context.tail))
+        return room
+
+    def is_greedy(self, body: Asked) -> bool:
+        """Whether temperature 0 was asked for, which is sampled here. Raises Refusal where the server does not."""
+        if body.temperature != 0:
+            return False
+        if not self.samples_greedy:
+            raise Refusal(
+                "temperature=0: greedy decoding leaves no candidates to choose among; give at least 1e-6, or start the "
+                "server with --greedy sample",
+                param="temperature",
+            )
+        if not self._greedy_told:
+            self._greedy_told = True
+            _log.warning("temperature=0 was asked for, and is sampled (--greedy sample); said once")
+        return True
+
+    def seconds(self, body: Asked) -> float | None:
+        """Within which the request is to be answered."""
+        return min((one for one in (body.timeout, self.timeout) if one is not None), default=None)
+
+    def refused(self, error: Exception) -> Refusal:
+        """What the engine refuses before anything is drawn."""
+        message = legible(error)
+        return Refusal(message, param=named(message))
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more requests, and wait until the open ones have ended; then end them with what they have."""
+        self.draining = True
+        await self.engine.drain(seconds)

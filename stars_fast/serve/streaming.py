@@ -1,0 +1,170 @@
+"""Answers as server-sent events: a chunk for each committed segment, of which nothing is ever taken back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, Protocol, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from stars_fast.serve.answers import Choice, Exchange
+from stars_fast.serve.errors import Refusal, to_json
+
+_T = TypeVar("_T")
+_DONE = b"data: [DONE]\n\n"
+_KEEP_ALIVE = b": keep-alive\n\n"
+Steps = AsyncGenerator[tuple[Choice, str], None]
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Form(Protocol):
+    """How an endpoint writes its answers."""
+
+    prefix: str  # of ids
+    whole: str  # what objects call themselves
+    chunk: str
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        """A whole answer."""
+
+    def begin(self) -> dict[str, Any] | None:
+        """What the first chunk of each answer holds, before any text."""
+
+    def text(self, text: str) -> dict[str, Any]:
+        """What a chunk holds."""
+
+
+class Completion:
+    prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        return {"text": choice.text}
+
+    def begin(self) -> dict[str, Any] | None:
+        return None
+
+    def text(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+
+class Chat:
+    prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+
+    def begin(self) -> dict[str, Any] | None:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def text(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}}
+
+
+async def while_heard(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """Await the work. Raises ClientGone, and cancels it, where the client leaves first."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def next_of(steps: Steps) -> tuple[Choice, str] | None:
+    """The next step; None behind the last."""
+    with suppress(StopAsyncIteration):
+        return await anext(steps)
+    return None
+
+
+def whole_choice(form: Form, choice: Choice, traced: bool) -> dict[str, Any]:
+    """An answer that has ended."""
+    stars = {**choice.about, **({"trace": choice.trace} if traced else {})}
+    common = {"index": choice.index, "finish_reason": choice.finish_reason, "logprobs": None}
+    return {**common, **form.choice(choice), "stars": stars}
+
+
+class Stream(StreamingResponse):
+    """Server-sent events. What makes them is closed however the response ends, and then ``ended`` is called."""
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], steps: Steps, ended: Callable[[], None], headers: dict[str, str]
+    ) -> None:
+        # nginx would collect the events otherwise.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events, self._steps, self._ended = events, steps, ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+            await self._steps.aclose()  # where the client left before the first event was made
+            self._ended()
+
+
+async def server_sent(
+    form: Form, head: dict[str, Any], exchange: Exchange, first: tuple[Choice, str] | None, steps: Steps
+) -> AsyncGenerator[bytes, None]:
+    """The events of an exchange whose first step has been taken. ``head``: what all chunks have in common."""
+    options, traced = exchange.body.stream_options, exchange.body.traced
+    counted = bool(options and options.include_usage)
+    head = {**head, "object": form.chunk, **({"usage": None} if counted else {})}
+    begun = set[int]()
+    async with aclosing(steps):
+        waiting: asyncio.Task[tuple[Choice, str] | None] | None = None
+        try:
+            step = first
+            while step is not None:
+                choice, text = step
+                begin = form.begin()
+                if begin is not None and choice.index not in begun:
+                    begun.add(choice.index)
+                    yield _event(head, {"index": choice.index, "finish_reason": None, "logprobs": None, **begin})
+                yield _event(head, _chunk(form, choice, text, traced))
+                waiting = asyncio.create_task(next_of(steps))
+                while not (await asyncio.wait({waiting}, timeout=exchange.service.keep_alive))[0]:
+                    yield _KEEP_ALIVE
+                step = waiting.result()
+            if counted:
+                yield _data({**head, "choices": [], "usage": exchange.usage})
+        except Refusal as refusal:
+            yield _data(refusal.body)
+        finally:
+            if waiting is not None:
+                waiting.cancel()
+                await asyncio.gather(waiting, return_exceptions=True)
+    yield _DONE
+
+
+def _chunk(form: Form, choice: Choice, text: str, traced: bool) -> dict[str, Any]:
+    stars = choice.about if choice.finish_reason is not None else {}
+    if traced and choice.trace:
+        stars = {**stars, "trace": choice.trace[-1:]}
+    common = {"index": choice.index, "finish_reason": choice.finish_reason, "logprobs": None}
+    return {**common, **form.text(text), **({"stars": stars} if stars else {})}
+
+
+def _event(head: dict[str, Any], choice: dict[str, Any]) -> bytes:
+    return _data({**head, "choices": [choice]})
+
+
+def _data(content: dict[str, Any]) -> bytes:
+    return b"data: " + to_json(content) + b"\n\n"
