@@ -19,6 +19,7 @@ VOCAB = 32
 PROMPTS = [[(5 * i + j * j) % (VOCAB - 1) for j in range(1 + i % 7)] for i in range(16)]
 SEEDS = [100 + 7 * i for i in range(16)]
 FILTERED = dict(top_k=12, top_p=0.95, min_p=0.01, repetition_penalty=1.1, temperature=1.3)
+SHORT = dict(candidates=3, max_new_tokens=9, **FILTERED)  # for the interpreter, which is slow
 CONFIG = StarsConfig(segment_length=4, max_attempts=6, target_reward=1.5, beta=0.6, max_new_tokens=18)
 
 
@@ -132,10 +133,10 @@ def test_threads_do_not_change_the_text(kind, one_at_a_time, threads):
 def test_the_text_is_the_same_on_every_set_of_kernels(kind, kernels):
     if kernels == "interpret":
         pytest.importorskip("triton", minversion="3.7", reason="the interpreter of older ones fails on NumPy 2.4")
-    prompts, seeds = PROMPTS[:3], SEEDS[:3]
+    prompts, seeds = PROMPTS[:2], SEEDS[:2]
     program = (
         "import json, torch, test_same_text as t; torch.set_num_threads(1);"
-        f"print(json.dumps(t.generate({kind!r}, {prompts}, {seeds}, candidates=3, **t.FILTERED).completions))"
+        f"print(json.dumps(t.generate({kind!r}, {prompts}, {seeds}, **t.SHORT).completions))"
     )
     environment = os.environ | {
         "STARS_FAST_KERNELS": kernels,
@@ -144,9 +145,9 @@ def test_the_text_is_the_same_on_every_set_of_kernels(kind, kernels):
     }
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    native = generate(kind, prompts, seeds, candidates=3, **FILTERED).completions
+    native = generate(kind, prompts, seeds, **SHORT).completions
     assert json.loads(done.stdout.splitlines()[-1]) == native
-    assert len({tuple(completion) for completion in native}) == 3
+    assert len({tuple(completion) for completion in native}) == 2
 
 
 def test_one_engine_gives_the_same_text_again_and_sees_new_weights(kind):
