@@ -20,7 +20,7 @@ def nothing_compiled_before():
 # One of each kind of layer: fused or normed heads, windows and soft caps, no or partial rotary, experts, sinks, MLA.
 @pytest.mark.parametrize(
     "family",
-    "llama qwen3 phi3 gemma2 gpt2 opt gpt_neox mixtral cohere2 gpt_oss deepseek_v3".split(),
+    ["llama", "qwen3", "phi3", "gemma2", "gpt2", "opt", "gpt_neox", "mixtral", "cohere2", "gpt_oss", "deepseek_v3"],
 )
 def test_layers_compile_whole_and_compute_the_same(family):
     model = causal_lm(family, FAMILIES[family])
