@@ -55,7 +55,7 @@ def test_prompts_let_in_a_few_at_a_time_share_their_shapes(engine):
         for count, length in ((1, 20), (2, 30), (3, 50), (5, 40), (7, 33), (9, 60), (6, 120)):
             engine.generate(prompts(count, length), CONFIG, seed=0, max_new_tokens=1)
     read = {shape for role, shape in counted.shapes if role == "policy" and shape.most_queries > 1}
-    assert {shape.tokens for shape in read} <= {64, 128, 256, 512, 768}
+    assert {shape.tokens for shape in read} <= {64, 128, 192, 256, 512, 768}
     assert len(read) <= 6 and counted.launched == 0
 
 

@@ -79,11 +79,7 @@ class Policy(TreeModel):
         rows = [leaf.candidates for leaf in leaves]
         lengths = [leaf.length for leaf in leaves for _ in range(leaf.candidates)]
         plan = self.plan([leaf.node for leaf in leaves], rows, [length - 1 for length in lengths])
-        shape = Shape.of(leaves, plan)
-        if self.graphs.enabled and not any(leaf.processor for leaf in leaves):
-            steps = self.steps(shape.padded(self.trunk_room, self.length_room))
-        else:  # a user's logits processors run on the host: no graph holds them
-            steps = Steps(self, shape, self.logit_size)
+        steps = self._prepared(Shape.of(leaves, plan), any(leaf.processor for leaf in leaves))
         steps.load(leaves, plan)
         for step in range(1, max(lengths)):
             look = self.device.type == "cpu" or (steps.shape.uncertain and step % _LOOKS == 0)
@@ -190,6 +186,12 @@ class Policy(TreeModel):
         output, last = self.encode(plan, runs, 1)
         starts = [0, *(int(end) + 1 for end in last)]
         return plan.branches, [output.logits[0, a:b] for a, b in pairwise(starts)]
+
+    def _prepared(self, shape: Shape, processed: bool) -> Steps:
+        """Tensors for a proposal of this shape. A user's logits processors run on the host: no graph holds them."""
+        if processed or not self.graphs.enabled:
+            return Steps(self, shape, self.logit_size)
+        return self.steps(shape.padded(self.trunk_room, self.length_room))
 
     def steps(self, shape: Shape) -> Steps:
         """Tensors of decode steps of a padded shape, which are kept, and captured where that is possible.

@@ -44,7 +44,7 @@ class Shape(NamedTuple):
         most_rows = 2
         while most_rows < self.most_rows:  # 2, 4, 16, 64: tiles of attention hardly differ in between
             most_rows *= 2 if most_rows == 2 else 4
-        rows, groups, eos = bucket(self.rows), group_bucket(self.groups), 4 * math.ceil(self.eos / 4)
+        rows, groups, eos = bucket(self.rows), group_bucket(self.groups), 4 * math.ceil(max(self.eos, 1) / 4)
         return Shape(rows, groups, most_rows, trunk, length, eos, self.penalised, self.uncertain)
 
 

@@ -19,7 +19,7 @@ from stars_fast.tree.segment_tree import TreePlan
 
 # What the tokens of a small pass are padded to. Few, since a shape is captured when it is met; a GPU takes as long for
 # one token of a large model as for a hundred, which wait for the weights.
-_TOKENS = (1, 16, 64, 128, 256, 512, 768, 1024)
+_TOKENS = (1, 16, 64, 128, 192, 256, 512, 768, 1024)
 # Above, a pass of a large model takes the device longer than its launches take the host.
 MOST_TOKENS = _TOKENS[-1]
 # Of rows that are longer than a token or two, a pass has so many tokens each, or more.
