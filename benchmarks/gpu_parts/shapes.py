@@ -71,7 +71,7 @@ def _score(runner: Runner) -> None:
 
 
 def _decode(runner: Runner) -> None:
-    """A decode step of few requests that have many rows, padded as the engine does and to its own number of requests."""
+    """A decode step of few requests with many rows each, padded as the engine does and to so few requests."""
     policy = pilots(runner).engine.policy
     groups, candidates, context, segment = (3, 2, 8, 6) if runner.tiny else (17, 11, _CONTEXT, _SEGMENT)
     pad = Shape.padded
