@@ -60,6 +60,7 @@ PARTS = [
         ("unguided", 25, "baselines.compare_unguided", "Accepting everything beside generate."),
         ("baselines", 35, "baselines.compare_scripts", "plain and strong."),
         ("tests", 90, "project_tests.run_tests", "pytest -m gpu."),
+        ("graph-shapes", 10, "shapes.measure_shapes", "Graphs after warm_up; what padding costs."),
     )
 ]
 

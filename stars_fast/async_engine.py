@@ -17,14 +17,11 @@ from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.job import Job
-from stars_fast.loop.caller import Size
+from stars_fast.loop.caller import MOST_POSITIONS, SEGMENT_LENGTH, Size
 from stars_fast.loop.team import release_team
 from stars_fast.methods.numbers import MOST, integer, real, shown, truth
 from stars_fast.outputs import SegmentEvent, Stats
 from stars_fast.stays import Stays
-
-# Of max_model_len, where the policy has more positions: what is set aside for graphs and pools grows with it.
-_MOST_POSITIONS = 8192
 
 
 class QueueFull(RuntimeError):
@@ -72,13 +69,13 @@ class AsyncStarsEngine(Stays):
         engine: StarsEngine,
         *,
         max_model_len: int | None = None,
-        max_segment_length: int = 32,
+        max_segment_length: int = SEGMENT_LENGTH,
         max_waiting: int = 256,
     ) -> None:
         if not isinstance(engine, StarsEngine):
             raise TypeError(f"engine={shown(engine)}: give a StarsEngine")
         self.engine, self._process = engine, os.getpid()
-        longest = _MOST_POSITIONS if max_model_len is None else integer("max_model_len", max_model_len, 2, MOST)
+        longest = MOST_POSITIONS if max_model_len is None else integer("max_model_len", max_model_len, 2, MOST)
         self.max_model_len = min(longest, engine.policy.max_positions or longest)
         self.max_segment_length = min(integer("max_segment_length", max_segment_length, 1), self.max_model_len)
         self.max_waiting = integer("max_waiting", max_waiting, 1)
@@ -90,10 +87,7 @@ class AsyncStarsEngine(Stays):
         self._names, self._reserved, self._draining = count(), 0, False
         self._ended = Stats()  # of requests that have ended, added up
         self._leaving: list[Job] = []  # whose callers have gone
-        rows = engine.max_rows
-        longest = self.max_model_len + self.max_segment_length
-        size = Size(self.max_model_len, longest, rows, rows, self.max_segment_length, self.max_model_len)
-        engine.core.hold(size)
+        engine.core.hold(Size.of_session(engine.max_rows, self.max_model_len, self.max_segment_length))
         release_team()
         self._thread = threading.Thread(target=self._run, name="stars-fast-engine", daemon=True)
         self._thread.start()

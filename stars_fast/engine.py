@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -15,17 +16,19 @@ from transformers import PreTrainedModel
 
 from stars_fast.config import StarsConfig
 from stars_fast.inputs.arguments import Arguments, check_positions
-from stars_fast.inputs.call import Call, prepare
+from stars_fast.inputs.call import Call, prepare, settings
 from stars_fast.inputs.job import Job
 from stars_fast.inputs.models import draft_policy, load_policy, load_reward
 from stars_fast.inputs.origin import origin
 from stars_fast.inputs.per_prompt import PerPrompt
+from stars_fast.loop.caller import MOST_POSITIONS, SEGMENT_LENGTH, Size
 from stars_fast.loop.core import Core
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot
 from stars_fast.loop.request import Request
 from stars_fast.loop.row_cost import Heartbeat
 from stars_fast.loop.stream import Streaming, progress_bar
 from stars_fast.loop.team import release_team
+from stars_fast.loop.warm_up import Kind, WarmUp
 from stars_fast.methods.numbers import MOST, integer, real, shown, truth
 from stars_fast.notices import warn
 from stars_fast.outputs import Cause, SegmentEvent, StarsOutput, as_cause
@@ -245,6 +248,61 @@ class StarsEngine(Stays):
             trace=truth("trace", trace),
         )
         return self.events(Job(self.prepare(arguments), self.tokenizer))
+
+    def warm_up(
+        self,
+        config: StarsConfig | None = None,
+        *,
+        requests: int | None = None,
+        max_model_len: int | None = None,
+        progress: bool = False,
+    ) -> WarmUp:
+        """Compile and capture on a GPU, before the first call, what calls come to; without it the first ones do.
+
+        Neither a prompt nor the reward is asked for: passes over padding are captured, in the sizes that small passes
+        are padded to, and decode steps of the numbers of rows that ``config`` leads to. What a call meets beside them
+        is captured then. Pools are made as an :class:`AsyncStarsEngine` makes them, or are those that one holds open:
+        its lengths hold then. A call that needs more, in whatever respect, captures anew.
+
+        Parameters
+        ----------
+        config : StarsConfig, optional
+            Of the calls to come: its candidates, attempts, segments, EOS ids, and whether repetition is penalised.
+        requests : int, optional
+            Most of them side by side. Default: ``max_rows``.
+        max_model_len : int, optional
+            Most tokens of a prompt with its answer. Default: the policy's positions, at most 8,192.
+        progress : bool
+            Show a bar, on stderr.
+
+        Returns
+        -------
+        WarmUp
+            (graphs, seconds, remark): how many were captured, and why none or not all. On a CPU, and where graphs are
+            off, nothing is done, and the remark says so.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For arguments that are not what they should be.
+        RuntimeError
+            If the engine is closed.
+        """
+        most = self.max_rows if requests is None else integer("requests", requests, 1)
+        longest = MOST_POSITIONS if max_model_len is None else integer("max_model_len", max_model_len, 2, MOST)
+        show, models = truth("progress", progress), (self.policy, *self.reward.tree_models)
+        _, ruled, sampling = settings(Arguments([], config), self.policy, self.reward, self.tokenizer)
+        if not any(model.graphs.enabled for model in models):
+            where = "graphs are off" if self.policy.device.type == "cuda" else f"the policy is on {self.policy.device}"
+            return WarmUp(0, 0.0, f"nothing was captured: {where}")
+        kind = Kind(ruled, sampling, most, ruled.chosen_method.segments().entropy < math.inf)
+        length = max(ruled.segment_length, SEGMENT_LENGTH)
+        size = Size.of_session(self.max_rows, min(longest, self.policy.max_positions or longest), length)
+        before, started = sum(model.graphs.made for model in models), time.perf_counter()
+        lack = self.core.warm_up(size, kind, show)
+        graphs = sum(model.graphs.made for model in models) - before
+        remark = f"memory is short, so that not all was captured: {lack}" if lack else ""
+        return WarmUp(graphs, time.perf_counter() - started, remark)
 
     def events(self, job: Job) -> Iterator[SegmentEvent]:
         """Run a job to its end, and warn of what failed."""

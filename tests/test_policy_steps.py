@@ -11,18 +11,19 @@ from test_same_text import CONFIG, PROMPTS, SEEDS, VOCAB
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.policy.steps import Shape, Steps
-from stars_fast.tree.passes import bucket
+from stars_fast.tree.passes import bucket, group_bucket
 
 
 def test_buckets_are_few_and_large_enough():
     sizes = [bucket(rows) for rows in range(1, 1025)]
     assert all(size >= rows for rows, size in enumerate(sizes, 1))
     assert sizes == sorted(sizes)
-    assert len(set(sizes)) == 9 + 14
-    assert {bucket(rows) for rows in (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)} == {
-        1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256,
-    }  # fmt: skip
-    assert max(size / rows for rows, size in enumerate(sizes, 1)) < 2
+    assert sorted(set(sizes))[:8] == [1, 16, 32, 64, 96, 128, 192, 256]
+    assert len(set(sizes)) == 6 + 14
+    assert max(size / rows for rows, size in enumerate(sizes, 1) if rows > 16) < 2
+    groups = [group_bucket(requests) for requests in range(1, 257)]
+    assert sorted(set(groups)) == [1, 4, 16, 64, 128, 192, 256]
+    assert all(size >= requests for requests, size in enumerate(groups, 1))
 
 
 def test_shapes_of_a_call_share_buckets():
@@ -31,6 +32,8 @@ def test_shapes_of_a_call_share_buckets():
         for rows, trunk, length, eos in ((33, 40, 16, 1), (60, 90, 7, 3))
     )
     assert one == other == Shape(64, 16, 4, 512, 16, 4, True)
+    most = [Shape(64, 9, most_rows, 40, 16, 1, True).padded(512, 16).most_rows for most_rows in (1, 2, 3, 5, 16, 17)]
+    assert most == [2, 2, 4, 16, 16, 64]
 
 
 def engine():

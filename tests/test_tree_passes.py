@@ -3,9 +3,12 @@
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from conftest import sum_reward, tiny_policy, tiny_reward
+from hypothesis import given
+from hypothesis import strategies as st
 from test_same_text import CONFIG, PROMPTS, SEEDS, VOCAB
 
 from stars_fast import StarsEngine
@@ -13,7 +16,7 @@ from stars_fast.policy.policy import Policy
 from stars_fast.rewards import ImplicitReward
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.model import TreeModel
-from stars_fast.tree.passes import MOST_TOKENS, WORTH_CAPTURING, Pass, PassShape
+from stars_fast.tree.passes import MOST_TOKENS, Pass, PassShape, trunk_room
 
 TRUNKS = [[5, 6, 7, 8], [9], list(range(1, 12))]
 BRANCHES = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11], [12]]
@@ -56,7 +59,7 @@ def test_a_padded_pass_gives_the_numbers_of_any_other_and_writes_to_its_branches
     ((numbers, last, written, _),) = encoded(make())
     model = make()
     model.graphs.enabled = True
-    first, *again = encoded(model, times=WORTH_CAPTURING + 2)
+    first, *again = encoded(model, times=3)
     assert [type(work) for work in model.graphs._kept.values()] == [Pass]
     torch.testing.assert_close(first[0], numbers, atol=1e-5, rtol=1e-5)
     assert torch.equal(first[1], last)
@@ -69,7 +72,7 @@ def test_a_padded_pass_gives_the_numbers_of_any_other_and_writes_to_its_branches
 def test_what_a_pass_returns_is_not_overwritten_by_the_next():
     model = policy()
     model.graphs.enabled = True
-    *_, one, other = encoded(model, times=WORTH_CAPTURING + 2)
+    *_, one, other = encoded(model, times=3)
     assert one[0].data_ptr() != other[0].data_ptr()
 
 
@@ -82,29 +85,12 @@ def test_large_passes_watched_passes_and_unusual_outputs_are_left_alone():
     def small(tokens=4, **kwargs):
         return model._small_pass(plan, [tokens], 1, {"logits_to_keep": 0, **kwargs})
 
-    passes = [small() for _ in range(WORTH_CAPTURING + 1)]
-    assert all(isinstance(one, Pass) for one in passes)
-    assert len({id(one) for one in passes}) == WORTH_CAPTURING  # kept from then on: a shape may never come back
+    assert isinstance(small(), Pass) and small() is small()  # kept from the first time on
     assert small(MOST_TOKENS + 1) is None
     for index in ([1], [0], [0, 2]):
         assert small(logits_to_keep=torch.tensor(index)) is None
     with model._head_inputs():
         assert small() is None
-
-
-def test_shapes_that_were_met_are_forgotten_at_last_but_not_those_met_often(monkeypatch):
-    monkeypatch.setattr("stars_fast.tree.model._MOST_SHAPES", 4)
-    model = policy()
-    model.graphs.enabled = True
-    model.allocate(2 * MOST_TOKENS)
-    often = 0
-    for tokens in (1, 2, 4, 8, 16, 32, 64):
-        for length in (512, tokens):
-            model._small_pass(model.plan([-1], [1], [length]), [length], 1, {"logits_to_keep": 0})
-            model.clear()
-        often = max(model._met.values())
-        assert len(model._met) <= 5
-    assert often == 7 >= WORTH_CAPTURING
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -125,16 +111,47 @@ def test_rewards_that_read_logits_are_the_same_beside_captured_passes(padded):
         assert reward == pytest.approx(difference[places - 1, ids[0, places]].sum().item(), abs=1e-3)
 
 
+@st.composite
+def passes(draw):
+    """Lengths of the rows of a pass, in how many groups they are, and the most rows of one."""
+    length, rows = draw(st.sampled_from((1, 2, 16, 600))), draw(st.integers(1, 300))
+    lengths = draw(st.lists(st.integers(1, length), min_size=1, max_size=rows))
+    cuts = sorted(draw(st.sets(st.integers(1, len(lengths) - 1)))) if len(lengths) > 1 else []
+    sizes = np.diff([0, *cuts, len(lengths)])
+    return lengths, len(sizes), int(sizes.max())
+
+
+@given(passes())
+def test_shapes_have_room_for_their_pass(one):
+    lengths, groups, most_rows = one
+    shape = PassShape.padded(lengths, groups, most_rows, 256, True)
+    if sum(lengths) > MOST_TOKENS:
+        assert shape is None
+        return
+    room = (shape.tokens, shape.rows, shape.groups, shape.most_rows, shape.most_queries)
+    needed = (sum(lengths), len(lengths), groups, most_rows, max(lengths))
+    assert all(least <= given for least, given in zip(needed, room, strict=True))
+    assert shape.groups <= shape.rows <= shape.tokens <= max(4 * sum(lengths), 16)
+
+
 def test_few_shapes_serve_all_passes():
-    model = policy()
-    model.allocate(5000)
-    shapes = set()
-    for rows in range(1, 65):
-        plan = model.plan([-1] * rows, [1] * rows, [1] * rows)
-        shapes.add(PassShape.padded(plan, [1] * rows, 1, True))
-        for branch in plan.branches:
-            model.tree.release(branch)
-    assert len(shapes) == 7
+    segments = {
+        PassShape.padded([length] * groups * rows, groups, rows, 256, False)
+        for length in range(2, 17)
+        for groups in range(1, 65)
+        for rows in range(1, 9)
+    }
+    one_each = {PassShape.padded([1] * groups, groups, 1, 256, True) for groups in range(1, 257)}
+    assert len(segments - {None}) <= 24
+    assert [shape.tokens for shape in sorted(one_each)] == [1, 16, 64, 128, 192, 256]
+    usual = set(PassShape.usual(256, False, 0)) | set(PassShape.usual(256, True, 256))
+    assert one_each <= usual
+    rows_of_eight = {PassShape.padded([8] * 4 * n, n, 4, 256, False) for n in range(1, 33)}
+    assert rows_of_eight <= usual
+
+
+def test_room_for_trunks_grows_seldom():
+    assert [trunk_room(tokens) for tokens in (0, 1, 256, 257, 1000, 8192)] == [256, 256, 256, 512, 1024, 8192]
 
 
 @pytest.mark.parametrize("kind", ["classifier", "callable"])
@@ -166,6 +183,6 @@ def test_where_memory_for_a_graph_is_short_the_pass_is_launched(monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(model.graphs, "get", get)
-    for numbers, *_ in encoded(model, times=WORTH_CAPTURING):
+    for numbers, *_ in encoded(model, times=3):
         assert torch.equal(numbers, expected)
     assert asked and model.graphs._impossible == {Pass}

@@ -24,13 +24,9 @@ def measure_throughput(runner: Runner) -> None:
     load = workload(runner, 6 if runner.tiny else 192, 0.3, prompt=192, response=128)
     prompts, config = models.prompts(load.batch, load.prompt_length), driven.config(load)
     ready = time.perf_counter()
-    warm_up = getattr(driven.engine, "warm_up", None)
-    if warm_up is None:
-        runner.add("left_out", what="warm_up() is not in this build: the first call captures")
-    else:
-        warm_up()
-    warmed = time.perf_counter() - ready
-    runner.add("start", models_seconds=made - started, calibration_seconds=ready - made, warm_up_seconds=warmed)
+    told = driven.engine.warm_up(config)
+    begun = {"models_seconds": made - started, "calibration_seconds": ready - made}
+    runner.add("start", **begun, warm_up_seconds=told.seconds, warm_up_graphs=told.graphs, remark=told.remark)
     calls = []
     for seed in range(REPEATS):
         if not runner.time_for(8):

@@ -92,12 +92,12 @@ def watched(clock: Clock) -> Iterator[None]:
             setattr(owner, name, function)
 
 
-def engine_for(requests: int, candidates: int) -> tuple[StarsEngine, Callable[[int], Any]]:
+def engine_for(requests: int, candidates: Any, tokens: int = 64) -> tuple[StarsEngine, Callable[[int], Any]]:
     """A small pair, and a call in which all requests draw so many candidates for eight heartbeats or more."""
     pair = random_pair("1m", torch.float32, torch.device("cpu"))
     one = StarsEngine(pair.policy, pair.reward, reward_tokenizer="policy", max_rows=512, kv_cache_tokens=60_000)
     prompts = pair.prompts(requests, 64)
-    fields = {"target_reward": 0.0, "beta": 1.0, "alpha": 1.0, "max_new_tokens": 64, "ignore_eos": True}
+    fields = {"target_reward": 0.0, "beta": 1.0, "alpha": 1.0, "max_new_tokens": tokens, "ignore_eos": True}
     return one, lambda seed: one.generate(prompts, seed=seed, candidates=candidates, segment_length=16, **fields)
 
 

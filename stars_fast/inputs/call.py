@@ -147,7 +147,7 @@ def prepare(
     ValueError, TypeError
         Naming the argument, the value, the prompt's index and the limit. Nothing has run when this raises.
     """
-    given, config, sampling = _settings(arguments, policy, reward, tokenizer)
+    given, config, sampling = settings(arguments, policy, reward, tokenizer)
     prompts, reward_prompts = _texts(arguments, policy, tokenizer)
     calibrated, with_targets = dict[int, Rule](), config
     own = places(given.known, given.target_reward, [prompt.ids for prompt in prompts])
@@ -155,14 +155,14 @@ def prepare(
         check_per_prompt("base_reward", given.base_reward, len(given.target_reward), " that were calibrated")
     if own is not None and None not in own:
         arguments = _overridden(arguments, {name: _picked(getattr(given, name), own) for name in _PER_PROMPT})
-        given, config, sampling = _settings(arguments, policy, reward, tokenizer)
+        given, config, sampling = settings(arguments, policy, reward, tokenizer)
     elif own is not None:
         if config.chosen_method.has_target:
             calibrated = {i: _explicit_rule(config, place) for i, place in enumerate(own) if place is not None}
         base = given.base_reward
         others = {"target_reward": None, "base_reward": None if isinstance(base, tuple) else base}
         arguments = _overridden(arguments, others)
-        given, config, sampling = _settings(arguments, policy, reward, tokenizer)
+        given, config, sampling = settings(arguments, policy, reward, tokenizer)
     for name in _PER_PROMPT:
         if isinstance(value := getattr(given, name), tuple):
             check_per_prompt(name, value, len(prompts), ": calibrated for other prompts?")
@@ -199,7 +199,7 @@ def _picked(values: Any, own: Sequence[int | None]) -> Any:
     return tuple(values[place] for place in own if place is not None) if isinstance(values, tuple) else values
 
 
-def _settings(
+def settings(
     arguments: Arguments, policy: Policy, reward: Reward, tokenizer: Any
 ) -> tuple[StarsConfig, StarsConfig, Sampling]:
     """What the caller set, what the method makes of it, and how the policy is sampled."""

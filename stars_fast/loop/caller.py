@@ -9,6 +9,9 @@ from stars_fast.loop.request import Request
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards.base import RewardPrompt
 
+# Of a prompt with its answer, and of a segment, where a session does not say: what is set aside grows with them.
+MOST_POSITIONS, SEGMENT_LENGTH = 8192, 32
+
 
 class Size(NamedTuple):
     """What a caller's requests take, at most: pools are made for it."""
@@ -21,6 +24,11 @@ class Size(NamedTuple):
     max_new_tokens: int
     prompts: Sequence[RewardPrompt] = ()
     draft: Policy | None = None
+
+    @classmethod
+    def of_session(cls, rows: int, length: int, segment_length: int) -> Size:
+        """For whoever may come, with up to so many tokens."""
+        return cls(length, length + segment_length, rows, rows, segment_length, length)
 
 
 class Caller(Protocol):

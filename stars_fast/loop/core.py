@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+
 from stars_fast.loop.caller import Caller, Size
 from stars_fast.loop.chains import Chains
 from stars_fast.loop.enumeration import Enumeration
@@ -27,6 +29,7 @@ from stars_fast.loop.stopping import Stopping
 from stars_fast.loop.trials import Trials
 from stars_fast.loop.trunks import Trunks
 from stars_fast.loop.turn import Turn
+from stars_fast.loop.warm_up import Kind, capture
 from stars_fast.notices import log, warn
 from stars_fast.outputs import Cause
 from stars_fast.policy.policy import Policy
@@ -167,6 +170,17 @@ class Core(Stays):
                 raise RuntimeError("this engine is generating: let its calls and streams end before a session opens")
             self._open(size)
             self._held = True
+
+    def warm_up(self, size: Size, kind: Kind, show: bool) -> torch.OutOfMemoryError | None:
+        """Capture what calls of a kind come to, in the pools that are open, or else in pools of this size.
+
+        Returns what there was no memory for, if any.
+        """
+        with self._turn():
+            if self.closed:
+                raise RuntimeError("this engine is closed: make a new one")
+            loop = self.loop or self._open(size)
+            return capture(self.policy, self.reward.tree_models, kind, loop.scheduler, show)
 
     def let_go(self) -> None:
         """End the session: the core closes once its callers are through."""

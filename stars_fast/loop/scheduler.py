@@ -130,7 +130,7 @@ class Scheduler:
         if free:
             acceptance = self.acceptance([requests[i] for i in free])
             left = rows - sum(shares) + len(free)
-            together = left if self.scoring is None else self.scoring.undivided // largest
+            together = self.looked_at_at_once(largest)
             for i, share in zip(free, self.shares(acceptance, [limits[i] for i in free], left, together), strict=True):
                 shares[i] = share
         return shares
@@ -157,6 +157,10 @@ class Scheduler:
     def row_price(self, requests: int, in_order: bool = False) -> tuple[float, float]:
         """What a heartbeat of so many requests costs without rows, and what a row adds."""
         return self.cost.line(in_order)
+
+    def looked_at_at_once(self, length: int) -> int | None:
+        """Up to how many rows of so many tokens are all scored in one pass; None for any number."""
+        return None if self.scoring is None else self.scoring.undivided // length
 
     def looked_at_together(self, requests: Sequence[Request], groups: Sequence[Sequence[Candidate]]) -> int:
         """How many candidates of each of these requests, which look at them in order, are scored next."""

@@ -25,6 +25,13 @@ def check_supported(key_size: int, value_size: int, dtype: torch.dtype, device: 
         raise ValueError(f"tree_attention: keys and values must be float32, float16 or bfloat16, got {dtype}")
 
 
+def works_on_padding(device: torch.device) -> bool:
+    """Whether the kernel of this device takes time and memory for all that tables have room for, and not only for what
+    the lengths say: torch's reference, which does not read them on a GPU.
+    """
+    return device.type != "cpu" and operators["tree_attention"].kernel(device.type) == "torch reference"
+
+
 def tree_work(
     q: torch.Tensor,
     v_pool: torch.Tensor,

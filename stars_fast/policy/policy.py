@@ -16,7 +16,6 @@ from stars_fast.policy.leaf import NOT_FINITE, Draw, Leaf
 from stars_fast.policy.steps import Shape, Steps
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
-from stars_fast.tree.passes import trunk_room
 from stars_fast.tree.support import written
 
 _LOOKS = 8  # steps between looks at whether anybody goes on, where each makes the host wait
@@ -42,17 +41,16 @@ class Policy(TreeModel):
         self.logit_size = written(model)  # the vocabulary to every operator; what prompts hold is `vocab_size`
         self.source: Any = model  # what the user named it by
         self.sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
-        self._room = (0, 0)  # for the largest trunk and segment
+        self.length_room = 0  # of the longest segment that decode steps have room for
 
     def begin(self, tokens: int, longest: int, segment_length: int) -> None:
         """Make room for ``tokens`` slots, trunks of up to ``longest`` tokens and segments of ``segment_length``."""
-        self.allocate(tokens)
-        trunk, length = self._room  # never smaller again, so that later calls find graphs that fit
-        self._room = (max(trunk, trunk_room(longest)), max(length, segment_length))
+        self.allocate(tokens, longest)
+        self.length_room = max(self.length_room, segment_length)  # never smaller again, as trunks
 
     def has_room(self, longest: int, segment_length: int) -> bool:
         """Whether trunks and segments of these lengths go into the graphs that :meth:`begin` made room for."""
-        return not self.graphs.enabled or (longest <= self._room[0] and segment_length <= self._room[1])
+        return not self.graphs.enabled or (longest <= self.trunk_room and segment_length <= self.length_room)
 
     def prefill(
         self, leaves: Sequence[int], tokens: Sequence[Sequence[int]], limit: int | None = None
@@ -193,8 +191,18 @@ class Policy(TreeModel):
         """Tensors for a proposal of this shape. A user's logits processors run on the host: no graph holds them."""
         if processed or not self.graphs.enabled:
             return Steps(self, shape, self.logit_size)
-        shape = shape.padded(*self._room)
-        return self.graphs.get(shape, lambda: Steps(self, shape, self.logit_size), capture=shape.length > 1)
+        return self.steps(shape.padded(self.trunk_room, self.length_room))
+
+    def steps(self, shape: Shape) -> Steps:
+        """Tensors of decode steps of a padded shape, which are kept, and captured where that is possible.
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            From the capture.
+        """
+        with self.on_device():
+            return self.graphs.get(shape, lambda: Steps(self, shape, self.logit_size), capture=shape.length > 1)
 
 
 def _draws(steps: Steps, branches: Sequence[int], eos: Sequence[set[int]]) -> list[Draw]:

@@ -13,7 +13,7 @@ from stars_fast.policy.leaf import Leaf, ProcessorError, RowProcessor
 from stars_fast.tree.attention import TreeContext
 from stars_fast.tree.graphs import Captured
 from stars_fast.tree.model import TreeModel
-from stars_fast.tree.passes import bucket
+from stars_fast.tree.passes import bucket, group_bucket
 from stars_fast.tree.segment_tree import TreePlan
 
 
@@ -41,8 +41,10 @@ class Shape(NamedTuple):
 
     def padded(self, trunk: int, length: int) -> Shape:
         """A shape that many others share, with room for trunks and segments of up to these lengths."""
-        most_rows, eos = 1 << (self.most_rows - 1).bit_length(), 4 * math.ceil(self.eos / 4)
-        rows, groups = bucket(self.rows), bucket(self.groups)
+        most_rows = 2
+        while most_rows < self.most_rows:  # 2, 4, 16, 64: tiles of attention hardly differ in between
+            most_rows *= 2 if most_rows == 2 else 4
+        rows, groups, eos = bucket(self.rows), group_bucket(self.groups), 4 * math.ceil(max(self.eos, 1) / 4)
         return Shape(rows, groups, most_rows, trunk, length, eos, self.penalised, self.uncertain)
 
 

@@ -80,7 +80,7 @@ class TreeCache:
     def begin(self, rows: int, longest: int, kv_cache_tokens: int | None) -> None:
         """Make room for ``rows`` texts of up to ``longest`` tokens."""
         self.tokens = 0
-        self.model.allocate(kv_cache_tokens or default_tokens(self.model, rows, longest))
+        self.model.allocate(kv_cache_tokens or default_tokens(self.model, rows, longest), longest)
         self._plugged.enter_context(plugged(self.model.model))
 
     def fits(self, rows: int, longest: int) -> bool:

@@ -82,6 +82,11 @@ class Graphs:
         self._pool: Any = None
         self._stream: Any = None
 
+    @property
+    def captures(self) -> bool:
+        """Whether the model lies where there are graphs."""
+        return bool(self._model.device.type == "cuda")
+
     def refresh(self) -> None:
         """Drop all graphs if something that they take for granted has moved."""
         if self.enabled:
@@ -106,7 +111,7 @@ class Graphs:
         work: Any = self._kept.pop(shape, None)
         if work is None:
             work = make()
-            possible = self._model.device.type == "cuda" and type(work) not in self._impossible
+            possible = self.captures and type(work) not in self._impossible
             if capture and possible and not self._capture(work):
                 work = make()
         same = [key for key, kept in self._kept.items() if type(kept) is type(work)]

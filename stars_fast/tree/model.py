@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -14,10 +13,11 @@ from transformers import PreTrainedModel
 
 from stars_fast.notices import warn
 from stars_fast.ops import check_supported
+from stars_fast.ops.tree_attention import works_on_padding
 from stars_fast.stays import Stays
 from stars_fast.tree.attention import NAME, ShapeRecorder, TreeContext, active, causal_probe, own_dtypes, plugged
 from stars_fast.tree.graphs import Graphs
-from stars_fast.tree.passes import MOST_TOKENS, WORTH_CAPTURING, Pass, PassShape
+from stars_fast.tree.passes import Pass, PassShape, trunk_room
 from stars_fast.tree.prefixes import Prefixes
 from stars_fast.tree.segment_tree import SegmentTree, TreePlan, plan
 from stars_fast.tree.slots import SlotPool
@@ -32,8 +32,6 @@ PREFILL_CHUNK = 512
 PREFILL_CHUNK_CUDA = 4096
 # Tokens of the largest forward pass, where nobody asks for less.
 MOST_PACKED = 16384
-# Shapes of small passes whose meetings are counted; those met least often are forgotten.
-_MOST_SHAPES = 512
 
 
 class TreeModel(Stays):
@@ -101,7 +99,7 @@ class TreeModel(Stays):
         self.torch_compile = False
         self._compiled: CompiledLayers | None = None
         self.watched = False  # by hooks, which a graph does not call
-        self._met: Counter[PassShape] = Counter()
+        self.trunk_room = 0  # of captured work; never smaller again, so that later calls find graphs that fit
         # transformers returns a 4-D mask as it is: no mask is built, and nothing waits for the device.
         self._mask = torch.zeros(1, 1, 1, 1, device=self.device)
 
@@ -119,7 +117,8 @@ class TreeModel(Stays):
         (:class:`stars_fast.tree.compiled.CompiledLayers`); on a CUDA device only.
         """
         on_gpu = self.device.type == "cuda"
-        self.graphs.enabled, self.torch_compile = cuda_graphs and on_gpu, torch_compile and on_gpu
+        self.graphs.enabled = cuda_graphs and on_gpu and not works_on_padding(self.device)
+        self.torch_compile = torch_compile and on_gpu
 
     @property
     def prepared(self) -> int:
@@ -148,8 +147,9 @@ class TreeModel(Stays):
         """Bytes of keys and values that one token takes."""
         return SlotPool.bytes_per_slot(self.shapes, self.dtype)
 
-    def allocate(self, tokens: int) -> None:
-        """An empty tree over ``tokens`` slots (and slot 0); a pool that is large enough is kept.
+    def allocate(self, tokens: int, longest: int = 1) -> None:
+        """An empty tree over ``tokens`` slots (and slot 0), for texts of up to ``longest``; a pool that is large enough
+        is kept.
 
         Raises
         ------
@@ -170,6 +170,7 @@ class TreeModel(Stays):
             self.pools_made += 1
         self._plant(tokens + 1)
         self.graphs.refresh()
+        self.trunk_room = max(self.trunk_room, trunk_room(longest))
 
     def clear(self) -> None:
         """Drop everything the tree holds, whoever holds it."""
@@ -276,28 +277,32 @@ class TreeModel(Stays):
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _small_pass(self, plan: TreePlan, lengths: Sequence[int], rows: int, kwargs: Mapping[str, Any]) -> Pass | None:
-        """What to run it on where it is small: tensors of a padded shape, captured once that has been met often enough.
-
-        Padded from the first time on: the numbers of a pass do not depend on what ran before.
-        """
+        """What to run it on where it is small: tensors of a padded shape, captured when that is first met."""
         logits, kept = self.body is self.model, kwargs.get("logits_to_keep", 0)
         usual = kwargs.keys() <= {"logits_to_keep"} and isinstance(kept, int) and kept == 0
-        if not self.graphs.enabled or self.watched or sum(lengths) > MOST_TOKENS or not usual:
+        if not self.graphs.enabled or self.watched or not usual or logits != ("logits_to_keep" in kwargs):
             return None
-        if logits != ("logits_to_keep" in kwargs):
+        groups, longest = plan.trunk_slots.shape
+        self.trunk_room = max(self.trunk_room, trunk_room(longest))
+        shape = PassShape.padded(lengths, groups, rows, self.trunk_room, logits)
+        if shape is None:
             return None
-        shape = PassShape.padded(plan, lengths, rows, logits)
-        self._met[shape] += 1
-        if len(self._met) > _MOST_SHAPES:
-            self._met = Counter(dict(self._met.most_common(_MOST_SHAPES // 2)))
-        if self._met[shape] < WORTH_CAPTURING and shape not in self.graphs:
-            return Pass(self, shape)
         try:
-            with self.on_device():
-                return self.graphs.get(shape, lambda: Pass(self, shape))
+            return self.small_pass(shape)
         except torch.OutOfMemoryError:  # what is free is for the texts
             self.graphs.give_up(Pass)
             return Pass(self, shape)
+
+    def small_pass(self, shape: PassShape) -> Pass:
+        """The pass of that shape, captured where that is possible.
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            From the capture.
+        """
+        with self.on_device():
+            return self.graphs.get(shape, lambda: Pass(self, shape))
 
     def _run_small(
         self, small: Pass, plan: TreePlan, branches: Sequence[Sequence[int]]

@@ -1,0 +1,134 @@
+"""How many graphs a call asks for, counted with stand-ins for them, and what is made before the first."""
+
+import pytest
+import torch
+from conftest import sum_reward, tiny_policy, tiny_reward, word_reward
+
+from benchmarks.micro.shapes import as_on_a_gpu, counting, stand_ins
+from stars_fast import AsyncStarsEngine, StarsConfig, StarsEngine
+from stars_fast.policy.steps import Shape
+from stars_fast.tree.graphs import Graphs
+from stars_fast.tree.passes import PassShape
+
+VOCAB = 32
+CONFIG = StarsConfig(
+    segment_length=16, max_new_tokens=32, ignore_eos=True, target_reward=0.0, beta=1.0, alpha=1.0, candidates=3
+)
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    with stand_ins():
+        models = tiny_policy(VOCAB, layers=1), tiny_reward(VOCAB, layers=1)
+        yield as_on_a_gpu(StarsEngine(*models, max_rows=256, kv_cache_tokens=20_000))
+
+
+def prompts(count, length=24):
+    return [[(i * j + j) % VOCAB for j in range(length)] for i in range(count)]
+
+
+def test_a_call_meets_few_shapes_and_launches_none(engine):
+    with counting() as first:
+        engine.generate(prompts(64), CONFIG, seed=0)
+    decode = {shape for _, shape in first.shapes if isinstance(shape, Shape)}
+    assert first.launched == 0
+    assert first.graphs == len(first.shapes) <= 14
+    assert len(decode) <= 5
+    with counting() as later:
+        engine.generate(prompts(64), CONFIG, seed=1)
+    assert later.launched == 0
+    assert first.graphs + later.graphs == len(first.shapes | later.shapes) <= 18
+
+
+def test_steady_heartbeats_have_one_decode_step_and_one_extension(engine):
+    with counting() as counted:
+        engine.generate(prompts(64), CONFIG, seed=0, target_reward=-9.0)  # all are accepted at once
+    assert {shape[:3] for _, shape in counted.shapes if isinstance(shape, Shape)} == {(192, 64, 4)}
+    assert {shape[:5] for role, shape in counted.shapes if role == "policy" and isinstance(shape, PassShape)} == {
+        (64, 64, 64, 1, 1)
+    }
+    assert counted.graphs == len(counted.shapes) == 3  # with what the first prompts that end alike leave to be read
+
+
+def test_prompts_let_in_a_few_at_a_time_share_their_shapes(engine):
+    with counting() as counted:
+        for count, length in ((1, 20), (2, 30), (3, 50), (5, 40), (7, 33), (9, 60), (6, 120)):
+            engine.generate(prompts(count, length), CONFIG, seed=0, max_new_tokens=1)
+    read = {shape for role, shape in counted.shapes if role == "policy" and shape.most_queries > 1}
+    assert {shape.tokens for shape in read} <= {64, 128, 192, 256, 512, 768}
+    assert len(read) <= 6 and counted.launched == 0
+
+
+@pytest.mark.parametrize(("requests", "candidates"), [(64, 3), (64, "auto"), (1, "auto")])
+def test_a_warm_engine_makes_no_graph_in_its_first_call(engine, requests, candidates):
+    config = CONFIG.replace(candidates=candidates)
+    with counting() as before:
+        told = engine.warm_up(config, requests=requests, max_model_len=200)
+    assert told.graphs == before.graphs > 20 and not told.remark
+    assert engine.warm_up(config, requests=requests, max_model_len=200).graphs == 0
+    with counting() as counted:
+        engine.generate(prompts(requests), config, seed=0)
+    assert counted.runs and counted.launched == 0
+    assert counted.graphs <= (0 if candidates == 3 else 2)  # acceptance differs from request to request
+
+
+def test_warming_up_changes_no_text_and_leaves_nothing_in_the_trees(engine):
+    plain = StarsEngine(engine.policy.model, engine.reward.model, max_rows=256, kv_cache_tokens=20_000)
+    expected = plain.generate(prompts(5), CONFIG, seed=3)
+    engine.warm_up(CONFIG, requests=5, max_model_len=100)
+    assert engine.core.loop is None
+    assert engine.policy.tree.free_slots == engine.policy.tree.capacity - 1  # slot 0 is nobody's
+    assert engine.generate(prompts(5), CONFIG, seed=3).completions == expected.completions
+
+
+def test_an_engine_that_is_held_open_is_warmed_up_in_its_own_room(engine):
+    served = AsyncStarsEngine(engine, max_model_len=128)
+    try:
+        engine.warm_up(CONFIG, requests=2)
+        kept = engine.policy.graphs._kept.keys()
+        assert {shape.trunk for shape in kept} == {256}
+        assert {shape.length for shape in kept if isinstance(shape, Shape)} == {32}
+        assert engine.core.loop is not None
+    finally:
+        served.close()
+
+
+def test_scorers_are_not_asked():
+    def never(**_):
+        raise AssertionError("asked")
+
+    with stand_ins():
+        engine = as_on_a_gpu(StarsEngine(tiny_policy(VOCAB, hidden=32), never, kv_cache_tokens=4_000))
+        assert engine.warm_up(CONFIG, requests=2, max_model_len=100).graphs > 0
+
+
+@pytest.mark.parametrize("scorer", [sum_reward, word_reward])
+def test_nothing_is_done_where_there_are_no_graphs(scorer):
+    engine = StarsEngine(tiny_policy(VOCAB), sum_reward)
+    told = engine.warm_up(progress=True)
+    assert told == (0, 0.0, "nothing was captured: the policy is on cpu")
+    assert not engine.policy.graphs._kept
+
+
+def test_what_memory_is_short_of_is_left_to_the_calls(engine, monkeypatch):
+    made, capture = [], Graphs._capture
+
+    def capturing(graphs, work):
+        if len(made) == 5:
+            raise torch.OutOfMemoryError("no room")
+        made.append(work)
+        return capture(graphs, work)
+
+    monkeypatch.setattr(Graphs, "_capture", capturing)
+    told = engine.warm_up(CONFIG, requests=4, max_model_len=100)
+    assert told.graphs == 5 and told.remark.startswith("memory is short") and "no room" in told.remark
+
+
+def test_arguments_are_checked(engine):
+    with pytest.raises(ValueError, match="requests=0"):
+        engine.warm_up(requests=0)
+    with pytest.raises(ValueError, match="max_model_len=1"):
+        engine.warm_up(max_model_len=1)
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.warm_up()
