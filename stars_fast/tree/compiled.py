@@ -15,6 +15,8 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from stars_fast.tree.joined import join
+
 CompilationError = (TorchDynamoException, FailOnRecompileLimitHit)
 _MOST_COMPILATIONS = 256  # all families share one function in transformers, and so one limit
 # What tells layers apart. All else of a layer is a constant: with a head size that is none, the rotary embedding divides
@@ -28,6 +30,7 @@ _here = threading.local()  # whose layers this thread runs
 def _inductor(module: torch.fx.GraphModule, inputs: list[torch.Tensor], **options: Any) -> Any:
     """Inductor, counted. One function for all: Dynamo compiles again for every backend that is another."""
     _here.layers.compilations += 1
+    join(module)
     return torch._dynamo.lookup_backend("inductor")(module, inputs, **options)
 
 
