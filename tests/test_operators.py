@@ -23,6 +23,15 @@ CASES = {
         torch.zeros(9, 2, 4),
         torch.tensor([4, 2, 8], dtype=torch.int32),
     ),
+    "rotary_append": lambda: (
+        torch.randn(3, 4, 8),
+        torch.randn(3, 2, 8),
+        torch.randn(3, 2, 4),
+        *torch.randn(2, 3, 6),
+        torch.zeros(9, 2, 8),
+        torch.zeros(9, 2, 4),
+        torch.tensor([4, 2, 8], dtype=torch.int32),
+    ),
     "tree_attention": lambda: (*tree(**SHAPES["scoring"]).values(), 4, 2.0, torch.zeros(4)),
     "sample_step": lambda: tuple(
         arguments(random_logits(3, 50), top_k=5, seen=torch.zeros(3, 50, dtype=torch.bool), eos=(1,)).values()

@@ -4,10 +4,18 @@ import pytest
 import torch
 from conftest import sum_reward, tiny_policy
 from test_architectures import CONFIG, FAMILIES, PROMPTS, causal_lm
+from generated_code import code_of_a_layer, launches
 from torch._dynamo.testing import CompileCounter
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from stars_fast import StarsEngine
 from stars_fast.tree.compiled import CompiledLayers
+from stars_fast.tree.joined import join
+
+# Their rotary embeddings pair other elements than halves (Cohere, DeepSeek, gpt-oss), or there are none.
+NOT_ROTATED_WITH_THE_APPEND = {"gpt2", "opt", "cohere2", "gpt_oss", "deepseek_v3"}
+LLAMA = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+SHAPES = {"llama": LlamaConfig(**LLAMA), "qwen2": Qwen2Config(**LLAMA, num_key_value_heads=2)}
 
 
 @pytest.fixture(autouse=True)
@@ -25,15 +33,35 @@ def nothing_compiled_before():
 def test_layers_compile_whole_and_compute_the_same(family):
     model = causal_lm(family, FAMILIES[family])
     plain = StarsEngine(model, sum_reward).generate(PROMPTS, CONFIG, seed=0)
-    engine, counter = StarsEngine(model, sum_reward), CompileCounter()
-    layers = CompiledLayers(model, backend=counter)
+    engine, counter, rotated = StarsEngine(model, sum_reward), CompileCounter(), []
+
+    def joining(module, inputs):
+        join(module)
+        rotated.append("attend_rotated" in module.code)
+        return counter(module, inputs)
+
+    layers = CompiledLayers(model, backend=joining)
     with layers.running():
         compiled = engine.generate(PROMPTS, CONFIG, seed=0)
     assert len(layers) == model.config.num_hidden_layers
     assert counter.frame_count > 0
+    assert any(rotated) == (family not in NOT_ROTATED_WITH_THE_APPEND)
     assert compiled.completions == plain.completions
     for ours, theirs in zip(compiled.logprobs, plain.logprobs, strict=True):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_decode_layer_is_twelve_launches(family):
+    """Counted in what Inductor writes for an H100. Our attention is two: it appends, and attends."""
+    model = AutoModelForCausalLM.from_config(SHAPES[family], dtype=torch.bfloat16).eval()
+    code = code_of_a_layer(model)
+    found = ["norm" if "rsqrt" in name else "own" if name.startswith("triton") else name for name in launches(code)]
+    product = "addmm" if family == "qwen2" else "mm"  # which have a bias
+    attention, last = ["stars_fast.attend_rotated", "mm"], ["mm", "mm", "own", "stars_fast.product_onto"]
+    assert found == ["norm", *[product] * 3, *attention, "norm", *last]
+    assert len(found) + 1 == 12
+    assert "div_floor_integer" not in code, "a head size that is no constant"
 
 
 def test_layers_and_numbers_of_rows_share_their_code():

@@ -11,7 +11,10 @@ from conftest import tiny_policy, tiny_reward
 from torch.nn.attention import varlen
 
 from stars_fast import StarsConfig, StarsEngine
+from stars_fast.ops._library import CHECKS
 from stars_fast.tree import model, prefill
+from stars_fast.tree.compiled import CompiledLayers
+from stars_fast.tree.joined import join
 from stars_fast.tree.prefill import FLASH_ATTN, TORCH, Library, Shape, chosen, refused
 
 CPU = torch.device("cpu")
@@ -61,6 +64,27 @@ def test_both_models_read_fresh_texts_through_the_library_and_nothing_changes(as
     assert asked == [(8, 7)] * 4, "two layers of policy and of reward model, and no later pass"
     monkeypatch.setattr(prefill, "libraries", lambda device: ())
     assert completions() == through_it
+
+
+@pytest.mark.skipif(CHECKS, reason="rotated beforehand, where the operators check their arguments")
+def test_layers_that_leave_rotating_to_the_append_give_the_library_rotated_keys(asked, monkeypatch):
+    model, prompts = tiny_policy(32, hidden=32), [[3, 4, 5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16, 17]]
+    config = StarsConfig(target_reward=-9.0, base_reward=-9.0, segment_length=4, max_new_tokens=4)
+    engine = StarsEngine(model, lambda completions: [0.0] * len(completions))
+    expected = engine.generate(prompts, config, seed=0)
+    asked.clear()
+    torch._dynamo.reset()
+
+    def joined(module, inputs):
+        join(module)
+        assert "attend_rotated" in module.code
+        return module.forward
+
+    with CompiledLayers(model, joined).running():
+        out = engine.generate(prompts, config, seed=0)
+    torch._dynamo.reset()
+    assert asked == [(8, 7)] * 2 and out.completions == expected.completions
+    torch.testing.assert_close(torch.tensor(out.logprobs), torch.tensor(expected.logprobs), atol=1e-5, rtol=0)
 
 
 def test_a_prefix_in_the_tree_keeps_our_kernel(asked, monkeypatch):

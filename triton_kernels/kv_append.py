@@ -51,17 +51,23 @@ def kv_append_kernel(
     tl.store(k_pool + (slot * heads + head) * HEAD_SIZE + d, keys, here)
 
 
+def check_pools(operator: str, k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor) -> None:
+    """Refuse pools that these keys and values do not fit."""
+    heads = k.shape[1]
+    for name, pool, size in (("k_pool", k_pool, k.shape[2]), ("v_pool", v_pool, v.shape[2])):
+        if pool.shape[1:] != (heads, size) or not pool.is_contiguous():
+            raise ValueError(
+                f"{operator}: {name} must be contiguous [slots, {heads}, {size}], got {list(pool.shape)} with strides "
+                f"{pool.stride()}"
+            )
+
+
 def kv_append(
     k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor
 ) -> None:
     """:func:`stars_fast.ops.kv_append` in Triton."""
     (tokens, heads, head_size), value_size = k.shape, v.shape[-1]
-    for name, pool, size in (("k_pool", k_pool, head_size), ("v_pool", v_pool, value_size)):
-        if pool.shape[1:] != (heads, size) or not pool.is_contiguous():
-            raise ValueError(
-                f"kv_append: {name} must be contiguous [slots, {heads}, {size}], got {list(pool.shape)} with strides "
-                f"{pool.stride()}"
-            )
+    check_pools("kv_append", k, v, k_pool, v_pool)
     address(slots, "slots", torch.int32, (tokens,))
     if tokens == 0:
         return

@@ -14,10 +14,10 @@ from stars_fast.bench.yardsticks import synchronize
 # The first that a kernel's name matches. Inductor names a kernel by what it fuses.
 _CLASSES = {
     "split-K reduce": r"splitk_?reduce",
-    "product": r"nvjet|gemm|gemv|cutlass|wgmma|skinny_product|aten::(add)?mm$",
+    "product": r"nvjet|gemm|gemv|cutlass|wgmma|skinny_product|aten::(add)?mm_?$",
     "merge": r"merge_parts",
     "attention": r"tree_(attention|work)",
-    "append": r"kv_append",
+    "append": r"(kv|rotary)_append",
     "sampling": r"draw_kernel|tile_sums|rank_|sample_step|gather_logprobs|select_and_commit",
     "copy": r"memcpy|memset|direct_copy|CatArray",
     "rotary": r"triton_.*(cat.*neg|neg.*cat|cos|sin)",
@@ -27,7 +27,7 @@ _CLASSES = {
     "not compiled": r"at::native|aten::",
 }
 OTHER = "other"
-_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1}  # operators, and where their matrices begin: behind a bias
+_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # operators, and where their matrices begin: behind a bias
 LARGE = ("product", "attention")  # the other classes are small kernels
 _MARK = "stage: "
 

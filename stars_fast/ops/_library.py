@@ -82,7 +82,7 @@ def define(
     name: str,
     *,
     reference: Callable[P, R],
-    call: Callable[..., Any],
+    call: Callable[..., Any] | None = None,
     fake: Callable[..., Any],
     written: Collection[str] = (),
 ) -> Callable[P, R]:
@@ -96,7 +96,8 @@ def define(
     reference
         In plain torch. Its signature and its docstring are the operator's.
     call
-        Calls the C++ function that is its first argument; takes the operator's own behind it, by position.
+        Calls the C++ function that is its first argument; takes the operator's own behind it, by position. None where
+        there is no such function: CPUs run the reference then, and contents are not checked.
     fake
         What is returned, with shapes and dtypes but not yet with values.
     written
@@ -104,14 +105,14 @@ def define(
     """
     in_torch = Kernel(reference, "torch reference")
     function = native(name)
-    compiled = Kernel(functools.partial(call, function), "C++") if function else in_torch
+    compiled = Kernel(functools.partial(call, function), "C++") if call and function else in_torch
     triton = Kernel(_triton(name), "Triton interpreter" if _MODE == "interpret" else "Triton")
     operator = {
         "": Operator(compiled, triton),
         "reference": Operator(in_torch, in_torch),
         "interpret": Operator(triton, triton),
     }[_MODE]
-    if check := _built(f"check_{name}"):  # which the C++ kernel begins with by itself
+    if call and (check := _built(f"check_{name}")):  # which the C++ kernel begins with by itself
         cpu, cuda = operator
         cpu = cpu if cpu is compiled and function else _checked(cpu, call, check)
         operator = Operator(cpu, _checked(cuda, call, check) if CHECKS else cuda)

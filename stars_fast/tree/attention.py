@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stars_fast.ops import kv_append, tree_attention
+from stars_fast.ops import kv_append, rotary_append, tree_attention
 from stars_fast.ops._library import library
 from stars_fast.ops.tree_attention import tree_work
 from stars_fast.tree import prefill
@@ -59,11 +59,28 @@ class TreeContext:
     work: dict[Any, torch.Tensor | None] = field(default_factory=dict)  # of layers, by the sizes of their heads
     fresh: bool = False  # each row's new tokens are all that it has, and are not padded
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """As in :class:`AttentionContext`; where there are ``angles``, cosines and sines ``[T, R]``, queries and keys
+        are still to be rotated by them."""
         k_pool, v_pool = self.pool.layer(layer)
-        kv_append(k, v, k_pool, v_pool, self.write_slots)
-        if self.fresh and (attended := self._attend_fresh(q, k, v, **options)) is not None:
-            return attended
+        if angles is None:
+            kv_append(k, v, k_pool, v_pool, self.write_slots)
+        else:
+            q = rotary_append(q, k, v, *angles, k_pool, v_pool, self.write_slots)
+        if self.fresh and (library := self._library(q, v, **options)) is not None:
+            keys = k if angles is None else k_pool[self.write_slots]  # rotated there
+            rows, longest, scale = self.query_indptr, self.max_queries, options["scale"]
+            attended = library.attend(q, keys, v, rows, longest, scale, options["window"], options["softcap"])
+            # Some lay their output out as q is; compiled layers rely on what the operator promises.
+            return attended.contiguous()
         out = torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device)
         plan, sizes = self.plan, (q.shape[1:], v_pool.shape[1:])
         lengths = (plan.group_indptr, self.query_indptr, self.max_rows, self.max_queries)
@@ -84,23 +101,11 @@ class TreeContext:
         )
         return out
 
-    def _attend_fresh(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        window: int,
-        softcap: float,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor | None:
-        """By a library's kernel, where one is chosen."""
-        shape = prefill.Shape.of(q, v, window, softcap, sinks)
-        library = prefill.chosen(shape, self.max_queries, q.device)
-        if library is None:
-            return None
-        # Some lay their output out as q is; compiled layers rely on what the operator promises.
-        return library.attend(q, k, v, self.query_indptr, self.max_queries, scale, window, softcap).contiguous()
+    def _library(
+        self, q: torch.Tensor, v: torch.Tensor, *, window: int, softcap: float, sinks: torch.Tensor | None, **_: Any
+    ) -> prefill.Library | None:
+        """Whose kernel attends in a fresh pass, where it is not ours."""
+        return prefill.chosen(prefill.Shape.of(q, v, window, softcap, sinks), self.max_queries, q.device)
 
 
 @dataclass
@@ -179,14 +184,37 @@ def _attend(
     return _active.context.attend(layer, q, k, v, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
 
+def _attend_rotated(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    layer: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """:func:`_attend` of queries and keys that are still to be rotated (:mod:`stars_fast.tree.joined`)."""
+    options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    return _active.context.attend(layer, q, k, v, angles=(cos, sin), **options)
+
+
 library.define(
     "attend(Tensor q, Tensor k, Tensor v, SymInt layer, float scale, SymInt window, float softcap, Tensor? sinks)"
     " -> Tensor"
 )
 library.impl("attend", _attend, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "stars_fast::attend", lambda q, k, v, *options: q.new_empty(*q.shape[:2], v.shape[2]), lib=library
+library.define(
+    "attend_rotated(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, SymInt layer, float scale, SymInt window,"
+    " float softcap, Tensor? sinks) -> Tensor"
 )
+library.impl("attend_rotated", _attend_rotated, "CompositeExplicitAutograd")
+for _name in ("attend", "attend_rotated"):
+    torch.library.register_fake(
+        f"stars_fast::{_name}", lambda q, k, v, *options: q.new_empty(*q.shape[:2], v.shape[2]), lib=library
+    )
 
 
 def _ordinary_attention(module: nn.Module) -> Callable[..., Any]:

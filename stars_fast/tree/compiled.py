@@ -15,8 +15,13 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from stars_fast.tree.joined import join
+
 CompilationError = (TorchDynamoException, FailOnRecompileLimitHit)
 _MOST_COMPILATIONS = 256  # all families share one function in transformers, and so one limit
+# What tells layers apart. All else of a layer is a constant: with a head size that is none, the rotary embedding divides
+# 64-bit integers some ten times an element.
+_SYMBOLIC = r".*\.layer_idx"
 _running: dict[int, tuple[int, list[nn.Module]]] = {}  # id of a model -> how many run its layers compiled, and which
 _running_lock = threading.Lock()
 _here = threading.local()  # whose layers this thread runs
@@ -25,6 +30,7 @@ _here = threading.local()  # whose layers this thread runs
 def _inductor(module: torch.fx.GraphModule, inputs: list[torch.Tensor], **options: Any) -> Any:
     """Inductor, counted. One function for all: Dynamo compiles again for every backend that is another."""
     _here.layers.compilations += 1
+    join(module)
     return torch._dynamo.lookup_backend("inductor")(module, inputs, **options)
 
 
@@ -73,11 +79,13 @@ class CompiledLayers:
                         changed.append(layer)
             _running[self._model_id] = depth + 1, changed
         try:
-            with torch._dynamo.config.patch(
-                allow_unspec_int_on_nn_module=True,
-                skip_nnmodule_hook_guards=False,  # hooks may come and go between calls
-                recompile_limit=_MOST_COMPILATIONS,
-                accumulated_recompile_limit=4 * _MOST_COMPILATIONS,
+            with (
+                torch.compiler.config.patch(dynamic_sources=_SYMBOLIC),
+                torch._dynamo.config.patch(
+                    skip_nnmodule_hook_guards=False,  # hooks may come and go between calls
+                    recompile_limit=_MOST_COMPILATIONS,
+                    accumulated_recompile_limit=4 * _MOST_COMPILATIONS,
+                ),
             ):
                 yield
         finally:
