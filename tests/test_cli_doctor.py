@@ -69,7 +69,7 @@ def test_a_pair_without_tokenizers_is_shown_ids(tmp_path):
 def test_other_ids_than_the_tokenizers_own_are_said(chatty, monkeypatch):
     monkeypatch.setattr("stars_fast.cli.pair._at_once", lambda *_: [1, 2, 3])
     result = invoke(*chatty)
-    assert result.exit_code == 0 and "OTHER IDS, score" in result.stdout
+    assert result.exit_code == 0 and "other ids, of score" in result.stdout
 
 
 def test_what_cannot_be_scored_is_trouble(chatty, monkeypatch):

@@ -1,6 +1,7 @@
 """Quantised models, as users load them, are plugged in, compiled and counted like others; their law is their own."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from stars_fast import StarsEngine
 from stars_fast.report.weights import Weights, stored_bytes
 from stars_fast.tree.compiled import CompiledLayers
 from stars_fast.tree.graphs import addresses
+from stars_fast.tree.support import warn_of_shared_scales
 
 # And how far from a plain pass: activations in 8 bits make a step of what was a difference in the last bit.
 KINDS = {"Int8WeightOnlyConfig": 1e-4, "Int8DynamicActivationInt8WeightConfig": 0.15, "Float8WeightOnlyConfig": 1e-4}
@@ -86,6 +88,18 @@ def test_a_graph_notices_that_weights_of_another_class_lie_elsewhere():
     assert addresses(policy) != seen
 
 
+@pytest.mark.parametrize(
+    ("granularity", "scale", "warned"), [("PerTensor", None, 1), ("PerTensor", 1, 0), ("PerRow", None, 0)]
+)
+def test_scales_shared_by_all_rows_are_warned_of(granularity, scale, warned, recwarn):
+    policy = tiny_policy(32)
+    weight = policy.model.layers[1].mlp.up_proj.weight
+    weight.act_quant_kwargs = SimpleNamespace(granularity=type(granularity, (), {})())
+    weight.act_quant_scale = scale
+    warn_of_shared_scales(policy, "policy")
+    assert [("up_proj" in str(one.message)) for one in recwarn] == [True] * warned
+
+
 def test_quantised_weights_count_as_the_numbers_they_stand_for_and_the_bytes_they_take():
     for model in pair():
         before, after = Weights.of(model), Weights.of(replaced(model, nn.Linear, Int8Linear))
@@ -104,6 +118,15 @@ def test_packed_weights_count_as_their_layer_says():
     layer.bias = nn.Parameter(torch.zeros(8))
     found = Weights.of(layer)
     assert (found.parameters, found.active, found.bytes) == (16 * 8 + 8, 16 * 8, 64 + 4 + 32)
+
+
+def test_quantised_experts_count_each():
+    experts = nn.Module()
+    for name in ("gate_up_proj", "down_proj"):
+        experts.register_parameter(name, nn.Parameter(torch.zeros(2, 4, 8, dtype=torch.int8), requires_grad=False))
+        experts.register_parameter(f"{name}_scale", nn.Parameter(torch.zeros(2, 4, 1)))
+    found = Weights.of(experts)
+    assert (found.parameters, found.bytes) == (2 * 64, 2 * (64 + 4 * 8))
 
 
 def test_the_roofline_reads_quantised_layers_in_their_bytes():
@@ -137,6 +160,18 @@ def test_models_quantised_by_torchao_run_as_they_are(kind):
         torch.testing.assert_close(torch.tensor(logprobs), expected, atol=KINDS[kind], rtol=0)
         with torch.no_grad():
             assert score == pytest.approx(reward(torch.tensor([prompt + completion])).logits.item(), abs=KINDS[kind])
+
+
+def test_one_scale_for_all_rows_of_a_pass_is_warned_of():
+    torchao = pytest.importorskip("torchao.quantization", exc_type=ImportError)
+    policy, ids = tiny_policy(32, hidden=32), torch.tensor([[1, 2, 3, 4]])
+    scheme = torchao.Int8DynamicActivationInt8WeightConfig(granularity=torchao.PerTensor())
+    torchao.quantize_(policy.base_model, scheme)
+    with torch.no_grad():
+        alone, beside = policy(ids).logits, policy(torch.cat((ids, ids + 9))).logits[:1]
+    assert (alone - beside).abs().max() > 1e-3
+    with pytest.warns(UserWarning, match=r"policy's activations .* PerTensor.*PerRow"):
+        StarsEngine(policy, tiny_reward(32))
 
 
 @pytest.mark.slow

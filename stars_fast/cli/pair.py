@@ -71,8 +71,11 @@ def pair_words(report: Report) -> dict[str, Any]:
             style="" if score["agrees"] else "bold red",
         )
         if card is not None:
-            words["by its tokenizer"] = "the same ids" if card["same"] else f"OTHER IDS, score {card['score']:.6g}"
-            words["by its tokenizer"] += " where the whole is rendered and tokenised at once, as model cards do"
+            found = "the same ids" if card["same"] else f"other ids, of score {card['score']:.6g},"
+            words["by its tokenizer"] = Text(
+                f"{found} where the whole is rendered and tokenised at once, as model cards do",
+                style="" if card["same"] else "yellow",
+            )
     if trouble(report):
         words["trouble"] = Text(trouble(report), style="bold red")
     return words | _memory_words(report["memory"])
@@ -96,7 +99,7 @@ def _scored_twice(policy: Policy, scorer: ClassifierReward, tokenizer: Any) -> R
         ids = [token % min(policy.vocab_size, scorer.vocab_size) for token in range(12)]
         prompt, answer = RewardPrompt(0, ids[:6], ids[:6]), ids[6:]
     else:
-        chat = getattr(tokenizer, "chat_template", None)
+        chat = bool(getattr(tokenizer, "chat_template", None))
         source: Any = [{"role": "user", "content": PROMPT}] if chat else PROMPT
         prompt = RewardPrompt(0, source, None, tokenizer=tokenizer)
         answer = encode(tokenizer, ANSWER) if chat else _going_on(tokenizer, prompt.ids)
@@ -166,7 +169,7 @@ def _memory(trees: list[TreeModel], models: list[Any]) -> Report:
     from stars_fast.report.weights import Weights
     from stars_fast.tree.memory import default_tokens, divide_devices
 
-    divide_devices(trees, 64, _UTILIZATION)
+    divide_devices(trees, 64 if trees[0].device.type == "cpu" else 256, _UTILIZATION)  # rows of an engine
     return {
         "weights_bytes": {
             role: Weights.of(model).bytes for role, model in zip(("policy", "reward"), models, strict=True)

@@ -89,8 +89,8 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
             if id(one) not in seen:
                 seen.add(id(one))
                 numbers = one.numel()
-                if packed is not None and key != "bias":  # beside them lie scales and zero points
-                    numbers = (sizes or numbers) if key == packed else 0
+                if packed is not None and key != "bias":  # scales and zero points lie beside them
+                    numbers = sizes * (key == packed) if sizes else numbers * _is_packed(one)
                 yield _Weight(one, numbers, ".experts." in f"{name}.{key}")
 
 
