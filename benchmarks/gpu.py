@@ -59,6 +59,7 @@ PARTS = [
         ("small-batches", 20, "heartbeats.measure_small_batches", "Steady heartbeats of batch 1 and 16."),
         ("unguided", 25, "baselines.compare_unguided", "Accepting everything beside generate."),
         ("baselines", 35, "baselines.compare_scripts", "plain and strong."),
+        ("quantised", 40, "quantised.measure_quantised", "Steady heartbeats with 8-bit weights."),
         ("tests", 90, "project_tests.run_tests", "pytest -m gpu."),
         ("graph-shapes", 10, "shapes.measure_shapes", "Graphs after warm_up; what padding costs."),
     )

@@ -100,8 +100,8 @@ def test_every_method_gives_the_texts_of_the_cpu(name, way):
 def test_fresh_texts_read_through_a_library_give_the_numbers_of_plain_passes(overrides, monkeypatch):
     served, chosen = [], prefill.chosen
     monkeypatch.setattr(prefill, "chosen", lambda *ask: served.append(chosen(*ask)) or served[-1])
-    policy = tiny_policy(32, hidden=128, positions=4096).to(DEVICE, torch.bfloat16)
-    engine = StarsEngine(policy, tiny_reward(32, hidden=128, positions=4096).to(DEVICE, torch.bfloat16), **overrides)
+    policy = tiny_policy(32, hidden=32, positions=4096).to(DEVICE, torch.bfloat16)
+    engine = StarsEngine(policy, tiny_reward(32, hidden=32, positions=4096).to(DEVICE, torch.bfloat16), **overrides)
     prompts = [[i % 30 for i in range(start, start + 700)] for start in (1, 7)]
     out = engine.generate(prompts, CONFIG, seed=SEEDS[:2], candidates=3)
     assert any(served), prefill.in_words(engine.policy.asks, engine.policy.device)

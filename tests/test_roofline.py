@@ -146,7 +146,7 @@ def keys_read(rows, groups, context, branch, queries, window):
 )
 def test_attention_reads_a_trunk_once_per_request(context, branch, queries, window):
     layer = AttentionLayer(4, 2, 8, 12, window=window)
-    cost = ModelCost(0, 0, 0, 0, 0, "one layer", 0, 0, (layer,), torch.bfloat16)
+    cost = ModelCost(0, 0, 0, 0, 0, 0, 0, 0, "one layer", 0, 0, (layer,), torch.bfloat16)
     forward = score_pass(cost, 6, 2, context, queries, H200)
     if queries == 1:
         forward = decode_step(cost, 6, 2, context, branch, H200)
@@ -172,7 +172,7 @@ def test_scoring_reads_the_weights_once_and_computes_new_tokens_only(costs):
     linear = 2 * reward.active * 64 * 20
     assert linear < one.operations < 1.03 * linear
     assert two.operations == pytest.approx(2 * one.operations)
-    assert reward.weight_bytes < two.bytes < 1.5 * one.bytes
+    assert reward.bytes < two.bytes < 1.5 * one.bytes
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_both_models_read_fresh_texts_through_the_library_and_nothing_changes(as
     assert completions() == through_it
 
 
-@pytest.mark.skipif(CHECKS, reason="rotated beforehand, where the operators check their arguments")
+@pytest.mark.skipif(bool(CHECKS), reason="rotated beforehand, where the operators check their arguments")
 def test_layers_that_leave_rotating_to_the_append_give_the_library_rotated_keys(asked, monkeypatch):
     model, prompts = tiny_policy(32, hidden=32), [[3, 4, 5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16, 17]]
     config = StarsConfig(target_reward=-9.0, base_reward=-9.0, segment_length=4, max_new_tokens=4)

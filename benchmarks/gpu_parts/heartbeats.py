@@ -191,15 +191,25 @@ def thirds(seconds: Sequence[float]) -> list[float]:
     return [statistics.fmean(seconds[at : at + size]) for at in range(0, len(seconds), size)]
 
 
-def measure_engine(runner: Runner, load: Workload, candidates: int | str, seconds: float, beats: int = BEATS) -> None:
-    """Steady heartbeats of one workload, beside what the roofline expects of as many candidates."""
+def measure_engine(
+    runner: Runner,
+    load: Workload,
+    candidates: int | str,
+    seconds: float,
+    beats: int = BEATS,
+    kind: str = "engine",
+    **about: Any,
+) -> dict[str, Any] | None:
+    """Steady heartbeats of one workload, beside what the roofline expects of as many candidates. The row; None where
+    there was no time, or an error.
+    """
     if not runner.time_for(0.5 * seconds):
-        return
+        return None
     driven = pilots(runner)
     with runner.guarded(f"engine, batch {load.batch}, {load.acceptance:.0%} wanted, candidates {candidates}"):
         prompts, config = driven.pair.prompts(load.batch, load.prompt_length), driven.config(load)
         watch = run_engine(runner, prompts, config, candidates, 3 if runner.tiny else beats, seconds)
-        row: dict[str, Any] = {"pair": driven.pair.name, "batch": load.batch, "segment": load.segment_length}
+        row: dict[str, Any] = {"pair": driven.pair.name, **about, "batch": load.batch, "segment": load.segment_length}
         row |= {"wanted": load.acceptance, "candidates": candidates, **figures(watch, load)}
         if row["beats"]:
             work = load.batch, load.segment_length, load.acceptance, row["context"], row["rows"] / load.batch
@@ -207,7 +217,8 @@ def measure_engine(runner: Runner, load: Workload, candidates: int | str, second
                 costs(runner), machine(runner), *work, in_order=scores_in_order(driven.engine)
             )
             row["of_expected"] = [row["expected"]["milliseconds"] / one for one in row["repeats_milliseconds"]]
-        runner.add("engine", **row)
+        return runner.add(kind, **row)
+    return None
 
 
 def measure_acceptances(runner: Runner) -> None:

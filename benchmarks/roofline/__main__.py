@@ -43,6 +43,10 @@ def run(
     max_attempts: Annotated[int, typer.Option(help="Candidates per segment before the best is kept.")] = 20,
     tail: Annotated[int, typer.Option(help="Template tokens the reward model reads behind each candidate.")] = 0,
     in_order: Annotated[bool, typer.Option("--in-order", help="Score no candidate behind an accepted one.")] = False,
+    policy_bytes: Annotated[
+        float | None, typer.Option(help="Bytes of each weight in the policy's layers: 1 for 8-bit ones.")
+    ] = None,
+    reward_bytes: Annotated[float | None, typer.Option(help="The same of the reward model.")] = None,
     bandwidth: Annotated[float | None, typer.Option(help="TB/s, instead of the GPU's.")] = None,
     tflops: Annotated[
         float | None, typer.Option(help="Dense TFLOP/s of matrix products, instead of the GPU's 16-bit rate.")
@@ -53,7 +57,7 @@ def run(
     with refusing_models():
         device = _overridden(gpu_named(gpu), bandwidth, tflops)
         workload = Workload(batch, segment, acceptance, context, response, max_attempts, tail, in_order)
-        costs = ModelCost.named(policy, "policy"), ModelCost.named(reward, "reward")
+        costs = _cost(policy, "policy", policy_bytes), _cost(reward, "reward", reward_bytes)
     best = best_candidates(*costs, workload, device)
     shown = sorted({m for m in _SHOWN if m <= max_attempts} | {best.candidates})
     rows = [heartbeat(*costs, workload, m, device) for m in shown]
@@ -69,6 +73,11 @@ def run(
         typer.echo(json.dumps(report, indent=2))
     else:
         _print(report, best, rows)
+
+
+def _cost(name: str, role: str, bytes_per_weight: float | None) -> ModelCost:
+    cost = ModelCost.named(name, role)
+    return cost if bytes_per_weight is None else cost.quantised(bytes_per_weight)
 
 
 def _overridden(gpu: Gpu, bandwidth: float | None, tflops: float | None) -> Gpu:
@@ -89,6 +98,7 @@ def _model_record(name: str, cost: ModelCost) -> dict[str, Any]:
         "name": name,
         "class": cost.name,
         **counts,
+        "weight_bytes": cost.bytes,
         "dtype": str(cost.dtype).removeprefix("torch."),
         "kv_bytes_per_token": cost.kv_bytes_per_token,
         "experts_read_in_full": cost.experts > 0,
@@ -119,7 +129,8 @@ def _assumptions(report: dict[str, Any]) -> Table:
     gpu, work = report["gpu"], report["workload"]
     achievable = gpu["achievable"]
     lines = {
-        role: f"{report[role]['name']}: {report[role]['parameters'] / 1e9:.2f} B parameters, "
+        role: f"{report[role]['name']}: {report[role]['parameters'] / 1e9:.2f} B parameters in "
+        f"{report[role]['weight_bytes'] / 1e9:.1f} GB, "
         f"{report[role]['kv_bytes_per_token']:,} bytes of keys and values a token"
         + (", all experts read" if report[role]["experts_read_in_full"] else "")
         for role in ("policy", "reward")

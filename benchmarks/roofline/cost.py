@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,17 +49,17 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class ModelCost(Weights):
-    """Weights of a model, and what else its forward passes read and compute. All counts are numbers, not bytes."""
+    """Weights of a model, and what else its forward passes read and compute. Numbers, unless a name says bytes."""
 
     name: str  # class of the model
     hidden: int  # numbers gathered per token from the embedding table
     vocab: int  # numbers the head leaves per row
     layers: tuple[AttentionLayer, ...]
-    dtype: torch.dtype  # of weights, keys and values, and logits
+    dtype: torch.dtype  # of keys and values, and logits
 
     @classmethod
-    def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> ModelCost:
-        """Count a causal model of transformers, which may lie on the ``meta`` device. Its dtype unless one is given."""
+    def of(cls, model: nn.Module) -> ModelCost:
+        """Count a causal model of transformers, which may lie on the ``meta`` device."""
         causal = cast(PreTrainedModel, model)
         return cls(
             **asdict(Weights.of(model)),
@@ -67,7 +67,7 @@ class ModelCost(Weights):
             hidden=int(cast(nn.Embedding, causal.get_input_embeddings()).weight.shape[1]),
             vocab=max((int(p.shape[0]) for p in head_weights(model)), default=0),
             layers=_attention_layers(causal.config),
-            dtype=dtype or causal.dtype,
+            dtype=causal.dtype,
         )
 
     @classmethod
@@ -91,24 +91,32 @@ class ModelCost(Weights):
         """
         config = _text_config(config, role)
         with torch.device("meta"):
-            model = _ROLES[role][0].from_config(config)
+            model = _ROLES[role][0].from_config(config, dtype=dtype)
         _refuse_bidirectional(model, role)
-        return cls.of(model, dtype)
+        return cls.of(model)
 
     @classmethod
     def named(cls, name: str, role: str) -> ModelCost:
         """In 16 bits, of the config that :func:`config_named` finds."""
         return cls.from_config(config_named(name, role), role)
 
+    def quantised(self, bytes_per_weight: float) -> ModelCost:
+        """With so many bytes for each weight of its layers; tables and head stay as they are, as quantisers leave them.
+
+        Raises
+        ------
+        ValueError
+            Unless it is above 0.
+        """
+        if not bytes_per_weight > 0:
+            raise ValueError(f"{bytes_per_weight} bytes a weight: above 0 (8-bit weights have 1)")
+        body = round(self.body * bytes_per_weight)
+        return replace(self, body_bytes=body, bytes=self.bytes - self.body_bytes + body)
+
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes, all layers, whatever their windows."""
         return sum(layer.kv_elements for layer in self.layers) * self.dtype.itemsize
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weights."""
-        return self.parameters * self.dtype.itemsize
 
 
 def short_names() -> list[str]:

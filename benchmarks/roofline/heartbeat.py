@@ -222,4 +222,4 @@ def _memory(policy: ModelCost, reward: ModelCost, workload: Workload, candidates
     drawn = candidates * (workload.segment + workload.tail)
     slots = workload.batch * (workload.prompt + response + drawn)
     kv_bytes = policy.kv_bytes_per_token + reward.kv_bytes_per_token
-    return policy.weight_bytes + reward.weight_bytes + slots * kv_bytes
+    return policy.bytes + reward.bytes + slots * kv_bytes

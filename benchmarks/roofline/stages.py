@@ -163,9 +163,9 @@ def _forward(
     itemsize, tokens = cost.dtype.itemsize, rows * queries
     shared, per_row, operations = _attention(cost, rows, groups, context, branch, queries)
     parts = [
-        Part((cost.body + tokens * cost.hidden) * itemsize, 2 * cost.active * tokens),
+        Part(cost.body_bytes + tokens * cost.hidden * itemsize, 2 * cost.active * tokens),
         Part(shared, operations),
-        Part(cost.head * itemsize + 2 * _logit_bytes(cost, rows), 2 * cost.head * rows),  # logits written, then read
+        Part(cost.head_bytes + 2 * _logit_bytes(cost, rows), 2 * cost.head * rows),  # logits written, then read
     ]
     kernels = gpu.achievable.kernels_per_layer * len(cost.layers) + _KERNELS_OUTSIDE_LAYERS
     return Stage.of(name, parts, gpu, kernels=kernels, attention_bytes=shared, per_row_attention_bytes=per_row)

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from stars_fast.report.weights import Weights
+from stars_fast.report.weights import Weights, stored_bytes
 from stars_fast.tree.model import vocabulary
 
 # Llamas with random weights, by their parameters: speed does not depend on the weights.
@@ -120,23 +120,23 @@ def counting(pair: Pair) -> Iterator[Passes]:
     """
     passes = Passes()
 
-    def body(weights: Weights, itemsize: int) -> Any:
+    def body(weights: Weights) -> Any:
         def hook(module: nn.Module, inputs: Any, keywords: dict[str, Any]) -> None:
             ids = keywords.get("input_ids", inputs[0] if inputs else None)
             tokens = 0 if ids is None else ids.numel()
-            passes.bytes += weights.body * itemsize
+            passes.bytes += weights.body_bytes
             passes.operations += 2 * weights.active * tokens
 
         return hook
 
     def head(module: nn.Module, inputs: Any) -> None:
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        passes.bytes += weight.nbytes
+        passes.bytes += stored_bytes(weight)
         passes.operations += 2 * inputs[0].numel() * weight.shape[0]
 
     with ExitStack() as stack:
         for role, model in (("policy", pair.policy), ("reward", pair.reward)):
-            hook = body(pair.weights[role], model.dtype.itemsize)
+            hook = body(pair.weights[role])
             stack.callback(model.base_model.register_forward_pre_hook(hook, with_kwargs=True).remove)
         output = pair.policy.get_output_embeddings()
         stack.callback(output.register_forward_pre_hook(head).remove)

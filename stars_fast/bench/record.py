@@ -62,7 +62,7 @@ def run(pair: Pair, series: Sequence[Series], rounds: int, done: Callable[[], No
     return {
         "models": pair.name,
         "random": pair.random,
-        "weight_bytes": {role: sum(p.nbytes for p in getattr(pair, role).parameters()) for role in pair.weights},
+        "weight_bytes": {role: weights.bytes for role, weights in pair.weights.items()},
         "dtype": str(pair.policy.dtype).removeprefix("torch."),
         "device": str(pair.device),
         "threads": torch.get_num_threads(),

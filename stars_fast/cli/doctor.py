@@ -15,10 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from stars_fast.cli.console import fail, one_line, quiet_transformers, refusing, refusing_models, stdout
+from stars_fast.cli.pair import examine_pair, pair_words, trouble
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from stars_fast.policy.policy import Policy
+    from stars_fast.rewards import ClassifierReward
     from stars_fast.tree.model import TreeModel
 
 TREE, IN_FULL, REFUSED = "tree plug-in", "scored in full", "refused"
@@ -32,7 +35,9 @@ def run(
     reward: Annotated[str | None, typer.Option(help="Reward model to examine: folder, hub id or 'demo'.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show versions, devices and kernels, and how given models would run. Exit code 1 if one is refused."""
+    """Show versions, devices and kernels, how given models would run, and what the reward model sees of the policy's
+    texts. Exit code 1 if one is refused, or scores otherwise than a plain forward pass does.
+    """
 
     quiet_transformers()
     with refusing(RuntimeError, ValueError):  # a setting of the kernels that does not exist
@@ -41,14 +46,19 @@ def run(
         _print(report, as_json)
         fail(f"the C++ extension is {report['extension']['detail']}", 1)
     with refusing_models():
-        written_by = _Loaded(None, None)
+        written_by, scored_by = _Loaded(), _Loaded()
         if policy is not None:
             report["models"]["policy"], written_by = _examine("policy", policy)
         if reward is not None:
-            report["models"]["reward"], _ = _examine("reward", reward, written_by)
+            report["models"]["reward"], scored_by = _examine("reward", reward, written_by)
+        if written_by.runs is not None and scored_by.runs is not None:
+            reads = report["models"]["reward"]["reads"]
+            report["pair"] = examine_pair(written_by.runs, scored_by.runs, written_by.tokenizer, reads)
     _print(report, as_json)
     if any(model["path"] == REFUSED for model in report["models"].values()):
         raise typer.Exit(1)
+    if wrong := trouble(report["pair"]) if report["pair"] else "":
+        fail(wrong, 1)
 
 
 def examine_machine() -> Report:
@@ -65,15 +75,17 @@ def examine_machine() -> Report:
         "transformers": transformers.__version__,
         "triton": _version("triton"),
     }
-    extension = _extension()
+    extension, devices = _extension(), _devices()
     return {
         "versions": versions,
         "platform": platform.platform(),
-        "devices": _devices(),
+        "devices": devices,
         "extension": extension,
         "kernels_setting": os.environ.get("STARS_FAST_KERNELS"),
         "kernels": _kernels() if extension["built"] else {},
+        "fresh_prompts": _libraries(devices),
         "models": {},
+        "pair": {},
     }
 
 
@@ -121,11 +133,24 @@ def _kernels() -> dict[str, dict[str, str]]:
     return {name: {kind: operator.kernel(kind) for kind in kinds} for name, operator in sorted(operators.items())}
 
 
-class _Loaded(NamedTuple):
-    """A model and the tokenizer beside it; a policy that is not there reads and writes nothing."""
+def _libraries(devices: list[Report]) -> dict[str, dict[str, str]]:
+    """Of each CUDA device, which libraries may attend to fresh prompts, or what keeps them from it."""
+    gpus = [device["device"] for device in devices if device["device"].startswith("cuda")]
+    if not gpus:
+        return {}
+    import torch
 
-    model: PreTrainedModel | None
-    tokenizer: Any
+    from stars_fast.tree.prefill import libraries
+
+    return {gpu: {one.name: one.problem or "works" for one in libraries(torch.device(gpu))} for gpu in gpus}
+
+
+class _Loaded(NamedTuple):
+    """A model, the tokenizer beside it, and what runs it; a policy that is not there reads and writes nothing."""
+
+    model: PreTrainedModel | None = None
+    tokenizer: Any = None
+    runs: Any = None  # the Policy or ClassifierReward; None where it is refused
 
 
 def _examine(role: str, name: str, policy: _Loaded | None = None) -> tuple[Report, _Loaded]:
@@ -140,31 +165,35 @@ def _examine(role: str, name: str, policy: _Loaded | None = None) -> tuple[Repor
         assert model is not None
         described = _describe(model)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        return {"name": name, "path": REFUSED, "reason": one_line(error)}, _Loaded(None, None)
+        return {"name": name, "path": REFUSED, "reason": one_line(error)}, _Loaded()
     try:
-        path = _policy_path(model) if policy is None else _reward_path(loaded, policy)
+        path, runs = _policy_path(model) if policy is None else _reward_path(loaded, policy)
     except (ValueError, TypeError, NotImplementedError) as error:
-        path = {"path": REFUSED, "reason": one_line(error)}
-    return {"name": name, **described, **path}, loaded
+        return {"name": name, **described, "path": REFUSED, "reason": one_line(error)}, loaded
+    return {"name": name, **described, **path}, loaded._replace(runs=runs)
 
 
 def _describe(model: PreTrainedModel) -> Report:
-    parameter = next(model.parameters())
+    from stars_fast.report.weights import Weights
+
+    parameter, weights = next(model.parameters()), Weights.of(model)
     return {
         "class": type(model).__name__,
-        "parameters": sum(one.numel() for one in model.parameters()),
+        "parameters": weights.parameters,
+        "weights_bytes": weights.bytes,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": str(parameter.device),
     }
 
 
-def _policy_path(model: PreTrainedModel) -> Report:
+def _policy_path(model: PreTrainedModel) -> tuple[Report, Policy]:
     from stars_fast.policy.policy import Policy
 
-    return _tree_path(Policy(model), "its attention runs on the tree of slots")
+    runs = Policy(model)
+    return _tree_path(runs, "its attention runs on the tree of slots"), runs
 
 
-def _reward_path(loaded: _Loaded, policy: _Loaded) -> Report:
+def _reward_path(loaded: _Loaded, policy: _Loaded) -> tuple[Report, ClassifierReward]:
     from stars_fast.rewards import ClassifierReward
     from stars_fast.text.tokenizers import same_vocabulary
 
@@ -180,13 +209,14 @@ def _reward_path(loaded: _Loaded, policy: _Loaded) -> Report:
             same = same_vocabulary(scorer.reads.tokenizer, policy.tokenizer)
             reads += ", with the policy's vocabulary: ids are shared" if same else ": answers are tokenised anew"
     if scorer.tree_model is None:
-        return {"path": IN_FULL, "reason": scorer.reason, "reads": reads}
+        return {"path": IN_FULL, "reason": scorer.reason, "reads": reads}, scorer
     why = "it is causal, and its attention runs on the tree of slots"
-    return {**_tree_path(scorer.tree_model, why), "reads": reads}
+    return {**_tree_path(scorer.tree_model, why), "reads": reads}, scorer
 
 
 def _tree_path(tree_model: TreeModel, reason: str) -> Report:
     from stars_fast.tree.check import max_difference, tolerance
+    from stars_fast.tree.prefill import in_words
 
     difference = max_difference(tree_model)
     return {
@@ -195,6 +225,7 @@ def _tree_path(tree_model: TreeModel, reason: str) -> Report:
         "layers": len(tree_model.shapes),
         "kv_bytes_per_token": tree_model.bytes_per_token,
         "max_positions": tree_model.max_positions,
+        "fresh_prompts": in_words(tree_model.asks, tree_model.device),
         "max_difference": difference,
         "agrees": difference <= tolerance(tree_model.dtype),
     }
@@ -218,8 +249,12 @@ def _print(report: Report, as_json: bool) -> None:
             for name, kinds in report["kernels"].items()
         },
     )
+    for gpu, told in report["fresh_prompts"].items():
+        _print_section(console, f"fresh prompts on {gpu}", told)
     for role, model in report["models"].items():
         _print_section(console, f"{role}: {model['name']}", _model_words(model))
+    if report["pair"]:
+        _print_section(console, "the pair", pair_words(report["pair"]))
 
 
 def _print_section(console: Console, title: str, lines: dict[str, Any]) -> None:
@@ -251,6 +286,7 @@ def _model_words(model: Report) -> dict[str, Any]:
         words["reads"] = model["reads"]
     if model["path"] == TREE:
         words["keys and values"] = f"{model['kv_bytes_per_token']:,} bytes a token in {model['layers']} layers"
+        words["fresh prompts"] = f"by {model['fresh_prompts']}"
         words["positions"] = f"{model['max_positions']:,}" if model["max_positions"] else "no limit"
         verdict = "agrees" if model["agrees"] else "MORE THAN ROUNDING EXPLAINS"
         words["self-check"] = Text(

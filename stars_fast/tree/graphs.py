@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from stars_fast.notices import warn
+from stars_fast.report.weights import plain_tensors
 
 _MOST_GRAPHS = 64  # of a kind
 
@@ -159,14 +159,4 @@ def addresses(model: PreTrainedModel) -> tuple[Any, ...]:
     )
     hooks = tuple(key for m in model.modules() for key in (*m._forward_pre_hooks, *m._forward_hooks))
     tensors = (*model.parameters(), *model.buffers())
-    return (*(address for tensor in tensors for address in _storage(tensor)), adapters, hooks)
-
-
-def _storage(tensor: Any) -> Iterator[int]:
-    """Where the numbers lie. Sharded and quantised weights are wrappers, whose own address says nothing."""
-    if is_traceable_wrapper_subclass(tensor):
-        parts, _ = tensor.__tensor_flatten__()
-        for part in parts:
-            yield from _storage(getattr(tensor, part))
-    elif isinstance(tensor, torch.Tensor):  # a shard's mesh is none
-        yield tensor.data_ptr()
+    return (*(part.data_ptr() for tensor in tensors for part in plain_tensors(tensor)), adapters, hooks)

@@ -21,7 +21,15 @@ from stars_fast.tree.passes import Pass, PassShape, trunk_room
 from stars_fast.tree.prefixes import Prefixes
 from stars_fast.tree.segment_tree import SegmentTree, TreePlan, plan
 from stars_fast.tree.slots import SlotPool
-from stars_fast.tree.support import described, hidden_window, max_positions, place, refuse_unsupported, vocabulary
+from stars_fast.tree.support import (
+    described,
+    hidden_window,
+    max_positions,
+    place,
+    refuse_unsupported,
+    vocabulary,
+    warn_of_shared_scales,
+)
 
 if TYPE_CHECKING:
     from stars_fast.tree.compiled import CompiledLayers
@@ -71,6 +79,7 @@ class TreeModel(Stays):
         role: str,
     ) -> None:
         refuse_unsupported(model, role)
+        warn_of_shared_scales(model, role)
         self.model = model
         self.body = body
         self.role = role

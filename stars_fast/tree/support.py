@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from stars_fast.notices import warn
+
 
 def described(model: PreTrainedModel, role: str) -> str:
     """What error messages call a model: "policy is a LlamaForCausalLM (model_type='llama')"."""
@@ -76,6 +78,19 @@ def refuse_dynamic_rope(model: PreTrainedModel, role: str) -> None:
             f"the {described(model, role)} with rope_type='dynamic': one long row of a batch would change every row's "
             "frequencies"
         )
+
+
+def warn_of_shared_scales(model: PreTrainedModel, role: str) -> None:
+    """Warn of activations that are quantised with one scale for all rows of a pass, as torchao's ``PerTensor`` does."""
+    for name, parameter in model.named_parameters():
+        granularity = getattr(getattr(parameter, "act_quant_kwargs", None), "granularity", None)
+        constant = getattr(parameter, "act_quant_scale", None) is not None
+        if type(granularity).__name__ == "PerTensor" and not constant:
+            warn(
+                f"the {role}'s activations are quantised with one scale for all rows of a pass ({name} and others: "
+                "PerTensor), so each text depends on those beside it: quantise with granularity=PerRow()"
+            )
+            return
 
 
 def place(model: PreTrainedModel) -> str:
