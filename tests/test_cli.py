@@ -416,6 +416,14 @@ def test_answers_to_prompts_on_the_command_line_stand_alone_on_stdout(models):
     assert result.stderr.count("reward ") == 4
 
 
+def test_a_prompt_may_be_a_users_turn(generate, models):
+    result = invoke("generate", *models, "--chat", "--prompt", "w6", "--json", "--max-new-tokens", 5)
+    record = json.loads(result.stdout)
+    assert record["prompt"] == [{"role": "user", "content": "w6"}]
+    _, (row,) = generate([{"messages": record["prompt"], "seed": record["seed"]}], settings=("max_new_tokens=5",))
+    assert row["completion_ids"] == record["completion_ids"]
+
+
 def test_prompts_on_the_command_line_go_to_stdout_as_json_lines_where_asked(models):
     result = invoke("generate", *models, "--prompt", "w3", "--prompt", "w4", "--set", "target_reward=-inf", "--json")
     records = [json.loads(line) for line in result.stdout.splitlines()]

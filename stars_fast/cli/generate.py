@@ -42,6 +42,7 @@ def run(
         Path | None,
         typer.Option(help="JSON Lines to write to, row by row; ids in it are skipped, failed ones tried again."),
     ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="--prompt is a user's turn, to be answered.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON Lines, whatever stdout is.")] = False,
     method: models.MethodName = None,
     max_new_tokens: models.MaxNewTokens = None,
@@ -73,7 +74,9 @@ def run(
     _warn_of_n(n, settings.config)
     names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
     _check_usage(names, prompt, input_, output, as_json, dtype)
-    rows = _read_input(prompt, input_, seed)
+    if chat and not prompt:
+        fail("--chat is of --prompt; rows of --input are chats where they have messages")
+    rows = _read_input(prompt, chat, input_, seed)
     variables = template_variables(chat_template_kwargs)
     with ExitStack() as held:
         if output is not None:
@@ -127,11 +130,12 @@ def _check_usage(
         fail(f"--output {output} is also the input")
 
 
-def _read_input(prompt: list[str] | None, input_: Path | None, seed: int) -> list[Row]:
+def _read_input(prompt: list[str] | None, chat: bool, input_: Path | None, seed: int) -> list[Row]:
     from stars_fast.cli.rows import Row, lines_of, read_rows, row_seed
 
     if prompt:
-        return [Row(number, text, row_seed(seed, number)) for number, text in enumerate(prompt, 1)]
+        given: list[Any] = [[{"role": "user", "content": text}] for text in prompt] if chat else prompt
+        return [Row(number, text, row_seed(seed, number)) for number, text in enumerate(given, 1)]
     assert input_ is not None
     with refusing(OSError, ValueError):
         if str(input_) == "-":
