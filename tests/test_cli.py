@@ -114,6 +114,9 @@ def test_a_fit_is_learned_once_and_serves_generate(generate, models, tmp_path):
     )
     assert made.exit_code == 0, made.stderr
     assert "12 prompts" in made.stdout
+    assert [
+        name for name in ("fit 1/3: unguided", "fit 2/3: best of 3", "fit 3/3: best of 4") if name not in made.stderr
+    ] == []
     assert "over the one" not in made.stderr
     options = ("--set", f"fit={tmp_path / 'fit'}", "--set", "method=optimal_stopping")
     result, records = generate(ROWS, *options)

@@ -108,7 +108,7 @@ def fit(
         arguments = Arguments(
             prompts, settings, seed=philox_key(seed, place, 0), on_error="raise", trace=True, **inputs
         )
-        name = "unguided" if among == 1 else f"the best of {among}"
+        name = "unguided" if among == 1 else f"best of {among}"
         return engine.run(arguments, progress=progress, name=f"fit {place + 1}/{len(_AMONG)}: {name}")
 
     call = engine.prepare(Arguments(prompts, given.replace(method=_History(given.chosen_method, samples, 1)), **inputs))

@@ -154,8 +154,9 @@ def progress_bar(show: bool, total: int, method: Method, name: str = "responses"
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    # The bar takes what room the words leave.
+    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Bar(*columns, TextColumn("{task.fields[rate]}"), console=console, redirect_stdout=False) as bar:
+    with Bar(*columns, TextColumn("{task.fields[rate]}"), console=console, expand=True, redirect_stdout=False) as bar:
         calibrating = bar.add_task("calibrating", total=0, rate="", visible=False)
         yield Progress(method, bar, bar.add_task(name, total=total, rate=""), calibrating)
