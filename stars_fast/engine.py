@@ -188,7 +188,8 @@ class StarsEngine(Stays):
             Gets the prompt and then each committed segment, and is ended, also where the call is refused. One prompt
             and one sample only.
         progress : bool
-            Show a bar with accepted tokens/s and, where candidates are tested, the acceptance rate.
+            Show a bar: targets found, where they are calibrated; tokens/s, and the share of candidates that is
+            accepted, or how many a segment takes.
         trace : bool
             Whether ``SegmentTrace.candidates`` holds what was drawn for a segment, and what became of it: nothing else
             changes, so that candidates which nobody had to look at may have no reward. See docs/trace.md.
@@ -309,16 +310,20 @@ class StarsEngine(Stays):
         yield from self._events(job)
         self.warn_of(job)
 
-    def run(self, arguments: Arguments, streamer: Any = None, progress: bool = False) -> StarsOutput:
-        """:meth:`generate`, with its arguments in one piece."""
-        job = self.finished(arguments, streamer, progress)
+    def run(
+        self, arguments: Arguments, streamer: Any = None, progress: bool = False, name: str = "responses"
+    ) -> StarsOutput:
+        """:meth:`generate`, with its arguments in one piece; ``name`` is the bar's."""
+        job = self.finished(arguments, streamer, progress, name)
         output = self.output(job)
         self.warn_of(job)
         if job.failed and arguments.on_error == "raise":
             raise first_error(job)
         return output
 
-    def finished(self, arguments: Arguments, streamer: Any = None, progress: bool = False) -> Job:
+    def finished(
+        self, arguments: Arguments, streamer: Any = None, progress: bool = False, name: str = "responses"
+    ) -> Job:
         """A job that is over. Nobody has been warned of what failed, nor have texts been decoded: :meth:`output`."""
         with Streaming.of(streamer) as streaming:
             progress = truth("progress", progress)
@@ -327,9 +332,11 @@ class StarsEngine(Stays):
                 raise ValueError(f"streamer: takes one response, not {job.call.rows}; use StarsEngine.stream")
             if streaming.wanted and job.call.rows:
                 streaming.put(torch.tensor([job.call.prompts[0].ids], device="cpu"))
-            with closing(self._events(job)) as events, progress_bar(progress, job.call.rows) as advance:
+            bar = progress_bar(progress, job.call.rows, job.call.terms.method, name)
+            with closing(self._events(job)) as events, bar as shown_on:
+                job.show_on(shown_on)
                 for event in events:
-                    advance(event)
+                    shown_on.advance(event)
                     if streaming.wanted and event.segment is not None:
                         try:
                             streaming.put(torch.tensor(event.segment.tokens, device="cpu"))
@@ -419,8 +426,8 @@ class StarsEngine(Stays):
             self._priced = True
             warn(
                 f"{stats.calibration_tokens} of {stats.policy_tokens} policy tokens were drawn to find a target for "
-                "each prompt. What stars_fast.fit(engine, prompts) returns, once, spares them in every call with fit= "
-                "(command line: stars-fast fit); so does target_reward"
+                "each prompt. What stars_fast.fit(engine, prompts) returns, once, spares them in every call with fit=; "
+                "so does target_reward="
             )
 
     def _warn_of_unreached(self, job: Job) -> None:
@@ -435,7 +442,8 @@ class StarsEngine(Stays):
             warn(
                 f"hardly any of {len(tested)} segments was accepted (their best reward is {best:.3g}): target_reward="
                 f"{target!r:.80} lies beyond what the policy reaches with beta={job.call.config.beta:g}, so that each "
-                "segment costs max_attempts and is the best of them. Give a lower target, or None to calibrate it"
+                "segment costs max_attempts and is the best of them. Give a lower one, or target_reward=None, which "
+                "calibrates it"
             )
 
     def output(self, job: Job, texts: bool = True) -> StarsOutput:

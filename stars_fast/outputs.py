@@ -108,7 +108,7 @@ class Stats:
     preemptions: int = 0  # requests that gave their slots back for a while, and were encoded again
     seconds: float = 0.0
     calibration_tokens: int = 0  # of the discarded ones, those of the pilot responses
-    calibration_seconds: float = 0.0  # of the seconds
+    calibration_seconds: float = 0.0  # until the last prompt had its target
 
     @property
     def discarded_tokens(self) -> int:

@@ -15,6 +15,8 @@ from stars_fast import StarsConfig, StarsEngine
 from stars_fast.cli import app, responses
 from stars_fast.cli.rows import read_rows, row_seed
 from stars_fast.cli.settings import read_settings
+from stars_fast.loop.stream import Progress
+from stars_fast.methods import BestOfN, OptimalStopping, Stars
 from stars_fast.outputs import SegmentEvent, SegmentTrace
 from stars_fast.report.files import sole_run
 
@@ -112,6 +114,9 @@ def test_a_fit_is_learned_once_and_serves_generate(generate, models, tmp_path):
     )
     assert made.exit_code == 0, made.stderr
     assert "12 prompts" in made.stdout
+    assert [
+        name for name in ("fit 1/3: unguided", "fit 2/3: best of 3", "fit 3/3: best of 4") if name not in made.stderr
+    ] == []
     assert "over the one" not in made.stderr
     options = ("--set", f"fit={tmp_path / 'fit'}", "--set", "method=optimal_stopping")
     result, records = generate(ROWS, *options)
@@ -157,13 +162,13 @@ def test_a_fit_that_could_not_be_written_is_refused_before_it_is_made(models, tm
 
 
 def test_a_chat_templates_variables_are_given_as_json(generate, models, monkeypatch):
-    seen, stream = [], StarsEngine.stream
+    seen, prepare = [], StarsEngine.prepare
 
-    def watch(self, *args, **kwargs):
-        seen.append(kwargs["chat_template_kwargs"])
-        return stream(self, *args, **kwargs)
+    def watch(self, arguments):
+        seen.append(arguments.chat_template_kwargs)
+        return prepare(self, arguments)
 
-    monkeypatch.setattr(StarsEngine, "stream", watch)
+    monkeypatch.setattr(StarsEngine, "prepare", watch)
     result, records = generate(ROWS[2:3], "--chat-template-kwargs", '{"enable_thinking": false}')
     assert result.exit_code == 0 and records[0]["error"] is None and seen == [{"enable_thinking": False}]
     for wrong in ("{", "[1]", '{"tokenize": true}'):
@@ -351,7 +356,7 @@ def test_an_answer_that_the_tokenizer_cannot_write_costs_one_row():
 
     rows, config = read_rows(['{"prompt": "w3"}', '{"prompt": "w4"}'], 0), StarsConfig()
     events = [event(0, (7, 8)), event(1, (5,))]
-    (bad,), (good,) = responses._gathered(Engine, events, rows, config, lambda event: None)
+    (bad,), (good,) = responses._gathered(Engine, events, rows, config, Progress(Stars()))
     assert bad["finish_reason"] == "length" and bad["reward"] == 1.0 and bad["completion"] == ""
     assert bad["error"] == "its text could not be decoded: the tokenizer raised RuntimeError: not today"
     assert bad["completion_ids"] == [7, 8] and good["completion"] == "w5" and good["error"] is None
@@ -405,8 +410,25 @@ def test_rows_with_one_id_are_refused(generate):
     assert "lines 1 and 2 have the same id 'a'" in result.stderr
 
 
-def test_prompts_on_the_command_line_go_to_stdout_as_json_lines(models):
-    result = invoke("generate", *models, "--prompt", "w3", "--prompt", "w4", "--set", "target_reward=-inf")
+def test_answers_to_prompts_on_the_command_line_stand_alone_on_stdout(models):
+    options = ("generate", *models, "--prompt", "w3", "--prompt", "w4", "--n", 2, "--set", "target_reward=-inf")
+    result = invoke(*options)
+    texts = [json.loads(line)["completion"] for line in invoke(*options, "--json").stdout.splitlines()]
+    assert result.exit_code == 0 and len(texts) == 4
+    assert sorted(result.stdout.splitlines()) == sorted(texts)
+    assert result.stderr.count("reward ") == 4
+
+
+def test_a_prompt_may_be_a_users_turn(generate, models):
+    result = invoke("generate", *models, "--chat", "--prompt", "w6", "--json", "--max-new-tokens", 5)
+    record = json.loads(result.stdout)
+    assert record["prompt"] == [{"role": "user", "content": "w6"}]
+    _, (row,) = generate([{"messages": record["prompt"], "seed": record["seed"]}], settings=("max_new_tokens=5",))
+    assert row["completion_ids"] == record["completion_ids"]
+
+
+def test_prompts_on_the_command_line_go_to_stdout_as_json_lines_where_asked(models):
+    result = invoke("generate", *models, "--prompt", "w3", "--prompt", "w4", "--set", "target_reward=-inf", "--json")
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert {record["prompt"] for record in records} == {"w3", "w4"}
     assert records[0]["segments"][0]["threshold"] is None  # -inf, which JSON cannot say
@@ -414,13 +436,14 @@ def test_prompts_on_the_command_line_go_to_stdout_as_json_lines(models):
 
 def test_a_row_that_failed_shows_in_the_exit_status_on_stdout_too(models):
     result = invoke("generate", *models, "--prompt", "w3", "--prompt", "", "--set", "max_new_tokens=4")
-    assert result.exit_code == 1 and "2 rows, 1 with an error" in result.stderr
-    assert len(result.stdout.splitlines()) == 2
+    assert result.exit_code == 1 and "2 rows, 1 with an error" in result.stderr and "error: " in result.stderr
+    assert len(result.stdout.splitlines()) == 1
 
 
 def test_the_shipped_models_are_called_demo():
     result = invoke(
-        "generate", "--policy", "demo", "--reward", "demo", "--prompt", "The film", "--set", "max_new_tokens=8"
+        *("generate", "--policy", "demo", "--reward", "demo", "--prompt", "The film", "--json"),
+        *("--max-new-tokens", 8, "--method", "best_of_n", "--set", "n=2"),
     )
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["tokens"] <= 8
@@ -429,9 +452,10 @@ def test_the_shipped_models_are_called_demo():
 def test_a_yaml_file_sets_fields_and_models_and_the_command_line_wins(models, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(f"policy: {models[1]}\nreward: {models[3]}\nbeta: 1e-1\ntarget_reward: -.inf\nmax_new_tokens: 9\n")
-    options = ("--config", file, "--prompt", "w3", "--set", "ignore_eos=true")
+    options = ("--config", file, "--prompt", "w3", "--set", "ignore_eos=true", "--json")
     assert json.loads(invoke("generate", *options).stdout)["tokens"] == 9
     assert json.loads(invoke("generate", *options, "--set", "max_new_tokens=5").stdout)["tokens"] == 5
+    assert json.loads(invoke("generate", *options, "--max-new-tokens", 6).stdout)["tokens"] == 6
 
 
 @pytest.mark.parametrize(
@@ -441,7 +465,10 @@ def test_a_yaml_file_sets_fields_and_models_and_the_command_line_wins(models, tm
         (("--set", "beta"), ["'beta'", "name=value"]),
         (("--set", "beta=-1"), ["beta=-1"]),
         (("--set", "target_reward=[1,2]"), ["target_reward is a list"]),
-        (("--set", "method=guess"), ["method='guess'"]),
+        (("--set", "method=guess"), ["--method guess is unknown"]),
+        (("--method", "best_of", "--set", "n=4"), ["n is a parameter of best_of_n"]),
+        (("--set", "temperature=0"), ["--set temperature=0", "1e-06"]),
+        (("--json", "--output", "out.jsonl"), ["--json", "--output"]),
         (("--input", "in.jsonl"), ["not both"]),
         (("--dtype", "int8"), ["'int8'", "bfloat16"]),
         (("--output", "no/such/out.jsonl"), ["no/such"]),
@@ -462,7 +489,8 @@ def test_unknown_keys_of_a_yaml_file_are_named(models, tmp_path):
     file.write_text("beta: 0.5\ntemprature: 1.0\nrewards: x\n")
     result = invoke("generate", *models, "--prompt", "w3", "--config", file)
     assert result.exit_code == 2
-    assert "unknown 'rewards', 'temprature'" in result.stderr and "run.yaml" in result.stderr
+    said = "unknown 'rewards' (did you mean 'reward'?), 'temprature' (did you mean 'temperature'?)"
+    assert said in result.stderr and "run.yaml" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -532,6 +560,21 @@ def test_version():
     assert invoke("--version").stdout == f"stars-fast {stars_fast.__version__}\n"
 
 
-def test_a_parameter_of_a_method_is_set_with_its_name():
-    with pytest.raises(ValueError, match=r"--set 'method=\{name: optimal_stopping, budget: 4\}'"):
+def test_a_parameter_of_a_method_is_set_beside_its_name(tmp_path):
+    for assignments, options in (
+        (["method={name: optimal_stopping, budget: 5}"], {}),
+        (["method=optimal_stopping", "budget=5"], {}),
+        (["budget=5"], {"method": "optimal_stopping"}),
+        (["budget=5e0"], {"method": "{name: optimal_stopping, budget: 2}"}),
+    ):
+        assert read_settings(None, assignments, **options).config.method == OptimalStopping(budget=5)
+    (tmp_path / "run.yaml").write_text("method: best_of_n\nnum_return_sequences: 3\n")
+    config = read_settings(tmp_path / "run.yaml", ["n=6"], num_return_sequences=2).config
+    assert config.method == BestOfN(n=6) and config.num_return_sequences == 2
+    with pytest.raises(ValueError, match=r"budget is a parameter of optimal_stopping: .*--method optimal_stopping"):
         read_settings(None, ["budget=4"])
+
+
+def test_a_field_is_given_once():
+    with pytest.raises(ValueError, match="--max-new-tokens and --set max_new_tokens: give one of them"):
+        read_settings(None, ["max_new_tokens=4"], max_new_tokens=5)

@@ -38,6 +38,7 @@ from stars_fast.loop.pilot import Pilot, expected_acceptance, set_target
 from stars_fast.methods import METHODS
 from stars_fast.methods.fit import Fit
 from stars_fast.methods.quantile import softness
+from stars_fast.ops.philox import philox_key
 from stars_fast.rewards import ClassifierReward
 
 RECIPES = Path(__file__).parents[1] / "benchmarks" / "eval"
@@ -121,8 +122,17 @@ def test_prompts_are_fields_cut_and_put_into_a_template(tmp_path):
     assert sorted(read_prompts(recipe)) == [f"Q: word{i} two\n" for i in (1, 3, 5)]
     with pytest.raises(ValueError, match=r"3 different prompts, fewer than 4 \(--count\): give 1 more, or less for "):
         read_prompts(dataclasses.replace(recipe, count=4))
-    with pytest.raises(ValueError, match="row 1: prompt=None"):
+    with pytest.raises(ValueError, match=r"row 1: prompt=None is neither text nor a chat; .* the row has text, kind"):
         read_prompts(Recipe(prompts=str(path)))
+
+
+def test_prompts_are_chats_where_rows_have_messages(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    chats = [[{"role": "user", "content": f"a{i}"}] for i in range(3)]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in [*chats, chats[0]]))
+    assert sorted(map(str, read_prompts(Recipe(prompts=str(path), count=3)))) == sorted(map(str, chats))
+    with pytest.raises(ValueError, match="messages is a chat: words and template are for text"):
+        read_prompts(Recipe(prompts=str(path), count=3, words=2))
 
 
 def test_a_recipe_names_what_it_does_not_know(tmp_path):
@@ -212,6 +222,19 @@ def asked(*names, budgets=(2.0,)):
 
 
 CONFIG = StarsConfig(max_new_tokens=8, segment_length=4, candidates=1)
+
+
+def test_a_chat_is_answered_and_judged_as_the_engine_reads_it(evaluation, tmp_path):
+    chats = [[{"role": "user", "content": f"w{i}"}] for i in (3, 4)]
+    own = dataclasses.replace(evaluation, prompts=chats)
+    records = Records(tmp_path, {})
+    own.run(cells([], CONFIG), records)
+    engine = evaluation.engine("vanilla")
+    seeds = [philox_key(0, place, 0) for place in range(2)]
+    out = engine.generate(chats, CONFIG.replace(method="vanilla"), seed=seeds)
+    assert [row["prompt"] for row in records.generations] == chats
+    assert [row["completion_ids"] for row in records.generations] == out.completions
+    assert [row["guide"] for row in records.generations] == pytest.approx(out.rewards, abs=1e-4)
 
 
 def figures(folder):

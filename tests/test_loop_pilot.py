@@ -6,7 +6,9 @@ import random
 import pytest
 import torch
 
-from stars_fast import StarsConfig
+from stars_fast import StarsConfig, StarsEngine
+from stars_fast.inputs.arguments import Arguments
+from stars_fast.inputs.job import Job
 from stars_fast.loop.pilot import Pilot, expected_acceptance, quantile, rank_correlation, solve, spread
 
 CONFIG = StarsConfig(segment_length=4, max_new_tokens=16)
@@ -56,3 +58,12 @@ def test_rank_correlation_is_spearmans():
     assert rank_correlation([(1, 3), (2, 2), (3, 1)]) == pytest.approx(-1)
     assert rank_correlation([(1, 1), (2, 3), (3, 2), (4, 4)]) == pytest.approx(0.8)
     assert math.isnan(rank_correlation([(1, 1), (1, 2)]))
+
+
+def test_a_calibrated_prompt_is_answered_before_others_are_begun(policy32, reward32, tokenizer32):
+    engine = StarsEngine(policy32, reward32, tokenizer=tokenizer32, max_rows=8)  # the pilots of one prompt
+    job = Job(engine.prepare(Arguments([[3], [4], [5], [6]], CONFIG, seed=0)), None)
+    found_when = [sum(pilot is not None for pilot in job.pilots) for event in engine.events(job) if event.finish_reason]
+    assert found_when[0] < 4, "the first answer is whole while other prompts have no target"
+    alone = StarsEngine(policy32, reward32, tokenizer=tokenizer32).generate([[3], [4], [5], [6]], CONFIG, seed=0)
+    assert engine.output(job).completions == alone.completions

@@ -1,13 +1,15 @@
 """Streamed text: its pieces make up the whole, and no character is told of before it is complete."""
 
+import math
+
 from test_text_decode import tokenizers
 from tiny_tokenizers import byte_bpe
 
 from stars_fast import StarsConfig
 from stars_fast.loop.request import PromptNode, Request, Terms
-from stars_fast.loop.stream import new_events
-from stars_fast.methods import Segments, Stars
-from stars_fast.outputs import SegmentTrace, Stats
+from stars_fast.loop.stream import Progress, new_events, progress_bar
+from stars_fast.methods import RSD, BestOfN, MetropolisHastings, OptimalStopping, Segments, Stars, Vanilla
+from stars_fast.outputs import SegmentEvent, SegmentTrace, Stats
 from stars_fast.policy.leaf import Sampling
 from stars_fast.rewards import RewardPrompt
 
@@ -43,3 +45,34 @@ def test_the_text_of_all_events_is_that_of_the_answer(tokenizer):
             pieces = streamed(tokenizer, ids[:end], length)
             assert "".join(pieces) == tokenizer.decode(ids[:end], skip_special_tokens=True)
             assert len(pieces) == -(-end // length)
+
+
+def shown(method, segments):
+    """What the bar says of candidates, for segments of (threshold, attempts, accepted)."""
+    bar = Progress(method)
+    for threshold, attempts, accepted in segments:
+        bar.advance(SegmentEvent(0, 0, 0, SegmentTrace([1], 0.0, threshold, attempts, accepted, 0.0), None, None))
+    return bar.choice
+
+
+def test_the_bar_tells_of_candidates_in_the_terms_of_the_method():
+    assert shown(Stars(), [(0.5, 3, True), (0.5, 5, False)]) == "acceptance 12%"
+    assert shown(Stars(), [(-math.inf, 1, True)]) == "", "nothing was tested"
+    assert shown(OptimalStopping(), [(0.5, 3, True), (0.5, 4, False)]) == "3.5 candidates a segment"
+    assert shown(BestOfN(), [(math.inf, 4, False)]) == "4.0 candidates a segment"
+    assert shown(RSD(draft="x"), [(0.5, 1, True), (math.nan, 2, False)]) == "50% of drafts kept"
+    assert shown(MetropolisHastings(), [(math.nan, 7, True)]) == "" == shown(Vanilla(), [(-math.inf, 1, True)])
+
+
+def test_the_bar_shows_targets_that_are_found(capsys):
+    with progress_bar(True, 1, Stars(), "answers") as bar:
+        bar.expect(2)
+        bar.calibrated(40)
+        bar.calibrated(24)
+        bar.advance(SegmentEvent(0, 0, 0, None, None, "error"))
+    shown = capsys.readouterr().err
+    assert "calibrating" in shown and "2/2" in shown and "64 tokens drawn" in shown
+    assert "answers" in shown and "1/1" in shown
+    with progress_bar(True, 1, Stars()):
+        pass
+    assert "calibrating" not in capsys.readouterr().err

@@ -77,7 +77,7 @@ def fit(
         Candidates of a segment, at least 4.
     seed : int
     progress : bool
-        Show a bar.
+        Show a bar for each answer.
     **overrides
         ``attention_mask``, ``reward_prompts``, ``columns``, ``chat_template_kwargs``, or fields of StarsConfig.
 
@@ -105,10 +105,11 @@ def fit(
 
     def run(place: int, among: int) -> StarsOutput:
         settings = given.replace(method=_History(given.chosen_method, samples, among))
-        key = philox_key(seed, place, 0)
-        return engine.run(
-            Arguments(prompts, settings, seed=key, on_error="raise", trace=True, **inputs), progress=progress
+        arguments = Arguments(
+            prompts, settings, seed=philox_key(seed, place, 0), on_error="raise", trace=True, **inputs
         )
+        name = "unguided" if among == 1 else f"best of {among}"
+        return engine.run(arguments, progress=progress, name=f"fit {place + 1}/{len(_AMONG)}: {name}")
 
     call = engine.prepare(Arguments(prompts, given.replace(method=_History(given.chosen_method, samples, 1)), **inputs))
     if len(call.prompts) < _LEAST_PROMPTS:

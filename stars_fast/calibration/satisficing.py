@@ -144,7 +144,8 @@ def satisfice(
         nonlocal tokens
         reward.weights = weights
         key = philox_key(seed, place, 0)
-        output = engine.run(Arguments(prompts, given, seed=key, on_error="raise", **inputs), progress=progress)
+        arguments = Arguments(prompts, given, seed=key, on_error="raise", **inputs)
+        output = engine.run(arguments, progress=progress, name=f"round {place + 1}/{rounds + 1}")
         tokens += output.stats["policy_tokens"]
         return _values(output)
 

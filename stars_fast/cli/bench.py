@@ -15,6 +15,7 @@ from stars_fast.cli.console import (
     fail,
     note,
     plain_table,
+    print_whole,
     progress,
     quiet_transformers,
     refusing,
@@ -31,7 +32,6 @@ _DTYPES = ("float32", "bfloat16")
 _BATCHES = (1, 16)
 _SWEEP_BATCH = 4
 _PROMPT_LENGTH = 32
-_WIDTH = 132  # columns that the tables need
 
 Record = dict[str, Any]
 
@@ -136,7 +136,6 @@ def _pair(policy: str | None, reward: str | None, demo: bool, size: str, dtype: 
 
 
 def _show(console: Console, found: Record) -> None:
-    console.width = max(console.width, _WIDTH)
     yard = found["yardsticks"]
     amounts = f"{found['threads']} threads", f"{found['rounds']} rounds"
     about = (found["models"], found["dtype"], found["device"], *amounts)
@@ -147,13 +146,13 @@ def _show(console: Console, found: Record) -> None:
     side_by_side = [point for point in found["points"] if point["sweep"] is None]
     for point in side_by_side:
         console.print()
-        console.print(_table([point], None))
+        print_whole(console, _table([point], None))
         console.print(Text(_about_n(point["equal_reward"]), style="dim"))
         if found["random"]:
             console.print(Text(_RANDOM, style="dim"))
     for name, field in found["sweeps"].items():
         console.print()
-        console.print(_table([point for point in found["points"] if point["sweep"] == name], field))
+        print_whole(console, _table([point for point in found["points"] if point["sweep"] == name], field))
     console.print(Text(_LEGEND, style="dim"))
 
 

@@ -60,9 +60,21 @@ def fail(message: object, code: int = BAD_USAGE) -> NoReturn:
 
 
 def one_line(message: object) -> str:
-    """A message with its line breaks and runs of blanks squeezed, and its end cut off where it is very long."""
+    """A message with its line breaks and runs of blanks squeezed, its end cut off where it is very long, and options
+    where the library speaks of arguments.
+    """
+    from stars_fast.cli.words import in_options
+
     words = " ".join(str(message).split()) or type(message).__name__
+    words = in_options(words) if len(words) <= _LONGEST else words
     return words if len(words) <= _LONGEST else words[:_LONGEST] + " ..."
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """A table that is not cut to the width of a terminal, nor to the 80 columns that a pipe is taken to have."""
+    unbounded = console.options.update(max_width=1 << 20)
+    console.width = max(console.width, console.measure(table, options=unbounded).maximum)
+    console.print(table)
 
 
 def plain_table(title: str | None, labels: Iterable[str], figures: Iterable[str]) -> Table:

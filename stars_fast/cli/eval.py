@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stars_fast.cli.console import fail, note, progress, quiet_transformers, refusing, refusing_models
+from stars_fast.cli.models import MaxNewTokens
+from stars_fast.cli.words import speaking_of
 from stars_fast.evaluation.recipe import Recipe, read_recipe
 from stars_fast.report.files import sole_run
 
@@ -24,12 +26,20 @@ TARGET_PROMPTS = 16  # from which one target for all prompts is taken
 def run(
     recipe: Annotated[Path | None, typer.Option(help="YAML with these options by name, and settings.")] = None,
     policy: Annotated[str | None, typer.Option(help="Causal LM: folder, hub id or 'demo'.")] = None,
-    guide: Annotated[str | None, typer.Option(help="The reward that methods follow: folder, hub id or 'demo'.")] = None,
+    guide: Annotated[
+        str | None,
+        typer.Option(help="The reward that methods follow: folder, hub id, 'demo', or FILE.py:NAME, which is run."),
+    ] = None,
     judge: Annotated[str | None, typer.Option(help="The reward that decides who wins; trained on other data.")] = None,
     prompts: Annotated[
         str | None, typer.Option(help="JSON Lines, .xz or plain, or a hub id with its split: stanfordnlp/imdb:test.")
     ] = None,
-    field_: Annotated[str | None, typer.Option("--field", help="Of a row, what becomes the prompt.")] = None,
+    field_: Annotated[
+        str | None,
+        typer.Option(
+            "--field", help="Of a row, what becomes the prompt: text, or a chat.", show_default="prompt, messages"
+        ),
+    ] = None,
     words: Annotated[int | None, typer.Option(min=1, help="Only the field's first words.")] = None,
     template: Annotated[str | None, typer.Option(help="The prompt, with {} for the field.")] = None,
     count: Annotated[
@@ -42,6 +52,7 @@ def run(
     budgets: Annotated[
         str | None, typer.Option(help="Numbers, with commas: about how many unguided responses' work may be spent.")
     ] = None,
+    max_new_tokens: MaxNewTokens = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A field of StarsConfig; may be repeated.")
     ] = None,
@@ -86,11 +97,13 @@ def run(
         if not getattr(task, name):
             fail(f"nothing for {name}: give --{name}, or `{name}:` in --recipe")
     with ExitStack() as held:
+        held.enter_context(speaking_of(reward="--guide or --judge"))
         with refusing(OSError, ValueError):
             output.mkdir(parents=True, exist_ok=True)
             held.enter_context(sole_run(output))
         with refusing_models():
-            evaluation, made, records = _prepare(task, set_ or (), output, dtype, device)
+            assignments = [*(set_ or ()), *([] if max_new_tokens is None else [f"max_new_tokens={max_new_tokens}"])]
+            evaluation, made, records = _prepare(task, assignments, output, dtype, device)
         with (
             refusing_models(f"; {output} keeps the finished batches: run the same command again to go on"),
             progress(len(made) * task.count * task.repeats, "methods") as advance,

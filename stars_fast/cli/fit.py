@@ -20,6 +20,8 @@ def run(
     policy: models.PolicyName = None,
     reward: models.RewardName = None,
     samples: Annotated[int, typer.Option(min=4, help="Candidates drawn for each segment.")] = 16,
+    method: models.MethodName = None,
+    max_new_tokens: models.MaxNewTokens = None,
     config: models.SettingsFile = None,
     set_: models.Assignments = None,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
@@ -34,14 +36,14 @@ def run(
 ) -> None:
     """Learn what rewards a segment's candidates have, for ``generate --set fit=FOLDER``.
 
-    Holds for this policy, reward model, segment length and sampling; --set method=optimal_stopping then spends its
-    budget where it gains most, and stars and cards need no pilots.
+    Holds for this policy, reward model, segment length and sampling; --method optimal_stopping then spends its budget
+    where it gains most, and stars and cards need no pilots.
     """
     from stars_fast.cli.rows import lines_of, read_rows
     from stars_fast.cli.settings import read_settings
 
     with refusing(OSError, ValueError, TypeError):
-        settings = read_settings(config, set_ or ())
+        settings = read_settings(config, set_ or (), method=method, max_new_tokens=max_new_tokens)
         with input_.open("rb") as file:
             rows = read_rows(lines_of(file), seed)
     names = models.Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)

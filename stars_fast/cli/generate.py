@@ -31,7 +31,9 @@ Records = list[dict[str, Any]]
 def run(
     policy: models.PolicyName = None,
     reward: models.RewardName = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be repeated.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue; may be repeated. The answer alone goes to stdout.")
+    ] = None,
     input_: Annotated[
         Path | None,
         typer.Option("--input", help="JSON Lines with prompt, messages or prompt_ids, maybe id, seed. '-': stdin."),
@@ -40,6 +42,11 @@ def run(
         Path | None,
         typer.Option(help="JSON Lines to write to, row by row; ids in it are skipped, failed ones tried again."),
     ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="--prompt is a user's turn, to be answered.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON Lines, whatever stdout is.")] = False,
+    method: models.MethodName = None,
+    max_new_tokens: models.MaxNewTokens = None,
+    n: models.Answers = None,
     config: models.SettingsFile = None,
     set_: models.Assignments = None,
     seed: Annotated[int, typer.Option(help="Each row draws by this and its id.")] = 0,
@@ -62,10 +69,14 @@ def run(
     from stars_fast.report.files import sole_run
 
     with refusing(OSError, ValueError, TypeError):
-        settings = read_settings(config, set_ or ())
+        fields = {"method": method, "max_new_tokens": max_new_tokens, "num_return_sequences": n}
+        settings = read_settings(config, set_ or (), **fields)
+    _warn_of_n(n, settings.config)
     names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
-    _check_usage(names, prompt, input_, output, dtype)
-    rows = _read_input(prompt, input_, seed)
+    _check_usage(names, prompt, input_, output, as_json, dtype)
+    if chat and not prompt:
+        fail("--chat is of --prompt; rows of --input are chats where they have messages")
+    rows = _read_input(prompt, chat, input_, seed)
     variables = template_variables(chat_template_kwargs)
     with ExitStack() as held:
         if output is not None:
@@ -79,7 +90,8 @@ def run(
             note(f"nothing to do: {output} holds all {len(rows)} rows")
             return
         engine = load_engine(names, dtype, device, max_rows, kv_cache_tokens)
-        failed = _run_all(engine, todo, settings.config, output, batch_size, made_with, variables)
+        form = "json" if as_json else "text" if prompt else "rows" if sys.stdout.isatty() else "json"
+        failed = _run_all(engine, todo, settings.config, output or form, batch_size, made_with, variables)
     errors = f", {failed} with an error" if failed else ""
     if output is not None:
         skipped = f", {len(rows) - len(todo)} were there before" if len(todo) < len(rows) else ""
@@ -90,8 +102,22 @@ def run(
         raise typer.Exit(1)
 
 
-def _check_usage(names: Names, prompt: list[str] | None, input_: Path | None, output: Path | None, dtype: str) -> None:
+def _warn_of_n(answers: int | None, config: StarsConfig) -> None:
+    """Some methods have an n of their own, which is another thing."""
+    method = config.chosen_method
+    if answers and "n" in vars(method):
+        note(
+            f"--n {answers}: so many answers to each prompt, each of them {method.name} with n={vars(method)['n']} "
+            "(--set n=...)"
+        )
+
+
+def _check_usage(
+    names: Names, prompt: list[str] | None, input_: Path | None, output: Path | None, as_json: bool, dtype: str
+) -> None:
     check_models(names, dtype)
+    if as_json and output is not None:
+        fail("--json says how to print, and --output is JSON Lines in any case: give one of them")
     if bool(prompt) == (input_ is not None):
         fail("give either --prompt or --input" + (", not both" if prompt else ""))
     if output is None:
@@ -104,11 +130,12 @@ def _check_usage(names: Names, prompt: list[str] | None, input_: Path | None, ou
         fail(f"--output {output} is also the input")
 
 
-def _read_input(prompt: list[str] | None, input_: Path | None, seed: int) -> list[Row]:
+def _read_input(prompt: list[str] | None, chat: bool, input_: Path | None, seed: int) -> list[Row]:
     from stars_fast.cli.rows import Row, lines_of, read_rows, row_seed
 
     if prompt:
-        return [Row(number, text, row_seed(seed, number)) for number, text in enumerate(prompt, 1)]
+        given: list[Any] = [[{"role": "user", "content": text}] for text in prompt] if chat else prompt
+        return [Row(number, text, row_seed(seed, number)) for number, text in enumerate(given, 1)]
     assert input_ is not None
     with refusing(OSError, ValueError):
         if str(input_) == "-":
@@ -123,13 +150,20 @@ def _read_input(prompt: list[str] | None, input_: Path | None, seed: int) -> lis
 
 def _made_with(names: Names, config: StarsConfig, seed: int, dtype: str) -> dict[str, Any]:
     """What the texts depend on."""
+    from stars_fast.inputs.functions import file_of
+
     with refusing(ValueError):
         fields = config.to_dict()
     del fields["candidates"]
     if fields["fit"] is not None:  # it is long, and only has to be told from others
-        contents = json.dumps(fields["fit"], sort_keys=True).encode()
-        fields["fit"] = hashlib.blake2b(contents, digest_size=8).hexdigest()
-    return {**names._asdict(), "dtype": dtype, "seed": seed, **fields}
+        fields["fit"] = _digest(json.dumps(fields["fit"], sort_keys=True).encode())
+    script = file_of(names.reward)  # another text in it is another reward
+    ran = {} if script is None or not script.is_file() else {"reward_file": _digest(script.read_bytes())}
+    return {**names._asdict(), **ran, "dtype": dtype, "seed": seed, **fields}
+
+
+def _digest(contents: bytes) -> str:
+    return hashlib.blake2b(contents, digest_size=8).hexdigest()
 
 
 def _todo(rows: list[Row], output: Path | None, samples: int, made_with: dict[str, Any]) -> list[Row]:
@@ -146,7 +180,7 @@ def _run_all(
     engine: StarsEngine,
     rows: list[Row],
     config: StarsConfig,
-    output: Path | None,
+    output: Path | str,
     batch_size: int,
     made_with: dict[str, Any],
     variables: dict[str, Any] | None = None,
@@ -156,33 +190,49 @@ def _run_all(
     from stars_fast.cli.rows import write_settings
     from stars_fast.loop.stream import progress_bar
 
-    again = "" if output is None else f"; {output} keeps what was written: run the same command again to go on"
-    reading = output is None and sys.stdout.isatty()
-    failed = 0
+    again, failed = "", 0
+    reading = not isinstance(output, Path) and sys.stdout.isatty()
+    if isinstance(output, Path):
+        again = f"; {output} keeps what was written: run the same command again to go on"
     with refusing_models(again):
-        if output is not None:
+        if isinstance(output, Path):
             write_settings(output, made_with)
-        with _sink(output) as write, progress_bar(not reading, len(rows) * config.num_return_sequences) as advance:
-            for records in finished_rows(engine, rows, config, batch_size, advance, variables):
+        total, method = len(rows) * config.num_return_sequences, config.chosen_method
+        with _sink(output) as write, progress_bar(not reading, total, method) as bar:
+            for records in finished_rows(engine, rows, config, batch_size, bar, variables):
                 write(records)
                 failed += any(record["error"] is not None for record in records)
     return failed
 
 
 @contextmanager
-def _sink(output: Path | None) -> Iterator[Callable[[Records], None]]:
-    """A function that writes the records of one row: to the file, or to stdout as text or as JSON Lines."""
-    if output is not None:
+def _sink(output: Path | str) -> Iterator[Callable[[Records], None]]:
+    """A function that writes the records of one row: to a file as JSON Lines, or to stdout in a form: "json", "rows" or
+    "text".
+    """
+    if isinstance(output, Path):
         # A lone half of a surrogate pair, in an error message, is written as JSON's own escape.
         with output.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             yield lambda records: _write_lines(file, records)
-    elif sys.stdout.isatty():
-        yield _print_text
+    elif output == "rows":
+        yield _print_rows
     else:
         lines = sys.stdout
-        if isinstance(lines, io.TextIOWrapper):  # JSON Lines are UTF-8, whatever the terminal speaks
+        if isinstance(lines, io.TextIOWrapper):  # UTF-8, as JSON Lines are, whatever the terminal speaks
             lines.reconfigure(encoding="utf-8", errors="backslashreplace")
-        yield lambda records: _write_lines(lines, records)
+        write = _write_lines if output == "json" else _write_texts
+        yield lambda records: write(lines, records)
+
+
+def _write_texts(file: TextIO, records: Records) -> None:
+    """The answers alone, for a pipe; what is to be said of them goes to stderr."""
+    for record in records:
+        if record["error"] is not None:
+            note(f"error: {record['error']}")
+            continue
+        file.write(f"{_text(record)}\n")
+        file.flush()
+        note(_about(record))
 
 
 def _write_lines(file: TextIO, records: Records) -> None:
@@ -192,16 +242,22 @@ def _write_lines(file: TextIO, records: Records) -> None:
     file.flush()
 
 
-def _print_text(records: Records) -> None:
+def _print_rows(records: Records) -> None:
     console = stdout()
     for record in records:
         if record["error"] is not None:
             console.print(Text.assemble((f"{record['id']}  ", "bold"), (f"error: {record['error']}", "red")))
             continue
         prompt = record["prompt"] if isinstance(record["prompt"], str) else ""
-        text = record["completion"]
-        if text is None:
-            text = " ".join(map(str, record["completion_ids"]))
-        reward = f"reward {record['reward']}, {record['tokens']} tokens, {record['finish_reason']}"
-        console.print(Text.assemble((f"{record['id']}  ", "bold"), (reward, "dim")))
-        console.print(Padding(Text.assemble((prompt, "bold"), text), (0, 0, 1, 2)))
+        console.print(Text.assemble((f"{record['id']}  ", "bold"), (_about(record), "dim")))
+        console.print(Padding(Text.assemble((prompt, "bold"), _text(record)), (0, 0, 1, 2)))
+
+
+def _about(record: dict[str, Any]) -> str:
+    return f"reward {record['reward']}, {record['tokens']} tokens, {record['finish_reason']}"
+
+
+def _text(record: dict[str, Any]) -> str:
+    """The answer; its ids where there is no tokenizer."""
+    text = record["completion"]
+    return " ".join(map(str, record["completion_ids"])) if text is None else str(text)

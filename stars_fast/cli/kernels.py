@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from stars_fast.cli.console import fail, plain_table, refusing, stderr, stdout
+from stars_fast.cli.console import fail, plain_table, print_whole, refusing, stderr, stdout
 
 _LOOPS = ("buffers", "waits")  # what a record has one of for each loop
 
@@ -47,7 +47,7 @@ def run(
     if as_json:
         typer.echo(json.dumps([record._asdict() for record in records], indent=2))
     else:
-        stdout().print(_table(records))
+        print_whole(stdout(), _table(records))
     failures = aot.failures(records)
     if failures:
         fail("; ".join(failures), 1)

@@ -17,13 +17,25 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 PolicyName = Annotated[str | None, typer.Option(help="Causal LM: folder, hub id or 'demo'.")]
-RewardName = Annotated[str | None, typer.Option(help="One-label sequence classifier: folder, hub id or 'demo'.")]
+RewardName = Annotated[
+    str | None,
+    typer.Option(
+        help="One-label sequence classifier: folder, hub id or 'demo'. Or FILE.py:NAME, a function (prompts, "
+        "completions) -> list of numbers, or a stars_fast.rewards object; the file is run."
+    ),
+]
 SettingsFile = Annotated[
     Path | None, typer.Option(help="YAML with fields of StarsConfig, and maybe policy and reward.")
 ]
 Assignments = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A field of StarsConfig; may be repeated.")
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="A field of StarsConfig or of its method; may be repeated."),
 ]
+MethodName = Annotated[
+    str | None, typer.Option("--method", help="Decoding method (docs/methods.md), its parameters by --set.")
+]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.", show_default="128")]
+Answers = Annotated[int | None, typer.Option("--n", min=1, help="Answers to each prompt.", show_default="1")]
 TokenizerName = Annotated[str | None, typer.Option(help="The policy's, where it is not beside it.")]
 RewardTokenizerName = Annotated[
     str | None,
@@ -66,16 +78,20 @@ def load_engine(
 ) -> StarsEngine:
     """The engine of these models; leaves, saying why, where there is none."""
     from stars_fast.engine import StarsEngine
+    from stars_fast.inputs.functions import file_of, load_function
     from stars_fast.inputs.models import load_classifier, load_policy
 
     quiet_transformers()
     assert names.policy is not None and names.reward is not None
     with refusing_models():
+        reward, reward_tokenizer = names.reward, names.reward_tokenizer
+        scorer = None if file_of(reward) is None else load_function(reward)  # before what takes minutes
         policy, tokenizer = load_policy(names.policy, names.tokenizer, device, dtype)
-        classifier, reward_tokenizer = load_classifier(names.reward, names.reward_tokenizer, device, dtype)
+        if scorer is None:
+            scorer, reward_tokenizer = load_classifier(reward, reward_tokenizer, device, dtype)
         return StarsEngine(
             policy,
-            classifier,
+            scorer,
             tokenizer=tokenizer,
             reward_tokenizer=reward_tokenizer,
             reward_tail=_tail(names.reward_tail),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from stars_fast.cli.rows import Row, record
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
+from stars_fast.inputs.arguments import Arguments
+from stars_fast.inputs.job import Job
+from stars_fast.loop.stream import Progress
 from stars_fast.outputs import SegmentEvent, SegmentTrace
 from stars_fast.text.tokens import text_of
 
@@ -21,7 +24,7 @@ def finished_rows(
     rows: Sequence[Row],
     config: StarsConfig,
     batch_size: int,
-    advance: Callable[[SegmentEvent], None],
+    bar: Progress,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[Records]:
     """Records of one row at a time, one per sample. Rows that cannot be used come first, with their error.
@@ -33,24 +36,26 @@ def finished_rows(
     """
     for row in rows:
         if row.error is not None:
-            yield _rejected(row, row.error, config, advance)
+            yield _rejected(row, row.error, config, bar)
     sound = [row for row in rows if row.error is None]
     for start in range(0, len(sound), batch_size):
-        yield from _finished_batch(engine, sound[start : start + batch_size], config, advance, chat_template_kwargs)
+        yield from _finished_batch(engine, sound[start : start + batch_size], config, bar, chat_template_kwargs)
 
 
 def _finished_batch(
     engine: StarsEngine,
     rows: list[Row],
     config: StarsConfig,
-    advance: Callable[[SegmentEvent], None],
+    bar: Progress,
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> Iterator[Records]:
-    options: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs}
     while rows:
-        events = None
+        prompts, seeds = [row.prompt for row in rows], [row.seed for row in rows]
         try:
-            events = engine.stream([row.prompt for row in rows], config, seed=[row.seed for row in rows], **options)
+            arguments = Arguments(prompts, config, seed=seeds, chat_template_kwargs=chat_template_kwargs)
+            job = Job(engine.prepare(arguments), engine.tokenizer)
+            events = engine.events(job)
+            job.show_on(bar)
             first = next(events)
         except (ValueError, TypeError) as error:  # nothing has been generated yet
             place = _culprit(error)
@@ -58,9 +63,9 @@ def _finished_batch(
                 raise
             row = rows[place]
             rows = rows[:place] + rows[place + 1 :]
-            yield _rejected(row, str(error).replace(f"prompts[{place}]", "the prompt"), config, advance)
+            yield _rejected(row, str(error).replace(f"prompts[{place}]", "the prompt"), config, bar)
             continue
-        yield from _gathered(engine, chain([first], events), rows, config, advance)
+        yield from _gathered(engine, chain([first], events), rows, config, bar)
         return
 
 
@@ -75,12 +80,12 @@ def _gathered(
     events: Iterable[SegmentEvent],
     rows: Sequence[Row],
     config: StarsConfig,
-    advance: Callable[[SegmentEvent], None],
+    bar: Progress,
 ) -> Iterator[Records]:
     segments: dict[int, list[SegmentTrace]] = {}
     records: dict[int, Records] = {}
     for event in events:
-        advance(event)
+        bar.advance(event)
         own = segments.setdefault(event.index, [])
         if event.segment is not None:
             own.append(event.segment)
@@ -95,8 +100,8 @@ def _gathered(
             yield sorted(records.pop(event.prompt_index), key=lambda one: one["sample"])
 
 
-def _rejected(row: Row, error: str, config: StarsConfig, advance: Callable[[SegmentEvent], None]) -> Records:
+def _rejected(row: Row, error: str, config: StarsConfig, bar: Progress) -> Records:
     samples = range(config.num_return_sequences)
     for sample in samples:
-        advance(SegmentEvent(-1, -1, sample, None, None, "error", error))
+        bar.advance(SegmentEvent(-1, -1, sample, None, None, "error", error))
     return [record(row, sample, error=error) for sample in samples]

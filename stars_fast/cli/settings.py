@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,37 +27,74 @@ class Settings(NamedTuple):
     given: frozenset[str] = frozenset()  # fields of the config that they name
 
 
-def read_settings(path: Path | None, assignments: Sequence[str] = ()) -> Settings:
-    """Read a YAML file of StarsConfig fields, ``policy`` and ``reward``; assignments win over it.
+def read_settings(path: Path | None, assignments: Sequence[str] = (), **options: Any) -> Settings:
+    """Read a YAML file of StarsConfig fields, ``policy`` and ``reward``; assignments and options win over it.
+
+    Parameters
+    ----------
+    path : Path, optional
+    assignments : sequence of str
+        ``name=value``, of a field of StarsConfig or of a parameter of the method that is chosen.
+    **options
+        Fields that have options of their own; None where one was not given. A method is written as in an assignment.
 
     Raises
     ------
     OSError
         For a file that cannot be read.
     ValueError, TypeError
-        For unknown keys, naming them, and for values out of range.
+        For unknown keys, naming them, for values out of range, and for a field that is given twice.
     """
     values = {} if path is None else read_yaml(path, (*_MODELS, *_FIELDS))
     models = {name: values.pop(name, None) for name in _MODELS}
     for name, model in models.items():
         if model is not None and not isinstance(model, str):
             raise TypeError(f"{path}: {name}={model!r}: give a folder or a hub id")
+    given = {name: value for name, value in options.items() if value is not None}
+    if "method" in given:
+        given["method"] = _parse("method", given["method"])
+    parameters = dict[str, str]()
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"--set {assignment!r}: write name=value")
-        if name not in _FIELDS and (having := [one for one, method in METHODS.items() if _has(method, name)]):
-            raise ValueError(
-                f"--set {assignment}: {name} is a parameter of a method: "
-                + " or ".join(f"--set 'method={{name: {one}, {name}: {text}}}'" for one in having)
-            )
-        check_known({name}, "--set", _FIELDS)
-        values[name] = _parse(name, text)
+        if name in given:
+            raise ValueError(f"{option(name)} and --set {name}: give one of them")
+        if name in _FIELDS:
+            values[name] = _parse(name, text)
+        else:
+            parameters[name] = text
+    values |= given
+    if parameters:
+        values["method"] = _with(values.get("method", StarsConfig().method), parameters)
     config = StarsConfig(**{name: _numbers(name, value) for name, value in values.items()})
     for name in ("target_reward", "base_reward"):
         if isinstance(getattr(config, name), tuple):
             raise ValueError(f"{name} is a list, one per prompt: give one number for all rows, or leave it out")
     return Settings(config, **models, given=frozenset(values))
+
+
+def option(name: str) -> str:
+    """The option of a field of StarsConfig that has one, as it is written."""
+    return "--n" if name == "num_return_sequences" else f"--{name.replace('_', '-')}"
+
+
+def _with(method: Any, parameters: Mapping[str, str]) -> dict[str, Any]:
+    """A method by name, with parameters from assignments."""
+    chosen = dict(method) if isinstance(method, Mapping) else {"name": method}
+    known = METHODS.get(chosen["name"]) if isinstance(chosen.get("name"), str) else None
+    for name, text in parameters.items():
+        if known is None or not _has(known, name):
+            having = [one for one, method in METHODS.items() if _has(method, name)]
+            if having:
+                give = " or ".join(f"--method {one}" for one in having)
+                raise ValueError(
+                    f"--set {name}={text}: {name} is a parameter of {', '.join(having)}: give {give} with it"
+                )
+            own = [] if known is None else [field.name for field in dataclasses.fields(known)]
+            check_known({name}, "--set", [*_FIELDS, *own])
+        chosen[name] = _numbers(name, _parse(name, text))
+    return chosen
 
 
 def _has(method: type[Method], name: str) -> bool:

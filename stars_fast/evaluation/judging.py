@@ -9,7 +9,7 @@ from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt, 
 
 
 def judged(
-    judge: Reward, tokenizer: Any, prompts: Sequence[str], completions: Sequence[Sequence[int]], eos: Sequence[bool]
+    judge: Reward, tokenizer: Any, prompts: Sequence[Any], completions: Sequence[Sequence[int]], eos: Sequence[bool]
 ) -> list[tuple[float, str | None]]:
     """Reward, or NaN and the cause, of each finished response.
 
@@ -19,7 +19,7 @@ def judged(
         Need not share the policy's tokenizer, nor make sense of unfinished text.
     tokenizer : transformers tokenizer
         The policy's.
-    prompts : sequence of str
+    prompts : sequence of str or of chat message lists
     completions : sequence of sequence of int
         Policy ids, without the prompt.
     eos : sequence of bool

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from stars_fast.calibration import fit
 from stars_fast.config import StarsConfig
@@ -30,8 +31,8 @@ class Learned:
 
     folder: Path  # fits lie in fit/ there, so that a run that goes on has the same
     engine: Callable[[str], StarsEngine]
-    target_prompts: Sequence[str]  # from whose pilot responses one target for all prompts is taken
-    fit_prompts: Sequence[str]
+    target_prompts: Sequence[Any]  # from whose pilot responses one target for all prompts is taken
+    fit_prompts: Sequence[Any]
     seed: int
     _pilots: dict[str, tuple[StarsConfig, list[Pilot]]] = field(default_factory=dict)
 

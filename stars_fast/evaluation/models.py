@@ -12,6 +12,7 @@ from torch import nn
 
 from stars_fast.engine import StarsEngine
 from stars_fast.evaluation.recipe import Recipe
+from stars_fast.inputs.functions import file_of, load_function
 from stars_fast.inputs.models import Device, load_classifier, load_policy, load_reward
 from stars_fast.rewards import ImplicitReward, Reward
 
@@ -57,6 +58,8 @@ class Models:
         return value
 
     def _scorer(self, name: str) -> Reward:
+        if file_of(name) is not None:
+            return load_reward(load_function(name), self.tokenizer, None, "auto", self.policy)
         model, tokenizer = load_classifier(name, None, self.device, self.dtype)
         return load_reward(model, self.tokenizer, tokenizer, "auto", self.policy)
 

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from stars_fast.evaluation.recipe import Recipe
+from stars_fast.methods.numbers import shown
+
+_FIELDS = ("prompt", "messages")  # that are read where none is named
 
 
-def read_prompts(recipe: Recipe, target: int = 0, sharing: Sequence[str] = ()) -> list[str]:
-    """The first ``count + target + fit`` different prompts in the order of the recipe's seed.
+def read_prompts(recipe: Recipe, target: int = 0, sharing: Sequence[str] = ()) -> list[Any]:
+    """The first ``count + target + fit`` different prompts in the order of the recipe's seed: text, or chats' messages.
 
     Parameters
     ----------
@@ -33,7 +36,8 @@ def read_prompts(recipe: Recipe, target: int = 0, sharing: Sequence[str] = ()) -
     rows = _json_lines(Path(recipe.prompts)) if Path(recipe.prompts).exists() else _hub_rows(recipe.prompts)
     wanted = (recipe.where or {}).items()
     rows = (row for row in rows if all(row.get(name) == value for name, value in wanted))
-    prompts = dict.fromkeys(_prompt(recipe, number, row) for number, row in enumerate(rows, 1))
+    found = (_prompt(recipe, number, row) for number, row in enumerate(rows, 1))
+    prompts = {json.dumps(prompt): prompt for prompt in found}
     most = recipe.count + target + recipe.fit
     needed = most if sharing else recipe.count + recipe.fit
     if len(prompts) < needed:
@@ -43,13 +47,23 @@ def read_prompts(recipe: Recipe, target: int = 0, sharing: Sequence[str] = ()) -
             f"{recipe.prompts} has {len(prompts)} different prompts, fewer than {asked}: give {needed - len(prompts)} "
             f"more, or less for --count{' or --fit' if recipe.fit else ''}"
         )
-    return random.Random(recipe.seed).sample(list(prompts), len(prompts))[:most]
+    return random.Random(recipe.seed).sample(list(prompts.values()), len(prompts))[:most]
 
 
-def _prompt(recipe: Recipe, number: int, row: Any) -> str:
-    text = row.get(recipe.field) if isinstance(row, dict) else None
+def _prompt(recipe: Recipe, number: int, row: Any) -> Any:
+    fields = row if isinstance(row, dict) else {}
+    name = recipe.field or next((one for one in _FIELDS if fields.get(one) is not None), _FIELDS[0])
+    text = fields.get(name)
+    if isinstance(text, list) and text and all(isinstance(turn, dict) for turn in text):
+        if recipe.words is not None or recipe.template != Recipe.template:
+            raise ValueError(f"{recipe.prompts}, row {number}: {name} is a chat: words and template are for text")
+        return text
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{recipe.prompts}, row {number}: {recipe.field}={text!r} is no text; name the field to read")
+        has = ", ".join(map(str, fields)) or "none"
+        raise ValueError(
+            f"{recipe.prompts}, row {number}: {name}={shown(text)} is neither text nor a chat; name the field to read: "
+            f"the row has {has}"
+        )
     return recipe.template.format(" ".join(text.split()[: recipe.words]))
 
 

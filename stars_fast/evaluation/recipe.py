@@ -28,7 +28,7 @@ class Recipe:
     draft: str | None = None  # RSD's draft model
     probe: str | None = None  # MARA's network, as safetensors
     prompts: str | None = None  # JSON Lines, .xz or plain, or a hub id and its split: stanfordnlp/imdb:test
-    field: str = "prompt"  # of each row, what to read
+    field: str | None = None  # of each row, what to read: "prompt", or else "messages", a chat
     words: int | None = None  # only the first ones of the field
     template: str = "{}"  # what the policy is given, with the field in the braces
     where: dict[str, Any] | None = None  # rows to keep: values of other fields

@@ -29,7 +29,7 @@ from stars_fast.rewards import Reward
 class Evaluation:
     """What all cells share."""
 
-    prompts: Sequence[str]
+    prompts: Sequence[Any]  # text, or chats
     learned: Learned
     engine: Callable[[str], StarsEngine]  # by method: they may want other rewards, or a second policy
     guide: Reward  # scores every finished response, as the judge does; most methods follow it

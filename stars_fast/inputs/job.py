@@ -11,7 +11,7 @@ from stars_fast.inputs.call import Call
 from stars_fast.loop.caller import Size
 from stars_fast.loop.pilot import Pilot, read_pilot, solve
 from stars_fast.loop.request import Request
-from stars_fast.loop.stream import new_events
+from stars_fast.loop.stream import Progress, new_events
 from stars_fast.notices import log
 from stars_fast.outputs import Cause, SegmentEvent, as_cause
 
@@ -60,6 +60,7 @@ class Job:
         self.call, self.tokenizer, self.guided = call, tokenizer, guided
         self.size: Size = call.size
         self.deadline, self.notify = deadline, notify
+        self._bar = Progress(call.terms.method)
         self.events: deque[SegmentEvent] = deque()
         self.requests: list[Request | None] = [None] * call.rows
         self.pilots: list[Pilot | None] = [None] * len(call.prompts)
@@ -70,6 +71,11 @@ class Job:
         self.failed: dict[int, Cause] = {}
         self._logged: set[type] = set()
         self._started = time.perf_counter()
+
+    def show_on(self, bar: Progress) -> None:
+        """Tell a bar of the targets that are found, before the job begins."""
+        self._bar = bar
+        bar.expect(len(self.call.prompts) if self.call.calibrates else 0)
 
     @property
     def has_news(self) -> bool:
@@ -102,7 +108,9 @@ class Job:
             pilot = Pilot(error=Cause.of(error, "calibration: "))
         self.pilots[i] = pilot
         further = self._guided(i, pilot) if self.guided else []
-        del self._drawn[i]
+        for one in further:  # in its pilots' place: a prompt whose target is known has its answers before others begin
+            one.id = self._drawn[i][0].id
+        self._bar.calibrated(sum(len(one.tokens) for one in self._drawn.pop(i)))
         if not self._drawn:
             self.stats.calibration_seconds = time.perf_counter() - self._started
         return further

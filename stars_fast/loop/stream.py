@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from stars_fast.loop.request import Request
+from stars_fast.methods.base import Method
 from stars_fast.methods.numbers import shown
 from stars_fast.notices import warn
 from stars_fast.outputs import Cause, SegmentEvent, SegmentTrace
@@ -83,34 +84,79 @@ class Streaming:
                 warn(f"the streamer could not be ended: it raised {Cause.of(raised)}")
 
 
+class Progress:
+    """What a bar shows of a call; nothing where it has none.
+
+    Parameters
+    ----------
+    method : Method
+        Of the call: what is told beside the speed goes by it.
+    bar : rich.progress.Progress, optional
+    responses, calibrating : rich.progress.TaskID, optional
+        The bar's lines.
+    """
+
+    def __init__(self, method: Method, bar: Any = None, responses: Any = None, calibrating: Any = None) -> None:
+        self._method, self._bar, self._responses, self._calibrating = method, bar, responses, calibrating
+        self._started = time.perf_counter()
+        self._segments, self._accepted, self._attempts, self._tokens, self._tested = 0, 0, 0, 0, False
+        self._pilots, self._drawn = 0, 0
+
+    def expect(self, prompts: int) -> None:
+        """So many prompts more are calibrated first."""
+        self._pilots += prompts
+        if self._bar is not None and self._pilots:
+            self._bar.update(self._calibrating, total=self._pilots, visible=True)
+
+    def calibrated(self, tokens: int) -> None:
+        """A prompt has its target, for which so many tokens were drawn."""
+        self._drawn += tokens
+        if self._bar is not None:
+            self._bar.update(self._calibrating, advance=1, rate=f"{self._drawn:,} tokens drawn")
+
+    def advance(self, event: SegmentEvent) -> None:
+        """A response has grown, or ended."""
+        if event.segment is not None:
+            self._segments += 1
+            self._accepted += event.segment.accepted
+            self._attempts += event.segment.attempts
+            self._tokens += len(event.segment.tokens)
+            self._tested |= math.isfinite(event.segment.threshold)
+        if self._bar is not None:
+            speed = self._tokens / (time.perf_counter() - self._started)
+            rate = ", ".join(filter(None, (f"{speed:.0f} tokens/s", self.choice)))
+            self._bar.update(self._responses, advance=event.finish_reason is not None, rate=rate)
+
+    @property
+    def choice(self) -> str:
+        """How candidates were chosen so far, in the terms of the method."""
+        if self._method.has_target:
+            return f"acceptance {self._accepted / self._attempts:.0%}" if self._tested and self._attempts else ""
+        if self._method.loop == "rsd":
+            return f"{self._accepted / self._segments:.0%} of drafts kept" if self._segments else ""
+        if self._method.loop in ("chains", "persona") or self._method.name == "mara":
+            return ""  # attempts count no candidates there (docs/methods.md)
+        if self._attempts <= self._segments:
+            return ""
+        return f"{self._attempts / self._segments:.1f} candidates a segment"
+
+
 @contextmanager
-def progress_bar(show: bool, total: int) -> Iterator[Callable[[SegmentEvent], None]]:
-    """Yield a function to be called with every event of ``total`` responses; it does nothing unless ``show``.
+def progress_bar(show: bool, total: int, method: Method, name: str = "responses") -> Iterator[Progress]:
+    """Yield what is told of ``total`` responses, and shows it where it is to ``show``.
 
     The bar goes to stderr and leaves stdout alone.
     """
     if not show:
-        yield lambda event: None
+        yield Progress(method)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
 
-    started, segments, attempts, tokens, tested = time.perf_counter(), 0, 0, 0, False
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    # The bar takes what room the words leave.
+    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, TextColumn("{task.fields[rate]}"), console=console, redirect_stdout=False) as bar:
-        task = bar.add_task("responses", total=total, rate="")
-
-        def advance(event: SegmentEvent) -> None:
-            nonlocal segments, attempts, tokens, tested
-            if event.segment is not None:
-                segments += event.segment.accepted
-                attempts += event.segment.attempts
-                tokens += len(event.segment.tokens)
-                tested |= math.isfinite(event.segment.threshold)  # best-of-N's is inf, a population's NaN
-            speed = tokens / (time.perf_counter() - started)
-            acceptance = f", acceptance {segments / attempts:.0%}" if tested else ""
-            rate = f"{speed:.0f} accepted tokens/s{acceptance}"
-            bar.update(task, advance=event.finish_reason is not None, rate=rate)
-
-        yield advance
+    with Bar(*columns, TextColumn("{task.fields[rate]}"), console=console, expand=True, redirect_stdout=False) as bar:
+        calibrating = bar.add_task("calibrating", total=0, rate="", visible=False)
+        yield Progress(method, bar, bar.add_task(name, total=total, rate=""), calibrating)
