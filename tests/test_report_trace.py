@@ -152,25 +152,29 @@ def test_nothing_in_a_text_ends_the_pages_data(saved):
 
 
 # Go everywhere, as somebody who clicks does, and tell what there was.
-TOUR = """<script>
-const told = { answers: [], problem: null, pressed: 0 };
+TOUR = r"""<script>
+const told = { answers: [], problem: null };
+const all = (selector) => [...document.querySelectorAll(`main ${selector}`)];
+const press = (key) => document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+const escaped = (c) => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0");
 try {
   for (let i = 0; i < items.length; i += 1) {
     go(i);
-    const spans = document.querySelectorAll("main .seg").length;
-    told.answers.push({ spans, rows: document.querySelectorAll("main .cand").length, drawings: document.querySelectorAll("main figure").length,
-      prompt: document.querySelector("main .prompt").textContent, error: document.querySelector("main .error")?.textContent ?? null });
-    for (const node of document.querySelectorAll("main .band, main .lost, main .leaf, main button.cand")) node.dispatchEvent(new Event("click"));
+    told.answers.push({
+      spans: all(".seg").length, rows: all(".cand").length, drawings: all("figure").length,
+      prompt: all(".prompt")[0].textContent, error: all(".error").map((one) => one.textContent)[0] ?? null,
+    });
+    for (const node of all(".band, .lost, .leaf, button.cand")) node.dispatchEvent(new Event("click"));
   }
   go(0);
-  document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft", bubbles: true }));
-  document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
-  told.pressed = Number(document.querySelector('.seg[aria-pressed="true"]').dataset.segment);
-  document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "j", bubbles: true }));
-  told.current = Number(document.querySelector('[aria-current="true"]')?.dataset.item);
+  for (let i = 0; i < 20; i += 1) press("ArrowLeft");
+  press("ArrowRight");
+  told.pressed = Number(all('.seg[aria-pressed="true"]')[0].dataset.segment);
+  press("j");
+  told.current = Number(document.querySelector('[aria-current="true"]').dataset.item);
 } catch (error) { told.problem = String(error.stack || error); }
 told.title = document.title;
-document.body.replaceChildren(JSON.stringify(told).replace(/[^ -~]|[&<]/g, (c) => "\\\\u" + c.charCodeAt(0).toString(16).padStart(4, "0")));
+document.body.replaceChildren(JSON.stringify(told).replace(/[^ -~]|[&<>]/g, escaped));
 </script>"""
 
 
