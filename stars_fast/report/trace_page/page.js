@@ -227,13 +227,13 @@ function curve(answers, width) {
   const losers = two ? [] : sides.flatMap(({ answer }) => answer.segments.flatMap((one) => one.candidates.filter((c) => !won(c)).map((c) => valueOf(answer, c))));
   const most = Math.max(...sides.map(({ answer }) => answer.length));
   const height = 210, { x, y, marks, top, bottom } = frame(width, height, span([...levels, ...limits], losers), most);
-  const parts = [];
+  const parts = [], behind = [];
   for (const { answer, side } of sides) {
     const cls = two ? SIDES[side] : "";
-    const bands = two && side !== state.side ? [] : answer.segments.map((one, i) => s("rect", {
+    if (!two || side === state.side) behind.push(...answer.segments.map((one, i) => s("rect", {
       class: `band ${i === state.segment[side] ? "on" : ""}`, x: x(one.start), width: Math.max(x(one.end) - x(one.start), 1), y: top, height: bottom - top,
       onclick: () => pick(side, i),
-    }, s("title", {}, `segment ${i + 1}: ${shown(one.level)}`)));
+    }, s("title", {}, `segment ${i + 1}: ${shown(one.level)}`))));
     const tau = answer.segments.flatMap((one) => [[x(one.start), y(num(one.threshold))], [x(one.end), y(num(one.threshold))]]
       .map(([a, b]) => [a, Number.isFinite(num(one.threshold)) ? b : NaN]));
     const dots = [];
@@ -247,14 +247,14 @@ function curve(answers, width) {
     answer.segments.forEach((one, i) => {
       if (Number.isFinite(one.level)) dots.push(s("circle", { class: `won ${cls} ${fell(one) ? "fallback" : ""}`, cx: x(one.end), cy: y(one.level), r: 4.5, onclick: () => pick(side, i) }));
     });
-    parts.push([bands, s("path", { class: `tau ${cls}`, d: path(tau) }), s("path", { class: `line ${cls}`, d: path(answer.segments.map((one) => [x(one.end), y(one.level)])) }), dots]);
+    parts.push([s("path", { class: `tau ${cls}`, d: path(tau) }), s("path", { class: `line ${cls}`, d: path(answer.segments.map((one) => [x(one.end), y(one.level)])) }), dots]);
   }
   const limited = finite(limits).length > 0, name = sides.some(({ answer }) => answer.byScore) ? "quantile of the reward" : "reward";
   const keys = two
     ? sides.map(({ side }) => key(SIDES[side], SIDES[side].toUpperCase()))
     : [key("dot", "kept"), losers.length ? key("ring", "lost") : null];
   return figure(`${name}${limited ? " against threshold" : ""}, by token`, [...keys, limited ? key("dash", "threshold") : null],
-    s("svg", { width, height, role: "img", "aria-label": `${name} by token` }, marks, parts.flat(2)));
+    s("svg", { width, height, role: "img", "aria-label": `${name} by token` }, behind, marks, parts.flat(2)));
 }
 
 function figure(title, keys, drawing) {
