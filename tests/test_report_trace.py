@@ -164,7 +164,8 @@ try {
       spans: all(".seg").length, rows: all(".cand").length, drawings: all("figure").length,
       prompt: all(".prompt")[0].textContent, error: all(".error").map((one) => one.textContent)[0] ?? null,
     });
-    for (const node of [".band", ".lost", ".leaf", "button.cand"].flatMap((one) => all(one).slice(0, 2))) node.dispatchEvent(new Event("click"));
+    const clicked = [".band", ".lost", ".leaf", "button.cand"].flatMap((one) => all(one).slice(0, 2));
+    for (const node of clicked) node.dispatchEvent(new Event("click"));
   }
   go(0);
   for (let i = 0; i < 20; i += 1) press("ArrowLeft");
