@@ -30,6 +30,7 @@ with ParallelCompile(default=0):
             "stars_fast": [
                 "py.typed",
                 "*.pyi",
+                *(f"report/trace_page/page.{end}" for end in ("html", "css", "js")),
                 *(f"demo/**/*.{end}" for end in ("safetensors", "json", "jinja", "md")),
             ]
         },

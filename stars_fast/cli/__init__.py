@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stars_fast.cli import bench, demo, doctor, eval, fit, generate, kernels, serve
+from stars_fast.cli import bench, demo, doctor, eval, fit, generate, kernels, serve, trace
 from stars_fast.cli.console import print_version, show_tracebacks, warn_in_one_line
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("generate")(generate.run)
 app.command("fit")(fit.run)
 app.command("serve")(serve.run)
 app.command("eval")(eval.run)
+app.command("trace")(trace.run)
 app.command("doctor")(doctor.run)
 app.command("bench")(bench.run)
 app.command("kernels")(kernels.run)

@@ -183,7 +183,11 @@ class Chains(Members):
     def _decide(self, request: Request, chain: Chain) -> str | None:
         """Whether the next step's answer becomes the state. Returns an error instead, where there is one."""
         answer, state, ratio = chain.proposals[0], chain.state, 0.0
+        attempt = _attempt(request, chain, chain.step)
         if answer.error is not None:
+            nothing = math.nan, math.nan, math.nan
+            if request.terms.trace:
+                chain.looked_at.append(CandidateTrace(attempt, answer.tokens, *nothing, "error", math.nan))
             return answer.error
         if state is not None:
             method, (_, start) = _method(request), _cut(request, chain, chain.step, state)
@@ -194,7 +198,7 @@ class Chains(Members):
         threshold = math.log(uniform_number(request.key, chain.place, chain.step))
         accepted = threshold < ratio
         if request.terms.trace:
-            seen = _attempt(request, chain, chain.step), list(answer.tokens), answer.reward, ratio, threshold
+            seen = attempt, list(answer.tokens), answer.reward, ratio, threshold
             verdict, logprob = "accepted" if accepted else "rejected", sum(answer.logprobs)
             chain.looked_at.append(CandidateTrace(*seen, verdict, logprob, answer.segments[-1].parts))
         behind, chain.step = chain.proposals[1:], chain.step + 1

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 _FOLDER = Path(__file__).parent / "trace_page"
-_KEPT = ("row", "prompt_index", "sample_index", "method", "loop", "seed", "target", "beta", "prompt_text", "settings")
-_KEPT += ("reward", "finish_reason", "error")
+_SETTINGS = ("method", "loop", "settings", "seed", "target", "beta")
+_KEPT = ("row", "sample_index", "prompt_text", "reward", "finish_reason", "error", *_SETTINGS)
 
 
 def page(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:

@@ -37,14 +37,16 @@ const s = (name, attributes, ...children) => make("http://www.w3.org/2000/svg", 
 const said = (one) => (one.text === null ? `[${one.tokens.join(" ")}]` : one.text);
 const promptOf = (answer) => answer.prompt_text ?? `[${answer.prompt_ids.join(" ")}]`;
 const won = (one) => one.verdict === "accepted" || one.verdict === "fallback";
-const tested = (answer, one) => Number.isFinite(num(one.threshold));
+const tested = (one) => Number.isFinite(num(one.threshold));
+/** Kept although it was not accepted; where nothing is tested, the best is kept as it should be. */
+const fell = (one) => (one.verdict ? one.verdict === "fallback" : !one.accepted) && tested(one);
 const everyCandidate = (answer) => [...answer.segments.flatMap((one) => one.candidates), ...answer.unfinished];
 
 /** Where what is tested is no reward (a quantile), it is what is drawn and told. */
 function byScore(answer) {
   return answer.loop === "segments" && everyCandidate(answer).some((one) => {
     const gap = Math.abs(num(one.score) - num(one.reward));
-    return tested(answer, one) && Number.isFinite(gap) && gap > 1e-5;
+    return tested(one) && Number.isFinite(gap) && gap > 1e-5;
   });
 }
 const valueOf = (answer, one) => num(answer.byScore ? one.score : one.reward);
@@ -55,7 +57,7 @@ for (const run of runs) {
     answer.looked = WHOLE.has(answer.loop) || answer.loop === "population"
       ? everyCandidate(answer).filter((one) => one.verdict !== "unseen").length
       : answer.segments.reduce((sum, one) => sum + one.attempts, 0);
-    answer.fallbacks = answer.segments.filter((one) => !one.accepted && Number.isFinite(num(one.threshold))).length;
+    answer.fallbacks = answer.segments.filter(fell).length;
     let tokens = 0;
     for (const one of answer.segments) {
       one.start = tokens;
@@ -117,10 +119,9 @@ function head() {
 function strip(answer) {
   const most = Math.max(...answer.segments.map((one) => one.attempts), 2);
   const bars = answer.segments.map((one, i) => {
-    const fallback = !one.accepted && Number.isFinite(num(one.threshold));
     return s("rect", {
-      x: i, width: 0.8, y: 0, height: 1, fill: fallback ? "var(--amber)" : "var(--blue)",
-      "fill-opacity": fallback ? 1 : 0.18 + (0.6 * (one.attempts - 1)) / (most - 1),
+      x: i, width: 0.8, y: 0, height: 1, fill: fell(one) ? "var(--amber)" : "var(--blue)",
+      "fill-opacity": fell(one) ? 1 : 0.18 + (0.6 * (one.attempts - 1)) / (most - 1),
     });
   });
   return s("svg", { class: "strip", viewBox: `0 0 ${Math.max(answer.segments.length, 12)} 1`, preserveAspectRatio: "none", "aria-hidden": "true" }, bars);
@@ -187,7 +188,7 @@ function span(main, others) {
   return [low - pad, high + pad];
 }
 
-function frame(width, height, [low, high], most, label) {
+function frame(width, height, [low, high], most, first = 0) {
   const left = 44, right = 10, top = 8, bottom = 24;
   const x = (at) => left + ((width - left - right) * at) / Math.max(most, 1);
   const y = (at) => top + ((height - top - bottom) * (high - Math.min(Math.max(at, low), high))) / (high - low);
@@ -197,10 +198,9 @@ function frame(width, height, [low, high], most, label) {
       s("line", { class: "grid", x1: left, x2: width - right, y1: y(at), y2: y(at) }),
       s("text", { x: left - 7, y: y(at) + 4, "text-anchor": "end" }, `${at < 0 ? "\u2212" : ""}${Math.abs(at).toFixed(levels.digits)}`),
     ]).flat(),
-    ...steps.places.filter(Number.isInteger).map((at) => s("text", { x: x(at), y: height - 6, "text-anchor": "middle" }, at)),
-    s("text", { x: width - right, y: height - 6, "text-anchor": "end" }, ""),
+    ...steps.places.filter((at) => Number.isInteger(at) && at >= first && at <= most - first).map((at) => s("text", { x: x(at), y: height - 6, "text-anchor": "middle" }, at)),
   ];
-  return { x, y, marks, top, bottom: height - bottom, label };
+  return { x, y, marks, top, bottom: height - bottom };
 }
 
 const path = (points) => {
@@ -219,6 +219,7 @@ function key(swatch, text) {
 
 /** Reward against threshold by token, of one answer, or of two over one another. */
 function curve(answers, width) {
+  width = Math.floor(width);
   const sides = answers.map((answer, side) => ({ answer, side })).filter(({ answer }) => answer && !WHOLE.has(answer.loop));
   const levels = sides.flatMap(({ answer }) => answer.segments.map((one) => one.level));
   if (finite(levels).length < 2) return null;
@@ -226,13 +227,13 @@ function curve(answers, width) {
   const losers = two ? [] : sides.flatMap(({ answer }) => answer.segments.flatMap((one) => one.candidates.filter((c) => !won(c)).map((c) => valueOf(answer, c))));
   const most = Math.max(...sides.map(({ answer }) => answer.length));
   const height = 210, { x, y, marks, top, bottom } = frame(width, height, span([...levels, ...limits], losers), most);
-  const parts = [];
+  const parts = [], behind = [];
   for (const { answer, side } of sides) {
     const cls = two ? SIDES[side] : "";
-    const bands = two && side !== state.side ? [] : answer.segments.map((one, i) => s("rect", {
+    if (!two || side === state.side) behind.push(...answer.segments.map((one, i) => s("rect", {
       class: `band ${i === state.segment[side] ? "on" : ""}`, x: x(one.start), width: Math.max(x(one.end) - x(one.start), 1), y: top, height: bottom - top,
       onclick: () => pick(side, i),
-    }, s("title", {}, `segment ${i + 1}: ${shown(one.level)}`)));
+    }, s("title", {}, `segment ${i + 1}: ${shown(one.level)}`))));
     const tau = answer.segments.flatMap((one) => [[x(one.start), y(num(one.threshold))], [x(one.end), y(num(one.threshold))]]
       .map(([a, b]) => [a, Number.isFinite(num(one.threshold)) ? b : NaN]));
     const dots = [];
@@ -244,17 +245,16 @@ function curve(answers, width) {
       }
     });
     answer.segments.forEach((one, i) => {
-      const fallback = !one.accepted && Number.isFinite(num(one.threshold));
-      if (Number.isFinite(one.level)) dots.push(s("circle", { class: `won ${cls} ${fallback ? "fallback" : ""}`, cx: x(one.end), cy: y(one.level), r: 4.5, onclick: () => pick(side, i) }));
+      if (Number.isFinite(one.level)) dots.push(s("circle", { class: `won ${cls} ${fell(one) ? "fallback" : ""}`, cx: x(one.end), cy: y(one.level), r: 4.5, onclick: () => pick(side, i) }));
     });
-    parts.push([bands, s("path", { class: `tau ${cls}`, d: path(tau) }), s("path", { class: `line ${cls}`, d: path(answer.segments.map((one) => [x(one.end), y(one.level)])) }), dots]);
+    parts.push([s("path", { class: `tau ${cls}`, d: path(tau) }), s("path", { class: `line ${cls}`, d: path(answer.segments.map((one) => [x(one.end), y(one.level)])) }), dots]);
   }
   const limited = finite(limits).length > 0, name = sides.some(({ answer }) => answer.byScore) ? "quantile of the reward" : "reward";
   const keys = two
     ? sides.map(({ side }) => key(SIDES[side], SIDES[side].toUpperCase()))
     : [key("dot", "kept"), losers.length ? key("ring", "lost") : null];
   return figure(`${name}${limited ? " against threshold" : ""}, by token`, [...keys, limited ? key("dash", "threshold") : null],
-    s("svg", { width, height, role: "img", "aria-label": `${name} by token` }, marks, parts.flat(2)));
+    s("svg", { width, height, role: "img", "aria-label": `${name} by token` }, behind, marks, parts.flat(2)));
 }
 
 function figure(title, keys, drawing) {
@@ -266,27 +266,25 @@ function attempts(answer, side, width) {
   const all = answer.segments.length ? answer.segments[0].candidates : answer.unfinished;
   const values = all.map((one) => num(one.reward)), limits = all.map((one) => (answer.loop === "trials" ? num(one.threshold) : NaN));
   if (finite(values).length < 2) return null;
-  const height = 190, { x, y, marks, top, bottom } = frame(width, height, span(limits, values), all.length + 1);
-  const chains = new Map(); // the state of each chain, step by step
+  const height = 190, { x, y, marks } = frame(width, height, span(limits, values), all.length + 1, 1);
+  const points = []; // the state of each chain, step by step
   if (answer.loop === "chains") {
     const steps = all.length / chainsOf(answer);
     let level = NaN;
-    const points = [];
     all.forEach((one, i) => {
-      if (i % steps === 0) points.push([NaN, NaN]);
+      points.push([x(i + 1), i % steps === 0 ? NaN : y(level)]);
       if (one.verdict === "accepted") level = num(one.reward);
       points.push([x(i + 1), y(level)]);
     });
-    chains.set(0, points);
   }
   const cls = two ? SIDES[side] : "";
   return figure(answer.loop === "chains" ? "reward of each proposal" : "reward of each answer",
     [key("dot", answer.loop === "chains" ? "accepted" : "kept"), key("ring", "lost"), finite(limits).length ? key("dash", "threshold") : null],
     s("svg", { width, height, role: "img", "aria-label": "reward by attempt" }, marks,
       s("path", { class: `tau ${cls}`, d: path([[x(0), y(limits[0])], [x(all.length + 1), y(limits[0])]].map(([a, b]) => [a, Number.isFinite(limits[0]) ? b : NaN])) }),
-      [...chains.values()].map((points) => s("path", { class: `line ${cls}`, d: path(points) })),
+      s("path", { class: `line ${cls}`, d: path(points) }),
       all.map((one, i) => Number.isFinite(values[i]) && s("circle", {
-        class: won(one) ? `won ${cls} ${one.verdict === "fallback" && Number.isFinite(limits[0]) ? "fallback" : ""}` : `lost ${one.verdict}`,
+        class: won(one) ? `won ${cls} ${fell(one) ? "fallback" : ""}` : `lost ${one.verdict}`,
         cx: x(i + 1), cy: y(values[i]), r: won(one) ? 4.5 : 3.5, onclick: () => hit(side, i),
       }))));
 }
@@ -303,15 +301,18 @@ function tree(answer, side, width) {
   });
   const most = Math.max(...rounds.map((round) => round.length));
   const gap = Math.max(7, Math.min(20, 320 / most)), height = most * gap + 34;
-  const left = 22, step = Math.min(150, Math.max(46, (width - left - 40) / Math.max(rounds.length, 1)));
+  const left = 22, step = Math.min(190, Math.max(46, (width - left - 40) / Math.max(rounds.length, 1)));
   rounds.forEach((round) => {
     round.sort((i, j) => (all[i].parent === null ? 0 : places[all[i].parent] - places[all[j].parent]) || i - j);
     const first = (height - 24 - round.length * gap) / 2;
     round.forEach((i, at) => { places[i] = first + (at + 0.5) * gap; });
   });
   const at = (i) => left + step * (depth[i] + 1), rootY = (height - 24) / 2;
-  const values = finite(all.map((one) => num(one.reward))), low = Math.min(...values), high = Math.max(...values);
-  const shade = (value) => (Number.isFinite(value) && high > low ? 0.12 + (0.88 * (value - low)) / (high - low) : 0.5);
+  const limits = rounds.map((round) => finite(round.map((i) => num(all[i].reward)))).map((own) => [Math.min(...own), Math.max(...own)]);
+  const shade = (i) => {
+    const [low, high] = limits[depth[i]], value = num(all[i].reward);
+    return Number.isFinite(value) && high > low ? 0.12 + (0.88 * (value - low)) / (high - low) : 0.5;
+  };
   const lineage = new Set();
   for (let i = state.hit && state.hit[0] === side ? state.hit[1] : null; i !== null && i !== undefined; i = all[i].parent) lineage.add(i);
   const branch = (i) => {
@@ -325,22 +326,22 @@ function tree(answer, side, width) {
     s("circle", { cx: left, cy: rootY, r: 4, fill: "var(--faint)" }),
     order.map((i) => s("circle", {
       class: `leaf ${state.hit && state.hit[0] === side && state.hit[1] === i ? "hit" : ""}`, cx: at(i), cy: places[i], r: Math.min(gap / 2 + 0.5, won(all[i]) ? 6 : 4.5),
-      fill: won(all[i]) && two && side ? "var(--violet)" : "var(--blue)", "fill-opacity": won(all[i]) ? 1 : shade(num(all[i].reward)), onclick: () => leaf(side, i),
+      fill: won(all[i]) && two && side ? "var(--violet)" : "var(--blue)", "fill-opacity": won(all[i]) ? 1 : shade(i), onclick: () => leaf(side, i),
     }, s("title", {}, `${shown(num(all[i].reward))}  ${said(all[i])}`))),
     rounds.map((_, round) => s("text", { x: left + step * (round + 1), y: height - 6, "text-anchor": "middle" }, round + 1)));
-  return figure("who continues whom, by round", [key("dot", "the darker, the more reward")], drawing);
+  return figure("who continues whom, by round", [key("dot", "the darker, the more reward of its round")], drawing);
 }
 
 // Why a candidate lost, or did not
 
-function why(answer, segment, one, index) {
+function why(answer, one) {
   const tau = num(one.threshold), score = num(one.score), reward = num(one.reward), beta = num(answer.beta);
-  const label = { accepted: "accepted", rejected: "rejected", fallback: "kept", unseen: "not looked at", error: "error" }[one.verdict];
+  const label = { accepted: "accepted", rejected: "rejected", fallback: "kept", unseen: "unseen", error: "error" }[one.verdict];
   if (one.verdict === "error") return [label, answer.error || "it could not be drawn or scored"];
   if (one.verdict === "unseen") return [label, answer.error ? "nobody got to decide about it" : "one before it was enough"];
   switch (answer.loop) {
     case "stopping":
-      return [won(one) ? (one.verdict === "accepted" ? "kept" : "kept") : "lost", won(one)
+      return [won(one) ? "kept" : "lost", won(one)
         ? (one.verdict === "accepted" ? "the best, and good enough to stop" : "the best of all that may be drawn")
         : `another was better; then the best had to reach ${shown(tau)} for the search to end`];
     case "population":
@@ -376,7 +377,7 @@ function meter(answer, one, [low, high], side) {
   const value = valueOf(answer, one), tau = answer.loop === "chains" ? NaN : num(one.threshold);
   if (!Number.isFinite(value) || !(high > low)) return null;
   const x = (at) => 4 + (92 * (Math.min(Math.max(at, low), high) - low)) / (high - low);
-  const color = one.verdict === "fallback" && Number.isFinite(tau) ? "var(--amber)" : won(one) ? (side && two ? "var(--violet)" : "var(--blue)") : "var(--faint)";
+  const color = fell(one) ? "var(--amber)" : won(one) ? (side && two ? "var(--violet)" : "var(--blue)") : "var(--faint)";
   return s("svg", { class: "meter", viewBox: "0 0 100 14", preserveAspectRatio: "none", "aria-hidden": "true" },
     s("line", { x1: 4, x2: 96, y1: 7, y2: 7, stroke: "var(--rule)", "stroke-width": 2, "vector-effect": "non-scaling-stroke" }),
     Number.isFinite(tau) && s("line", { x1: x(tau), x2: x(tau), y1: 1, y2: 13, stroke: "var(--soft)", "stroke-width": 1.5, "stroke-dasharray": "3 2", "vector-effect": "non-scaling-stroke" }),
@@ -389,20 +390,20 @@ function candidates(answer, side) {
   if (!group.length) return segment ? h("p", { class: "why" }, "No candidates were kept.") : null;
   const values = group.map((one) => valueOf(answer, one)), limits = group.map((one) => (answer.loop === "chains" ? NaN : num(one.threshold)));
   const range = span(limits, values);
-  const place = segment && !whole ? `Segment ${index + 1} of ${answer.segments.length}, tokens ${segment.start + 1}\u2013${segment.end}` : whole ? "Whole answers" : "Where it ended";
+  const place = segment && !whole ? `Segment ${index + 1} of ${answer.segments.length}, token${segment.count === 1 ? ` ${segment.end}` : `s ${segment.start + 1}\u2013${segment.end}`}` : whole ? "Whole answers" : "Where it ended";
   const seen = group.filter((one) => one.verdict !== "unseen").length, unseen = group.length - seen;
   const heading = h("h3", {}, `${place}: ${counted(seen, "candidate")}${unseen ? ` and ${unseen} that nobody looked at` : ""}`);
   const first = answer.loop === "population" && group.length ? group[0].attempt : 0;
   const rows = (state.all ? group : group.slice(0, MOST)).map((one, i) => {
-    const [label, because] = why(answer, segment, one, i);
+    const [label, because] = why(answer, one);
     const text = said(one), touched = state.hit && state.hit[0] === side && state.hit[1] === one.attempt;
     const tree = answer.loop === "population";
     return h(tree ? "button" : "div", {
-      class: `cand ${won(one) ? "won" : "lost"} ${one.verdict} ${touched ? "hit" : ""}`, type: tree ? "button" : null, "data-attempt": one.attempt,
+      class: `cand ${won(one) ? "won" : "lost"} ${one.verdict === "fallback" ? (fell(one) ? "fallback" : "") : one.verdict} ${touched ? "hit" : ""}`, type: tree ? "button" : null, "data-attempt": one.attempt,
       onclick: tree ? () => leaf(side, one.attempt) : () => 0, "aria-pressed": tree ? String(Boolean(touched)) : null,
     },
-    h("span", { class: "who" }, h("b", {}, shown(values[i])), h("em", {}, `${one.attempt - first + 1} ${label}`), meter(answer, one, range, side)),
-    h("span", {}, h("span", { class: "says" }, text.trim() ? text.replace(/^\n+/, "\u21b5 ") : h("span", { class: "end" }, "(ends here)")),
+    h("span", { class: "who" }, h("b", {}, shown(num(one.reward))), h("em", {}, `${one.attempt - first + 1} \u00b7 ${label}`), meter(answer, one, range, side)),
+    h("span", {}, h("span", { class: "says" }, text.trim() ? text.replace(/^\s*\n\s*/, "\u21b5 ").trim() : h("span", { class: "end" }, "(ends here)")),
       h("span", { class: "because" }, [because, parts(one)].filter(Boolean).join(" \u00b7 "))));
   });
   const more = !state.all && group.length > MOST && h("button", { class: "more", type: "button", onclick: () => { state.all = true; draw(); } }, `show all ${group.length}`);
@@ -415,13 +416,12 @@ const parts = (one) => (one.parts ? Object.entries(one.parts).map(([name, value]
 function text(answer, side, same) {
   const varied = new Set(answer.segments.map((one) => one.attempts)).size > 1;
   const spans = answer.segments.map((one, i) => {
-    const fallback = !one.accepted && Number.isFinite(num(one.threshold));
     const label = `segment ${i + 1}, reward ${shown(num(one.reward))}, ${counted(one.attempts, "candidate")}`;
     return h("span", {
-      class: `seg ${fallback ? "fallback" : ""} ${i < same ? "same" : ""}`, role: "button", tabindex: i === state.segment[side] ? 0 : -1, "data-segment": i,
+      class: `seg ${fell(one) ? "fallback" : ""} ${i < same ? "same" : ""}`, role: "button", tabindex: i === state.segment[side] ? 0 : -1, "data-segment": i,
       "aria-pressed": String(i === state.segment[side]), title: label, onclick: () => pick(side, i, true),
       onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); pick(side, i, true); } },
-    }, said(one), varied && one.attempts > 1 && h("sup", { "aria-hidden": "true" }, one.attempts));
+    }, i ? said(one) : said(one).trimStart(), varied && one.attempts > 1 && h("sup", { "aria-hidden": "true" }, one.attempts));
   });
   if (answer.unfinished.length) {
     const i = answer.segments.length;
@@ -434,7 +434,7 @@ function facts(answer) {
   const told = [[shown(num(answer.reward)), "reward"], [answer.length, answer.length === 1 ? "token" : "tokens"], [answer.looked, answer.looked === 1 ? "candidate" : "candidates"]];
   if (answer.fallbacks) told.push([answer.fallbacks, answer.fallbacks === 1 ? "fallback" : "fallbacks"]);
   const target = num(answer.target);
-  if (Number.isFinite(target) && !answer.byScore && answer.loop !== "tokens") told.push([shown(target), "target"]);
+  if (Number.isFinite(target) && !answer.byScore && ["segments", "trials"].includes(answer.loop)) told.push([shown(target), "target"]);
   return h("p", { class: "facts" }, told.map(([value, name]) => h("span", {}, h("b", {}, String(value)), ` ${name}`)), h("span", {}, `ended by ${answer.finish_reason}`));
 }
 
@@ -452,9 +452,10 @@ function column(answer, side, width, same) {
 function draw() {
   const main = document.getElementById("main"), item = items[state.item];
   main.className = two ? "two" : "";
-  const style = getComputedStyle(main), room = main.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+  const style = getComputedStyle(main), rem = parseFloat(getComputedStyle(document.documentElement).fontSize);
   const stacked = window.matchMedia("(max-width: 820px)").matches;
-  const width = Math.max(240, Math.floor(two && !stacked ? (room - 40) / 2 : room));
+  const room = Math.max(240, Math.min(main.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight), (two ? 82 : 58) * rem));
+  const width = Math.floor(two && !stacked ? (room - 40) / 2 : room);
   let same = 0;
   if (two && item[0] && item[1]) {
     const [a, b] = item.map((answer) => answer.segments.map(said));
