@@ -72,14 +72,13 @@ def run(
             output = Path(os.path.realpath(output))  # a link stays one: what it leads to is written
             with refusing(OSError, ValueError):
                 held.enter_context(sole_run(output))
-        made_with = _made_with(names, settings.config, seed, dtype)
-        made_with |= {"chat_template_kwargs": variables} if variables else {}
-        todo = _todo(rows, output, settings.config.num_return_sequences, made_with)
+        recipe = made_with(names, settings.config, seed, dtype, variables)
+        todo = _todo(rows, output, settings.config.num_return_sequences, recipe)
         if not todo:
             note(f"nothing to do: {output} holds all {len(rows)} rows")
             return
         engine = load_engine(names, dtype, device, max_rows, kv_cache_tokens)
-        failed = _run_all(engine, todo, settings.config, output, batch_size, made_with, variables)
+        failed = _run_all(engine, todo, settings.config, output, batch_size, recipe, variables)
     errors = f", {failed} with an error" if failed else ""
     if output is not None:
         skipped = f", {len(rows) - len(todo)} were there before" if len(todo) < len(rows) else ""
@@ -121,7 +120,9 @@ def _read_input(prompt: list[str] | None, input_: Path | None, seed: int) -> lis
     return rows
 
 
-def _made_with(names: Names, config: StarsConfig, seed: int, dtype: str) -> dict[str, Any]:
+def made_with(
+    names: Names, config: StarsConfig, seed: int, dtype: str, variables: dict[str, Any] | None
+) -> dict[str, Any]:
     """What the texts depend on."""
     with refusing(ValueError):
         fields = config.to_dict()
@@ -129,7 +130,8 @@ def _made_with(names: Names, config: StarsConfig, seed: int, dtype: str) -> dict
     if fields["fit"] is not None:  # it is long, and only has to be told from others
         contents = json.dumps(fields["fit"], sort_keys=True).encode()
         fields["fit"] = hashlib.blake2b(contents, digest_size=8).hexdigest()
-    return {**names._asdict(), "dtype": dtype, "seed": seed, **fields}
+    templates = {"chat_template_kwargs": variables} if variables else {}
+    return {**names._asdict(), "dtype": dtype, "seed": seed, **fields, **templates}
 
 
 def _todo(rows: list[Row], output: Path | None, samples: int, made_with: dict[str, Any]) -> list[Row]:
@@ -148,7 +150,7 @@ def _run_all(
     config: StarsConfig,
     output: Path | None,
     batch_size: int,
-    made_with: dict[str, Any],
+    recipe: dict[str, Any],
     variables: dict[str, Any] | None = None,
 ) -> int:
     """Write every row as it is finished. Returns how many ended with an error."""
@@ -161,7 +163,7 @@ def _run_all(
     failed = 0
     with refusing_models(again):
         if output is not None:
-            write_settings(output, made_with)
+            write_settings(output, recipe)
         with _sink(output) as write, progress_bar(not reading, len(rows) * config.num_return_sequences) as advance:
             for records in finished_rows(engine, rows, config, batch_size, advance, variables):
                 write(records)

@@ -65,23 +65,30 @@ def load_engine(
     names: Names, dtype: str, device: str, max_rows: int | None, kv_cache_tokens: int | None
 ) -> StarsEngine:
     """The engine of these models; leaves, saying why, where there is none."""
+    with refusing_models():
+        return build_engine(names, dtype, device, max_rows, kv_cache_tokens)
+
+
+def build_engine(
+    names: Names, dtype: str, device: str, max_rows: int | None, kv_cache_tokens: int | None
+) -> StarsEngine:
+    """The engine of these models. Raises what loading them leads to."""
     from stars_fast.engine import StarsEngine
     from stars_fast.inputs.models import load_classifier, load_policy
 
     quiet_transformers()
     assert names.policy is not None and names.reward is not None
-    with refusing_models():
-        policy, tokenizer = load_policy(names.policy, names.tokenizer, device, dtype)
-        classifier, reward_tokenizer = load_classifier(names.reward, names.reward_tokenizer, device, dtype)
-        return StarsEngine(
-            policy,
-            classifier,
-            tokenizer=tokenizer,
-            reward_tokenizer=reward_tokenizer,
-            reward_tail=_tail(names.reward_tail),
-            max_rows=max_rows,
-            kv_cache_tokens=kv_cache_tokens,
-        )
+    policy, tokenizer = load_policy(names.policy, names.tokenizer, device, dtype)
+    classifier, reward_tokenizer = load_classifier(names.reward, names.reward_tokenizer, device, dtype)
+    return StarsEngine(
+        policy,
+        classifier,
+        tokenizer=tokenizer,
+        reward_tokenizer=reward_tokenizer,
+        reward_tail=_tail(names.reward_tail),
+        max_rows=max_rows,
+        kv_cache_tokens=kv_cache_tokens,
+    )
 
 
 def template_variables(text: str | None) -> dict[str, Any] | None:
