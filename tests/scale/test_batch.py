@@ -3,13 +3,10 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -27,47 +24,6 @@ MODELS = ("--policy", "demo", "--reward", "demo")
 SETTINGS = {"target_reward": 1.0, "base_reward": 0.0, "max_new_tokens": 24}
 OPTIONS = (*MODELS, *(word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")))
 LIMIT = 150  # seconds of a run; one takes about ten on two cores of its own
-
-
-@pytest.fixture(scope="module")
-def ray_folder():
-    """Where Ray keeps what it keeps, sockets with short paths among it; no process of it is left behind."""
-    folder = Path(tempfile.mkdtemp(prefix="r"))
-    kept = {name: os.environ.get(name) for name in ("HOME", "RAY_TMPDIR")}
-    os.environ.update(HOME=str(folder), RAY_TMPDIR=str(folder))
-    yield folder
-    for name, value in kept.items():
-        os.environ.pop(name)
-        os.environ.update({} if value is None else {name: value})
-    end = time.monotonic() + 20
-    while (left := processes(folder)) and time.monotonic() < end:
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.2)
-    shutil.rmtree(folder, ignore_errors=True)
-    assert not left
-
-
-def processes(folder, title=""):
-    """Those that were started with this folder in their environment, and what they have started, by their titles."""
-    parents, ours = {}, set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if f"RAY_TMPDIR={folder}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    ours.add(int(entry.name))
-    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
-        ours |= more
-    return [pid for pid in ours if title in _title(pid)]
-
-
-def _title(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +84,11 @@ def check(output, undisturbed):
     assert not list(output.glob(".writing*"))
 
 
-def test_a_worker_that_is_killed_changes_no_text(rows, undisturbed, ray_folder, tmp_path):
+def test_a_worker_that_is_killed_changes_no_text(rows, undisturbed, ray_processes, tmp_path):
     output = tmp_path / "out"
     with started(*batch(rows, output, "--actors", 2, "--batch-size", 4)) as job:
         wait_for_parts(job, output, 1)
-        before = processes(ray_folder, "ray::MapWorker")
-        os.kill(before[0], signal.SIGKILL)
+        os.kill(ray_processes("ray::MapWorker")[0], signal.SIGKILL)
         assert len(parts(output)) < 10
         _, complaint = job.communicate(timeout=LIMIT)
         assert job.returncode == 1, complaint
@@ -141,7 +96,7 @@ def test_a_worker_that_is_killed_changes_no_text(rows, undisturbed, ray_folder, 
     check(output, undisturbed)
 
 
-def test_a_driver_that_is_killed_is_gone_on_from_by_the_same_command(rows, undisturbed, ray_folder, tmp_path):
+def test_a_driver_that_is_killed_is_gone_on_from_by_the_same_command(rows, undisturbed, ray_processes, tmp_path):
     output = tmp_path / "out"
     command = batch(rows, output, "--actors", "1:2", "--batch-size", 4, "--checkpoint", tmp_path / "done")
     with started(*command) as job:
@@ -169,16 +124,6 @@ def other_settings(rows, output, *options):
     result = CliRunner().invoke(app, list(map(str, batch(other, output, *options)[3:])))
     assert result.exit_code == 2 and "answers to other prompts or seeds under id 1, 'r9'" in result.stderr
     assert not ray.is_initialized()
-
-
-@pytest.fixture(scope="module")
-def cluster(ray_folder):
-    """A cluster of two CPUs in this process's hands, for tests that kill nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, logging_level="ERROR")
-        yield
-        ray.shutdown()
 
 
 def test_too_few_cpus_are_said_at_once(cluster, rows, tmp_path, monkeypatch):
