@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 VENV_OLDEST := .venv-transformers-5.17
+VENV_SCALE := .venv-scale
 TRITON_OLDEST := 'triton==3.6.*'
 # Installed first and by itself, so that nothing which needs torch can pull in another build of it.
 TORCH ?= torch==2.13.0
@@ -13,8 +14,8 @@ SHARED := --numprocesses auto --dist loadfile
 OLDEST_TESTS := tests/test_architectures.py tests/test_contract.py tests/test_dropin.py tests/test_engine.py \
   tests/test_kernels_compile.py tests/test_outputs.py
 
-.PHONY: demo test test-oldest sanitize soak faults bench lint wheel clean
-.NOTPARALLEL: # both environments build the extension into the same folder
+.PHONY: demo test test-oldest test-scale sanitize soak faults bench lint wheel clean
+.NOTPARALLEL: # all environments build the extension into the same folder
 
 demo: $(VENV)/.ready
 	@$(VENV)/bin/stars-fast demo
@@ -24,6 +25,10 @@ test: $(VENV)/.ready
 
 test-oldest: $(VENV_OLDEST)/.ready
 	$(VENV_OLDEST)/bin/python -m pytest $(SHARED) $(OLDEST_TESTS)
+
+# What needs Ray or the evaluation harness, which `test` skips: half a gigabyte that few want.
+test-scale: $(VENV_SCALE)/.ready
+	$(VENV_SCALE)/bin/python -m pytest tests/scale
 
 # The C++ under the compiler's sanitizers: neither Python nor torch.
 sanitize:
@@ -49,14 +54,15 @@ wheel: $(VENV)/.ready
 
 clean:
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f stars_fast/*.so $(VENV)/.ready $(VENV_OLDEST)/.ready
+	rm -f stars_fast/*.so $(VENV)/.ready $(VENV_OLDEST)/.ready $(VENV_SCALE)/.ready
 
-# $(1): the environment's folder; $(2): further requirements. Run again when a C++ source changes.
+# $(1): the environment's folder; $(2): further requirements; $(3): further extras, each after a comma. Run again when a
+# C++ source changes.
 define set_up
 	@echo "setting up $(1)"
 	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	@$(1)/bin/python $(PIP_INSTALL) '$(TORCH)'
-	@$(1)/bin/python $(PIP_INSTALL) --editable '.[dev]' $(2)
+	@$(1)/bin/python $(PIP_INSTALL) --editable '.[dev$(3)]' $(2)
 	@touch $@
 endef
 
@@ -65,3 +71,7 @@ $(VENV)/.ready: $(SOURCES)
 
 $(VENV_OLDEST)/.ready: $(SOURCES)
 	$(call set_up,$(VENV_OLDEST),'transformers==5.17.*' $(TRITON_OLDEST))
+
+COMMA := ,
+$(VENV_SCALE)/.ready: $(SOURCES)
+	$(call set_up,$(VENV_SCALE),'ray[serve]',$(COMMA)ray$(COMMA)serve$(COMMA)eval-harness)

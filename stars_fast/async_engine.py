@@ -359,7 +359,9 @@ class AsyncStarsEngine(Stays):
                     job.end(error)
         except BaseException as error:
             self.dead = error
-            self._end_all(error)
+            # By what is no Exception, such as a panic in Rust, the callers' event loops would end, too.
+            told = error if isinstance(error, Exception) else RuntimeError(f"the engine's thread has died: {error!r}")
+            self._end_all(told)
             raise
         finally:
             core.let_go()

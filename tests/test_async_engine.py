@@ -410,3 +410,22 @@ def test_metrics_add_up(engine):
     assert metrics["policy_tokens"] == metrics["committed_tokens"] + metrics["discarded_tokens"] > 0
     assert sum(metrics["rows"].values()) == sum(metrics["requests"].values()) == metrics["heartbeats"]
     assert metrics["open_requests"] == metrics["running"] == metrics["waiting"] == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_ends_the_thread_reaches_callers_as_an_error():
+    """A panic in their event loop would end that, and with it the server."""
+
+    class Panic(BaseException):
+        pass
+
+    def reward(completions):
+        raise Panic("in Rust")
+
+    shared = AsyncStarsEngine(StarsEngine(tiny_policy(VOCAB), reward))
+    with pytest.raises(RuntimeError, match="the engine's thread has died: Panic"):
+        asyncio.run(answer(shared, [3], config({}), 1))
+    assert isinstance(shared.dead, Panic)
+    with pytest.raises(RuntimeError, match="the engine's thread has died"):
+        asyncio.run(answer(shared, [3], config({}), 1))
+    shared.close()

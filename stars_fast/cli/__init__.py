@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stars_fast.cli import bench, demo, doctor, eval, fit, generate, kernels, serve, trace
+from stars_fast.cli import batch, bench, demo, doctor, eval, fit, generate, kernels, serve, trace
 from stars_fast.cli.console import print_version, show_tracebacks, warn_in_one_line
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.run)
 app.command("generate")(generate.run)
+app.command("batch")(batch.run)
 app.command("fit")(fit.run)
 app.command("serve")(serve.run)
 app.command("eval")(eval.run)

@@ -18,7 +18,7 @@ from rich.text import Text
 BAD_USAGE = 2
 INTERRUPTED = 130
 # What transformers and the engine raise for models that do not exist, do not load, or cannot be used.
-_MEANT = (OSError, ValueError, TypeError, NotImplementedError, ImportError)
+MEANT = (OSError, ValueError, TypeError, NotImplementedError, ImportError)
 _LONGEST = 2000  # characters of a complaint; some errors of libraries quote all that they were given
 _debugging = False
 
@@ -116,7 +116,7 @@ def refusing_models(again: str = "") -> Iterator[None]:
                 raise
         if _is_shortage(error):
             fail(f"{one_line(error)}{again}", 1)
-        if isinstance(error, _MEANT):
+        if isinstance(error, MEANT):
             fail(error)
         if _is_ours(error):
             raise

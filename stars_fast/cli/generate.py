@@ -83,15 +83,14 @@ def run(
             output = Path(os.path.realpath(output))  # a link stays one: what it leads to is written
             with refusing(OSError, ValueError):
                 held.enter_context(sole_run(output))
-        made_with = _made_with(names, settings.config, seed, dtype)
-        made_with |= {"chat_template_kwargs": variables} if variables else {}
-        todo = _todo(rows, output, settings.config.num_return_sequences, made_with)
+        recipe = made_with(names, settings.config, seed, dtype, variables)
+        todo = _todo(rows, output, settings.config.num_return_sequences, recipe)
         if not todo:
             note(f"nothing to do: {output} holds all {len(rows)} rows")
             return
         engine = load_engine(names, dtype, device, max_rows, kv_cache_tokens)
         form = "json" if as_json else "text" if prompt else "rows" if sys.stdout.isatty() else "json"
-        failed = _run_all(engine, todo, settings.config, output or form, batch_size, made_with, variables)
+        failed = _run_all(engine, todo, settings.config, output or form, batch_size, recipe, variables)
     errors = f", {failed} with an error" if failed else ""
     if output is not None:
         skipped = f", {len(rows) - len(todo)} were there before" if len(todo) < len(rows) else ""
@@ -148,7 +147,9 @@ def _read_input(prompt: list[str] | None, chat: bool, input_: Path | None, seed:
     return rows
 
 
-def _made_with(names: Names, config: StarsConfig, seed: int, dtype: str) -> dict[str, Any]:
+def made_with(
+    names: Names, config: StarsConfig, seed: int, dtype: str, variables: dict[str, Any] | None
+) -> dict[str, Any]:
     """What the texts depend on."""
     from stars_fast.inputs.functions import file_of
 
@@ -159,7 +160,8 @@ def _made_with(names: Names, config: StarsConfig, seed: int, dtype: str) -> dict
         fields["fit"] = _digest(json.dumps(fields["fit"], sort_keys=True).encode())
     script = file_of(names.reward)  # another text in it is another reward
     ran = {} if script is None or not script.is_file() else {"reward_file": _digest(script.read_bytes())}
-    return {**names._asdict(), **ran, "dtype": dtype, "seed": seed, **fields}
+    templates = {"chat_template_kwargs": variables} if variables else {}
+    return {**names._asdict(), **ran, "dtype": dtype, "seed": seed, **fields, **templates}
 
 
 def _digest(contents: bytes) -> str:
@@ -182,7 +184,7 @@ def _run_all(
     config: StarsConfig,
     output: Path | str,
     batch_size: int,
-    made_with: dict[str, Any],
+    recipe: dict[str, Any],
     variables: dict[str, Any] | None = None,
 ) -> int:
     """Write every row as it is finished. Returns how many ended with an error."""
@@ -196,7 +198,7 @@ def _run_all(
         again = f"; {output} keeps what was written: run the same command again to go on"
     with refusing_models(again):
         if isinstance(output, Path):
-            write_settings(output, made_with)
+            write_settings(output, recipe)
         total, method = len(rows) * config.num_return_sequences, config.chosen_method
         with _sink(output) as write, progress_bar(not reading, total, method) as bar:
             for records in finished_rows(engine, rows, config, batch_size, bar, variables):

@@ -77,27 +77,34 @@ def load_engine(
     names: Names, dtype: str, device: str, max_rows: int | None, kv_cache_tokens: int | None
 ) -> StarsEngine:
     """The engine of these models; leaves, saying why, where there is none."""
+    with refusing_models():
+        return build_engine(names, dtype, device, max_rows, kv_cache_tokens)
+
+
+def build_engine(
+    names: Names, dtype: str, device: str, max_rows: int | None, kv_cache_tokens: int | None
+) -> StarsEngine:
+    """The engine of these models. Raises what loading them leads to."""
     from stars_fast.engine import StarsEngine
     from stars_fast.inputs.functions import file_of, load_function
     from stars_fast.inputs.models import load_classifier, load_policy
 
     quiet_transformers()
     assert names.policy is not None and names.reward is not None
-    with refusing_models():
-        reward, reward_tokenizer = names.reward, names.reward_tokenizer
-        scorer = None if file_of(reward) is None else load_function(reward)  # before what takes minutes
-        policy, tokenizer = load_policy(names.policy, names.tokenizer, device, dtype)
-        if scorer is None:
-            scorer, reward_tokenizer = load_classifier(reward, reward_tokenizer, device, dtype)
-        return StarsEngine(
-            policy,
-            scorer,
-            tokenizer=tokenizer,
-            reward_tokenizer=reward_tokenizer,
-            reward_tail=_tail(names.reward_tail),
-            max_rows=max_rows,
-            kv_cache_tokens=kv_cache_tokens,
-        )
+    reward, reward_tokenizer = names.reward, names.reward_tokenizer
+    scorer = None if file_of(reward) is None else load_function(reward)  # before what takes minutes
+    policy, tokenizer = load_policy(names.policy, names.tokenizer, device, dtype)
+    if scorer is None:
+        scorer, reward_tokenizer = load_classifier(reward, reward_tokenizer, device, dtype)
+    return StarsEngine(
+        policy,
+        scorer,
+        tokenizer=tokenizer,
+        reward_tokenizer=reward_tokenizer,
+        reward_tail=_tail(names.reward_tail),
+        max_rows=max_rows,
+        kv_cache_tokens=kv_cache_tokens,
+    )
 
 
 def template_variables(text: str | None) -> dict[str, Any] | None:

@@ -46,16 +46,24 @@ def read_rows(lines: Iterable[bytes | str], seed: int) -> list[Row]:
     ValueError
         For an id that comes twice, naming both lines: a resumed run could not tell the rows apart.
     """
-    rows, seen = [], dict[Id, int]()
+    return list(each_row(lines, seed, {}))
+
+
+def each_row(lines: Iterable[bytes | str], seed: int, seen: dict[Id, str], name: str = "") -> Iterator[Row]:
+    """:func:`read_rows` one by one. Files read together have names, and share ``seen``: ids, and where they are.
+
+    A row without an id is called by its line number, in a named file ``NAME:NUMBER``.
+    """
+    of_file = f" of {name}" if name else ""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        row = _read_row(number, line, seed)
+        place = f"{number}{of_file}"
+        row = _read_row(place, f"{name}:{number}" if name else number, line, seed)
         if row.id in seen:
-            raise ValueError(f"lines {seen[row.id]} and {number} have the same id {row.id!r}: ids must differ")
-        seen[row.id] = number
-        rows.append(row)
-    return rows
+            raise ValueError(f"lines {seen[row.id]} and {place} have the same id {row.id!r}: ids must differ")
+        seen[row.id] = place
+        yield row
 
 
 def row_seed(seed: int, row_id: Id) -> int:
@@ -64,15 +72,15 @@ def row_seed(seed: int, row_id: Id) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _read_row(number: int, line: bytes | str, seed: int) -> Row:
-    row_id: Id = f"{_LINE}{number}"  # a number may be another row's own id
+def _read_row(place: str, own_id: Id, line: bytes | str, seed: int) -> Row:
+    row_id: Id = f"{_LINE}{place}"  # a number may be another row's own id
     try:
         fields = _parse(line)
-        row_id = _checked(fields, "id", number, str, int)
+        row_id = _checked(fields, "id", own_id, str, int)
         own_seed = _checked(fields, "seed", row_seed(seed, row_id), int)
         return Row(row_id, _prompt(fields), own_seed)
     except ValueError as error:
-        return Row(row_id, None, row_seed(seed, row_id), f"line {number}: {error}")
+        return Row(row_id, None, row_seed(seed, row_id), f"{_LINE}{place}: {error}")
 
 
 def _parse(line: bytes | str) -> dict[str, Any]:
@@ -193,16 +201,21 @@ def resume(path: Path, samples: int, rows: Sequence[Row], settings: dict[str, An
         written.pop()
     kept = [row for row in written if not (row.failed and (row.id in wanted or _stands_for_a_line(row.id)))]
     if kept:
-        _check_settings(path, settings)
-    if changed := [row.id for row in kept if row.changed]:
-        more = f" and {len(changed) - _NAMED} more" * (len(changed) > _NAMED)
-        raise ValueError(
-            f"{path} holds answers to other prompts or seeds under id {', '.join(map(repr, changed[:_NAMED]))}{more}: "
-            "give what changed new ids, or name another output"
-        )
+        check_settings(path, settings)
+    check_unchanged(path, [row.id for row in kept if row.changed])
     if sum(row.size for row in kept) < path.stat().st_size:
         _keep(path, kept)
     return {row.id for row in kept}
+
+
+def check_unchanged(output: Path, changed: Sequence[Id]) -> None:
+    """Raise ValueError for ids under which an output answers other prompts or seeds than the input has now."""
+    if changed:
+        more = f" and {len(changed) - _NAMED} more" * (len(changed) > _NAMED)
+        raise ValueError(
+            f"{output} holds answers to other prompts or seeds under id {', '.join(map(repr, changed[:_NAMED]))}"
+            f"{more}: give what changed new ids, or name another output"
+        )
 
 
 def write_settings(output: Path, settings: dict[str, Any]) -> None:
@@ -214,7 +227,8 @@ def _settings_path(output: Path) -> Path:
     return output.with_name(output.name + ".settings.json")
 
 
-def _check_settings(output: Path, settings: dict[str, Any]) -> None:
+def check_settings(output: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError where other settings than these are noted beside an output, naming them."""
     path = _settings_path(output)
     if not path.exists():
         return

@@ -1,0 +1,154 @@
+"""``stars-fast batch``: rows of many files, answered by actors on Ray, on this machine or on a cluster."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stars_fast.cli import models
+from stars_fast.cli.console import fail, note, progress, refusing, refusing_models
+from stars_fast.cli.generate import made_with
+from stars_fast.cli.models import Names, check_models, template_variables
+
+if TYPE_CHECKING:
+    from stars_fast.cli.rows import Id, Row
+
+_PATIENCE = 20.0  # seconds for a cluster's nodes to join, and for its other jobs to leave
+
+
+def run(
+    input_: Annotated[
+        str, typer.Option("--input", help="JSON Lines as `generate` reads them: a file, or a pattern of several.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder for parts in JSON Lines; ids in it are skipped, failed ones tried again.")
+    ],
+    policy: models.PolicyName = None,
+    reward: models.RewardName = None,
+    config: models.SettingsFile = None,
+    set_: models.Assignments = None,
+    seed: Annotated[int, typer.Option(help="Each row draws by this and its id.")] = 0,
+    actors: Annotated[
+        str | None, typer.Option(metavar="N|MIN:MAX", help="Default: one per GPU of the cluster, or one.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a part; an actor has two under way.")] = 64,
+    gpus_per_actor: Annotated[
+        float | None, typer.Option(min=0, help="Default: one where the cluster has any.", show_default=False)
+    ] = None,
+    cpus_per_actor: Annotated[float, typer.Option(min=0.01, help="Logical CPUs; fractions share one.")] = 1.0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder for what is done.", show_default="OUTPUT/_checkpoint")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster, or auto. Default: this machine alone.")] = None,
+    tokenizer: models.TokenizerName = None,
+    reward_tokenizer: models.RewardTokenizerName = None,
+    reward_tail: models.RewardTail = "auto",
+    chat_template_kwargs: models.TemplateVariables = None,
+    max_rows: models.MaxRows = None,
+    kv_cache_tokens: models.KvCacheTokens = None,
+    dtype: models.Dtype = "auto",
+    device: models.Device = "auto",
+) -> None:
+    """Complete prompts with many workers, each with models of its own.
+
+    A row has the text that `generate` gives it: neither workers nor batches nor an interruption change it. Run the same
+    command again to go on where it stopped. The exit status is 1 where a row failed.
+    """
+    if find_spec("ray") is None or find_spec("pyarrow") is None:
+        fail("this command needs Ray: pip install 'stars-fast[ray]'")
+    from stars_fast.cli.rows import check_settings, write_settings
+    from stars_fast.cli.settings import read_settings
+    from stars_fast.report.files import sole_run
+    from stars_fast.scale.job import connected, make_room, run_job
+    from stars_fast.scale.parts import Parts
+
+    with refusing(OSError, ValueError, TypeError):
+        settings = read_settings(config, set_ or ())
+    names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
+    check_models(names, dtype)
+    variables = template_variables(chat_template_kwargs)
+    numbers = _numbers(actors)
+    output = Path(os.path.realpath(output))
+    files = _files(input_, output)
+    recipe = made_with(_found(names), settings.config, seed, dtype, variables)
+    with refusing(OSError, ValueError):
+        parts = Parts.open(output, checkpoint and Path(os.path.realpath(checkpoint)))
+    again = f"; {output} keeps what was written: run the same command again to go on"
+    with refusing(OSError, ValueError), sole_run(output):
+        done = parts.done()
+        if done:
+            check_settings(output, recipe)
+        todo = sum(1 for _ in _todo(files, seed, done, output))
+        if not todo:
+            note(f"nothing to do: {output} holds all rows")
+            return
+        write_settings(output, recipe)
+        parts.begin()
+        worker = (settings.config, variables, _found(names), dtype, device, max_rows, kv_cache_tokens)
+        try:
+            with refusing_models(again), connected(address):
+                pool = make_room(numbers, cpus_per_actor, gpus_per_actor, _PATIENCE if address else 0.0)
+                rows = _todo(files, seed, done, output)
+                with progress(todo, "rows") as advance:
+                    failed = run_job(rows, parts, pool, batch_size, worker, advance)
+        finally:
+            parts.end()
+    errors = f", {failed} with an error, in {parts.errors}" if failed else ""
+    skipped = f", {len(done)} were there before" if done else ""
+    note(f"{todo} rows written to {output}{errors}{skipped}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _numbers(actors: str | None) -> tuple[int, int] | None:
+    """The least and the most."""
+    if actors is None:
+        return None
+    numbers = re.fullmatch(r"([1-9]\d{0,5})(?::([1-9]\d{0,5}))?", actors)
+    if numbers is None:
+        fail(f"--actors {actors}: give a number, or the least and the most: 2:8")
+    least, most = int(numbers[1]), int(numbers[2] or numbers[1])
+    if most < least:
+        fail(f"--actors {actors}: the most is less than the least")
+    return least, most
+
+
+def _files(pattern: str, output: Path) -> list[Path]:
+    if "://" in pattern:
+        fail(f"--input {pattern}: give files; what Ray Data reads elsewhere goes through stars_fast.scale.StarsBatch")
+    files = sorted(Path(found) for found in glob.glob(pattern, recursive=True) if os.path.isfile(found))
+    if not files:
+        fail(f"--input {pattern}: there is no such file")
+    for file in files:
+        if output in Path(os.path.realpath(file)).parents:
+            fail(f"--input {pattern}: {file} lies in --output")
+    return files
+
+
+def _found(names: Names) -> Names:
+    """Folders by their whole paths: workers start elsewhere."""
+    folders = {field: os.path.abspath(name) for field, name in names._asdict().items() if name and os.path.isdir(name)}
+    return names._replace(**folders)
+
+
+def _todo(files: list[Path], seed: int, done: dict[Id, str], output: Path) -> Iterator[Row]:
+    """Rows that are not done; at the end, those that were done for other prompts or seeds are named."""
+    from stars_fast.cli.rows import check_unchanged, each_row, lines_of
+    from stars_fast.scale.parts import is_same
+
+    seen, changed = dict[Any, str](), list[Any]()
+    for path in files:
+        with path.open("rb") as file:
+            for row in each_row(lines_of(file), seed, seen, path.name if len(files) > 1 else ""):
+                if row.id not in done:
+                    yield row
+                elif not is_same(row, done[row.id]):
+                    changed.append(row.id)
+    check_unchanged(output, changed)

@@ -1,0 +1,96 @@
+"""The server of ``stars-fast serve`` as a Ray Serve application: replicas, balanced, scaled and replaced by Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from stars_fast.async_engine import AsyncStarsEngine
+from stars_fast.config import StarsConfig
+from stars_fast.engine import StarsEngine
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from ray.serve import Application
+
+
+class StarsReplica:
+    """One engine with its routes."""
+
+    def __init__(
+        self,
+        policy: str,
+        reward: Any,
+        config: StarsConfig,
+        model: str,
+        api_key: str | None,
+        engine: Mapping[str, Any],
+        session: Mapping[str, Any],
+    ) -> None:
+        from stars_fast.serve.service import Service
+
+        self._session = AsyncStarsEngine(StarsEngine(policy, reward, **engine), **session)
+        self._service, self._api_key = Service(self._session, model, config), api_key
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        from stars_fast.serve.app import create_app
+
+        return create_app(self._service, self._api_key)
+
+    def check_health(self) -> None:
+        """Raise where no request can be answered any more, so that Ray replaces this replica."""
+        if self._session.dead is not None:
+            raise RuntimeError("the engine's thread has died") from self._session.dead
+
+    def __del__(self) -> None:
+        if hasattr(self, "_session"):
+            self._session.close()
+
+
+def serve_app(
+    policy: str,
+    reward: Any,
+    config: StarsConfig | None = None,
+    *,
+    model: str | None = None,
+    api_key: str | None = None,
+    engine: Mapping[str, Any] | None = None,
+    session: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Application:
+    """An application for ``ray.serve.run``. Needs ``pip install 'stars-fast[serve]' 'ray[serve]'``.
+
+    Parameters
+    ----------
+    policy, reward : str
+        Folders, hub ids or "demo", which every replica loads itself. ``reward`` may also be a function that pickles.
+    config : StarsConfig, optional
+        What requests leave open.
+    model : str, optional
+        What clients call it. Default: ``policy``.
+    api_key : str, optional
+        What clients must send.
+    engine, session : mapping, optional
+        Arguments of :class:`~stars_fast.StarsEngine` and :class:`~stars_fast.async_engine.AsyncStarsEngine`.
+    **options
+        Of a Ray Serve deployment: ``num_replicas``, ``ray_actor_options``, ``autoscaling_config``, ...
+
+    Examples
+    --------
+    >>> from ray import serve  # doctest: +SKIP
+    >>> from stars_fast.scale.replicas import serve_app
+    >>> serve.run(serve_app("org/policy", "org/reward", num_replicas=8, ray_actor_options={"num_gpus": 1}))
+    """
+    from ray import serve
+
+    session = dict(session or {})
+    options = {
+        "name": "stars-fast",
+        "max_ongoing_requests": session.get("max_waiting", 256),
+        "graceful_shutdown_timeout_s": 30.0,
+        **options,
+    }
+    deployment = serve.deployment(serve.ingress()(StarsReplica)).options(**options)
+    return deployment.bind(
+        policy, reward, config or StarsConfig(), model or policy, api_key, dict(engine or {}), session
+    )

@@ -1,0 +1,156 @@
+"""``stars-fast batch`` on Ray: the rows of ``stars-fast generate``, whatever is killed on the way."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from stars_fast import StarsConfig
+from stars_fast.cli import app
+from stars_fast.demo import PROMPTS
+from stars_fast.scale import StarsBatch
+
+ray = pytest.importorskip("ray", reason="needs the extra ray")
+pytest.importorskip("pyarrow", reason="needs the extra ray")
+pytestmark = pytest.mark.slow
+
+MODELS = ("--policy", "demo", "--reward", "demo")
+SETTINGS = {"target_reward": 1.0, "base_reward": 0.0, "max_new_tokens": 24}
+OPTIONS = (*MODELS, *(word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")))
+LIMIT = 150  # seconds of a run; one takes about ten on two cores of its own
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """An input with two rows that fail: one cannot be read, one has no room for its answer."""
+    path = tmp_path_factory.mktemp("rows") / "in.jsonl"
+    given = [{"id": i if i % 3 else f"r{i}", "prompt": PROMPTS[i % len(PROMPTS)]} for i in range(48)]
+    given.append({"id": "long", "prompt": "film " * 5000})
+    path.write_text("".join(json.dumps(row) + "\n" for row in given) + "nonsense\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(rows):
+    """What ``generate`` makes of them, by id."""
+    output = rows.with_name("generated.jsonl")
+    result = CliRunner().invoke(app, ["generate", "--input", str(rows), "--output", str(output), *OPTIONS])
+    assert result.exit_code == 1, result.output
+    return {row["id"]: row for row in map(json.loads, output.open())}
+
+
+def batch(rows, output, *options):
+    return [sys.executable, "-m", "stars_fast", "batch", "--input", rows, "--output", output, *OPTIONS, *options]
+
+
+@contextlib.contextmanager
+def started(*command):
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as job:
+        try:
+            yield job
+        finally:
+            job.kill()
+
+
+def parts(output):
+    return list(output.glob("part-*.jsonl"))
+
+
+def wait_for_parts(job, output, count):
+    end = time.monotonic() + LIMIT
+    while len(parts(output)) < count:
+        assert job.poll() is None, job.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def check(output, undisturbed):
+    """Every row once, each as it would have been, the failed ones apart."""
+    good = [json.loads(line) for part in parts(output) for line in part.open()]
+    bad = [json.loads(line) for part in parts(output / "errors") for line in part.open()]
+    assert {row["id"] for row in bad} == {"long", "line 50"} and len(bad) == 2
+    assert len(good) == 48 and not [row for row in good if row["error"]]
+    found = {row["id"]: row for row in good + bad}
+    assert {id_: row["completion"] for id_, row in found.items()} == {
+        id_: row["completion"] for id_, row in undisturbed.items()
+    }
+    assert found.keys() == undisturbed.keys()
+    assert not list(output.glob(".writing*"))
+
+
+def test_a_worker_that_is_killed_changes_no_text(rows, undisturbed, ray_processes, tmp_path):
+    output = tmp_path / "out"
+    with started(*batch(rows, output, "--actors", 2, "--batch-size", 4)) as job:
+        wait_for_parts(job, output, 1)
+        os.kill(ray_processes("ray::MapWorker")[0], signal.SIGKILL)
+        assert len(parts(output)) < 10
+        _, complaint = job.communicate(timeout=LIMIT)
+        assert job.returncode == 1, complaint
+    assert "50 rows written to" in complaint and "2 with an error" in complaint
+    check(output, undisturbed)
+
+
+def test_a_driver_that_is_killed_is_gone_on_from_by_the_same_command(rows, undisturbed, ray_processes, tmp_path):
+    output = tmp_path / "out"
+    command = batch(rows, output, "--actors", "1:2", "--batch-size", 4, "--checkpoint", tmp_path / "done")
+    with started(*command) as job:
+        wait_for_parts(job, output, 2)
+        job.kill()
+    kept = {part.name: part.stat().st_mtime_ns for part in parts(output)}
+    assert len(kept) < 10
+    with started(*command) as job:  # workers of the first one may still be at it
+        _, complaint = job.communicate(timeout=LIMIT)
+        assert job.returncode == 1, complaint
+    assert "were there before" in complaint
+    assert kept.items() <= {part.name: part.stat().st_mtime_ns for part in parts(output)}.items()
+    check(output, undisturbed)
+    other_settings(rows, output, "--checkpoint", tmp_path / "done")
+
+
+def other_settings(rows, output, *options):
+    """Nothing is started for a command that cannot go on."""
+    for changed, named in ((("--seed", 3), "seed was 0 and is 3"), (("--set", "top_k=9"), "top_k was None and is 9")):
+        command = batch(rows, output, *options, *changed)[3:]
+        result = CliRunner().invoke(app, list(map(str, command)))
+        assert result.exit_code == 2 and named in result.stderr and not ray.is_initialized()
+    other = rows.with_name("other.jsonl")
+    other.write_text(rows.read_text().replace(PROMPTS[1], "Another film"))
+    result = CliRunner().invoke(app, list(map(str, batch(other, output, *options)[3:])))
+    assert result.exit_code == 2 and "answers to other prompts or seeds under id 1, 'r9'" in result.stderr
+    assert not ray.is_initialized()
+
+
+def test_too_few_cpus_are_said_at_once(cluster, rows, tmp_path, monkeypatch):
+    """Ray itself would wait for them without a word."""
+    monkeypatch.setattr("stars_fast.scale.job.connected", lambda address: contextlib.nullcontext())
+    begin = time.monotonic()
+    result = CliRunner().invoke(app, list(map(str, batch(rows, tmp_path / "out", "--actors", 3)[3:])))
+    assert time.monotonic() - begin < 30
+    assert result.exit_code == 2
+    message = "3 actors of 1 CPU each do not fit: 2 of 2 CPUs are free: pass --actors 2, or --cpus-per-actor"
+    assert message in " ".join(result.stderr.split())
+    assert not parts(tmp_path / "out")
+
+
+def test_a_pipeline_of_ones_own_has_the_same_texts(cluster, rows, undisturbed):
+    given = [row for row in map(json.loads, rows.read_text().splitlines()[:-1]) if row["id"] != "r0"]
+    kept = [{"id": str(row["id"]), "prompt": row["prompt"], "kept": len(row["prompt"])} for row in given[20:]]
+    texts = [row for row in given[20:] if isinstance(row["id"], str)]  # whose ids are as they were
+    answered = ray.data.from_items(kept).map_batches(
+        StarsBatch,
+        fn_constructor_kwargs={"policy": "demo", "reward": "demo", "config": StarsConfig(**SETTINGS)},
+        batch_size=16,
+        compute=ray.data.ActorPoolStrategy(size=1),
+    )
+    found = {row["id"]: row for row in answered.take_all()}
+    assert len(found) == len(kept) and all(found[row["id"]]["kept"] == row["kept"] for row in kept)
+    assert {row["id"]: found[row["id"]]["completion"] for row in texts} == {
+        row["id"]: undisturbed[row["id"]]["completion"] for row in texts
+    }
+    assert [row["id"] for row in found.values() if row["error"] is not None] == ["long"]
