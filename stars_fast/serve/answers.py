@@ -32,10 +32,10 @@ class StopCut:
         if self.found:
             return ""
         text, self.held = self.held + text, ""
-        places = [place for string in self.strings if (place := text.find(string)) >= 0]
-        if places:
+        found = [(place + len(string), place) for string in self.strings if (place := text.find(string)) >= 0]
+        if found:  # which is complete first does not depend on how the text came in pieces
             self.found = True
-            return text[: min(places)]
+            return text[: min(found)[1]]
         begun = 0 if last else max((_beginning(text, string) for string in self.strings), default=0)
         self.held = text[len(text) - begun :]
         return text[: len(text) - begun]
@@ -95,7 +95,9 @@ class Choice:
         record: dict[str, Any] = {
             name: rounded(value) if isinstance(value, float) else value for name, value in candidate._asdict().items()
         }
-        parts = candidate.parts and {name: rounded(value) for name, value in candidate.parts.items()}
+        parts: dict[str, Any] | None = None
+        if candidate.parts is not None:
+            parts = {name: rounded(value) for name, value in candidate.parts.items()}
         return {**record, "text": legible(self._tokenizer, candidate.tokens) if text is None else text, "parts": parts}
 
 
@@ -183,21 +185,21 @@ class Exchange:
             engine.release(len(tasks) - len(begun))  # a task that was cancelled first has not come to end its own
 
     async def _pump(self, place: int, begun: set[int], news: asyncio.Queue[Any]) -> None:
-        begun.add(place)
         body, engine, name = self.body, self.service.engine, f"{self.name}-{place}"
         options: dict[str, Any] = {"trace": True} if body.traced else {}
-        answer: Any = engine.generate(
-            body.prompts[place],
-            self.config,
-            name,
-            seed=body.seed,
-            chat_template_kwargs=body.chat_template_kwargs if isinstance(body, ChatRequest) else None,
-            priority=body.priority or 0,
-            timeout=self.service.seconds(body),
-            reserved=True,
-            **options,
-        )
         try:
+            answer: Any = engine.generate(
+                body.prompts[place],
+                self.config,
+                name,
+                seed=body.seed,
+                chat_template_kwargs=body.chat_template_kwargs if isinstance(body, ChatRequest) else None,
+                priority=body.priority or 0,
+                timeout=self.service.seconds(body),
+                reserved=True,
+                **options,
+            )
+            begun.add(place)
             async with aclosing(answer) as events:
                 async for event in events:
                     self.costs[place] = engine.usage(name) or {}

@@ -90,9 +90,11 @@ def without_quotes(message: str) -> str:
 
 def named(message: str) -> str | None:
     """The parameter that a message begins with, where it is one of a request's."""
-    first = re.match(r"(?:stars\.)?(\w+)", message)
-    known = {*CompletionRequest.model_fields, *ChatRequest.model_fields, *StarsSettings.model_fields}
-    return first[0] if first is not None and first[1] in known else None
+    first = re.match(r"\w+", message)
+    name = "" if first is None else first[0]
+    if name in StarsSettings.model_fields:
+        return f"stars.{name}"
+    return name if name in {*CompletionRequest.model_fields, *ChatRequest.model_fields} else None
 
 
 def misspelt(name: str, known: Sequence[str]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from stars_fast.async_engine import AsyncStarsEngine
@@ -133,12 +133,12 @@ class Service:
         changes["max_new_tokens"] = body.longest or self.max_tokens or COMPLETION_TOKENS
         try:
             config = self.config.replace(**changes)
-            method, given = config.chosen_method, () if body.stars is None else body.stars.model_fields_set
-            # What the server was started with for another method.
-            if not method.has_target:
-                config = config.replace(
-                    **{name: None for name in ("target_reward", "base_reward") if name not in given}
-                )
+            method = config.chosen_method
+            # What the method decides itself, and the request leaves open, the server was started with for another.
+            ruled = method.rule(config)
+            config = config.replace(
+                **{one.name: getattr(ruled, one.name) for one in fields(StarsConfig) if one.name not in changes}
+            )
             if not method.uses_fit:
                 config = config.replace(fit=None)
             if isinstance(body, ChatRequest) and body.longest is None and self.max_tokens is None:
