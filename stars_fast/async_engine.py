@@ -19,7 +19,7 @@ from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.job import Job
 from stars_fast.loop.caller import Size
 from stars_fast.loop.team import release_team
-from stars_fast.methods.numbers import MOST, integer, real, shown
+from stars_fast.methods.numbers import MOST, integer, real, shown, truth
 from stars_fast.outputs import SegmentEvent, Stats
 from stars_fast.stays import Stays
 
@@ -137,6 +137,7 @@ class AsyncStarsEngine(Stays):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        trace: bool = False,
         reserved: bool = False,
     ) -> AsyncIterator[SegmentEvent]:
         """Answer one prompt. Leaving the loop early, or cancelling it, aborts the request.
@@ -159,6 +160,8 @@ class AsyncStarsEngine(Stays):
             Lower is let in first, and gives way last.
         timeout : float, optional
             Seconds, at least 0.
+        trace : bool
+            Whether the events' segments have their ``candidates``, as in :meth:`StarsEngine.generate`.
         reserved : bool
             Whether :meth:`reserve` has counted this request already.
 
@@ -187,6 +190,7 @@ class AsyncStarsEngine(Stays):
         priority = integer("priority", priority)
         seed = None if seed is None else integer("seed", seed)
         timeout = None if timeout is None else real("timeout", timeout, 0.0)
+        trace = truth("trace", trace)
         if not reserved:
             self.reserve()
         name, job, loop = request_id or self._new_name(), None, asyncio.get_running_loop()
@@ -210,6 +214,7 @@ class AsyncStarsEngine(Stays):
                 reward_prompts=for_reward,
                 seed=seeds,
                 chat_template_kwargs=chat_template_kwargs,
+                trace=trace,
             )
             call = await asyncio.to_thread(self.engine.prepare, arguments)
             call.priority = priority

@@ -227,11 +227,21 @@ class StarsEngine(Stays):
         seed: int | Sequence[int] | None = None,
         on_error: str = "return",
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        trace: bool = False,
         **overrides: Any,
     ) -> Iterator[SegmentEvent]:
         """Like :meth:`generate`, yielding a :class:`SegmentEvent` whenever a request commits a segment."""
         arguments = Arguments(
-            prompts, config, overrides, attention_mask, reward_prompts, columns, seed, on_error, chat_template_kwargs
+            prompts,
+            config,
+            overrides,
+            attention_mask,
+            reward_prompts,
+            columns,
+            seed,
+            on_error,
+            chat_template_kwargs,
+            trace=truth("trace", trace),
         )
         return self.events(Job(self.prepare(arguments), self.tokenizer))
 

@@ -103,6 +103,21 @@ def test_all_kinds_of_methods_share_a_session(engine):
     assert nothing_held(engine)
 
 
+def test_segments_have_their_candidates_for_whoever_asks(engine):
+    async def run():
+        async with AsyncStarsEngine(engine) as shared:
+
+            async def segments(trace):
+                return [e.segment async for e in shared.generate([1, 2], config({}), seed=0, trace=trace)]
+
+            return await asyncio.gather(segments(True), segments(False))
+
+    with_them, without = asyncio.run(run())
+    assert all(one.verdict for segment in with_them for one in segment.candidates)
+    assert [one[:1] + one[3:5] for one in with_them] == [one[:1] + one[3:5] for one in without]  # the rest is rounded
+    assert not any(one.candidates for one in without)
+
+
 def test_neighbours_that_leave_and_preemption_change_no_text():
     small = StarsEngine(tiny_policy(VOCAB, hidden=32), tiny_reward(VOCAB, hidden=32), kv_cache_tokens=120)
     long = [dict(kind, max_new_tokens=40, ignore_eos=True) for kind in KINDS[:2]]  # they outgrow what they start with
