@@ -140,10 +140,9 @@ def _serve(
         fail(f"segment_length={length} is more than --max-segment-length {limits['max_segment_length']}")
     with refusing_models():
         _try(engine, config)
-        warm_up = getattr(engine, "warm_up", None)
-        if warm_up is not None:
-            warm_up()
         shared = AsyncStarsEngine(engine, **limits)
+        if (warm_up := getattr(engine, "warm_up", None)) is not None:  # in the pools that are held from here on
+            warm_up(config)
     longest = config.max_new_tokens if "max_new_tokens" in settings.given else None
     service = Service(shared, config=config, max_tokens=longest, **terms)
     log_json()

@@ -186,7 +186,6 @@ class Exchange:
 
     async def _pump(self, place: int, begun: set[int], news: asyncio.Queue[Any]) -> None:
         body, engine, name = self.body, self.service.engine, f"{self.name}-{place}"
-        options: dict[str, Any] = {"trace": True} if body.traced else {}
         try:
             answer: Any = engine.generate(
                 body.prompts[place],
@@ -196,8 +195,8 @@ class Exchange:
                 chat_template_kwargs=body.chat_template_kwargs if isinstance(body, ChatRequest) else None,
                 priority=body.priority or 0,
                 timeout=self.service.seconds(body),
+                trace=body.traced,
                 reserved=True,
-                **options,
             )
             begun.add(place)
             async with aclosing(answer) as events:
