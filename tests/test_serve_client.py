@@ -96,6 +96,11 @@ WRONG = [
     (dict(extra_body={"stars": {"segment_length": 99}}), openai.BadRequestError, "max_segment_length=32"),
     (dict(extra_body={"stars": {"method": "magic"}}), openai.BadRequestError, "known methods"),
     (dict(extra_body={"stars": {"method": {"name": "rsd", "draft": "/etc"}}}), openai.BadRequestError, "numbers"),
+    (
+        dict(extra_body={"stars": {"method": "vanilla", "target_reward": 1}}),
+        openai.BadRequestError,
+        "decides it itself",
+    ),
     (dict(prompt=[]), openai.BadRequestError, "prompt"),
     (dict(prompt=[1, 4000]), openai.BadRequestError, "4000"),
     (dict(prompt=""), openai.BadRequestError, "prompt is text: give text"),

@@ -67,7 +67,7 @@ class Storm:
                 {"segment_length": 99},
             ]
         )
-        body["stars"] = {**body.get("stars", {}), **stars}
+        body["stars"] = stars if "method" in stars else {**body.get("stars", {}), **stars}
         text = rng.choice(["the cat", "naïve 😀 漢字", "x" * 40, "\0\u202e", "a" * 2000])
         if rng.random() < 0.5:
             return "/v1/chat/completions", {**body, "messages": [{"role": "user", "content": text}]}
@@ -76,10 +76,7 @@ class Storm:
     def ask(self, job: tuple[tuple[str, dict], float | None]) -> None:
         (path, body), leaves = job
         try:
-            with (
-                httpx.Client(base_url=self.server.url, timeout=60 if leaves is None else leaves) as client,
-                client.stream("POST", path, json=body) as answer,
-            ):
+            with self.server.http.stream("POST", path, json=body, timeout=leaves or 120) as answer:
                 self.statuses.append(answer.status_code)
                 for _ in answer.iter_bytes():
                     if leaves is not None and self.rng.random() < 0.5:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from stars_fast.async_engine import AsyncStarsEngine
@@ -134,11 +134,11 @@ class Service:
         try:
             config = self.config.replace(**changes)
             method = config.chosen_method
-            # What the method decides itself, and the request leaves open, the server was started with for another.
             ruled = method.rule(config)
-            config = config.replace(
-                **{one.name: getattr(ruled, one.name) for one in fields(StarsConfig) if one.name not in changes}
-            )
+            given = set[str]() if body.stars is None else body.stars.model_fields_set
+            if idle := [name for name in given & changes.keys() if getattr(ruled, name) != getattr(config, name)]:
+                raise Refusal(f"stars.{idle[0]}: method={method.name!r} decides it itself", param=f"stars.{idle[0]}")
+            config = ruled  # what the server was started with for another method is none of this one's
             if not method.uses_fit:
                 config = config.replace(fit=None)
             if isinstance(body, ChatRequest) and body.longest is None and self.max_tokens is None:
