@@ -57,6 +57,7 @@ def test_a_hundred_refused_prompts_leave_no_reservation(server):
 def test_a_timeout_gives_what_is_there_or_408(server):
     late = server.post(prompt="x", max_tokens=400, timeout=0.001, **ENDLESS)
     assert late.status_code == 408 and late.json()["error"]["param"] == "timeout"
+    assert late.headers["x-should-retry"] == "false"
     part = server.ask(max_tokens=450, timeout=0.4, **ENDLESS)
     assert part["choices"][0]["finish_reason"] == "abort" and part["choices"][0]["text"]
     text = server.post(prompt="x", max_tokens=450, timeout=0.4, stream=True, **ENDLESS).text
@@ -200,3 +201,20 @@ def test_a_dead_engine_says_so():
         assert answer.status_code == 503 and "died" in answer.json()["error"]["message"]
         server.service.engine.dead = None
         assert server.http.get("/health").json() == {"status": "ok"}
+
+
+def test_bodies_full_of_mistakes_cost_little(server):
+    entries = 100_000
+    bodies = [
+        {"prompt": ["a"] * entries},
+        {"prompt": [[1.5]] * entries},
+        {"prompt": "x", "stop": [1] * entries},
+        {"prompt": "x", "stars": {f"k{i}": i for i in range(entries // 2)}},
+        {"prompt": "x", "stars": {"method": {"name": "x", **{f"k{i}": "a" for i in range(entries // 2)}}}},
+        {"prompt": "x", **{f"k{i}": i for i in range(entries // 2)}},
+    ]
+    for body in bodies:
+        began = time.process_time()
+        answer = server.post(**body)
+        assert answer.status_code == 400 and len(answer.content) < 2000
+        assert time.process_time() < began + 2.0

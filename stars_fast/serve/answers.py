@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -19,6 +20,8 @@ from stars_fast.serve.schema import Asked, ChatRequest
 from stars_fast.serve.service import Service
 from stars_fast.text.decode import continuation
 from stars_fast.text.tokens import legible
+
+_log = logging.getLogger("stars_fast.serve")
 
 
 class StopCut:
@@ -112,6 +115,7 @@ class Exchange:
         self.choices = [Choice(index, stops, tokenizer) for index in range(count)]
         self.costs: dict[int, dict[str, Any]] = {}  # by prompt
         self.segments = 0
+        self.left = False  # the client has
         self.refusal: Refusal | None = None  # what it came to, if not to answers
 
     async def steps(self) -> AsyncGenerator[tuple[Choice, str], None]:
@@ -137,12 +141,15 @@ class Exchange:
         except TimeoutError:
             left = False
             if not self.segments:
-                self.refusal = Refusal(f"no answer within {self.service.seconds(self.body):g} seconds", 408, "timeout")
+                seconds = self.service.seconds(self.body)
+                headers = {"X-Should-Retry": "false"}  # openai's client would
+                self.refusal = Refusal(f"timeout={seconds:g}: nothing was there in time", 408, "timeout", headers)
                 raise self.refusal from None
         except Refusal as refusal:
             left, self.refusal = False, refusal
             raise
         finally:
+            self.left = left
             metrics.unheard.inc(left)
             metrics.prompt_tokens.inc(sum(cost["prompt_tokens"] for cost in self.costs.values()))
         for choice in self.choices:
@@ -155,6 +162,7 @@ class Exchange:
             if not self.segments and (reason := self.service.trouble()) is not None:
                 raise unavailable(reason)
         elif event.error is not None:
+            _log.error("a request failed", extra={"fields": {"id": self.name, "error": event.error}})
             raise Refusal(f"the request failed: {without_quotes(event.error)}", 500)
 
     async def _events(self) -> AsyncGenerator[SegmentEvent, None]:
@@ -217,6 +225,7 @@ class Exchange:
             return self.service.refused(error)
         if (reason := self.service.trouble()) is not None:
             return unavailable(reason)
+        _log.error("a request failed", exc_info=error, extra={"fields": {"id": self.name}})
         return Refusal(f"the request failed: {without_quotes(f'{type(error).__name__}: {error}')}", 500)
 
     @property
@@ -233,6 +242,7 @@ class Exchange:
             "segments": self.segments,
             "rewards": [rounded(choice.reward) for choice in self.choices],
             "finish_reasons": [choice.finish_reason for choice in self.choices],
+            **({"disconnected": True} if self.left else {}),
             **({} if self.refusal is None else {"error": self.refusal.body["error"]["type"]}),
         }
 

@@ -12,7 +12,7 @@ from stars_fast.config import StarsConfig
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.methods.numbers import shown
 from stars_fast.rewards.base_rendered import RenderedReward
-from stars_fast.serve.errors import Refusal, legible, misspelt, named, unavailable
+from stars_fast.serve.errors import Refusal, legible, meant_by, named, unavailable
 from stars_fast.serve.metrics import Metrics
 from stars_fast.serve.schema import Asked, ChatRequest, StarsSettings
 
@@ -101,7 +101,7 @@ class Service:
                 raise Refusal(f"{name} is not served: {why}", param=name)
             if name in StarsSettings.model_fields:
                 raise Refusal(f'{name} is a setting of stars: give stars: {{"{name}": ...}}', param=name)
-            if name not in _REFUSED and (meant := misspelt(name, list(type(body).model_fields))):
+            if name not in _REFUSED and (meant := meant_by(name, type(body).model_fields, 0.85)):
                 raise Refusal(f"{name:.40} is no parameter: did you mean {meant!r}?", param=name[:40])
         if len(body.prompts) > self.engine.max_waiting:
             raise Refusal(
