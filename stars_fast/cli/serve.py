@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stars_fast.cli import models
-from stars_fast.cli.console import fail, note, refusing, refusing_models
+from stars_fast.cli.console import fail, refusing, refusing_models
 
 if TYPE_CHECKING:
     from stars_fast.cli.settings import Settings
@@ -131,23 +131,23 @@ def _serve(
 
     if engine.tokenizer is None:
         fail("the policy has no tokenizer beside it: give --tokenizer")
-    if not engine.tokenizer.chat_template:
+    if plain := not getattr(engine.tokenizer, "chat_template", None):
         engine.tokenizer.chat_template = _PLAIN_TEMPLATE
-        note("the policy has no chat template: of a chat it reads the contents, a line each")
     config = settings.config
-    length = config.segment_length
+    length = config.chosen_method.rule(config).segment_length
     if min(length, config.max_new_tokens) > limits["max_segment_length"]:
         fail(f"segment_length={length} is more than --max-segment-length {limits['max_segment_length']}")
     with refusing_models():
         _try(engine, config)
-        warm_up = getattr(engine, "warm_up", None)
-        if warm_up is not None:
-            warm_up()
         shared = AsyncStarsEngine(engine, **limits)
+        if (warm_up := getattr(engine, "warm_up", None)) is not None:  # in the pools that are held from here on
+            warm_up(config)
     longest = config.max_new_tokens if "max_new_tokens" in settings.given else None
     service = Service(shared, config=config, max_tokens=longest, **terms)
     log_json()
     log = logging.getLogger("stars_fast.serve")
+    if plain:
+        log.info("the policy has no chat template: of a chat it reads the contents, a line each")
     if _calibrates(config):
         log.warning(
             "no target reward, no fit: each request first draws 8 unguided answers to find its target, about 8 times "
@@ -197,7 +197,7 @@ def _try(engine: StarsEngine, config: StarsConfig) -> None:
     """Raise for settings that no request could be answered with."""
     from stars_fast.inputs.arguments import Arguments
 
-    engine.prepare(Arguments([[0]], config.replace(max_new_tokens=1)))
+    engine.prepare(Arguments(["Hello"], config.replace(max_new_tokens=1)))
 
 
 def _model_name(policy: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -20,6 +21,8 @@ from stars_fast.serve.service import Service
 from stars_fast.text.decode import continuation
 from stars_fast.text.tokens import legible
 
+_log = logging.getLogger("stars_fast.serve")
+
 
 class StopCut:
     """Text up to the first stop string. What may be the beginning of one waits for what follows."""
@@ -32,10 +35,10 @@ class StopCut:
         if self.found:
             return ""
         text, self.held = self.held + text, ""
-        places = [place for string in self.strings if (place := text.find(string)) >= 0]
-        if places:
+        found = [(place + len(string), place) for string in self.strings if (place := text.find(string)) >= 0]
+        if found:  # which is complete first does not depend on how the text came in pieces
             self.found = True
-            return text[: min(places)]
+            return text[: min(found)[1]]
         begun = 0 if last else max((_beginning(text, string) for string in self.strings), default=0)
         self.held = text[len(text) - begun :]
         return text[: len(text) - begun]
@@ -95,7 +98,9 @@ class Choice:
         record: dict[str, Any] = {
             name: rounded(value) if isinstance(value, float) else value for name, value in candidate._asdict().items()
         }
-        parts = candidate.parts and {name: rounded(value) for name, value in candidate.parts.items()}
+        parts: dict[str, Any] | None = None
+        if candidate.parts is not None:
+            parts = {name: rounded(value) for name, value in candidate.parts.items()}
         return {**record, "text": legible(self._tokenizer, candidate.tokens) if text is None else text, "parts": parts}
 
 
@@ -110,6 +115,7 @@ class Exchange:
         self.choices = [Choice(index, stops, tokenizer) for index in range(count)]
         self.costs: dict[int, dict[str, Any]] = {}  # by prompt
         self.segments = 0
+        self.left = False  # the client has
         self.refusal: Refusal | None = None  # what it came to, if not to answers
 
     async def steps(self) -> AsyncGenerator[tuple[Choice, str], None]:
@@ -135,12 +141,15 @@ class Exchange:
         except TimeoutError:
             left = False
             if not self.segments:
-                self.refusal = Refusal(f"no answer within {self.service.seconds(self.body):g} seconds", 408, "timeout")
+                seconds = self.service.seconds(self.body)
+                headers = {"X-Should-Retry": "false"}  # openai's client would
+                self.refusal = Refusal(f"timeout={seconds:g}: nothing was there in time", 408, "timeout", headers)
                 raise self.refusal from None
         except Refusal as refusal:
             left, self.refusal = False, refusal
             raise
         finally:
+            self.left = left
             metrics.unheard.inc(left)
             metrics.prompt_tokens.inc(sum(cost["prompt_tokens"] for cost in self.costs.values()))
         for choice in self.choices:
@@ -153,6 +162,7 @@ class Exchange:
             if not self.segments and (reason := self.service.trouble()) is not None:
                 raise unavailable(reason)
         elif event.error is not None:
+            _log.error("a request failed", extra={"fields": {"id": self.name, "error": event.error}})
             raise Refusal(f"the request failed: {without_quotes(event.error)}", 500)
 
     async def _events(self) -> AsyncGenerator[SegmentEvent, None]:
@@ -183,21 +193,20 @@ class Exchange:
             engine.release(len(tasks) - len(begun))  # a task that was cancelled first has not come to end its own
 
     async def _pump(self, place: int, begun: set[int], news: asyncio.Queue[Any]) -> None:
-        begun.add(place)
         body, engine, name = self.body, self.service.engine, f"{self.name}-{place}"
-        options: dict[str, Any] = {"trace": True} if body.traced else {}
-        answer: Any = engine.generate(
-            body.prompts[place],
-            self.config,
-            name,
-            seed=body.seed,
-            chat_template_kwargs=body.chat_template_kwargs if isinstance(body, ChatRequest) else None,
-            priority=body.priority or 0,
-            timeout=self.service.seconds(body),
-            reserved=True,
-            **options,
-        )
         try:
+            answer: Any = engine.generate(
+                body.prompts[place],
+                self.config,
+                name,
+                seed=body.seed,
+                chat_template_kwargs=body.chat_template_kwargs if isinstance(body, ChatRequest) else None,
+                priority=body.priority or 0,
+                timeout=self.service.seconds(body),
+                trace=body.traced,
+                reserved=True,
+            )
+            begun.add(place)
             async with aclosing(answer) as events:
                 async for event in events:
                     self.costs[place] = engine.usage(name) or {}
@@ -216,6 +225,7 @@ class Exchange:
             return self.service.refused(error)
         if (reason := self.service.trouble()) is not None:
             return unavailable(reason)
+        _log.error("a request failed", exc_info=error, extra={"fields": {"id": self.name}})
         return Refusal(f"the request failed: {without_quotes(f'{type(error).__name__}: {error}')}", 500)
 
     @property
@@ -232,6 +242,7 @@ class Exchange:
             "segments": self.segments,
             "rewards": [rounded(choice.reward) for choice in self.choices],
             "finish_reasons": [choice.finish_reason for choice in self.choices],
+            **({"disconnected": True} if self.left else {}),
             **({} if self.refusal is None else {"error": self.refusal.body["error"]["type"]}),
         }
 

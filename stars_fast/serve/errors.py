@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -90,14 +90,16 @@ def without_quotes(message: str) -> str:
 
 def named(message: str) -> str | None:
     """The parameter that a message begins with, where it is one of a request's."""
-    first = re.match(r"(?:stars\.)?(\w+)", message)
-    known = {*CompletionRequest.model_fields, *ChatRequest.model_fields, *StarsSettings.model_fields}
-    return first[0] if first is not None and first[1] in known else None
+    first = re.match(r"\w+", message)
+    name = "" if first is None else first[0]
+    if name in StarsSettings.model_fields:
+        return f"stars.{name}"
+    return name if name in {*CompletionRequest.model_fields, *ChatRequest.model_fields} else None
 
 
-def misspelt(name: str, known: Sequence[str]) -> str | None:
-    """Which of the known names was meant, if any."""
-    return next(iter(get_close_matches(name, known, 1, 0.85)), None)
+def meant_by(name: str, known: Iterable[str], likeness: float) -> str | None:
+    """Which of the known names was meant, if any; names of more than 40 characters are not looked at."""
+    return next(iter(get_close_matches(name, list(known), 1, likeness)), None) if len(name) <= 40 else None
 
 
 def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
@@ -108,6 +110,8 @@ def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     place = _place(first, body)
     if first["type"] == "json_invalid":
         return Refusal(f"the body is not JSON: {first['ctx']['error']} (character {first['loc'][1]})")
+    if first["type"] == "too_many_keys":
+        return Refusal(f"{'.'.join(map(str, place)) or 'the body'} {first['msg']}")
     if not place:
         return Refusal("the body must be a JSON object, sent with content-type: application/json")
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")[:80]
@@ -128,12 +132,12 @@ def _complaint(error: Mapping[str, Any], path: str, place: Sequence[Any], errors
 
 
 def _unknown(name: str) -> str:
-    known = list(StarsSettings.model_fields)
-    meant = next(iter(get_close_matches(name, known, 1)), None)
+    known = StarsSettings.model_fields
+    meant = meant_by(name, known, 0.6)
     if name in Asked.model_fields:
         hint = f"give {name} beside stars, not in it"
     else:
-        hint = (f"did you mean {meant!r}? " if meant else "") + f"There are {', '.join(known)}"
+        hint = (f"did you mean {meant!r}? " if meant else "") + f"there are {', '.join(known)}"
     return f"stars.{name:.40} is no setting: {hint}"
 
 

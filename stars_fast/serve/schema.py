@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from stars_fast.methods.numbers import MOST
 
@@ -13,6 +14,7 @@ MOST_ANSWERS = 128
 MOST_ATTEMPTS = 1024
 MOST_PROMPTS = 256
 MOST_STOPS = 64
+MOST_KEYS = 100  # of an object: each that is wrong is complained of
 _MOST_SECONDS = 86_400.0
 _EXACT = 2**53 - 1  # JSON's numbers are doubles to many clients
 
@@ -26,16 +28,29 @@ Whole = Annotated[int, BeforeValidator(_whole), Field(ge=-_EXACT, le=_EXACT)]
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MOST)]
 Words = Annotated[str, Field(min_length=1)]
 StopWord = Annotated[str, Field(min_length=1, max_length=1024)]
-Id = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST)]
-Ids = Annotated[list[Id], Field(min_length=1)]
+Id = Annotated[int, Field(ge=0, le=MOST)]
+# One complaint is enough: a body may hold a hundred thousand.
+Ids = Annotated[list[Id], Field(fail_fast=True, min_length=1)]
+Texts = Annotated[list[Words], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
 Parameter = Annotated[float, Field(ge=-MOST_ATTEMPTS, le=MOST_ATTEMPTS)]
 IntegerParameter = Annotated[int, Field(ge=-MOST_ATTEMPTS, le=MOST_ATTEMPTS)]
 
 
 class Strict(BaseModel):
-    """No conversions: 0 is not False, "1" is not 1. Keys that are not known are let through."""
+    """No conversions: 0 is not False, "1" is not 1. Keys that are not known are let through, but not any number."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, json_schema_extra={"maxProperties": MOST_KEYS}
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MOST_KEYS:
+            raise PydanticCustomError(
+                "too_many_keys", "has {count} keys, more than {most}", {"count": len(value), "most": MOST_KEYS}
+            )
+        return value
 
 
 class MethodSettings(Strict):
@@ -73,7 +88,7 @@ class Asked(Strict):
     max_tokens: Count | None = None
     n: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MOST_ANSWERS)] | None = None
     seed: Whole | None = None
-    stop: StopWord | Annotated[list[StopWord], Field(max_length=MOST_STOPS)] | None = None
+    stop: StopWord | Annotated[list[StopWord], Field(fail_fast=True, max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
@@ -106,12 +121,7 @@ class Asked(Strict):
 
 
 class CompletionRequest(Asked):
-    prompt: (
-        Words
-        | Ids
-        | Annotated[list[Words], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
-    )
+    prompt: Words | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
 
     @property
     def prompts(self) -> list[Any]:
@@ -126,11 +136,11 @@ class Part(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    content: str | Annotated[list[Part], Field(fail_fast=True, min_length=1)]
 
 
 class ChatRequest(Asked):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     max_completion_tokens: Count | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

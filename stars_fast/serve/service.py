@@ -12,7 +12,7 @@ from stars_fast.config import StarsConfig
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.methods.numbers import shown
 from stars_fast.rewards.base_rendered import RenderedReward
-from stars_fast.serve.errors import Refusal, legible, misspelt, named, unavailable
+from stars_fast.serve.errors import Refusal, legible, meant_by, named, unavailable
 from stars_fast.serve.metrics import Metrics
 from stars_fast.serve.schema import Asked, ChatRequest, StarsSettings
 
@@ -101,7 +101,7 @@ class Service:
                 raise Refusal(f"{name} is not served: {why}", param=name)
             if name in StarsSettings.model_fields:
                 raise Refusal(f'{name} is a setting of stars: give stars: {{"{name}": ...}}', param=name)
-            if name not in _REFUSED and (meant := misspelt(name, list(type(body).model_fields))):
+            if name not in _REFUSED and (meant := meant_by(name, type(body).model_fields, 0.85)):
                 raise Refusal(f"{name:.40} is no parameter: did you mean {meant!r}?", param=name[:40])
         if len(body.prompts) > self.engine.max_waiting:
             raise Refusal(
@@ -133,12 +133,12 @@ class Service:
         changes["max_new_tokens"] = body.longest or self.max_tokens or COMPLETION_TOKENS
         try:
             config = self.config.replace(**changes)
-            method, given = config.chosen_method, () if body.stars is None else body.stars.model_fields_set
-            # What the server was started with for another method.
-            if not method.has_target:
-                config = config.replace(
-                    **{name: None for name in ("target_reward", "base_reward") if name not in given}
-                )
+            method = config.chosen_method
+            ruled = method.rule(config)
+            given = set[str]() if body.stars is None else body.stars.model_fields_set
+            if idle := [name for name in given & changes.keys() if getattr(ruled, name) != getattr(config, name)]:
+                raise Refusal(f"stars.{idle[0]}: method={method.name!r} decides it itself", param=f"stars.{idle[0]}")
+            config = ruled  # what the server was started with for another method is none of this one's
             if not method.uses_fit:
                 config = config.replace(fit=None)
             if isinstance(body, ChatRequest) and body.longest is None and self.max_tokens is None:

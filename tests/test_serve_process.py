@@ -1,0 +1,127 @@
+"""``stars-fast serve`` as a process: how it starts, warns, refuses and ends."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+from serving import chunks_of
+from typer.testing import CliRunner
+
+from stars_fast.cli import app, serve
+
+SERVE = ("serve", "--policy", "demo", "--reward", "demo", "--port", "0")
+
+
+def refused(*arguments) -> str:
+    result = CliRunner().invoke(app, [*SERVE, *map(str, arguments)])
+    assert result.exit_code == 2, result.output
+    return " ".join(result.output.split())
+
+
+@contextmanager
+def started(*arguments, **environment):
+    """The process, where it listens, and its log so far."""
+    command = [sys.executable, "-m", "stars_fast", *SERVE, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    log, ready = list[str](), threading.Event()
+
+    def read() -> None:
+        for line in process.stderr:
+            log.append(line)
+            if "startup complete" in line:
+                ready.set()
+        ready.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert ready.wait(120) and process.poll() is None, log
+        (address,) = [line for line in log if "http://" in line]
+        yield process, "http://" + json.loads(address)["message"].split("http://")[1], log
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+
+
+def test_it_starts_offline_warns_of_pilots_and_ends_a_stream_whole_on_sigterm():
+    with started("--api-key", "secret", "--max-model-len", 900, HF_HUB_OFFLINE="1") as (process, url, log):
+        (warning,) = [json.loads(line)["message"] for line in log if '"warning"' in line]
+        assert "--fit" in warning and "--target-reward" in warning
+        client = httpx.Client(base_url=url, headers={"Authorization": "Bearer secret"}, timeout=60)
+        assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 900
+        stars = {"target_reward": 1.0, "segment_length": 8}
+        asked = dict(prompt="This film is", max_tokens=160, seed=0, stream=True, ignore_eos=True, stars=stars)
+        with client.stream("POST", "/v1/completions", json=asked) as got:
+            parts = got.iter_text()
+            text = next(parts)
+            process.send_signal(signal.SIGTERM)
+            text += "".join(parts)
+        assert chunks_of(text)[-1]["choices"][0]["finish_reason"] == "length"
+        assert process.wait(30) == 0
+        assert all(isinstance(json.loads(line), dict) for line in log if line.startswith("{"))
+
+
+def test_open_requests_are_ended_with_what_they_have_when_the_grace_is_over():
+    with started("--target-reward", 1e6, "--timeout-graceful-shutdown", 0.3) as (process, url, _):
+        asked = dict(prompt="This film is", max_tokens=900, seed=0, stream=True, ignore_eos=True)
+        with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=60) as got:
+            parts = got.iter_text()
+            text, began = next(parts), time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            text += "".join(parts)
+        assert chunks_of(text)[-1]["choices"][0]["finish_reason"] == "abort"
+        assert process.wait(30) == 0 and time.monotonic() < began + 20
+
+
+def test_several_workers_are_refused_with_the_reason(monkeypatch):
+    assert "CUDA_VISIBLE_DEVICES" in refused("--workers", 2)
+    monkeypatch.setenv("WEB_CONCURRENCY", "4")
+    assert "--workers 4" in refused()
+
+
+def test_what_cannot_be_served_is_refused_before_models_are_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr("stars_fast.cli.models.load_engine", None)
+    assert "refuse or sample" in refused("--greedy", "yes")
+    assert "is empty" in refused("--api-key", " ")
+    assert "stars_config" in refused("--fit", tmp_path) or "stars_fit.json" in refused("--fit", tmp_path)
+    assert "unknown" in refused("--set", "alhpa=1")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"--port {port}: Address already in use" in refused("--port", port)
+
+
+def test_a_missing_extra_is_one_line_with_the_command(monkeypatch):
+    find = serve.find_spec
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "fastapi" else find(name))
+    assert "fastapi missing: pip install 'stars-fast[serve]'" in refused()
+
+
+def test_the_command_line_imports_no_server():
+    code = "import sys, stars_fast, stars_fast.cli; assert not {'fastapi', 'uvicorn', 'pydantic'} & sys.modules.keys()"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_segments_longer_than_a_heartbeat_may_be_are_refused_at_the_start():
+    assert "--max-segment-length 8" in refused("--max-segment-length", 8)
+
+
+def test_a_fit_brings_its_segments_and_sampling_and_spares_the_pilots():
+    assert "made for something else" in refused("--fit", "demo", "--set", "top_k=3")
+    from stars_fast.cli.settings import read_settings
+
+    config = serve._guided(read_settings(None), "demo", None)
+    assert config.top_k == 50 and not serve._calibrates(config)
+    assert serve._calibrates(read_settings(None).config)
+    assert not serve._calibrates(read_settings(None, ["method=vanilla"]).config)
+    assert not serve._calibrates(serve._guided(read_settings(None), None, 2.0))
