@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import pages
 from benchmarks.roofline import GPUS, Gpu, Heartbeat, ModelCost, Workload, best_candidates
 from benchmarks.simulation.arrivals import SHAPES, Surge, arrival_times, lengths
-from benchmarks.simulation.fleet import Fleet, Replica, Requests, Routing, Served
+from benchmarks.simulation.fleet import Replica, Requests, Routing, Served, serve
 
 # Assumed, in dollars an hour of one GPU. Prices differ by a factor of three between those who let them: put in yours.
 PRICES = {"a100-80gb": 1.5, "b200": 5.0, "h100-sxm": 2.5, "h200": 3.5, "l40s": 1.0}
@@ -186,21 +186,17 @@ def a_day(requests: int, replicas: int, rate: float, surge: Surge = _CALM, strea
     )
 
 
-def served(requests: Requests, replicas: int, routing: Routing) -> Served:
-    return Fleet(replica(), replicas, routing).serve(requests)
-
-
 def sweep() -> dict[str, list[tuple[float, Served]]]:
     """By routing, what loads of requests a second and replica come to: 100 replicas."""
-    return {way: [(load, served(a_day(40_000, 100, load), 100, way)) for load in LOADS] for way in ROUTINGS}
+    return {way: [(load, serve(a_day(40_000, 100, load), replica(), 100, way)) for load in LOADS] for way in ROUTINGS}
 
 
 def fleet() -> Iterator[tuple[str, Requests, Served]]:
     """A million requests on a thousand GPUs, by what is changed."""
     day, surge = (a_day(REQUESTS, REPLICAS, LOAD, one) for one in (_CALM, Surge(15, 2.0, 0.05)))
     for way in ROUTINGS:
-        yield way, day, served(day, REPLICAS, way)
-    yield "prefix, twice the peak for 1/20 of the day", surge, served(surge, REPLICAS, "prefix")
+        yield way, day, serve(day, replica(), REPLICAS, way)
+    yield "prefix, twice the peak for 1/20 of the day", surge, serve(surge, replica(), REPLICAS, "prefix")
 
 
 def told(name: str, one: Served, replicas: int) -> str:

@@ -64,7 +64,10 @@ def named(nav):
 
 def test_the_site_has_every_page_once():
     nav = list(named(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
-    assert sorted(nav) == sorted(str(page.relative_to(ROOT / "docs")) for page in PAGES if "docs" in page.parts)
+    there = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if "docs" in page.parts}
+    assert len(nav) == len(set(nav))
+    assert not there - set(nav), "not in the nav of mkdocs.yml"
+    assert not set(nav) - there, "in the nav of mkdocs.yml, but not in docs/"
 
 
 def test_the_reference_has_all_that_is_public():
