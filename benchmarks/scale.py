@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +23,7 @@ from benchmarks import pages
 from benchmarks.roofline import GPUS, Gpu, Heartbeat, ModelCost, Workload, best_candidates
 from benchmarks.simulation.arrivals import SHAPES, Surge, arrival_times, lengths
 from benchmarks.simulation.fleet import Replica, Requests, Routing, Served, serve
+from stars_fast.report.weights import Weights
 
 # Assumed, in dollars an hour of one GPU. Prices differ by a factor of three between those who let them: put in yours.
 PRICES = {"a100-80gb": 1.5, "b200": 5.0, "h100-sxm": 2.5, "h200": 3.5, "l40s": 1.0}
@@ -102,7 +103,7 @@ def _largest_that_fits(pair: str, gpu: Gpu, acceptance: float) -> Heartbeat | No
 def sharded(cost: ModelCost, ways: int) -> ModelCost:
     """A process's part of a model under tensor parallelism."""
     layers = [replace(x, query_heads=x.query_heads // ways, kv_heads=max(x.kv_heads // ways, 1)) for x in cost.layers]
-    counts = {name: getattr(cost, name) // ways for name in ("parameters", "body", "active", "head")}
+    counts = {field.name: getattr(cost, field.name) // ways for field in fields(Weights)}
     return replace(cost, **counts, vocab=max(cost.vocab // ways, 1), layers=tuple(layers))
 
 
@@ -134,9 +135,9 @@ def split(pair: str, ways: int, apart: bool, gpu: Gpu, work: Workload) -> Split:
     own = sharded(policy, ways), reward if apart else sharded(reward, ways)
     usable = _USABLE * gpu.memory
     beat = best_candidates(*own, work, replace(gpu, memory=usable * (1 + apart)))
-    weights, bytes_of_token = sum(one.weight_bytes for one in own), sum(one.kv_bytes_per_token for one in own)
-    slots = (beat.memory - weights) / bytes_of_token
-    each = [one.weight_bytes + slots * one.kv_bytes_per_token for one in own]
+    weights = [one.parameters * one.dtype.itemsize for one in own]
+    slots = (beat.memory - sum(weights)) / sum(one.kv_bytes_per_token for one in own)
+    each = [held + slots * one.kv_bytes_per_token for held, one in zip(weights, own, strict=True)]
     stages = {stage.name: stage.achievable_s for stage in beat.stages}
     rows = beat.rows * work.segment
     passes = work.segment * collectives(policy, beat.rows, ways)

@@ -75,7 +75,7 @@ class Replica:
 
 def _most_requests(policy: ModelCost, reward: ModelCost, gpu: Gpu, workload: Workload) -> int:
     """That fit beside the weights, each with a whole answer and some candidates of a segment."""
-    free = _BUSY * gpu.memory - policy.weight_bytes - reward.weight_bytes
+    free = _BUSY * gpu.memory - sum(one.parameters * one.dtype.itemsize for one in (policy, reward))
     tokens = workload.prompt + workload.response + 4 * workload.segment
     return max(int(free / (policy.kv_bytes_per_token + reward.kv_bytes_per_token) / tokens), 0)
 
