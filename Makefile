@@ -14,7 +14,7 @@ SHARED := --numprocesses auto --dist loadfile
 OLDEST_TESTS := tests/test_architectures.py tests/test_contract.py tests/test_dropin.py tests/test_engine.py \
   tests/test_kernels_compile.py tests/test_outputs.py
 
-.PHONY: demo test test-oldest test-scale sanitize soak faults bench lint wheel clean
+.PHONY: demo test test-oldest test-scale sanitize soak faults bench lint docs wheel clean
 .NOTPARALLEL: # all environments build the extension into the same folder
 
 demo: $(VENV)/.ready
@@ -48,12 +48,17 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
+# From the docstrings as they stand; nothing of the package is imported, and nothing fetched.
+docs: $(VENV)/.ready
+	@$(VENV)/bin/python $(PIP_INSTALL) --editable '.[docs]'
+	$(VENV)/bin/python -m mkdocs build
+
 wheel: $(VENV)/.ready
 	rm -rf build dist
 	$(VENV)/bin/python -m build
 
 clean:
-	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f stars_fast/*.so $(VENV)/.ready $(VENV_OLDEST)/.ready $(VENV_SCALE)/.ready
 
 # $(1): the environment's folder; $(2): further requirements; $(3): further extras, each after a comma. Run again when a

@@ -6,7 +6,7 @@
 Each part ends with a line for each of its hypotheses (``gpu_parts/hypotheses.yaml``): predicted, measured, and whether
 that is confirmed, refuted or unclear. Models have real shapes and random weights; nothing is downloaded. The extension
 is built in place if it is missing. The parts run in a process of their own, started again where one of them has broken
-it; each figure is in the JSON file as soon as it is measured. ``pages.py`` makes the tables of README and docs of it.
+it; each figure is in the JSON file as soon as it is measured. ``pages.py`` makes the tables of docs of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tables of README and docs that hold GPU figures: from the newest records in ``benchmarks/results``.
+"""The tables of docs that hold GPU figures: from the newest records in ``benchmarks/results``.
 
 python benchmarks/pages.py            # prints them
 python benchmarks/pages.py --write    # puts each between its marks
@@ -27,10 +27,10 @@ from benchmarks.gpu_parts.kernels import by_class  # noqa: E402
 from benchmarks.roofline import GPUS, Gpu, ModelCost  # noqa: E402
 
 _FINDINGS = ROOT / "docs" / "findings"
-PAGES = [ROOT / "README.md", _FINDINGS / "gpu-heartbeat.md", _FINDINGS / "gpu-kernels.md"]
+PAGES = [ROOT / "docs" / "scale.md", _FINDINGS / "gpu-heartbeat.md", _FINDINGS / "gpu-kernels.md"]
 END = "<!-- end -->"
 _BATCH, _SEGMENT, _CONTEXT = 64, 16, 256
-_LEAST_BEATS = 3  # steady heartbeats of a figure in README
+_LEAST_BEATS = 3  # steady heartbeats of a figure in docs/scale.md
 _ACCEPTANCES = (0.15, 0.3, 0.5)
 _NAMES = {"llama-2-7b": "Llama-2-7B", "qwen2.5-7b": "Qwen2.5-7B", "llama-3.2-1b": "Llama-3.2-1B"}
 
@@ -87,7 +87,7 @@ def steady(record: Record, row: Row) -> dict[str, float]:
 
 
 def rates(found: list[Record]) -> str:
-    """README's table: batch 64 at three acceptances, beside what is expected and the baselines."""
+    """The table of docs/scale.md: batch 64 at three acceptances, beside what is expected and the baselines."""
     record = newest("engine", found)
     source = "Not measured yet." if record is None else f"Measured {_source(record)}."
     lines = [

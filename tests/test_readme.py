@@ -1,4 +1,4 @@
-"""README says what was measured, and no more; what it and the other pages show can be typed."""
+"""Pages say what was measured, and no more; what they show can be typed."""
 
 import json
 import re

@@ -12,7 +12,7 @@ from benchmarks.roofline import GPUS, ModelCost, Workload, config_named, heartbe
 from benchmarks.simulation.__main__ import app
 from benchmarks.simulation.acceptance import rates, recorded, synthetic
 from benchmarks.simulation.arrivals import SHAPES, Surge, arrival_times, lengths
-from benchmarks.simulation.fleet import Fleet, Replica, Requests
+from benchmarks.simulation.fleet import Replica, Requests, serve
 from benchmarks.simulation.machine import LinearMachine, RooflineMachine
 from benchmarks.simulation.run import Work, simulate
 from stars_fast import StarsConfig, StarsEngine
@@ -171,7 +171,7 @@ def test_one_replica_of_a_fleet_does_what_the_engines_scheduler_does(h200, accep
     paper = Workload(batch, acceptance=float(drawn.mean()), in_order=True)
     replica = Replica.modelled(h200.policy, h200.reward, h200.gpu, paper, batch, 0.0)
     none = np.zeros(len(drawn), int)
-    served = Fleet(replica, 1, "random").serve(Requests(none.astype(float), none, none, none + 128, drawn, none))
+    served = serve(Requests(none.astype(float), none, none, none + 128, drawn, none), replica, 1, "random")
     machine = RooflineMachine(h200.policy, h200.reward, paper, h200.gpu)
     machine.prefill = lambda cost, prompts: 0.0
     one = simulate(Work(synthetic(drawn, 128, 16, 2), batch, max_rows=512, in_order=True), machine)
@@ -181,7 +181,7 @@ def test_one_replica_of_a_fleet_does_what_the_engines_scheduler_does(h200, accep
 @pytest.mark.parametrize("routing", ["random", "two", "prefix"])
 def test_every_request_is_answered_once_and_in_its_time(routing):
     requests = day(800, 10, 2.0)
-    served = Fleet(PLAIN, 10, routing).serve(requests)
+    served = serve(requests, PLAIN, 10, routing)
     assert served.committed == requests.answer.sum() and np.isfinite(served.whole).all()
     segments = np.ceil(requests.answer / 16)
     assert (served.first > 0.1 - 0.05).all() and (served.whole > 0.1 * segments - 0.05).all()
@@ -190,19 +190,19 @@ def test_every_request_is_answered_once_and_in_its_time(routing):
 
 def test_a_fixed_number_of_candidates_draws_what_renewal_theory_says():
     requests = day(1_000, 20, 2.0, shared=0.0)
-    served = Fleet(PLAIN, 20, "two").serve(requests)
+    served = serve(requests, PLAIN, 20, "two")
     assert served.drawn / served.committed == pytest.approx(renewal(0.3, 4, 20).candidates, rel=0.07)
 
 
 def test_beginnings_are_found_where_requests_are_sent_by_them():
     """Fifty kept of two hundred: a quarter by chance, nearly all where each has a home."""
-    hits = {routing: Fleet(PLAIN, 20, routing).serve(day(4_000, 20, 2.5)).hits for routing in ("random", "prefix")}
+    hits = {routing: serve(day(4_000, 20, 2.5), PLAIN, 20, routing).hits for routing in ("random", "prefix")}
     assert hits["random"] == pytest.approx(0.25, abs=0.08) and hits["prefix"] > 0.7
 
 
 def test_a_surge_makes_requests_wait():
     calm, surge = (
-        np.quantile(Fleet(PLAIN, 20, "two").serve(day(2_000, 20, 2.0, surge=one)).first, 0.99)
+        np.quantile(serve(day(2_000, 20, 2.0, surge=one), PLAIN, 20, "two").first, 0.99)
         for one in (Surge(), Surge(12, 6.0, 0.04))
     )
     assert surge > 2 * calm
@@ -212,7 +212,7 @@ def test_a_replica_that_does_not_fit_is_refused(h200):
     with pytest.raises(ValueError, match="seats=900: the memory of h200"):
         Replica.modelled(h200.policy, h200.reward, h200.gpu, Workload(context=2000), 900, 0.0)
     with pytest.raises(ValueError, match="routing='nearest'"):
-        Fleet(PLAIN, 2, "nearest")
+        serve(day(10, 2, 1.0), PLAIN, 2, "nearest")
 
 
 # What is put in

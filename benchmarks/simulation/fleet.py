@@ -75,7 +75,7 @@ class Replica:
 
 def _most_requests(policy: ModelCost, reward: ModelCost, gpu: Gpu, workload: Workload) -> int:
     """That fit beside the weights, each with a whole answer and some candidates of a segment."""
-    free = _BUSY * gpu.memory - policy.weight_bytes - reward.weight_bytes
+    free = _BUSY * gpu.memory - sum(one.parameters * one.dtype.itemsize for one in (policy, reward))
     tokens = workload.prompt + workload.response + 4 * workload.segment
     return max(int(free / (policy.kv_bytes_per_token + reward.kv_bytes_per_token) / tokens), 0)
 
@@ -115,60 +115,60 @@ class Served:
     beats: np.ndarray  # [heartbeats, 4]: when, running requests, candidates of each, seconds; of one replica in ten
 
 
-class Fleet:
-    """Replicas, as rows; their seats, as columns."""
+def serve(requests: Requests, replica: Replica, replicas: int, routing: Routing = "prefix", seed: int = 0) -> Served:
+    """Answer them all on so many replicas. The seed is of choices of the router, and of what is accepted."""
+    if routing not in ("random", "two", "prefix"):
+        raise ValueError(f"routing={routing!r}: 'random', 'two' (the less loaded of two) or 'prefix'")
+    return _Fleet(requests, replica, replicas, routing, seed).served()
 
-    def __init__(self, replica: Replica, replicas: int, routing: Routing, seed: int = 0) -> None:
-        if routing not in ("random", "two", "prefix"):
-            raise ValueError(f"routing={routing!r}: 'random', 'two' (the less loaded of two) or 'prefix'")
-        self.replica, self.replicas, self.routing = replica, replicas, routing
+
+class _Fleet:
+    """Replicas are rows; the requests that a replica runs are columns, its seats."""
+
+    def __init__(self, requests: Requests, replica: Replica, replicas: int, routing: Routing, seed: int) -> None:
+        shape, count = (replicas, replica.seats), len(requests.arrival)
+        self.requests, self.replica, self.replicas, self.routing = requests, replica, replicas, routing
         self.rng = np.random.default_rng(seed)
+        self.who = np.full(shape, -1)  # request, or none
+        self.seated = np.zeros(shape)  # when
+        self.left = np.zeros(shape)  # tokens of its prompt to encode
+        self.tokens = np.zeros(shape, np.int64)  # of its answer, to come
+        self.tried = np.zeros(shape, np.int64)  # candidates of this segment
+        self.clock = np.zeros(replicas)  # when its heartbeat ends
+        self.worked = np.zeros(replicas)  # seconds
+        self.head, self.tail = np.full(replicas, -1), np.full(replicas, -1)  # of its queue
+        self.behind = np.full(count, -1)  # in the queue
+        self.waiting = np.zeros(replicas, np.int64)
+        groups = int(requests.group.max()) + 1
+        self.used = np.full((replicas, groups), -np.inf, np.float32)  # when the beginning was last used there
+        self.oldest = np.full(replicas, -np.inf)  # older ones are gone
+        self.looked = 0.0  # when that was found
+        self.first, self.end = np.full(count, np.nan), np.full(count, np.nan)
+        self.ended = self.drawn = self.hits = 0
+        self.encoded = 0.0
+        self.beats: list[np.ndarray] = []
 
-    def serve(self, requests: Requests) -> Served:
-        """Run them all."""
-        self._begin(requests)
-        count, now, come = len(requests.arrival), 0.0, 0
-        while self.ended < count:
+    def served(self) -> Served:
+        requests, now, come = self.requests, 0.0, 0
+        while self.ended < len(requests.arrival):
             now += _WINDOW
             until = int(np.searchsorted(requests.arrival, now))
             if until > come:
                 self._queue(np.arange(come, until))
                 come = until
             self._heartbeats(now)
-        busy = self.worked.sum() / self.replicas
+        seconds = float(self.end.max() - requests.arrival[0])
         return Served(
             first=self.first - requests.arrival,
             whole=self.end - requests.arrival,
-            seconds=float(self.end.max() - requests.arrival[0]),
-            busy=float(busy / (self.end.max() - requests.arrival[0])),
+            seconds=seconds,
+            busy=float(self.worked.mean() / seconds),
             encoding=float(self.encoded * self.replica.token / self.worked.sum()),
-            hits=self.hits / count,
+            hits=self.hits / len(requests.arrival),
             drawn=self.drawn,
             committed=int(requests.answer.sum()),
-            beats=np.concatenate(self.beats) if self.beats else np.zeros((0, 4)),
+            beats=np.concatenate(self.beats),
         )
-
-    def _begin(self, requests: Requests) -> None:
-        shape, count = (self.replicas, self.replica.seats), len(requests.arrival)
-        self.requests = requests
-        self.who = np.full(shape, -1)  # request, or none
-        self.seated = np.zeros(shape)  # when
-        self.left = np.zeros(shape)  # tokens of its prompt to encode
-        self.tokens = np.zeros(shape, np.int64)  # of its answer, to come
-        self.tried = np.zeros(shape, np.int64)  # candidates of this segment
-        self.clock = np.zeros(self.replicas)  # when its heartbeat ends
-        self.worked = np.zeros(self.replicas)  # seconds
-        self.head, self.tail = np.full(self.replicas, -1), np.full(self.replicas, -1)  # of its queue
-        self.behind = np.full(count, -1)  # in the queue
-        self.waiting = np.zeros(self.replicas, np.int64)
-        groups = int(requests.group.max()) + 1
-        self.used = np.full((self.replicas, groups), -np.inf, np.float32)  # when the beginning was last used there
-        self.oldest = np.full(self.replicas, -np.inf)  # older ones are gone
-        self.looked = 0.0
-        self.first, self.end = np.full(count, np.nan), np.full(count, np.nan)
-        self.ended = self.drawn = self.hits = 0
-        self.encoded = 0.0
-        self.beats: list[np.ndarray] = []
 
     # Routing
 
