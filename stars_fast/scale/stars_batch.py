@@ -10,6 +10,7 @@ from stars_fast.cli.responses import Records, finished_rows
 from stars_fast.cli.rows import Row, each_row
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
+from stars_fast.loop.stream import Progress
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -105,7 +106,8 @@ def complete(
     engine: StarsEngine, rows: Sequence[Row], config: StarsConfig, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> list[Records]:
     """Records of rows, in their order, a list of samples each."""
-    finished = finished_rows(engine, rows, config, max(1, len(rows)), lambda event: None, chat_template_kwargs)
+    told = Progress(config.chosen_method)
+    finished = finished_rows(engine, rows, config, max(1, len(rows)), told, chat_template_kwargs)
     found = {records[0]["id"]: records for records in finished}
     return [found[row.id] for row in rows]
 
