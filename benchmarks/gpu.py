@@ -54,14 +54,14 @@ PARTS = [
         ("score-order", 35, "order.compare_orders", "Scoring in order against all at once."),
         ("products", 35, "products.measure_products", "Products by torch's libraries and others."),
         ("tiles", 30, "tiles.measure_tiles", "Attention with 5 and 7 stages."),
-        ("prefill", 15, "prefill.measure_prefill", "Attention of fresh prompts, by length and batch."),
+        ("prefill", 15, "prefill.measure_prefill", "Attention of fresh prompts, by library."),
         ("heartbeats", 40, "heartbeats.measure_acceptances", "Steady heartbeats of batch 64."),
         ("small-batches", 20, "heartbeats.measure_small_batches", "Steady heartbeats of batch 1 and 16."),
         ("unguided", 25, "baselines.compare_unguided", "Accepting everything beside generate."),
         ("baselines", 35, "baselines.compare_scripts", "plain and strong."),
-        ("quantised", 40, "quantised.measure_quantised", "Steady heartbeats with 8-bit weights."),
         ("tests", 90, "project_tests.run_tests", "pytest -m gpu."),
         ("graph-shapes", 10, "shapes.measure_shapes", "Graphs after warm_up; what padding costs."),
+        ("quantised", 40, "quantised.measure_quantised", "Steady heartbeats with 8-bit weights."),
     )
 ]
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import tiny_policy, tiny_reward
 from test_architectures import CONFIG, PROMPTS, fresh_logprobs
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from benchmarks.roofline import GPUS, ModelCost, decode_step
 from stars_fast import StarsEngine
@@ -182,3 +183,30 @@ def test_layers_quantised_by_torchao_compile():
     expected = results((policy, reward), PROMPTS[:1]).completions
     with CompiledLayers(policy, backend="aot_eager").running():
         assert results((policy, reward), PROMPTS[:1]).completions == expected
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC"])
+def test_models_saved_by_compressed_tensors_run_in_the_bytes_that_transformers_unpacks_them_to(scheme, tmp_path):
+    compressed = pytest.importorskip("compressed_tensors", exc_type=ImportError)
+    quantization = compressed.quantization
+    for name, model in zip(("policy", "reward"), pair(), strict=True):
+        group = quantization.preset_name_to_scheme(scheme, ["Linear"])
+        settings = quantization.QuantizationConfig(config_groups={"all": group}, ignore=["lm_head", "score"])
+        quantization.apply_quantization_config(model, settings)
+        for module in model.modules():
+            if hasattr(module, "weight_scale"):
+                largest = 127 if scheme == "W8A8" else 448
+                module.weight_scale.data.copy_(module.weight.abs().amax(1, keepdim=True) / largest)
+        compressor = compressed.compressors.ModelCompressor.from_pretrained_model(model)
+        compressor.compress_model(model)
+        model.save_pretrained(tmp_path / name)
+        compressor.update_config(tmp_path / name)
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype="auto")
+    reward = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", dtype="auto")
+    loaded = Weights.of(policy)
+    out = results((policy, reward))
+    assert loaded.active == Weights.of(policy).active
+    assert loaded.body_bytes < 1.2 * loaded.active < 4 * loaded.active < Weights.of(policy).body_bytes
+    for prompt, completion, logprobs in zip(PROMPTS, out.completions, out.logprobs, strict=True):
+        expected = fresh_logprobs(policy, prompt, completion)
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=0.15, rtol=0)  # steps, as above

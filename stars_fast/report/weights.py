@@ -82,15 +82,16 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
         own, sizes = dict(module.named_parameters(recurse=False)), _sizes(module)
         if sizes and any(_is_packed(one) for one in module.buffers(recurse=False)):
             own |= dict(module.named_buffers(recurse=False))
-        packed = max(
-            (key for key, one in own.items() if _is_packed(one)), key=lambda key: own[key].nbytes, default=None
-        )
+        packed = any(_is_packed(one) for one in own.values())
+        matrix = max((key for key, one in own.items() if one.ndim > 1), key=lambda key: own[key].nbytes, default=None)
         for key, one in own.items():
             if id(one) not in seen:
                 seen.add(id(one))
                 numbers = one.numel()
-                if packed is not None and key != "bias":  # scales and zero points lie beside them
-                    numbers = sizes * (key == packed) if sizes else numbers * _is_packed(one)
+                if key != "bias" and sizes and matrix is not None:  # scales and zero points lie beside it
+                    numbers = sizes * (key == matrix)
+                elif key != "bias" and packed:
+                    numbers *= _is_packed(one)
                 yield _Weight(one, numbers, ".experts." in f"{name}.{key}")
 
 
