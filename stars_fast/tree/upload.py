@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -16,13 +17,26 @@ def uploaded(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.T
     """
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    starts = np.cumsum([0, *(-(-array.nbytes // _ALIGN) * _ALIGN for array in arrays)])
-    host = torch.empty(int(starts[-1]), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-    raw = host.numpy()
-    for array, start in zip(arrays, starts[:-1], strict=True):
-        raw[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    there = host.to(device, non_blocking=True)
+    host = packed(arrays)
+    return views((host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True), arrays)
+
+
+def packed(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    """All of them in one row of bytes, each at a multiple of 16."""
+    host = np.empty(_starts(arrays)[-1], dtype=np.uint8)
+    for array, start in zip(arrays, _starts(arrays), strict=False):
+        host[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return torch.from_numpy(host)
+
+
+def views(buffer: torch.Tensor, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """The arrays in what :func:`packed` has made of them, wherever that lies now."""
     return [
-        there[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
-        for array, start in zip(arrays, starts[:-1].tolist(), strict=True)
+        buffer[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
+        for array, start in zip(arrays, _starts(arrays), strict=False)
     ]
+
+
+def _starts(arrays: Sequence[np.ndarray]) -> list[int]:
+    """Where each begins, and where the last ends."""
+    return [0, *accumulate(-(-array.nbytes // _ALIGN) * _ALIGN for array in arrays)]
