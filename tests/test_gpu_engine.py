@@ -216,7 +216,7 @@ def test_the_host_does_not_wait_inside_a_decode_step(way, monkeypatch):
 
 def test_calls_that_come_back_capture_nothing_and_leave_nothing_behind():
     engine, used, graphs = make_engine(**CAPTURED), [], []
-    for _ in range(4):
+    for _ in range(7):  # what rows cost is learned, so that the first may come to other numbers of them
         texts(engine)
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())

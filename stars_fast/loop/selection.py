@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from stars_fast.loop.request import Candidate, Request
@@ -12,8 +13,7 @@ from stars_fast.methods.stars import acceptance_probability
 from stars_fast.ops.select_and_commit import INVALID, NONE, select_and_commit
 from stars_fast.outputs import CandidateTrace
 from stars_fast.rewards.base import Scores
-
-_INTS, _FLOATS = torch.int32, torch.float64
+from stars_fast.tree.upload import uploaded
 
 
 class Verdict(NamedTuple):
@@ -44,15 +44,9 @@ def first_accepted(
     device = torch.device("cpu") if rewards is None else rewards.device
     counts = [0, *(len(group) for group in groups)]
 
-    def column(values: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
-
-    def of_requests(*columns: Sequence[int]) -> Sequence[torch.Tensor]:
-        return column(columns, _INTS).unbind(0)
-
     bests = [request.best for request in requests]
     configs = [request.terms.config for request in requests]
-    segment, attempts, committed, best_attempt, best_length, longest, most = of_requests(
+    ints = [
         [len(request.segments) for request in requests],
         [request.attempts for request in requests],
         [len(request.tokens) for request in requests],
@@ -60,15 +54,36 @@ def first_accepted(
         [0 if best is None else len(best.draw.tokens) for best in bests],
         [config.max_new_tokens for config in configs],
         [request.strategy.attempts_there_are(request) for request in requests],
-    )
-    base, target, beta = column([[_known(r.base), r.target, r.beta] for r in requests], _FLOATS).T.contiguous()
-    scores = column([one.score for one in drawn], torch.float32) if rewards is None else rewards.float()
+    ]
+    rule = [[_known(r.base) for r in requests], [r.target for r in requests], [r.beta for r in requests]]
+    flags = [
+        [config.finished_threshold == "ramp" for config in configs],
+        [best is not None and best.ended for best in bests],
+    ]
+    with np.errstate(over="ignore"):  # a reward beyond what float32 holds is infinite
+        best_rewards = np.array([0.0 if best is None else best.score for best in bests], dtype=np.float32)
+        own = [] if rewards is not None else [np.array([one.score for one in drawn], dtype=np.float32)]
+    columns: list[np.ndarray] = [
+        np.array([request.key for request in requests], dtype=np.int64),
+        np.array(rule, dtype=np.float64),
+        np.array(ints, dtype=np.int32),
+        np.array(counts, dtype=np.int32).cumsum(dtype=np.int32),
+        np.array([len(one.draw.tokens) for one in drawn], dtype=np.int32),
+        best_rewards,
+        np.array(flags, dtype=np.bool_),
+        np.array([one.ended for one in drawn], dtype=np.bool_),
+        *own,
+    ]
+    keys, rules, numbers, group_indptr, lengths, best_reward, flagged, ended, *scored = uploaded(columns, device)
+    segment, attempts, committed, best_attempt, best_length, longest, most = numbers.unbind(0)
+    (base, target, beta), (ramp, best_ended) = rules.unbind(0), flagged.unbind(0)
+    scores = rewards.float() if rewards is not None else scored[0]
     winner, accepted, threshold, finish = select_and_commit(
         scores,
-        column([len(one.draw.tokens) for one in drawn], _INTS),
-        column([one.ended for one in drawn], torch.bool),
-        column(counts, _INTS).cumsum(0, dtype=_INTS),
-        column([request.key for request in requests], torch.int64),
+        lengths,
+        ended,
+        group_indptr,
+        keys,
         segment,
         attempts,
         committed,
@@ -77,11 +92,11 @@ def first_accepted(
         base,
         target,
         beta,
-        column([config.finished_threshold == "ramp" for config in configs], torch.bool),
-        column([0.0 if best is None else best.score for best in bests], torch.float32),
+        ramp,
+        best_reward,
         best_attempt,
         best_length,
-        column([best is not None and best.ended for best in bests], torch.bool),
+        best_ended,
     )
     verdicts = torch.stack((winner, accepted.int(), attempts, best_attempt, finish))  # [5, G]
     values = torch.stack((threshold, scores.float()))  # [2, B]
@@ -98,7 +113,7 @@ def first_accepted(
             if one.error is None:
                 request.acceptance_sum += acceptance_probability(one.score, one.threshold, request.beta)
                 request.scored += 1
-    starts = torch.tensor(counts, device="cpu").cumsum(0).tolist()
+    starts = np.cumsum(counts).tolist()
     return [
         Verdict(row - start if row >= 0 else row, bool(won), looked, best, ends)
         for (row, won, looked, best, ends), start in zip(verdicts.T.tolist(), starts, strict=False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from stars_fast.ops import gather_logprobs, sample_step
@@ -15,6 +16,9 @@ from stars_fast.tree.graphs import Captured
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.passes import bucket, group_bucket
 from stars_fast.tree.segment_tree import TreePlan
+from stars_fast.tree.upload import uploaded
+
+_NEUTRAL = (1.0, 1.0, 0.0, 1.0, math.inf)  # temperature, top_p, min_p, repetition penalty, entropy
 
 
 class Shape(NamedTuple):
@@ -48,6 +52,14 @@ class Shape(NamedTuple):
         return Shape(rows, groups, most_rows, trunk, length, eos, self.penalised, self.uncertain)
 
 
+def _sizes(shape: Shape) -> list[int]:
+    """Of what a proposal sets anew, as int64, each in whole 16 bytes: keys, groups, EOS ids and the step; of four bytes
+    a row five counts, five filters and the position; and of one byte whether it is alive.
+    """
+    sizes = [8 * shape.rows, 8 * shape.rows, 8 * shape.rows * shape.eos, 8, *[20 * shape.rows] * 2, 4 * shape.rows]
+    return [-(-size // 16) * 2 for size in (*sizes, shape.rows)]
+
+
 class Steps(Captured):
     """The tensors of a proposal, and what a decode step does to them. Padding rows are not alive.
 
@@ -73,19 +85,22 @@ class Steps(Captured):
             return torch.zeros(size, dtype=dtype, device=device)
 
         self.plan = TreePlan.empty(shape.groups, shape.trunk, rows, max(1, shape.length - 1), device)
-        self.counts = zeros(5, rows)
+        # All that a proposal sets anew is one buffer, so that one copy sets it.
+        self.settings = torch.zeros(sum(_sizes(shape)), dtype=torch.int64, device=device)
+        keys, groups, eos, step, counts, filters, position, alive = self.settings.split(_sizes(shape))
+        self.keys, self.every_group = keys[:rows], groups[:rows]
+        self.eos = eos[: rows * shape.eos].view(rows, shape.eos)
+        self.step = step[:1]  # tokens drawn by rows that go on
+        self.counts = counts.view(int32)[: 5 * rows].view(5, rows)
         self.segment, self.attempt, self.limit, self.top_k, self.shortest = self.counts
-        self.filters = zeros(5, rows, dtype=torch.float32)
+        self.filters = filters.view(torch.float32)[: 5 * rows].view(5, rows)
         self.temperature, self.top_p, self.min_p, self.penalty, self.entropy = self.filters
+        self.position, self.alive = position.view(int32)[:rows], alive.view(torch.bool)[:rows]
         self.first_position = zeros(rows)  # after the trunk
-        self.keys = zeros(rows, dtype=torch.int64)
-        self.position, self.alive = zeros(rows), zeros(rows, dtype=torch.bool)
-        self.step = zeros(1, dtype=torch.int64)  # tokens drawn by rows that go on
         self.tokens = zeros(rows, shape.length, dtype=torch.int64)
         self.logprobs, self.sampling_logprobs = zeros(2, rows, shape.length, dtype=torch.float32)
         self.query_indptr = torch.arange(rows + 1, dtype=int32, device=device)
         self.every_row = torch.arange(rows, device=device)
-        self.eos = zeros(rows, shape.eos, dtype=torch.int64)
         self.seen = zeros(rows, logits, dtype=torch.bool) if shape.penalised else None
         self.processors: list[RowProcessor | None] = []
         self.failures: dict[int, str] = {}  # by row: what its logits processor raised
@@ -94,60 +109,57 @@ class Steps(Captured):
         """Start a proposal, and draw the first token of every row from its leaf's logits."""
         rows = len(plan.branches)
         assert len(leaves) <= self.shape.groups and rows <= self.shape.rows
-        group = [g for g, leaf in enumerate(leaves) for _ in range(leaf.candidates)]
-        attempt = [leaf.first_attempt + i for leaf in leaves for i in range(leaf.candidates)]
-
-        def loaded(into: torch.Tensor, values: Sequence[Any]) -> None:
-            into.copy_(torch.tensor(values, dtype=into.dtype, device="cpu"), non_blocking=True)
-
-        self.groups = torch.tensor(group, device="cpu").to(self.tokens.device, non_blocking=True)  # [rows in use]
         self.plan.load(plan)
-        self._rest_settings()
-        settings = [leaf.sampling for leaf in leaves]
-        of_leaves = [
-            [leaf.segment for leaf in leaves],
-            [0] * len(leaves),
-            [leaf.length for leaf in leaves],
-            [sampling.top_k for sampling in settings],
-            [leaf.shortest for leaf in leaves],
-        ]
-        loaded(self.counts[:, :rows], [attempt if at == 1 else [v[g] for g in group] for at, v in enumerate(of_leaves)])
-        names = ("temperature", "top_p", "min_p", "repetition_penalty")
-        filters = [[getattr(sampling, name) for sampling in settings] for name in names]
-        filters.append([leaf.entropy for leaf in leaves])
-        loaded(self.filters[:, :rows], [[values[g] for g in group] for values in filters])
-        if self.shape.eos:
-            eos = [[*s.eos_token_ids, *[-1] * (self.shape.eos - len(s.eos_token_ids))] for s in settings]
-            loaded(self.eos[:rows], [eos[g] for g in group])
-        loaded(self.keys[:rows], [leaves[g].key for g in group])
-        torch.index_select(plan.trunk_len, 0, self.groups, out=self.first_position[:rows])
-        self.position.zero_()
-        self.alive.zero_()
-        self.alive[:rows] = True
-        self.step.zero_()
+        (settings,) = uploaded([self._settings(leaves)], self.settings.device)
+        self.settings.copy_(settings)
+        groups = self.every_group[:rows]
+        torch.index_select(plan.trunk_len, 0, groups, out=self.first_position[:rows])
         self.sampling_logprobs.zero_()  # what an earlier proposal left there is not this one's
         if self.seen is not None:
             nothing = torch.zeros_like(self.seen[0])
             seen = [nothing if leaf.seen is None else leaf.seen for leaf in leaves]
-            self.seen[:rows] = torch.stack(seen)[self.groups]
-        self.processors, self.failures = [leaves[g].processor for g in group], {}
-        logits = torch.stack([leaf.logits for leaf in leaves])[self.groups]  # [rows in use, V]
+            self.seen[:rows] = torch.stack(seen)[groups]
+        self.processors, self.failures = [leaf.processor for leaf in leaves for _ in range(leaf.candidates)], {}
+        logits = torch.stack([leaf.logits for leaf in leaves])[groups]  # [rows in use, V]
         if rows < self.shape.rows:
             logits = torch.cat((logits, logits.new_zeros(self.shape.rows - rows, logits.shape[1])))
         self.draw(logits)
 
-    def _rest_settings(self) -> None:
-        """Neutral settings of every row."""
-        self.counts.zero_()
-        self.filters.fill_(1)
-        self.min_p.zero_()
-        self.entropy.fill_(math.inf)
-        self.eos.fill_(-1)  # no token
+    def _settings(self, leaves: Sequence[Leaf]) -> np.ndarray:
+        """What :attr:`settings` hold when a proposal of these begins, int64; neutral where no row is in use."""
+        shape, sampled = self.shape, [leaf.sampling for leaf in leaves]
+        candidates = np.array([leaf.candidates for leaf in leaves], dtype=np.int64)
+        group, rows = np.repeat(np.arange(len(leaves)), candidates), int(candidates.sum())
+        keys, groups, eos, step, counts, filters, position, alive = [
+            np.zeros(size, dtype=np.int64) for size in _sizes(shape)
+        ]
+        keys[:rows], groups[:rows], eos[:] = np.array([leaf.key for leaf in leaves])[group], group, -1  # no token
+        if shape.eos:
+            ends = [[*one.eos_token_ids, *[-1] * (shape.eos - len(one.eos_token_ids))] for one in sampled]
+            eos[: rows * shape.eos] = np.array(ends)[group].reshape(-1)
+        of_leaves = [
+            [leaf.segment for leaf in leaves],
+            [leaf.first_attempt for leaf in leaves],
+            [leaf.length for leaf in leaves],
+            [one.top_k for one in sampled],
+            [leaf.shortest for leaf in leaves],
+        ]
+        ints = counts.view(np.int32)[: 5 * shape.rows].reshape(5, shape.rows)
+        ints[:, :rows] = np.array(of_leaves)[:, group]
+        ints[1, :rows] += np.arange(rows, dtype=np.int32) - np.repeat(np.cumsum(candidates) - candidates, candidates)
+        names = ("temperature", "top_p", "min_p", "repetition_penalty")
+        values = [[getattr(one, name) for one in sampled] for name in names]
+        floats = filters.view(np.float32)[: 5 * shape.rows].reshape(5, shape.rows)
+        floats[:] = np.array(_NEUTRAL, dtype=np.float32)[:, None]
+        floats[:, :rows] = np.array([*values, [leaf.entropy for leaf in leaves]])[:, group]
+        alive.view(np.bool_)[:rows] = True
+        return np.concatenate((keys, groups, eos, step, counts, filters, position, alive))
 
     def rest(self) -> None:
         """All rows are dead."""
-        self.alive.zero_()
-        self._rest_settings()
+        self.settings.zero_()
+        self.filters.copy_(torch.tensor(_NEUTRAL, device="cpu")[:, None])
+        self.eos.fill_(-1)  # no token
         self.step.fill_(1)
 
     def work(self) -> None:
