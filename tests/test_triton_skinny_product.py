@@ -19,13 +19,14 @@ kernel = importlib.import_module("stars_fast.kernels.skinny_product")
     ("rows", "columns", "inner", "biased"),
     [
         (1, [1], 32, False),
-        (3, [64, 65], 77, True),  # odd in all sizes
+        (3, [64, 65], 80, True),  # no whole blocks
         (17, [65, 1, 200], 640, True),  # cut in parts
         (60, [64, 64, 64], 1024, False),
         (100, [130], 256, True),
         (150, [65, 200], 640, False),  # 128 rows and 64
-        (193, [64], 77, True),
-        (300, [7], 32, True),  # left to torch
+        (193, [64], 336, True),
+        (300, [7], 32, True),  # left to torch, as is the next
+        (5, [7], 77, True),
     ],
 )
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)

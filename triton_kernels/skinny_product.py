@@ -22,6 +22,7 @@ MOST_ROWS = 256  # above, a product is bound by operations, and torch's librarie
 MOST_WEIGHTS = 3
 _MOST_PARTS = 8
 _LEAST_BLOCKS = 4  # of the inner size, in a part
+_ALIGNED = 16  # elements: where rows do not begin with whole vectors, loads are single and registers spill
 _SUM_ELEMENTS = 1024  # of one program
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -166,19 +167,26 @@ def sum_parts_kernel(
     tl.store(out + place, total.to(out.dtype.element_ty), there)
 
 
-def choose_tile(rows: int, itemsize: int) -> Tile:
+def choose_tile(rows: int, itemsize: int, *, hip: bool = False) -> Tile:
     """The tile for so many rows; of those that compile without spills, not yet chosen by time."""
     inner = 128 // itemsize  # 128 bytes: a line of the cache
     if rows <= 64:
-        return Tile(64, 16 if rows <= 16 else 32 if rows <= 32 else 64, 0, 2 * inner if rows <= 32 else inner, 4, 4)
-    if rows <= 128:
-        return Tile(128, 128, 0, inner, 8, 4)
-    return Tile(128, 128, 64 if rows <= 192 else 128, inner, 8, 3)
+        tile = Tile(64, 16 if rows <= 16 else 32 if rows <= 32 else 64, 0, 2 * inner if rows <= 32 else inner, 4, 4)
+    elif rows <= 128:
+        tile = Tile(128, 128, 0, inner, 8, 4)
+    elif rows <= 192:
+        tile = Tile(128, 128, 64, inner, 8, 3)
+    else:  # with 128 columns sm_80 spills
+        tile = Tile(64, 128, 128, inner, 8, 3)
+    return tile._replace(stages=2) if hip else tile
 
 
 def choose_parts(tiles: int, inner: int, block: int, processors: int) -> int:
     """In how many parts the inner size is cut, so that every processor has a program."""
     return max(1, min(-(-processors // tiles), _MOST_PARTS, inner // (_LEAST_BLOCKS * block)))
+
+
+_HIP = torch.version.hip is not None
 
 
 def _processors(device: torch.device) -> int:
@@ -188,7 +196,8 @@ def _processors(device: torch.device) -> int:
 def skinny_product(
     x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """:func:`stars_fast.ops.skinny_product` in Triton; more rows than :data:`MOST_ROWS` are left to torch."""
+    """:func:`stars_fast.ops.skinny_product` in Triton; more rows than :data:`MOST_ROWS`, and inner sizes that are no
+    multiple of 16, are left to torch."""
     inner, rows = x.shape[-1], x.numel() // max(x.shape[-1], 1)
     if not 1 <= len(weights) <= MOST_WEIGHTS or len(biases) not in (0, len(weights)):
         raise ValueError(
@@ -201,12 +210,12 @@ def skinny_product(
                 f"skinny_product: a weight must be contiguous [columns, {inner}] of {x.dtype}, as x is, got "
                 f"{list(weight.shape)} of {weight.dtype} with strides {weight.stride()}"
             )
-    if not 1 <= rows <= MOST_ROWS or x.dtype not in _DTYPES:
+    if not 1 <= rows <= MOST_ROWS or inner % _ALIGNED or x.dtype not in _DTYPES:
         return [F.linear(x, weight, *biases[i : i + 1]) for i, weight in enumerate(weights)]
     x, biases = x.contiguous(), [bias.contiguous() for bias in biases]
     columns = [weight.shape[0] for weight in weights]
     outs = [x.new_empty(*x.shape[:-1], count) for count in columns]
-    tile = choose_tile(rows, x.element_size())
+    tile = choose_tile(rows, x.element_size(), hip=_HIP)
     tiles = sum(triton.cdiv(count, tile.columns) for count in columns)
     parts = choose_parts(tiles, inner, tile.inner, _processors(x.device))
     split = parts > 1
@@ -259,19 +268,19 @@ def _constants(tile: Tile, inner: int, parts: int, *, bias: bool) -> dict[str, A
         "SPLIT": parts > 1,
         "WHOLE": inner % (tile.inner * parts) == 0,
         "BIAS": bias,
-        "PRECISION": "ieee" if torch.version.hip is not None else "tf32x3",
+        "PRECISION": "ieee" if _HIP else "tf32x3",
     }
 
 
 def variants(target: GPUTarget) -> list[Variant]:
-    """Every tile in bfloat16, whole and split, one with odd sizes and biases."""
+    """Every tile in bfloat16, whole and split, one with parts that end within a block, and biases."""
     pointers = [name for name in skinny_product_kernel.arg_names if name[:-1] in ("weight", "bias", "out")]
     counts = dict.fromkeys(("rows", "columns0", "columns1", "columns2"), "i32")
     found = []
     wanted = [(rows, parts, False) for rows, parts in ((16, 1), (16, 4), (64, 2), (128, 2), (192, 1), (256, 2))]
     for rows, parts, odd in (*wanted, (32, 1, True)):
-        tile, inner = choose_tile(rows, 2), 4096 + odd
-        types = dict.fromkeys(("x", *pointers), "*bf16") | counts | {"inner": "i32" if odd else "i32:16"}
+        tile, inner = choose_tile(rows, 2, hip=target.backend == "hip"), 4096 + 16 * odd
+        types = dict.fromkeys(("x", *pointers), "*bf16") | counts | {"inner": "i32:16"}
         if parts > 1:
             types |= {name: "*fp32" for name in pointers if name.startswith("out")}
         constants = _constants(tile, inner, parts, bias=odd) | {"PRECISION": "ieee", "PDL": False}

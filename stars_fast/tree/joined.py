@@ -71,6 +71,8 @@ def _join_residual(graph: fx.Graph, node: fx.Node) -> None:
         total = graph.call_function(operator.add, residual.args[::-1])
         graph.call_function(torch.ops.stars_fast.product_onto.default, (total, x, weight))
     node.replace_all_uses_with(total)
+    graph.erase_node(node)
+    graph.erase_node(linear)
 
 
 def _join_products(graph: fx.Graph) -> None:
