@@ -8,6 +8,7 @@ from triton.backends.compiler import GPUTarget
 from stars_fast.ops._library import address
 from stars_fast.ops.rotary_append import check_rotary
 
+from .dependent import begin_dependent, dependent
 from .kv_append import check_pools
 from .variant import Variant
 
@@ -55,8 +56,10 @@ def rotary_append_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Some heads of one token: of queries, or of keys and values, whose NaNs are those of ``kv_append_kernel``."""
+    begin_dependent(PDL)
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     cos += token * cos_token_stride
     sin += token * sin_token_stride
@@ -85,11 +88,10 @@ def rotary_append_kernel(
         tl.store(v_pool + (slot * kv_heads + head) * VALUE_SIZE + dv, tl.where(finite, rounded, 0.0), here)
         x = k + token * k_token_stride + head.to(tl.int64) * k_head_stride
         one, other = _rotated(x, cos, sin, HALF, BLOCK_HALF, mask)
-        one = tl.where(finite, one, float("nan")).to(k.dtype.element_ty).to(k_pool.dtype.element_ty)
-        other = tl.where(finite, other, float("nan")).to(k.dtype.element_ty).to(k_pool.dtype.element_ty)
+        one, other = tl.where(finite, one, float("nan")), tl.where(finite, other, float("nan"))
         out = k_pool + (slot * kv_heads + head) * HEAD_SIZE
-        tl.store(out + d, one, mask & (d < HALF))
-        tl.store(out + HALF + d, other, mask & (d < HALF))
+        tl.store(out + d, one.to(k.dtype.element_ty).to(k_pool.dtype.element_ty), mask & (d < HALF))
+        tl.store(out + HALF + d, other.to(k.dtype.element_ty).to(k_pool.dtype.element_ty), mask & (d < HALF))
         if 2 * HALF < HEAD_SIZE:
             here = mask & (rest < HEAD_SIZE)
             kept = tl.where(finite, tl.load(x + rest, here).to(tl.float32), float("nan"))
@@ -154,6 +156,7 @@ def rotary_append(
         kv_heads,
         query_blocks,
         **constants,
+        **dependent(q.device),
         num_warps=4,
         enable_fp_fusion=False,
     )
@@ -163,10 +166,14 @@ def rotary_append(
 def variants(target: GPUTarget) -> list[Variant]:
     """Of common models, three dtypes; one that turns a quarter of its heads."""
     found = []
-    for dtype, size, rotary in (("fp32", 128, 128), ("fp16", 128, 128), ("bf16", 128, 128), ("bf16", 256, 64)):
+    cases = [("fp32", 128, 128, False), ("fp16", 128, 128, False), ("bf16", 128, 128, False), ("bf16", 256, 64, False)]
+    if target.arch == 90:
+        cases.append(("bf16", 128, 128, True))
+    for dtype, size, rotary, pdl in cases:
         types = {name: "i32:16" for name in rotary_append_kernel.arg_names if name.islower()}
         types |= dict.fromkeys(("q", "k", "v", "cos", "sin", "rotated_q", "k_pool", "v_pool"), f"*{dtype}")
         types |= dict.fromkeys(("heads", "kv_heads", "query_blocks"), "i32") | {"slots": "*i32"}
-        constants = _constants(size, size, rotary, 32)
-        found.append(Variant(f"rotary_append[{rotary}/{size},{dtype}]", rotary_append_kernel, types, constants))
+        constants = _constants(size, size, rotary, 32) | {"PDL": pdl}
+        name = f"rotary_append[{rotary}/{size},{dtype}{',dependent' if pdl else ''}]"
+        found.append(Variant(name, rotary_append_kernel, types, constants))
     return found

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 from stars_fast.ops._library import address
 
+from .dependent import begin_dependent, dependent
 from .tiles import CANDIDATES, DTYPES, LEAST_BLOCKS, Tile, check, choose_parts, choose_tile, fit_warps
 from .variant import Variant
 
@@ -189,12 +190,14 @@ def tree_attention_kernel(
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Weighted values of one tile of queries over one part of its list, divided by their sum unless SPLIT.
 
     With SPLIT, ``out`` is float32 ``[parts, T, Hq, Dv]``, and ``part_max`` (base 2) and ``part_sum`` ``[parts, T, Hq]``
     tell how to put the parts together.
     """
+    begin_dependent(PDL)
     LOG2E: tl.constexpr = 1.4426950408889634
     tile, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = kv_heads * fold
@@ -306,8 +309,10 @@ def merge_parts_kernel(
     VALUE_SIZE: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One query's parts ``[parts, T, Hq, Dv]`` put together; 0 for padding."""
+    begin_dependent(PDL)
     token, head = tl.program_id(0), tl.program_id(1)
     part, dv = tl.arange(0, BLOCK_PARTS), tl.arange(0, BLOCK_DV)
     used = tl.load(work + 8 * tiles + 2 * tokens)
@@ -499,6 +504,7 @@ def tree_attention(
         scale,
         softcap,
         **constants,
+        **dependent(q.device),
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,  # Triton's default changes from release to release
@@ -517,6 +523,7 @@ def tree_attention(
             VALUE_SIZE=value_size,
             BLOCK_DV=constants["BLOCK_DV"],
             BLOCK_PARTS=triton.next_power_of_2(parts),
+            **dependent(q.device),
             num_warps=4,
             enable_fp_fusion=True,
         )
@@ -552,7 +559,7 @@ def variants(target: GPUTarget) -> list[Variant]:
             found[one.name] = one
     merge = {name: "i32" if name.islower() else "constexpr" for name in merge_parts_kernel.arg_names}
     merge |= dict.fromkeys(("values", "part_max", "part_sum"), "*fp32") | {"out": "*bf16", "work": "*i32"}
-    constants = {"VALUE_SIZE": 128, "BLOCK_DV": 128, "BLOCK_PARTS": 16}
+    constants = {"VALUE_SIZE": 128, "BLOCK_DV": 128, "BLOCK_PARTS": 16, "PDL": False}
     types = {name: kind for name, kind in merge.items() if kind != "constexpr"}
     tables = ("work", "trunk_len", "branch_len", "group_indptr", "query_indptr")
     work = dict.fromkeys(tables, "*i32") | dict.fromkeys(("tokens", "groups", "fold"), "i32")
@@ -593,7 +600,7 @@ def _variant(
         f"tree_attention[{','.join(parts)}]",
         tree_attention_kernel,
         types,
-        constants,
+        constants | {"PDL": False},
         num_warps=tile.warps,
         num_stages=tile.stages,
         fp_fusion=True,

@@ -6,6 +6,7 @@ from stars_fast.ops.philox import Domain, Stream, philox_key
 from stars_fast.ops.rotary_append import rotary_append
 from stars_fast.ops.sample_step import sample_step
 from stars_fast.ops.select_and_commit import EARLIER, GOES_ON, INVALID, LENGTH, NONE, STOP, select_and_commit
+from stars_fast.ops.skinny_product import skinny_product
 from stars_fast.ops.tree_attention import check_supported, tree_attention
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "rotary_append",
     "sample_step",
     "select_and_commit",
+    "skinny_product",
     "tree_attention",
 ]

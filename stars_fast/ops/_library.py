@@ -8,6 +8,8 @@ not set                C++                 Triton
 ``interpret``          Triton interpreter  Triton interpreter
 =====================  ==================  ==============
 
+``STARS_FAST_PRODUCTS=triton`` lets compiled layers take our own products of few rows (:mod:`stars_fast.tree.joined`).
+
 What stands in the arguments (slots, lengths, row pointers, tokens) and whether they share memory is checked on every
 call on a CPU, before anything is written. On a GPU that would wait for the device: there it is done where
 ``STARS_FAST_CHECKS`` is 1, for all calls but those that a CUDA graph replays.
@@ -32,6 +34,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _SETTING = "STARS_FAST_KERNELS"
+PRODUCTS = os.environ.get("STARS_FAST_PRODUCTS", "")
+if PRODUCTS not in ("", "triton"):
+    raise ValueError(f"STARS_FAST_PRODUCTS must be 'triton' or not set, got {PRODUCTS!r}")
 _MODE = os.environ.get(_SETTING, "")
 if _MODE not in ("", "reference", "interpret"):
     raise ValueError(f"{_SETTING} must be 'reference' or 'interpret' or not set, got {_MODE!r}")

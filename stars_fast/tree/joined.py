@@ -7,6 +7,7 @@ is joined here, by pattern: where a family writes it otherwise, its layers stay 
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ import torch.nn.functional as F
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from stars_fast.ops._library import CHECKS, library
+from stars_fast.ops._library import CHECKS, PRODUCTS, library
 
 _ADD = (operator.add, torch.add)
 _MUL = (operator.mul, torch.mul)
 _NEG = (operator.neg, torch.neg)
+_MOST_WEIGHTS = 3  # of one product
 
 
 def join(module: fx.GraphModule) -> None:
@@ -30,6 +32,8 @@ def join(module: fx.GraphModule) -> None:
     (output,) = graph.find_nodes(op="output")
     for node in output.all_input_nodes:
         _join_residual(graph, node)
+    if PRODUCTS:
+        _join_products(graph)
     graph.lint()
     module.recompile()
 
@@ -67,6 +71,31 @@ def _join_residual(graph: fx.Graph, node: fx.Node) -> None:
         total = graph.call_function(operator.add, residual.args[::-1])
         graph.call_function(torch.ops.stars_fast.product_onto.default, (total, x, weight))
     node.replace_all_uses_with(total)
+    graph.erase_node(node)
+    graph.erase_node(linear)
+
+
+def _join_products(graph: fx.Graph) -> None:
+    """Products of the same rows are one launch, of at most three weights."""
+    found: dict[tuple[fx.Node, bool], list[fx.Node]] = defaultdict(list)
+    for node in graph.find_nodes(op="call_function", target=F.linear):
+        x, weight, bias = _arguments(node, (F.linear,), 3)
+        parts = [_tensor(one) for one in (x, weight, *([] if bias is None else [bias]))]
+        if any(one is None for one in parts) or len({one.dtype for one in parts if one is not None}) > 1:
+            continue
+        if weight.op == "placeholder" and parts[1].is_contiguous() and (bias is None or bias.op == "placeholder"):
+            found[x, bias is None].append(node)
+    for (x, unbiased), nodes in found.items():
+        for start in range(0, len(nodes), _MOST_WEIGHTS):
+            some = nodes[start : start + _MOST_WEIGHTS]
+            weights, biases = [node.args[1] for node in some], [] if unbiased else [node.args[2] for node in some]
+            with graph.inserting_before(some[0]):
+                joined = graph.call_function(torch.ops.stars_fast.skinny_product.default, (x, weights, biases))
+                parts = [graph.call_function(operator.getitem, (joined, place)) for place in range(len(some))]
+            for node, part in zip(some, parts, strict=True):
+                part.meta = dict(node.meta)
+                node.replace_all_uses_with(part)
+                graph.erase_node(node)
 
 
 def _join_rotary(graph: fx.Graph, attend: fx.Node) -> None:
