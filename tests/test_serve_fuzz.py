@@ -12,7 +12,7 @@ import pytest
 from serving import ENDLESS, running, tiny_engine
 
 
-def fuzz(server, examples: int, seed: int, phases: str = "fuzzing") -> str:
+def fuzz(server, folder, examples: int, seed: int, phases: str = "fuzzing") -> str:
     """Let schemathesis make requests from the schema. What it may not complain of is that valid ones are refused: a
     schema cannot say all limits.
     """
@@ -24,6 +24,7 @@ def fuzz(server, examples: int, seed: int, phases: str = "fuzzing") -> str:
         capture_output=True,
         text=True,
         env=environment,
+        cwd=folder,  # it keeps notes
         timeout=2400,
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
@@ -31,9 +32,9 @@ def fuzz(server, examples: int, seed: int, phases: str = "fuzzing") -> str:
 
 
 @pytest.mark.parametrize("examples", [4, pytest.param(200, marks=pytest.mark.slow)])
-def test_generated_requests_meet_no_error_of_the_servers_own(examples):
+def test_generated_requests_meet_no_error_of_the_servers_own(tmp_path, examples):
     with running(tiny_engine(), timeout=0.5) as server:
-        fuzz(server, examples, seed=7)
+        fuzz(server, tmp_path, examples, seed=7)
         server.settle()
         assert server.gauge('stars_http_responses_total{status="500"}') == 0
 

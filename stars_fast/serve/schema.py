@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -106,7 +107,7 @@ class Asked(Strict):
         """Most tokens of an answer, where the request says so."""
         return self.max_tokens
 
-    @property
+    @cached_property
     def prompts(self) -> list[Any]:
         """What is to be answered, each by itself."""
         raise NotImplementedError
@@ -123,7 +124,7 @@ class Asked(Strict):
 class CompletionRequest(Asked):
     prompt: Words | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
 
-    @property
+    @cached_property
     def prompts(self) -> list[Any]:
         several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         return list(self.prompt) if several else [self.prompt]
@@ -148,7 +149,7 @@ class ChatRequest(Asked):
     def longest(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    @property
+    @cached_property
     def prompts(self) -> list[Any]:
         return [[message.model_dump(include={"role", "content"}) for message in self.messages]]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, Protocol, TypeVar
@@ -14,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from stars_fast.serve.answers import Choice, Exchange
 from stars_fast.serve.errors import Refusal, to_json
 
+_log = logging.getLogger("stars_fast.serve")
 _T = TypeVar("_T")
 _DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b": keep-alive\n\n"
@@ -147,6 +149,9 @@ async def server_sent(
                 yield _data({**head, "choices": [], "usage": exchange.usage})
         except Refusal as refusal:
             yield _data(refusal.body)
+        except Exception as error:
+            _log.error("a stream failed", exc_info=error, extra={"fields": {"id": exchange.name}})
+            yield _data(Refusal(f"the server failed: {type(error).__name__}", 500).body)
         finally:
             if waiting is not None:
                 waiting.cancel()
