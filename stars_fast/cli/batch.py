@@ -14,7 +14,7 @@ import typer
 
 from stars_fast.cli import models
 from stars_fast.cli.console import fail, note, progress, refusing, refusing_models
-from stars_fast.cli.generate import made_with
+from stars_fast.cli.generate import recipe_of
 from stars_fast.cli.models import Names, check_models, template_variables
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def run(
     numbers = _numbers(actors)
     output = Path(os.path.realpath(output))
     files = _files(input_, output)
-    recipe = made_with(_found(names), settings.config, seed, dtype, variables)
+    recipe = recipe_of(_found(names), settings.config, seed, dtype)
+    recipe |= {"chat_template_kwargs": variables} if variables else {}
     with refusing(OSError, ValueError):
         parts = Parts.open(output, checkpoint and Path(os.path.realpath(checkpoint)))
     again = f"; {output} keeps what was written: run the same command again to go on"

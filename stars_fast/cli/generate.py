@@ -72,13 +72,14 @@ def run(
             output = Path(os.path.realpath(output))  # a link stays one: what it leads to is written
             with refusing(OSError, ValueError):
                 held.enter_context(sole_run(output))
-        recipe = made_with(names, settings.config, seed, dtype, variables)
-        todo = _todo(rows, output, settings.config.num_return_sequences, recipe)
+        made_with = recipe_of(names, settings.config, seed, dtype)
+        made_with |= {"chat_template_kwargs": variables} if variables else {}
+        todo = _todo(rows, output, settings.config.num_return_sequences, made_with)
         if not todo:
             note(f"nothing to do: {output} holds all {len(rows)} rows")
             return
         engine = load_engine(names, dtype, device, max_rows, kv_cache_tokens)
-        failed = _run_all(engine, todo, settings.config, output, batch_size, recipe, variables)
+        failed = _run_all(engine, todo, settings.config, output, batch_size, made_with, variables)
     errors = f", {failed} with an error" if failed else ""
     if output is not None:
         skipped = f", {len(rows) - len(todo)} were there before" if len(todo) < len(rows) else ""
@@ -120,9 +121,7 @@ def _read_input(prompt: list[str] | None, input_: Path | None, seed: int) -> lis
     return rows
 
 
-def made_with(
-    names: Names, config: StarsConfig, seed: int, dtype: str, variables: dict[str, Any] | None
-) -> dict[str, Any]:
+def recipe_of(names: Names, config: StarsConfig, seed: int, dtype: str) -> dict[str, Any]:
     """What the texts depend on."""
     with refusing(ValueError):
         fields = config.to_dict()
@@ -130,8 +129,7 @@ def made_with(
     if fields["fit"] is not None:  # it is long, and only has to be told from others
         contents = json.dumps(fields["fit"], sort_keys=True).encode()
         fields["fit"] = hashlib.blake2b(contents, digest_size=8).hexdigest()
-    templates = {"chat_template_kwargs": variables} if variables else {}
-    return {**names._asdict(), "dtype": dtype, "seed": seed, **fields, **templates}
+    return {**names._asdict(), "dtype": dtype, "seed": seed, **fields}
 
 
 def _todo(rows: list[Row], output: Path | None, samples: int, made_with: dict[str, Any]) -> list[Row]:
@@ -150,7 +148,7 @@ def _run_all(
     config: StarsConfig,
     output: Path | None,
     batch_size: int,
-    recipe: dict[str, Any],
+    made_with: dict[str, Any],
     variables: dict[str, Any] | None = None,
 ) -> int:
     """Write every row as it is finished. Returns how many ended with an error."""
@@ -163,7 +161,7 @@ def _run_all(
     failed = 0
     with refusing_models(again):
         if output is not None:
-            write_settings(output, recipe)
+            write_settings(output, made_with)
         with _sink(output) as write, progress_bar(not reading, len(rows) * config.num_return_sequences) as advance:
             for records in finished_rows(engine, rows, config, batch_size, advance, variables):
                 write(records)
