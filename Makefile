@@ -28,7 +28,7 @@ test-oldest: $(VENV_OLDEST)/.ready
 
 # What needs Ray or the evaluation harness, which `test` skips: half a gigabyte that few want.
 test-scale: $(VENV_SCALE)/.ready
-	$(VENV_SCALE)/bin/python -m pytest tests/scale
+	$(VENV_SCALE)/bin/python -m pytest tests/scale $(wildcard tests/test_lm_eval.py)
 
 # The C++ under the compiler's sanitizers: neither Python nor torch.
 sanitize:

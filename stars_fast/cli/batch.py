@@ -14,7 +14,7 @@ import typer
 
 from stars_fast.cli import models
 from stars_fast.cli.console import fail, note, progress, refusing, refusing_models
-from stars_fast.cli.generate import made_with
+from stars_fast.cli.generate import recipe_of
 from stars_fast.cli.models import Names, check_models, template_variables
 
 if TYPE_CHECKING:
@@ -73,11 +73,13 @@ def run(
         settings = read_settings(config, set_ or ())
     names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
     check_models(names, dtype)
+    names = _found(names)
     variables = template_variables(chat_template_kwargs)
     numbers = _numbers(actors)
     output = Path(os.path.realpath(output))
     files = _files(input_, output)
-    recipe = made_with(_found(names), settings.config, seed, dtype, variables)
+    recipe = recipe_of(names, settings.config, seed, dtype)
+    recipe |= {"chat_template_kwargs": variables} if variables else {}
     with refusing(OSError, ValueError):
         parts = Parts.open(output, checkpoint and Path(os.path.realpath(checkpoint)))
     again = f"; {output} keeps what was written: run the same command again to go on"
@@ -89,13 +91,13 @@ def run(
         if not todo:
             note(f"nothing to do: {output} holds all rows")
             return
-        write_settings(output, recipe)
-        parts.begin()
-        worker = (settings.config, variables, _found(names), dtype, device, max_rows, kv_cache_tokens)
+        worker = (settings.config, variables, names, dtype, device, max_rows, kv_cache_tokens)
         try:
             with refusing_models(again), connected(address):
                 pool = make_room(numbers, cpus_per_actor, gpus_per_actor, _PATIENCE if address else 0.0)
                 rows = _todo(files, seed, done, output)
+                write_settings(output, recipe)
+                parts.begin()
                 with progress(todo, "rows") as advance:
                     failed = run_job(rows, parts, pool, batch_size, worker, advance)
         finally:

@@ -83,14 +83,15 @@ def run(
             output = Path(os.path.realpath(output))  # a link stays one: what it leads to is written
             with refusing(OSError, ValueError):
                 held.enter_context(sole_run(output))
-        recipe = made_with(names, settings.config, seed, dtype, variables)
-        todo = _todo(rows, output, settings.config.num_return_sequences, recipe)
+        made_with = recipe_of(names, settings.config, seed, dtype)
+        made_with |= {"chat_template_kwargs": variables} if variables else {}
+        todo = _todo(rows, output, settings.config.num_return_sequences, made_with)
         if not todo:
             note(f"nothing to do: {output} holds all {len(rows)} rows")
             return
         engine = load_engine(names, dtype, device, max_rows, kv_cache_tokens)
         form = "json" if as_json else "text" if prompt else "rows" if sys.stdout.isatty() else "json"
-        failed = _run_all(engine, todo, settings.config, output or form, batch_size, recipe, variables)
+        failed = _run_all(engine, todo, settings.config, output or form, batch_size, made_with, variables)
     errors = f", {failed} with an error" if failed else ""
     if output is not None:
         skipped = f", {len(rows) - len(todo)} were there before" if len(todo) < len(rows) else ""
@@ -147,9 +148,7 @@ def _read_input(prompt: list[str] | None, chat: bool, input_: Path | None, seed:
     return rows
 
 
-def made_with(
-    names: Names, config: StarsConfig, seed: int, dtype: str, variables: dict[str, Any] | None
-) -> dict[str, Any]:
+def recipe_of(names: Names, config: StarsConfig, seed: int, dtype: str) -> dict[str, Any]:
     """What the texts depend on."""
     from stars_fast.inputs.functions import file_of
 
@@ -160,8 +159,7 @@ def made_with(
         fields["fit"] = _digest(json.dumps(fields["fit"], sort_keys=True).encode())
     script = file_of(names.reward)  # another text in it is another reward
     ran = {} if script is None or not script.is_file() else {"reward_file": _digest(script.read_bytes())}
-    templates = {"chat_template_kwargs": variables} if variables else {}
-    return {**names._asdict(), **ran, "dtype": dtype, "seed": seed, **fields, **templates}
+    return {**names._asdict(), **ran, "dtype": dtype, "seed": seed, **fields}
 
 
 def _digest(contents: bytes) -> str:
@@ -184,7 +182,7 @@ def _run_all(
     config: StarsConfig,
     output: Path | str,
     batch_size: int,
-    recipe: dict[str, Any],
+    made_with: dict[str, Any],
     variables: dict[str, Any] | None = None,
 ) -> int:
     """Write every row as it is finished. Returns how many ended with an error."""
@@ -198,7 +196,7 @@ def _run_all(
         again = f"; {output} keeps what was written: run the same command again to go on"
     with refusing_models(again):
         if isinstance(output, Path):
-            write_settings(output, recipe)
+            write_settings(output, made_with)
         total, method = len(rows) * config.num_return_sequences, config.chosen_method
         with _sink(output) as write, progress_bar(not reading, total, method) as bar:
             for records in finished_rows(engine, rows, config, batch_size, bar, variables):

@@ -154,3 +154,22 @@ def test_a_pipeline_of_ones_own_has_the_same_texts(cluster, rows, undisturbed):
         row["id"]: undisturbed[row["id"]]["completion"] for row in texts
     }
     assert [row["id"] for row in found.values() if row["error"] is not None] == ["long"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--actors", "0"), "--actors 0: give a number, or the least and the most"),
+        (("--actors", "8:2"), "the most is less than the least"),
+        (("--input", "s3://bucket/*.jsonl"), "stars_fast.scale.StarsBatch"),
+        (("--input", "nowhere*.jsonl"), "nowhere*.jsonl: there is no such file"),
+        (("--output", "{rows.parent}"), "lies in --output"),
+        (("--output", "{rows}"), "File exists"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_is_said_before_anything_starts(rows, tmp_path, monkeypatch, options, named):
+    monkeypatch.setattr("stars_fast.scale.job.connected", lambda address: pytest.fail("Ray was started"))
+    command = batch(rows, tmp_path / "out", *(option.format(rows=rows) for option in options))[3:]
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 2 and named in " ".join(result.stderr.split())
