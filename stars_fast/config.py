@@ -15,8 +15,8 @@ from stars_fast.demo import NAME as DEMO
 from stars_fast.methods import METHODS
 from stars_fast.methods.base import Method, method_from
 from stars_fast.methods.fit import Fit
-from stars_fast.methods.names import near, refusing_unknown
 from stars_fast.methods.numbers import MOST, MOST_ANSWERS, integer, plain, real, shown, truth
+from stars_fast.names import near, refusing_unknown
 
 CONFIG_NAME = "stars_config.json"
 # Every row of a decode step holds all of them, and the text is searched for every string after each token.

@@ -111,11 +111,13 @@ def test_another_text_in_the_file_is_another_reward(models, tmp_path):
         ("rewards.py:labelled", "needs 'label', which it is not called with"),
         ("rewards.py:lengths", "takes texts: give it the parameters completions"),
         ("broken.py:f", r"running .*broken\.py raised ZeroDivisionError"),
+        ("leaving.py:f", r"running .*leaving\.py raised SystemExit"),
     ],
 )
 def test_what_a_file_has_no_reward_for_is_said_in_a_line(models, tmp_path, name, said):
     (tmp_path / "rewards.py").write_text(SCRIPT)
     (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "leaving.py").write_text("raise SystemExit\n")
     result = invoke("generate", *models[:2], "--reward", tmp_path / name, "--prompt", "w3")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert re.search(said, result.stderr) and f"--reward {tmp_path / name}" in result.stderr

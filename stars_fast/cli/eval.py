@@ -11,7 +11,6 @@ import typer
 
 from stars_fast.cli.console import fail, note, progress, quiet_transformers, refusing, refusing_models
 from stars_fast.cli.models import MaxNewTokens
-from stars_fast.cli.words import speaking_of
 from stars_fast.evaluation.recipe import Recipe, read_recipe
 from stars_fast.report.files import sole_run
 
@@ -96,6 +95,8 @@ def run(
     for name in ("policy", "guide", "judge", "prompts"):
         if not getattr(task, name):
             fail(f"nothing for {name}: give --{name}, or `{name}:` in --recipe")
+    from stars_fast.cli.words import speaking_of
+
     with ExitStack() as held:
         held.enter_context(speaking_of(reward="--guide or --judge"))
         with refusing(OSError, ValueError):

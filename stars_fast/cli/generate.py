@@ -17,7 +17,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from stars_fast.cli import models
-from stars_fast.cli.console import fail, note, refusing, refusing_models, stdout
+from stars_fast.cli.console import fail, note, one_line, refusing, refusing_models, stdout
 from stars_fast.cli.models import Names, check_models, load_engine, template_variables
 
 if TYPE_CHECKING:
@@ -90,8 +90,9 @@ def run(
             note(f"nothing to do: {output} holds all {len(rows)} rows")
             return
         engine = load_engine(names, dtype, device, max_rows, kv_cache_tokens)
-        form = "json" if as_json else "text" if prompt else "rows" if sys.stdout.isatty() else "json"
-        failed = _run_all(engine, todo, settings.config, output or form, batch_size, made_with, variables)
+        lines = as_json or not (prompt or sys.stdout.isatty())
+        target = output or ("json" if lines else "text" if prompt else "rows")
+        failed = _run_all(engine, todo, settings.config, target, batch_size, made_with, variables)
     errors = f", {failed} with an error" if failed else ""
     if output is not None:
         skipped = f", {len(rows) - len(todo)} were there before" if len(todo) < len(rows) else ""
@@ -228,7 +229,7 @@ def _write_texts(file: TextIO, records: Records) -> None:
     """The answers alone, for a pipe; what is to be said of them goes to stderr."""
     for record in records:
         if record["error"] is not None:
-            note(f"error: {record['error']}")
+            note(f"error: {one_line(record['error'])}")
             continue
         file.write(f"{_text(record)}\n")
         file.flush()

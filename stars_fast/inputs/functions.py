@@ -10,8 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from stars_fast.methods.names import near
-from stars_fast.rewards import Reward
+from stars_fast.names import near
 
 _NAMED = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)")
 _GIVEN = ("prompts", "completions", "completion_ids")
@@ -34,6 +33,8 @@ def load_function(name: str) -> Any:
         Where there is no such file, it does not run, nothing in it has that name, or it is no reward: not to be called,
         or with arguments that nobody has.
     """
+    from stars_fast.rewards import Reward  # and with it torch, which whoever asks file_of does not wait for
+
     named = _NAMED.fullmatch(name)
     assert named is not None
     path, attribute = Path(named["file"]), named["name"]
@@ -63,7 +64,7 @@ def _run(path: Path, name: str) -> ModuleType:
         sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise ValueError(f"reward={name!r}: running {path} raised {type(error).__name__}: {error}") from error
     return module

@@ -37,8 +37,8 @@ from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.inputs.functions import file_of, load_function
 from stars_fast.inputs.sampling import SAMPLING_FIELDS
-from stars_fast.methods.names import near
 from stars_fast.methods.numbers import integer
+from stars_fast.names import near
 from stars_fast.notices import warn
 from stars_fast.outputs import StarsOutput
 from stars_fast.report.files import rounded, summary, to_line

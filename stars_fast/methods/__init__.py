@@ -5,12 +5,12 @@ from stars_fast.methods.base import Enumerated, Method, Population, Segments, Tr
 from stars_fast.methods.best_of import BestOfN, BlockwiseBestOfN, RejectionSampling
 from stars_fast.methods.cards import Cards
 from stars_fast.methods.metropolis import Ending, MetropolisHastings, PowerSampling, SuffixChain
-from stars_fast.methods.names import refusing_unknown
 from stars_fast.methods.particles import ParticleFilter, TreeBoN
 from stars_fast.methods.persona import PersonaJudge
 from stars_fast.methods.rsd import RSD
 from stars_fast.methods.stars import Stars, Vanilla
 from stars_fast.methods.stopping import OptimalStopping
+from stars_fast.names import refusing_unknown
 
 METHODS: dict[str, type[Method]] = {
     method.name: refusing_unknown(no_parameter)(method)

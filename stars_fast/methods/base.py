@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
-from stars_fast.methods.names import near
 from stars_fast.methods.numbers import MOST, integer, real, shown
+from stars_fast.names import near
 
 # Share of candidates accepted: aimed at where targets are calibrated, and expected before anything is seen.
 ACCEPTANCE = 0.3

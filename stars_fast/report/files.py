@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
-from stars_fast.methods.names import near
+from stars_fast.names import near
 
 if TYPE_CHECKING:
     from stars_fast.outputs import SegmentTrace
