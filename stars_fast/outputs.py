@@ -49,9 +49,9 @@ def as_cause(words: str) -> Cause:
 
 
 class CandidateTrace(NamedTuple):
-    """One candidate that was drawn. What that is under each method stands in docs/methods.md."""
+    """One candidate that was drawn. What that is under each method stands in docs/trace.md."""
 
-    attempt: int  # index among the segment's candidates; of a population's, among all of the answer's
+    attempt: int  # index among the segment's candidates; under populations and chains, among all of the answer's
     tokens: list[int]
     reward: float  # of prompt + response up to and including it; NaN where nobody asked for it
     score: float  # what the selection compared

@@ -139,7 +139,13 @@ def test_the_terminal_shows_segments_and_on_request_what_was_not_kept(every):
     assert "rejected" not in plain.output and "</script> no" in plain.output
     assert all(name in plain.output for name in EVERY)
     assert all(f" {verdict} " in whole.output for verdict in ("accepted", "rejected", "fallback", "unseen", "error"))
-    for arguments in ((every, every), (every, every, every, "--html", "x"), (every, "--row", 9), ("nowhere",)):
+    for arguments in (
+        (every, every),
+        (every, every, every, "--html", "x"),
+        (every, "--html", every),
+        (every, "--row", 9),
+        ("nowhere",),
+    ):
         assert invoke(*arguments).exit_code == 2
 
 

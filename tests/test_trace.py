@@ -10,6 +10,7 @@ from stars_fast import StarsConfig, StarsEngine
 from stars_fast.loop import core
 from stars_fast.loop.in_order import Pass
 from stars_fast.methods import BestOfN, ParticleFilter
+from stars_fast.rewards import RuleReward
 
 pytestmark = pytest.mark.filterwarnings("ignore:method=.* itself")
 
@@ -66,6 +67,23 @@ def test_what_nobody_looked_at_is_unseen_and_costs_no_reward(monkeypatch):
     assert any(math.isnan(one.reward) for one in unseen)
     assert all([one.attempt for one in group] == list(range(len(group))) for group in candidates)
     assert not any(math.isnan(one.reward) for group in candidates for one in group if one.verdict != "unseen")
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_an_answer_that_fails_with_candidates_left_is_a_failure_of_its_own(monkeypatch, trace):
+    monkeypatch.setattr(core, "PASS", Pass(0, 0))
+
+    class Fragile(RuleReward):
+        def score(self, completions):
+            return [ValueError("no") if one.response.prompt.source == [8] else 0.0 for one in completions]
+
+    config = StarsConfig(segment_length=4, target_reward=5.0, base_reward=0.0, max_attempts=8, max_new_tokens=8)
+    engine = StarsEngine(tiny_policy(VOCAB, hidden=32), Fragile(predicates={len: 1.0}))
+    with pytest.warns(UserWarning, match="1 of 3"):
+        out = engine.generate(PROMPTS, config, seed=SEEDS, candidates=5, trace=trace)
+    assert [error is None for error in out.errors] == [True, False, True] and "no" in out.errors[1]
+    if trace:
+        assert [one.verdict for one in out.origin.unfinished[1]] == ["error", *["unseen"] * 4]
 
 
 def test_a_population_has_a_tree_whose_branch_is_the_answer():

@@ -34,6 +34,8 @@ def run(
 
     if len(files) > (1 if html is None else 2):
         fail("give one file to read here, or up to two with --html, which compares them")
+    if html is not None and any(html.resolve() == path.resolve() for path in files):
+        fail(f"--html {html} is a trace that is to be read: name another file")
     with refusing(OSError, ValueError):
         runs = [(path.name, _wanted(load_trace(path), path, row)) for path in files]
     if html is None:

@@ -132,8 +132,9 @@ def traced(request: Request, group: Sequence[Candidate], verdict: Verdict) -> li
 
 def trace_unseen(answer: Request, rest: Sequence[Candidate]) -> None:
     """Add what was behind the candidate that settled a segment, and was not even scored."""
-    traces = answer.looked_at or answer.segments[-1].candidates  # it has failed, or has just committed
-    if answer.terms.trace and traces is not None:
+    if answer.terms.trace:
+        traces = answer.looked_at or answer.segments[-1].candidates  # it has failed, or has just committed
+        assert traces is not None
         traces += [one.traced("unseen") for one in rest]
 
 

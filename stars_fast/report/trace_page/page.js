@@ -269,7 +269,7 @@ function attempts(answer, side, width) {
   const height = 190, { x, y, marks } = frame(width, height, span(limits, values), all.length + 1, 1);
   const points = []; // the state of each chain, step by step
   if (answer.loop === "chains") {
-    const steps = all.length / chainsOf(answer);
+    const steps = stepsOf(answer);
     let level = NaN;
     all.forEach((one, i) => {
       points.push([x(i + 1), i % steps === 0 ? NaN : y(level)]);
@@ -288,7 +288,8 @@ function attempts(answer, side, width) {
         cx: x(i + 1), cy: y(values[i]), r: won(one) ? 4.5 : 3.5, onclick: () => hit(side, i),
       }))));
 }
-const chainsOf = (answer) => (typeof answer.settings.method === "object" && answer.settings.method.chains) || 1;
+/** Proposals of a chain; where one broke off, nobody can tell. */
+const stepsOf = (answer) => (answer.error ? Infinity : everyCandidate(answer).length / ((answer.settings.method || {}).chains || 1));
 
 /** A population: a round to the right, what continues what, and the branch that became the answer. */
 function tree(answer, side, width) {
@@ -347,11 +348,9 @@ function why(answer, one) {
     case "population":
       if (won(one)) return ["kept", "on the branch that became the answer"];
       return ["lost", everyCandidate(answer).some((other) => other.parent === one.attempt) ? "went on for a while, and its branches ended" : "was not continued"];
-    case "chains": {
-      const steps = everyCandidate(answer).length / chainsOf(answer);
-      if (one.attempt % steps === 0) return ["accepted", "where the chain begins"];
+    case "chains":
+      if (one.attempt % stepsOf(answer) === 0) return ["accepted", "where the chain begins"];
       return [label, `log ratio ${shown(score)}, ${won(one) ? "above" : "not above"} ${shown(tau)}, the log of a random number`];
-    }
     case "rsd":
       if (one.verdict === "fallback") return ["kept", "the policy wrote it anew, and it stays whatever it is"];
       return [label, `a draft whose reward is ${won(one) ? "not " : ""}below ${shown(tau)}`];
@@ -500,15 +499,13 @@ function pick(side, i, focus = false) {
   if (focus) document.querySelectorAll("article")[side].querySelector(`[data-segment="${i}"]`)?.focus({ preventScroll: true });
 }
 
-function show(side, attempt) {
-  document.querySelectorAll("article")[side].querySelector(`[data-attempt="${attempt}"]`)?.scrollIntoView({ block: "nearest" });
-}
-
 function hit(side, attempt) {
   state.side = side;
   state.hit = [side, attempt];
   draw();
-  show(side, attempt);
+  const row = document.querySelectorAll("article")[side].querySelector(`[data-attempt="${attempt}"]`);
+  row?.focus({ preventScroll: true });
+  row?.scrollIntoView({ block: "nearest" });
 }
 
 /** A candidate of a population: its round is the segment, or the last one where the answer had ended by then. */
