@@ -289,7 +289,7 @@ class Recorder:
 @both
 def test_a_streamer_gets_the_prompt_then_every_token_then_the_end(policy, generate):
     streamer = Recorder()
-    out = generate(policy, prompts=PROMPTS[:1], streamer=streamer)
+    out = generate(policy, prompts=PROMPTS[:1], streamer=streamer, seed=1)
     assert streamer.ended == 1 and streamer.puts[0] == PROMPTS[0]
     assert len(streamer.puts) > 2
     assert [token for put in streamer.puts[1:] for token in put] == out[0, 3:].tolist()
