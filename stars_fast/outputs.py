@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -119,19 +119,10 @@ class Stats:
         return {**vars(self), "discarded_tokens": self.discarded_tokens}
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What a traced output came of, and what did not become part of it. Lists are by row of the output."""
+class Origin(Protocol):
+    """What a traced output came of. Who makes outputs has it: writing it down takes what decodes texts."""
 
-    settings: dict[str, Any]  # the fields of StarsConfig, with what the method decides itself; of a fit, whether
-    loop: str  # how candidates hang together: ``Method.loop``
-    samples: int  # of a prompt
-    prompts: list[Any]  # as they were given: text, messages or ids
-    prompt_ids: list[list[int]]
-    seeds: list[int | None]
-    rules: list[tuple[float, float | None, float]]  # r_star, r0, beta
-    unfinished: list[list[CandidateTrace]]  # of the segment, or of all answers, in which a request ended too early
-    tokenizer: Any
+    def save(self, output: StarsOutput, path: str | os.PathLike[str]) -> None: ...
 
 
 @dataclass
@@ -187,6 +178,6 @@ class StarsOutput:
         OSError
             If the file cannot be written.
         """
-        from stars_fast.report.trace import save_trace  # which decodes texts: a floor up
-
-        save_trace(self, path)
+        if self.origin is None:
+            raise ValueError("save_trace: this output has no trace: pass trace=True to generate")
+        self.origin.save(self, path)

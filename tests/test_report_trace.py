@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.cli import app
-from stars_fast.report import trace as traces
+from stars_fast.report import trace_lines
 from stars_fast.report.page import page
 from stars_fast.report.trace import load_trace, number
 
@@ -108,7 +108,7 @@ def test_an_answer_that_broke_off_keeps_what_it_had_drawn(every):
 def test_the_file_is_whole_or_what_it_was(spoken, tmp_path, monkeypatch):
     path = tmp_path / "run.jsonl"
     path.write_text("before")
-    monkeypatch.setattr(traces, "to_line", lambda record: 1 / (3 - record["row"]) and "{}\n")
+    monkeypatch.setattr(trace_lines, "to_line", lambda record: 1 / (3 - record["row"]) and "{}\n")
     with pytest.raises(ZeroDivisionError):
         spoken.save_trace(path)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]

@@ -9,7 +9,7 @@ from stars_fast.config import StarsConfig
 from stars_fast.inputs.job import Job
 from stars_fast.loop.request import Request
 from stars_fast.methods.numbers import plain
-from stars_fast.outputs import Origin
+from stars_fast.report.trace_lines import Origin
 
 
 def origin(job: Job, requests: Sequence[Request], tokenizer: Any) -> Origin:
