@@ -12,13 +12,14 @@ from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.cli import app, responses
-from stars_fast.cli.rows import read_rows, row_seed
+from stars_fast.cli import app
 from stars_fast.cli.settings import read_settings
 from stars_fast.loop.stream import Progress
 from stars_fast.methods import BestOfN, OptimalStopping, Stars
 from stars_fast.outputs import SegmentEvent, SegmentTrace
 from stars_fast.report.files import sole_run
+from stars_fast.rows import responses
+from stars_fast.rows.reading import read_rows, row_seed
 
 ROWS = [
     {"id": "a", "prompt": "w3 w4"},

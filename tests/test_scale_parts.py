@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 
-from stars_fast.cli.rows import Row, each_row, record
+from stars_fast.rows.reading import Row, each_row
+from stars_fast.rows.records import record
 from stars_fast.scale.job import PartWriter
 from stars_fast.scale.parts import Parts, is_same
 

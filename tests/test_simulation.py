@@ -16,10 +16,10 @@ from benchmarks.simulation.fleet import Replica, Requests, serve
 from benchmarks.simulation.machine import LinearMachine, RooflineMachine
 from benchmarks.simulation.run import Work, simulate
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.cli.responses import finished_rows
-from stars_fast.cli.rows import read_rows
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.report.files import to_line
+from stars_fast.rows.reading import read_rows
+from stars_fast.rows.responses import finished_rows
 
 SMALL = LinearMachine(10e-3, 0.3e-3)  # a row costs 3 % of what is fixed
 

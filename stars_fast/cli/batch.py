@@ -15,10 +15,11 @@ import typer
 from stars_fast.cli import models
 from stars_fast.cli.console import fail, note, progress, refusing, refusing_models
 from stars_fast.cli.generate import recipe_of
-from stars_fast.cli.models import Names, check_models, template_variables
+from stars_fast.cli.models import check_models, template_variables
+from stars_fast.rows.engines import Names
 
 if TYPE_CHECKING:
-    from stars_fast.cli.rows import Id, Row
+    from stars_fast.rows.reading import Id, Row
 
 _PATIENCE = 20.0  # seconds for a cluster's nodes to join, and for its other jobs to leave
 
@@ -63,9 +64,9 @@ def run(
     """
     if find_spec("ray") is None or find_spec("pyarrow") is None:
         fail("this command needs Ray: pip install 'stars-fast[ray]'")
-    from stars_fast.cli.rows import check_settings, write_settings
     from stars_fast.cli.settings import read_settings
     from stars_fast.report.files import sole_run
+    from stars_fast.rows.records import check_settings, write_settings
     from stars_fast.scale.job import connected, make_room, run_job
     from stars_fast.scale.parts import Parts
 
@@ -142,7 +143,8 @@ def _found(names: Names) -> Names:
 
 def _todo(files: list[Path], seed: int, done: dict[Id, str], output: Path) -> Iterator[Row]:
     """Rows that are not done; at the end, those that were done for other prompts or seeds are named."""
-    from stars_fast.cli.rows import check_unchanged, each_row, lines_of
+    from stars_fast.rows.reading import each_row, lines_of
+    from stars_fast.rows.records import check_unchanged
     from stars_fast.scale.parts import is_same
 
     seen, changed = dict[Any, str](), list[Any]()

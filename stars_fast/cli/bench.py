@@ -17,13 +17,13 @@ from stars_fast.cli.console import (
     plain_table,
     print_whole,
     progress,
-    quiet_transformers,
     refusing,
     refusing_models,
     stderr,
     stdout,
     torch_threads,
 )
+from stars_fast.rows.engines import quiet_transformers
 
 if TYPE_CHECKING:
     from stars_fast.bench.models import Pair

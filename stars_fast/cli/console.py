@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stars_fast.rows.engines import MEANT
+
 BAD_USAGE = 2
 INTERRUPTED = 130
-# What transformers and the engine raise for models that do not exist, do not load, or cannot be used.
-MEANT = (OSError, ValueError, TypeError, NotImplementedError, ImportError)
 _LONGEST = 2000  # characters of a complaint; some errors of libraries quote all that they were given
 _debugging = False
 
@@ -135,14 +135,6 @@ def _is_ours(error: BaseException) -> bool:
     """Whether the line that raised is in this package."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return str(frames[-1].f_globals.get("__name__")).startswith("stars_fast")
-
-
-def quiet_transformers() -> None:
-    """No bars while weights load, and no reports: what of a checkpoint is missing or of no use is said in one line."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stars_fast.cli.console import fail, quiet_transformers, refusing, refusing_models, stderr, stdout, torch_threads
+from stars_fast.cli.console import fail, refusing, refusing_models, stderr, stdout, torch_threads
+from stars_fast.rows.engines import quiet_transformers
 
 if TYPE_CHECKING:
     from stars_fast.config import StarsConfig

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stars_fast.cli.console import fail, one_line, quiet_transformers, refusing, refusing_models, stdout
+from stars_fast.cli.console import fail, one_line, refusing, refusing_models, stdout
 from stars_fast.cli.pair import examine_pair, pair_words, trouble
+from stars_fast.rows.engines import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

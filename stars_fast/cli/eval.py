@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stars_fast.cli.console import fail, note, progress, quiet_transformers, refusing, refusing_models
+from stars_fast.cli.console import fail, note, progress, refusing, refusing_models
 from stars_fast.cli.models import MaxNewTokens
 from stars_fast.evaluation.recipe import Recipe, read_recipe
 from stars_fast.report.files import sole_run
+from stars_fast.rows.engines import quiet_transformers
 
 if TYPE_CHECKING:
     from stars_fast.evaluation.cells import Cell

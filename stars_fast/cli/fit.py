@@ -10,6 +10,7 @@ import typer
 
 from stars_fast.cli import models
 from stars_fast.cli.console import fail, note, refusing, refusing_models
+from stars_fast.rows.engines import Names
 
 
 def run(
@@ -39,14 +40,14 @@ def run(
     Holds for this policy, reward model, segment length and sampling; --method optimal_stopping then spends its budget
     where it gains most, and stars and cards need no pilots.
     """
-    from stars_fast.cli.rows import lines_of, read_rows
     from stars_fast.cli.settings import read_settings
+    from stars_fast.rows.reading import lines_of, read_rows
 
     with refusing(OSError, ValueError, TypeError):
         settings = read_settings(config, set_ or (), method=method, max_new_tokens=max_new_tokens)
         with input_.open("rb") as file:
             rows = read_rows(lines_of(file), seed)
-    names = models.Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
+    names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
     models.check_models(names, dtype)
     _check_output(output)
     if bad := next((row for row in rows if row.error is not None), None):

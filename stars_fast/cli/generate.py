@@ -18,12 +18,13 @@ from rich.text import Text
 
 from stars_fast.cli import models
 from stars_fast.cli.console import fail, note, one_line, refusing, refusing_models, stdout
-from stars_fast.cli.models import Names, check_models, load_engine, template_variables
+from stars_fast.cli.models import check_models, load_engine, template_variables
+from stars_fast.rows.engines import Names
 
 if TYPE_CHECKING:
-    from stars_fast.cli.rows import Row
     from stars_fast.config import StarsConfig
     from stars_fast.engine import StarsEngine
+    from stars_fast.rows.reading import Row
 
 Records = list[dict[str, Any]]
 
@@ -132,7 +133,7 @@ def _check_usage(
 
 
 def _read_input(prompt: list[str] | None, chat: bool, input_: Path | None, seed: int) -> list[Row]:
-    from stars_fast.cli.rows import Row, lines_of, read_rows, row_seed
+    from stars_fast.rows.reading import Row, lines_of, read_rows, row_seed
 
     if prompt:
         given: list[Any] = [[{"role": "user", "content": text}] for text in prompt] if chat else prompt
@@ -168,7 +169,7 @@ def _digest(contents: bytes) -> str:
 
 
 def _todo(rows: list[Row], output: Path | None, samples: int, made_with: dict[str, Any]) -> list[Row]:
-    from stars_fast.cli.rows import resume
+    from stars_fast.rows.records import resume
 
     if output is None:
         return rows
@@ -187,9 +188,9 @@ def _run_all(
     variables: dict[str, Any] | None = None,
 ) -> int:
     """Write every row as it is finished. Returns how many ended with an error."""
-    from stars_fast.cli.responses import finished_rows
-    from stars_fast.cli.rows import write_settings
     from stars_fast.loop.stream import progress_bar
+    from stars_fast.rows.records import write_settings
+    from stars_fast.rows.responses import finished_rows
 
     again, failed = "", 0
     reading = not isinstance(output, Path) and sys.stdout.isatty()

@@ -1,15 +1,15 @@
-"""The models that ``generate`` and ``fit`` are given, as their options name them."""
+"""The models that commands are given, as their options name them."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stars_fast.cli.console import fail, quiet_transformers, refusing_models
+from stars_fast.cli.console import fail, refusing_models
+from stars_fast.rows.engines import Names, build_engine
 
 if TYPE_CHECKING:
     from stars_fast.engine import StarsEngine
@@ -54,16 +54,6 @@ Dtype = Annotated[str, typer.Option(help=f"Of both models: {', '.join(DTYPES)}."
 Device = Annotated[str, typer.Option(help="Of both models; auto takes a GPU where there is one.")]
 
 
-class Names(NamedTuple):
-    """Models and tokenizers as the user named them."""
-
-    policy: str | None
-    reward: str | None
-    tokenizer: str | None
-    reward_tokenizer: str | None
-    reward_tail: str
-
-
 def check_models(names: Names, dtype: str) -> None:
     """Leave, saying so, where a model or a dtype is missing or unknown."""
     for name, value in (("policy", names.policy), ("reward", names.reward)):
@@ -81,32 +71,6 @@ def load_engine(
         return build_engine(names, dtype, device, max_rows, kv_cache_tokens)
 
 
-def build_engine(
-    names: Names, dtype: str, device: str, max_rows: int | None, kv_cache_tokens: int | None
-) -> StarsEngine:
-    """The engine of these models. Raises what loading them leads to."""
-    from stars_fast.engine import StarsEngine
-    from stars_fast.inputs.functions import file_of, load_function
-    from stars_fast.inputs.models import load_classifier, load_policy
-
-    quiet_transformers()
-    assert names.policy is not None and names.reward is not None
-    reward, reward_tokenizer = names.reward, names.reward_tokenizer
-    scorer = None if file_of(reward) is None else load_function(reward)  # before what takes minutes
-    policy, tokenizer = load_policy(names.policy, names.tokenizer, device, dtype)
-    if scorer is None:
-        scorer, reward_tokenizer = load_classifier(reward, reward_tokenizer, device, dtype)
-    return StarsEngine(
-        policy,
-        scorer,
-        tokenizer=tokenizer,
-        reward_tokenizer=reward_tokenizer,
-        reward_tail=_tail(names.reward_tail),
-        max_rows=max_rows,
-        kv_cache_tokens=kv_cache_tokens,
-    )
-
-
 def template_variables(text: str | None) -> dict[str, Any] | None:
     """The chat templates' variables that were given."""
     from stars_fast.text.prompts import template_kwargs
@@ -115,7 +79,3 @@ def template_variables(text: str | None) -> dict[str, Any] | None:
         return None if text is None else template_kwargs(json.loads(text))
     except (ValueError, TypeError) as error:
         fail(f"--chat-template-kwargs {text}: give a JSON object of variables: {error}")
-
-
-def _tail(text: str) -> str | list[int]:
-    return [int(token) for token in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else text

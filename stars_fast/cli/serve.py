@@ -12,6 +12,7 @@ import typer
 
 from stars_fast.cli import models
 from stars_fast.cli.console import fail, refusing, refusing_models
+from stars_fast.rows.engines import Names
 
 if TYPE_CHECKING:
     from stars_fast.cli.settings import Settings
@@ -88,7 +89,7 @@ def run(
     with refusing(OSError, ValueError, TypeError):
         settings = read_settings(config, set_ or ())
         settings = settings._replace(config=_guided(settings, fit, target_reward))
-    names = models.Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
+    names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
     models.check_models(names, dtype)
     from stars_fast.serve.server import bind
 

@@ -14,11 +14,10 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stars_fast.cli.console import MEANT
-from stars_fast.cli.models import Names, build_engine
-from stars_fast.cli.rows import Row
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
+from stars_fast.rows.engines import MEANT, Names, build_engine
+from stars_fast.rows.reading import Row
 from stars_fast.scale.parts import Parts
 from stars_fast.scale.stars_batch import complete
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stars_fast.cli.rows import Id, Row
 from stars_fast.report.files import replacing, to_line
+from stars_fast.rows.reading import Id, Row
 
 _PARTS, _LEASES = "part-*.jsonl", ".writing-*"
 

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stars_fast.cli.responses import Records, finished_rows
-from stars_fast.cli.rows import Row, each_row
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.loop.stream import Progress
+from stars_fast.rows.reading import Row, each_row
+from stars_fast.rows.responses import Records, finished_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa

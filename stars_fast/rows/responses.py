@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from stars_fast.cli.rows import Row, record
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.job import Job
 from stars_fast.loop.stream import Progress
 from stars_fast.outputs import SegmentEvent, SegmentTrace
+from stars_fast.rows.reading import Row
+from stars_fast.rows.records import record
 from stars_fast.text.tokens import text_of
 
 Records = list[dict[str, Any]]

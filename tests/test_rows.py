@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from stars_fast.cli import rows
-from stars_fast.cli.rows import Row, lines_of, read_rows, record, resume, write_settings
 from stars_fast.report.files import to_line
+from stars_fast.rows import reading, records
+from stars_fast.rows.reading import Row, lines_of, read_rows
+from stars_fast.rows.records import record, resume, write_settings
 
 NESTED = b"[" * 900 + b"]" * 900
 
@@ -37,7 +38,7 @@ def test_a_key_that_is_not_echoed_may_hold_what_it_likes():
 
 
 def test_a_line_without_an_end_is_read_in_pieces_and_costs_no_other(monkeypatch):
-    monkeypatch.setattr(rows, "_LONGEST_LINE", 20)
+    monkeypatch.setattr(reading, "_LONGEST_LINE", 20)
     longest = b'{"prompt": "w3 w4w"}'
     file = io.BytesIO(longest + b"\r\n" + b'{"prompt": "' + b"w3 " * 100 + b'"}\n{"prompt": "w5"}\n' + b"x" * 99)
     found = read_rows(lines_of(file), 0)
@@ -100,7 +101,7 @@ def test_what_is_torn_is_cut_where_there_is_no_room_for_a_copy(output, monkeypat
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rows, "replacing", full)
+    monkeypatch.setattr(records, "replacing", full)
     assert resume(output, 1, ROWS, {}) == {"a", 2, 3}
     assert output.read_bytes() == whole
 
