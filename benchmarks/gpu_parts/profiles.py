@@ -40,7 +40,7 @@ def profile_steps(runner: Runner) -> None:
             return
         with runner.guarded(f"step {groups} x {candidates}"), plugged(policy.model), torch.no_grad():
             context, segment = (8, 6) if runner.tiny else (_CONTEXT, _SEGMENT)
-            steps = _prepared_steps(runner, policy, groups, candidates, context, segment)
+            steps = prepared_steps(runner, policy, groups, candidates, context, segment)
             middle = segment // 2
 
             def rewind(to: int = middle, steps: Steps = steps) -> None:
@@ -61,7 +61,7 @@ def profile_steps(runner: Runner) -> None:
     policy.clear()
 
 
-def _prepared_steps(runner: Runner, policy: Policy, groups: int, candidates: int, context: int, segment: int) -> Steps:
+def prepared_steps(runner: Runner, policy: Policy, groups: int, candidates: int, context: int, segment: int) -> Steps:
     """The tensors of decode steps as the engine runs them, with trunks and branches that are filled."""
     policy.begin(groups * context + groups * candidates * segment, context, segment)
     nodes, logits = policy.prefill([-1] * groups, pilots(runner).pair.prompts(groups, context), 4096)
