@@ -53,6 +53,7 @@ PARTS = [
         ("idle", 20, "idle.measure_idle", "Where the device waits for the host."),
         ("score-order", 35, "order.compare_orders", "Scoring in order against all at once."),
         ("products", 35, "products.measure_products", "Products by torch's libraries and others."),
+        ("dependent", 10, "dependent.compare_dependent_launches", "Decode steps with dependent launches."),
         ("tiles", 30, "tiles.measure_tiles", "Attention with 5 and 7 stages."),
         ("prefill", 15, "prefill.measure_prefill", "Attention of fresh prompts, by library."),
         ("heartbeats", 40, "heartbeats.measure_acceptances", "Steady heartbeats of batch 64."),
