@@ -54,13 +54,15 @@ PARTS = [
         ("score-order", 35, "order.compare_orders", "Scoring in order against all at once."),
         ("products", 35, "products.measure_products", "Products by torch's libraries and others."),
         ("tiles", 30, "tiles.measure_tiles", "Attention with 5 and 7 stages."),
-        ("prefill", 15, "prefill.measure_prefill", "Attention of fresh prompts, by library."),
         ("heartbeats", 40, "heartbeats.measure_acceptances", "Steady heartbeats of batch 64."),
         ("small-batches", 20, "heartbeats.measure_small_batches", "Steady heartbeats of batch 1 and 16."),
         ("unguided", 25, "baselines.compare_unguided", "Accepting everything beside generate."),
         ("baselines", 35, "baselines.compare_scripts", "plain and strong."),
-        ("tests", 90, "project_tests.run_tests", "pytest -m gpu."),
         ("graph-shapes", 10, "shapes.measure_shapes", "Graphs after warm_up; what padding costs."),
+        ("tests", 90, "project_tests.run_tests", "pytest -m gpu."),
+        # Where time is left, or by name: --only prefill --only dependent --only quantised.
+        ("prefill", 15, "prefill.measure_prefill", "Attention of fresh prompts, by library."),
+        ("dependent", 10, "dependent.compare_dependent_launches", "Decode steps with dependent launches."),
         ("quantised", 40, "quantised.measure_quantised", "Steady heartbeats with 8-bit weights."),
     )
 ]

@@ -58,7 +58,7 @@ def _for_cuda(module, inputs, **options):
     mode = torch._guards.detect_fake_mode(inputs)
     with mode:
         there = [
-            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=_DEVICE) if isinstance(x, torch.Tensor) else x
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=_DEVICE) if torch.is_tensor(x) else x
             for x in inputs
         ]
     FakeTensorProp(module, mode).propagate_dont_convert_inputs(*there)

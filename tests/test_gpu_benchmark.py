@@ -184,7 +184,8 @@ def test_parts_are_listed_and_unknown_ones_refused(capsys):
 
 
 def test_the_estimates_fit_the_time():
-    assert sum(part.seconds for part in gpu.PARTS) <= 480
+    names = [part.name for part in gpu.PARTS]
+    assert sum(part.seconds for part in gpu.PARTS[: names.index("tests") + 1]) <= 480
     assert all(part.about.endswith(".") for part in gpu.PARTS)
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from conftest import sum_reward, tiny_policy
-from test_architectures import CONFIG, FAMILIES, PROMPTS, causal_lm
 from generated_code import code_of_a_layer, launches
+from test_architectures import CONFIG, FAMILIES, PROMPTS, causal_lm
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
@@ -14,7 +14,7 @@ from stars_fast.tree.joined import join
 
 # Their rotary embeddings pair other elements than halves (Cohere, DeepSeek, gpt-oss), or there are none.
 NOT_ROTATED_WITH_THE_APPEND = {"gpt2", "opt", "cohere2", "gpt_oss", "deepseek_v3"}
-LLAMA = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+LLAMA = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
 SHAPES = {"llama": LlamaConfig(**LLAMA), "qwen2": Qwen2Config(**LLAMA, num_key_value_heads=2)}
 
 

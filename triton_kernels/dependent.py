@@ -1,8 +1,8 @@
 """Programmatic dependent launch: a kernel's programs are made while the kernel before it still runs.
 
-Off unless ``STARS_FAST_PDL`` is 1, and on NVIDIA's GPUs from Hopper on only. What a kernel reads may not be written yet,
-and what it writes may still be read, so all of its programs wait first of all; that also orders it behind everything
-before the kernel it waits for, which has waited likewise. The next kernel may begin from then on.
+Off unless ``STARS_FAST_PDL`` is 1, and on NVIDIA's GPUs from Hopper on only. What a kernel reads may not be written
+yet, and what it writes may still be read, so all of its programs wait first of all; that also orders it behind
+everything before the kernel it waits for, which has waited likewise. The next kernel may begin from then on.
 """
 
 import os

@@ -220,7 +220,7 @@ def skinny_product(
     parts = choose_parts(tiles, inner, tile.inner, _processors(x.device))
     split = parts > 1
     sums = [x.new_empty(parts, rows, count, dtype=torch.float32) for count in columns] if split else outs
-    counts = (columns + [0, 0])[:MOST_WEIGHTS]
+    counts = [*columns, 0, 0][:MOST_WEIGHTS]
     skinny_product_kernel[(tiles, parts)](
         x,
         *_three(weights),

@@ -27,7 +27,8 @@ _CLASSES = {
     "not compiled": r"at::native|aten::",
 }
 OTHER = "other"
-_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # operators, and where their matrices begin: behind a bias
+# Operators, and where their matrices begin: behind a bias, or what the product is added to.
+_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}
 LARGE = ("product", "attention")  # the other classes are small kernels
 _MARK = "stage: "
 

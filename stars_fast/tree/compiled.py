@@ -19,8 +19,8 @@ from stars_fast.tree.joined import join
 
 CompilationError = (TorchDynamoException, FailOnRecompileLimitHit)
 _MOST_COMPILATIONS = 256  # all families share one function in transformers, and so one limit
-# What tells layers apart. All else of a layer is a constant: with a head size that is none, the rotary embedding divides
-# 64-bit integers some ten times an element.
+# What tells layers apart. All else of a layer is a constant: with a head size that is none, the rotary embedding
+# divides 64-bit integers some ten times an element.
 _SYMBOLIC = r".*\.layer_idx"
 _running: dict[int, tuple[int, list[nn.Module]]] = {}  # id of a model -> how many run its layers compiled, and which
 _running_lock = threading.Lock()
@@ -80,7 +80,7 @@ class CompiledLayers:
             _running[self._model_id] = depth + 1, changed
         try:
             with (
-                torch.compiler.config.patch(dynamic_sources=_SYMBOLIC),
+                torch.compiler.config.patch(dynamic_sources=_SYMBOLIC),  # type: ignore[attr-defined]
                 torch._dynamo.config.patch(
                     skip_nnmodule_hook_guards=False,  # hooks may come and go between calls
                     recompile_limit=_MOST_COMPILATIONS,

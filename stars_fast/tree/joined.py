@@ -68,9 +68,9 @@ def _join_residual(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         # A second sum, the other way round: Inductor joins no kernel that writes what is changed later with one that
         # reads it, takes copies for the same, and makes both sums in the kernel of the norm between.
-        total = graph.call_function(operator.add, residual.args[::-1])
-        graph.call_function(torch.ops.stars_fast.product_onto.default, (total, x, weight))
-    node.replace_all_uses_with(total)
+        summed = graph.call_function(operator.add, residual.args[::-1])
+        graph.call_function(torch.ops.stars_fast.product_onto.default, (summed, x, weight))
+    node.replace_all_uses_with(summed)
     graph.erase_node(node)
     graph.erase_node(linear)
 
@@ -80,10 +80,11 @@ def _join_products(graph: fx.Graph) -> None:
     found: dict[tuple[fx.Node, bool], list[fx.Node]] = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=F.linear):
         x, weight, bias = _arguments(node, (F.linear,), 3)
-        parts = [_tensor(one) for one in (x, weight, *([] if bias is None else [bias]))]
-        if any(one is None for one in parts) or len({one.dtype for one in parts if one is not None}) > 1:
+        given = (x, weight) if bias is None else (x, weight, bias)
+        plain = [kind for one in given if (kind := _tensor(one)) is not None]
+        if len(plain) < len(given) or len({kind.dtype for kind in plain}) > 1:
             continue
-        if weight.op == "placeholder" and parts[1].is_contiguous() and (bias is None or bias.op == "placeholder"):
+        if plain[1].is_contiguous() and all(one.op == "placeholder" for one in given[1:]):
             found[x, bias is None].append(node)
     for (x, unbiased), nodes in found.items():
         for start in range(0, len(nodes), _MOST_WEIGHTS):
@@ -132,7 +133,7 @@ def _rotated(node: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     whole = None
     if (parts := _concatenated(node)) is not None:
         node, rest = parts
-        whole, index = _arguments(rest, (operator.getitem,), 2)
+        whole, _ = _arguments(rest, (operator.getitem,), 2)
     plain, turned = _arguments(node, _ADD, 2)
     x, cos = _arguments(plain, _MUL, 2)
     half, sin = _arguments(turned, _MUL, 2)
