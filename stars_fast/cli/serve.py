@@ -141,8 +141,7 @@ def _serve(
     with refusing_models():
         _try(engine, config)
         shared = AsyncStarsEngine(engine, **limits)
-        if (warm_up := getattr(engine, "warm_up", None)) is not None:  # in the pools that are held from here on
-            warm_up(config)
+        engine.warm_up(config)  # in the pools that are held from here on
     longest = config.max_new_tokens if "max_new_tokens" in settings.given else None
     service = Service(shared, config=config, max_tokens=longest, **terms)
     log_json()

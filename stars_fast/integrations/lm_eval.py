@@ -71,7 +71,7 @@ class StarsLM(HFLM):
     ----------
     pretrained : str, path or transformers causal LM
         The policy: folder, hub id or "demo". Loaded by the harness, with all that its ``hf`` takes.
-    reward : as in :class:`StarsEngine`
+    reward : as StarsEngine takes it
         By name also ``FILE.py:FUNCTION``; that file is run.
     stars_config : StarsConfig, path or mapping, optional
     seed : int
