@@ -121,6 +121,16 @@ def test_settings_that_are_not_these_are_named(output, settings):
         resume(output, 1, ROWS, {"seed": 0})
 
 
+@pytest.mark.parametrize("name", ["chat_template_kwargs", "reward_file"])
+def test_settings_that_only_one_of_two_runs_has_are_other_settings(output, name):
+    for earlier, now in (({name: "x"}, {}), ({}, {name: "x"})):
+        write_settings(output, {"seed": 0, **earlier})
+        with pytest.raises(ValueError, match=rf"{name} was .* and is "):
+            resume(output, 1, ROWS, {"seed": 0, **now})
+    write_settings(output, {"seed": 0})
+    assert len(resume(output, 1, ROWS, {"seed": 0, name: None})) == 3
+
+
 def test_a_line_that_could_not_be_read_leaves_nothing_once_it_is_mended(tmp_path):
     path, settings = tmp_path / "out.jsonl", {"policy": "p"}
     write_settings(path, settings)

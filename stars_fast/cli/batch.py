@@ -79,8 +79,7 @@ def run(
     numbers = _numbers(actors)
     output = Path(os.path.realpath(output))
     files = _files(input_, output)
-    recipe = recipe_of(names, settings.config, seed, dtype)
-    recipe |= {"chat_template_kwargs": variables} if variables else {}
+    recipe = recipe_of(names, settings.config, seed, dtype, variables)
     with refusing(OSError, ValueError):
         parts = Parts.open(output, checkpoint and Path(os.path.realpath(checkpoint)))
     again = f"; {output} keeps what was written: run the same command again to go on"

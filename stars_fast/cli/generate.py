@@ -84,8 +84,7 @@ def run(
             output = Path(os.path.realpath(output))  # a link stays one: what it leads to is written
             with refusing(OSError, ValueError):
                 held.enter_context(sole_run(output))
-        made_with = recipe_of(names, settings.config, seed, dtype)
-        made_with |= {"chat_template_kwargs": variables} if variables else {}
+        made_with = recipe_of(names, settings.config, seed, dtype, variables)
         todo = _todo(rows, output, settings.config.num_return_sequences, made_with)
         if not todo:
             note(f"nothing to do: {output} holds all {len(rows)} rows")
@@ -150,7 +149,9 @@ def _read_input(prompt: list[str] | None, chat: bool, input_: Path | None, seed:
     return rows
 
 
-def recipe_of(names: Names, config: StarsConfig, seed: int, dtype: str) -> dict[str, Any]:
+def recipe_of(
+    names: Names, config: StarsConfig, seed: int, dtype: str, variables: dict[str, Any] | None
+) -> dict[str, Any]:
     """What the texts depend on."""
     from stars_fast.inputs.functions import file_of
 
@@ -160,8 +161,9 @@ def recipe_of(names: Names, config: StarsConfig, seed: int, dtype: str) -> dict[
     if fields["fit"] is not None:  # it is long, and only has to be told from others
         fields["fit"] = _digest(json.dumps(fields["fit"], sort_keys=True).encode())
     script = file_of(names.reward)  # another text in it is another reward
-    ran = {} if script is None or not script.is_file() else {"reward_file": _digest(script.read_bytes())}
-    return {**names._asdict(), **ran, "dtype": dtype, "seed": seed, **fields}
+    ran = None if script is None or not script.is_file() else _digest(script.read_bytes())
+    given = {"reward_file": ran, "dtype": dtype, "seed": seed, "chat_template_kwargs": variables or None}
+    return {**names._asdict(), **given, **fields}
 
 
 def _digest(contents: bytes) -> str:

@@ -102,7 +102,7 @@ def _settings_path(output: Path) -> Path:
 
 
 def check_settings(output: Path, settings: dict[str, Any]) -> None:
-    """Raise ValueError where other settings than these are noted beside an output, naming them."""
+    """Raise ValueError where other settings than these are noted beside an output, naming them; None is none."""
     path = _settings_path(output)
     if not path.exists():
         return
@@ -113,9 +113,9 @@ def check_settings(output: Path, settings: dict[str, Any]) -> None:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not what this command wrote: {error}") from error
     changed = [
-        f"{name} was {earlier[name]!r} and is {now[name]!r}"
-        for name in now
-        if name in earlier and earlier[name] != now[name]
+        f"{name} was {earlier.get(name)!r} and is {now.get(name)!r}"
+        for name in dict.fromkeys([*now, *earlier])
+        if earlier.get(name) != now.get(name)
     ]
     if changed:
         raise ValueError(
