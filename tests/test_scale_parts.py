@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from stars_fast.rows.reading import Row, each_row
 from stars_fast.rows.records import record
 from stars_fast.scale.job import PartWriter
 from stars_fast.scale.parts import Parts, is_same
+from stars_fast.scale.replicas import serve_app
 
 ROWS = [Row("a", "w3", 1), Row(2, [{"role": "user", "content": "w4"}], 2), Row("3", [5, 6], 3)]
 
@@ -127,6 +129,12 @@ def test_rows_of_several_files_are_called_by_file_and_line():
     assert first[1].error.startswith("line 2 of a.jsonl: not JSON")
     with pytest.raises(ValueError, match=r"lines 1 of b\.jsonl and 2 of c\.jsonl have the same id 'b\.jsonl:1'"):
         list(each_row([b'{"id": "x", "prompt": ""}', b'{"id": "b.jsonl:1", "prompt": ""}'], 0, seen, "c.jsonl"))
+
+
+def test_replicas_without_ray_serve_name_their_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'stars-fast\[ray-serve\]'"):
+        serve_app("demo", "demo")
 
 
 def ids(pattern):
