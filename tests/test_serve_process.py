@@ -11,12 +11,19 @@ import time
 from contextlib import contextmanager
 
 import httpx
-from serving import chunks_of
+import pytest
+from serving import CONFIG, chunks_of, tiny_engine
 from typer.testing import CliRunner
 
+from stars_fast import StarsConfig
 from stars_fast.cli import app, serve
 
 SERVE = ("serve", "--policy", "demo", "--reward", "demo", "--port", "0")
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before(monkeypatch):
+    monkeypatch.setattr("stars_fast.serve.logs.log_json", lambda: None)  # it would hold on to a closed stderr
 
 
 def refused(*arguments) -> str:
@@ -113,15 +120,29 @@ def test_the_command_line_imports_no_server():
 
 
 def test_segments_longer_than_a_heartbeat_may_be_are_refused_at_the_start():
-    assert "--max-segment-length 8" in refused("--max-segment-length", 8)
+    assert "max_segment_length=8" in refused("--max-segment-length", 8)
 
 
 def test_a_fit_brings_its_segments_and_sampling_and_spares_the_pilots():
     assert "made for something else" in refused("--fit", "demo", "--set", "top_k=3")
-    from stars_fast.cli.settings import read_settings
+    from stars_fast.serve.assembly import calibrates, with_fit
 
-    config = serve._guided(read_settings(None), "demo", None)
-    assert config.top_k == 50 and not serve._calibrates(config)
-    assert serve._calibrates(read_settings(None).config)
-    assert not serve._calibrates(read_settings(None, ["method=vanilla"]).config)
-    assert not serve._calibrates(serve._guided(read_settings(None), None, 2.0))
+    config = with_fit(StarsConfig(fit="demo"), ())
+    assert config.top_k == 50 and not calibrates(config) and calibrates(StarsConfig())
+    assert with_fit(StarsConfig(fit="demo", top_k=3), ("top_k",)).top_k == 3
+    assert not calibrates(StarsConfig(method="vanilla")) and not calibrates(StarsConfig(target_reward=2.0))
+
+
+def test_a_service_takes_its_length_from_a_config_that_says_it_and_gives_the_engine_back():
+    from stars_fast.serve.assembly import service_of
+
+    engine = tiny_engine()
+    engine.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="max_segment_length=8"):
+        service_of(engine, StarsConfig(target_reward=1.0), "tiny", max_segment_length=8)
+    for config, longest in ((CONFIG, None), (CONFIG.replace(max_new_tokens=64), 64)):
+        service = service_of(engine, config, "tiny")
+        service.engine.close()
+        assert service.max_tokens == longest and service.timeout == 600
+    chat = [{"role": "user", "content": "hi"}, {"role": "user", "content": "there"}]
+    assert engine.tokenizer.apply_chat_template(chat, tokenize=False).endswith("hi\nthere")

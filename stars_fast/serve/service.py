@@ -17,6 +17,7 @@ from stars_fast.serve.metrics import Metrics
 from stars_fast.serve.schema import Asked, ChatRequest, StarsSettings
 
 COMPLETION_TOKENS = 16  # of a completion that does not say how long, as OpenAI has it
+TIMEOUT = 600.0  # seconds of a request, unless the server says otherwise
 
 _log = logging.getLogger("stars_fast.serve")
 _OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
@@ -59,7 +60,7 @@ class Service:
     max_tokens : int, optional
         Of a request that does not say. None: 16 for completions, the rest of the context for chats.
     timeout : float, optional
-        Seconds; no request may have more.
+        Seconds; no request may have more. None: no bound.
     samples_greedy : bool
         Whether temperature 0 is taken for one that was not given.
     keep_alive : float
@@ -70,7 +71,7 @@ class Service:
     model: str
     config: StarsConfig
     max_tokens: int | None = None
-    timeout: float | None = None
+    timeout: float | None = TIMEOUT
     samples_greedy: bool = False
     keep_alive: float = 15.0
     metrics: Metrics = field(init=False)
