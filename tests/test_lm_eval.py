@@ -115,7 +115,21 @@ def test_an_answer_ends_in_front_of_what_the_task_stops_at(make):
     texts = lm.generate_until(asked({**SAMPLED, "until": [stop], "max_gen_toks": 40}, repeats=4))
     assert any(texts) and not any(stop in text.split() for text in texts)
     assert max(len(text.split()) for text in texts) <= 40
-    assert StarsLM.max_gen_toks.fget(make(max_new_tokens=7)) == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "length"),
+    [
+        ({}, 256),
+        ({"max_new_tokens": 7}, 7),
+        ({"max_new_tokens": 128}, 128),
+        ({"stars_config": {"max_new_tokens": 128}}, 128),
+        ({"stars_config": StarsConfig(max_new_tokens=9)}, 9),
+        ({"stars_config": StarsConfig()}, 256),
+    ],
+)
+def test_a_length_that_was_given_holds_even_where_it_is_the_default(make, settings, length):
+    assert make(**settings).max_gen_toks == length
 
 
 def test_a_greedy_task_is_sampled_by_the_arguments_and_says_so_once(make):

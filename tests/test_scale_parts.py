@@ -2,13 +2,18 @@
 
 import json
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 
+from stars_fast.cli import batch
+from stars_fast.rows.engines import Names
 from stars_fast.rows.reading import Row, each_row
 from stars_fast.rows.records import record
 from stars_fast.scale.job import PartWriter
 from stars_fast.scale.parts import Parts, is_same
+from stars_fast.scale.replicas import serve_app
 
 ROWS = [Row("a", "w3", 1), Row(2, [{"role": "user", "content": "w4"}], 2), Row("3", [5, 6], 3)]
 
@@ -124,3 +129,33 @@ def test_rows_of_several_files_are_called_by_file_and_line():
     assert first[1].error.startswith("line 2 of a.jsonl: not JSON")
     with pytest.raises(ValueError, match=r"lines 1 of b\.jsonl and 2 of c\.jsonl have the same id 'b\.jsonl:1'"):
         list(each_row([b'{"id": "x", "prompt": ""}', b'{"id": "b.jsonl:1", "prompt": ""}'], 0, seen, "c.jsonl"))
+
+
+def test_replicas_without_ray_serve_name_their_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'stars-fast\[ray-serve\]'"):
+        serve_app("demo", "demo")
+
+
+def ids(pattern):
+    files = batch._named(batch._files(pattern, Path("out")), pattern)
+    return [row.id for row in batch._todo(files, 0, {}, Path("out"))]
+
+
+def test_rows_keep_their_names_when_a_file_is_added_and_files_may_be_called_alike(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("x", "y"):
+        Path(folder).mkdir()
+        Path(folder, "part.jsonl").write_text('{"prompt": "w3"}\n')
+    whole = f"{tmp_path}/*/part.jsonl"
+    assert ids("x/*.jsonl") == ids("x/part.jsonl") == ids("./x/../x/p*") == ["part.jsonl:1"]
+    assert ids("*/part.jsonl") == ids(whole) == ids("**/*.jsonl") == ["x/part.jsonl:1", "y/part.jsonl:1"]
+    Path("x/a.jsonl").write_text('{"prompt": "w4"}\n')
+    assert ids("x/*.jsonl") == ["a.jsonl:1", "part.jsonl:1"]
+
+
+def test_workers_that_start_elsewhere_find_folders_and_the_file_of_a_reward(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("policy").mkdir()
+    names = batch._found(Names("policy", "rewards.py:score", None, "org/tokenizer", "auto"))
+    assert names == (f"{tmp_path}/policy", f"{tmp_path}/rewards.py:score", None, "org/tokenizer", "auto")

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,8 +60,8 @@ def run(
 ) -> None:
     """Complete prompts with many workers, each with models of its own.
 
-    A row has the text that `generate` gives it: neither workers nor batches nor an interruption change it. Run the same
-    command again to go on where it stopped. The exit status is 1 where a row failed.
+    A row with an id has the text that `generate` gives it: neither workers nor batches nor an interruption change it.
+    Run the same command again to go on where it stopped. The exit status is 1 where a row failed.
     """
     if find_spec("ray") is None or find_spec("pyarrow") is None:
         fail("this command needs Ray: pip install 'stars-fast[ray]'")
@@ -78,7 +79,7 @@ def run(
     variables = template_variables(chat_template_kwargs)
     numbers = _numbers(actors)
     output = Path(os.path.realpath(output))
-    files = _files(input_, output)
+    files = _named(_files(input_, output), input_)
     recipe = recipe_of(names, settings.config, seed, dtype, variables)
     with refusing(OSError, ValueError):
         parts = Parts.open(output, checkpoint and Path(os.path.realpath(checkpoint)))
@@ -135,21 +136,29 @@ def _files(pattern: str, output: Path) -> list[Path]:
 
 
 def _found(names: Names) -> Names:
-    """Folders by their whole paths: workers start elsewhere."""
-    folders = {field: os.path.abspath(name) for field, name in names._asdict().items() if name and os.path.isdir(name)}
-    return names._replace(**folders)
+    """Folders, and the file of a reward, by their whole paths: workers start elsewhere."""
+    from stars_fast.inputs.functions import file_of
+
+    given = {field: name for field, name in names._asdict().items() if name and (os.path.isdir(name) or file_of(name))}
+    return names._replace(**{field: os.path.abspath(name) for field, name in given.items()})
 
 
-def _todo(files: list[Path], seed: int, done: dict[Id, str], output: Path) -> Iterator[Row]:
+def _named(files: list[Path], pattern: str) -> dict[str, Path]:
+    """Files by what a pattern leaves open of their paths, be it one or many: more may come under other names."""
+    fixed = Path(*takewhile(lambda part: not glob.has_magic(part), Path(pattern).parent.parts))
+    return {file.relative_to(fixed).as_posix(): file for file in files}
+
+
+def _todo(files: dict[str, Path], seed: int, done: dict[Id, str], output: Path) -> Iterator[Row]:
     """Rows that are not done; at the end, those that were done for other prompts or seeds are named."""
     from stars_fast.rows.reading import each_row, lines_of
     from stars_fast.rows.records import check_unchanged
     from stars_fast.scale.parts import is_same
 
     seen, changed = dict[Any, str](), list[Any]()
-    for path in files:
+    for name, path in files.items():
         with path.open("rb") as file:
-            for row in each_row(lines_of(file), seed, seen, path.name if len(files) > 1 else ""):
+            for row in each_row(lines_of(file), seed, seen, name):
                 if row.id not in done:
                     yield row
                 elif not is_same(row, done[row.id]):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from pathlib import Path
@@ -56,7 +58,9 @@ def load_function(name: str) -> Any:
 
 
 def _run(path: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"_stars_fast_{path.stem}", path)
+    # Two files of one name are two modules.
+    digest = hashlib.blake2b(os.fsencode(path.resolve()), digest_size=8).hexdigest()
+    spec = importlib.util.spec_from_file_location(f"_stars_fast_{path.stem}_{digest}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickles look for it there

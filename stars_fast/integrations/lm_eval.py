@@ -105,6 +105,10 @@ class StarsLM(HFLM):
         engine = {name: settings.pop(name) for name in _ENGINE if name in settings}
         _check_known(settings)
         self.stars_config = _config(stars_config).replace(**own)
+        named = {*own, *(stars_config if isinstance(stars_config, Mapping) else ())}
+        # A whole StarsConfig does not tell what of it was given: what it has by itself is taken for not given.
+        default = StarsConfig().max_new_tokens
+        self._has_length = "max_new_tokens" in named or self.stars_config.max_new_tokens != default
         if self.stars_config.num_return_sequences != 1:
             raise ValueError(
                 f"num_return_sequences={self.stars_config.num_return_sequences}: the harness takes one answer to a "
@@ -127,8 +131,7 @@ class StarsLM(HFLM):
     @property
     def max_gen_toks(self) -> int:
         """Length of answers to tasks that say nothing of it."""
-        own = self.stars_config.max_new_tokens
-        return super().max_gen_toks if own == StarsConfig().max_new_tokens else own
+        return self.stars_config.max_new_tokens if self._has_length else super().max_gen_toks
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Raise ValueError: the harness finds cached answers by their prompt alone."""

@@ -58,7 +58,7 @@ def serve_app(
     session: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Application:
-    """An application for ``ray.serve.run``. Needs ``pip install 'stars-fast[serve]' 'ray[serve]'``.
+    """An application for ``ray.serve.run``. Needs ``pip install 'stars-fast[ray-serve]'``; else ImportError.
 
     Parameters
     ----------
@@ -81,8 +81,10 @@ def serve_app(
     >>> from stars_fast.scale.replicas import serve_app
     >>> serve.run(serve_app("org/policy", "org/reward", num_replicas=8, ray_actor_options={"num_gpus": 1}))
     """
-    from ray import serve
-
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise ImportError(f"this needs Ray Serve: pip install 'stars-fast[ray-serve]' ({error})") from error
     session = dict(session or {})
     options = {
         "name": "stars-fast",

@@ -40,7 +40,8 @@ class StarsBatch:
     Notes
     -----
     A batch (Arrow, pandas or NumPy) has a column ``id``, text or integers, which differ within the dataset, and one of
-    ``prompt`` (text), ``messages`` (chats) and ``prompt_ids`` in each row. It comes back as an Arrow table with all its
+    ``prompt`` (text), ``messages`` (chats) and ``prompt_ids`` in each row. A null in a message is a key that the message
+    has not: Arrow gives all of them the keys of one. The batch comes back as an Arrow table with all its
     columns and these: ``sample, completion, reward, finish_reason, error, tokens, completion_ids, segments, seed``; a
     row per sample where ``num_return_sequences`` is more than 1. A row that fails has its reason in ``error``, which is
     null in others, and costs no other row. ValueError and TypeError are for what is wrong with every row.
@@ -89,7 +90,7 @@ class StarsBatch:
         if "id" not in table.column_names or table["id"].null_count:
             raise ValueError("rows need an id: give every row of column 'id' a text or an integer of its own")
         given = table.select([name for name in _READ if name in table.column_names]).to_pylist()
-        rows = list(each_row((json.dumps(row) for row in given), self.seed, {}, "the batch"))
+        rows = list(each_row((json.dumps(_spoken(row)) for row in given), self.seed, {}, "the batch"))
         records = complete(self.engine, rows, self.config, self.chat_template_kwargs)
         places = [place for place, samples in enumerate(records) for _ in samples]
         flat = [record for samples in records for record in samples]
@@ -110,6 +111,13 @@ def complete(
     finished = finished_rows(engine, rows, config, max(1, len(rows)), told, chat_template_kwargs)
     found = {records[0]["id"]: records for records in finished}
     return [found[row.id] for row in rows]
+
+
+def _spoken(value: Any) -> Any:
+    """Without the keys that Arrow gives all messages of a table since one of them has it."""
+    if isinstance(value, dict):
+        return {name: _spoken(one) for name, one in value.items() if one is not None}
+    return [_spoken(one) for one in value] if isinstance(value, list) else value
 
 
 def _as_table(batch: Any) -> pa.Table:

@@ -12,7 +12,7 @@ import pytest
 from stars_fast import StarsConfig
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
-serve = pytest.importorskip("ray.serve", reason="needs ray[serve]")
+serve = pytest.importorskip("ray.serve", reason="needs the extra ray-serve")
 pytest.importorskip("stars_fast.serve.app", reason="needs the extra serve", exc_type=ImportError)
 httpx = pytest.importorskip("httpx")
 pytestmark = pytest.mark.slow
