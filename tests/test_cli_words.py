@@ -59,8 +59,9 @@ def test_options_and_paths_stay_as_they_are(message):
 
 
 def test_a_command_may_call_an_argument_otherwise():
-    with speaking_of(reward="--guide"):
+    with speaking_of(reward="--guide", acceptance="--acceptance"):
         assert in_options("reward='x': no") == "--guide x: no"
+        assert in_options("acceptance='2': no") == "--acceptance 2: no"
     assert in_options("reward='x': no") == "--reward x: no"
 
 

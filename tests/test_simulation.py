@@ -17,6 +17,8 @@ from benchmarks.simulation.machine import LinearMachine, RooflineMachine
 from benchmarks.simulation.run import Work, simulate
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.loop.scheduler import Scheduler
+from stars_fast.loop.stream import Progress
+from stars_fast.methods import Stars
 from stars_fast.report.files import to_line
 from stars_fast.rows.reading import read_rows
 from stars_fast.rows.responses import finished_rows
@@ -285,7 +287,7 @@ def test_the_command_replays_what_generate_wrote(tmp_path):
     engine = StarsEngine(tiny_policy(32), sum_reward)
     config = StarsConfig(max_new_tokens=14, segment_length=4, max_attempts=6, beta=0.3)
     rows = read_rows(['{"prompt_ids": [3, 4]}', '{"prompt_ids": [5]}', '{"prompt_ids": [7, 8, 9]}'], 0)
-    records = [record for done in finished_rows(engine, rows, config, 8, lambda event: None) for record in done]
+    records = [record for done in finished_rows(engine, rows, config, 8, Progress(Stars())) for record in done]
     path = tmp_path / "out.jsonl"
     path.write_text("".join(map(to_line, records)))
     costs = ("--fixed-cost", "10", "--row-cost", "0.3", "--max-attempts", "6", "--segment", "4")
@@ -299,7 +301,8 @@ def test_the_command_replays_what_generate_wrote(tmp_path):
 @pytest.mark.parametrize(
     "options, named",
     [
-        (("--acceptance", "2"), "acceptance='2'"),
+        (("--acceptance", "2"), "--acceptance 2: a probability"),
+        (("--max-attempts", "0"), "--max-attempts 0"),
         (("--fixed-cost", "3"), "row_cost=None"),
         (("--fixed", "1,x"), "fixed='1,x'"),
         (("--batch", "0"), "batch=0"),

@@ -15,6 +15,7 @@ from benchmarks.simulation.acceptance import Course, rates, recorded, synthetic
 from benchmarks.simulation.machine import LinearMachine, Machine, RooflineMachine
 from benchmarks.simulation.run import Outcome, Work, simulate
 from stars_fast.cli.console import plain_table, refusing_models, stdout
+from stars_fast.cli.words import speaking_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -44,7 +45,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare adaptive candidates with fixed ones, with waiting for the slowest, and with knowing everything."""
-    with refusing_models():
+    with speaking_of(acceptance="--acceptance", max_attempts="--max-attempts"), refusing_models():
         courses = _courses(acceptance, requests, response, segment, max_attempts, seed)
         paper = Workload(batch, segment, context=context, response=response, max_attempts=max_attempts)
         machine = _machine(policy, reward, gpu, paper, fixed_cost, row_cost)

@@ -36,7 +36,7 @@ def _option(found: re.Match[str]) -> str:
     value = "none" if value == "None" else value
     if value and re.fullmatch(r"'[\w./:-]+'", value):  # which a shell need not have in quotes
         value = value[1:-1]
-    if name in _OPTIONS:
+    if name in _OPTIONS or name in _other:
         option = _other.get(name, f"--{name.replace('_', '-')}")
         return option if value is None else f"{option} {value}"
     return f"--set {name}={('DIR' if name == 'fit' else '...') if value is None else value}"
