@@ -8,7 +8,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import fields
 from itertools import count
 from typing import Any
@@ -26,6 +27,23 @@ from stars_fast.stays import Stays
 
 class QueueFull(RuntimeError):
     """As many requests are open as may be."""
+
+
+_REFUSED = "_stars_fast_refused"
+
+
+def was_refused(error: BaseException) -> bool:
+    """Whether :meth:`AsyncStarsEngine.generate` raised it for its arguments, before anything was drawn."""
+    return hasattr(error, _REFUSED)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        vars(error)[_REFUSED] = True
+        raise
 
 
 class AsyncStarsEngine(Stays):
@@ -177,17 +195,9 @@ class AsyncStarsEngine(Stays):
             If this is closed or draining, the thread that takes the steps has died, or this process was forked from the
             one that made it.
         """
-        if not isinstance(request_id, (str, type(None))):
-            raise TypeError(f"request_id={shown(request_id)} must be a string")
-        if not isinstance(columns, (Mapping, type(None))):
-            raise TypeError(f"columns={shown(columns)}: give a mapping of name to value")
-        priority = integer("priority", priority)
-        seed = None if seed is None else integer("seed", seed)
-        timeout = None if timeout is None else real("timeout", timeout, 0.0)
-        trace = truth("trace", trace)
         if not reserved:
             self.reserve()
-        name, job, loop = request_id or self._new_name(), None, asyncio.get_running_loop()
+        name, job, loop = "", None, asyncio.get_running_loop()
         news, mine = asyncio.Event(), False
 
         def notify() -> None:
@@ -195,22 +205,27 @@ class AsyncStarsEngine(Stays):
                 loop.call_soon_threadsafe(news.set)
 
         try:
-            self._check_open(name)
-            self._jobs[name], mine = None, True
-            deadline = None if timeout is None else time.monotonic() + timeout
-            given: dict[str, Any] = {key: [value] for key, value in (columns or {}).items()}
-            for_reward = None if reward_prompt is None else [reward_prompt]
-            seeds = None if seed is None else [seed]
-            arguments = Arguments(
-                [prompt],
-                config,
-                columns=given,
-                reward_prompts=for_reward,
-                seed=seeds,
-                chat_template_kwargs=chat_template_kwargs,
-                trace=trace,
-            )
-            call = await asyncio.to_thread(self.engine.prepare, arguments)
+            with _refusing():
+                if not isinstance(request_id, (str, type(None))):
+                    raise TypeError(f"request_id={shown(request_id)} must be a string")
+                if not isinstance(columns, (Mapping, type(None))):
+                    raise TypeError(f"columns={shown(columns)}: give a mapping of name to value")
+                priority = integer("priority", priority)
+                timeout = None if timeout is None else real("timeout", timeout, 0.0)
+                name = request_id or self._new_name()
+                self._check_open(name)
+                self._jobs[name], mine = None, True
+                deadline = None if timeout is None else time.monotonic() + timeout
+                arguments = Arguments(
+                    [prompt],
+                    config,
+                    columns={key: [value] for key, value in (columns or {}).items()},
+                    reward_prompts=None if reward_prompt is None else [reward_prompt],
+                    seed=None if seed is None else [integer("seed", seed)],
+                    chat_template_kwargs=chat_template_kwargs,
+                    trace=truth("trace", trace),
+                )
+                call = await asyncio.to_thread(self.engine.prepare, arguments)
             call.priority = priority
             self._check_alive()
             job = self._jobs[name] = Job(call, self.engine.tokenizer, deadline=deadline, notify=notify)
@@ -353,7 +368,8 @@ class AsyncStarsEngine(Stays):
                     return
                 try:
                     if not job.over:
-                        core.submit(job)
+                        with _refusing():
+                            core.submit(job)
                         busy = True
                 except Exception as error:  # what the session has no room for, or the reward cannot score
                     job.end(error)
@@ -370,4 +386,6 @@ class AsyncStarsEngine(Stays):
 def _add(total: Stats, stats: Stats) -> None:
     for field in fields(Stats):
         value = getattr(stats, field.name)
+        if isinstance(value, Counter):
+            value = Counter(dict(value))  # a copy in one step: the engine's thread goes on counting
         setattr(total, field.name, getattr(total, field.name) + value)  # a Counter adds up, too

@@ -17,13 +17,16 @@ class Cause(str):
     ----------
     exception : BaseException or None
         With its traceback. It holds its frames, and they what they worked on.
+    kind : str or None
+        Name of the exception's class: of what went wrong, the part that quotes nobody.
     """
 
     exception: BaseException | None
+    kind: str | None
 
-    def __new__(cls, words: str, exception: BaseException | None = None) -> Cause:
+    def __new__(cls, words: str, exception: BaseException | None = None, kind: str | None = None) -> Cause:
         cause = super().__new__(cls, words)
-        cause.exception = exception
+        cause.exception, cause.kind = exception, kind if exception is None else type(exception).__name__
         return cause
 
     @classmethod
@@ -37,7 +40,11 @@ class Cause(str):
 
     def after(self, before: str) -> Cause:
         """The same exception, with words in front."""
-        return Cause(before + self, self.exception)
+        return Cause(before + self, self.exception, self.kind)
+
+    def without_frames(self) -> Cause:
+        """For who may keep it."""
+        return Cause(str(self), kind=self.kind)
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (str(self),)

@@ -140,7 +140,7 @@ class Job:
             self._logged.add(type(error))
             log(f"prompts[{request.prompt_index}]: {cause}", error)
         # An exception holds its frames, and they what they worked on.
-        request.error = self.failed[request.index] = Cause(str(cause)) if self.failed else cause
+        request.error = self.failed[request.index] = cause.without_frames() if self.failed else cause
 
     @property
     def first_failure(self) -> Cause:

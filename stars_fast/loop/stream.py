@@ -14,7 +14,7 @@ from stars_fast.loop.request import Request
 from stars_fast.methods.base import Method
 from stars_fast.methods.numbers import shown
 from stars_fast.notices import warn
-from stars_fast.outputs import Cause, SegmentEvent, SegmentTrace
+from stars_fast.outputs import Cause, SegmentEvent, SegmentTrace, as_cause
 
 
 def new_events(request: Request, tokenizer: Any) -> Iterator[SegmentEvent]:
@@ -46,7 +46,7 @@ def _event(
         segment=segment,
         text=text,
         finish_reason=reason,
-        error=None if reason is None or request.error is None else str(request.error),
+        error=None if reason is None or request.error is None else as_cause(request.error).without_frames(),
     )
 
 

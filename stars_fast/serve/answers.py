@@ -9,13 +9,13 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from stars_fast.async_engine import QueueFull
+from stars_fast.async_engine import QueueFull, was_refused
 from stars_fast.config import StarsConfig
-from stars_fast.outputs import CandidateTrace, SegmentEvent, SegmentTrace
+from stars_fast.outputs import CandidateTrace, SegmentEvent, SegmentTrace, as_cause
 from stars_fast.report.files import rounded, summary
-from stars_fast.serve.errors import Refusal, unavailable, without_quotes
+from stars_fast.serve.errors import Refusal, failed, unavailable
 from stars_fast.serve.schema import Asked, ChatRequest
 from stars_fast.serve.service import Service
 from stars_fast.text.decode import continuation
@@ -104,6 +104,17 @@ class Choice:
         return {**record, "text": legible(self._tokenizer, candidate.tokens) if text is None else text, "parts": parts}
 
 
+class _End(NamedTuple):
+    """A prompt is through, or came to an error."""
+
+    place: int
+    error: BaseException | None
+
+
+class _TimeIsUp(Exception):
+    """Not a TimeoutError, which a reward may raise."""
+
+
 class Exchange:
     """One request: from its place in the queue to what it has cost."""
 
@@ -114,7 +125,7 @@ class Exchange:
         tokenizer = service.engine.engine.tokenizer if body.traced else None
         self.choices = [Choice(index, stops, tokenizer) for index in range(count)]
         self.costs: dict[int, dict[str, Any]] = {}  # by prompt
-        self.segments = 0
+        self.segments, self._began = 0, time.monotonic()
         self.left = False  # the client has
         self.refusal: Refusal | None = None  # what it came to, if not to answers
 
@@ -138,7 +149,7 @@ class Exchange:
                     choice = self.choices[event.index]
                     yield choice, choice.add(event)
             left = False
-        except TimeoutError:
+        except _TimeIsUp:
             left = False
             if not self.segments:
                 seconds = self.service.seconds(self.body)
@@ -163,7 +174,7 @@ class Exchange:
                 raise unavailable(reason)
         elif event.error is not None:
             _log.error("a request failed", extra={"fields": {"id": self.name, "error": event.error}})
-            raise Refusal(f"the request failed: {without_quotes(event.error)}", 500)
+            raise failed(as_cause(event.error).kind)
 
     async def _events(self) -> AsyncGenerator[SegmentEvent, None]:
         """Of all prompts, by the order in which they come; ``index`` counts all choices."""
@@ -173,26 +184,27 @@ class Exchange:
         except QueueFull as error:
             self.service.metrics.rejections.inc()
             raise unavailable(str(error)) from error
-        news: asyncio.Queue[SegmentEvent | Exception | None] = asyncio.Queue()  # None: a prompt is through
+        news: asyncio.Queue[SegmentEvent | _End] = asyncio.Queue()
         begun = set[int]()
         tasks = [asyncio.create_task(self._pump(place, begun, news)) for place in range(len(prompts))]
         open_ = len(tasks)
         try:
             while open_:
                 event = await news.get()
-                if event is None:
-                    open_ -= 1
-                elif isinstance(event, Exception):
+                if isinstance(event, SegmentEvent):
+                    yield event
+                elif event.error is not None:
                     raise self._failure(event)
                 else:
-                    yield event
+                    open_ -= 1
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             engine.release(len(tasks) - len(begun))  # a task that was cancelled first has not come to end its own
 
-    async def _pump(self, place: int, begun: set[int], news: asyncio.Queue[Any]) -> None:
+    async def _pump(self, place: int, begun: set[int], news: asyncio.Queue[SegmentEvent | _End]) -> None:
+        end: BaseException | None = None
         body, engine, name = self.body, self.service.engine, f"{self.name}-{place}"
         try:
             answer: Any = engine.generate(
@@ -211,22 +223,26 @@ class Exchange:
                 async for event in events:
                     self.costs[place] = engine.usage(name) or {}
                     news.put_nowait(replace(event, index=place * body.samples + event.index))
-            news.put_nowait(None)
-        except Exception as error:
-            if len(body.prompts) > 1 and isinstance(error, (ValueError, TypeError)):
-                error = type(error)(str(error).replace("prompts[0]", f"prompt[{place}]"))
-            news.put_nowait(error)
+        except BaseException as error:  # a tokenizer in Rust may panic, which is no Exception
+            end = error
+            if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt, SystemExit)):
+                raise
+        finally:
+            news.put_nowait(_End(place, end))  # or the request would wait for ever
 
-    def _failure(self, error: Exception) -> Exception:
+    def _failure(self, end: _End) -> Exception:
         """What a request is told that was not let in, or whose answers broke off together."""
-        if isinstance(error, TimeoutError):
-            return error
-        if isinstance(error, (ValueError, TypeError, NotImplementedError)):
-            return self.service.refused(error)
+        error, seconds = end.error, self.service.seconds(self.body)
+        assert error is not None
+        if isinstance(error, TimeoutError) and seconds is not None and time.monotonic() >= self._began + seconds:
+            return _TimeIsUp()
+        if was_refused(error):
+            where = f"prompt[{end.place}]" if len(self.body.prompts) > 1 else "prompt"
+            return self.service.refused(str(error).replace("prompts[0]", where))
         if (reason := self.service.trouble()) is not None:
             return unavailable(reason)
         _log.error("a request failed", exc_info=error, extra={"fields": {"id": self.name}})
-        return Refusal(f"the request failed: {without_quotes(f'{type(error).__name__}: {error}')}", 500)
+        return failed(type(error).__name__)
 
     @property
     def notes(self) -> dict[str, Any]:

@@ -122,10 +122,6 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
         assert isinstance(error, HTTPException)
         return _noted(request, Refusal(str(error.detail), error.status_code, headers=error.headers)).response()
 
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:  # the log has its traceback
-        return _noted(request, Refusal(f"the server failed: {type(error).__name__}", 500)).response()
-
     return app
 
 

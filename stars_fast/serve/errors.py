@@ -24,8 +24,6 @@ _LONGEST = 500  # characters
 _KINDS = ((dict, "an object"), (list, "a list"), (str, "text"), (bool, "a truth value"), ((int, float), "a number"))
 # Absolute paths, wherever they came from: a tokenizer's or a template's complaint may name files.
 _PATH = re.compile(r"(?<![\w/.:])(?:[A-Za-z]:)?[/\\](?:[^\s'\"()<>,;:]+[/\\])+[^\s'\"()<>,;:]*")
-# An exception's class in front of what it said, which may quote another caller's text: the log has it.
-_SAID = re.compile(r"\b(\w*(?:Error|Exception|Interrupt|Exit|Warning|StopIteration)): .*", re.DOTALL)
 # What the engine calls things, and what a request does.
 _NAMES = {"max_new_tokens": "max_tokens", "num_return_sequences": "n", "stop_strings": "stop"}
 _OURS = re.compile(rf"\b({'|'.join(_NAMES)})\b")
@@ -64,6 +62,11 @@ def unavailable(message: str) -> Refusal:
     return Refusal(message, 503, headers={"Retry-After": "1"})
 
 
+def failed(kind: str | None) -> Refusal:
+    """The reward or the models failed. What they said may quote another caller's text: the log has it."""
+    return Refusal(f"the request failed{'' if kind is None else f': {kind}'}; the server's log says more", 500)
+
+
 class Json(Response):
     media_type = "application/json"
 
@@ -76,16 +79,11 @@ def to_json(content: Any) -> bytes:
     return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
-def legible(message: object) -> str:
-    """A message of the engine's in the request's own terms, on one line, without paths and not too long."""
-    words = _PATH.sub("<path>", " ".join(str(message).split()))
+def in_terms_of_requests(message: str) -> str:
+    """A message of the engine's as of a request, on one line, without paths and not too long."""
+    words = _PATH.sub("<path>", " ".join(message.split()))
     words = _OURS.sub(lambda match: _NAMES[match[1]], words.replace("prompts[0]", "prompt"))
     return words if len(words) <= _LONGEST else words[:_LONGEST] + " ..."
-
-
-def without_quotes(message: str) -> str:
-    """:meth:`legible`, but of what an exception said only its class."""
-    return legible(_SAID.sub(r"\1", message))
 
 
 def named(message: str) -> str | None:
@@ -115,7 +113,7 @@ def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     if not place:
         return Refusal("the body must be a JSON object, sent with content-type: application/json")
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")[:80]
-    return Refusal(legible(_complaint(first, path, place, errors)), param=path)
+    return Refusal(in_terms_of_requests(_complaint(first, path, place, errors)), param=path)
 
 
 def _complaint(error: Mapping[str, Any], path: str, place: Sequence[Any], errors: Sequence[Mapping[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stars_fast.serve.errors import Refusal
 from stars_fast.serve.service import Service
 
-_GUARDED = "/v1"
+_OPEN = ("/health", "/metrics", "/version")  # without a key, to machines that watch
 _QUIET = ("/health", "/metrics")  # asked every few seconds by machines
 _BODY_SECONDS = 60.0  # within which a body must have come
 _NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)
@@ -29,12 +29,15 @@ class Guard:
 
     def __init__(self, app: ASGIApp, service: Service, api_key: str | None) -> None:
         self.app, self.service = app, service
-        self._key = None if api_key is None else _digest(api_key.encode())
+        key = None if api_key is None else api_key.strip()  # files end with a line break
+        if key == "":
+            raise ValueError("api_key is empty: leave it out, or give a key")
+        self._key = None if key is None else _digest(key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http":  # there are no others but the lifespan's
             return await self.app(scope, receive, send)
-        began, headers, path = time.perf_counter(), Headers(scope=scope), scope["path"]
+        began, headers, path = time.perf_counter(), Headers(scope=scope), _route(scope)
         given = headers.get("x-request-id", "")
         name = given if _NAME.fullmatch(given) else uuid.uuid4().hex
         notes: dict[str, Any] = {"request_id": name, "status": None}
@@ -53,19 +56,24 @@ class Guard:
             except Refusal as refusal:
                 return await refusal.response()(scope, receive, answer)
             await self.app(scope, receive, answer)
-        except Exception:  # answered further out
-            notes["status"] = notes["status"] or 500
-            raise
+        except BaseException as error:  # a tokenizer in Rust may panic, which is no Exception
+            if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt, SystemExit)):
+                raise
+            _log.error("a request failed", exc_info=error, extra={"fields": {"request_id": name}})
+            if notes["status"] is not None:  # the answer has begun: the connection breaks off
+                raise
+            notes["error"] = "InternalServerError"
+            await Refusal(f"the server failed: {type(error).__name__}", 500).response()(scope, receive, answer)
         finally:
             seconds = time.perf_counter() - began
             self.service.metrics.responses.labels(str(notes["status"] or 499)).inc()
-            if path.startswith(_GUARDED):
+            if path.startswith("/v1/"):
                 self.service.metrics.whole.observe(seconds)
             notes |= {"method": scope["method"], "path": path[:100], "ms": round(1000 * seconds, 1)}
             _log.log(logging.DEBUG if path in _QUIET else logging.INFO, "request", extra={"fields": notes})
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        if self._key is None or not path.startswith(_GUARDED):
+        if self._key is None or path in _OPEN:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         # Digests have one length: the time of comparing them says nothing of the key's.
@@ -104,6 +112,12 @@ class Guard:
             return messages.pop(0) if messages else await receive()
 
         return replay
+
+
+def _route(scope: Scope) -> str:
+    """What the routes are compared with: the path without the root path, which a proxy or Ray Serve may have in it."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if path == root or path.startswith(f"{root}/") else path
 
 
 def _too_large(most: int) -> Refusal:

@@ -12,7 +12,7 @@ from stars_fast.config import StarsConfig
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.methods.numbers import shown
 from stars_fast.rewards.base_rendered import RenderedReward
-from stars_fast.serve.errors import Refusal, legible, meant_by, named, unavailable
+from stars_fast.serve.errors import Refusal, in_terms_of_requests, meant_by, named, unavailable
 from stars_fast.serve.metrics import Metrics
 from stars_fast.serve.schema import Asked, ChatRequest, StarsSettings
 
@@ -146,7 +146,7 @@ class Service:
                 room = await asyncio.to_thread(self._room, body, config)
                 config = config.replace(max_new_tokens=max(room, 1))
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise self.refused(error) from error
+            raise self.refused(str(error)) from error
         return config
 
     def _room(self, body: ChatRequest, config: StarsConfig) -> int:
@@ -182,9 +182,9 @@ class Service:
         """Within which the request is to be answered."""
         return min((one for one in (body.timeout, self.timeout) if one is not None), default=None)
 
-    def refused(self, error: Exception) -> Refusal:
+    def refused(self, message: str) -> Refusal:
         """What the engine refuses before anything is drawn."""
-        message = legible(error)
+        message = in_terms_of_requests(message)
         return Refusal(message, param=named(message))
 
     async def drain(self, seconds: float) -> None:
