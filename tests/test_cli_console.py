@@ -1,7 +1,9 @@
 """What is the user's is one line; what is ours is a traceback."""
 
 import errno
+import io
 import json
+import re
 import warnings
 
 import pytest
@@ -10,7 +12,7 @@ import typer
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
-from stars_fast.cli import app, console
+from stars_fast.cli import app, console, generate
 from stars_fast.cli.console import refusing_models
 from stars_fast.report.files import summary
 
@@ -90,3 +92,20 @@ def test_a_warning_is_a_line(capsys):
         console.warn_in_one_line()
         warnings.warn("this is\nodd", UserWarning, stacklevel=1)
     assert capsys.readouterr().err == "warning: this is odd\n"
+
+
+def test_a_terminal_gets_no_controls_of_a_model_and_a_pipe_gets_the_text_itself(capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    text = "a\x1b]52;c;aGk=\x07\tb\r\nc\x9b31md\x7f"
+    record = {"id": text, "prompt": text, "completion": text, "error": None, "reward": 1.0, "tokens": 3}
+    records = [{**record, "finish_reason": "stop"}, {**record, "error": text}]
+    terminal, pipe = Terminal(), io.StringIO()
+    generate._write_texts(terminal, records)
+    generate._write_texts(pipe, records)
+    generate._print_rows(records)
+    shown = capsys.readouterr()
+    assert terminal.getvalue() == "a\ufffd]52;c;aGk=\ufffd\tb\nc\ufffd31md\ufffd\n" and pipe.getvalue() == f"{text}\n"
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown.out + shown.err) and "]52;c;aGk=" in shown.out

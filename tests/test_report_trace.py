@@ -5,6 +5,8 @@ import math
 import re
 import shutil
 import subprocess
+from base64 import b64encode
+from hashlib import sha256
 
 import pytest
 from conftest import tiny_policy, tiny_reward
@@ -149,6 +151,45 @@ def test_the_terminal_shows_segments_and_on_request_what_was_not_kept(every):
         assert invoke(*arguments).exit_code == 2
 
 
+def test_a_line_that_lacks_what_is_shown_is_refused_in_a_line(saved, tmp_path):
+    path, whole = tmp_path / "bad.jsonl", saved.read_text().split("\n")[0]
+    for change, said in (
+        (lambda one: [one.pop(name) for name in list(one) if name != "schema"], "the answer lacks 'settings'"),
+        (lambda one: one["segments"][1].pop("attempts"), "segment 2 lacks 'attempts'"),
+        (lambda one: one["segments"][0]["candidates"].append(3), "a candidate is a int"),
+        (lambda one: one.update(unfinished=[{"attempt": "first"}]), "a candidate has a str for 'attempt'"),
+        (lambda one: one.update(target="high"), "the answer has a str for 'target'"),
+        (lambda one: one.update(target=math.nan), "JSON has no NaN"),
+        (lambda one: one.update(prompt=[math.inf]), "JSON has no Infinity"),
+    ):
+        record = json.loads(whole)
+        change(record)
+        path.write_text(json.dumps(record))
+        with pytest.raises(ValueError, match=f"line 1, is n.*{said}"):
+            load_trace(path)
+    path.write_text(whole.replace('"target": 1.0', '"target": 1e999'))
+    for options in ((), ("--html", tmp_path / "page.html")):
+        refused = invoke(path, *options)
+        assert refused.exit_code == 2 and "1e999 is beyond all bounds" in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1 and "Traceback" not in refused.stderr
+
+
+def test_a_terminal_gets_no_controls_and_no_markup_from_a_trace(saved, tmp_path):
+    controls, record = "\x1b]52;c;aGk=\x07\x9b31m", json.loads(saved.read_text().split("\n")[0])
+    for one in (record, record["segments"][0], record["segments"][0]["candidates"][0]):
+        for name in ("prompt_text", "text", "method", "finish_reason", "error", "verdict"):
+            if name in one:
+                one[name] = f"[/red]{name}{controls}"
+    path = tmp_path / "controls.jsonl"
+    path.write_text(json.dumps(record) + "\n" + saved.read_text())
+    shown = invoke(path, "--candidates")
+    assert shown.exit_code == 0, shown.output
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown.stdout)
+    assert all(
+        f"[/red]{name}\ufffd]52;c;" in shown.stdout for name in ("prompt_text", "text", "method", "finish_reason")
+    )
+
+
 def test_nothing_in_a_text_ends_the_pages_data(saved):
     text = page([("</title>", load_trace(saved))])
     assert text.count("</script>") == 2 and "</title>" not in text.split("</head>")[1]
@@ -178,6 +219,8 @@ try {
   press("ArrowRight");
   told.pressed = Number(all('.seg[aria-pressed="true"]')[0].dataset.segment);
   press("j");
+  const many = Array.from({ length: 300000 }, (_, i) => i);
+  told.span = span([0], many)[1] > 1e5 && h("p", {}, many).childNodes.length === many.length;
   told.current = Number(document.querySelector('[aria-current="true"]').dataset.item);
 } catch (error) { told.problem = String(error.stack || error); }
 told.title = document.title;
@@ -190,11 +233,16 @@ def toured(text, tmp_path):
     if CHROMIUM is None:
         pytest.skip("no chromium")
     path = tmp_path / "page.html"
-    path.write_text(text.replace("</body>", TOUR + "</body>"), "utf-8")
+    # The tour's digest beside that of the page's own script; no other may run.
+    script = TOUR.removeprefix("<script>").removesuffix("</script>")
+    allowed = b64encode(sha256(script.encode()).digest()).decode()
+    text = text.replace("script-src ", f"script-src 'sha256-{allowed}' ", 1)
+    foreign = "<script>document.title = 'foreign'</script>"
+    path.write_text(text.replace("</body>", foreign + TOUR + "</body>"), "utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run([*command, "--dump-dom", path.as_uri()], capture_output=True, timeout=60, check=True)
     told = json.loads(re.search(r"<body>(.*?)</body>", done.stdout.decode(), re.S)[1])
-    assert told["problem"] is None
+    assert told["problem"] is None and told["span"]
     return told
 
 

@@ -20,6 +20,7 @@ from stars_fast.rows.engines import MEANT
 BAD_USAGE = 2
 INTERRUPTED = 130
 _LONGEST = 2000  # characters of a complaint; some errors of libraries quote all that they were given
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"} | {ord("\r"): None}
 _debugging = False
 
 
@@ -48,7 +49,7 @@ def warn_in_one_line() -> None:
 
 def note(message: str) -> None:
     """One line about what happens."""
-    stderr().print(Text(message, style="dim"))
+    stderr().print(Text(harmless(message), style="dim"))
 
 
 def fail(message: object, code: int = BAD_USAGE) -> NoReturn:
@@ -59,13 +60,18 @@ def fail(message: object, code: int = BAD_USAGE) -> NoReturn:
     raise typer.Exit(code)
 
 
+def harmless(text: object) -> str:
+    """Without the controls that a terminal acts on, whoever wrote them; line breaks and tabs stay."""
+    return str(text).translate(_CONTROLS)
+
+
 def one_line(message: object) -> str:
     """A message with its line breaks and runs of blanks squeezed, its end cut off where it is very long, and options
     where the library speaks of arguments.
     """
     from stars_fast.cli.words import in_options
 
-    words = " ".join(str(message).split()) or type(message).__name__
+    words = " ".join(harmless(message).split()) or type(message).__name__
     words = in_options(words) if len(words) <= _LONGEST else words
     return words if len(words) <= _LONGEST else words[:_LONGEST] + " ..."
 

@@ -17,7 +17,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from stars_fast.cli import models
-from stars_fast.cli.console import fail, note, one_line, refusing, refusing_models, stdout
+from stars_fast.cli.console import fail, harmless, note, one_line, refusing, refusing_models, stdout
 from stars_fast.cli.models import check_models, load_engine, template_variables
 from stars_fast.rows.engines import Names
 
@@ -234,7 +234,8 @@ def _write_texts(file: TextIO, records: Records) -> None:
         if record["error"] is not None:
             note(f"error: {one_line(record['error'])}")
             continue
-        file.write(f"{_text(record)}\n")
+        text = _text(record)
+        file.write((harmless(text) if file.isatty() else text) + "\n")
         file.flush()
         note(_about(record))
 
@@ -249,12 +250,13 @@ def _write_lines(file: TextIO, records: Records) -> None:
 def _print_rows(records: Records) -> None:
     console = stdout()
     for record in records:
+        name = harmless(record["id"])
         if record["error"] is not None:
-            console.print(Text.assemble((f"{record['id']}  ", "bold"), (f"error: {record['error']}", "red")))
+            console.print(Text.assemble((f"{name}  ", "bold"), (f"error: {harmless(record['error'])}", "red")))
             continue
-        prompt = record["prompt"] if isinstance(record["prompt"], str) else ""
-        console.print(Text.assemble((f"{record['id']}  ", "bold"), (_about(record), "dim")))
-        console.print(Padding(Text.assemble((prompt, "bold"), _text(record)), (0, 0, 1, 2)))
+        prompt = harmless(record["prompt"]) if isinstance(record["prompt"], str) else ""
+        console.print(Text.assemble((f"{name}  ", "bold"), (_about(record), "dim")))
+        console.print(Padding(Text.assemble((prompt, "bold"), harmless(_text(record))), (0, 0, 1, 2)))
 
 
 def _about(record: dict[str, Any]) -> str:

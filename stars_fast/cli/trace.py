@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stars_fast.cli.console import fail, note, refusing, stdout
+from stars_fast.cli.console import fail, harmless, note, refusing, stdout
 
 _WIDEST = 110  # columns; longer lines of prose are hard to read
 _WON = ("accepted", "fallback")
@@ -79,17 +79,17 @@ def _show_overview(console: Console, records: Sequence[Record]) -> None:
 
 
 def _show_answer(console: Console, record: Record, candidates: bool) -> None:
-    console.rule(f"row {record['row']}, {record['method']}", align="left", style="dim")
+    console.rule(Text(f"row {record['row']}, {harmless(record['method'])}"), align="left", style="dim")
     facts = [
         f"reward {shown(record['reward'])}",
         f"{len(record['tokens'])} tokens",
-        f"ended by {record['finish_reason']}",
+        f"ended by {harmless(record['finish_reason'])}",
     ]
     if math.isfinite(target := _number(record["target"])):
         facts.insert(1, f"target {shown(target)}")
     console.print(Text(", ".join(facts), style="dim"))
     if record["error"]:
-        console.print(Text(record["error"], style="red"))
+        console.print(Text(harmless(record["error"]), style="red"))
     parts = [(_prompt(record), "bold"), *((_text(one), _style(one, i)) for i, one in enumerate(record["segments"]))]
     console.print(Text.assemble(*parts))
     table = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1))
@@ -117,7 +117,9 @@ def _add_candidates(table: Table, group: Sequence[Record]) -> None:
     for one in group:
         if one["verdict"] not in _WON:
             text = Text(f"  {one['attempt'] + 1}  {_one_line(_text(one))}")
-            table.add_row(text, shown(one["reward"]), shown(one["threshold"]), "", one["verdict"], style="dim")
+            table.add_row(
+                text, shown(one["reward"]), shown(one["threshold"]), "", Text(harmless(one["verdict"])), style="dim"
+            )
 
 
 def _style(segment: Record, place: int) -> str:
@@ -127,11 +129,11 @@ def _style(segment: Record, place: int) -> str:
 
 
 def _text(one: Record) -> str:
-    return str(one["tokens"]) if one["text"] is None else str(one["text"])
+    return str(one["tokens"]) if one["text"] is None else harmless(one["text"])
 
 
 def _prompt(record: Record) -> str:
-    return str(record["prompt_ids"]) if record["prompt_text"] is None else str(record["prompt_text"])
+    return str(record["prompt_ids"]) if record["prompt_text"] is None else harmless(record["prompt_text"])
 
 
 def _one_line(text: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ def page(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
     # In a script element nothing but "<" can end it, or begin a comment; in a JSON string it can be written otherwise.
     written = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     pieces = {"data": written, **{end: (_FOLDER / f"page.{end}").read_text("utf-8") for end in ("css", "js")}}
+    pieces["digest"] = b64encode(sha256(pieces["js"].encode()).digest()).decode()  # the one script that may run
     # In one go, so that what stands in a text is never taken for a place of the template.
     return re.sub(r"\{\{(\w+)\}\}", lambda place: pieces[place[1]], (_FOLDER / "page.html").read_text("utf-8"))
 

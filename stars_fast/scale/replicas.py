@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from stars_fast.async_engine import AsyncStarsEngine
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class StarsReplica:
-    """One engine with its routes."""
+    """One engine with the routes and the settings of ``stars-fast serve``."""
 
     def __init__(
         self,
@@ -25,12 +25,12 @@ class StarsReplica:
         model: str,
         api_key: str | None,
         engine: Mapping[str, Any],
-        session: Mapping[str, Any],
+        service: Mapping[str, Any],
     ) -> None:
-        from stars_fast.serve.service import Service
+        from stars_fast.serve.assembly import service_of
 
-        self._session = AsyncStarsEngine(StarsEngine(policy, reward, **engine), **session)
-        self._service, self._api_key = Service(self._session, model, config), api_key
+        self._service = service_of(StarsEngine(policy, reward, **engine), config, model, **service)
+        self._api_key = api_key
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from stars_fast.serve.app import create_app
@@ -39,12 +39,12 @@ class StarsReplica:
 
     def check_health(self) -> None:
         """Raise where no request can be answered any more, so that Ray replaces this replica."""
-        if self._session.dead is not None:
-            raise RuntimeError("the engine's thread has died") from self._session.dead
+        if (dead := self._service.engine.dead) is not None:
+            raise RuntimeError("the engine's thread has died") from dead
 
     def __del__(self) -> None:
-        if hasattr(self, "_session"):
-            self._session.close()
+        if hasattr(self, "_service"):
+            self._service.engine.close()
 
 
 def serve_app(
@@ -55,7 +55,7 @@ def serve_app(
     model: str | None = None,
     api_key: str | None = None,
     engine: Mapping[str, Any] | None = None,
-    session: Mapping[str, Any] | None = None,
+    service: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Application:
     """An application for ``ray.serve.run``. Needs ``pip install 'stars-fast[ray-serve]'``; else ImportError.
@@ -65,13 +65,14 @@ def serve_app(
     policy, reward : str
         Folders, hub ids or "demo", which every replica loads itself. ``reward`` may also be a function that pickles.
     config : StarsConfig, optional
-        What requests leave open.
+        What requests leave open, as ``--config``, ``--set`` and ``--fit`` of the command.
     model : str, optional
-        What clients call it. Default: ``policy``.
+        What clients call it. Default: ``policy``, of a folder its name.
     api_key : str, optional
         What clients must send.
-    engine, session : mapping, optional
-        Arguments of :class:`~stars_fast.StarsEngine` and :class:`~stars_fast.async_engine.AsyncStarsEngine`.
+    engine, service : mapping, optional
+        Arguments of :class:`~stars_fast.StarsEngine`, and of :func:`~stars_fast.serve.assembly.service_of`:
+        ``max_model_len``, ``max_segment_length``, ``max_waiting``, ``timeout``, ``samples_greedy``, ``given``.
     **options
         Of a Ray Serve deployment: ``num_replicas``, ``ray_actor_options``, ``autoscaling_config``, ...
 
@@ -85,14 +86,13 @@ def serve_app(
         from ray import serve
     except ImportError as error:
         raise ImportError(f"this needs Ray Serve: pip install 'stars-fast[ray-serve]' ({error})") from error
-    session = dict(session or {})
+    service = dict(service or {})
     options = {
         "name": "stars-fast",
-        "max_ongoing_requests": session.get("max_waiting", 256),
+        "max_ongoing_requests": service.get("max_waiting", 256),
         "graceful_shutdown_timeout_s": 30.0,
         **options,
     }
     deployment = serve.deployment(serve.ingress()(StarsReplica)).options(**options)
-    return deployment.bind(
-        policy, reward, config or StarsConfig(), model or policy, api_key, dict(engine or {}), session
-    )
+    model = model or (os.path.basename(os.path.realpath(policy)) if os.path.isdir(policy) else policy)
+    return deployment.bind(policy, reward, config or StarsConfig(), model, api_key, dict(engine or {}), service)

@@ -17,7 +17,7 @@ pytest.importorskip("stars_fast.serve.app", reason="needs the extra serve", exc_
 httpx = pytest.importorskip("httpx")
 pytestmark = pytest.mark.slow
 
-CONFIG = StarsConfig(target_reward=1.0, base_reward=0.0, max_new_tokens=16)
+CONFIG = StarsConfig(target_reward=1.0, base_reward=0.0, max_new_tokens=24)
 LIMIT = 120  # seconds
 
 
@@ -38,7 +38,7 @@ def fatal_reward():
 
 
 def ask(address, prompt, **more):
-    body = {"model": "critic", "prompt": prompt, "max_tokens": 16, "seed": 1, **more}
+    body = {"model": "critic", "prompt": prompt, "seed": 1, **more}
     return httpx.post(f"{address}/v1/completions", json=body, timeout=30)
 
 
@@ -55,6 +55,7 @@ def address(cluster):
         fatal_reward(),
         CONFIG,
         model="critic",
+        service={"samples_greedy": True, "max_model_len": 300},
         health_check_period_s=0.5,
         graceful_shutdown_timeout_s=2.0,
         ray_actor_options={"num_cpus": 0.5},
@@ -79,6 +80,17 @@ def test_a_replica_whose_engine_has_ended_is_replaced(address, end):
         if answer.status_code == 200:
             break
     assert answer.json()["choices"][0]["text"] == text
+
+
+def test_a_replica_answers_as_the_command_does(address):
+    """Lengths of the settings, chats for a policy without a template, and what the server was told of greedy ones."""
+    whole = ask(address, "The film", ignore_eos=True, temperature=0).json()
+    assert whole["usage"]["completion_tokens"] == CONFIG.max_new_tokens
+    body = {"messages": [{"role": "user", "content": "The film"}], "seed": 1, "ignore_eos": True}
+    chat = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=30)
+    assert chat.status_code == 200 and chat.json()["usage"]["completion_tokens"] == CONFIG.max_new_tokens
+    (model,) = httpx.get(f"{address}/v1/models", timeout=30).json()["data"]
+    assert (model["id"], model["max_model_len"]) == ("critic", 300)
 
 
 def test_a_stream_comes_segment_by_segment(address):

@@ -19,6 +19,9 @@ const percent = (share) => (share < 0.01 ? "less than 1 %" : `${Math.round(100 *
 const counted = (count, one) => `${count.toLocaleString("en")} ${one}${count === 1 ? "" : "s"}`;
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 const finite = (values) => values.filter(Number.isFinite);
+// Math.max(...values) has no room for some hundred thousand.
+const least = (values) => values.reduce((low, value) => Math.min(low, value), Infinity);
+const greatest = (values) => values.reduce((high, value) => Math.max(high, value), -Infinity);
 
 function make(space, name, attributes, children) {
   const node = space ? document.createElementNS(space, name) : document.createElement(name);
@@ -26,7 +29,7 @@ function make(space, name, attributes, children) {
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
     else if (value !== undefined && value !== null && value !== false) node.setAttribute(key, value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  for (const child of children.flat()) if (child !== null && child !== undefined && child !== false) node.append(child);
   return node;
 }
 const h = (name, attributes, ...children) => make(null, name, attributes, children);
@@ -117,7 +120,7 @@ function head() {
 
 /** An answer's segments in one line: how many candidates each took. */
 function strip(answer) {
-  const most = Math.max(...answer.segments.map((one) => one.attempts), 2);
+  const most = Math.max(greatest(answer.segments.map((one) => one.attempts)), 2);
   const bars = answer.segments.map((one, i) => {
     return s("rect", {
       x: i, width: 0.8, y: 0, height: 1, fill: fell(one) ? "var(--amber)" : "var(--blue)",
@@ -183,7 +186,7 @@ function span(main, others) {
   const sorted = finite(others).sort((a, b) => a - b);
   const core = finite([...main, ...sorted.slice(Math.floor(sorted.length * 0.03), Math.ceil(sorted.length * 0.97))]);
   const all = core.length ? core : sorted;
-  const low = Math.min(...all), high = Math.max(...all);
+  const low = least(all), high = greatest(all);
   const pad = (high - low || Math.abs(high) || 1) * 0.08;
   return [low - pad, high + pad];
 }
@@ -225,7 +228,7 @@ function curve(answers, width) {
   if (finite(levels).length < 2) return null;
   const limits = sides.flatMap(({ answer }) => answer.segments.map((one) => num(one.threshold)));
   const losers = two ? [] : sides.flatMap(({ answer }) => answer.segments.flatMap((one) => one.candidates.filter((c) => !won(c)).map((c) => valueOf(answer, c))));
-  const most = Math.max(...sides.map(({ answer }) => answer.length));
+  const most = greatest(sides.map(({ answer }) => answer.length));
   const height = 210, { x, y, marks, top, bottom } = frame(width, height, span([...levels, ...limits], losers), most);
   const parts = [], behind = [];
   for (const { answer, side } of sides) {
@@ -300,7 +303,7 @@ function tree(answer, side, width) {
     depth[i] = one.parent === null ? 0 : depth[one.parent] + 1;
     (rounds[depth[i]] ||= []).push(i);
   });
-  const most = Math.max(...rounds.map((round) => round.length));
+  const most = greatest(rounds.map((round) => round.length));
   const gap = Math.max(7, Math.min(20, 320 / most)), height = most * gap + 34;
   const left = 22, step = Math.min(190, Math.max(46, (width - left - 40) / Math.max(rounds.length, 1)));
   rounds.forEach((round) => {
@@ -309,7 +312,7 @@ function tree(answer, side, width) {
     round.forEach((i, at) => { places[i] = first + (at + 0.5) * gap; });
   });
   const at = (i) => left + step * (depth[i] + 1), rootY = (height - 24) / 2;
-  const limits = rounds.map((round) => finite(round.map((i) => num(all[i].reward)))).map((own) => [Math.min(...own), Math.max(...own)]);
+  const limits = rounds.map((round) => finite(round.map((i) => num(all[i].reward)))).map((own) => [least(own), greatest(own)]);
   const shade = (i) => {
     const [low, high] = limits[depth[i]], value = num(all[i].reward);
     return Number.isFinite(value) && high > low ? 0.12 + (0.88 * (value - low)) / (high - low) : 0.5;
@@ -473,7 +476,7 @@ function draw() {
 function busiest(answer) {
   if (!answer) return 0;
   if (answer.unfinished.length) return answer.segments.length;
-  const most = Math.max(...answer.segments.map((one) => one.attempts));
+  const most = greatest(answer.segments.map((one) => one.attempts));
   return Math.max(0, answer.segments.findIndex((one) => one.attempts === most));
 }
 
