@@ -29,12 +29,18 @@ class QueueFull(RuntimeError):
     """As many requests are open as may be."""
 
 
-_REFUSED = "_stars_fast_refused"
+# What errors carry.
+_REFUSED, _USAGE = "_stars_fast_refused", "_stars_fast_usage"
 
 
 def was_refused(error: BaseException) -> bool:
     """Whether :meth:`AsyncStarsEngine.generate` raised it for its arguments, before anything was drawn."""
     return hasattr(error, _REFUSED)
+
+
+def usage_at(error: BaseException) -> dict[str, Any] | None:
+    """:meth:`AsyncStarsEngine.usage` when it raised this; None where it had not begun."""
+    return vars(error).get(_USAGE)
 
 
 @contextlib.contextmanager
@@ -239,6 +245,7 @@ class AsyncStarsEngine(Stays):
                 while job.events:
                     yield job.events.popleft()
             if job.error is not None:
+                vars(job.error)[_USAGE] = self.usage(name)
                 raise job.error
         finally:
             self._reserved -= 1

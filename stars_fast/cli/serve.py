@@ -25,7 +25,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def run(
     policy: models.PolicyName = None,
     reward: models.RewardName = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of them.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen at; of a name the first.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8000,
     api_key: Annotated[
         str | None,
@@ -45,7 +45,7 @@ def run(
     greedy: Annotated[
         str, typer.Option(metavar="refuse|sample", help="What becomes of temperature 0, which evaluations send.")
     ] = "refuse",
-    max_waiting: Annotated[int, typer.Option(min=1, help="Most open requests; further ones get 503.")] = 256,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Most open answers; further ones get 503.")] = 256,
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Most tokens of a prompt with its answer; at most 8192 where not given.")
     ] = None,
@@ -56,9 +56,6 @@ def run(
     timeout_graceful_shutdown: Annotated[
         float, typer.Option(min=0.0, help="Seconds for open requests after SIGTERM.")
     ] = 30.0,
-    workers: Annotated[
-        int, typer.Option(envvar="WEB_CONCURRENCY", help="One: a second would load all models again.")
-    ] = 1,
     tokenizer: models.TokenizerName = None,
     reward_tokenizer: models.RewardTokenizerName = None,
     reward_tail: models.RewardTail = "auto",
@@ -75,7 +72,7 @@ def run(
         fail(f"{', '.join(missing)} missing: pip install 'stars-fast[serve]'")
     from stars_fast.cli.settings import read_settings
 
-    _check_usage(api_key, greedy, workers)
+    _check_usage(api_key, greedy)
     with refusing(OSError, ValueError, TypeError):
         settings = read_settings(config, set_ or ())
         settings = settings._replace(config=_guided(settings, fit, target_reward))
@@ -108,6 +105,11 @@ def run(
                 samples_greedy=greedy == "sample",
             )
         log = logging.getLogger("stars_fast.serve")
+        if (workers := os.environ.get("WEB_CONCURRENCY", "1")) != "1":
+            log.warning(
+                f"WEB_CONCURRENCY={workers}: this is one process, since one engine fills a GPU. Start one for each "
+                "GPU, with CUDA_VISIBLE_DEVICES and a port of its own, behind a proxy"
+            )
         if api_key is None and host not in _LOOPBACK:
             log.warning("no --api-key: whoever reaches this address may use the server")
         address = bound.getsockname()
@@ -116,12 +118,7 @@ def run(
         serve(service, bound, api_key, timeout_graceful_shutdown)
 
 
-def _check_usage(api_key: str | None, greedy: str, workers: int) -> None:
-    if workers != 1:
-        fail(
-            f"--workers {workers} (or WEB_CONCURRENCY): one process has one engine, and one engine fills a GPU. Start "
-            "one server for each GPU, with CUDA_VISIBLE_DEVICES and a port of its own, behind a proxy"
-        )
+def _check_usage(api_key: str | None, greedy: str) -> None:
     if greedy not in ("refuse", "sample"):
         fail(f"--greedy {greedy!r}: must be refuse or sample")
     if api_key is not None and not api_key.strip():

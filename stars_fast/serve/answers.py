@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from stars_fast.async_engine import QueueFull, was_refused
+from stars_fast.async_engine import QueueFull, usage_at, was_refused
 from stars_fast.config import StarsConfig
 from stars_fast.outputs import CandidateTrace, SegmentEvent, SegmentTrace, as_cause
 from stars_fast.report.files import rounded, summary
@@ -50,13 +50,17 @@ def _beginning(text: str, string: str) -> int:
 
 
 class Choice:
-    """One answer, as far as it has come; with a tokenizer, its trace as well."""
+    """One answer, as far as it has come; with a tokenizer, its trace as well.
 
-    def __init__(self, index: int, stops: Sequence[str], tokenizer: Any = None) -> None:
-        self.index, self.attempts, self.reward = index, 0, math.nan
-        self.ids, self.trace = list[int](), list[dict[str, Any]]()
+    ``trace`` has all its segments where they are ``kept``, and otherwise those of the last event alone.
+    """
+
+    def __init__(self, index: int, stops: Sequence[str], tokenizer: Any, kept: bool) -> None:
+        self.index, self.attempts, self.reward, self.tokens, self.kept = index, 0, math.nan, 0, kept
+        self.trace = list[dict[str, Any]]()
         self.finish_reason: str | None = None
-        self._tokenizer, self._cut, self._texts = tokenizer, StopCut(stops), list[str]()
+        self._tokenizer, self._ids = tokenizer, list[int]()  # candidates are decoded behind them
+        self._cut, self._texts = StopCut(stops), list[str]()
 
     @property
     def text(self) -> str:
@@ -64,28 +68,34 @@ class Choice:
 
     def add(self, event: SegmentEvent) -> str:
         """Take the event in. Returns what the text has grown by."""
+        if not self.kept:
+            self.trace = []
         if event.segment is not None:
             self.attempts += event.segment.attempts
             self.reward = event.segment.reward
             if self._tokenizer is not None:
                 self.trace.append(self._segment(event.segment))
-            self.ids += event.segment.tokens
+                self._ids += event.segment.tokens
+            self.tokens += len(event.segment.tokens)
         return self._show(event.text or "", event.finish_reason)
 
     def end(self) -> str:
         """The time is up. Returns what was held back."""
+        if not self.kept:
+            self.trace = []
         return self._show("", "abort")
 
     def _show(self, text: str, reason: str | None) -> str:
         text = self._cut.add(text, last=reason is not None)
-        self._texts.append(text)
+        if self.kept:
+            self._texts.append(text)
         self.finish_reason = "stop" if reason is not None and self._cut.found else reason
         return text
 
     @property
     def about(self) -> dict[str, Any]:
         """What there is to say of an answer that has ended beside its text."""
-        return {"reward": rounded(self.reward), "tokens": len(self.ids), "attempts": self.attempts}
+        return {"reward": rounded(self.reward), "tokens": self.tokens, "attempts": self.attempts}
 
     def _segment(self, segment: SegmentTrace) -> dict[str, Any]:
         record = {**summary(segment), "logprob": rounded(segment.logprob)}
@@ -94,7 +104,7 @@ class Choice:
         return record
 
     def _candidate(self, candidate: CandidateTrace) -> dict[str, Any]:
-        text = continuation(self._tokenizer, self.ids, candidate.tokens, skip_special_tokens=True)
+        text = continuation(self._tokenizer, self._ids, candidate.tokens, skip_special_tokens=True)
         record: dict[str, Any] = {
             name: rounded(value) if isinstance(value, float) else value for name, value in candidate._asdict().items()
         }
@@ -123,7 +133,7 @@ class Exchange:
         stops = () if config.stop_strings is None else config.stop_strings
         count = len(body.prompts) * body.samples
         tokenizer = service.engine.engine.tokenizer if body.traced else None
-        self.choices = [Choice(index, stops, tokenizer) for index in range(count)]
+        self.choices = [Choice(index, stops, tokenizer, not body.stream) for index in range(count)]
         self.costs: dict[int, dict[str, Any]] = {}  # by prompt
         self.segments, self._began = 0, time.monotonic()
         self.left = False  # the client has
@@ -162,7 +172,7 @@ class Exchange:
         finally:
             self.left = left
             metrics.unheard.inc(left)
-            metrics.prompt_tokens.inc(sum(cost["prompt_tokens"] for cost in self.costs.values()))
+            metrics.prompt_tokens.inc(sum(cost.get("prompt_tokens", 0) for cost in self.costs.values()))
         for choice in self.choices:
             if choice.finish_reason is None:
                 metrics.answers.labels("timeout").inc()
@@ -180,7 +190,7 @@ class Exchange:
         """Of all prompts, by the order in which they come; ``index`` counts all choices."""
         engine, prompts = self.service.engine, self.body.prompts
         try:
-            engine.reserve(len(prompts))
+            engine.reserve(len(self.choices))
         except QueueFull as error:
             self.service.metrics.rejections.inc()
             raise unavailable(str(error)) from error
@@ -201,7 +211,7 @@ class Exchange:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            engine.release(len(tasks) - len(begun))  # a task that was cancelled first has not come to end its own
+            engine.release(len(self.choices) - len(begun))  # of each prompt that has begun, one ends itself
 
     async def _pump(self, place: int, begun: set[int], news: asyncio.Queue[SegmentEvent | _End]) -> None:
         end: BaseException | None = None
@@ -225,6 +235,7 @@ class Exchange:
                     news.put_nowait(replace(event, index=place * body.samples + event.index))
         except BaseException as error:  # a tokenizer in Rust may panic, which is no Exception
             end = error
+            self.costs[place] = usage_at(error) or self.costs.get(place, {})
             if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt, SystemExit)):
                 raise
         finally:
@@ -265,7 +276,7 @@ class Exchange:
     @property
     def usage(self) -> dict[str, Any]:
         """OpenAI's counts, and beside them what was drawn for these tokens."""
-        costs, tokens = list(self.costs.values()), sum(len(choice.ids) for choice in self.choices)
+        costs, tokens = list(self.costs.values()), sum(choice.tokens for choice in self.choices)
         total = {
             name: sum(cost.get(field, 0) for cost in costs)
             for name, field in (

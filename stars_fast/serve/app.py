@@ -132,12 +132,11 @@ def _noted(request: Request, refusal: Refusal) -> Refusal:
 
 
 async def _answer(service: Service, form: Form, body: Asked, request: Request) -> Response:
-    """Check, run, and answer: whole, or as a stream whose status is known once its first segment is there."""
+    """Check, run, and answer: whole, or as a stream, whose status waits for its first segment, but not for long."""
     service.check(body)
     config = await service.settings(body)
     name = form.prefix + uuid.uuid4().hex
     head = {"id": name, "object": form.whole, "created": int(time.time()), "model": service.model}
-    headers = {"X-Stars-Greedy": "sampled"} if service.is_greedy(body) else {}
     exchange = Exchange(service, name, body, config)
     steps = exchange.steps()
 
@@ -146,15 +145,15 @@ async def _answer(service: Service, form: Form, body: Asked, request: Request) -
 
     try:
         if body.stream:
-            first = await while_heard(request, next_of(steps))
-            return Stream(server_sent(form, head, exchange, first, steps), steps, note, headers)
+            first = await while_heard(request, next_of(steps), service.keep_alive)
+            return Stream(server_sent(form, head, exchange, first, steps), first, steps, note)
         await while_heard(request, _to_the_end(steps))
     except ClientGone:
         return Response(status_code=499)
     finally:
         note()
     choices = [whole_choice(form, choice, body.traced) for choice in exchange.choices]
-    return Json({**head, "choices": choices, "usage": exchange.usage}, headers=headers)
+    return Json({**head, "choices": choices, "usage": exchange.usage})
 
 
 async def _to_the_end(steps: Steps) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -95,11 +95,6 @@ def named(message: str) -> str | None:
     return name if name in {*CompletionRequest.model_fields, *ChatRequest.model_fields} else None
 
 
-def meant_by(name: str, known: Iterable[str], likeness: float) -> str | None:
-    """Which of the known names was meant, if any; names of more than 40 characters are not looked at."""
-    return next(iter(get_close_matches(name, list(known), 1, likeness)), None) if len(name) <= 40 else None
-
-
 def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     """What pydantic found, as one line about the most telling of its complaints."""
     first = max(errors, key=lambda error: len(_place(error, body)), default=None)
@@ -131,11 +126,11 @@ def _complaint(error: Mapping[str, Any], path: str, place: Sequence[Any], errors
 
 def _unknown(name: str) -> str:
     known = StarsSettings.model_fields
-    meant = meant_by(name, known, 0.6)
     if name in Asked.model_fields:
         hint = f"give {name} beside stars, not in it"
     else:
-        hint = (f"did you mean {meant!r}? " if meant else "") + f"there are {', '.join(known)}"
+        meant = get_close_matches(name, list(known), 1) if len(name) <= 40 else []  # of a long one it takes long
+        hint = (f"did you mean {meant[0]!r}? " if meant else "") + f"there are {', '.join(known)}"
     return f"stars.{name:.40} is no setting: {hint}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, Summary, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -16,7 +16,6 @@ from stars_fast.outputs import SegmentEvent
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-_REWARDS = (-20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20)
 
 
 class Metrics:
@@ -47,7 +46,7 @@ class Metrics:
         self.rows = Histogram(
             "stars_rows_per_heartbeat", "Candidates drawn side by side.", buckets=_ROWS, registry=registry
         )
-        self.rewards = Histogram("stars_reward_of_answers", "Of answers.", buckets=_REWARDS, registry=registry)
+        self.rewards = Summary("stars_reward_of_answers", "Of answers.", registry=registry)
         self.unheard = Counter("stars_disconnects", "Clients that left before the end.", registry=registry)
         engine.engine.on_heartbeat = self._beat
 

@@ -14,6 +14,7 @@ from stars_fast.methods.numbers import MOST
 MOST_ANSWERS = 128
 MOST_ATTEMPTS = 1024
 MOST_PROMPTS = 256
+MOST_CANDIDATES = 2**16  # of all answers together, for a segment or a whole answer, as the method has it
 MOST_STOPS = 64
 MOST_KEYS = 100  # of an object: each that is wrong is complained of
 _MOST_SECONDS = 86_400.0
@@ -136,6 +137,8 @@ class Part(Strict):
 
 
 class Message(Strict):
+    """What else one holds (a name, calls of tools) is refused where it says something: see refused.py."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Part], Field(fail_fast=True, min_length=1)]
 

@@ -12,6 +12,7 @@ import uvicorn
 from stars_fast.serve.app import create_app
 from stars_fast.serve.service import Service
 
+_BACKLOG = 2048  # uvicorn's own
 _AFTERWARDS = 5.0  # seconds for streams to say that they were ended
 
 
@@ -28,12 +29,16 @@ class _Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet: a port in use is told of before models are loaded. Raises OSError."""
+    """A socket that listens, though nobody answers yet: a port in use is told of before models are loaded.
+
+    Two sockets that only have the address would both get it. Of a name's addresses the first is taken. Raises OSError.
+    """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(_BACKLOG)
     except BaseException:
         bound.close()
         raise
@@ -41,7 +46,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(service: Service, bound: socket.socket, api_key: str | None, grace: float) -> None:
-    """Answer requests until SIGTERM or SIGINT, then for at most ``grace`` seconds; a second signal ends it at once.
+    """Answer requests until SIGTERM or SIGINT, then for at most ``grace`` seconds; a second SIGINT ends it at once.
 
     To be called in the main thread.
     """

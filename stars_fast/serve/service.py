@@ -12,37 +12,15 @@ from stars_fast.config import StarsConfig
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.methods.numbers import shown
 from stars_fast.rewards.base_rendered import RenderedReward
-from stars_fast.serve.errors import Refusal, in_terms_of_requests, meant_by, named, unavailable
+from stars_fast.serve.errors import Refusal, in_terms_of_requests, named, unavailable
 from stars_fast.serve.metrics import Metrics
-from stars_fast.serve.schema import Asked, ChatRequest, StarsSettings
+from stars_fast.serve.refused import check_served
+from stars_fast.serve.schema import MOST_CANDIDATES, Asked, ChatRequest
 
 COMPLETION_TOKENS = 16  # of a completion that does not say how long, as OpenAI has it
 TIMEOUT = 600.0  # seconds of a request, unless the server says otherwise
 
 _log = logging.getLogger("stars_fast.serve")
-_OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
-# Of OpenAI's parameters and those of kindred servers, what cannot be done here, and values that ask for nothing.
-_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "logit_bias": (_OFF, "logits are not biased"),
-    "frequency_penalty": (_OFF, "give repetition_penalty"),
-    "presence_penalty": (_OFF, "give repetition_penalty"),
-    "tools": (_OFF, "tools are not called"),
-    "tool_choice": ((*_OFF, "none", "auto"), "tools are not called"),
-    "functions": (_OFF, "functions are not called"),
-    "function_call": ((*_OFF, "none", "auto"), "functions are not called"),
-    "response_format": ((*_OFF, {"type": "text"}), "answers follow no grammar"),
-    "structured_outputs": (_OFF, "answers follow no grammar"),
-    "best_of": ((*_OFF, 1), 'give stars: {"method": {"name": "best_of_n", "n": ...}}'),
-    "suffix": (_OFF, "text is continued, not filled in"),
-    "echo": (_OFF, "the prompt is not repeated"),
-    "logprobs": ((None, False), "log-probabilities are not served"),
-    "top_logprobs": (_OFF, "log-probabilities are not served"),
-    "prompt_logprobs": (_OFF, "log-probabilities are not served"),
-    "use_beam_search": (_OFF, "beams are not searched: candidates are sampled"),
-    "min_tokens": (_OFF, "answers may end at any token"),
-    "modalities": ((*_OFF, ["text"]), "answers are text"),
-    "audio": (_OFF, "answers are text"),
-}
 _DIRECT = ("temperature", "top_p", "min_p", "repetition_penalty", "ignore_eos")
 
 
@@ -92,23 +70,15 @@ class Service:
         return "the server is shutting down" if self.draining else None
 
     def check(self, body: Asked) -> None:
-        """Refuse what this server has not, or cannot do. Unknown parameters are let through, as other servers do."""
+        """Refuse what this server has not, or cannot do."""
         if body.model is not None and body.model != self.model:
             raise Refusal(f"model={shown(body.model)}: there is {self.model!r} here", 404, "model")
-        given = {name: value for name, value in (body.model_extra or {}).items() if value is not None}
-        for name, value in given.items():
-            nothing, why = _REFUSED.get(name, ((value,), ""))
-            if value not in nothing:
-                raise Refusal(f"{name} is not served: {why}", param=name)
-            if name in StarsSettings.model_fields:
-                raise Refusal(f'{name} is a setting of stars: give stars: {{"{name}": ...}}', param=name)
-            if name not in _REFUSED and (meant := meant_by(name, type(body).model_fields, 0.85)):
-                raise Refusal(f"{name:.40} is no parameter: did you mean {meant!r}?", param=name[:40])
-        if len(body.prompts) > self.engine.max_waiting:
+        check_served(body)
+        prompts, most = len(body.prompts), self.engine.max_waiting
+        if prompts * body.samples > most:
             raise Refusal(
-                f"prompt has {len(body.prompts)} entries: this server takes max_waiting={self.engine.max_waiting} "
-                "requests at a time",
-                param="prompt",
+                f"n={body.samples} answers to each of {prompts} prompts: this server has max_waiting={most}",
+                param="n" if prompts == 1 else "prompt",
             )
         if (reason := self.trouble()) is not None:
             raise unavailable(reason)
@@ -142,6 +112,13 @@ class Service:
             config = ruled  # what the server was started with for another method is none of this one's
             if not method.uses_fit:
                 config = config.replace(fit=None)
+            each = method.rows(config.replace(candidates="auto"))
+            if (work := len(body.prompts) * body.samples * each) > MOST_CANDIDATES:
+                raise Refusal(
+                    f"{len(body.prompts)} prompts, n={body.samples} and up to {each} candidates under "
+                    f"method={method.name!r} are {work} candidates: at most {MOST_CANDIDATES} in a request",
+                    param="n",
+                )
             if isinstance(body, ChatRequest) and body.longest is None and self.max_tokens is None:
                 room = await asyncio.to_thread(self._room, body, config)
                 config = config.replace(max_new_tokens=max(room, 1))

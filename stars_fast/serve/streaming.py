@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from asyncio import Task
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, Protocol, TypeVar
@@ -20,6 +21,7 @@ _T = TypeVar("_T")
 _DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b": keep-alive\n\n"
 Steps = AsyncGenerator[tuple[Choice, str], None]
+First = Task[tuple[Choice, str] | None]
 
 
 class ClientGone(Exception):
@@ -69,18 +71,26 @@ class Chat:
         return {"delta": {"content": text}}
 
 
-async def while_heard(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """Await the work. Raises ClientGone, and cancels it, where the client leaves first."""
+async def while_heard(request: Request, work: Coroutine[Any, Any, _T], seconds: float | None = None) -> Task[_T]:
+    """Await the work, for so many seconds. Raises ClientGone, and cancels it, where the client leaves first.
+
+    What it raises within that time is raised here.
+    """
     task, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
+        await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+        elif gone.done():
             raise ClientGone
-        return task.result()
-    finally:
+    except BaseException:
         task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
+    finally:
         gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(gone, return_exceptions=True)
+    return task
 
 
 async def _disconnected(request: Request) -> None:
@@ -106,35 +116,39 @@ class Stream(StreamingResponse):
     """Server-sent events. What makes them is closed however the response ends, and then ``ended`` is called."""
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], steps: Steps, ended: Callable[[], None], headers: dict[str, str]
+        self, events: AsyncGenerator[bytes, None], first: First, steps: Steps, ended: Callable[[], None]
     ) -> None:
-        # nginx would collect the events otherwise.
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would collect the events
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._events, self._steps, self._ended = events, steps, ended
+        self._events, self._first, self._steps, self._ended = events, first, steps, ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             await self._events.aclose()
-            await self._steps.aclose()  # where the client left before the first event was made
+            self._first.cancel()  # where the client left before the first event was made
+            await asyncio.gather(self._first, return_exceptions=True)
+            await self._steps.aclose()
             self._ended()
 
 
 async def server_sent(
-    form: Form, head: dict[str, Any], exchange: Exchange, first: tuple[Choice, str] | None, steps: Steps
+    form: Form, head: dict[str, Any], exchange: Exchange, waiting: First, steps: Steps
 ) -> AsyncGenerator[bytes, None]:
-    """The events of an exchange whose first step has been taken. ``head``: what all chunks have in common."""
+    """The events of an exchange whose first step is under way. ``head``: what all chunks have in common."""
     options, traced = exchange.body.stream_options, exchange.body.traced
     counted = bool(options and options.include_usage)
     head = {**head, "object": form.chunk, **({"usage": None} if counted else {})}
     begun = set[int]()
     async with aclosing(steps):
-        waiting: asyncio.Task[tuple[Choice, str] | None] | None = None
         try:
-            step = first
-            while step is not None:
+            while True:
+                while not waiting.done():
+                    yield _KEEP_ALIVE
+                    await asyncio.wait({waiting}, timeout=exchange.service.keep_alive)
+                if (step := waiting.result()) is None:
+                    break
                 choice, text = step
                 begin = form.begin()
                 if begin is not None and choice.index not in begun:
@@ -142,9 +156,7 @@ async def server_sent(
                     yield _event(head, {"index": choice.index, "finish_reason": None, "logprobs": None, **begin})
                 yield _event(head, _chunk(form, choice, text, traced))
                 waiting = asyncio.create_task(next_of(steps))
-                while not (await asyncio.wait({waiting}, timeout=exchange.service.keep_alive))[0]:
-                    yield _KEEP_ALIVE
-                step = waiting.result()
+                await asyncio.wait({waiting}, timeout=exchange.service.keep_alive)
             if counted:
                 yield _data({**head, "choices": [], "usage": exchange.usage})
         except Refusal as refusal:
@@ -153,16 +165,15 @@ async def server_sent(
             _log.error("a stream failed", exc_info=error, extra={"fields": {"id": exchange.name}})
             yield _data(Refusal(f"the server failed: {type(error).__name__}", 500).body)
         finally:
-            if waiting is not None:
-                waiting.cancel()
-                await asyncio.gather(waiting, return_exceptions=True)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
     yield _DONE
 
 
 def _chunk(form: Form, choice: Choice, text: str, traced: bool) -> dict[str, Any]:
     stars = choice.about if choice.finish_reason is not None else {}
     if traced and choice.trace:
-        stars = {**stars, "trace": choice.trace[-1:]}
+        stars = {**stars, "trace": choice.trace}
     common = {"index": choice.index, "finish_reason": choice.finish_reason, "logprobs": None}
     return {**common, **form.text(text), **({"stars": stars} if stars else {})}
 
