@@ -157,7 +157,10 @@ def test_a_line_that_lacks_what_is_shown_is_refused_in_a_line(saved, tmp_path):
         (lambda one: [one.pop(name) for name in list(one) if name != "schema"], "the answer lacks 'settings'"),
         (lambda one: one["segments"][1].pop("attempts"), "segment 2 lacks 'attempts'"),
         (lambda one: one["segments"][0]["candidates"].append(3), "a candidate is a int"),
-        (lambda one: one.update(unfinished=[{"attempt": "first"}]), "a candidate has a str for 'attempt'"),
+        (
+            lambda one: one["segments"][0]["candidates"][0].update(attempt="first"),
+            "a candidate has a str for 'attempt'",
+        ),
         (lambda one: one.update(target="high"), "the answer has a str for 'target'"),
         (lambda one: one.update(target=math.nan), "JSON has no NaN"),
         (lambda one: one.update(prompt=[math.inf]), "JSON has no Infinity"),
