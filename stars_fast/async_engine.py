@@ -237,7 +237,7 @@ class AsyncStarsEngine(Stays):
             job = self._jobs[name] = Job(call, self.engine.tokenizer, deadline=deadline, notify=notify)
             job.aborted = name in self._aborted
             self._inbox.put(job)
-            if self._closed:  # meanwhile, by another thread
+            if self._closed or self.dead is not None:  # meanwhile, by another thread: nobody reads it any more
                 self._end_inbox()
             while not (job.over and not job.events):
                 await news.wait()
@@ -285,7 +285,10 @@ class AsyncStarsEngine(Stays):
         timeout = None if timeout is None else real("timeout", timeout, 0.0)
         self._draining = True
         deadline = None if timeout is None else time.monotonic() + timeout
-        while self._jobs and (deadline is None or time.monotonic() < deadline):
+        # Not until they are read to their end: who has left off reading may never go on.
+        while any(job is None or not job.over for job in list(self._jobs.values())):
+            if deadline is not None and time.monotonic() >= deadline:
+                break
             await asyncio.sleep(0.01)
         for name in list(self._jobs):
             await self.abort(name)
@@ -311,12 +314,16 @@ class AsyncStarsEngine(Stays):
         }
 
     def close(self) -> None:
-        """End all requests and the thread; the engine is free again, and every slot."""
+        """End all requests and the thread; the engine is free again, and every slot.
+
+        A reward of its own that calls this does not wait: the thread ends behind the step that asks it.
+        """
         self._closed = True
         self._end_all(RuntimeError("this engine was closed"))
         if self._thread.is_alive():
             self._inbox.put(None)
-            self._thread.join()
+            if not self.engine.core.inside:
+                self._thread.join()
         self._end_inbox()
 
     def _end_all(self, error: BaseException) -> None:
@@ -326,10 +333,19 @@ class AsyncStarsEngine(Stays):
                 self.engine.core.abort(job)
 
     def _end_inbox(self) -> None:
+        """End what nobody will read. The thread's end may be among it, and must still come."""
         with contextlib.suppress(queue.Empty):
             while True:
                 if (job := self._inbox.get_nowait()) is not None:
-                    job.end(RuntimeError("this engine was closed"))
+                    job.end(self._death() or RuntimeError("this engine was closed"))
+        self._inbox.put(None)
+
+    def _death(self) -> Exception | None:
+        """What callers are told of what ended the thread."""
+        if self.dead is None or isinstance(self.dead, Exception):
+            return self.dead
+        # By what is no Exception, such as a panic in Rust, the callers' event loops would end, too.
+        return RuntimeError(f"the engine's thread has died: {self.dead!r}")
 
     def _count_ended(self) -> None:
         """Those who left early count on until the heartbeat is through."""
@@ -356,6 +372,8 @@ class AsyncStarsEngine(Stays):
 
     def _check_alive(self) -> None:
         self._check_process()
+        if self.engine.core.inside:
+            raise RuntimeError("this engine is generating: a reward or hook of its own call cannot wait for it")
         if self.dead is not None:
             raise RuntimeError("the engine's thread has died") from self.dead
         if self._closed:
@@ -382,9 +400,7 @@ class AsyncStarsEngine(Stays):
                     job.end(error)
         except BaseException as error:
             self.dead = error
-            # By what is no Exception, such as a panic in Rust, the callers' event loops would end, too.
-            told = error if isinstance(error, Exception) else RuntimeError(f"the engine's thread has died: {error!r}")
-            self._end_all(told)
+            self._end_all(self._death() or error)
             raise
         finally:
             core.let_go()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType, MethodType
@@ -22,6 +21,7 @@ from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.hooks import row_stop
 from stars_fast.inputs.processors import foreign_processors, row_processor
 from stars_fast.inputs.sampling import NEUTRAL
+from stars_fast.locks import Lock
 from stars_fast.loop.stream import Streaming
 from stars_fast.methods.numbers import plain, shown
 from stars_fast.outputs import StarsOutput
@@ -34,7 +34,7 @@ _ENGINE_OPTIONS = {
     if parameter.kind is parameter.KEYWORD_ONLY
 }
 _KEPT = "_stars_fast_engine"  # attribute of a policy
-_making = threading.Lock()
+_making = Lock()
 
 
 @dataclass
@@ -294,7 +294,7 @@ def _kept_engine(model: PreTrainedModel, reward: Any, options: dict[str, Any]) -
     weights = [(weight.dtype, weight.device, weight.shape) for one in modules for weight in one.parameters()]
     made_of = {"reward": reward, "weights": weights, **options}
     made_of = {name: tuple(v) if isinstance(v := plain(value), list) else v for name, value in made_of.items()}
-    with _making:
+    with _making.held():
         kept: _Kept | None = vars(model).get(_KEPT)
         if kept is None or not kept.serves(model, made_of):
             del kept  # its pools make room for those of the next

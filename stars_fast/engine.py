@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -21,6 +20,7 @@ from stars_fast.inputs.job import Job
 from stars_fast.inputs.models import draft_policy, load_policy, load_reward
 from stars_fast.inputs.origin import origin
 from stars_fast.inputs.per_prompt import PerPrompt
+from stars_fast.locks import Lock
 from stars_fast.loop.caller import MOST_POSITIONS, SEGMENT_LENGTH, Size
 from stars_fast.loop.core import Core
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot
@@ -129,7 +129,7 @@ class StarsEngine(Stays):
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)
         self._drafts: Policy | None = None  # the last draft model, for calls that name it again
         self.per_prompt = PerPrompt()
-        self._preparing = threading.Lock()
+        self._preparing = Lock()
         self._missed = set[Any]()  # targets that nothing reached, and that were named
         self._priced = False  # whether what pilots cost was said
         limits = (self.max_rows, self.kv_cache_tokens, utilization)
@@ -364,7 +364,7 @@ class StarsEngine(Stays):
 
     def prepare(self, arguments: Arguments, samples: int = PILOT_SAMPLES) -> Call:
         """Check a call's arguments and read its prompts; nothing runs yet. Raises what :meth:`generate` raises then."""
-        with self._preparing:  # tokenizers keep a state
+        with self._preparing.held():  # tokenizers keep a state
             for tree in (self.policy, *self.reward.tree_models):
                 tree.check_unchanged()
             call = prepare(arguments, self.policy, self.reward, self.tokenizer, self.kv_cache_tokens, samples)

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 import time
 from contextlib import suppress
 
@@ -429,3 +430,82 @@ def test_what_ends_the_thread_reaches_callers_as_an_error():
     with pytest.raises(RuntimeError, match="the engine's thread has died"):
         asyncio.run(answer(shared, [3], config({}), 1))
     shared.close()
+
+
+def test_draining_waits_for_requests_and_not_for_whoever_has_left_off_reading(engine):
+    async def run():
+        async with AsyncStarsEngine(engine) as shared:
+            events = shared.generate([1, 2], config({}), seed=0)
+            first = await anext(events)
+        return [first, *[event async for event in events]]
+
+    read = asyncio.run(asyncio.wait_for(run(), 20))
+    assert read[-1].finish_reason in ("stop", "length")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("how", ["closed", "dead"])
+def test_a_request_that_comes_in_as_the_thread_ends_ends_with_it(monkeypatch, how):
+    """It is put in behind the last look at whether the thread lives; nor may it take away what the thread waits for."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    def reward(completions):
+        asked.set()
+        assert go_on.wait(20)
+        if how == "dead":
+            raise SystemExit
+        return sum_reward(completions)
+
+    shared = AsyncStarsEngine(StarsEngine(tiny_policy(VOCAB), reward))
+    closing = threading.Thread(target=shared.close, daemon=True)
+
+    async def run():
+        first = asyncio.create_task(answer(shared, [3], config({}), 1))
+        assert await asyncio.to_thread(asked.wait, 20)
+        monkeypatch.setattr(shared, "_check_alive", end_behind_the_look)
+        second = asyncio.create_task(answer(shared, [4], config({}), 1))
+        await asyncio.wait([second], timeout=20)
+        go_on.set()
+        return await asyncio.wait_for(asyncio.gather(first, second, return_exceptions=True), 20)
+
+    def end_behind_the_look():
+        if len(shared._jobs) < 2:  # when it is called
+            return
+        if how == "dead":
+            go_on.set()
+            shared._thread.join(20)
+        else:
+            closing.start()
+            while shared._inbox.empty():  # until the thread's end is in it
+                time.sleep(0.001)
+
+    errors = asyncio.run(run())
+    assert all(isinstance(error, RuntimeError) and how in str(error).replace("died", "dead") for error in errors)
+    if how == "dead":
+        closing.start()
+    closing.join(20)
+    assert not closing.is_alive() and not shared._thread.is_alive()
+
+
+@pytest.mark.parametrize("what", ["generate", "close", "the engine's generate", "the engine's close"])
+@pytest.mark.filterwarnings("ignore:no request succeeded")
+def test_an_async_reward_cannot_wait_for_its_own_engine(what):
+    async def reward(completions):
+        if what == "generate":
+            await answer(shared, [4], config({}), 1)
+        elif what == "close":
+            shared.close()
+        elif what == "the engine's close":
+            engine.close()
+        else:
+            engine.generate([[4]], config({}))
+        return sum_reward(completions)
+
+    engine = StarsEngine(tiny_policy(VOCAB), reward)
+    shared = AsyncStarsEngine(engine)
+    with pytest.raises((AssertionError, RuntimeError), match=r"generating|closed"):
+        asyncio.run(asyncio.wait_for(answer(shared, [3], config({}), 1), 20))
+    closing = threading.Thread(target=shared.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive() and not shared._thread.is_alive()

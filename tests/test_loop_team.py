@@ -8,7 +8,7 @@ import pytest
 
 # In a process of its own: what other tests leave running would be counted, too.
 PROGRAM = """
-import os, time, torch
+import os, signal, time, torch
 from pathlib import Path
 from stars_fast.loop.team import release_team
 
@@ -25,11 +25,16 @@ while threads() >= with_team and time.monotonic() < deadline:
     time.sleep(0.01)
 assert threads() < with_team, "the workers are still there"
 assert torch.equal(x.exp(), want) and threads() == with_team
+child = os.fork()
+if not child:  # it has not got the workers that the parent's thread had
+    signal.alarm(20)
+    os._exit(not torch.equal(x.exp(), want))
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "the child waits for workers that are not there"
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux" or (os.cpu_count() or 1) < 2, reason="counts threads as Linux tells them")
-def test_released_workers_are_gone_and_come_again():
+def test_released_workers_are_gone_and_come_again_and_a_forked_child_has_its_own():
     run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     if "skip" in run.stdout:

@@ -1,5 +1,6 @@
 """One thread at a time has its turn; whoever wants a short one comes before those who want long ones."""
 
+import contextvars
 import sys
 import threading
 from itertools import count
@@ -91,3 +92,26 @@ def test_an_interrupt_within_the_end_of_a_turn_leaves_nobody_waiting(line):
     waiter.join(5)
     assert not waiter.is_alive() and not turn.mine
     assert turn._lock.acquire(timeout=5)
+
+
+def test_what_the_turn_waits_for_is_refused_it_wherever_it_runs():
+    """An async reward runs on another thread, in the context of the one that asks it."""
+    turn, found = Turn(), []
+
+    def ask():
+        try:
+            found.append(turn.acquire(short=True) and turn.release())
+        except RuntimeError as error:
+            found.append(str(error))
+
+    assert turn.acquire(short=False) and turn.inside
+    within = contextvars.copy_context()
+    for context in (within, contextvars.Context()):
+        thread = threading.Thread(target=context.run, args=(ask,), daemon=True)
+        thread.start()
+        thread.join(0.2)
+    assert len(found) == 1 and "already generating" in found[0]
+    assert turn.release() and not turn.inside
+    thread.join(5)
+    within.run(ask)  # of a turn that is over
+    assert found[1:] == [True, True]

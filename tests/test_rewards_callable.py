@@ -4,6 +4,7 @@ import asyncio
 import copy
 import os
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -234,6 +235,27 @@ def test_an_async_function_that_ends_its_loop_fails_and_does_not_hang(policy32, 
     assert out.errors[0] is None and out.completions[0] == plain.completions[0]
     assert "raised RuntimeError: it " in out.errors[1] and ("SystemExit" in out.errors[1]) == ("exits" in how)
     assert not [thread for thread in threading.enumerate() if thread.name == "stars-fast-reward"]
+
+
+def test_a_task_that_does_not_let_itself_be_cancelled_is_left_behind_with_a_warning(policy32, monkeypatch):
+    enough = threading.Event()
+
+    async def stubborn():
+        while not enough.is_set():
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+
+    async def reward(completions):
+        if not tasks:
+            tasks.append(asyncio.ensure_future(stubborn()))
+        return sum_reward(completions)
+
+    tasks = []
+    monkeypatch.setattr("stars_fast.rewards.callable._PATIENCE", 0.1)
+    threading.Timer(20, enough.set).start()  # so that a wait without end shows as a missing warning
+    with pytest.warns(UserWarning, match="did not end within 0.1 s"):
+        expect_same_text(policy32, reward)
+    enough.set()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

@@ -212,6 +212,11 @@ class Core(Stays):
 
     # Whose turn it is
 
+    @property
+    def inside(self) -> bool:
+        """Whether a step of its own waits for what asks: to wait for the core would be to wait for oneself."""
+        return self._process == os.getpid() and self._turns.inside
+
     @contextmanager
     def _turn(self, short: bool = True, unless: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         """The core is this thread's inside, if it yields True. A short turn waits for one step at most."""

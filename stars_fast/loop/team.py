@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 _SOFT = 1  # omp_pause_soft: they come again with the next parallel region
 
@@ -16,3 +17,7 @@ def release_team() -> None:
     pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
     if pause is not None:
         pause(_SOFT)
+
+
+if hasattr(os, "register_at_fork"):  # libgomp's workers stay with the parent, and a child that has some waits for them
+    os.register_at_fork(before=release_team)

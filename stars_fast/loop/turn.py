@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextvars import ContextVar
+
+# Turns that are waiting for what runs here: asyncio takes it along to the tasks and threads that it starts.
+_within: ContextVar[tuple[object, ...]] = ContextVar("stars_fast_turns", default=())
 
 
 class Turn:
@@ -17,6 +21,7 @@ class Turn:
         self._lock = threading.RLock()  # entered by itself: an interrupt may fall within a condition's own entry
         self._changed = threading.Condition(self._lock)
         self._holder: int | None = None  # the thread whose turn it is
+        self._holding: object = None  # which of its turns
         self._asking = 0  # threads that want a short turn
 
     def acquire(self, *, short: bool, unless: Callable[[], bool] = lambda: False) -> bool:
@@ -25,16 +30,16 @@ class Turn:
         Raises
         ------
         RuntimeError
-            If it is this thread's turn already.
+            If it is this thread's turn already, or that of the thread that waits for this one's task.
         """
         with self._lock:
             self._asking += short
             try:
                 while not unless():
                     if self._holder is None and (short or not self._asking):
-                        self._holder = threading.get_ident()
+                        self._take()
                         return True
-                    if self.mine:
+                    if self.inside:
                         raise RuntimeError(
                             "this engine is already generating: a reward or hook of its own call cannot call it"
                         )
@@ -48,9 +53,14 @@ class Turn:
         """Take the turn if it is nobody's; never waits for one."""
         with self._lock:
             if self._holder is None:
-                self._holder = threading.get_ident()
+                self._take()
                 return True
             return False
+
+    def _take(self) -> None:
+        self._holding = object()
+        _within.set((*_within.get(), self._holding))
+        self._holder = threading.get_ident()  # last: what is no turn yet is nobody's to end
 
     def release(self, unless: Callable[[], bool] = lambda: False) -> bool:
         """Let others have their turn, and look whether there are news; not if ``unless`` holds. Returns whether."""
@@ -60,6 +70,7 @@ class Turn:
             if unless():
                 return False
             self._changed.notify_all()  # first: whoever is interrupted before its turn has ended ends it once more
+            _within.set(tuple(one for one in _within.get() if one is not self._holding))
             self._holder = None
             return True
 
@@ -67,3 +78,8 @@ class Turn:
     def mine(self) -> bool:
         """Whether it is this thread's turn."""
         return self._holder == threading.get_ident()
+
+    @property
+    def inside(self) -> bool:
+        """Whether it is this thread's turn, or whose turn it is waits for what runs here, such as an async reward."""
+        return self.mine or (self._holder is not None and self._holding in _within.get())

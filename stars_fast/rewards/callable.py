@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from stars_fast.methods.numbers import shown
+from stars_fast.notices import warn
 from stars_fast.rewards.base import Completion, Reward, RewardPrompt
 from stars_fast.rewards.values import one_each
 from stars_fast.text.prompts import ends_with_answer
@@ -151,6 +152,7 @@ def _is_messages(source: Any) -> bool:
     return isinstance(source, list) and bool(source) and isinstance(source[0], dict)
 
 
+_PATIENCE = 5.0  # seconds for cancelled tasks: who waits for the engine waits for them, too
 # Loops of a parent process: to close one in its child would reach into the parent's.
 _left_to_parent: list[_LoopThread] = []
 
@@ -210,13 +212,18 @@ class _LoopThread:
         return future.result()
 
     def close(self) -> None:
-        """Cancel what still runs, and end the thread."""
+        """Cancel what still runs, and end the thread; one that does not end is left behind, with a warning."""
         if self._process != os.getpid():
             _left_to_parent.append(self)
             return
         if not self._ended.done():
             self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._thread.join(_PATIENCE)
+        if self._thread.is_alive():
+            warn(
+                f"the async reward had what did not end within {_PATIENCE:g} s of being cancelled, and left its thread "
+                "behind: let its tasks end at asyncio.CancelledError, and call what blocks by asyncio.to_thread"
+            )
 
     async def _wind_up(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,8 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.runtime import Context, markup_join, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils import chat_template_utils
+
+from stars_fast.locks import Lock
 
 _CHARACTERS = 4 << 20  # that a template may make on top of what it is given
 _SECONDS = 0.8  # of its thread's processor time, and one more for every so many characters that it is given:
@@ -99,7 +100,7 @@ class _Budget:
 
 
 _budget: ContextVar[_Budget] = ContextVar("stars_fast_template_budget")
-_compiling = threading.Lock()
+_compiling = Lock()
 
 
 class _Source(str):
@@ -135,7 +136,7 @@ def _compiled(source: str) -> str:
     compiled, own = getattr(chat_template_utils, "_compile_jinja_template", None), _Source(source)
     if compiled is None:
         return source  # a later transformers: better without bounds than not at all
-    with _compiling:
+    with _compiling.held():
         template = compiled(own)
         if not isinstance(template.environment, BoundedEnvironment):
             vars(template).update(vars(BoundedEnvironment.like(template.environment).from_string(source)))

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from stars_fast.locks import Lock
 from stars_fast.ops import kv_append, rotary_append, tree_attention
 from stars_fast.ops._library import library
 from stars_fast.ops.tree_attention import tree_work
@@ -34,7 +35,7 @@ NAME = "stars_tree"
 
 _active = threading.local()
 _plugged: dict[int, _Plugged] = {}  # id of a config -> what it said before
-_plugged_lock = threading.RLock()
+_plugged_lock = Lock()
 
 
 class AttentionContext(Protocol):
@@ -263,7 +264,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     May be nested and shared.
     """
-    with _plugged_lock:
+    with _plugged_lock.held():
         if id(model) not in _evaluated:
             undo = ExitStack()
             undo.enter_context(onednn_linears(model))
@@ -273,7 +274,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
     finally:
-        with _plugged_lock:
+        with _plugged_lock.held():
             _evaluated[id(model)].depth -= 1
             if not _evaluated[id(model)].depth:
                 evaluated = _evaluated.pop(id(model))
@@ -298,7 +299,7 @@ def plugged(model: PreTrainedModel) -> Iterator[None]:
     """
     # Parents come before their parts, so that restoring a part's setting is not undone by its parent's.
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
-    with _plugged_lock:
+    with _plugged_lock.held():
         for key, config in configs.items():
             _plugged.setdefault(key, _Plugged(config._attn_implementation)).depth += 1
     try:
@@ -306,7 +307,7 @@ def plugged(model: PreTrainedModel) -> Iterator[None]:
         with evaluating(model):
             yield
     finally:
-        with _plugged_lock:
+        with _plugged_lock.held():
             for key, config in configs.items():
                 _plugged[key].depth -= 1
                 if not _plugged[key].depth:

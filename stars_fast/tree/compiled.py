@@ -15,6 +15,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from stars_fast.locks import Lock
 from stars_fast.tree.joined import join
 
 CompilationError = (TorchDynamoException, FailOnRecompileLimitHit)
@@ -23,7 +24,7 @@ _MOST_COMPILATIONS = 256  # all families share one function in transformers, and
 # divides 64-bit integers some ten times an element.
 _SYMBOLIC = r".*\.layer_idx"
 _running: dict[int, tuple[int, list[nn.Module]]] = {}  # id of a model -> how many run its layers compiled, and which
-_running_lock = threading.Lock()
+_running_lock = Lock()
 _here = threading.local()  # whose layers this thread runs
 
 
@@ -70,7 +71,7 @@ class CompiledLayers:
     def running(self) -> Iterator[None]:
         """Run the layers compiled inside. May be nested, and entered by several threads at once."""
         before, _here.layers = getattr(_here, "layers", None), self
-        with _running_lock:
+        with _running_lock.held():
             depth, changed = _running.get(self._model_id, (0, []))
             if not depth:
                 for layer, forward in self._forwards:
@@ -90,7 +91,7 @@ class CompiledLayers:
                 yield
         finally:
             _here.layers = before
-            with _running_lock:
+            with _running_lock.held():
                 depth, changed = _running.pop(self._model_id)
                 if depth > 1:
                     _running[self._model_id] = depth - 1, changed
