@@ -299,9 +299,8 @@ class StarsEngine(Stays):
         kind = Kind(ruled, sampling, most, ruled.chosen_method.segments().entropy < math.inf)
         length = max(ruled.segment_length, SEGMENT_LENGTH)
         size = Size.of_session(self.max_rows, min(longest, self.policy.max_positions or longest), length)
-        before, started = sum(model.graphs.made for model in models), time.perf_counter()
-        lack = self.core.warm_up(size, kind, show)
-        graphs = sum(model.graphs.made for model in models) - before
+        started = time.perf_counter()
+        graphs, lack = self.core.warm_up(size, kind, show)
         remark = f"memory is short, so that not all was captured: {lack}" if lack else ""
         return WarmUp(graphs, time.perf_counter() - started, remark)
 

@@ -6,9 +6,9 @@ from conftest import sum_reward, tiny_policy, tiny_reward, word_reward
 
 from benchmarks.micro.shapes import as_on_a_gpu, counting, stand_ins
 from stars_fast import AsyncStarsEngine, StarsConfig, StarsEngine
-from stars_fast.policy.steps import Shape
-from stars_fast.tree.graphs import Graphs
-from stars_fast.tree.passes import PassShape
+from stars_fast.policy.steps import Shape, Steps
+from stars_fast.tree.graphs import Captured
+from stars_fast.tree.passes import Pass, PassShape
 
 VOCAB = 32
 CONFIG = StarsConfig(
@@ -110,18 +110,40 @@ def test_nothing_is_done_where_there_are_no_graphs(scorer):
     assert not engine.policy.graphs._kept
 
 
-def test_what_memory_is_short_of_is_left_to_the_calls(engine, monkeypatch):
-    made, capture = [], Graphs._capture
+@pytest.mark.parametrize("lacking", [Pass, Steps])
+def test_what_memory_is_short_of_is_launched_and_all_else_stays_captured(engine, monkeypatch, lacking):
+    capture, refused = Captured.capture, []
 
-    def capturing(graphs, work):
-        if len(made) == 5:
+    def capturing(work, *where):
+        if type(work) is lacking and (work.model.role, work.shape) not in refused and len(refused) < 2:
+            refused.append((work.model.role, work.shape))
             raise torch.OutOfMemoryError("no room")
-        made.append(work)
-        return capture(graphs, work)
+        capture(work, *where)
 
-    monkeypatch.setattr(Graphs, "_capture", capturing)
-    told = engine.warm_up(CONFIG, requests=4, max_model_len=100)
-    assert told.graphs == 5 and told.remark.startswith("memory is short") and "no room" in told.remark
+    plain = StarsEngine(engine.policy.model, engine.reward.model, max_rows=256, kv_cache_tokens=20_000)
+    expected = plain.generate(prompts(64), CONFIG, seed=0)
+    monkeypatch.setattr(Captured, "capture", capturing)
+    with counting() as counted, pytest.warns(UserWarning, match="no memory for a CUDA graph of .*no room"):
+        told = engine.warm_up(CONFIG, requests=64, max_model_len=200)
+    models = (engine.policy, *engine.reward.tree_models)
+    assert told.graphs == counted.graphs == sum(model.graphs.captured for model in models) > 40
+    assert told.remark.startswith("memory is short") and "no room" in told.remark
+    with counting() as later:
+        assert engine.generate(prompts(64), CONFIG, seed=0).completions == expected.completions
+    assert later.graphs == 0, "nothing runs out of memory again"
+    assert {(run.role, run.shape) for run in later.runs if run.launched} <= set(refused)
+
+
+def test_a_decode_step_that_cannot_be_captured_keeps_its_rows(engine, monkeypatch):
+    def capturing(work, *_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Captured, "capture", capturing)
+    with counting() as counted, pytest.warns(UserWarning, match="launched one by one"):
+        engine.generate(prompts(8), CONFIG, seed=0)
+    assert engine.core.max_rows == 256
+    assert counted.graphs == 0 and {run.launched for run in counted.runs} == {True}
+    assert len(engine.policy.graphs.unaffordable) == len({shape for role, shape in counted.shapes if role == "policy"})
 
 
 def test_arguments_are_checked(engine):

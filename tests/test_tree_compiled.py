@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import sum_reward, tiny_policy
 from generated_code import code_of_a_layer, launches
 from test_architectures import CONFIG, FAMILIES, PROMPTS, causal_lm
@@ -9,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from stars_fast import StarsEngine
+from stars_fast.tree.attention import active
 from stars_fast.tree.compiled import CompiledLayers
 from stars_fast.tree.joined import join
 
@@ -62,6 +64,104 @@ def test_a_decode_layer_is_twelve_launches(family):
     assert found == ["norm", *[product] * 3, *attention, "norm", *last]
     assert len(found) + 1 == 12
     assert "div_floor_integer" not in code, "a head size that is no constant"
+
+
+def _scaled(x, a, weight):
+    total = torch.add(x, a, alpha=0.5)
+    return total + F.linear(torch.tanh(total), weight, None)
+
+
+def _changed(x, a, weight):
+    total = x + a
+    inner = torch.tanh(total)
+    total.mul_(2.0)
+    return total + F.linear(inner, weight, None)
+
+
+def _changed_by_an_operator(x, a, weight):
+    total = x + a
+    inner = torch.tanh(total)
+    total += 1.0
+    return total + F.linear(inner, weight, None)
+
+
+def _changed_addend(x, a, weight):
+    addend = a * 1.0
+    total = x + addend
+    inner = torch.tanh(total)
+    addend[:] = 0.0
+    return total + F.linear(inner, weight, None)
+
+
+def _changed_in_a_view(x, a, weight):
+    total = x + a
+    F.relu(total[0], inplace=True)
+    return total + F.linear(torch.tanh(x), weight, None)
+
+
+def _changed_between_products(x, a, weight):
+    total = x + a
+    first = F.linear(total, weight, None)
+    total.mul_(2.0)
+    return first * F.linear(total, weight, None)
+
+
+@pytest.mark.parametrize(
+    ("layer", "joined"),
+    [
+        (lambda x, a, weight: (total := x + a) + F.linear(torch.tanh(total), weight, None), True),
+        (_scaled, False),
+        (_changed, False),
+        (_changed_by_an_operator, False),
+        (_changed_addend, False),
+        (_changed_in_a_view, False),
+        (_changed_between_products, False),
+    ],
+)
+@torch.no_grad()
+def test_sums_and_products_of_what_is_changed_in_between_are_left_alone(layer, joined, monkeypatch):
+    monkeypatch.setattr("stars_fast.tree.joined.PRODUCTS", not joined)
+    code = []
+
+    def joining(module, inputs):
+        join(module)
+        code.append(module.code)
+        return module
+
+    values = [torch.randn(size) for size in ((1, 5, 8), (1, 5, 8), (8, 8))]
+    expected = layer(*values)
+    torch.testing.assert_close(torch.compile(layer, backend=joining, fullgraph=True, dynamic=True)(*values), expected)
+    assert ("product_onto" in code[0]) == joined
+
+
+@torch.no_grad()
+def test_a_rotation_in_more_bits_than_the_attention_is_not_moved_into_it():
+    code, rotations = [], (torch.randn(1, 5, 8), torch.randn(1, 5, 8))
+
+    def joining(module, inputs):
+        join(module)
+        code.append(module.code)
+        return module
+
+    def half(x):
+        return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
+
+    def layer(q, k, cos, sin, wide):
+        q, k = (x.float() if wide else x for x in (q, k))
+        cos, sin = cos[:, None].to(q.dtype), sin[:, None].to(q.dtype)
+        q, k = (((x * cos) + (half(x) * sin)).to(torch.bfloat16) for x in (q, k))
+        q, k = (x[0].transpose(0, 1) for x in (q, k))
+        return torch.ops.stars_fast.attend.default(q, k, k, 0, 1.0, 0, 0.0, None)
+
+    class Attention:
+        def attend(self, layer, q, k, v, **_):
+            return v
+
+    x = torch.randn(1, 4, 5, 8).bfloat16()
+    for wide in (False, True):
+        with active(Attention()):
+            torch.compile(layer, backend=joining, fullgraph=True, dynamic=True)(x, x, *rotations, wide)
+    assert ["attend_rotated" in one for one in code] == [True, False]
 
 
 def test_layers_and_numbers_of_rows_share_their_code():

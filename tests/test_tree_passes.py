@@ -11,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_same_text import CONFIG, PROMPTS, SEEDS, VOCAB
 
+from benchmarks.micro.shapes import stand_ins
 from stars_fast import StarsEngine
 from stars_fast.policy.policy import Policy
+from stars_fast.policy.steps import Shape
 from stars_fast.rewards import ImplicitReward
 from stars_fast.tree.attention import plugged
+from stars_fast.tree.graphs import Captured
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.passes import MOST_TOKENS, Pass, PassShape, trunk_room
 
@@ -173,16 +176,33 @@ def test_an_engine_that_is_dropped_gives_its_memory_back_at_once(kind):
 
 
 def test_where_memory_for_a_graph_is_short_the_pass_is_launched(monkeypatch):
-    model = policy()
+    model, asked = policy(), []
     model.graphs.enabled = True
     expected = encoded(model)[0][0]
-    asked = []
+    model.graphs.drop()
 
-    def get(shape, make, **_):
-        asked.append(shape)
+    def capture(work, *_):
+        asked.append(work.shape)
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(model.graphs, "get", get)
-    for numbers, *_ in encoded(model, times=3):
-        assert torch.equal(numbers, expected)
-    assert asked and model.graphs._impossible == {Pass}
+    with stand_ins(), pytest.warns(UserWarning, match="no memory for a CUDA graph"):
+        monkeypatch.setattr(Captured, "capture", capture)
+        for numbers, *_ in encoded(model, times=3):
+            assert torch.equal(numbers, expected)
+    assert len(asked) == len(set(asked)) == len(model.graphs.unaffordable) == 1, "each shape is tried once"
+
+
+def test_graphs_of_rooms_that_were_outgrown_are_dropped():
+    model = policy()
+    model.graphs.enabled = True
+    with stand_ins():
+        model.begin(600, 200, 8)
+        small, step = (PassShape(16, 16, 16, 16, 16, room, True) for room in (256, 512))
+        decode = Shape(1, 1, 2, 256, 8, 0, False)
+        model.small_pass(small)
+        model.steps(decode)
+        model.begin(600, 200, 16)
+        assert small in model.graphs and decode not in model.graphs
+        model.begin(600, 500, 16)
+        model.small_pass(step)
+        assert list(model.graphs._kept) == [step]

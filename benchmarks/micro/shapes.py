@@ -56,9 +56,10 @@ def counting() -> Iterator[Counted]:
         counted.runs[Run(work.model.role, work.shape, work.graph is None)] += 1
         run(work)
 
-    def capturing(graphs: Graphs, work: Captured) -> bool:
-        counted.graphs += 1
-        return make(graphs, work)
+    def capturing(graphs: Graphs, shape: Any, work: Captured) -> bool:
+        made = make(graphs, shape, work)
+        counted.graphs += made
+        return made
 
     with patch.object(Captured, "run", running), patch.object(Graphs, "_capture", capturing):
         yield counted
@@ -68,13 +69,12 @@ def counting() -> Iterator[Counted]:
 def stand_ins() -> Iterator[None]:
     """Where there is no GPU: what would be captured inside is marked, and its replay does the work."""
 
-    def capture(graphs: Graphs, work: Captured) -> bool:
-        graphs.made += 1
+    def capture(work: Captured, pool: Any, stream: Any) -> None:
         work.graph = SimpleNamespace(replay=work.work)  # type: ignore[assignment]
-        return True
 
     captures = patch.object(Graphs, "captures", new_callable=PropertyMock, return_value=True)
-    with patch.object(Graphs, "_capture", capture), captures:
+    handle, stream = patch("torch.cuda.graph_pool_handle", tuple), patch("torch.cuda.Stream", object)
+    with patch.object(Captured, "capture", capture), captures, handle, stream:
         yield
 
 

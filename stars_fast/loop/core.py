@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
-
 from stars_fast.loop.caller import Caller, Size
 from stars_fast.loop.chains import Chains
 from stars_fast.loop.enumeration import Enumeration
@@ -171,16 +169,19 @@ class Core(Stays):
             self._open(size)
             self._held = True
 
-    def warm_up(self, size: Size, kind: Kind, show: bool) -> torch.OutOfMemoryError | None:
+    def warm_up(self, size: Size, kind: Kind, show: bool) -> tuple[int, str]:
         """Capture what calls of a kind come to, in the pools that are open, or else in pools of this size.
 
-        Returns what there was no memory for, if any.
+        Returns how many graphs there are more, and what torch said where memory was short of others.
         """
         with self._turn():
             if self.closed:
                 raise RuntimeError("this engine is closed: make a new one")
             loop = self.loop or self._open(size)
-            return capture(self.policy, self.reward.tree_models, kind, loop.scheduler, show)
+            models = (self.policy, *self.reward.tree_models)
+            before = sum(model.graphs.captured for model in models)
+            short = capture(self.policy, self.reward.tree_models, kind, loop.scheduler, show)
+            return sum(model.graphs.captured for model in models) - before, short
 
     def let_go(self) -> None:
         """End the session: the core closes once its callers are through."""

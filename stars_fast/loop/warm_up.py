@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ _ACCEPTANCES = (0.15, 0.3, 0.5, 0.75)
 class WarmUp(NamedTuple):
     """What :meth:`stars_fast.StarsEngine.warm_up` has done."""
 
-    graphs: int  # captured now; those that were there are not made again
+    graphs: int  # captured now, and kept; those that were there are not made again
     seconds: float
     remark: str = ""  # why there are none, or not all
 
@@ -54,11 +55,9 @@ def proposals(kind: Kind, scheduler: Scheduler) -> Iterator[Shape]:
 
 @torch.no_grad()
 @own_dtypes()
-def capture(
-    policy: Policy, rewards: Sequence[TreeModel], kind: Kind, scheduler: Scheduler, show: bool
-) -> torch.OutOfMemoryError | None:
+def capture(policy: Policy, rewards: Sequence[TreeModel], kind: Kind, scheduler: Scheduler, show: bool) -> str:
     """Have all of these captured, in the room that both models' trees have been given, and compiled what larger passes
-    run. Returns what there was no memory for.
+    run. Returns what torch said where memory was short of some; empty where it was not.
     """
     from rich.console import Console
     from rich.progress import track
@@ -67,21 +66,25 @@ def capture(
     work: list[tuple[TreeModel, Shape | PassShape | None]] = [(model, None) for model in (policy, *rewards)]
     work += [(policy, shape) for shape in steps]
     for model in (policy, *rewards):
-        single = kind.requests if model is policy else 0
+        single = min(kind.requests, scheduler.max_rows) if model is policy else 0
         logits = model.body is model.model
         work += [(model, shape) for shape in PassShape.usual(model.trunk_room, logits, single)]
     work = [(model, shape) for model, shape in work if model.graphs.enabled]
-    try:
-        for model, shape in track(work, "capturing", console=Console(stderr=True), disable=not show):
+    # The largest first, so that what its graph leaves of the pool serves the next; passes over many tokens before all.
+    work.sort(key=lambda one: -math.inf if one[1] is None else -one[1][0])
+    short = ""
+    for model, shape in track(work, "capturing", console=Console(stderr=True), disable=not show):
+        try:
             if shape is None:
                 _encode_many(model)
             elif isinstance(shape, Shape):
                 policy.steps(shape)
             else:
                 model.small_pass(shape)
-    except torch.OutOfMemoryError as error:
-        return error
-    return None
+            short = short or model.graphs.unaffordable.get(shape, "")
+        except torch.OutOfMemoryError as error:  # even the tensors, or a pass that is only launched
+            short = short or str(error)
+    return short
 
 
 def _encode_many(model: TreeModel) -> None:

@@ -46,7 +46,9 @@ class Policy(TreeModel):
     def begin(self, tokens: int, longest: int, segment_length: int) -> None:
         """Make room for ``tokens`` slots, trunks of up to ``longest`` tokens and segments of ``segment_length``."""
         self.allocate(tokens, longest)
-        self.length_room = max(self.length_room, segment_length)  # never smaller again, as trunks
+        if segment_length > self.length_room:  # never smaller again, as trunks
+            self.length_room = segment_length
+            self.graphs.drop(Steps)
 
     def has_room(self, longest: int, segment_length: int) -> bool:
         """Whether trunks and segments of these lengths go into the graphs that :meth:`begin` made room for."""
@@ -194,13 +196,7 @@ class Policy(TreeModel):
         return self.steps(shape.padded(self.trunk_room, self.length_room))
 
     def steps(self, shape: Shape) -> Steps:
-        """Tensors of decode steps of a padded shape, which are kept, and captured where that is possible.
-
-        Raises
-        ------
-        torch.OutOfMemoryError
-            From the capture.
-        """
+        """Tensors of decode steps of a padded shape, which are kept, and captured where that is possible."""
         with self.on_device():
             return self.graphs.get(shape, lambda: Steps(self, shape, self.logit_size), capture=shape.length > 1)
 

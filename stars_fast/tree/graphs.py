@@ -75,6 +75,8 @@ class Graphs:
     def __init__(self, model: Pooled, enabled: bool) -> None:
         self.enabled = enabled  # whether work is padded to shapes that recur; on a CUDA device it is captured then
         self.made = 0  # graphs so far
+        self.tried = 0  # captures so far, those that failed included
+        self.unaffordable: dict[Hashable, str] = {}  # shapes that memory was short of, and what torch said
         self._model: Any = weakref.proxy(model)
         self._kept: dict[Hashable, Captured] = {}
         self._impossible: set[type[Captured]] = set()  # what could not be captured once
@@ -95,24 +97,28 @@ class Graphs:
                 self.drop()
             self._relied_on = now
 
-    def drop(self) -> None:
-        """Forget all graphs."""
-        self._kept.clear()
-        self._pool = None  # memory that no graph uses is gone, and its handle with it
+    @property
+    def captured(self) -> int:
+        """Graphs that there are."""
+        return sum(work.graph is not None for work in self._kept.values())
+
+    def drop(self, kind: type[Captured] | None = None) -> None:
+        """Forget all graphs, or those of a kind."""
+        self._kept = {shape: work for shape, work in self._kept.items() if kind and type(work) is not kind}
+        self.unaffordable.clear()  # there is memory again
+        self._forget_empty_pool()
 
     def get(self, shape: Hashable, make: Callable[[], _Work], *, capture: bool = True) -> _Work:
         """The work of that shape, kept; on a CUDA device captured, where ``capture`` asks for it and it is possible.
 
-        Raises
-        ------
-        torch.OutOfMemoryError
-            From the capture; nothing is kept then.
+        Where memory is short of one shape's graph, its kernels are launched from then on; the others' graphs stay.
         """
         work: Any = self._kept.pop(shape, None)
         if work is None:
             work = make()
-            possible = self.captures and type(work) not in self._impossible
-            if capture and possible and not self._capture(work):
+            possible = self.captures and type(work) not in self._impossible and shape not in self.unaffordable
+            if capture and possible and not self._capture(shape, work):
+                del work  # what half a capture holds is needed
                 work = make()
         same = [key for key, kept in self._kept.items() if type(kept) is type(work)]
         if len(same) >= _MOST_GRAPHS:
@@ -120,33 +126,45 @@ class Graphs:
         self._kept[shape] = work
         return work
 
-    def give_up(self, kind: type[Captured]) -> None:
-        """Capture no work of this kind any more."""
-        self._impossible.add(kind)
-
     def __contains__(self, shape: Hashable) -> bool:
         return shape in self._kept
 
-    def _capture(self, work: Captured) -> bool:
-        """Whether there is a graph now. Where there is none, none of its kind is asked for again."""
-        self.made += 1
+    def _capture(self, shape: Hashable, work: Captured) -> bool:
+        """Whether there is a graph now. Where there is none, none is asked for again: of this shape where memory was
+        short, else of this kind.
+        """
+        self.tried += 1
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()  # all graphs share its memory: one runs at a time
         if self._stream is None:
             self._stream = torch.cuda.Stream()  # one: cuBLAS keeps 32 MiB for every stream it has worked on
         try:
             work.capture(self._pool, self._stream)
+            self.made += 1
+            return True
+        except torch.OutOfMemoryError as error:
+            told = str(error)
         except RuntimeError as error:
             self.drop()
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            self.give_up(type(work))
+            self._impossible.add(type(work))
             warn(
                 f"the layers of {type(self._model.model).__name__} cannot be captured in a CUDA graph, so their "
                 f"kernels are launched one by one: {error}"
             )
             return False
-        return True
+        if not self.unaffordable:  # once: the next shapes fare no better
+            warn(
+                f"there is no memory for a CUDA graph of {shape}, nor perhaps for others of "
+                f"{type(self._model.model).__name__}, so their kernels are launched one by one (leave more with a "
+                f"smaller gpu_memory_utilization or kv_cache_tokens): {told}"
+            )
+        self.unaffordable[shape] = told
+        self._forget_empty_pool()
+        return False
+
+    def _forget_empty_pool(self) -> None:
+        if not self.captured:
+            self._pool = None  # memory that no graph uses is gone, and its handle with it
 
 
 def addresses(model: PreTrainedModel) -> tuple[Any, ...]:

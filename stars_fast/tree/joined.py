@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
 
 from stars_fast.ops._library import CHECKS, PRODUCTS, library
@@ -21,6 +22,27 @@ _ADD = (operator.add, torch.add)
 _MUL = (operator.mul, torch.mul)
 _NEG = (operator.neg, torch.neg)
 _MOST_WEIGHTS = 3  # of one product
+_IN_PLACE = {
+    getattr(operator, name)
+    for name in [
+        "iadd",
+        "iand",
+        "iconcat",
+        "ifloordiv",
+        "ilshift",
+        "imatmul",
+        "imod",
+        "imul",
+        "ior",
+        "ipow",
+        "irshift",
+        "isub",
+        "itruediv",
+        "ixor",
+        "setitem",
+        "delitem",
+    ]
+}
 
 
 def join(module: fx.GraphModule) -> None:
@@ -57,13 +79,21 @@ def _join_residual(graph: fx.Graph, node: fx.Node) -> None:
     x, weight, bias = _arguments(linear, (F.linear,), 3)
     kinds = [_tensor(one) for one in (residual, x, weight)]
     # A sum of this layer lies in memory of its own; what came into the layer belongs to others.
-    if bias is not None or not _is(residual, _ADD) or any(one is None for one in kinds) or len(linear.users) != 1:
+    if (
+        bias is not None
+        or not _is(residual, _ADD)
+        or residual.kwargs
+        or any(one is None for one in kinds)
+        or len(linear.users) != 1
+    ):
         return
     total, inputs, matrix = (one for one in kinds if one is not None)
     if not total.dtype == inputs.dtype == matrix.dtype or total.shape[:-1] != inputs.shape[:-1]:
         return
     order = {one: place for place, one in enumerate(graph.nodes)}
     if total.shape[-1] != matrix.shape[0] or any(order[user] > order[node] for user in residual.users):
+        return
+    if _changes_between(graph, min(residual, linear, key=order.__getitem__), node):
         return
     with graph.inserting_before(node):
         # A second sum, the other way round: Inductor joins no kernel that writes what is changed later with one that
@@ -89,6 +119,8 @@ def _join_products(graph: fx.Graph) -> None:
     for (x, unbiased), nodes in found.items():
         for start in range(0, len(nodes), _MOST_WEIGHTS):
             some = nodes[start : start + _MOST_WEIGHTS]
+            if _changes_between(graph, some[0], some[-1]):
+                continue
             weights, biases = [node.args[1] for node in some], [] if unbiased else [node.args[2] for node in some]
             with graph.inserting_before(some[0]):
                 joined = graph.call_function(torch.ops.stars_fast.skinny_product.default, (x, weights, biases))
@@ -105,6 +137,10 @@ def _join_rotary(graph: fx.Graph, attend: fx.Node) -> None:
     query, key = _rotated(_before_transpose(q)), _rotated(_before_transpose(k))
     if query is None or key is None or query[1:] != key[1:]:
         return
+    for rotated, given in ((query[0], q), (key[0], k)):
+        before, after = _tensor(rotated), _tensor(given)
+        if before is None or after is None or before.dtype != after.dtype or _changes_between(graph, rotated, attend):
+            return  # else what a layer computes in more bits is rounded, or not, at another place
     _, cos, sin = query
     with graph.inserting_before(attend):
         q, k = (
@@ -172,6 +208,32 @@ def _is_slice(node: Any, x: Any, *, from_start: bool) -> bool:
     last = index[1]
     open_end = isinstance(last, slice) and last.step is None and (last.start if from_start else last.stop) is None
     return open_end and (last.stop if from_start else last.start) is not None
+
+
+def _changes_between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> bool:
+    """Whether anything between is changed in place: what is read later than it was would have other values."""
+    nodes = list(graph.nodes)
+    return any(map(_changes, nodes[nodes.index(first) : nodes.index(last)]))
+
+
+def _changes(node: fx.Node) -> bool:
+    """Whether what is called changes an argument in place, as far as can be seen."""
+    target = node.target
+    if node.op == "call_method":
+        name = str(target)
+        return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
+    if node.op != "call_function":
+        return False
+    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") or isinstance(target, HigherOrderOperator):
+        return True
+    if isinstance(target, OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    if isinstance(target, OpOverload):
+        return target._schema.is_mutable
+    name, module = getattr(target, "__name__", ""), getattr(target, "__module__", "")
+    if module == "_operator":
+        return target in _IN_PLACE
+    return name.endswith("_") or (module == F.__name__ and any(one is True for one in node.args))  # F.relu(x, True)
 
 
 def _is(node: Any, targets: tuple[Any, ...]) -> bool:

@@ -132,7 +132,7 @@ class TreeModel(Stays):
     @property
     def prepared(self) -> int:
         """Captures and compilations so far: a heartbeat with one says nothing of speed."""
-        return self.graphs.made + (0 if self._compiled is None else self._compiled.compilations)
+        return self.graphs.tried + (0 if self._compiled is None else self._compiled.compilations)
 
     @own_dtypes()
     def _record_shapes(self) -> ShapeRecorder:
@@ -179,7 +179,13 @@ class TreeModel(Stays):
             self.pools_made += 1
         self._plant(tokens + 1)
         self.graphs.refresh()
-        self.trunk_room = max(self.trunk_room, trunk_room(longest))
+        self._make_room(longest)
+
+    def _make_room(self, longest: int) -> None:
+        """Let captured work have room for trunks of so many tokens; what had less is not asked for again."""
+        if (room := trunk_room(longest)) > self.trunk_room:
+            self.trunk_room = room
+            self.graphs.drop()
 
     def clear(self) -> None:
         """Drop everything the tree holds, whoever holds it."""
@@ -292,24 +298,14 @@ class TreeModel(Stays):
         if not self.graphs.enabled or self.watched or not usual or logits != ("logits_to_keep" in kwargs):
             return None
         groups, longest = plan.trunk_slots.shape
-        self.trunk_room = max(self.trunk_room, trunk_room(longest))
+        self._make_room(longest)
         shape = PassShape.padded(lengths, groups, rows, self.trunk_room, logits)
         if shape is None:
             return None
-        try:
-            return self.small_pass(shape)
-        except torch.OutOfMemoryError:  # what is free is for the texts
-            self.graphs.give_up(Pass)
-            return Pass(self, shape)
+        return self.small_pass(shape)
 
     def small_pass(self, shape: PassShape) -> Pass:
-        """The pass of that shape, captured where that is possible.
-
-        Raises
-        ------
-        torch.OutOfMemoryError
-            From the capture.
-        """
+        """The pass of that shape, captured where that is possible."""
         with self.on_device():
             return self.graphs.get(shape, lambda: Pass(self, shape))
 
