@@ -60,6 +60,14 @@ class Server:
             assert not (engine.core._callers or engine.core._caller_of or self.service.engine._jobs)
 
 
+def wait_for(condition, seconds: float = 30.0) -> None:
+    """Until it is true."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it has not come to that"
+        time.sleep(0.01)
+
+
 @contextmanager
 def running(engine, *, api_key=None, config=CONFIG, limits=None, **terms):
     """A server in a thread of this process."""
@@ -70,8 +78,8 @@ def running(engine, *, api_key=None, config=CONFIG, limits=None, **terms):
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
-        while not server.started:
-            time.sleep(0.01)
+        wait_for(lambda: server.started or not thread.is_alive())
+        assert server.started, "uvicorn has not come up"
         yield Server(service, f"http://127.0.0.1:{bound.getsockname()[1]}", api_key)
     finally:
         server.should_exit = True

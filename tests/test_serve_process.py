@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from stars_fast import StarsConfig
 from stars_fast.cli import app, serve
+from stars_fast.serve.server import bind
 
 SERVE = ("serve", "--policy", "demo", "--reward", "demo", "--port", "0")
 
@@ -80,7 +81,12 @@ def test_it_starts_offline_warns_of_pilots_and_ends_a_stream_whole_on_sigterm():
 
 
 def test_open_requests_are_ended_with_what_they_have_when_the_grace_is_over():
-    with started("--target-reward", 1e6, "--timeout-graceful-shutdown", 0.3) as (process, url, _):
+    with started("--target-reward", 1e6, "--timeout-graceful-shutdown", 0.3, WEB_CONCURRENCY="4") as (
+        process,
+        url,
+        log,
+    ):
+        assert any("WEB_CONCURRENCY=4" in line and "CUDA_VISIBLE_DEVICES" in line for line in log)
         asked = dict(prompt="This film is", max_tokens=900, seed=0, stream=True, ignore_eos=True)
         with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=60) as got:
             parts = got.iter_text()
@@ -91,10 +97,9 @@ def test_open_requests_are_ended_with_what_they_have_when_the_grace_is_over():
         assert process.wait(30) == 0 and time.monotonic() < began + 20
 
 
-def test_several_workers_are_refused_with_the_reason(monkeypatch):
-    assert "CUDA_VISIBLE_DEVICES" in refused("--workers", 2)
-    monkeypatch.setenv("WEB_CONCURRENCY", "4")
-    assert "--workers 4" in refused()
+def test_an_address_is_taken_before_anybody_answers():
+    with bind("127.0.0.1", 0) as first, pytest.raises(OSError, match="in use"):
+        bind(*first.getsockname())
 
 
 def test_what_cannot_be_served_is_refused_before_models_are_loaded(monkeypatch, tmp_path):
