@@ -81,11 +81,8 @@ def test_it_starts_offline_warns_of_pilots_and_ends_a_stream_whole_on_sigterm():
 
 
 def test_open_requests_are_ended_with_what_they_have_when_the_grace_is_over():
-    with started("--target-reward", 1e6, "--timeout-graceful-shutdown", 0.3, WEB_CONCURRENCY="4") as (
-        process,
-        url,
-        log,
-    ):
+    options = ("--target-reward", 1e6, "--timeout-graceful-shutdown", 0.3)
+    with started(*options, WEB_CONCURRENCY="4") as (process, url, log):
         assert any("WEB_CONCURRENCY=4" in line and "CUDA_VISIBLE_DEVICES" in line for line in log)
         asked = dict(prompt="This film is", max_tokens=900, seed=0, stream=True, ignore_eos=True)
         with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=60) as got:
