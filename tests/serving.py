@@ -11,7 +11,7 @@ from tiny_tokenizers import CHATML, byte_bpe, models_for
 
 from stars_fast import AsyncStarsEngine, StarsConfig, StarsEngine
 from stars_fast.serve.app import create_app
-from stars_fast.serve.server import bind
+from stars_fast.serve.server import _Server, bind
 from stars_fast.serve.service import Service
 
 CONFIG = StarsConfig(segment_length=6, max_attempts=4, target_reward=0.5, base_reward=0.0, beta=0.7)
@@ -28,8 +28,8 @@ def tiny_engine(reward=None, **options) -> StarsEngine:
 class Server:
     """Where it listens, and what is behind it."""
 
-    def __init__(self, service: Service, url: str, api_key: str | None) -> None:
-        self.service, self.url = service, url
+    def __init__(self, service: Service, url: str, api_key: str | None, server: uvicorn.Server) -> None:
+        self.service, self.url, self._server = service, url, server
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self.http = httpx.Client(base_url=url, headers=headers, timeout=60)
 
@@ -40,6 +40,9 @@ class Server:
         response = self.post(**{"prompt": "the cat", "max_tokens": 12, **body})
         assert response.status_code == 200, response.text
         return response.json()
+
+    def stop(self) -> None:
+        self._server.should_exit = True
 
     def gauge(self, name: str) -> float:
         """The sum of a metric over its labels."""
@@ -60,19 +63,29 @@ class Server:
             assert not (engine.core._callers or engine.core._caller_of or self.service.engine._jobs)
 
 
+def wait_for(condition, seconds: float = 30.0) -> None:
+    """Until it is true."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it has not come to that"
+        time.sleep(0.01)
+
+
 @contextmanager
-def running(engine, *, api_key=None, config=CONFIG, limits=None, **terms):
-    """A server in a thread of this process."""
+def running(engine, *, api_key=None, config=CONFIG, limits=None, grace=0.0, **terms):
+    """A server in a thread of this process; ``stop`` is what a signal does."""
     shared = AsyncStarsEngine(engine, **(limits or {}))
     service = Service(shared, "tiny", config, **terms)
     bound = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(create_app(service, api_key), log_config=None, access_log=False, ws="none"))
+    app = create_app(service, api_key)
+    settings = uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=20)
+    server = _Server(settings, service, grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
-        while not server.started:
-            time.sleep(0.01)
-        yield Server(service, f"http://127.0.0.1:{bound.getsockname()[1]}", api_key)
+        wait_for(lambda: server.started or not thread.is_alive())
+        assert server.started, "uvicorn has not come up"
+        yield Server(service, f"http://127.0.0.1:{bound.getsockname()[1]}", api_key, server)
     finally:
         server.should_exit = True
         thread.join()

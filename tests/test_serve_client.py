@@ -92,7 +92,24 @@ WRONG = [
     (dict(max_tokens=10**6), openai.BadRequestError, "max_tokens=1000000"),
     (dict(extra_body={"stars": {"target_rewrd": 1}}), openai.BadRequestError, "did you mean 'target_reward'"),
     (dict(extra_body={"target_reward": 1}), openai.BadRequestError, "give stars:"),
-    (dict(extra_body={"temprature": 1}), openai.BadRequestError, "did you mean 'temperature'"),
+    *(
+        (dict(extra_body={name: value}), openai.BadRequestError, f"{name} is not served: ")
+        for name, value in {
+            "stop_token_ids": [1],
+            "guided_json": {"type": "object"},
+            "bad_words": ["the"],
+            "allowed_token_ids": [3],
+            "truncate_prompt_tokens": 4,
+            "max_completion_tokens": 3,
+            "include_stop_str_in_output": True,
+            "length_penalty": 3.0,
+            "prompt_embeds": "x",
+            "skip_special_tokens": False,
+            "add_special_tokens": False,
+            "regex": "a+",
+            "max_new_tokens": 3,
+        }.items()
+    ),
     (dict(extra_body={"stars": {"temperature": 1}}), openai.BadRequestError, "beside stars"),
     (dict(extra_body={"stars": {"segment_length": 99}}), openai.BadRequestError, "max_segment_length=32"),
     (dict(extra_body={"stars": {"method": "magic"}}), openai.BadRequestError, "known methods"),
@@ -123,6 +140,25 @@ def test_pictures_and_other_speakers_are_refused_by_name(client):
         with pytest.raises(openai.BadRequestError, match="messages") as caught:
             client.chat.completions.create(model="tiny", messages=messages)
         assert words in caught.value.body["message"]
+
+
+def test_what_a_chat_holds_beside_its_texts_is_refused_and_what_says_nothing_is_let_through(client):
+    begun = [*CHAT, {"role": "assistant", "content": "I am"}]
+    for messages, extra, words in (
+        (CHAT, {"chat_template_kwargs": {"tools": [{"type": "function"}]}}, "chat_template_kwargs.tools"),
+        (CHAT, {"chat_template_kwargs": {"documents": [{"text": "x"}]}}, "chat_template_kwargs.documents"),
+        ([{**CHAT[0], "name": "bob"}], {}, "messages[0].name"),
+        ([*CHAT, {"role": "assistant", "content": "", "tool_calls": [{}]}], {}, "messages[1].tool_calls"),
+        (begun, {"continue_final_message": False}, "continue_final_message"),
+        (CHAT, {"add_generation_prompt": False}, "add_generation_prompt"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model="tiny", messages=messages, extra_body=extra)
+        assert caught.value.body["message"].startswith(words) and caught.value.param == words
+    nothing = {"guided_json": None, "length_penalty": 1.0, "skip_special_tokens": True, "bad_words": [], "user": "me"}
+    nothing |= {"temprature": 1, "add_generation_prompt": True, "continue_final_message": False}
+    chat = [{**CHAT[0], "name": None, "tool_calls": []}]
+    assert client.chat.completions.create(model="tiny", messages=chat, max_tokens=2, extra_body=nothing).choices
 
 
 def test_a_chat_may_be_in_parts_and_end_with_the_beginning_of_an_answer(engine, client):

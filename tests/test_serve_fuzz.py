@@ -1,4 +1,7 @@
-"""Requests of every kind, valid and not, many at a time: no error that is not meant, and nothing is left behind."""
+"""Requests of every kind, valid and not, many at a time: no error that is not meant, and nothing is left behind.
+
+A short run by default. Many more: ``STARS_FAST_SOAK=1 pytest tests/test_serve_fuzz.py``.
+"""
 
 import os
 import random
@@ -31,7 +34,10 @@ def fuzz(server, folder, examples: int, seed: int, phases: str = "fuzzing") -> s
     return result.stdout
 
 
-@pytest.mark.parametrize("examples", [4, pytest.param(200, marks=pytest.mark.slow)])
+SOAK = "STARS_FAST_SOAK" in os.environ
+
+
+@pytest.mark.parametrize("examples", [200 if SOAK else 3])
 def test_generated_requests_meet_no_error_of_the_servers_own(tmp_path, examples):
     with running(tiny_engine(), timeout=0.5) as server:
         fuzz(server, tmp_path, examples, seed=7)
@@ -91,7 +97,7 @@ class Storm:
             list(pool.map(self.ask, [(self.body(), leaves) for leaves in leaving]))
 
 
-@pytest.mark.parametrize("requests", [60, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", [2000 if SOAK else 60])
 def test_a_storm_leaves_all_slots_free_and_memory_flat(requests):
     engine = tiny_engine(kv_cache_tokens=1500)  # little enough that requests wait and give way
     with running(engine, limits={"max_waiting": 12}) as server:

@@ -2,13 +2,14 @@
 
 import json
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from serving import ENDLESS, chunks_of, running, tiny_engine
+from serving import chunks_of, running, tiny_engine, wait_for
 
 from stars_fast.rewards import CallableReward
 
@@ -24,24 +25,51 @@ def raw(server, request: bytes) -> bytes:
     address = urlsplit(server.url)
     with socket.create_connection((address.hostname, address.port), timeout=5) as connection:
         connection.sendall(request)
-        return connection.recv(65536)
+        answer = b""
+        while not answer.endswith(b"}") and (part := connection.recv(65536)):
+            answer += part
+        return answer
 
 
 def posted(server, body: bytes, **headers: str) -> httpx.Response:
     return server.http.post("/v1/completions", content=body, headers={"content-type": "application/json", **headers})
 
 
-def test_a_burst_beyond_the_limit_is_turned_away(server):
-    with ThreadPoolExecutor(24) as pool:
-        ask = lambda i: server.post(prompt="x", max_tokens=100, seed=i, **ENDLESS)  # noqa: E731
-        answers = list(pool.map(ask, range(24)))
-    statuses = sorted(answer.status_code for answer in answers)
-    assert statuses == [200] * 4 + [503] * 20
-    refused = [answer for answer in answers if answer.status_code == 503]
-    assert all(int(answer.headers["retry-after"]) >= 1 and "max_waiting=4" in answer.text for answer in refused)
-    server.settle()
-    assert server.gauge("stars_admission_rejections_total") == 20
-    assert "max_waiting=4" in server.post(prompt=["x"] * 5).json()["error"]["message"]
+class Held(CallableReward):
+    """Answers once it may."""
+
+    def __init__(self):
+        self.may = threading.Event()
+        super().__init__(lambda completions: [self.may.wait(60) * 1.0 for _ in completions])
+
+
+def test_a_burst_beyond_the_limit_is_turned_away():
+    reward = Held()
+    with running(tiny_engine(reward), limits={"max_waiting": 4}) as server, ThreadPoolExecutor(4) as pool:
+        ask = lambda i: server.post(prompt="x", max_tokens=12, seed=i)  # noqa: E731
+        let_in = [pool.submit(ask, i) for i in range(2)] + [pool.submit(server.post, prompt="x", max_tokens=6, n=2)]
+        wait_for(lambda: server.gauge("stars_requests_open") == 4)
+        for body in (*({"prompt": "x"} for _ in range(10)), {"prompt": "x", "n": 4}, {"prompt": ["x", "y"], "n": 2}):
+            refused = server.post(**body)
+            assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+            assert "max_waiting=4" in refused.text
+        for body in ({"prompt": "x", "n": 5}, {"prompt": ["x"] * 5}, {"prompt": ["x", "y"], "n": 3}):
+            refused = server.post(**body)
+            assert refused.status_code == 400 and "max_waiting=4" in refused.json()["error"]["message"]
+        reward.may.set()
+        assert [answer.result().status_code for answer in let_in] == [200] * 3
+        server.settle()
+        assert server.gauge("stars_admission_rejections_total") == 12
+
+
+def test_the_work_of_a_request_has_a_bound(server):
+    for body in (
+        {"n": 4, "stars": {"method": {"name": "metropolis_hastings", "steps": 1024, "chains": 1024}}},
+        {"n": 4, "stars": {"method": {"name": "metropolis_hastings", "steps": 200, "chains": 100}}},
+        {"prompt": ["x"] * 100, "stars": {"method": {"name": "best_of_n", "n": 1000}}},
+    ):
+        got = server.post(**{"prompt": "x", **body})
+        assert got.status_code == 400 and ("at most 65536" in got.text or "max_waiting" in got.text)
 
 
 def test_a_hundred_refused_prompts_leave_no_reservation(server):
@@ -54,23 +82,56 @@ def test_a_hundred_refused_prompts_leave_no_reservation(server):
     server.ask()
 
 
-def test_a_timeout_gives_what_is_there_or_408(server):
-    late = server.post(prompt="x", max_tokens=400, timeout=0.001, **ENDLESS)
-    assert late.status_code == 408 and late.json()["error"]["param"] == "timeout"
-    assert late.headers["x-should-retry"] == "false"
-    part = server.ask(max_tokens=450, timeout=0.4, **ENDLESS)
-    assert part["choices"][0]["finish_reason"] == "abort" and part["choices"][0]["text"]
-    text = server.post(prompt="x", max_tokens=450, timeout=0.4, stream=True, **ENDLESS).text
-    assert chunks_of(text)[-1]["choices"][0]["finish_reason"] == "abort"
-    server.settle()
+def test_a_timeout_gives_what_is_there_or_408_and_what_it_has_cost(caplog):
+    class Slow(CallableReward):
+        """Longer than the timeout from the second time on."""
+
+        calls = 0
+
+        def __init__(self):
+            super().__init__(self.score)
+
+        def score(self, completions):
+            self.calls += 1
+            if self.calls > 1:
+                time.sleep(0.4)
+            return [0.0] * len(completions)
+
+    reward = Slow()
+    asked = dict(
+        max_tokens=400,
+        ignore_eos=True,
+        timeout=0.3,
+        stars={"segment_length": 4, "method": {"name": "blockwise_best_of_n", "n": 3}},
+    )
+    with running(tiny_engine(reward)) as server, caplog.at_level("INFO", logger="stars_fast.serve"):
+        server.post(prompt="x", max_tokens=1)  # what the first request costs beside
+        for stream in (False, True):
+            reward.calls = 0
+            got = server.post(prompt="x", stream=stream, **{**asked, "stars": {**asked["stars"], "trace": True}})
+            last = chunks_of(got.text)[-1] if stream else got.json()
+            assert last["choices"][0]["finish_reason"] == "abort"
+            if stream:
+                trace = [len(chunk["choices"][0]["stars"].get("trace", [])) for chunk in chunks_of(got.text)]
+                assert trace == [*[1] * (len(trace) - 1), 0] and len(trace) > 1
+            else:
+                usage = got.json()["usage"]
+                assert usage["stars"]["drawn_tokens"] >= 3 * usage["completion_tokens"] > 0
+            server.settle()
+        asked |= {"timeout": 0.1, "stars": {"method": "best_of_n"}}
+        late = server.post(prompt="x", **asked)
+        assert late.status_code == 408 and late.json()["error"]["param"] == "timeout"
+        assert late.headers["x-should-retry"] == "false"
+        server.settle()
+        fields = [record.fields for record in caplog.records if record.fields.get("status") == 408]
+        assert fields[0]["prompt_tokens"] > 0 and fields[0]["drawn_tokens"] > 0
 
 
 def test_bodies_are_bounded_whatever_they_claim(server):
-    large = posted(server, b'{"prompt": "' + b"x" * (2 << 20) + b'"}')
-    assert large.status_code == 413 and "1048576 bytes" in large.json()["error"]["message"]
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     claimed = raw(server, head + b"Content-Length: 1073741824\r\n\r\n{")
     assert claimed.startswith(b"HTTP/1.1 413") and b"connection: close" in claimed.lower()
+    assert b"1048576 bytes" in claimed
     chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
     assert raw(server, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 17).startswith(b"HTTP/1.1 413")
     assert raw(server, head + b"Content-Length: 99999999999999999999999\r\n\r\n").startswith(b"HTTP/1.1 4")
@@ -130,9 +191,8 @@ def test_other_content_types_paths_and_verbs_are_refused_in_the_same_shape(serve
 
 def test_temperature_0_may_be_sampled():
     with running(tiny_engine(), samples_greedy=True) as server:
-        answer = server.post(prompt="x", max_tokens=6, temperature=0, seed=1)
-        assert answer.headers["x-stars-greedy"] == "sampled"
-        assert answer.json()["choices"] == server.ask(prompt="x", max_tokens=6, seed=1)["choices"]
+        sampled = server.ask(prompt="x", max_tokens=6, temperature=0, seed=1)
+        assert sampled["choices"] == server.ask(prompt="x", max_tokens=6, seed=1)["choices"]
 
 
 def test_a_reward_that_raises_costs_whom_it_raises_for_and_a_broken_commit_those_under_way():
@@ -185,7 +245,7 @@ def test_logs_are_json_without_texts(server, caplog):
         text = server.ask(prompt="a secret prompt", seed=1)["choices"][0]["text"]
         named = server.http.get("/v1/models", headers={"X-Request-Id": "mine-1"})
         odd = server.http.get("/v1/models", headers={"X-Request-Id": "no good\tname"})
-        time.sleep(0.1)
+        wait_for(lambda: sum("status" in record.fields for record in caplog.records) == 3)
     assert named.headers["x-request-id"] == "mine-1" and "\t" not in odd.headers["x-request-id"]
     lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
     (line,) = [line for line in lines if line.get("path") == "/v1/completions"]

@@ -7,16 +7,16 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 
 import httpx
 import pytest
-from serving import CONFIG, chunks_of, tiny_engine
+from serving import CONFIG, ENDLESS, chunks_of, running, tiny_engine
 from typer.testing import CliRunner
 
 from stars_fast import StarsConfig
 from stars_fast.cli import app, serve
+from stars_fast.serve.server import bind
 
 SERVE = ("serve", "--policy", "demo", "--reward", "demo", "--port", "0")
 
@@ -60,8 +60,10 @@ def started(*arguments, **environment):
 
 
 def test_it_starts_offline_warns_of_pilots_and_ends_a_stream_whole_on_sigterm():
-    with started("--api-key", "secret", "--max-model-len", 900, HF_HUB_OFFLINE="1") as (process, url, log):
-        (warning,) = [json.loads(line)["message"] for line in log if '"warning"' in line]
+    options = ("--api-key", "secret", "--max-model-len", 900)
+    with started(*options, HF_HUB_OFFLINE="1", WEB_CONCURRENCY="4") as (process, url, log):
+        warning, alone = [json.loads(line)["message"] for line in log if '"warning"' in line]
+        assert "WEB_CONCURRENCY=4" in alone and "CUDA_VISIBLE_DEVICES" in alone
         assert "--fit" in warning and "--target-reward" in warning
         client = httpx.Client(base_url=url, headers={"Authorization": "Bearer secret"}, timeout=60)
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
@@ -80,21 +82,18 @@ def test_it_starts_offline_warns_of_pilots_and_ends_a_stream_whole_on_sigterm():
 
 
 def test_open_requests_are_ended_with_what_they_have_when_the_grace_is_over():
-    with started("--target-reward", 1e6, "--timeout-graceful-shutdown", 0.3) as (process, url, _):
-        asked = dict(prompt="This film is", max_tokens=900, seed=0, stream=True, ignore_eos=True)
-        with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=60) as got:
-            parts = got.iter_text()
-            text, began = next(parts), time.monotonic()
-            process.send_signal(signal.SIGTERM)
-            text += "".join(parts)
-        assert chunks_of(text)[-1]["choices"][0]["finish_reason"] == "abort"
-        assert process.wait(30) == 0 and time.monotonic() < began + 20
+    asked = dict(prompt="x", max_tokens=450, seed=0, stream=True, **ENDLESS)
+    with running(tiny_engine(), grace=0.1) as server, server.http.stream("POST", "/v1/completions", json=asked) as got:
+        parts = got.iter_text()
+        text = next(parts)
+        server.stop()
+        text += "".join(parts)
+    assert chunks_of(text)[-1]["choices"][0]["finish_reason"] == "abort"
 
 
-def test_several_workers_are_refused_with_the_reason(monkeypatch):
-    assert "CUDA_VISIBLE_DEVICES" in refused("--workers", 2)
-    monkeypatch.setenv("WEB_CONCURRENCY", "4")
-    assert "--workers 4" in refused()
+def test_an_address_is_taken_before_anybody_answers():
+    with bind("127.0.0.1", 0) as first, pytest.raises(OSError, match="in use"):
+        bind(*first.getsockname())
 
 
 def test_what_cannot_be_served_is_refused_before_models_are_loaded(monkeypatch, tmp_path):

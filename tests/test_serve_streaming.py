@@ -120,6 +120,37 @@ def test_silence_is_kept_alive_and_an_error_ends_the_stream_in_words():
         server.settle()
 
 
+def test_a_stream_begins_before_its_first_segment_and_says_then_what_goes_wrong():
+    may, error = threading.Event(), [None]
+
+    def reward(completions):
+        may.wait(30)
+        return [error[0] or 0.0] * len(completions)
+
+    with running(tiny_engine(reward), keep_alive=0.05) as server:
+        for wrong, status in ((None, None), (RuntimeError("secret"), 500)):
+            may.clear()
+            error[0], text = wrong, ""
+            with server.http.stream("POST", "/v1/completions", json=dict(prompt="x", max_tokens=3, stream=True)) as got:
+                assert got.status_code == 200
+                for line in got.iter_text():
+                    text += line
+                    if text.count(": keep-alive") == 2:
+                        may.set()
+            *_, last, done = events_of(text)
+            assert text.startswith(": keep-alive\n\n: keep-alive\n\n") and done == "[DONE]"
+            assert json.loads(last).get("error", {}).get("code") == status
+        may.clear()
+        with (
+            pytest.raises(httpx.ReadTimeout),
+            server.http.stream("POST", "/v1/completions", json=dict(prompt="x", stream=True), timeout=0.3) as got,
+        ):
+            for _ in got.iter_text():
+                raise httpx.ReadTimeout("enough")
+        may.set()
+        server.settle()
+
+
 def test_a_trace_adds_up_to_the_attempts(server):
     got = server.ask(max_tokens=24, seed=3, stars={"trace": True})
     trace = got["choices"][0]["stars"]["trace"]
@@ -137,6 +168,7 @@ def test_a_trace_adds_up_to_the_attempts(server):
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_is_let_go_of_at_once(server, stream):
     server.settle()
+    before = {name: server.gauge(f"stars_{name}_total") for name in ("disconnects", "generation_tokens")}
     with (
         pytest.raises(httpx.ReadTimeout),
         httpx.Client(base_url=server.url, timeout=0.3) as client,
@@ -149,4 +181,5 @@ def test_who_leaves_is_let_go_of_at_once(server, stream):
             if time.monotonic() > began + 0.3:
                 raise httpx.ReadTimeout("enough")
     server.settle(2.0)
-    assert server.gauge("stars_disconnects_total") >= 1
+    assert server.gauge("stars_disconnects_total") == before["disconnects"] + 1
+    assert server.gauge("stars_generation_tokens_total") < before["generation_tokens"] + 400

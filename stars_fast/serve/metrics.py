@@ -90,7 +90,7 @@ class _EngineCollector(Collector):
         ):
             yield CounterMetricFamily(f"stars_{name}", about, counts[field])
         for name, field, about in (
-            ("requests_open", "open_requests", "Prompts that are being answered or wait."),
+            ("requests_open", "open_requests", "Answers that were asked for and have not ended: prompts times n."),
             ("requests_running", "running", "Answers and pilots that take part in heartbeats."),
             ("requests_waiting", "waiting", "Answers and pilots that wait for room."),
         ):
