@@ -97,6 +97,8 @@ def test_another_text_in_the_file_is_another_reward(models, tmp_path):
     command = ("generate", *models[:2], "--reward", f"{tmp_path / 'rewards.py'}:longest", "--max-new-tokens", 4)
     command += ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--method", "vanilla")
     assert invoke(*command).exit_code == 0
+    made_with = json.loads((tmp_path / "out.jsonl.settings.json").read_text())
+    assert made_with["reward_file"] and made_with["chat_template_kwargs"] is None
     (tmp_path / "rewards.py").write_text(SCRIPT.replace("float(len(one))", "-float(len(one))"))
     refused = invoke(*command)
     assert refused.exit_code == 2 and "reward_file was " in refused.stderr

@@ -15,7 +15,7 @@ import typer
 
 from stars_fast.cli import models
 from stars_fast.cli.console import fail, note, progress, refusing, refusing_models
-from stars_fast.cli.generate import recipe_of
+from stars_fast.cli.generate import recipe_of, warn_of_n
 from stars_fast.cli.models import check_models, template_variables
 from stars_fast.rows.engines import Names
 
@@ -34,6 +34,9 @@ def run(
     ],
     policy: models.PolicyName = None,
     reward: models.RewardName = None,
+    method: models.MethodName = None,
+    max_new_tokens: models.MaxNewTokens = None,
+    n: models.Answers = None,
     config: models.SettingsFile = None,
     set_: models.Assignments = None,
     seed: Annotated[int, typer.Option(help="Each row draws by this and its id.")] = 0,
@@ -72,7 +75,9 @@ def run(
     from stars_fast.scale.parts import Parts
 
     with refusing(OSError, ValueError, TypeError):
-        settings = read_settings(config, set_ or ())
+        fields = {"method": method, "max_new_tokens": max_new_tokens, "num_return_sequences": n}
+        settings = read_settings(config, set_ or (), **fields)
+    warn_of_n(n, settings.config)
     names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
     check_models(names, dtype)
     names = _found(names)

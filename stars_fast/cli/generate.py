@@ -72,7 +72,7 @@ def run(
     with refusing(OSError, ValueError, TypeError):
         fields = {"method": method, "max_new_tokens": max_new_tokens, "num_return_sequences": n}
         settings = read_settings(config, set_ or (), **fields)
-    _warn_of_n(n, settings.config)
+    warn_of_n(n, settings.config)
     names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
     _check_usage(names, prompt, input_, output, as_json, dtype)
     if chat and not prompt:
@@ -103,7 +103,7 @@ def run(
         raise typer.Exit(1)
 
 
-def _warn_of_n(answers: int | None, config: StarsConfig) -> None:
+def warn_of_n(answers: int | None, config: StarsConfig) -> None:
     """Some methods have an n of their own, which is another thing."""
     method = config.chosen_method
     if answers and "n" in vars(method):

@@ -21,10 +21,27 @@ ray = pytest.importorskip("ray", reason="needs the extra ray")
 pa = pytest.importorskip("pyarrow", reason="needs the extra ray")
 pytestmark = pytest.mark.slow
 
-MODELS = ("--policy", "demo", "--reward", "demo")
 SETTINGS = {"target_reward": 1.0, "base_reward": 0.0, "max_new_tokens": 24}
-OPTIONS = (*MODELS, *(word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")))
+OPTIONS = ("--policy", "demo", "--set", "target_reward=1.0", "--set", "base_reward=0.0", "--max-new-tokens", 24)
 LIMIT = 150  # seconds of a run; one takes about ten on two cores of its own
+# Whoever is to be killed waits for it: nothing is scored while there is a part in the folder that `hold` names.
+REWARD = """
+import time
+from pathlib import Path
+
+HOLD = Path(__file__).with_name("hold")
+
+def held():
+    try:
+        return any(Path(HOLD.read_text()).glob("part-*.jsonl"))
+    except OSError:
+        return False
+
+def score(completions):
+    while held():
+        time.sleep(0.01)
+    return [len(set(one)) / 8 for one in completions]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +51,7 @@ def rows(tmp_path_factory):
     given = [{"id": i if i % 3 else f"r{i}", "prompt": PROMPTS[i % len(PROMPTS)]} for i in range(48)]
     given.append({"id": "long", "prompt": "film " * 5000})
     path.write_text("".join(json.dumps(row) + "\n" for row in given) + "nonsense\n")
+    path.with_name("rewards.py").write_text(REWARD)
     return path
 
 
@@ -41,13 +59,30 @@ def rows(tmp_path_factory):
 def undisturbed(rows):
     """What ``generate`` makes of them, by id."""
     output = rows.with_name("generated.jsonl")
-    result = CliRunner().invoke(app, ["generate", "--input", str(rows), "--output", str(output), *OPTIONS])
+    command = ["generate", "--input", rows, "--output", output, *reward_of(rows), *OPTIONS]
+    result = CliRunner().invoke(app, list(map(str, command)))
     assert result.exit_code == 1, result.output
     return {row["id"]: row for row in map(json.loads, output.open())}
 
 
+def reward_of(rows):
+    return "--reward", f"{rows.with_name('rewards.py')}:score"
+
+
 def batch(rows, output, *options):
-    return [sys.executable, "-m", "stars_fast", "batch", "--input", rows, "--output", output, *OPTIONS, *options]
+    command = [sys.executable, "-m", "stars_fast", "batch", "--input", rows, "--output", output]
+    return [*command, *reward_of(rows), *OPTIONS, *options]
+
+
+@contextlib.contextmanager
+def held_after_a_part(rows, output):
+    """Within this, workers stop at the next reward once there is a part."""
+    hold = rows.with_name("hold")
+    hold.write_text(str(output))
+    try:
+        yield
+    finally:
+        hold.unlink()
 
 
 @contextlib.contextmanager
@@ -63,12 +98,14 @@ def parts(output):
     return list(output.glob("part-*.jsonl"))
 
 
-def wait_for_parts(job, output, count):
+def wait_for(job, found):
+    """What a function finds, as soon as it finds something."""
     end = time.monotonic() + LIMIT
-    while len(parts(output)) < count:
+    while not (there := found()):
         assert job.poll() is None, job.stderr.read()
         assert time.monotonic() < end
         time.sleep(0.02)
+    return there
 
 
 def check(output, undisturbed):
@@ -85,9 +122,10 @@ def check(output, undisturbed):
 def test_a_worker_that_is_killed_changes_no_text(rows, undisturbed, ray_processes, tmp_path):
     output = tmp_path / "out"
     with started(*batch(rows, output, "--actors", 2, "--batch-size", 4)) as job:
-        wait_for_parts(job, output, 1)
-        os.kill(ray_processes("ray::MapWorker")[0], signal.SIGKILL)
-        assert len(parts(output)) < 10
+        with held_after_a_part(rows, output):
+            wait_for(job, lambda: parts(output))
+            workers = wait_for(job, lambda: ray_processes("ray::MapWorker"))
+            os.kill(workers[0], signal.SIGKILL)
         _, complaint = job.communicate(timeout=LIMIT)
         assert job.returncode == 1, complaint
     assert "50 rows written to" in complaint and "2 with an error" in complaint
@@ -97,11 +135,10 @@ def test_a_worker_that_is_killed_changes_no_text(rows, undisturbed, ray_processe
 def test_a_driver_that_is_killed_is_gone_on_from_by_the_same_command(rows, undisturbed, ray_processes, tmp_path):
     output = tmp_path / "out"
     command = batch(rows, output, "--actors", "1:2", "--batch-size", 4, "--checkpoint", tmp_path / "done")
-    with started(*command) as job:
-        wait_for_parts(job, output, 2)
+    with held_after_a_part(rows, output), started(*command) as job:
+        wait_for(job, lambda: parts(output))
         job.kill()
-    kept = {part.name: part.stat().st_mtime_ns for part in parts(output)}
-    assert len(kept) < 10
+        kept = {part.name: part.stat().st_mtime_ns for part in parts(output)}
     with started(*command) as job:  # workers of the first one may still be at it
         _, complaint = job.communicate(timeout=LIMIT)
         assert job.returncode == 1, complaint
@@ -157,12 +194,15 @@ def test_a_table_changes_no_chat(monkeypatch):
 
 
 def test_a_pipeline_of_ones_own_has_the_same_texts(cluster, rows, undisturbed):
+    def score(completions):  # as that of the file; it pickles by value
+        return [len(set(one)) / 8 for one in completions]
+
     given = [row for row in map(json.loads, rows.read_text().splitlines()[:-1]) if row["id"] != "r0"]
     kept = [{"id": str(row["id"]), "prompt": row["prompt"], "kept": len(row["prompt"])} for row in given[20:]]
     texts = [row for row in given[20:] if isinstance(row["id"], str)]  # whose ids are as they were
     answered = ray.data.from_items(kept).map_batches(
         StarsBatch,
-        fn_constructor_kwargs={"policy": "demo", "reward": "demo", "config": StarsConfig(**SETTINGS)},
+        fn_constructor_kwargs={"policy": "demo", "reward": score, "config": StarsConfig(**SETTINGS)},
         batch_size=16,
         compute=ray.data.ActorPoolStrategy(size=1),
     )
@@ -178,6 +218,8 @@ def test_a_pipeline_of_ones_own_has_the_same_texts(cluster, rows, undisturbed):
     ("options", "named"),
     [
         (("--actors", "0"), "--actors 0: give a number, or the least and the most"),
+        (("--n", "2", "--set", "num_return_sequences=3"), "--n and --set num_return_sequences: give one of them"),
+        (("--method", "best_of_nn"), "best_of_n"),
         (("--actors", "8:2"), "the most is less than the least"),
         (("--input", "s3://bucket/*.jsonl"), "stars_fast.scale.StarsBatch"),
         (("--input", "nowhere*.jsonl"), "nowhere*.jsonl: there is no such file"),
