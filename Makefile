@@ -66,7 +66,9 @@ clean:
 define set_up
 	@echo "setting up $(1)"
 	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@echo "  $(TORCH)"
 	@$(1)/bin/python $(PIP_INSTALL) '$(TORCH)'
+	@echo "  stars-fast and its tools: the C++ is compiled"
 	@$(1)/bin/python $(PIP_INSTALL) --editable '.[dev$(3)]' $(2)
 	@touch $@
 endef

@@ -1,4 +1,4 @@
-"""Names that users write: what a misspelt one was meant to be."""
+"""Names that users write: what a misspelt one was meant to be, and the extras to install."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def near(name: Any, known: Iterable[str]) -> str:
     """`` (did you mean ...?)`` where a known name is much like it, else nothing."""
     found = get_close_matches(str(name), list(known), 1)
     return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def with_extra(extra: str) -> str:
+    """What to do where a part of the package wants what it does not bring."""
+    return f"install the extra {extra!r} of stars-fast (in a checkout: pip install -e '.[{extra}]')"
 
 
 def refusing_unknown(said: Callable[[type, str], str]) -> Callable[[_ClassT], _ClassT]:

@@ -259,7 +259,7 @@ def test_plots_without_matplotlib_name_the_extra_before_anything_is_measured(mon
     monkeypatch.setattr(record, "run", lambda *_: pytest.fail("measured for nothing"))
     result = invoke("--sweep", "batch", "--plots", "folder")
     assert result.exit_code == 2
-    assert "pip install 'stars-fast[report]'" in result.stderr
+    assert "pip install -e '.[report]'" in result.stderr
 
 
 # the command

@@ -430,7 +430,7 @@ def test_the_command_writes_table_and_plot_and_has_nothing_to_do_twice(tmp_path,
     assert other.exit_code == 2 and "other" in other.stderr
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     without = CliRunner().invoke(app, command.split())
-    assert without.exit_code == 0 and "pip install 'stars-fast[report]'" in without.stderr
+    assert without.exit_code == 0 and "pip install -e '.[report]'" in without.stderr
 
 
 def test_help_shows_how_many_prompts_are_drawn():

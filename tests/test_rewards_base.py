@@ -63,7 +63,7 @@ def test_a_reward_prompt_whose_ids_nobody_can_tell_is_named(policy32, reward32, 
         StarsEngine(policy32, reward32).generate(PROMPTS, CONFIG, reward_prompts=[[1], "w2"])
     bare = tiny_tokenizer(32)
     bare.chat_template = None
-    with pytest.raises(ValueError, match=r"reward_prompts\[1\] does not fit the tokenizer's chat template"):
+    with pytest.raises(ValueError, match=r"reward_prompts\[1\] is a chat, and this policy has no chat template"):
         StarsEngine(policy32, reward32, tokenizer=bare).generate(PROMPTS, CONFIG, reward_prompts=["w1", CHAT])
 
 

@@ -133,7 +133,7 @@ def test_rows_of_several_files_are_called_by_file_and_line():
 
 def test_replicas_without_ray_serve_name_their_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"pip install 'stars-fast\[ray-serve\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[ray-serve\]'"):
         serve_app("demo", "demo")
 
 

@@ -110,7 +110,7 @@ def test_what_cannot_be_served_is_refused_before_models_are_loaded(monkeypatch, 
 def test_a_missing_extra_is_one_line_with_the_command(monkeypatch):
     find = serve.find_spec
     monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "fastapi" else find(name))
-    assert "fastapi missing: pip install 'stars-fast[serve]'" in refused()
+    assert "this command needs fastapi: install the extra 'serve'" in refused()
 
 
 def test_the_command_line_imports_no_server():

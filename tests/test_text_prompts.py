@@ -250,3 +250,8 @@ def test_what_the_policy_would_not_see_of_an_encoding_is_refused_by_name(engine,
     told = {"token_type_ids": torch.tensor([[0, 0]]), "length": torch.tensor([2])}
     expected = engine.generate([[5, 6]], CONFIG, seed=0).completions
     assert engine.generate({**encoding, **told}, CONFIG, seed=0).completions == expected
+
+
+def test_a_chat_under_a_policy_without_a_template_is_one_line_of_what_to_give():
+    with pytest.raises(ValueError, match=r"prompts\[0\] is a chat, and this policy has no chat template: give text, or"):
+        read_prompts([[{"role": "user", "content": "Hi"}]], byte_bpe(300))

@@ -17,6 +17,7 @@ from stars_fast.cli import models
 from stars_fast.cli.console import fail, note, progress, refusing, refusing_models
 from stars_fast.cli.generate import recipe_of, warn_of_n
 from stars_fast.cli.models import check_models, template_variables
+from stars_fast.names import with_extra
 from stars_fast.rows.engines import Names
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def run(
     Run the same command again to go on where it stopped. The exit status is 1 where a row failed.
     """
     if find_spec("ray") is None or find_spec("pyarrow") is None:
-        fail("this command needs Ray: pip install 'stars-fast[ray]'")
+        fail(f"this command needs Ray: {with_extra('ray')}")
     from stars_fast.cli.settings import read_settings
     from stars_fast.report.files import sole_run
     from stars_fast.rows.records import check_settings, write_settings

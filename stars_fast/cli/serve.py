@@ -12,6 +12,7 @@ import typer
 
 from stars_fast.cli import models
 from stars_fast.cli.console import fail, refusing, refusing_models
+from stars_fast.names import with_extra
 from stars_fast.rows.engines import Names
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def run(
     --config and --set are what requests leave open. See docs/serve.md.
     """
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        fail(f"{', '.join(missing)} missing: pip install 'stars-fast[serve]'")
+        fail(f"this command needs {', '.join(missing)}: {with_extra('serve')}")
     from stars_fast.cli.settings import read_settings
 
     _check_usage(api_key, greedy)

@@ -19,6 +19,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from stars_fast.names import near, with_extra
+
 try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
@@ -30,7 +32,10 @@ try:
     )
     from tqdm import tqdm
 except ImportError as error:
-    raise ImportError(f"lm-evaluation-harness is missing: pip install 'stars-fast[eval-harness]' ({error})") from error
+    _missing = f"this needs lm-evaluation-harness: {with_extra('eval-harness')} ({error})"
+    if __name__ == "__main__":
+        raise SystemExit(f"error: {_missing}") from None
+    raise ImportError(_missing) from error
 
 from stars_fast import demo
 from stars_fast.config import StarsConfig
@@ -38,7 +43,6 @@ from stars_fast.engine import StarsEngine
 from stars_fast.inputs.functions import file_of, load_function
 from stars_fast.inputs.sampling import SAMPLING_FIELDS
 from stars_fast.methods.numbers import integer
-from stars_fast.names import near
 from stars_fast.notices import warn
 from stars_fast.outputs import StarsOutput
 from stars_fast.report.files import rounded, summary, to_line

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stars_fast.names import with_extra
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -19,7 +21,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"plots need matplotlib: pip install 'stars-fast[report]' ({error})") from error
+        raise ImportError(f"plots need matplotlib: {with_extra('report')} ({error})") from error
 
 
 def new_figure(title: str, x: str, *y: str) -> tuple[Figure, list[Axes]]:

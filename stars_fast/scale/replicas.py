@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
+from stars_fast.names import with_extra
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -58,7 +59,7 @@ def serve_app(
     service: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Application:
-    """An application for ``ray.serve.run``. Needs ``pip install 'stars-fast[ray-serve]'``; else ImportError.
+    """An application for ``ray.serve.run``. Needs the extra ``ray-serve``; else ImportError.
 
     Parameters
     ----------
@@ -85,7 +86,7 @@ def serve_app(
     try:
         from ray import serve
     except ImportError as error:
-        raise ImportError(f"this needs Ray Serve: pip install 'stars-fast[ray-serve]' ({error})") from error
+        raise ImportError(f"this needs Ray Serve: {with_extra('ray-serve')} ({error})") from error
     service = dict(service or {})
     options = {
         "name": "stars-fast",

@@ -118,7 +118,9 @@ def _complaint(error: Mapping[str, Any], path: str, place: Sequence[Any], errors
         return _unknown(str(place[-1]))
     form = next((FORMS[part] for part in reversed(place) if part in FORMS), None)
     if form is not None and len(errors) > 1:
-        return f"{path} is {_kind(error.get('input'))}: {form}"
+        value = error.get("input")
+        told = f"={shown(value)}" if place[-1] == "type" else " is empty" if value in ("", []) else f" is {_kind(value)}"
+        return f"{path}{told}: {form}"
     value = error.get("input")
     told = f"={shown(value)}" if isinstance(value, (bool, int, float, type(None))) else f" is {_kind(value)}:"
     return f"{path}{told} {error['msg'].replace('Input should', 'must', 1)}"

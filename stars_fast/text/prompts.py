@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from stars_fast.notices import warn
 from stars_fast.text.template import apply
@@ -234,6 +235,7 @@ def _read_one(
         check_turns(name, prompt)
         _need_tokenizer(name, "a chat", tokenizer)
         chat = [dict(turn) for turn in prompt]
+        _need_template(name, tokenizer)
         return Prompt(chat, _not_empty(name, _chat_ids(name, chat, tokenizer, variables, max_positions)))
     if isinstance(prompt, (torch.Tensor, np.ndarray)) and prompt.ndim == 1:
         prompt = prompt.tolist()
@@ -288,6 +290,15 @@ def gone_on_from(source: Any, ids: Sequence[int], tokenizer: Any) -> Any:
 def _need_tokenizer(name: str, what: str, tokenizer: Any) -> None:
     if tokenizer is None:
         raise ValueError(f"{name} is {what}, but there is no tokenizer: pass tokenizer=, or token ids")
+
+
+def _need_template(name: str, tokenizer: Any) -> None:
+    """One of transformers' own needs it; what another kind does with a chat is its business."""
+    own = getattr(tokenizer.apply_chat_template, "__func__", None)
+    if own is PreTrainedTokenizerBase.apply_chat_template and not tokenizer.chat_template:
+        raise ValueError(
+            f"{name} is a chat, and this policy has no chat template: give text, or a tokenizer with a chat_template"
+        )
 
 
 def _not_empty(name: str, ids: list[int]) -> list[int]:
