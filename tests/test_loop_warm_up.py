@@ -81,6 +81,13 @@ def test_warming_up_leaves_nothing_in_the_trees_and_where_rounding_is_the_same_n
     assert engine.generate(prompts(5), CONFIG, seed=3).completions == expected.completions
 
 
+def test_the_selection_is_compiled_before_the_first_call(engine, monkeypatch):
+    asked = []
+    monkeypatch.setattr("stars_fast.loop.warm_up.select_and_commit", lambda *arguments: asked.append(len(arguments)))
+    engine.warm_up(CONFIG, requests=1, max_model_len=100)
+    assert asked == [18]
+
+
 def test_an_engine_that_is_held_open_is_warmed_up_in_its_own_room(engine):
     served = AsyncStarsEngine(engine, max_model_len=128)
     try:
