@@ -58,12 +58,12 @@ PARTS = [
         ("small-batches", 20, "heartbeats.measure_small_batches", "Steady heartbeats of batch 1 and 16."),
         ("unguided", 25, "baselines.compare_unguided", "Accepting everything beside generate."),
         ("baselines", 35, "baselines.compare_scripts", "plain and strong."),
-        ("graph-shapes", 10, "shapes.measure_shapes", "Graphs after warm_up; what padding costs."),
         ("tests", 90, "project_tests.run_tests", "pytest -m gpu."),
-        # Where time is left, or by name: --only prefill --only dependent --only quantised.
+        # Where time is left, or by name: --only graph-shapes --only prefill --only dependent --only quantised.
+        ("graph-shapes", 40, "shapes.measure_shapes", "Graphs after warm_up; what padding costs."),
         ("prefill", 15, "prefill.measure_prefill", "Attention of fresh prompts, by library."),
         ("dependent", 10, "dependent.compare_dependent_launches", "Decode steps with dependent launches."),
-        ("quantised", 40, "quantised.measure_quantised", "Steady heartbeats with 8-bit weights."),
+        ("quantised", 120, "quantised.measure_quantised", "Steady heartbeats with 8-bit weights."),
     )
 ]
 

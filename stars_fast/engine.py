@@ -265,6 +265,9 @@ class StarsEngine(Stays):
         is captured then. Pools are made as an :class:`AsyncStarsEngine` makes them, or are those that one holds open:
         its lengths hold then. A call that needs more, in whatever respect, captures anew.
 
+        Attention splits a trunk by the room that it has, not by its length. So numbers round otherwise with another
+        `max_model_len` than without, and where two candidates or tokens are all but equal a text may be another.
+
         Parameters
         ----------
         config : StarsConfig, optional

@@ -80,9 +80,9 @@ def test_the_whole_program_runs_on_toy_models(tmp_path):
         assert {"product", "attention"} <= row["classes"].keys()
         assert row["products"][0]["count"] > 0 and row["product_teraflops"] > 0
     (graphs,) = [row for row in parts["graph-shapes"]["rows"] if row["kind"] == "graphs"]
-    assert len(graphs["launched"]) == len(graphs["graphs"]) == 3
+    assert len(graphs["launched"]) == len(graphs["large"]) == len(graphs["graphs"]) == 3
     padding = [row for row in parts["graph-shapes"]["rows"] if row["kind"] == "padding"]
-    assert [(row["what"], len(row["over_exact"])) for row in padding] == [("score", 3), ("decode", 3)]
+    assert [(row["what"], len(row["over_exact"])) for row in padding] == [("score", 3), ("decode", 3), ("trunk", 3)]
     (idle,) = parts["idle"]["rows"]
     assert len(idle["idle_milliseconds"]) == 2 and {"propose", "score"} <= idle["host_milliseconds"].keys()
 

@@ -264,6 +264,13 @@ def test_a_policy_that_cannot_be_captured_is_launched_step_by_step_with_a_warnin
     assert all(work.graph is None for work in engine.policy.graphs._kept.values() if isinstance(work, Steps))
 
 
+def test_warming_up_for_long_texts_changes_what_rounding_does_at_most():
+    expected, engine = texts(make_engine(**CAPTURED)), make_engine(**CAPTURED)
+    told = engine.warm_up(requests=4, max_model_len=4096)
+    assert told.graphs > 0 and engine.policy.trunk_room > 1024
+    assert flips(expected, texts(engine)) <= 1
+
+
 def test_verdicts_are_decided_where_the_rewards_lie(monkeypatch):
     engine, where, ask = make_engine(**EAGER), [], selection.select_and_commit
     monkeypatch.setattr(selection, "select_and_commit", lambda *args: where.append(args[0].device.type) or ask(*args))

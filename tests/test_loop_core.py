@@ -1,9 +1,10 @@
 """One core for all callers: who comes, goes, fails or is interrupted changes nobody else's text, and leaves nothing."""
 
+import functools
 import gc
 import itertools
 import threading
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -248,6 +249,35 @@ def test_a_step_that_fails_once_is_taken_again(monkeypatch, caplog):
     monkeypatch.undo()
     assert out.completions == alone(PROMPTS, 1)
     assert_nothing_left(engine)
+
+
+@pytest.mark.filterwarnings("ignore:a heartbeat broke off")
+def test_what_others_commit_before_a_heartbeat_breaks_off_is_progress(monkeypatch):
+    engine, append, calls = make_engine(), Trunks.append, itertools.count(1)
+
+    def third(*args):
+        if (call := next(calls)) in (3, 6, 9, 12):  # the last request's commit, heartbeat after heartbeat
+            raise ZeroDivisionError(call)
+        return append(*args)
+
+    monkeypatch.setattr(Trunks, "append", third)
+    out = engine.generate(PROMPTS, CONFIG, seed=1, target_reward=-1e6, segment_length=1)
+    assert out.errors == [None] * 3 and next(calls) > 12
+    assert_nothing_left(engine)
+
+
+@pytest.mark.filterwarnings("ignore:a heartbeat broke off")
+@pytest.mark.parametrize("times", [2, 3])
+def test_two_failures_in_a_row_are_taken_again_and_a_third_is_not(monkeypatch, times):
+    engine, propose, calls = make_engine(), Policy.propose, itertools.count(1)
+
+    def failing(self, leaves):
+        return 1 / 0 if 2 <= next(calls) < 2 + times else propose(self, leaves)
+
+    monkeypatch.setattr(Policy, "propose", failing)
+    run = functools.partial(engine.generate, PROMPTS, CONFIG, seed=1, target_reward=-1e6, on_error="raise")
+    with nullcontext() if times == 2 else pytest.raises(ZeroDivisionError):
+        assert run().errors == [None] * 3
 
 
 @pytest.mark.filterwarnings("ignore:a heartbeat broke off", "ignore:no request succeeded")

@@ -72,13 +72,20 @@ def test_a_warm_engine_makes_no_graph_in_its_first_call(engine, requests, candid
     assert counted.graphs <= (0 if candidates == 3 else 2)  # acceptance differs from request to request
 
 
-def test_warming_up_changes_no_text_and_leaves_nothing_in_the_trees(engine):
+def test_warming_up_leaves_nothing_in_the_trees_and_where_rounding_is_the_same_no_other_text(engine):
     plain = StarsEngine(engine.policy.model, engine.reward.model, max_rows=256, kv_cache_tokens=20_000)
     expected = plain.generate(prompts(5), CONFIG, seed=3)
     engine.warm_up(CONFIG, requests=5, max_model_len=100)
     assert engine.core.loop is None
     assert engine.policy.tree.free_slots == engine.policy.tree.capacity - 1  # slot 0 is nobody's
     assert engine.generate(prompts(5), CONFIG, seed=3).completions == expected.completions
+
+
+def test_the_selection_is_compiled_before_the_first_call(engine, monkeypatch):
+    asked = []
+    monkeypatch.setattr("stars_fast.loop.warm_up.select_and_commit", lambda *arguments: asked.append(len(arguments)))
+    engine.warm_up(CONFIG, requests=1, max_model_len=100)
+    assert asked == [18]
 
 
 def test_an_engine_that_is_held_open_is_warmed_up_in_its_own_room(engine):

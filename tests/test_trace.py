@@ -86,6 +86,19 @@ def test_an_answer_that_fails_with_candidates_left_is_a_failure_of_its_own(monke
         assert [one.verdict for one in out.origin.unfinished[1]] == ["error", *["unseen"] * 4]
 
 
+def test_the_round_in_which_a_population_fails_was_looked_at():
+    class Fragile(RuleReward):
+        def score(self, completions):
+            own = [i for i, one in enumerate(completions) if one.response.prompt.source == [8]]
+            return [ValueError("no") if i in own[:1] else 0.0 for i in range(len(completions))]
+
+    config = StarsConfig(segment_length=4, max_new_tokens=8)
+    engine = StarsEngine(tiny_policy(VOCAB, hidden=32), Fragile(predicates={len: 1.0}))
+    with pytest.warns(UserWarning, match="1 of 3"):
+        out = engine.generate(PROMPTS, config, seed=SEEDS, method=ParticleFilter(particles=4), trace=True)
+    assert [one.verdict for one in out.origin.unfinished[1]] == ["error", *["rejected"] * 3]
+
+
 def test_a_population_has_a_tree_whose_branch_is_the_answer():
     for seed in range(4):
         out = generate(make_engine(), ParticleFilter(particles=4), seed=[seed] * 3, trace=True)

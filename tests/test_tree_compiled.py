@@ -135,6 +135,16 @@ def test_sums_and_products_of_what_is_changed_in_between_are_left_alone(layer, j
 
 
 @torch.no_grad()
+def test_a_product_is_added_to_rows_of_any_size_however_far_apart_they_lie():
+    room, x, weight = torch.randn(1, 5, 128), torch.randn(1, 5, 8), torch.randn(72, 8)
+    total, beside = room[..., :72], room[..., 72:].clone()
+    expected = total + F.linear(x, weight)
+    torch.ops.stars_fast.product_onto.default(total, x, weight)
+    torch.testing.assert_close(total, expected)
+    assert torch.equal(room[..., 72:], beside)
+
+
+@torch.no_grad()
 def test_a_rotation_in_more_bits_than_the_attention_is_not_moved_into_it():
     code, rotations = [], (torch.randn(1, 5, 8), torch.randn(1, 5, 8))
 

@@ -9,6 +9,7 @@ from conftest import sum_reward, tiny_policy
 from stars_fast import StarsEngine
 from stars_fast.policy.policy import Policy
 from stars_fast.tree import memory
+from stars_fast.tree.passes import PassShape
 
 GIB = 1 << 30
 
@@ -41,7 +42,8 @@ def test_what_graphs_keep_to_themselves_is_counted():
     policy.graphs.enabled = True
     config = policy.model.config
     captured = memory.workspace_bytes(8, 64, 32, config.intermediate_size, 4, 1024)
-    assert memory._workspace(policy, 8) == launched + captured
+    rows = sum(shape.rows for shape in PassShape.usual(256, True, 8))
+    assert memory._workspace(policy, 8) == launched + captured + rows * 64 * 4  # of logits, in float32
 
 
 class FakeModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 import torch
 
@@ -29,12 +30,13 @@ def compare_dependent_launches(runner: Runner) -> None:
         with runner.guarded(f"dependent {groups} x {candidates}"), plugged(policy.model), torch.no_grad():
             context, segment = (8, 6) if runner.tiny else (256, 16)
             spent: dict[bool, list[float]] = {False: [], True: []}
+            ways: dict[bool, Callable[[], None]] = {}
             before = switch is not None and switch.enabled
             try:
                 for dependent in (False, True):
                     if switch is not None:
                         switch.enabled = dependent
-                    policy.graphs.drop()
+                    policy.graphs.drop()  # each way has a graph of its own, over the same pool
                     steps = prepared_steps(runner, policy, groups, candidates, context, segment)
 
                     def several(steps: Steps = steps, segment: int = segment) -> None:
@@ -43,7 +45,10 @@ def compare_dependent_launches(runner: Runner) -> None:
                         for _ in range(segment - 2):
                             steps.run()
 
-                    spent[dependent] = [seconds(several, runner.device, 3) / (segment - 2) for _ in range(_REPEATS)]
+                    ways[dependent] = several
+                for _ in range(_REPEATS):  # in turns, so that both see the same clock and temperature
+                    for dependent, several in ways.items():
+                        spent[dependent].append(seconds(several, runner.device, 3) / (segment - 2))
             finally:
                 if switch is not None:
                     switch.enabled = before

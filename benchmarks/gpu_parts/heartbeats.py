@@ -22,6 +22,7 @@ from stars_fast import StarsConfig, StarsEngine
 from stars_fast.bench.workload import Workload
 from stars_fast.loop.row_cost import Heartbeat
 from stars_fast.tree.graphs import Captured
+from stars_fast.tree.model import TreeModel
 
 PROMPT, RESPONSE = 128, 256  # tokens: a mean context of 256, and time for a steady state
 BEATS = 16  # steady ones that a figure rests on, at least
@@ -92,15 +93,23 @@ class Watch:
 
 @contextmanager
 def counting_passes(counts: Counter[str]) -> Iterator[None]:
-    """Count, on a GPU, the decode steps and small passes that replay a graph and those launched for want of one."""
-    run = Captured.run
+    """Count, on a GPU, the decode steps and small passes that replay a graph, those launched for want of one, and the
+    passes of more tokens than are captured.
+    """
+    run, small_pass = Captured.run, TreeModel._small_pass
 
     def counted(work: Captured) -> None:
         if work.model.device.type == "cuda":
             counts["launched" if work.graph is None else "replayed"] += 1
         run(work)
 
-    with patch.object(Captured, "run", counted):
+    def asked(model: TreeModel, *arguments: Any) -> Any:
+        small = small_pass(model, *arguments)
+        if small is None and model.device.type == "cuda":
+            counts["large"] += 1
+        return small
+
+    with patch.object(Captured, "run", counted), patch.object(TreeModel, "_small_pass", asked):
         yield
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -13,7 +12,7 @@ from benchmarks.gpu_parts.models import pilots
 from benchmarks.gpu_parts.profiles import prepared_steps
 from benchmarks.gpu_parts.runner import Runner
 from stars_fast.bench.yardsticks import seconds
-from stars_fast.policy.steps import Shape
+from stars_fast.policy.steps import Shape, Steps
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.passes import PassShape
 
@@ -29,6 +28,9 @@ def measure_shapes(runner: Runner) -> None:
     if runner.time_for(3):
         with runner.guarded("a padded decode step"):
             _decode(runner)
+    if runner.time_for(3):
+        with runner.guarded("a decode step with padded trunks"):
+            _long(runner)
 
 
 def _count(runner: Runner) -> None:
@@ -37,15 +39,16 @@ def _count(runner: Runner) -> None:
     prompts, config = pilots(runner).pair.prompts(load.batch, load.prompt_length), pilots(runner).config(load)
     told = engine.warm_up(config, requests=load.batch, max_model_len=load.prompt_length + load.max_new_tokens)
     runner.add("warm_up", **told._asdict())
-    models, launched, graphs = (engine.policy, *engine.reward.tree_models), list[int](), list[int]()
+    models, launched, large, graphs = (engine.policy, *engine.reward.tree_models), list[int](), list[int](), list[int]()
     for seed in range(REPEATS):
         if runner.time_for(2):
-            before = sum(model.graphs.made for model in models)
+            before = sum(model.graphs.tried for model in models)
             with watching(engine, prompts) as watch:
                 engine.generate(prompts, config, seed=seed, on_error="raise")
             launched.append(watch.passes["launched"])
-            graphs.append(sum(model.graphs.made for model in models) - before)
-    runner.add("graphs", requests=load.batch, launched=launched, graphs=graphs)
+            large.append(watch.passes["large"])
+            graphs.append(sum(model.graphs.tried for model in models) - before)
+    runner.add("graphs", requests=load.batch, launched=launched, large=large, graphs=graphs)
 
 
 def _score(runner: Runner) -> None:
@@ -84,17 +87,39 @@ def _decode(runner: Runner) -> None:
                 return shape._replace(groups=groups_of(shape))
 
             with patch.object(Shape, "padded", padded):
-                steps = prepared_steps(runner, policy, groups, candidates, context, segment)
-
-            def step(steps: Any = steps) -> None:
-                steps.step.fill_(segment // 2)
-                steps.alive.fill_(True)
-                steps.position.fill_(segment // 2)
-                steps.run()
-
-            ways[way] = step
+                ways[way] = _middle(prepared_steps(runner, policy, groups, candidates, context, segment), segment)
         _add(runner, "decode", ways)
     policy.clear()
+
+
+def _long(runner: Runner) -> None:
+    """A decode step of 64 x 3 on trunks of 256 tokens, with room for 8,192 as a session may ask for, and for 256."""
+    policy = pilots(runner).engine.policy
+    groups, candidates, context, segment, room = (2, 2, 8, 6, 64) if runner.tiny else (64, 3, _CONTEXT, _SEGMENT, 8192)
+    pad = Shape.padded
+    with plugged(policy.model), torch.no_grad():
+        ways = {}
+        for way, trunk in (("padded", room), ("exact", context)):
+
+            def padded(shape: Shape, _: int, length: int, trunk: int = trunk) -> Shape:
+                return pad(shape, trunk, length)
+
+            with patch.object(Shape, "padded", padded):
+                ways[way] = _middle(prepared_steps(runner, policy, groups, candidates, context, segment), segment)
+        _add(runner, "trunk", ways)
+    policy.clear()
+
+
+def _middle(steps: Steps, segment: int) -> Callable[[], None]:
+    """Takes a decode step in the middle of a segment, again and again."""
+
+    def step() -> None:
+        steps.step.fill_(segment // 2)
+        steps.alive.fill_(True)
+        steps.position.fill_(segment // 2)
+        steps.run()
+
+    return step
 
 
 def _add(runner: Runner, what: str, ways: dict[str, Callable[[], None]]) -> None:

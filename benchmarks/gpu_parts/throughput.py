@@ -24,7 +24,8 @@ def measure_throughput(runner: Runner) -> None:
     load = workload(runner, 6 if runner.tiny else 192, 0.3, prompt=192, response=128)
     prompts, config = models.prompts(load.batch, load.prompt_length), driven.config(load)
     ready = time.perf_counter()
-    told = driven.engine.warm_up(config)
+    longest = load.prompt_length + load.max_new_tokens
+    told = driven.engine.warm_up(config, requests=load.batch, max_model_len=longest)
     begun = {"models_seconds": made - started, "calibration_seconds": ready - made}
     runner.add("start", **begun, warm_up_seconds=told.seconds, warm_up_graphs=told.graphs, remark=told.remark)
     calls = []

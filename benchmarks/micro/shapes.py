@@ -20,6 +20,7 @@ from stars_fast import StarsConfig, StarsEngine
 from stars_fast.loop.in_order import PASS_OF_GPUS
 from stars_fast.loop.row_cost import PRIOR_RATIO_OF_GPUS, HeartbeatCost
 from stars_fast.tree.graphs import Captured, Graphs
+from stars_fast.tree.model import TreeModel
 
 
 class Run(NamedTuple):
@@ -36,6 +37,7 @@ class Counted:
     def __init__(self) -> None:
         self.runs: Counter[Run] = Counter()
         self.graphs = 0
+        self.large = 0  # passes of too many tokens to be captured
 
     @property
     def launched(self) -> int:
@@ -50,7 +52,7 @@ class Counted:
 @contextmanager
 def counting() -> Iterator[Counted]:
     """Count what runs inside, on a GPU or with :func:`stand_ins`."""
-    counted, run, make = Counted(), Captured.run, Graphs._capture
+    counted, run, make, small_pass = Counted(), Captured.run, Graphs._capture, TreeModel._small_pass
 
     def running(work: Any) -> None:
         counted.runs[Run(work.model.role, work.shape, work.graph is None)] += 1
@@ -61,7 +63,13 @@ def counting() -> Iterator[Counted]:
         counted.graphs += made
         return made
 
-    with patch.object(Captured, "run", running), patch.object(Graphs, "_capture", capturing):
+    def asked(model: TreeModel, *arguments: Any) -> Any:
+        small = small_pass(model, *arguments)
+        counted.large += small is None
+        return small
+
+    passes = patch.object(TreeModel, "_small_pass", asked)
+    with patch.object(Captured, "run", running), patch.object(Graphs, "_capture", capturing), passes:
         yield counted
 
 
@@ -107,7 +115,7 @@ def run(
                 call(seed)
             print(
                 f"call {seed}: {sum(counted.runs.values())} decode steps and small passes of {len(counted.shapes)} "
-                f"shapes, {counted.launched} launched, {counted.graphs} graphs made"
+                f"shapes, {counted.launched} launched, {counted.graphs} graphs made; {counted.large} larger passes"
             )
 
 

@@ -45,6 +45,8 @@ _STRATEGIES: dict[str, type[OneAnswer]] = {
     "persona": SelfJudging,
     "stopping": Stopping,
 }
+# Steps in a row that fail, and are taken again, with nothing committed between.
+_RETAKEN = 2
 # Mistakes in a program, ours most likely: devices fail otherwise, and what a scorer's hooks raise is told by itself.
 _BUGS = (AssertionError, AttributeError, LookupError, NameError, TypeError)
 
@@ -435,7 +437,7 @@ class Core(Stays):
             warn(f"the reward's forget raised {Cause.of(unforgotten)}")
 
     def _take_again(self, error: Exception) -> None:
-        """A step failed: once more from what is committed, unless one failed since the last commit, or it is a bug.
+        """A step failed: once more from what is committed, unless several failed since the last commit, or it is a bug.
 
         Processes that share a model must all do alike, and what failed in one of them has not in the others.
         """
@@ -443,9 +445,11 @@ class Core(Stays):
         if loop is None or self.policy.sharded or isinstance(error, _BUGS):
             return self._fail_all(error)
         smaller = is_lack_of_memory(error) and loop.scheduler.shrink(0, loop.scheduler.max_rows)
-        if loop.broke_off and not smaller:
+        if loop.committed != loop.failed_at:  # perhaps in the heartbeat that broke off, before it did
+            loop.failures = 0
+        if loop.failures >= _RETAKEN and not smaller:
             return self._fail_all(error)
-        loop.broke_off = True
+        loop.failures, loop.failed_at = loop.failures + 1, loop.committed
         cause = Cause.of(error)
         log(f"a heartbeat broke off, and all requests go on from what they have committed: {cause}", error)
         try:

@@ -33,7 +33,7 @@ class Loop(Queue):
 
     on_heartbeat: Callable[[Heartbeat], None] | None = None
     counted = 0  # of the reward's tokens, those that stand in somebody's statistics
-    broke_off = False  # since something was last committed
+    failures, failed_at = 0, 0  # heartbeats that broke off since something was last committed, and tokens then
     _prepared = -1  # captures and compilations so far; the first round has too many to be a measure
 
     @torch.no_grad()
@@ -61,7 +61,6 @@ class Loop(Queue):
             committed = self.committed - before
             self.note(drawn, looked_at, started, proposed, self.reward.tokens - scored, committed)
             if committed:  # what is begun anew each time, and fails at its end, gets no further by failing again
-                self.broke_off = False
                 self.scheduler.recover()
             return
         # Out here nothing of the failed pass is alive: an exception holds its frames, and they their tensors.

@@ -202,9 +202,9 @@ class OneAnswer:
         All its tokens do where the branch was given up for room.
         """
         draw = chosen.draw
-        self.queue.committed += len(draw.tokens)
         self.queue.tell(answer, self.queue.reward.commit, chosen.completion)
         self.grow(answer, chosen)
+        self.queue.committed += len(draw.tokens)
         threshold = chosen.threshold if answer.search is None else answer.search.threshold  # when it was looked at last
         trace = (draw.tokens, chosen.reward, threshold, answer.attempts, accepted, sum(draw.logprobs))
         answer.segments.append(SegmentTrace(*trace, chosen.parts, answer.looked_at or None))

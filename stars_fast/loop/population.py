@@ -48,7 +48,7 @@ class Populations(Members):
                 except Exception as raised:
                     error = Cause.of(raised, f"method={_method(request).name!r} raised ")
             if error is not None:
-                self._trace(request, pairs, "unseen")
+                self._trace(request, pairs, "rejected")  # they were scored; those with an error say so
                 self.roll_back([candidate for _, candidate in pairs])
                 self.queue.fail(request, error)
             else:

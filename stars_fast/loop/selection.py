@@ -13,7 +13,7 @@ from stars_fast.methods.stars import acceptance_probability
 from stars_fast.ops.select_and_commit import INVALID, NONE, select_and_commit
 from stars_fast.outputs import CandidateTrace
 from stars_fast.rewards.base import Scores
-from stars_fast.tree.upload import uploaded
+from stars_fast.tree.upload import aligned, uploaded
 
 
 class Verdict(NamedTuple):
@@ -65,18 +65,18 @@ def first_accepted(
         own = [] if rewards is not None else [np.array([one.score for one in drawn], dtype=np.float32)]
     columns: list[np.ndarray] = [
         np.array([request.key for request in requests], dtype=np.int64),
-        np.array(rule, dtype=np.float64),
-        np.array(ints, dtype=np.int32),
+        aligned(rule, np.float64),
+        aligned(ints, np.int32),
         np.array(counts, dtype=np.int32).cumsum(dtype=np.int32),
         np.array([len(one.draw.tokens) for one in drawn], dtype=np.int32),
         best_rewards,
-        np.array(flags, dtype=np.bool_),
+        aligned(flags, np.bool_),
         np.array([one.ended for one in drawn], dtype=np.bool_),
         *own,
     ]
     keys, rules, numbers, group_indptr, lengths, best_reward, flagged, ended, *scored = uploaded(columns, device)
-    segment, attempts, committed, best_attempt, best_length, longest, most = numbers.unbind(0)
-    (base, target, beta), (ramp, best_ended) = rules.unbind(0), flagged.unbind(0)
+    segment, attempts, committed, best_attempt, best_length, longest, most = numbers[:, : len(requests)].unbind(0)
+    (base, target, beta), (ramp, best_ended) = (columns[:, : len(requests)].unbind(0) for columns in (rules, flagged))
     scores = rewards.float() if rewards is not None else scored[0]
     winner, accepted, threshold, finish = select_and_commit(
         scores,

@@ -11,6 +11,7 @@ import torch
 from stars_fast.config import StarsConfig
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.loop.shares import share_evenly
+from stars_fast.ops.select_and_commit import ARGUMENTS, select_and_commit
 from stars_fast.policy.leaf import Sampling
 from stars_fast.policy.policy import Policy
 from stars_fast.policy.steps import Shape
@@ -72,6 +73,8 @@ def capture(policy: Policy, rewards: Sequence[TreeModel], kind: Kind, scheduler:
     work = [(model, shape) for model, shape in work if model.graphs.enabled]
     # The largest first, so that what its graph leaves of the pool serves the next; passes over many tokens before all.
     work.sort(key=lambda one: -math.inf if one[1] is None else -one[1][0])
+    for device in {model.device for model in rewards if model.graphs.enabled}:
+        _select(device)
     short = ""
     for model, shape in track(work, "capturing", console=Console(stderr=True), disable=not show):
         try:
@@ -85,6 +88,12 @@ def capture(policy: Policy, rewards: Sequence[TreeModel], kind: Kind, scheduler:
         except torch.OutOfMemoryError as error:  # even the tensors, or a pass that is only launched
             short = short or str(error)
     return short
+
+
+def _select(device: torch.device) -> None:
+    """Compile the selection, which rewards on a device are judged by."""
+    sizes = {"B": 1, "G": 1, "G+1": 2}
+    select_and_commit(*(torch.zeros(sizes[size], dtype=dtype, device=device) for _, dtype, size in ARGUMENTS))
 
 
 def _encode_many(model: TreeModel) -> None:

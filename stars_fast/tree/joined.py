@@ -23,25 +23,22 @@ _MUL = (operator.mul, torch.mul)
 _NEG = (operator.neg, torch.neg)
 _MOST_WEIGHTS = 3  # of one product
 _IN_PLACE = {
-    getattr(operator, name)
-    for name in [
-        "iadd",
-        "iand",
-        "iconcat",
-        "ifloordiv",
-        "ilshift",
-        "imatmul",
-        "imod",
-        "imul",
-        "ior",
-        "ipow",
-        "irshift",
-        "isub",
-        "itruediv",
-        "ixor",
-        "setitem",
-        "delitem",
-    ]
+    operator.iadd,
+    operator.iand,
+    operator.iconcat,
+    operator.ifloordiv,
+    operator.ilshift,
+    operator.imatmul,
+    operator.imod,
+    operator.imul,
+    operator.ior,
+    operator.ipow,
+    operator.irshift,
+    operator.isub,
+    operator.itruediv,
+    operator.ixor,
+    operator.setitem,
+    operator.delitem,
 }
 
 

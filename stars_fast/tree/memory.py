@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from stars_fast.tree.model import MOST_PACKED, TreeModel
-from stars_fast.tree.passes import MOST_TOKENS
+from stars_fast.tree.passes import MOST_TOKENS, PassShape
 
 # Of the memory that is free when the pool is made, where no engine has divided the device; the rest is for activations
 # and for everybody else.
@@ -149,4 +149,9 @@ def _workspace(model: TreeModel, rows: int) -> int:
         workspace_bytes(rows, vocab, hidden, intermediate, model.dtype.itemsize, tokens)
         for tokens in (MOST_PACKED, MOST_TOKENS)
     )
-    return launched + captured * model.graphs.enabled  # memory of graphs serves nobody else
+    if not model.graphs.enabled:
+        return launched
+    logits = model.body is model.model
+    kept = sum(shape.rows if logits else shape.tokens for shape in PassShape.usual(1, logits, rows if logits else 0))
+    outputs = kept * (vocab if logits else hidden) * model.dtype.itemsize  # each small pass keeps its own
+    return launched + captured + outputs  # memory of graphs serves nobody else

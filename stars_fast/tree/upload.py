@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,16 @@ def uploaded(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.T
         return [torch.from_numpy(array) for array in arrays]
     host = packed(arrays)
     return views((host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True), arrays)
+
+
+def aligned(rows: Sequence[Sequence[float]], dtype: Any) -> np.ndarray:
+    """Rows of equal length, padded so that each begins at a multiple of 16 bytes: Triton compiles a kernel again where
+    a pointer is one and was none.
+    """
+    step = _ALIGN // np.dtype(dtype).itemsize
+    table = np.zeros((len(rows), -(-len(rows[0]) // step) * step), dtype=dtype)
+    table[:, : len(rows[0])] = rows
+    return table
 
 
 def packed(arrays: Sequence[np.ndarray]) -> torch.Tensor:
