@@ -210,8 +210,9 @@ class Exchange:
         finally:
             for task in tasks:
                 task.cancel()
+            # Of each prompt that has begun, one ends itself. First: whoever waits here may be cancelled once more.
+            engine.release(len(self.choices) - len(begun))
             await asyncio.gather(*tasks, return_exceptions=True)
-            engine.release(len(self.choices) - len(begun))  # of each prompt that has begun, one ends itself
 
     async def _pump(self, place: int, begun: set[int], news: asyncio.Queue[SegmentEvent | _End]) -> None:
         end: BaseException | None = None
