@@ -36,6 +36,7 @@ def run(
     policy: models.PolicyName = None,
     reward: models.RewardName = None,
     config: models.SettingsFile = None,
+    fit: models.FitName = None,
     set_: models.Assignments = None,
     seed: Annotated[int, typer.Option(help="Each row draws by this and its id.")] = 0,
     actors: Annotated[
@@ -73,7 +74,7 @@ def run(
     from stars_fast.scale.parts import Parts
 
     with refusing(OSError, ValueError, TypeError):
-        settings = read_settings(config, set_ or ())
+        settings = read_settings(config, set_ or (), fit=fit)
     names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
     check_models(names, dtype)
     names = _found(names)
