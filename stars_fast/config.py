@@ -23,9 +23,19 @@ CONFIG_NAME = "stars_config.json"
 _MOST_EOS, _MOST_STOP_STRINGS = 4096, 4096
 
 
+# Of other libraries, and what is called otherwise here.
+_ELSEWHERE = {
+    "stop": "give stop_strings",
+    "n": "give num_return_sequences",
+    "max_tokens": "give max_new_tokens",
+    "do_sample": "guidance always samples: leave it out",
+}
+
+
 def _no_field(config: type, name: str) -> str:
     known = sorted(field.name for field in dataclasses.fields(config))
-    return f"{name!r} is not a field of StarsConfig{near(name, known)}; the fields are {', '.join(known)}"
+    meant = f" ({_ELSEWHERE[name]})" if name in _ELSEWHERE else near(name, known)
+    return f"{name!r} is not a field of StarsConfig{meant}; the fields are {', '.join(known)}"
 
 
 @refusing_unknown(_no_field)

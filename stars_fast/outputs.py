@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+_SHOWN = 80  # characters of the first answer
+
 
 class Cause(str):
     """Why a request failed: in words, which is all that copies keep, and the exception behind them.
@@ -132,7 +134,7 @@ class Origin(Protocol):
     def save(self, output: StarsOutput, path: str | os.PathLike[str]) -> None: ...
 
 
-@dataclass
+@dataclass(repr=False)
 class StarsOutput:
     """Result of :meth:`StarsEngine.generate`. Row ``i * num_return_sequences + j`` is sample j of prompt i.
 
@@ -169,9 +171,18 @@ class StarsOutput:
     errors: list[str | None]
     logprobs: list[list[float]]
     sampling_logprobs: list[list[float]]
-    segments: list[list[SegmentTrace]] = field(repr=False)
+    segments: list[list[SegmentTrace]]
     stats: dict[str, Any]
-    origin: Origin | None = field(default=None, repr=False)
+    origin: Origin | None = None
+
+    def __repr__(self) -> str:
+        """How many answers, what they took, and how the first begins: the fields are pages long."""
+        counts = ", ".join(f"{name}={self.stats.get(name)}" for name in ("policy_tokens", "committed_tokens"))
+        failed = sum(error is not None for error in self.errors)
+        first = self.texts[0] if self.texts else self.completions[0] if self.completions else None
+        begins = repr(first)
+        begins = begins if len(begins) <= _SHOWN else f"{begins[:_SHOWN]}..."
+        return f"StarsOutput({len(self.completions)} answers, {failed} with an error, {counts}, first: {begins})"
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Write one line of JSON per answer, which ``stars-fast trace`` shows; docs/trace.md has the fields.

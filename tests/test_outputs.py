@@ -181,3 +181,10 @@ def test_a_cause_can_be_of_an_exception_that_cannot_say_what_it_is():
             raise TypeError
 
     assert Cause.of(Mute()) == "Mute: (what it says cannot be read: TypeError)"
+
+
+def test_an_output_prints_as_a_line(engine):
+    out = engine.generate(PROMPTS, CONFIG, seed=0)
+    counts = f"policy_tokens={out.stats['policy_tokens']}, committed_tokens={out.stats['committed_tokens']}"
+    begins = f"StarsOutput(4 answers, 0 with an error, {counts}, first: {out.completions[0]!r:.80}"
+    assert repr(out).startswith(begins) and len(repr(out)) < len(begins) + 5

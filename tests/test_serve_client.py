@@ -121,7 +121,7 @@ WRONG = [
     ),
     (dict(prompt=[]), openai.BadRequestError, "prompt"),
     (dict(prompt=[1, 4000]), openai.BadRequestError, "4000"),
-    (dict(prompt=""), openai.BadRequestError, "prompt is text: give text"),
+    (dict(prompt=""), openai.BadRequestError, "prompt is empty: give text"),
 ]
 
 
@@ -136,7 +136,10 @@ def test_what_is_wrong_is_named_with_value_and_limit(client, fields, kind, words
 
 def test_pictures_and_other_speakers_are_refused_by_name(client):
     picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
-    for messages, words in ((picture, "messages[0].content"), ([{"role": "tool", "content": "x"}], "messages[0].role")):
+    for messages, words in (
+        (picture, "content[0].type='image_url'"),
+        ([{"role": "tool", "content": "x"}], "messages[0].role"),
+    ):
         with pytest.raises(openai.BadRequestError, match="messages") as caught:
             client.chat.completions.create(model="tiny", messages=messages)
         assert words in caught.value.body["message"]

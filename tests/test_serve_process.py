@@ -123,7 +123,7 @@ def test_segments_longer_than_a_heartbeat_may_be_are_refused_at_the_start():
 
 
 def test_a_fit_brings_its_segments_and_sampling_and_spares_the_pilots():
-    assert "made for something else" in refused("--fit", "demo", "--set", "top_k=3")
+    assert "in the fit): give --set top_k=50, or make" in refused("--fit", "demo", "--set", "top_k=3")
     from stars_fast.serve.assembly import calibrates, with_fit
 
     config = with_fit(StarsConfig(fit="demo"), ())

@@ -39,6 +39,7 @@ def run(
     max_new_tokens: models.MaxNewTokens = None,
     n: models.Answers = None,
     config: models.SettingsFile = None,
+    fit: models.FitName = None,
     set_: models.Assignments = None,
     seed: Annotated[int, typer.Option(help="Each row draws by this and its id.")] = 0,
     actors: Annotated[
@@ -76,7 +77,7 @@ def run(
     from stars_fast.scale.parts import Parts
 
     with refusing(OSError, ValueError, TypeError):
-        fields = {"method": method, "max_new_tokens": max_new_tokens, "num_return_sequences": n}
+        fields = {"method": method, "max_new_tokens": max_new_tokens, "num_return_sequences": n, "fit": fit}
         settings = read_settings(config, set_ or (), **fields)
     warn_of_n(n, settings.config)
     names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)

@@ -49,6 +49,7 @@ def run(
     max_new_tokens: models.MaxNewTokens = None,
     n: models.Answers = None,
     config: models.SettingsFile = None,
+    fit: models.FitName = None,
     set_: models.Assignments = None,
     seed: Annotated[int, typer.Option(help="Each row draws by this and its id.")] = 0,
     tokenizer: models.TokenizerName = None,
@@ -70,7 +71,7 @@ def run(
     from stars_fast.report.files import sole_run
 
     with refusing(OSError, ValueError, TypeError):
-        fields = {"method": method, "max_new_tokens": max_new_tokens, "num_return_sequences": n}
+        fields = {"method": method, "max_new_tokens": max_new_tokens, "num_return_sequences": n, "fit": fit}
         settings = read_settings(config, set_ or (), **fields)
     warn_of_n(n, settings.config)
     names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
@@ -121,6 +122,8 @@ def _check_usage(
         fail("--json says how to print, and --output is JSON Lines in any case: give one of them")
     if bool(prompt) == (input_ is not None):
         fail("give either --prompt or --input" + (", not both" if prompt else ""))
+    if prompt and not all(prompt):
+        fail("--prompt is empty: a prompt has at least one token")
     if output is None:
         return
     if output.exists() and not output.is_file():

@@ -31,6 +31,10 @@ Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="A field of StarsConfig or of its method; may be repeated."),
 ]
+FitName = Annotated[
+    str | None,
+    typer.Option("--fit", metavar="DIR", help="What `stars-fast fit` wrote, or 'demo': no pilots then."),
+]
 MethodName = Annotated[
     str | None, typer.Option("--method", help="Decoding method (docs/methods.md), its parameters by --set.")
 ]

@@ -35,9 +35,7 @@ def run(
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model; the policy's hub id or folder's name.")
     ] = None,
-    fit: Annotated[
-        str | None, typer.Option(metavar="DIR", help="What `stars-fast fit` wrote, or 'demo': no pilots then.")
-    ] = None,
+    fit: models.FitName = None,
     target_reward: Annotated[
         float | None, typer.Option(help="Of requests that give none: no pilots then.", show_default=False)
     ] = None,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 from stars_fast.config import StarsConfig
+from stars_fast.methods.fit import Fit
 from stars_fast.notices import warn
 from stars_fast.policy.leaf import Sampling
 from stars_fast.policy.policy import Policy
@@ -78,8 +80,8 @@ def check_fit(config: StarsConfig, sampling: Sampling, policy: Policy, reward: R
     ]
     if differences:
         raise ValueError(
-            f"fit: made for something else ({'; '.join(differences)}): give what it was made for, or make one with "
-            "stars_fast.fit(engine, prompts) or stars-fast fit"
+            f"fit: made for something else ({'; '.join(differences)}): give {_as_made(known, here)}, or make one anew "
+            "with stars_fast.fit(engine, prompts)"
         )
     longest = recorded.get("max_new_tokens", config.max_new_tokens)
     if config.max_new_tokens > longest and policy not in _told:
@@ -88,6 +90,15 @@ def check_fit(config: StarsConfig, sampling: Sampling, policy: Policy, reward: R
             f"max_new_tokens={config.max_new_tokens}, and the fit was made with max_new_tokens={longest}: later "
             "segments are taken to be like the last of those. Make one at this length where that matters"
         )
+
+
+def _as_made(known: Fit, here: dict[str, Any]) -> str:
+    """The settings to pass for a fit; of what is no setting, such as the models, that they are to be its own."""
+    settings = {field.name for field in fields(StarsConfig)} - set(_APART)
+    named = [name for name in here if name not in _APART and known.made_for.get(name) != here[name]]
+    if named and settings.issuperset(named) and set(named) <= set(known.made_for):
+        return ", ".join(f"{name}={known.made_for[name]}" for name in named)
+    return "what it was made for"
 
 
 def _alike(then: list[float] | None, now: list[float] | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import inspect
@@ -14,12 +15,12 @@ from typing import Any
 
 from stars_fast.names import near
 
-_NAMED = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)")
+_NAMED = re.compile(r"(?P<file>.+\.py)(?::(?P<name>\w+))?")
 _GIVEN = ("prompts", "completions", "completion_ids")
 
 
 def file_of(name: Any) -> Path | None:
-    """The file in ``FILE.py:NAME``; None for any other name, such as a model's."""
+    """The file in ``FILE.py:NAME``, or in ``FILE.py`` without one; None for any other name, such as a model's."""
     named = _NAMED.fullmatch(name) if isinstance(name, str) else None
     return None if named is None else Path(named["file"])
 
@@ -32,8 +33,8 @@ def load_function(name: str) -> Any:
     Raises
     ------
     FileNotFoundError, ValueError, TypeError
-        Where there is no such file, it does not run, nothing in it has that name, or it is no reward: not to be called,
-        or with arguments that nobody has.
+        Where there is no such file, no NAME is given, the file does not run, nothing in it has that name, or it is no
+        reward: not to be called, or with arguments that nobody has.
     """
     from stars_fast.rewards import Reward  # and with it torch, which whoever asks file_of does not wait for
 
@@ -42,6 +43,8 @@ def load_function(name: str) -> Any:
     path, attribute = Path(named["file"]), named["name"]
     if not path.is_file():
         raise FileNotFoundError(f"reward={name!r}: no file {path}")
+    if attribute is None:
+        raise ValueError(f"reward={name!r}: give {path}:NAME; what is defined there is {_defined(path)}")
     found = vars(_run(path, name))
     if attribute not in found:
         public = sorted(one for one, value in found.items() if callable(value) and not one.startswith("_"))
@@ -55,6 +58,18 @@ def load_function(name: str) -> Any:
     if not isinstance(reward, Reward):
         _check_signature(reward, name)
     return reward
+
+
+def _defined(path: Path) -> str:
+    """The public functions and names of a file, which is not run."""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError) as error:
+        return f"not to be told: {error}"
+    names = [one.name for one in body if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)]
+    targets = [target for one in body if isinstance(one, ast.Assign) for target in one.targets]
+    names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return ", ".join(name for name in names if not name.startswith("_")) or "nothing"
 
 
 def _run(path: Path, name: str) -> ModuleType:

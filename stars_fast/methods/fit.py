@@ -170,7 +170,7 @@ class Fit:
             faults[f"law {i}: a spread of exp({widest:g})"] = not widest <= _WIDEST
         found = next((fault for fault, there in faults.items() if there), None)
         if found is not None:
-            raise ValueError(f"fit: {found}: make it anew with stars_fast.fit(engine, prompts) or stars-fast fit")
+            raise ValueError(f"fit: {found}: make it anew with stars_fast.fit(engine, prompts)")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write ``stars_fit.json`` into a folder, which is made if needed."""

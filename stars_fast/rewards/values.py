@@ -41,7 +41,7 @@ def one_each(values: Any, count: int) -> list[Any] | torch.Tensor:
         raise ValueError(_expected(count, f"{values!r:.80}"))
     values = list(values)
     if len(values) != count:
-        raise ValueError(f"the reward returned {len(values)} values for {count} completions")
+        raise ValueError(f"the reward returned {len(values)} values for {count} completions: return one for each")
     return values
 
 

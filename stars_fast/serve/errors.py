@@ -119,7 +119,7 @@ def _complaint(error: Mapping[str, Any], path: str, place: Sequence[Any], errors
     form = next((FORMS[part] for part in reversed(place) if part in FORMS), None)
     if form is not None and len(errors) > 1:
         value = error.get("input")
-        told = f"={shown(value)}" if place[-1] == "type" else " is empty" if value in ("", []) else f" is {_kind(value)}"
+        told = f"={shown(value)}" if place[-1] == "type" else f" is {'empty' if value in ('', []) else _kind(value)}"
         return f"{path}{told}: {form}"
     value = error.get("input")
     told = f"={shown(value)}" if isinstance(value, (bool, int, float, type(None))) else f" is {_kind(value)}:"

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoTokenizer
 
 from stars_fast.methods.numbers import shown
+from stars_fast.names import near
 from stars_fast.text.tokens import is_panic
 
 # What a tokenizer is saved as, by any of transformers' classes; the usual ones first.
@@ -42,7 +43,8 @@ def tokenizer_beside(name: str, argument: str = "", cached: bool = False) -> Any
     asking for newer ones.
     """
     remedy = f" (or pass {argument}=)" if argument else ""
-    with _said(f"{name!r} could not be asked for its tokenizer{remedy}"):
+    no_folder = f"{name!r} is no folder{near(name, ['demo'])}, and the hub"  # in a folder there is nothing to fail
+    with _said(f"{no_folder} could not be asked for its tokenizer{remedy}"):
         # Asked first: of some families, transformers makes an empty tokenizer where there are no files.
         if not has_tokenizer(name):
             return None
