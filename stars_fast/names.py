@@ -13,7 +13,7 @@ _ClassT = TypeVar("_ClassT", bound=type)
 
 def near(name: Any, known: Iterable[str]) -> str:
     """`` (did you mean ...?)`` where a known name is much like it, else nothing."""
-    found = get_close_matches(str(name), list(known), 1)
+    found = get_close_matches(name, list(known), 1) if isinstance(name, str) else ()
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
