@@ -35,7 +35,7 @@ def run(
     dtype: models.Dtype = "auto",
     device: models.Device = "auto",
 ) -> None:
-    """Learn what rewards a segment's candidates have, for ``generate --set fit=FOLDER``.
+    """Learn what rewards a segment's candidates have, for ``generate --fit FOLDER``.
 
     Holds for this policy, reward model, segment length and sampling; --method optimal_stopping then spends its budget
     where it gains most, and stars and cards need no pilots.

@@ -122,7 +122,7 @@ def _check_usage(
         fail("--json says how to print, and --output is JSON Lines in any case: give one of them")
     if bool(prompt) == (input_ is not None):
         fail("give either --prompt or --input" + (", not both" if prompt else ""))
-    if prompt and not all(prompt):
+    if prompt and not any(prompt):
         fail("--prompt is empty: a prompt has at least one token")
     if output is None:
         return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stars_fast.cli.console import fail, refusing_models
+from stars_fast.cli.console import fail, refusing, refusing_models
 from stars_fast.rows.engines import Names, build_engine
 
 if TYPE_CHECKING:
@@ -63,6 +63,11 @@ def check_models(names: Names, dtype: str) -> None:
     for name, value in (("policy", names.policy), ("reward", names.reward)):
         if not value:
             fail(f"no {name} model: give --{name} (a folder, a hub id or 'demo') or `{name}:` in --config")
+    if str(names.reward).endswith(".py"):  # a file without a name in it: said here, before any worker starts
+        from stars_fast.inputs.functions import load_function
+
+        with refusing(OSError, ValueError):
+            load_function(str(names.reward))
     if dtype not in DTYPES:
         fail(f"--dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
 
