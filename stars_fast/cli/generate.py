@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from stars_fast.config import StarsConfig
     from stars_fast.engine import StarsEngine
     from stars_fast.rows.reading import Row
-
-Records = list[dict[str, Any]]
+    from stars_fast.rows.responses import Records
 
 
 def run(
