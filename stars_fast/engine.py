@@ -56,7 +56,9 @@ class StarsEngine(Stays):
         A callable has TRL's signature ``(prompts, completions, completion_ids=..., **columns) -> list[float | None]``,
         sync or async.
     tokenizer : transformers tokenizer, optional
-        The policy's; loaded beside a policy given by name. Needed for text, chats and stop strings.
+        The policy's; the processor's, or loaded beside a policy given by name. Needed for text, chats and stop strings.
+    processor : transformers processor, path or hub id, optional
+        What makes the policy's inputs of chats with pictures. What it returns is a prompt, with and without it.
     reward_tokenizer : transformers tokenizer, path, hub id or "policy", optional
         The reward model's; "policy" where it reads the policy's ids. Default: the one that lies where the reward model
         was loaded from. Where none does, a reward model that may have been trained on another's ids is refused, or
@@ -103,6 +105,7 @@ class StarsEngine(Stays):
         reward: Any,
         *,
         tokenizer: Any = None,
+        processor: Any = None,
         reward_tokenizer: Any = None,
         reward_tail: str | Sequence[int] = "auto",
         reward_chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -119,7 +122,7 @@ class StarsEngine(Stays):
         cuda_graphs, torch_compile = truth("cuda_graphs", cuda_graphs), truth("torch_compile", torch_compile)
         if device is not None and not any(isinstance(one, (str, os.PathLike)) for one in (policy, reward)):
             raise ValueError(f"device={device!r}: policy and reward are objects, which stay where they are")
-        model, self.tokenizer = load_policy(policy, tokenizer, device)
+        model, self.tokenizer, self.processor = load_policy(policy, tokenizer, device, processor=processor)
         self.policy = Policy(model, cuda_graphs, torch_compile)
         self.reward: Reward = load_reward(
             reward, self.tokenizer, reward_tokenizer, reward_tail, model, device, reward_chat_template_kwargs

@@ -163,6 +163,7 @@ def read_reward_prompts(arguments: Arguments, prompts: Sequence[Prompt], tokeniz
             tokenizer=tokenizer,
             warned=warned,
             chat_template_kwargs=variables,
+            media=prompt.media,
         )
         for index, prompt in enumerate(rewarded)
     ]

@@ -181,7 +181,7 @@ def prepare(
         calibrated_terms=replace(terms, config=with_targets, method=with_targets.chosen_method) if calibrated else None,
         prompts=prompts,
         nodes=[
-            PromptNode(prompt.ids, rewarded, under_preferences=ids)
+            PromptNode(prompt.ids, rewarded, under_preferences=ids, media=prompt.media)
             for prompt, rewarded, ids in zip(prompts, reward_prompts, preferred, strict=True)
         ],
         keys=keys,

@@ -20,7 +20,7 @@ from stars_fast.policy.policy import Policy
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
 from stars_fast.rewards.classifier import ONE_LABEL
 from stars_fast.rewards.ids import POLICYS, check_draft
-from stars_fast.text.tokenizers import named_tokenizer, tokenizer_beside
+from stars_fast.text.tokenizers import named_processor, named_tokenizer, tokenizer_beside
 
 # Heads that a causal LM has no use for, and no model has that was trained as one.
 _HEADS = ("score.weight", "classifier.weight")
@@ -42,26 +42,34 @@ def placement(device: Device = None) -> torch.device:
 
 
 def load_policy(
-    policy: PreTrainedModel | str | os.PathLike[str], tokenizer: Any, device: Device = None, dtype: str = "auto"
-) -> tuple[PreTrainedModel, Any]:
-    """The policy and its tokenizer.
+    policy: PreTrainedModel | str | os.PathLike[str],
+    tokenizer: Any,
+    device: Device = None,
+    dtype: str = "auto",
+    processor: Any = None,
+) -> tuple[PreTrainedModel, Any, Any]:
+    """The policy, its tokenizer, and what reads its pictures.
 
     Parameters
     ----------
     policy : transformers causal LM, path, hub id or "demo"
         An object is left where it is. By name it is loaded with transformers' Auto classes.
     tokenizer : transformers tokenizer, path or hub id, optional
-        Default: the one beside a policy given by name, if there is one.
+        Default: the processor's; else the one beside a policy given by name, if there is one.
     device : str or torch.device, optional
         Of a policy given by name; see :func:`placement`.
     dtype : str
         Of a policy given by name, as torch calls it; "auto" is that of its weights.
+    processor : transformers processor, path or hub id, optional
 
     Raises
     ------
     OSError, ValueError, TypeError
         As transformers says, for what it cannot load; for a device that is not there; for a model without an LM head.
     """
+    processor = named_processor("processor", processor)
+    if tokenizer is None and processor is not None:
+        tokenizer = processor.tokenizer
     if isinstance(policy, (str, os.PathLike)):
         from transformers import AutoModelForCausalLM
 
@@ -80,7 +88,7 @@ def load_policy(
         raise TypeError(f"policy is the class {policy.__name__}: give a model, a path or a hub id")
     if policy.get_output_embeddings() is None:
         raise TypeError(f"policy is a {type(policy).__name__} without a language-model head")
-    return policy, tokenizer
+    return policy, tokenizer, processor
 
 
 def draft_policy(draft: Any, kept: Policy | None, policy: Policy, tokenizer: Any) -> Policy:
@@ -93,7 +101,7 @@ def draft_policy(draft: Any, kept: Policy | None, policy: Policy, tokenizer: Any
     """
     if kept is not None and draft in (kept.model, kept.source):
         return kept
-    model, _ = load_policy(draft, None, policy.device)
+    model, *_ = load_policy(draft, None, policy.device)
     check_draft(model, policy.model, tokenizer)
     made = Policy(model, policy.graphs.enabled, policy.torch_compile)
     made.source = draft

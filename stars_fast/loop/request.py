@@ -16,6 +16,7 @@ from stars_fast.outputs import CandidateTrace, SegmentTrace, Stats
 from stars_fast.policy.leaf import Draw, Leaf, RowProcessor, Sampling
 from stars_fast.rewards.base import Completion, Response, RewardPrompt
 from stars_fast.text.decode import TextStream
+from stars_fast.text.media import Media
 
 # Tokens of a completion so far -> whether it ends there (a stop string, a stopping criterion). Asked after every token.
 StopTest = Callable[[list[int]], bool]
@@ -49,6 +50,7 @@ class PromptNode:
     logits: torch.Tensor | None = None  # [V], once it holds all of them
     empty_reward: float | None = None  # r(x), once scored
     under_preferences: Sequence[list[int]] = ()  # its ids under each of the method's preferences
+    media: Media | None = None  # read whole, in one pass with its batch, and anew where it had to leave the tree
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.notices import warn
+from stars_fast.text.media import Media
 from stars_fast.text.template import apply
 from stars_fast.text.tokens import guarded, legible, refuse_long, token_ids
 from stars_fast.text.turns import check_turns, in_one_piece, said
@@ -24,7 +25,8 @@ class Prompt:
     """One prompt: what the caller gave (text, chat messages or ids) and the policy's token ids."""
 
     source: str | Messages | list[int]
-    ids: list[int]
+    ids: list[int]  # with pictures: one for each slot that they take
+    media: Media | None = None
 
 
 # What the reader of prompts decides itself when it calls a tokenizer's apply_chat_template.

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from huggingface_hub import HfApi, try_to_load_from_cache
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from stars_fast.methods.numbers import shown
 from stars_fast.names import near
@@ -69,6 +69,31 @@ def named_tokenizer(argument: str, tokenizer: Any) -> Any:
             return AutoTokenizer.from_pretrained(name)
     check_tokenizer(argument, tokenizer)
     return tokenizer
+
+
+def named_processor(argument: str, processor: Any) -> Any:
+    """``processor`` of texts and pictures, or None; loaded where it is a path or hub id.
+
+    Raises
+    ------
+    OSError, TypeError
+        Where it cannot be loaded; for what is none.
+    """
+    if isinstance(processor, (str, os.PathLike)):
+        name = os.fspath(processor)
+        with _said(f"{argument}={name!r} cannot be loaded"):
+            processor = AutoProcessor.from_pretrained(name)
+    if processor is not None and (isinstance(processor, type) or not (callable(processor) and is_processor(processor))):
+        kind = type(processor).__name__
+        raise TypeError(
+            f"{argument} is a {kind}, {shown(processor)}: give a transformers processor, which has a tokenizer"
+        )
+    return processor
+
+
+def is_processor(candidate: Any) -> bool:
+    """Whether it makes more of a prompt than ids: where there is nothing but a tokenizer, AutoProcessor loads that."""
+    return getattr(candidate, "tokenizer", None) is not None
 
 
 @contextmanager
