@@ -56,6 +56,7 @@ def run(
         float, typer.Option(min=0.0, help="Seconds for open requests after SIGTERM.")
     ] = 30.0,
     tokenizer: models.TokenizerName = None,
+    processor: models.ProcessorName = None,
     reward_tokenizer: models.RewardTokenizerName = None,
     reward_tail: models.RewardTail = "auto",
     max_rows: models.MaxRows = None,
@@ -75,7 +76,9 @@ def run(
     with refusing(OSError, ValueError, TypeError):
         settings = read_settings(config, set_ or ())
         settings = settings._replace(config=_guided(settings, fit, target_reward))
-    names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
+    names = Names(
+        policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail, processor
+    )
     models.check_models(names, dtype)
     from stars_fast.serve.server import bind, serve
 
