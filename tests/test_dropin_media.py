@@ -1,4 +1,4 @@
-"""What a processor made beside ids goes through ``model.generate`` as it came: neither encoded, nor repeated, nor lost."""
+"""What a processor made beside ids goes through ``model.generate`` as it came: not encoded, repeated or lost."""
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_text_alone_goes_to_a_model_that_takes_pictures(policy, generate):
 def test_what_has_been_encoded_already_is_refused_by_name(policy, generate):
     encoded = {"image": policy.get_image_features(inputs()["pixel_values"])}
     given = {name: value for name, value in inputs().items() if name != "pixel_values"}
-    with pytest.raises(ValueError, match="mm_encoder_outputs is given|not used by the model.*mm_encoder_outputs"):
+    with pytest.raises(ValueError, match=r"mm_encoder_outputs is given|not used by the model.*mm_encoder_outputs"):
         generate(policy, {**given, "mm_encoder_outputs": encoded})
 
 
