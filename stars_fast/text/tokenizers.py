@@ -93,7 +93,7 @@ def named_processor(argument: str, processor: Any) -> Any:
 
 
 def processor_beside(name: str) -> Any:
-    """The processor in the folder or repository of a model that takes pictures; None, with a warning, where none loads."""
+    """The processor beside a model that takes pictures; None, with a warning, where none loads."""
     try:
         with _said("cannot be loaded"):
             processor = AutoProcessor.from_pretrained(name)
