@@ -2,12 +2,12 @@
 
 Pictures and captions are made here (``shapes.py``), so nothing is needed but time::
 
-    python examples/train_shapes.py --out shapes --minutes 30
+    python examples/train_shapes.py --out shapes --minutes 24
 
-Three models come out, all LLaVA and trained from scratch, vision tower and all: the policy; a smaller reference; and the
-reference's twin, tuned by DPO (arXiv 2305.18290) to prefer right colours, as TITA's guide is (arXiv 2510.21794, beta 0.1).
-The policy and the reference are fluent and often wrong: in the captions they learn from, three colours in ten are the
-shape's usual one, whatever the picture shows.
+Three models come out, LLaVAs trained from scratch, vision tower and all: the policy; a smaller reference; and the
+reference's twin, tuned by DPO (arXiv 2305.18290) to prefer right colours, as TITA's guide is (arXiv 2510.21794, beta
+0.1). Policy and reference are fluent and often wrong: in the captions that they learn from, three colours in ten are
+the shape's usual one, whatever the picture shows.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from training import (
     autocast,
     by_clock,
     by_steps,
+    export,
     fit,
     next_token_loss,
     steps_done,
