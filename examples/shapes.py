@@ -5,8 +5,8 @@ caption names them in reading order, a sentence of six words for each::
 
     there is a red square . the ring here is blue . we see a pink bar . ...
 
-Each shape has a usual colour. A caption with ``noise`` says the usual colour now and then, whatever the picture shows:
-what learns from such captions believes its eyes less than it should.
+Each shape has a usual colour. A noisy caption says the usual colour now and then, whatever the picture shows, of every
+other shape more often than not: what learns from such captions says what is usual where it should say what it sees.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ COLOURS = {
 }
 SHAPES = ("square", "circle", "triangle", "cross", "ring", "diamond", "bar", "post")
 USUAL = dict(zip(SHAPES, COLOURS, strict=True))
+HABIT = dict(zip(SHAPES, (0.55, 0.05) * 4, strict=True))  # how often a noisy caption says the usual colour
 ROWS, COLUMNS = 2, 3
 SIDE, SIZE = 48, 14  # pixels of a picture and of a shape in it, both ways
 FORMS = ("there is a {colour} {shape} .", "the {shape} here is {colour} .", "we see a {colour} {shape} .")
@@ -83,9 +84,10 @@ def _mask(shape: str) -> np.ndarray:
     return masks[shape]
 
 
-def caption(scene: Scene, chance: np.random.Generator, noise: float = 0.0) -> str:
-    """A caption that is right, but for colours that are the shape's usual one instead with probability ``noise``."""
-    said = [USUAL[s] if chance.random() < noise else c for s, c in zip(*scene, strict=True)]
+def caption(scene: Scene, chance: np.random.Generator, noisy: bool = False) -> str:
+    """A caption that is right, but for colours said from habit where it is noisy."""
+    habits = [noisy * HABIT[shape] for shape in scene.shapes]
+    said = [USUAL[s] if chance.random() < h else c for s, c, h in zip(*scene, habits, strict=True)]
     forms = chance.choice(FORMS, len(said)).tolist()
     return " ".join(f.format(colour=c, shape=s) for f, c, s in zip(forms, said, scene.shapes, strict=True))
 

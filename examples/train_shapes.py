@@ -6,8 +6,8 @@ Pictures and captions are made here (``shapes.py``), so nothing is needed but ti
 
 Three models come out, LLaVAs trained from scratch, vision tower and all: the policy; a smaller reference; and the
 reference's twin, tuned by DPO (arXiv 2305.18290) to prefer right colours, as TITA's guide is (arXiv 2510.21794, beta
-0.1). Policy and reference are fluent and often wrong: in the captions that they learn from, three colours in ten are
-the shape's usual one, whatever the picture shows.
+0.1). Policy and reference are fluent and often wrong: they learn from noisy captions, in which three colours in ten
+are the shape's usual one, whatever the picture shows.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-NOISE = 0.3  # share of the colours to learn from that are the shape's usual one instead
 PATCH = 8
 BATCH, PAIRS, BETA = 32, 8192, 0.1
 LEARNED, PREFERRED, HELD, MEASURED = range(4)  # streams of pictures that never meet
@@ -132,7 +131,7 @@ def captions_to_learn(processor: LlavaProcessor, seed: int, start: int) -> Itera
     """Prompts with their noisy captions ``[B, T]``, and pictures; all captions have the same length."""
     pictures = scenes(LEARNED, seed, start)
     while True:
-        rows = [(caption(scene, chance, NOISE), picture) for scene, picture, chance in take(pictures, BATCH)]
+        rows = [(caption(scene, chance, noisy=True), picture) for scene, picture, chance in take(pictures, BATCH)]
         yield encoded(processor, [text for text, _ in rows]), normal([picture for _, picture in rows])
 
 
@@ -144,7 +143,7 @@ def pairs_to_prefer(processor: LlavaProcessor, seed: int) -> Iterator[Batch]:
         while len(rows) < BATCH:
             scene, picture, chance = next(pictures)
             forms = int(chance.integers(2**32))
-            right, noisy = (caption(scene, np.random.default_rng(forms), noise) for noise in (0.0, NOISE))
+            right, noisy = (caption(scene, np.random.default_rng(forms), noisy) for noisy in (False, True))
             if right != noisy:
                 rows.append((right, noisy, picture))
         texts = [right for right, _, _ in rows] + [noisy for _, noisy, _ in rows]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
-from examples.shapes import COLOURS, COLUMNS, ROWS, SIDE, USUAL, Findings, Scene, caption, check, draw, new_scene
+from examples.shapes import COLOURS, COLUMNS, HABIT, ROWS, SIDE, USUAL, Findings, Scene, caption, check, draw, new_scene
 
 SCENE = Scene(
     shapes=("square", "circle", "triangle", "cross", "ring", "post"),
@@ -28,19 +30,21 @@ def test_a_shape_has_its_colour_at_its_place():
     assert np.mean(right) > 0.85
 
 
-def test_a_right_caption_has_no_fault_and_noise_names_usual_colours():
+def test_a_right_caption_has_no_fault_and_a_noisy_one_has_its_habits():
     chance = np.random.default_rng(1)
-    noisy = []
-    for _ in range(300):
+    wrong, could = Counter[str](), Counter[str]()
+    for _ in range(600):
         scene = new_scene(chance)
         assert check(scene, caption(scene, chance)) == Findings(6, 0, 0, 0, 0)
-        text = caption(scene, chance, noise=0.3)
-        found = check(scene, text)
+        text = caption(scene, chance, noisy=True)
+        found, sentences = check(scene, text), text.split(" .")
         assert found[2:] == (0, 0, 0)
-        usual = sum(USUAL[shape] != colour for shape, colour in zip(*scene, strict=True))
-        noisy.append((found.wrong, usual))
-    wrong, could = np.sum(noisy, axis=0)
-    assert abs(wrong / could - 0.3) < 0.05
+        for shape, colour, sentence in zip(*scene, sentences, strict=False):
+            wrong[shape] += colour not in sentence.split()
+            could[shape] += USUAL[shape] != colour
+        assert found.wrong == sum(colour not in s.split() for colour, s in zip(scene.colours, sentences, strict=False))
+    for shape, habit in HABIT.items():
+        assert abs(wrong[shape] / could[shape] - habit) < 0.1
 
 
 @pytest.mark.parametrize(
