@@ -11,7 +11,7 @@ from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.text.bounds import bounded
-from stars_fast.text.turns import in_one_piece, in_parts
+from stars_fast.text.turns import all_in_parts, has_pictures, in_one_piece, in_parts
 
 Variables = Mapping[str, Any]
 
@@ -36,8 +36,13 @@ def rendered(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Vari
 
 
 def apply(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Variables, **form: Any) -> Any:
-    """``tokenizer.apply_chat_template`` of turns whose parts of text are joined where the template cannot take them."""
-    if any(map(in_parts, turns)) and not _takes_parts(tokenizer, variables):
+    """``tokenizer.apply_chat_template`` of turns whose parts of text are joined where the template cannot take them.
+
+    In a chat with pictures all turns have parts: templates for such often show no other content.
+    """
+    if any(map(has_pictures, turns)):
+        turns = [all_in_parts(turn) for turn in turns]
+    elif any(map(in_parts, turns)) and not _takes_parts(tokenizer, variables):
         turns = [in_one_piece(dict(turn)) for turn in turns]
     return _within_bounds(tokenizer, list(turns), variables, **form)
 
