@@ -18,6 +18,7 @@ from stars_fast.stays import Stays
 from stars_fast.text.media import Media
 from stars_fast.text.tokens import refuse_long
 from stars_fast.text.turns import said
+from stars_fast.tree.media import placeholder_ids
 from stars_fast.tree.model import TreeModel
 
 
@@ -47,6 +48,7 @@ class RenderedReward(Stays, Reward):
         self._latest: tuple[Any, Rendering] | None = None  # and the policy's tokenizer that it was made for
         self._rows = 0
         self._kv_cache_tokens: int | None = None
+        self._placeholders = frozenset[int]().union(*(placeholder_ids(cache.model.model) for cache in caches))
         limits = [cache.model.max_positions for cache in caches if cache.model.max_positions is not None]
         if caches:
             self.vocab_size = min(cache.model.vocab_size for cache in caches)
@@ -282,7 +284,7 @@ class RenderedReward(Stays, Reward):
     def _outside(self, ids: Sequence[int]) -> list[int]:
         if not ids or (min(ids) >= 0 and max(ids) < self.vocab_size):  # every candidate comes here: no slow loop
             return []
-        return [token for token in ids if not 0 <= token < self.vocab_size]
+        return [token for token in ids if not 0 <= token < self.vocab_size and token not in self._placeholders]
 
     @property
     def _vocabulary(self) -> str:

@@ -60,7 +60,7 @@ class GroundingReward(ImplicitReward):
         check_model("model", model, predicts=True)
         self.noise = integer("noise", noise, 0, _STEPS - 1)
         self._read_with(tokenizer, "tokenizer", model, processor=processor)
-        self._compare(model, model, beta, "sum", chat_template_kwargs)
+        self._compare(model, model, beta, "sum", None, chat_template_kwargs)
         self._noised: WeakValueDictionary[int, _Noised] = WeakValueDictionary()  # by what they are made of
 
     @property

@@ -94,7 +94,7 @@ class ImplicitReward(RenderedReward):
             )
         self._read_with(tokenizer, "tokenizer", model, reference, processor=processor)
         _check_pair(vocabulary(model), vocabulary(reference), self.tokenizer)
-        self._compare(model, reference, beta, weights, chat_template_kwargs)
+        self._compare(model, reference, beta, weights, kl, chat_template_kwargs)
 
     def _compare(
         self,
@@ -102,6 +102,7 @@ class ImplicitReward(RenderedReward):
         reference: PreTrainedModel,
         beta: float,
         weights: str,
+        kl: str | None,
         chat_template_kwargs: Mapping[str, Any] | None,
     ) -> None:
         """To be called once, after :meth:`_read_with`."""
