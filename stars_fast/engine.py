@@ -35,6 +35,7 @@ from stars_fast.outputs import Cause, SegmentEvent, StarsOutput, as_cause
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward
 from stars_fast.stays import Stays
+from stars_fast.text.media import identity
 from stars_fast.text.tokens import text_of
 
 _DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
@@ -372,9 +373,10 @@ class StarsEngine(Stays):
         with self._preparing.held():  # tokenizers keep a state
             for tree in (self.policy, *self.reward.tree_models):
                 tree.check_unchanged()
-            call = prepare(arguments, self.policy, self.reward, self.tokenizer, self.kv_cache_tokens, samples)
+            models = (self.policy, self.reward, self.tokenizer)
+            call = prepare(arguments, *models, self.kv_cache_tokens, samples, self.processor)
             if isinstance(targets := call.config.target_reward, tuple):
-                self.per_prompt.used(targets, (prompt.ids for prompt in call.prompts))
+                self.per_prompt.used(targets, map(identity, call.prompts))
             if (named := call.terms.method.draft_model) is not None:
                 draft = self._drafts = draft_policy(named, self._drafts, self.policy, self.tokenizer)
                 for index, prompt in enumerate(call.prompts):

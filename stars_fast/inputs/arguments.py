@@ -119,6 +119,10 @@ def under_preferences(
     """
     if not method.preferences:
         return [list[list[int]]()] * len(prompts)
+    if (place := next((i for i, prompt in enumerate(prompts) if prompt.media is not None), None)) is not None:
+        raise ValueError(
+            f"prompts[{place}] has pictures: method={method.name!r} puts its preferences before text and ids alone"
+        )
     if sampling.repetition_penalty != 1.0:
         raise ValueError(f"method={method.name!r} does not know repetition_penalty={sampling.repetition_penalty}")
     if any(hook.processor is not None for hook in hooks):

@@ -37,7 +37,9 @@ from stars_fast.outputs import Stats
 from stars_fast.policy.leaf import Sampling
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward, RewardPrompt
+from stars_fast.text.media import forward_arguments, identity
 from stars_fast.text.prompts import Prompt, read_prompts
+from stars_fast.tree.support import unwrapped
 
 
 class Rule(NamedTuple):
@@ -137,6 +139,7 @@ def prepare(
     tokenizer: Any,
     kv_cache_tokens: int | None,
     samples: int = PILOT_SAMPLES,
+    processor: Any = None,
 ) -> Call:
     """Check every argument and read the prompts: settings, texts, limits, keys.
 
@@ -148,9 +151,9 @@ def prepare(
         Naming the argument, the value, the prompt's index and the limit. Nothing has run when this raises.
     """
     given, config, sampling = settings(arguments, policy, reward, tokenizer)
-    prompts, reward_prompts = _texts(arguments, policy, tokenizer)
+    prompts, reward_prompts = _texts(arguments, policy, tokenizer, processor)
     calibrated, with_targets = dict[int, Rule](), config
-    own = places(given.known, given.target_reward, [prompt.ids for prompt in prompts])
+    own = places(given.known, given.target_reward, list(map(identity, prompts)))
     if own is not None and isinstance(given.target_reward, tuple) and isinstance(given.base_reward, tuple):
         check_per_prompt("base_reward", given.base_reward, len(given.target_reward), " that were calibrated")
     if own is not None and None not in own:
@@ -238,7 +241,9 @@ def _generation_config(arguments: Arguments, policy: Policy) -> GenerationConfig
     return arguments.generation_config or getattr(policy.model, "generation_config", None)
 
 
-def _texts(arguments: Arguments, policy: Policy, tokenizer: Any) -> tuple[Sequence[Prompt], list[RewardPrompt]]:
+def _texts(
+    arguments: Arguments, policy: Policy, tokenizer: Any, processor: Any
+) -> tuple[Sequence[Prompt], list[RewardPrompt]]:
     """Prompts, and as the reward sees them."""
     prompts = read_prompts(
         arguments.prompts,
@@ -246,6 +251,8 @@ def _texts(arguments: Arguments, policy: Policy, tokenizer: Any) -> tuple[Sequen
         arguments.attention_mask,
         chat_template_kwargs=arguments.chat_template_kwargs,
         max_positions=policy.max_positions,
+        processor=processor,
+        takes=forward_arguments(unwrapped(policy.model)),
     )
     return prompts, read_reward_prompts(arguments, prompts, tokenizer)
 

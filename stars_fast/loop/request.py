@@ -12,7 +12,7 @@ import torch
 from stars_fast.config import StarsConfig
 from stars_fast.methods.base import Method, Segments
 from stars_fast.methods.stopping import Search
-from stars_fast.outputs import CandidateTrace, SegmentTrace, Stats
+from stars_fast.outputs import CandidateTrace, Cause, SegmentTrace, Stats
 from stars_fast.policy.leaf import Draw, Leaf, RowProcessor, Sampling
 from stars_fast.rewards.base import Completion, Response, RewardPrompt
 from stars_fast.text.decode import TextStream
@@ -51,6 +51,7 @@ class PromptNode:
     empty_reward: float | None = None  # r(x), once scored
     under_preferences: Sequence[list[int]] = ()  # its ids under each of the method's preferences
     media: Media | None = None  # read whole, in one pass with its batch, and anew where it had to leave the tree
+    error: Cause | None = None  # why it cannot be read
 
 
 @dataclass(eq=False)

@@ -47,12 +47,17 @@ def apply(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Variabl
     return _within_bounds(tokenizer, list(turns), variables, **form)
 
 
-def _within_bounds(tokenizer: Any, turns: list[Mapping[str, Any]], variables: Variables, **form: Any) -> Any:
-    """A rendering of a template of Jinja's. What a tokenizer of another kind writes is its own business."""
+def _within_bounds(
+    tokenizer: Any, turns: list[Mapping[str, Any]], variables: Variables, template: str | None = None, **form: Any
+) -> Any:
+    """A rendering of a template of Jinja's, by default the tokenizer's. What one of another kind writes is its own
+    business.
+    """
     function = getattr(tokenizer.apply_chat_template, "__func__", None)
-    if function is not PreTrainedTokenizerBase.apply_chat_template or not tokenizer.chat_template:
+    if function is not PreTrainedTokenizerBase.apply_chat_template or not (template or tokenizer.chat_template):
         return tokenizer.apply_chat_template(turns, **variables, **form)
-    with bounded(tokenizer.get_chat_template(tools=variables.get("tools")), turns, variables) as source:
+    template = template or tokenizer.get_chat_template(tools=variables.get("tools"))
+    with bounded(template, turns, variables) as source:
         return tokenizer.apply_chat_template(turns, chat_template=source, **variables, **form)
 
 

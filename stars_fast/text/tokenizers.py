@@ -12,6 +12,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from stars_fast.methods.numbers import shown
 from stars_fast.names import near
+from stars_fast.notices import warn
 from stars_fast.text.tokens import is_panic
 
 # What a tokenizer is saved as, by any of transformers' classes; the usual ones first.
@@ -89,6 +90,21 @@ def named_processor(argument: str, processor: Any) -> Any:
             f"{argument} is a {kind}, {shown(processor)}: give a transformers processor, which has a tokenizer"
         )
     return processor
+
+
+def processor_beside(name: str) -> Any:
+    """The processor beside a model that takes pictures; None, with a warning, where none loads."""
+    try:
+        with _said("cannot be loaded"):
+            processor = AutoProcessor.from_pretrained(name)
+    except OSError as error:
+        cause = " ".join(str(error.__cause__).split())
+        warn(
+            f"policy={name!r} takes pictures, and its processor cannot be loaded, so that chats are read without them: "
+            f"pass processor= ({type(error.__cause__).__name__}: {cause})"
+        )
+        return None
+    return processor if is_processor(processor) else None
 
 
 def is_processor(candidate: Any) -> bool:
