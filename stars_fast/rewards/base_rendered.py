@@ -239,9 +239,9 @@ class RenderedReward(Stays, Reward):
             raise ValueError(f"{prompt.name} has pictures, which the {name} does not read")
         for cache in self.caches:
             try:
-                context.seen = context.seen._replace(media=readable(context.seen.media, cache.model.body))
+                context.seen = readable(context.seen, cache.model.body)
             except ValueError as error:
-                raise ValueError(f"{prompt.name}: {error}; give the {name} its model's processor=") from error
+                raise ValueError(f"{prompt.name}: {error}") from error
         return context
 
     def _longest(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> int:

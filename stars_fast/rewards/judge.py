@@ -14,7 +14,7 @@ from stars_fast.rewards.base import RewardPrompt, check_model, check_text
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.ids import check_own
-from stars_fast.rewards.pictures import PICTURE, tokenizer_of, without_pictures
+from stars_fast.rewards.pictures import PICTURE, tokenizer_of
 from stars_fast.rewards.render import Context, Rendering
 from stars_fast.text.chat import encode, text_frame
 from stars_fast.text.prompts import template_kwargs
@@ -149,7 +149,7 @@ class _Question(Rendering):
         return Context(prefix, frame.tail, "" if self.shared_ids else before, frame.own_start, seen=seen)
 
     def _shown(self, prompt: RewardPrompt) -> str:
-        turns = [without_pictures(turn) for turn in self.messages(prompt)]
+        turns = self.messages(prompt)
         if len(turns) == 1:
             return spoken(turns[0])
         return "\n".join(f"{turn['role']}: {spoken(turn)}" for turn in turns)

@@ -8,16 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
+from transformers import PreTrainedModel
 
 from stars_fast.methods.numbers import shown
 from stars_fast.rewards.ids import POLICYS
 from stars_fast.text.chat import encode, encode_turn
 from stars_fast.text.media import Media
+from stars_fast.text.pictures import chat_template
 from stars_fast.text.tokenizers import is_processor
 from stars_fast.text.tokens import guarded
 from stars_fast.tree.support import unwrapped
 
+_KINDS = ("image", "video")
 # What processors say of the text besides its ids, which not every model wants to know.
 _OF_THE_TEXT = ("attention_mask", "token_type_ids", "mm_token_type_ids")
 
@@ -52,18 +54,6 @@ class Beginning(NamedTuple):
         return [*self.read, *ids[len(self.written) :]]
 
 
-def pictures_of(turn: Mapping[str, Any]) -> list[Any]:
-    """The parts of a turn's content that are no text."""
-    content = turn.get("content")
-    return [part for part in content if part.get("type", "text") != "text"] if isinstance(content, list) else []
-
-
-def without_pictures(turn: dict[str, Any]) -> dict[str, Any]:
-    """The turn, of whose content the text alone is left."""
-    pictures = pictures_of(turn)
-    return {**turn, "content": [part for part in turn["content"] if part not in pictures]} if pictures else turn
-
-
 def tokenizer_of(processor: Any, given: Any, argument: str) -> Any:
     """``given``; where it is None, the processor's tokenizer, with the processor's chat template.
 
@@ -80,7 +70,7 @@ def tokenizer_of(processor: Any, given: Any, argument: str) -> Any:
         if given == POLICYS:
             raise ValueError(f"{argument}={POLICYS!r} reads the policy's ids and pictures: leave processor= out")
         return given
-    tokenizer, template = processor.tokenizer, getattr(processor, "chat_template", None)
+    tokenizer, template = processor.tokenizer, chat_template(processor)
     if template and template != tokenizer.chat_template:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = template
@@ -115,7 +105,7 @@ def with_pictures(processor: Any, tokenizer: Any, text: str, own_start: bool, im
 
 
 def _marks(processor: Any) -> set[Any]:
-    return {getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video")}
+    return {getattr(processor, f"{kind}_token_id", None) for kind in _KINDS}
 
 
 def _common_end(a: Sequence[int], b: Sequence[int], marks: set[Any]) -> int:
@@ -126,18 +116,27 @@ def _common_end(a: Sequence[int], b: Sequence[int], marks: set[Any]) -> int:
     return end
 
 
-def readable(media: Media, body: torch.nn.Module) -> Media:
-    """``media``, without what a model may do without and does not read.
+def readable(seen: Beginning, body: PreTrainedModel) -> Beginning:
+    """``seen``, without what a model may do without and does not read.
 
     Raises
     ------
     ValueError
-        For what else its forward pass does not name.
+        For what else its forward pass does not name, and where a picture stands last: the last id may be read again,
+        and alone.
     """
+    media, config = seen.media, body.config
+    assert media is not None
+    if seen.ids[-1] in {getattr(config, f"{kind}_token_{name}", None) for kind in _KINDS for name in ("id", "index")}:
+        raise ValueError("a picture is the last of it, and an answer goes on from text: put text behind the picture")
     names = inspect.signature(unwrapped(body).forward).parameters
     unread = [key for key in media.inputs if key not in names]
     if needed := [key for key in unread if key not in _OF_THE_TEXT]:
-        raise ValueError(f"{', '.join(needed)} of its pictures are nothing that a {type(body).__name__} reads")
+        raise ValueError(
+            f"{', '.join(needed)} of its pictures are nothing that a {type(body).__name__} reads: give the scorer its "
+            "model's processor="
+        )
     if not unread:
-        return media
-    return replace(media, inputs={key: value for key, value in media.inputs.items() if key in names})
+        return seen
+    inputs = {key: value for key, value in media.inputs.items() if key in names}
+    return seen._replace(media=replace(media, inputs=inputs))

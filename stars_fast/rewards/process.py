@@ -16,13 +16,13 @@ from stars_fast.rewards.base import Completion, Response, RewardPrompt, check_mo
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Text, TreeCache
 from stars_fast.rewards.ids import check_own
-from stars_fast.rewards.pictures import pictures_of, tokenizer_of, without_pictures
+from stars_fast.rewards.pictures import PICTURE, tokenizer_of
 from stars_fast.rewards.render import Context, Rendering
 from stars_fast.text.chat import chat_frame, encode, encode_start, encode_turn
 from stars_fast.text.prompts import Messages
 from stars_fast.text.template import Variables, apply, rendered, stand_in
 from stars_fast.text.tokenizers import check_tokenizer
-from stars_fast.text.turns import spoken
+from stars_fast.text.turns import has_pictures, spoken
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import unwrapped
@@ -312,8 +312,10 @@ class _Labels(ProcessReward):
         """Around the steps and labels of a chat: what is in front of the first step (and whether a bos is in it),
         between a step and its label, and between that and the next step."""
         word = stand_in(messages, variables)
-        asked, pictures = f"{spoken(without_pictures(messages[-1]))} {word}", pictures_of(messages[-1])
-        question = {"role": "user", "content": [*pictures, {"type": "text", "text": asked}] if pictures else asked}
+        asked: Any = f"{spoken(messages[-1])} {word}"
+        if has_pictures(messages[-1]):
+            asked = [*(part for part in messages[-1]["content"] if part == PICTURE), {"type": "text", "text": asked}]
+        question = {"role": "user", "content": asked}
         label = {"role": "assistant", "content": word}
         turns = [*messages[:-1], question, label, {"role": "user", "content": word}, label]
         parts = rendered(self.tokenizer, turns, variables).split(word)

@@ -245,7 +245,8 @@ class ValueHeadReward(RenderedReward):
         head = _value_head(name)
         config = AutoConfig.from_pretrained(name)
         made_as = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
-        model = made_as.from_pretrained(name, dtype=dtype).to(device or "cpu").eval()
+        model: Any = made_as.from_pretrained(name, dtype=dtype)
+        model = model.to(device or "cpu").eval()
         if processor is None and hasattr(config, "vision_config"):
             processor = name
         if processor is None and options.get("tokenizer") is None:

@@ -116,15 +116,11 @@ def in_one_piece(turn: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in turn.items() if value is not None}
 
 
-def has_pictures(turn: Mapping[str, Any]) -> bool:
-    """Whether somebody says more than text: what tools return may have any form."""
-    return turn.get("role") in _SPEAKERS and isinstance(turn.get("content"), list) and not in_parts(turn)
-
-
-def all_in_parts(turn: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The turn, its content in parts where it is text."""
+def answer_in_parts(turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The turn; an assistant's text is a part of text."""
     content = turn.get("content")
-    return {**turn, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else turn
+    answers = turn.get("role") == "assistant" and isinstance(content, str)
+    return {**turn, "content": [{"type": "text", "text": content}]} if answers else turn
 
 
 def spoken(turn: dict[str, Any]) -> str:
