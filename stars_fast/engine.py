@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.config import StarsConfig
-from stars_fast.inputs.arguments import Arguments, check_positions
+from stars_fast.inputs.arguments import Arguments, check_media, check_positions
 from stars_fast.inputs.call import Call, prepare, settings
 from stars_fast.inputs.job import Job
 from stars_fast.inputs.models import draft_policy, load_policy, load_reward
@@ -381,6 +381,7 @@ class StarsEngine(Stays):
                 draft = self._drafts = draft_policy(named, self._drafts, self.policy, self.tokenizer)
                 for index, prompt in enumerate(call.prompts):
                     check_positions(index, len(prompt.ids), call.config, draft, "draft model")
+                    check_media(index, prompt.media, draft, "draft model")
                 call.terms = replace(call.terms, draft=draft)
                 call.size = call.size._replace(draft=draft)
         return call
