@@ -1,24 +1,27 @@
 """Scorers of prompts with pictures give what plain forward passes give that see them, or say why they do not."""
 
 import copy
+import shutil
 
 import pytest
 import torch
-from conftest import refused, tiny_policy, tiny_reward
+from conftest import refused
 from histories import live
+from safetensors.torch import load_file, save_file
 from tiny_pictures import asked, gemma3, gemma3_processor, llava, llava_processor, picture, qwen2_5_vl, qwen_inputs
 from transformers import Gemma3ForSequenceClassification, Qwen2_5_VLModel, Qwen2_5_VLPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
+from stars_fast import StarsConfig, StarsEngine
 from stars_fast.rewards import (
-    CallableReward,
     ClassifierReward,
+    Completion,
     GroundingReward,
     ImplicitReward,
     JudgeReward,
     ProcessReward,
+    Response,
     RewardPrompt,
-    RuleReward,
     ValueHeadReward,
     noised,
 )
@@ -165,3 +168,141 @@ def test_a_process_reward_model_reads_the_pictures_in_its_first_turn():
 
     prompts = read(CHATS, gemma3(), gemma3_processor())
     live(scorer, prompts, expected, draw=draw, rounds=4, tokenizer=prompts[0].tokenizer)
+
+
+class ValuedQwen(Qwen2_5_VLPreTrainedModel):
+    """A vision-language model with one value at the last token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = Qwen2_5_VLModel(config)
+        self.score = torch.nn.Linear(config.text_config.hidden_size, 1, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        return SequenceClassifierOutputWithPast(logits=self.score(hidden[:, -1]))
+
+
+def random(model, seed=3):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.12)
+    return model.float().eval()
+
+
+def labelled(config):
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    return config
+
+
+CLASSIFIERS = {
+    "gemma3": lambda: random(Gemma3ForSequenceClassification(labelled(gemma3().config))),
+    "qwen2.5": lambda: random(ValuedQwen(labelled(qwen2_5_vl().config))),
+}
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_a_classifier_reads_what_the_policy_reads(family):
+    model, (_, prompts, inputs) = CLASSIFIERS[family](), FAMILIES[family]
+    scorer = ClassifierReward(model)
+
+    @torch.no_grad()
+    def expected(completion):
+        given = with_answer(inputs(completion.response.prompt.media), completion.tokens)
+        return model.score(model.model(**given, use_cache=False).last_hidden_state[0, -1]).item()
+
+    assert scorer.tree_model is not None
+    live(scorer, prompts(), expected, draw=draw, slots=100, rounds=5)
+
+
+def noised_inputs(media):
+    return noised(alone(media), 300)
+
+
+def test_grounding_is_what_an_answer_gains_by_the_pictures_being_clear():
+    model, processor = llava(), llava_processor()
+    scorer = GroundingReward(model, noise=300, beta=2.0)
+
+    def expected(completion):
+        media = completion.response.prompt.media
+        clear, dim = (logprob(model, inputs(media), completion.tokens) for inputs in (alone, noised_inputs))
+        return 2.0 * (clear - dim)
+
+    prompts = read(CHATS, model, processor)
+    live(scorer, prompts, expected, draw=draw, rounds=5)
+    assert abs(expected(Completion(Response(prompts[0]), WORDS[0]))) > 0.01
+
+
+def test_noise_is_vcds_and_each_pictures_own():
+    inputs = qwen_inputs((4, 8), (8, 4), (4, 4))
+    swapped = {**inputs, "pixel_values": inputs["pixel_values"].roll(16, 0), "image_grid_thw": torch.tensor(
+        [[1, 4, 4], [1, 4, 8], [1, 8, 4]])}  # fmt: skip
+    assert torch.equal(noised(swapped)["pixel_values"], noised(inputs)["pixel_values"].roll(16, 0))
+    assert torch.equal(noised(inputs)["pixel_values"], noised(inputs)["pixel_values"])
+    kept = torch.cumprod(1 - (torch.sigmoid(torch.linspace(-6, 6, 1000)) * (0.5e-2 - 1e-5) + 1e-5), 0)[500]
+    pixels = torch.randn(3, 2, 3, 32, 32)
+    pixels[1, 1], pixels[2, :, :, 20:] = 0.0, 0.0  # a picture that fills a row up, and pictures that end early
+    dim = noised({"pixel_values": pixels})["pixel_values"]
+    assert torch.equal(dim == 0, pixels == 0)
+    noise = (dim - kept.sqrt() * pixels)[0] / (1 - kept).sqrt()
+    assert noise.mean().abs() < 0.05 and abs(noise.std() - 1) < 0.05
+    assert torch.equal(noised({"pixel_values": pixels[2:, :, :, :20]})["pixel_values"], dim[2:, :, :, :20])
+    with refused("pixel_values", "input_ids"):
+        noised({"input_ids": torch.tensor([[1]])})
+    with refused("step=1000", "at most 999"):
+        noised(inputs, 1000)
+
+
+def test_a_value_head_is_found_in_a_folder_and_read_behind_the_template(tmp_path):
+    model, processor, v_head = qwen2_5_vl(5), llava_processor(), torch.nn.Linear(32, 1)
+    model.save_pretrained(tmp_path / "apart")
+    processor.tokenizer.save_pretrained(tmp_path / "apart")
+    head = {f"v_head.summary.{name}": value for name, value in v_head.state_dict().items()}
+    with pytest.raises(ValueError, match=r"no v_head\.summary\.weight"):
+        ValueHeadReward.from_pretrained(str(tmp_path / "apart"), processor=processor)
+    save_file(head, tmp_path / "apart" / "value_head.safetensors", metadata={"format": "pt"})
+    shutil.copytree(tmp_path / "apart", tmp_path / "inside")
+    (tmp_path / "inside" / "value_head.safetensors").unlink()
+    weights = load_file(tmp_path / "inside" / "model.safetensors")
+    save_file(weights | head, tmp_path / "inside" / "model.safetensors", metadata={"format": "pt"})
+    prompts = read(qwen_inputs((4, 8), (8, 4)), model)
+    for place in ("apart", "inside"):
+        scorer = ValueHeadReward.from_pretrained(str(tmp_path / place), tokenizer="policy", tail=[7, 8])
+
+        @torch.no_grad()
+        def expected(completion):
+            given = with_answer(of_row(completion.response.prompt.media), [*completion.tokens, 7, 8])
+            return v_head(model.model(**given, use_cache=False).last_hidden_state[0, -1]).item()
+
+        live(scorer, prompts, expected, draw=draw, rounds=3)
+
+
+CONFIG = StarsConfig(segment_length=4, max_attempts=4, target_reward=1.0, base_reward=0.0, beta=0.5, max_new_tokens=8)
+
+
+def test_the_engine_guides_answers_to_pictures_alike_however_many_candidates():
+    policy, processor = llava(), llava_processor()
+    rewards = [
+        ImplicitReward(llava(1), llava(2)),
+        GroundingReward(policy),
+        JudgeReward(gemma3(3), processor=gemma3_processor(), yes="Y", no="N"),
+    ]
+    for reward in rewards:
+        engine = StarsEngine(policy, reward, processor=processor)
+        outputs = [
+            engine.generate([*CHATS, *CHATS[:1]], CONFIG, seed=[1, 2, 1], candidates=candidates)
+            for candidates in (1, 4)
+        ]
+        outputs.append(engine.generate(CHATS[:1], CONFIG, seed=[1]))
+        assert all(error is None for output in outputs for error in output.errors)
+        assert outputs[0].completions == outputs[1].completions
+        assert outputs[0].completions[0] == outputs[0].completions[2] == outputs[2].completions[0]
+        assert any(segment.attempts > 1 for row in outputs[0].segments for segment in row)
+        assert outputs[0].rewards == pytest.approx(outputs[1].rewards, abs=1e-4)

@@ -19,9 +19,10 @@ from stars_fast.rewards.base import Completion, RewardPrompt, check_model
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.classifier import ClassifierReward
+from stars_fast.rewards.ids import POLICYS
 from stars_fast.rewards.render import Context, Rendering
 from stars_fast.text.prompts import template_kwargs
-from stars_fast.text.tokenizers import named_processor, tokenizer_beside
+from stars_fast.text.tokenizers import named_processor, named_tokenizer, tokenizer_beside
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import unwrapped
@@ -220,7 +221,14 @@ class ValueHeadReward(RenderedReward):
 
     @classmethod
     def from_pretrained(
-        cls, name: str, *, device: Any = None, dtype: Any = "auto", processor: Any = None, **options: Any
+        cls,
+        name: str,
+        tokenizer: Any = None,
+        *,
+        device: Any = None,
+        dtype: Any = "auto",
+        processor: Any = None,
+        **options: Any,
     ) -> ValueHeadReward:
         """The model in a folder or repository, its processor (or tokenizer), and the head beside its weights.
 
@@ -228,11 +236,13 @@ class ValueHeadReward(RenderedReward):
         ----------
         name : str
             Holds ``v_head.summary.weight`` in ``value_head.safetensors`` or among the model's own weights.
+        tokenizer : transformers tokenizer, path, hub id or "policy", optional
+            Default: the processor's; of a model of text, the one there.
         device, dtype
             Of the model; default: the CPU, and the weights'. The head keeps its dtype.
         processor : transformers processor, path or hub id, optional
-            Default: the one there, of a model that sees pictures.
-        options
+            Default, where no tokenizer is given: the one there, of a model that sees pictures.
+        **options
             As :class:`ValueHeadReward` takes them.
 
         Raises
@@ -247,11 +257,12 @@ class ValueHeadReward(RenderedReward):
         made_as = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
         model: Any = made_as.from_pretrained(name, dtype=dtype)
         model = model.to(device or "cpu").eval()
-        if processor is None and hasattr(config, "vision_config"):
-            processor = name
-        if processor is None and options.get("tokenizer") is None:
-            options["tokenizer"] = tokenizer_beside(name, "tokenizer")
-        return cls(model, head, processor=named_processor("processor", processor), **options)
+        if processor is None and tokenizer is None:
+            processor = name if hasattr(config, "vision_config") else None
+            tokenizer = tokenizer_beside(name, "tokenizer") if processor is None else None
+        elif tokenizer != POLICYS:
+            tokenizer = named_tokenizer("tokenizer", tokenizer)
+        return cls(model, head, tokenizer, processor=named_processor("processor", processor), **options)
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
         return Rendering(self.tokenizer, policy_tokenizer, self._tail, self._variables, self.processor)
