@@ -169,9 +169,10 @@ class StarsEngine(Stays):
 
         Parameters
         ----------
-        prompts : str, list of str, list of chat message lists, list of id lists, id tensor ``[batch, length]``, or
-            what a tokenizer returns
+        prompts : str, list of str, list of chat message lists, list of id lists, id tensor ``[batch, length]``, what a
+            tokenizer or the policy's processor returns, or a list of such, one prompt each
             A chat that ends with an assistant's turn is gone on with. Text that has its BOS already gets no other.
+            Chats may have pictures, ``{"type": "image", "image": ...}``, where there is a processor.
         config : StarsConfig, optional
         attention_mask : torch.Tensor, optional
             ``[batch, length]``, with an id tensor. A tokenizer's output brings its own.

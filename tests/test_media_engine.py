@@ -1,11 +1,13 @@
 """Prompts with pictures through the engine: the policy's own numbers, the method's own law, whoever else is there."""
 
 import asyncio
+import math
 from itertools import pairwise
 
 import pytest
 import torch
 from conftest import sum_reward, tiny_policy, tiny_reward
+from oracle import Oracle, Rule, p_value, prefixes, text
 from tiny_pictures import (
     IMAGE,
     VOCAB,
@@ -14,14 +16,17 @@ from tiny_pictures import (
     gemma3_processor,
     llava,
     llava_processor,
+    paligemma,
     picture,
     qwen2_5_vl,
     qwen_inputs,
 )
 
 from stars_fast import AsyncStarsEngine, StarsConfig, StarsEngine, calibrate
+from stars_fast.methods import RSD
 from stars_fast.policy.policy import Policy
 
+RULE = Rule(segment_length=2, max_attempts=3, max_new_tokens=4, target_reward=1.2, alpha=0.3, beta=0.6, eos=3)
 CONFIG = StarsConfig(target_reward=1.2, beta=0.3, segment_length=4, max_new_tokens=12, max_attempts=6, top_k=30)
 
 
@@ -102,6 +107,39 @@ def test_a_text_depends_on_nobody_beside_it_nor_on_candidates(made, reads):
         assert [event.segment.tokens for event in engine.stream(prompt, CONFIG, seed=[seed]) if event.segment] == [
             tokens[a:b] for a, b in pairwise([0, *range(4, len(tokens), 4), len(tokens)])
         ]
+
+
+def wave(completion) -> float:
+    return 1.5 * math.cos(sum((2 * place + 3) * (token + 1) for place, token in enumerate(completion)))
+
+
+@torch.no_grad()
+def exact_law(model, inputs) -> dict:
+    """Of STARS's text, over four ids, by plain forward passes over the picture and every text; the fifth is barred."""
+    table = {}
+    for length in range(RULE.max_new_tokens):
+        rows = prefixes(4, RULE.eos, length)
+        ids = torch.cat([inputs["input_ids"].expand(len(rows), -1), torch.tensor(rows).long().view(len(rows), -1)], 1)
+        pixels = inputs["pixel_values"].expand(len(rows), -1, -1, -1)
+        logits = model(input_ids=ids, pixel_values=pixels).logits[:, -1, :4].double()
+        table.update(zip(rows, logits.softmax(1).numpy(), strict=True))
+    return Oracle(table, wave, RULE).law(text)
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_the_text_has_the_enumerated_law_under_its_picture_and_not_under_the_other(candidates):
+    model = llava(vocab=5, image=4)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
+    ids = torch.tensor([[0, *[4] * 16, 1, 2]])
+    pixels = torch.randn(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).mul(2)
+    outputs = [{"input_ids": ids, "pixel_values": pixels[i]} for i in range(2)]
+    engine = StarsEngine(model, lambda completion_ids: list(map(wave, completion_ids)), max_rows=4096)
+    settings = {**RULE.stars_config(), "candidates": candidates, "num_return_sequences": 1500}
+    drawn = [tuple(tokens) for tokens in engine.generate(outputs, seed=0, **settings).completions]
+    runs, laws = {0: drawn[:1500], 1: drawn[1500:]}, {i: exact_law(model, outputs[i]) for i in range(2)}
+    assert p_value(runs, laws) > 1e-3
+    assert p_value(runs, {0: laws[1], 1: laws[0]}) < 1e-9
 
 
 def test_pictures_are_read_again_where_their_request_had_to_give_way(made, reads, small_pools):
@@ -185,6 +223,26 @@ def test_a_prompt_that_the_model_refuses_fails_alone_and_says_why():
     assert "the policy cannot read" in calibrated.errors[0]
 
 
+def test_pictures_that_memory_lacks_for_fail_their_request_alone(monkeypatch):
+    """And where it lacks once, nothing of the text changes."""
+    model, outputs = _llava()
+    engine, read, left = StarsEngine(model, reward), Policy.read_media, [1, 10**9]
+    expected = engine.generate(outputs, CONFIG, seed=[1, 2, 3]).completions
+
+    def short(policy, inputs, *args, **kwargs):
+        place = 0 if torch.equal(inputs["pixel_values"], outputs[0]["pixel_values"]) else 1
+        if left[place] and not torch.equal(inputs["pixel_values"], outputs[2]["pixel_values"]):
+            left[place] -= 1
+            raise torch.OutOfMemoryError("no room for the tower")
+        return read(policy, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Policy, "read_media", short)
+    with pytest.warns(UserWarning, match="1 of 3 requests failed"):
+        out = engine.generate(outputs, CONFIG, seed=[1, 2, 3])
+    assert out.completions == [expected[0], [], expected[2]]
+    assert "too little memory for this request alone" in out.errors[1] and "the tower" in out.errors[1]
+
+
 def test_a_batch_with_a_bad_row_says_so_for_all_its_rows():
     bad = qwen_inputs((8, 12), (4, 6))
     bad["pixel_values"] = bad["pixel_values"][:-8]
@@ -210,9 +268,35 @@ def test_equal_ids_with_another_picture_have_a_target_of_their_own():
     assert thresholds([outputs[1]], [2]) == both[1:]
 
 
-def test_a_draft_model_reads_the_pictures_too_or_is_refused(reads):
-    from stars_fast.methods import RSD
+def test_a_model_whose_prompts_see_themselves_in_both_directions_reads_text_whole_too(reads):
+    model = paligemma()
+    text, pixels = [1, 5, 9, 7, 30], torch.ones(1, 3, 32, 32).cumsum(3) / 32
+    ids = torch.tensor([[IMAGE] * 16 + text])
+    seen = {"input_ids": ids, "pixel_values": pixels, "token_type_ids": torch.zeros_like(ids)}
+    engine = StarsEngine(model, reward)
+    reads.clear()  # of what it was compared by
+    out = engine.generate([seen, text], CONFIG, seed=[1, 2], on_error="raise")
+    assert reads == [(0,), (0,)]
+    for inputs, tokens, logprobs in zip(
+        (seen, {"input_ids": torch.tensor([text])}), out.completions, out.logprobs, strict=True
+    ):
+        given, cache, expected = inputs, None, []
+        for token in tokens:  # as generate does: what follows the prompt sees what is before it
+            with torch.no_grad():
+                step = model(**given, past_key_values=cache, use_cache=True)
+            expected.append(step.logits[0, -1].log_softmax(0)[token])
+            given, cache = {"input_ids": torch.tensor([[token]])}, step.past_key_values
+        torch.testing.assert_close(torch.tensor(logprobs), torch.stack(expected), atol=1e-4, rtol=0)
+    assert engine.generate([text], CONFIG, seed=[2]).completions == out.completions[1:]
 
+
+def test_a_trace_of_pictures_can_be_saved_and_shows_bare_parts(tmp_path):
+    engine = StarsEngine(llava(), reward, processor=llava_processor())
+    engine.generate(asked(picture(0)), CONFIG, seed=0, trace=True).save_trace(tmp_path / "trace.jsonl")
+    assert '{"type": "image"}' in (tmp_path / "trace.jsonl").read_text()
+
+
+def test_a_draft_model_reads_the_pictures_too_or_is_refused(reads):
     model, outputs = _llava()
     engine = StarsEngine(model, reward)
     config = StarsConfig(
