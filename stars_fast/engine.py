@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.config import StarsConfig
-from stars_fast.inputs.arguments import Arguments, check_positions
+from stars_fast.inputs.arguments import Arguments, check_media, check_positions
 from stars_fast.inputs.call import Call, prepare, settings
 from stars_fast.inputs.job import Job
 from stars_fast.inputs.models import draft_policy, load_policy, load_reward
@@ -169,9 +169,10 @@ class StarsEngine(Stays):
 
         Parameters
         ----------
-        prompts : str, list of str, list of chat message lists, list of id lists, id tensor ``[batch, length]``, or
-            what a tokenizer returns
+        prompts : str, list of str, list of chat message lists, list of id lists, id tensor ``[batch, length]``, what a
+            tokenizer or the policy's processor returns, or a list of such, one prompt each
             A chat that ends with an assistant's turn is gone on with. Text that has its BOS already gets no other.
+            Chats may have pictures, ``{"type": "image", "image": ...}``, where there is a processor.
         config : StarsConfig, optional
         attention_mask : torch.Tensor, optional
             ``[batch, length]``, with an id tensor. A tokenizer's output brings its own.
@@ -381,6 +382,7 @@ class StarsEngine(Stays):
                 draft = self._drafts = draft_policy(named, self._drafts, self.policy, self.tokenizer)
                 for index, prompt in enumerate(call.prompts):
                     check_positions(index, len(prompt.ids), call.config, draft, "draft model")
+                    check_media(index, prompt.media, draft, "draft model")
                 call.terms = replace(call.terms, draft=draft)
                 call.size = call.size._replace(draft=draft)
         return call

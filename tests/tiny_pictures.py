@@ -12,6 +12,7 @@ from transformers import (
     Gemma3Processor,
     LlavaConfig,
     LlavaProcessor,
+    PaliGemmaConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
 )
@@ -98,12 +99,12 @@ def _made(config, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def llava(seed: int = 0) -> torch.nn.Module:
+def llava(seed: int = 0, vocab: int = VOCAB, image: int = IMAGE) -> torch.nn.Module:
     return _made(
         LlavaConfig(
             vision_config={"model_type": "clip_vision_model", "projection_dim": 16, **_EYES},
-            text_config={"model_type": "llama", **_TEXT},
-            image_token_id=IMAGE,
+            text_config={"model_type": "llama", **_TEXT, "vocab_size": vocab},
+            image_token_id=image,
             vision_feature_select_strategy="default",
             vision_feature_layer=-2,
         ),
@@ -121,6 +122,19 @@ def gemma3(seed: int = 0) -> torch.nn.Module:
             image_token_id=IMAGE,
             boi_token_index=101,
             eoi_token_index=102,
+        ),
+        seed,
+    )
+
+
+def paligemma(seed: int = 0) -> torch.nn.Module:
+    return _made(
+        PaliGemmaConfig(
+            text_config={"model_type": "gemma", "head_dim": 16, **_TEXT},
+            vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **_EYES},
+            image_token_id=IMAGE,
+            projection_dim=32,
+            hidden_size=32,
         ),
         seed,
     )

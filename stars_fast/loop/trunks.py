@@ -70,7 +70,7 @@ class Trunks:
 
     def _is_whole(self, prompt: PromptNode) -> bool:
         """Whether it is read in one piece, by the model's own forward pass."""
-        return prompt.media is not None or getattr(self.policy, "reads_whole", False)
+        return prompt.media is not None or self.policy.reads_whole
 
     def _read_whole(self, missing: Sequence[PromptNode]) -> int:
         """The first of these, and those that are rows of the same batch, in one pass. Returns its tokens.
@@ -80,17 +80,17 @@ class Trunks:
         """
         media = missing[0].media
         inputs = text_inputs(missing[0].ids) if media is None else media.inputs
-        rows = {0: missing[0]}
-        if media is not None:
-            batch = [prompt for prompt in missing if prompt.media is not None and prompt.media.inputs is inputs]
-            rows = {prompt.media.row: prompt for prompt in reversed(batch) if prompt.media is not None}
+        rows = {0: missing[0]} if media is None else dict[int, PromptNode]()
+        for prompt in missing:
+            if prompt.media is not None and prompt.media.inputs is inputs:
+                rows.setdefault(prompt.media.row, prompt)  # whoever stands on the same row reads it in the next pass
         try:
             with passing(inputs["input_ids"].numel()):
                 nodes, logits = self.policy.read_media(inputs, list(rows))
         except TooLarge:
             raise
         except Exception as error:
-            together = f", with {len(rows) - 1} others of its batch" if len(rows) > 1 else ""
+            together = f", one of {len(rows)} of a batch" if len(rows) > 1 else ""
             for prompt in rows.values():
                 prompt.error = Cause.of(error, f"the policy cannot read the prompt{together}: ")
             return 0
