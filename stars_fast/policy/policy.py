@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from stars_fast.policy.leaf import NOT_FINITE, Draw, Leaf
 from stars_fast.policy.steps import Shape, Steps
 from stars_fast.tree.check import checked
-from stars_fast.tree.media import placeholder_ids, present
+from stars_fast.tree.media import placeholder_ids, places
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import written
 
@@ -79,8 +79,7 @@ class Policy(TreeModel):
 
         Returns new nodes and the logits ``[V]`` after the last token of each row.
         """
-        there = present(inputs)
-        last = [int(there[row].nonzero()[-1]) for row in rows]
+        last = [int(place[-1]) for place in places(inputs, rows)]
         kept = sorted(set(last))
         keep = torch.tensor(kept, device=self.device)
         nodes, output = super().read_media(inputs, rows, lag, logits_to_keep=keep, **kwargs)

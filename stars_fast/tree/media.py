@@ -42,25 +42,27 @@ def placeholder_ids(model: PreTrainedModel) -> list[int]:
     return sorted(ids)
 
 
-def present(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Which of a batch's ids are no padding: bool ``[B, T]``, on the host."""
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    return torch.ones(ids.shape, dtype=torch.bool, device="cpu") if mask is None else mask.bool().cpu()
+def places(inputs: Mapping[str, Any], rows: Sequence[int]) -> list[torch.Tensor]:
+    """Where the tokens of these rows are, which are no padding: int64 ``[N]`` each, on the host."""
+    mask = inputs.get("attention_mask")
+    present = torch.ones(inputs["input_ids"].shape, device="cpu") if mask is None else mask.cpu()
+    found = [present[row].nonzero()[:, 0] for row in rows]
+    for row, place in zip(rows, found, strict=True):
+        if not len(place):
+            raise ValueError(f"inputs: row {row} of attention_mask is all padding")
+    return found
 
 
 def read(
     model: TreeModel, inputs: Mapping[str, Any], rows: Sequence[int], lag: int, **kwargs: Any
 ) -> tuple[list[int], Any]:
     """:meth:`TreeModel.read_media`."""
-    there = present(inputs)
-    places = [there[row].nonzero()[:, 0] for row in rows]  # of each row's tokens
-    for row, place in zip(rows, places, strict=True):
-        if not len(place):
-            raise ValueError(f"inputs: row {row} of attention_mask is all padding")
-    lengths = [max(len(place) - lag, 0) for place in places]
+    batch, length = inputs["input_ids"].shape
+    there = places(inputs, rows)
+    lengths = [max(len(place) - lag, 0) for place in there]
     plan = model.plan([-1] * len(rows), [1] * len(rows), lengths)
     try:
-        (batch, length), kept = there.shape, zip(rows, places, lengths, strict=True)
+        kept = zip(rows, there, lengths, strict=True)
         tokens = torch.cat([row * length + place[:count] for row, place, count in kept]).to(model.device)
         slots = torch.cat([plan.branch_slots[branch, :count] for branch, count in enumerate(lengths)])
         writes = {module: Write(model.pool, layer, tokens, slots) for module, layer in model.modules.items()}
@@ -70,7 +72,7 @@ def read(
         missing = {model.modules[module] for module in model.modules.keys() - context.seen}
         if missing:
             raise NotImplementedError(f"the {model.name}: layers {sorted(missing)} have read nothing of a prompt")
-        for node, row, place in zip(plan.branches, rows, places, strict=True):
+        for node, row, place in zip(plan.branches, rows, there, strict=True):
             model.tree.shift(node, _last_position(seen[-1], row, place) + 1 - len(place))
         return plan.branches, output
     except BaseException:
