@@ -9,9 +9,12 @@ from test_methods import EVERY, generate
 from tiny_vision import family_model, family_prompt
 
 from stars_fast import StarsEngine
+from stars_fast.policy.leaf import Leaf, Sampling
 from stars_fast.policy.policy import Policy
+from stars_fast.policy.steps import Steps
 from stars_fast.rewards import ClassifierReward
 from stars_fast.tree.attention import plugged
+from stars_fast.tree.passes import Pass
 from stars_fast.tree.segment_tree import SlotsExhausted
 
 OTHERS = ("cards", "args", "mara", "rsd", "persona_judge")  # that do not take each token from a plain proposal
@@ -105,6 +108,34 @@ def test_the_models_ordinary_users_do_not_disturb_a_reading(policy, prompt):
     (node,), (logits,) = policy.read_media(prompt)
     assert policy.plan([node], [0], []).trunk_position.item() == 39 - 18
     torch.testing.assert_close(logits, policy.model(**prompt).logits[0, -1], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def draws_behind_pictures(policy):
+    """Draws of two segments behind two prompts whose positions are off by different numbers, side by side."""
+    policy.begin(400, 64, 4)
+    prompts = [family_prompt("qwen2_5_vl", which) for which in (0, 1)]
+    with plugged(policy.model):
+        nodes, logits = map(
+            list, zip(*[(*nodes, *logits) for nodes, logits in map(policy.read_media, prompts)], strict=True)
+        )
+        drawn = []
+        for segment in range(2):
+            leaves = zip(nodes, logits, strict=True)
+            drawn += policy.propose([Leaf(*leaf, Sampling(), key, segment, 0, 3, 4) for key, leaf in enumerate(leaves)])
+            last = [draws[1] for draws in drawn[-2:]]
+            nodes, logits = policy.prefill([draw.node for draw in last], [draw.tokens[-1:] for draw in last])
+    tokens, logprobs = ([getattr(one, name) for draws in drawn for one in draws] for name in ("tokens", "logprobs"))
+    return tokens, torch.tensor(logprobs)
+
+
+def test_padded_steps_and_passes_go_on_from_the_positions_of_each_prompt():
+    plain, padded = Policy(family_model("qwen2_5_vl")), Policy(family_model("qwen2_5_vl"))
+    padded.graphs.enabled = True
+    (tokens, logprobs), (same, close) = draws_behind_pictures(plain), draws_behind_pictures(padded)
+    assert {type(work) for work in padded.graphs._kept.values()} == {Pass, Steps}
+    assert same == tokens
+    torch.testing.assert_close(close, logprobs, atol=1e-4, rtol=0)
 
 
 def test_models_of_text_take_no_media():
