@@ -10,21 +10,36 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from stars_fast.tree.attention import PromptContext, Write, active
+from stars_fast.tree.segment_tree import SegmentTree, TreePlan
+from stars_fast.tree.slots import SlotPool
 from stars_fast.tree.support import unwrapped
-
-if TYPE_CHECKING:
-    from stars_fast.tree.model import TreeModel
 
 # Fields of a config that hold ids which stand for something else than text, or enclose it.
 _PLACEHOLDER = re.compile(r"((image|video|vision|visual|audio)(_\w+)?|[be]o[iva])_token_(ids?|index)")
+
+
+class Reader(Protocol):
+    """What reads: a model, and the tree and slots that hold what it has read."""
+
+    model: PreTrainedModel
+    body: PreTrainedModel
+    name: str
+    device: torch.device
+    tree: SegmentTree
+    pool: SlotPool
+    modules: dict[nn.Module, int]  # that attend, and their layers
+
+    def plan(self, leaves: Sequence[int], rows: Sequence[int], new_slots: Sequence[int]) -> TreePlan: ...
+
+    def on_device(self) -> AbstractContextManager[Any]: ...
 
 
 def takes_media(model: PreTrainedModel) -> bool:
@@ -54,9 +69,9 @@ def places(inputs: Mapping[str, Any], rows: Sequence[int]) -> list[torch.Tensor]
 
 
 def read(
-    model: TreeModel, inputs: Mapping[str, Any], rows: Sequence[int], lag: int, **kwargs: Any
+    model: Reader, inputs: Mapping[str, Any], rows: Sequence[int], lag: int, **kwargs: Any
 ) -> tuple[list[int], Any]:
-    """:meth:`TreeModel.read_media`."""
+    """:meth:`stars_fast.tree.model.TreeModel.read_media`."""
     batch, length = inputs["input_ids"].shape
     there = places(inputs, rows)
     lengths = [max(len(place) - lag, 0) for place in there]
@@ -80,7 +95,7 @@ def read(
         raise
 
 
-def _placed(value: Any, model: TreeModel) -> Any:
+def _placed(value: Any, model: Reader) -> Any:
     """Tensors where the model lies, those of floats in its dtype; as they are nested."""
     if isinstance(value, torch.Tensor):
         return value.to(model.device, model.model.dtype if value.is_floating_point() else None)
@@ -89,7 +104,7 @@ def _placed(value: Any, model: TreeModel) -> Any:
     return [_placed(one, model) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _decoder(model: TreeModel) -> nn.Module:
+def _decoder(model: Reader) -> nn.Module:
     """The part of the model that has its decoder layers: it is given their positions."""
     parts = dict(model.body.named_modules())
     above, path = parts[""], next(name for name, part in parts.items() if part in model.modules).split(".")
