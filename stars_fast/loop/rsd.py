@@ -47,7 +47,7 @@ class Drafting(TwoTrunks):
         self._plugged.close()
 
     def both(self, prompt: PromptNode) -> tuple[PromptNode, PromptNode]:
-        return prompt, PromptNode(prompt.ids, prompt.reward_prompt)
+        return prompt, PromptNode(prompt.ids, prompt.reward_prompt, media=prompt.media)
 
     def keep(self, requests: Sequence[Request]) -> None:
         self.drafts.keep_prompts([self._draft_trunks[request].prompt for request in requests])
