@@ -65,7 +65,7 @@ def read_guides(
         by the guide's place and the prompt's index.
     """
     asked: Sequence[Guide] = method.guides
-    names = [f"guided: models[{place}]" for place in range(len(asked))]
+    names = [f"guide models[{place}]" for place in range(len(asked))]
     guides = tuple(guide(one.model, name) for one, name in zip(asked, names, strict=True))
     for one, name in zip(guides, names, strict=True):
         if one.device != policy.device:

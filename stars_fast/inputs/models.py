@@ -98,7 +98,7 @@ def second_policy(named: Any, kept: Iterable[Policy], policy: Policy, tokenizer:
             return one
     model, _ = load_policy(named, None, policy.device)
     check_draft(model, policy.model, tokenizer, role)
-    made = Policy(model, policy.graphs.enabled, policy.torch_compile)
+    made = Policy(model, policy.graphs.enabled, policy.torch_compile, role)
     made.source = named
     return made
 

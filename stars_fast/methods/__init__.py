@@ -39,7 +39,6 @@ NAMED: dict[str, type[Method]] = {**METHODS, Guided.name: refusing_unknown(no_pa
 
 __all__ = [
     "METHODS",
-    "NAMED",
     "RSD",
     "Args",
     "BestOfN",

@@ -49,6 +49,7 @@ class Guided(Method):
     """
 
     name: ClassVar[str] = "guided"
+    drawn: ClassVar[bool] = False
     known: ClassVar[Mapping[str, type[Method]]]  # methods by name
     models: Sequence[tuple[Any, float] | tuple[Any, float, Callable[[Any], Any] | None]] = ()
     weight: float = 1.0
@@ -58,8 +59,8 @@ class Guided(Method):
         self._check_real("weight", -float("inf"), open_below=True, open_above=True)
         if isinstance(self.models, (str, Mapping)) or not isinstance(self.models, Sequence) or not self.models:
             raise ValueError(
-                f"guided: models={shown(self.models)} must be a sequence of (model, weight) or (model, weight, "
-                "prompt_transform), of one at least"
+                f"guided: models={shown(self.models)} must be a sequence, not empty, of (model, weight) or (model, "
+                "weight, prompt_transform)"
             )
         object.__setattr__(self, "models", tuple(_guide(i, one) for i, one in enumerate(self.models)))
         chosen = method_from(self.method, self.known)

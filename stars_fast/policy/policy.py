@@ -35,10 +35,14 @@ class Policy(TreeModel):
         (:meth:`stars_fast.policy.steps.Shape.padded`), kept until the pool or the weights move.
     torch_compile : bool
         Whether decoder layers run compiled on a CUDA device.
+    role : str
+        What error messages call it.
     """
 
-    def __init__(self, model: PreTrainedModel, cuda_graphs: bool = True, torch_compile: bool = True) -> None:
-        super().__init__(model, model, "policy")
+    def __init__(
+        self, model: PreTrainedModel, cuda_graphs: bool = True, torch_compile: bool = True, role: str = "policy"
+    ) -> None:
+        super().__init__(model, model, role)
         checked(self)
         self.accelerate(cuda_graphs, torch_compile)
         self.logit_size = written(model)  # the vocabulary to every operator; what prompts hold is `vocab_size`
