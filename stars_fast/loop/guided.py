@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
+import torch
+
 from stars_fast.loop.request import PromptNode, Tree, Trunk
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.loop.trunks import Trunks
@@ -71,6 +73,19 @@ class GuidedTrunks(Trunks):
 
     def ready(self, trunk: Trunk) -> bool:
         return all(tree.ready(one) for tree, one in self._each(trunk))
+
+    def extend(self, trunks: Sequence[Trunk]) -> None:
+        wanted: dict[Trunks, list[Trunk]] = {}
+        for tree, one in (pair for trunk in trunks for pair in self._each(trunk)):
+            wanted.setdefault(tree, []).append(one)
+        for tree, some in wanted.items():
+            tree.extend(some)
+
+    def append(self, trunk: Trunk, tokens: Sequence[int], node: int, logits: torch.Tensor | None = None) -> None:
+        """Guides are yet to read the tokens."""
+        self.own.append(trunk, tokens, node, logits)
+        for guide, one in zip(self.guides, trunk.beside, strict=True):
+            guide.append(one, tokens, -1)
 
     def grow(self, trunk: Trunk, draw: Draw) -> None:
         self.own.grow(trunk, draw)

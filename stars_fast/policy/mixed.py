@@ -41,7 +41,8 @@ class MixedSteps(Steps):
 
     def __init__(self, models: Sequence[Policy], shape: Shape) -> None:
         (policy, own), *others = places(models).items()
-        super().__init__(policy, shape, policy.logit_size, len(own))
+        barred = [model.barred for model in places(models) if model.barred is not None]
+        super().__init__(policy, shape, policy.logit_size, torch.cat(barred).unique() if barred else None, len(own))
         self.others = [self.reads(model, len(at)) for model, at in others]
         self.order = [place for at in places(models).values() for place in at]  # of models, as their logits come
         self.weights = torch.zeros(len(models), shape.rows, device=policy.device)  # in this order

@@ -36,7 +36,7 @@ class Reader:
         self.rows, self.most_rows, self.prompts = rows, most_rows, prompts
         branches, device = prompts * rows, model.device
         self.plan = TreePlan.empty(prompts * groups, trunk, branches, max(1, length - 1), device)
-        self.first_position = torch.zeros(branches, dtype=torch.int32, device=device)  # after the trunk
+        self.first_position = torch.zeros(branches, dtype=torch.int32, device=device)  # of the token after the trunk
         self.query_indptr = torch.arange(branches + 1, dtype=torch.int32, device=device)
         self.every_branch = torch.arange(branches, device=device)
         # Rows in use come first in the plan, under one prompt after another, and padding behind all of them.
@@ -54,7 +54,7 @@ class Reader:
             self._branch_of.fill_(len(self.every_branch) - 1)
             self._branch_of.view(self.prompts, self.rows)[:, :used] = torch.stack([own + i * used for i in prompts])
             groups = torch.cat([groups + i * count for i in prompts])
-        torch.index_select(plan.trunk_len, 0, groups, out=self.first_position[: len(groups)])
+        torch.index_select(plan.trunk_position, 0, groups, out=self.first_position[: len(groups)])
 
     def forward(self, tokens: torch.Tensor, step: torch.Tensor, alive: torch.Tensor) -> Sequence[torch.Tensor]:
         """Logits ``[rows, V]`` below each prompt.

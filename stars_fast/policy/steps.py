@@ -75,9 +75,12 @@ class Steps(Captured):
         bool ``[rows]``.
     """
 
-    def __init__(self, policy: TreeModel, shape: Shape, logits: int, prompts: int = 1) -> None:
+    def __init__(
+        self, policy: TreeModel, shape: Shape, logits: int, barred: torch.Tensor | None = None, prompts: int = 1
+    ) -> None:
         super().__init__(policy)
         self.read, self.written = policy.vocab_size, logits  # ids with an embedding, and with a logit
+        self.barred = barred  # ids that are not drawn
         self.shape = shape
         rows, device, int32 = shape.rows, policy.device, torch.int32
 
@@ -186,6 +189,8 @@ class Steps(Captured):
         processed = self.graph is None and any(self.processors)
         if processed:
             logits = self._process(logits.float())
+        if self.barred is not None:
+            logits = logits.index_fill(1, self.barred, -math.inf)
         before = self.alive.clone() if self.shape.uncertain else None
         token, logprob, sampling_logprob, entropy = sample_step(
             logits,
@@ -206,7 +211,7 @@ class Steps(Captured):
         if self.written > self.read:
             self.alive.logical_and_(token < self.read)
         if before is not None:
-            if processed:  # segments end by what the model gave
+            if logits is not given:  # segments end by what the models gave
                 entropy = torch.special.entr(given.float().softmax(1)).sum(1)
             self._end_before(before & (entropy >= self.entropy) & (self.position > self.shortest))
         if logits is not raw:
