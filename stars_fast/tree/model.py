@@ -53,7 +53,7 @@ class TreeModel(Stays):
     body : transformers model
         What a forward pass calls: the model itself, or its base model (without a head).
     role : str
-        "policy" or "reward", for error messages.
+        "policy" or "reward", or what else it is; for error messages.
 
     Attributes
     ----------
