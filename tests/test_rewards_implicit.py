@@ -9,7 +9,7 @@ from histories import assert_engine_agrees, ids_prompts, live
 from tiny_tokenizers import CHATML, byte_bpe
 
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.rewards import Completion, ImplicitReward, Response, RewardPrompt
+from stars_fast.rewards import Completion, ImplicitReward, Response, RewardPrompt, implicit
 
 VOCAB = 32
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
@@ -22,15 +22,16 @@ def pair():
 
 
 @torch.no_grad()
-def fresh(pair, prefix, answer, weights="sum"):
+def fresh(pair, prefix, answer, weights="sum", kl=None):
     """By plain passes over the whole text."""
     if not answer:
         return 0.0
     ids, total = torch.tensor([prefix + answer]), 0.0
-    for model, sign in zip(pair, (1, -1), strict=True):
-        logprobs = model(ids, use_cache=False).logits[0].log_softmax(-1)
-        for k, token in enumerate(answer, 1):
-            total += sign * logprobs[len(prefix) + k - 2, token].item() / (k if weights == "1/k" else 1)
+    ours, reference = (model(ids, use_cache=False).logits[0].log_softmax(-1) for model in pair)
+    for k, token in enumerate(answer, 1):
+        a, b = ours[len(prefix) + k - 2], reference[len(prefix) + k - 2]
+        value = (a - b)[token].item() + (0.0 if kl is None else (b.exp() * (b - a)).sum().item())
+        total += value / (k if weights == "1/k" else 1)
     return total
 
 
@@ -38,25 +39,55 @@ def draw(chance):
     return [chance.randrange(VOCAB - 1) for _ in range(chance.randint(1, 4))]
 
 
+@pytest.mark.parametrize("kl", [None, "sequential"])
 @pytest.mark.parametrize("weights, slots", [("sum", 2000), ("1/k", 60), ("sum", 40)])
-def test_the_log_ratio_is_exact_after_any_history(pair, weights, slots):
-    scorer = ImplicitReward(*pair, beta=0.5, weights=weights)
+def test_the_log_ratio_is_exact_after_any_history(pair, weights, slots, kl):
+    scorer = ImplicitReward(*pair, beta=0.5, weights=weights, kl=kl)
 
     def expected(completion):
-        return 0.5 * fresh(pair, completion.response.prompt.ids, completion.tokens, weights)
+        return 0.5 * fresh(pair, completion.response.prompt.ids, completion.tokens, weights, kl)
 
     live(scorer, ids_prompts(PROMPTS), expected, draw=draw, slots=slots, seed=slots, eos=VOCAB - 1)
 
 
-def test_passes_of_few_tokens_give_the_same(pair):
-    scorer = ImplicitReward(*pair)
-    for cache in scorer.caches:
-        cache.max_packed = 5
+@pytest.mark.parametrize("kl, most", [(None, (5, 5)), ("sequential", (5, 9)), ("sequential", (9, 5))])
+def test_passes_of_few_tokens_give_the_same(pair, monkeypatch, kl, most):
+    """Also where one model's are larger, and few logits are compared at a time."""
+    monkeypatch.setattr(implicit, "_COMPARED", 3 * VOCAB)
+    scorer = ImplicitReward(*pair, kl=kl)
+    for cache, tokens in zip(scorer.caches, most, strict=True):
+        cache.max_packed = tokens
 
     def expected(completion):
-        return fresh(pair, completion.response.prompt.ids, completion.tokens)
+        return fresh(pair, completion.response.prompt.ids, completion.tokens, kl=kl)
 
     live(scorer, ids_prompts(PROMPTS), expected, draw=draw, rounds=6)
+
+
+@pytest.mark.parametrize("forgetful", [0, 1])
+def test_what_only_one_model_has_forgotten_is_compared_where_both_stand(pair, forgetful):
+    scorer = ImplicitReward(*pair, kl="sequential")
+    scorer.begin(prompts := ids_prompts(PROMPTS[:1]), 24, 8, None)
+    scorer.open(prompts, 24)
+    response = Response(prompts[0])
+    with torch.no_grad():
+        for segment in ([3, 1, 4], [1, 5], [9, 2, 6]):
+            completions = [Completion(response, segment), Completion(response, [segment[0], 7])]
+            for completion, value in zip(completions, scorer.score(completions), strict=True):
+                assert value == pytest.approx(fresh(pair, PROMPTS[0], completion.tokens, kl="sequential"), abs=1e-4)
+            scorer.commit(completions[0])
+            scorer.discard(completions[1])
+            response.tokens = completions[0].tokens
+            scorer.caches[forgetful].close(response)
+    scorer.end()
+
+
+def test_ids_that_neither_model_can_write_add_no_divergence():
+    """Whose logits are masked, as those of padding."""
+    ours, reference = torch.tensor([[0.3, 0.1, -torch.inf]]), torch.tensor([[0.5, 0.9, -torch.inf]])
+    (value,) = implicit._compared(ours, [0], reference, [0], [1])
+    a, b = ours[0, :2].log_softmax(0), reference[0, :2].log_softmax(0)
+    assert value == pytest.approx((a - b)[1].item() + (b.exp() * (b - a)).sum().item(), abs=1e-6)
 
 
 def test_the_policy_guided_by_a_pair_and_by_its_own_log_ratio(policy32, pair):
@@ -119,6 +150,10 @@ def test_different_vocabularies_are_refused_with_both_sizes(pair):
         ImplicitReward(pair[0], pair[0])
     with pytest.raises(ValueError, match=r"weights='mean'"):
         ImplicitReward(*pair, weights="mean")
+    with pytest.raises(ValueError, match=r"kl='reverse': must be 'sequential'"):
+        ImplicitReward(*pair, kl="reverse")
+    with pytest.raises(ValueError, match=r"kl='sequential': .* 32 ids and reference of 20.*kl=None"):
+        ImplicitReward(pair[0], small, tokenizer=tiny_tokenizer(20), kl="sequential")
 
 
 def test_names_of_models_and_outputs_without_names_are_refused(policy32):

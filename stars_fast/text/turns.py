@@ -116,6 +116,13 @@ def in_one_piece(turn: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in turn.items() if value is not None}
 
 
+def answer_in_parts(turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The turn; an assistant's text is a part of text."""
+    content = turn.get("content")
+    answers = turn.get("role") == "assistant" and isinstance(content, str)
+    return {**turn, "content": [{"type": "text", "text": content}]} if answers else turn
+
+
 def spoken(turn: dict[str, Any]) -> str:
     """What a turn says, for those who write it into a text of their own: its content, and its calls of tools."""
     calls = turn.get("tool_calls") or turn.get("function_call")
