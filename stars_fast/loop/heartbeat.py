@@ -45,9 +45,10 @@ class Loop(Queue):
         self.admit()
         try:
             joined = self.join()
-            for tree, trunks in due(self.running).items():
+            wanted = due(self.running)
+            for tree, trunks in wanted.items():
                 tree.extend(trunks)
-            self.fail_unreadable()
+            self.fail_unreadable(wanted)
             self.set_base_rewards(joined)
             self.drop_finished()
             drawn = self.propose()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import TypeVar
 
@@ -102,9 +102,10 @@ class Queue:
         before = self.reward.tokens
         longest = max((request.room for request in self.running), default=1)
         most = self.scheduler.encoding_tokens(len(self.running), len(self.encoding), longest)
-        for tree, trunks in due(self.encoding).items():
+        wanted = due(self.encoding)
+        for tree, trunks in wanted.items():
             self.encoded += tree.encode(trunks, most - self.encoded) if self.encoded < most else 0
-        self.fail_unreadable()
+        self.fail_unreadable(wanted)
         joined = [r for r in self.encoding if all(tree.ready(trunk) for tree, trunk in r.strategy.due(r))]
         soon = dict.fromkeys(r.response.prompt for r in joined if r.terms.method.scores_unfinished)
         behind, errors = self._read_ahead(list(soon), most) if soon else (set[RewardPrompt](), {})
@@ -117,8 +118,10 @@ class Queue:
         self.running += joined
         return joined
 
-    def fail_unreadable(self) -> None:
-        """Requests whose prompt the policy has refused to read end with its error."""
+    def fail_unreadable(self, wanted: Mapping[Tree, Sequence[Trunk]]) -> None:
+        """Requests end whose prompt, among those of these trunks, the model has refused to read."""
+        if all(trunk.prompt.error is None for trunks in wanted.values() for trunk in trunks):
+            return
         for request in self.admitted:
             errors = [trunk.prompt.error for _, trunk in request.strategy.due(request)]
             if (error := next(filter(None, errors), None)) is not None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -136,14 +136,14 @@ def _check_size(where: str, image: Any, most: int | None) -> None:
 
 def _file(where: str, source: str, encoded: bool) -> tuple[str, str | BytesIO]:
     """What error messages call a picture, and what Pillow opens."""
-    url = urlsplit(source[:64])
-    if url.scheme in ("http", "https", "ftp", "s3", "gs", "hf"):
+    scheme = source[:16].partition(":")[0].lower()
+    if "://" in source[:16] and scheme != "file":
         raise ValueError(f"{where}: {shown(source)} is not fetched: give the picture, a path or a data URL")
-    if url.scheme == "file":
-        return shown(source), unquote(urlsplit(source).path)
-    if encoded or url.scheme == "data":
+    if scheme == "file" and "://" in source[:16]:
+        return shown(source), unquote(source[len("file://") :])
+    if encoded or source[:5].lower() == "data:":
         kind, _, data = source.rpartition(",")
-        if url.scheme == "data" and not kind.endswith(";base64"):
+        if not encoded and not kind.endswith(";base64"):
             raise ValueError(f"{where}: {shown(source)} must be 'data:image/...;base64,' and its data")
         try:
             return "of a data URL", BytesIO(base64.b64decode("".join(data.split()), validate=True))
