@@ -106,7 +106,7 @@ def new_model(hidden: int, layers: int, seeing: int) -> LlavaForConditionalGener
 
 
 NEW = {
-    "policy": lambda: new_model(192, 4, 96),
+    "policy": lambda: new_model(160, 3, 64),
     "reference": lambda: new_model(96, 2, 64),
     "twin": lambda: new_model(96, 2, 64),
 }

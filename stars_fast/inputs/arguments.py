@@ -85,11 +85,12 @@ def check_limits(
 
 def check_positions(index: int, length: int, config: StarsConfig, model: TreeModel, role: str) -> None:
     """Raise ValueError where a prompt of so many tokens and its answer may outgrow the model's positions."""
-    positions = model.max_positions
-    if positions is not None and length + config.max_new_tokens > positions:
+    positions, scaffold = model.max_positions, config.chosen_method.scaffold(config)
+    if positions is not None and length + config.max_new_tokens + scaffold > positions:
+        beside = f" and up to {scaffold} tokens of the method's scaffold" if scaffold else ""
         raise ValueError(
-            f"prompts[{index}] has {length} tokens, which with max_new_tokens={config.max_new_tokens} exceeds the "
-            f"limit of the {role}'s {positions} positions"
+            f"prompts[{index}] has {length} tokens, which with max_new_tokens={config.max_new_tokens}{beside} exceeds "
+            f"the limit of the {role}'s {positions} positions"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
@@ -37,6 +38,7 @@ from stars_fast.outputs import Stats
 from stars_fast.policy.leaf import Sampling
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward, RewardPrompt
+from stars_fast.text.chat import encode
 from stars_fast.text.media import forward_arguments, identity
 from stars_fast.text.prompts import Prompt, read_prompts
 from stars_fast.tree.support import unwrapped
@@ -216,6 +218,8 @@ def settings(
     method.check(reward)
     ruled = method.rule(given)
     warn_of_overruled(method, given, ruled)
+    if (read := method.in_ids(partial(_ids_of, tokenizer), policy.vocab_size)) is not method:
+        ruled, method = ruled.replace(method=read), read
     tests_quantiles = method.uses_fit and method.has_target and ruled.target_reward is None
     if given.known is not None and tests_quantiles:
         quantiles = QuantileRule(method, given.known, ruled.acceptance)
@@ -234,6 +238,13 @@ def settings(
     if ruled.eos_token_id is not None and max(eos := as_ids(ruled.eos_token_id), default=0) >= policy.vocab_size:
         raise ValueError(f"eos_token_id={max(eos)} lies outside the policy's vocabulary of {policy.vocab_size}")
     return given, ruled, sampling
+
+
+def _ids_of(tokenizer: Any, text: str) -> list[int]:
+    """Of a method's text."""
+    if tokenizer is None:
+        raise ValueError(f"the method has the policy read {shown(text)}: pass tokenizer=, or give it as ids")
+    return encode(tokenizer, text)
 
 
 def _generation_config(arguments: Arguments, policy: Policy) -> GenerationConfig | None:
@@ -306,12 +317,12 @@ def _size(
 ) -> Size:
     """Most of what the call takes at a time."""
     method = config.chosen_method
-    width = method.rows(config)
+    width, longest = method.rows(config), config.max_new_tokens + method.scaffold(config)
     answers = len(prompts) * config.num_return_sequences
     pilots = len(prompts) * samples if config.target_reward is None and method.has_target else 0
     read = [[prompt.ids, *variants] for prompt, variants in zip(prompts, preferred, strict=True)]
     return Size(
-        length=max((len(ids) for texts in read for ids in texts), default=0) + config.max_new_tokens,
+        length=max((len(ids) for texts in read for ids in texts), default=0) + longest,
         slots=max((most_slots(p, ids, config) for p, ids in zip(prompts, preferred, strict=True)), default=0),
         holders=max(answers if method.reserves else answers * width, pilots),
         rows=max(answers * width, pilots),

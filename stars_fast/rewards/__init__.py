@@ -9,6 +9,7 @@ from stars_fast.rewards.judge import JudgeReward
 from stars_fast.rewards.probe import HiddenStateProbe
 from stars_fast.rewards.process import ProcessReward
 from stars_fast.rewards.published import ArmoRMReward, InternLM2Reward, ValueHeadReward
+from stars_fast.rewards.quality import QualityReward
 from stars_fast.rewards.rules import RuleReward
 from stars_fast.rewards.weighted import WeightedSum
 
@@ -23,6 +24,7 @@ __all__ = [
     "InternLM2Reward",
     "JudgeReward",
     "ProcessReward",
+    "QualityReward",
     "Response",
     "Reward",
     "RewardPrompt",

@@ -90,7 +90,7 @@ class ClassifierReward(RenderedReward):
         own = self._check_value()
         self.causal = False
         self.tree_model, self.reason = self._tree_model(own)
-        self.max_positions = _most_tokens(model)
+        self.max_positions = most_tokens(model)
         self._start([] if self.tree_model is None else [TreeCache(self.tree_model)])
         self._warned = False
         self._evaluating = ExitStack()
@@ -263,7 +263,7 @@ def _forward(
     return rewards
 
 
-def _most_tokens(model: PreTrainedModel) -> int | None:
+def most_tokens(model: PreTrainedModel) -> int | None:
     """Longest row that is scored in full: RoBERTa's kind spends some of its positions on padding."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:

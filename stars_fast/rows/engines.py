@@ -20,6 +20,7 @@ class Names(NamedTuple):
     tokenizer: str | None
     reward_tokenizer: str | None
     reward_tail: str
+    processor: str | None = None
 
 
 def build_engine(
@@ -34,7 +35,7 @@ def build_engine(
     assert names.policy is not None and names.reward is not None
     reward, reward_tokenizer = names.reward, names.reward_tokenizer
     scorer = None if file_of(reward) is None else load_function(reward)  # before what takes minutes
-    policy, tokenizer, processor = load_policy(names.policy, names.tokenizer, device, dtype)
+    policy, tokenizer, processor = load_policy(names.policy, names.tokenizer, device, dtype, names.processor)
     if scorer is None:
         scorer, reward_tokenizer = load_classifier(reward, reward_tokenizer, device, dtype)
     return StarsEngine(
