@@ -7,6 +7,7 @@ from stars_fast.methods.cards import Cards
 from stars_fast.methods.metropolis import Ending, MetropolisHastings, PowerSampling, SuffixChain
 from stars_fast.methods.particles import ParticleFilter, TreeBoN
 from stars_fast.methods.persona import PersonaJudge
+from stars_fast.methods.plans import Plans
 from stars_fast.methods.rsd import RSD
 from stars_fast.methods.stars import Stars, Vanilla
 from stars_fast.methods.stopping import OptimalStopping
@@ -16,6 +17,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: refusing_unknown(no_parameter)(method)
     for method in (
         Vanilla,
+        Plans,
         BestOfN,
         RejectionSampling,
         MetropolisHastings,
@@ -48,6 +50,7 @@ __all__ = [
     "OptimalStopping",
     "ParticleFilter",
     "PersonaJudge",
+    "Plans",
     "Population",
     "PowerSampling",
     "RejectionSampling",
