@@ -75,6 +75,7 @@ void bind_segment_tree(py::module_& module) {
             },
             py::arg("node"), py::arg("n"))
         .def("cut", &SegmentTree::cut, py::arg("node"), py::arg("length"))
+        .def("shift", &SegmentTree::shift, py::arg("node"), py::arg("offset"))
         .def("retain", &SegmentTree::retain, py::arg("node"))
         .def("release", &SegmentTree::release, py::arg("node"))
         .def("release_all", &SegmentTree::release_all, py::arg("nodes"))

@@ -76,6 +76,7 @@ SegmentTree::Index SegmentTree::new_entry(Index parent, int64_t start) {
     }
     Entry& entry = entries_[index];
     entry.start = start;
+    entry.offset = parent == kNone ? 0 : entries_[parent].offset;
     entry.parent = parent;
     entry.handles = 1;
     entry.children = 0;
@@ -132,6 +133,7 @@ SegmentTree::Index SegmentTree::split(Index lower, int64_t length) {
     const auto boundary = below.slots.begin() + (length - below.start);
     above.slots.assign(below.slots.begin(), boundary);
     below.slots.erase(below.slots.begin(), boundary);
+    above.offset = below.offset;
     below.start = length;
     below.parent = upper;
     above.children = 1;
@@ -163,6 +165,21 @@ const int32_t* SegmentTree::extend(Node node, int64_t count) {
     }
     require_slots(count);
     return append(entry, count);
+}
+
+void SegmentTree::shift(Node node, int64_t offset) {
+    Entry& entry = held(node);
+    if (entry.children != 0) {
+        throw std::invalid_argument("cannot shift node " + std::to_string(node) + ": it has " +
+                                    std::to_string(entry.children) + " children, which have its offset");
+    }
+    // No path is longer than the capacity, so that no position overflows.
+    const int64_t least = -entry.end(), most = std::numeric_limits<int32_t>::max() - capacity_;
+    if (offset < least || offset > most) {
+        throw std::invalid_argument("cannot shift node " + std::to_string(node) + " by " + std::to_string(offset) +
+                                    ": must be from " + std::to_string(least) + " to " + std::to_string(most));
+    }
+    entry.offset = offset;
 }
 
 SegmentTree::Node SegmentTree::cut(Node node, int64_t length) {
@@ -199,7 +216,7 @@ void SegmentTree::copy_path(Node node, int32_t* end) const {
 
 SegmentTree::Layout SegmentTree::layout(const int64_t* leaves, const int64_t* rows, int64_t groups,
                                         const int64_t* new_slots, int64_t branches) const {
-    Layout layout{groups, branches, 1, 1, 0, 0, 0, 0, 0};
+    Layout layout{groups, branches, 1, 1, 0, 0, 0, 0, 0, 0};
     int64_t total_rows = 0, total_slots = 0;
     for (int64_t g = 0; g < groups; ++g) {
         if (leaves[g] != kNoNode) {
@@ -221,7 +238,8 @@ SegmentTree::Layout SegmentTree::layout(const int64_t* leaves, const int64_t* ro
     layout.branch_slots = aligned(layout.trunk_len + groups);
     layout.branch_len = aligned(layout.branch_slots + branches * layout.branch_width);
     layout.group_indptr = aligned(layout.branch_len + branches);
-    layout.size = layout.group_indptr + groups + 1;
+    layout.trunk_position = aligned(layout.group_indptr + groups + 1);
+    layout.size = layout.trunk_position + groups;
     return layout;
 }
 
@@ -236,6 +254,8 @@ void SegmentTree::plan(const Layout& layout, const int64_t* leaves, const int64_
         const int64_t trunk_len = leaf == kNone ? 0 : entries_[leaf].end();
         write_path(leaf, trunk_slots + trunk_len);
         packed[layout.trunk_len + g] = static_cast<int32_t>(trunk_len);
+        packed[layout.trunk_position + g] =
+            static_cast<int32_t>(leaf == kNone ? 0 : trunk_len + entries_[leaf].offset);
         for (const int64_t last = b + rows[g]; b < last; ++b, branch_slots += layout.branch_width) {
             const Index branch = new_entry(leaf, trunk_len);
             std::copy_n(append(entries_[branch], new_slots[b]), new_slots[b], branch_slots);

@@ -40,6 +40,10 @@ class SegmentTree {
     void release(Node node);
     void release_all(const std::vector<Node>& nodes);
 
+    // The position of a token is its place in the path plus the offset of its node: pictures take other numbers of slots
+    // and of positions. Children have their parent's.
+    void shift(Node node, int64_t offset);
+
     int64_t length(Node node) const { return held(node).end(); }
     void copy_path(Node node, int32_t* end) const;  // writes the path into the length(node) places before `end`
 
@@ -50,10 +54,10 @@ class SegmentTree {
 
     // One heartbeat: rows[g] children under leaves[g], child b new_slots[b] long. Sections of the packed array, in
     // order, each starting at a multiple of kAlign: trunk_slots [G, P], trunk_len [G], branch_slots [B, S],
-    // branch_len [B], group_indptr [G + 1].
+    // branch_len [B], group_indptr [G + 1], trunk_position [G].
     struct Layout {
         int64_t groups, branches, trunk_width, branch_width;
-        int64_t trunk_len, branch_slots, branch_len, group_indptr, size;  // offsets; trunk_slots begins at 0
+        int64_t trunk_len, branch_slots, branch_len, group_indptr, trunk_position, size;  // trunk_slots begins at 0
     };
     static constexpr int64_t kAlign = 4;  // 16 bytes: Triton compiles another variant for a less aligned pointer
 
@@ -73,6 +77,7 @@ class SegmentTree {
     struct Entry {
         std::vector<int32_t> slots;
         int64_t start = 0;  // length of the path above this node's own run
+        int64_t offset = 0;
         int64_t generation = 0;
         int64_t handles = 0;  // references of callers
         Index parent = kNone;

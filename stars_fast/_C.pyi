@@ -46,6 +46,13 @@ class SegmentTree:
         gives an empty root. ``node`` stays held: release it separately.
         """
 
+    def shift(self, node: int, offset: int) -> None:
+        """Let tokens of the node have the position ``offset + place in the path``, and those of its later descendants.
+
+        Children, branches and both halves of a cut have the offset of what they come from; a root has 0. Raises
+        ValueError when the node has a child, and for an offset that makes the next position negative or overflow.
+        """
+
     def retain(self, node: int) -> None:
         """Take one more reference."""
 
@@ -70,8 +77,8 @@ class SegmentTree:
         """Fork and extend all branches of a heartbeat, or none of them; see :func:`stars_fast.tree.segment_tree.plan`.
 
         Returns ``(branches [B], packed, P, S)``. ``packed`` holds, each from a multiple of 4 entries on: trunk_slots
-        [G, P], trunk_len [G], branch_slots [B, S], branch_len [B], group_indptr [G + 1]. P and S are the longest trunk
-        and branch, at least 1; unused places hold 0.
+        [G, P], trunk_len [G], branch_slots [B, S], branch_len [B], group_indptr [G + 1], trunk_position [G]. P and S
+        are the longest trunk and branch, at least 1; unused places hold 0.
         """
 
 # The kernels behind stars_fast.ops. Tensors are passed as addresses (``tensor.data_ptr()``) of contiguous CPU memory;

@@ -162,7 +162,7 @@ class AsyncStarsEngine(Stays):
 
         Parameters
         ----------
-        prompt : str, chat message list or list of int
+        prompt : str, chat message list, list of int, or what a tokenizer or processor returns of one
         config : StarsConfig, optional
         request_id : str, optional
             For :meth:`abort`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType, MethodType
 from typing import Any, cast
@@ -79,7 +79,8 @@ def generate(
     inputs, generation_config
         As for ``model.generate``. Its generation_config is honoured, transformers' default of ``top_k=50`` included.
         ``do_sample`` unset means True. What is set here wins over ``stars_config``, which wins over what the model
-        brings. Ids and their mask only: no embeddings, no cache, no images.
+        brings. Ids and their mask, with what a processor made beside them of pictures (``pixel_values`` and whatever
+        else the model's ``forward`` names): no embeddings, no cache.
     reward_model : as ``reward`` of :class:`StarsEngine`
     stars_config : StarsConfig, optional
     streamer : transformers streamer, optional
@@ -195,7 +196,8 @@ class _Decoder:
     @property
     def __signature__(self) -> inspect.Signature:
         """Of :meth:`__call__`. transformers takes its caller's tokenizer away before it asks here what a custom method
-        wants, and then refuses stop strings for want of one: so it gets one back while it asks.
+        wants, and then refuses stop strings for want of one: so it gets one back while it asks. Pictures, which it
+        would encode or repeat for each sample, it hands on as they came.
         """
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_globals.get("__name__") == "inspect":
@@ -203,8 +205,10 @@ class _Decoder:
         if frame is not None and frame.f_code.co_name == "_extract_generation_mode_kwargs":
             arguments, taken = frame.f_locals.get("kwargs"), frame.f_locals.get("generation_mode_kwargs", {})
             tokenizer = self._tokenizer(taken.get("tokenizer"))
-            if tokenizer is not None and isinstance(arguments, dict):
-                arguments["tokenizer"] = tokenizer
+            if isinstance(arguments, dict):
+                if tokenizer is not None:
+                    arguments["tokenizer"] = tokenizer
+                arguments["media"] = transformers_call.taken_media(frame.f_locals.get("self"), arguments)
         return inspect.signature(self.__call__)
 
     def _tokenizer(self, callers: Any) -> Any:
@@ -220,13 +224,16 @@ class _Decoder:
         stopping_criteria: StoppingCriteriaList | None = None,
         generation_config: GenerationConfig | None = None,
         tokenizer: Any = None,
+        media: Mapping[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> torch.LongTensor | StarsGenerateOutput:
         assert generation_config is not None
         engine = {**self.engine, "tokenizer": self._tokenizer(tokenizer)}
         with Streaming.of(self.streamer) as streaming:
             theirs = (logits_processor, stopping_criteria)
-            return self._decode(model, input_ids, theirs, generation_config, model_kwargs, engine, streaming)
+            return self._decode(
+                model, input_ids, theirs, generation_config, model_kwargs, media or {}, engine, streaming
+            )
 
     def _decode(
         self,
@@ -235,6 +242,7 @@ class _Decoder:
         theirs: tuple[LogitsProcessorList | None, StoppingCriteriaList | None],
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
+        media: Mapping[str, Any],
         engine: dict[str, Any],
         streaming: Streaming,
     ) -> torch.LongTensor | StarsGenerateOutput:
@@ -253,10 +261,12 @@ class _Decoder:
         def processor(row: int) -> RowProcessor | None:
             return None if processors is None else row_processor(processors.processors, input_ids, mask, row)
 
+        # transformers repeats ids and mask for each sample; media are as they came.
+        ids = input_ids[::samples].cpu()
+        kept_ids = (None if not media else torch.ones_like(ids)) if mask is None else mask[::samples].cpu()
         arguments = Arguments(
-            input_ids[::samples].cpu(),
+            {"input_ids": ids, "attention_mask": kept_ids, **media},
             config,
-            attention_mask=None if mask is None else mask[::samples].cpu(),
             processor=processor,
             stop=lambda row: row_stop(stopping_criteria, generation_config, input_ids[row]),
             **self.call,

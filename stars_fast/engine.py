@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.config import StarsConfig
-from stars_fast.inputs.arguments import Arguments, check_positions
+from stars_fast.inputs.arguments import Arguments, check_media, check_positions
 from stars_fast.inputs.call import Call, prepare, settings
 from stars_fast.inputs.job import Job
 from stars_fast.inputs.models import draft_policy, load_policy, load_reward
@@ -35,6 +35,7 @@ from stars_fast.outputs import Cause, SegmentEvent, StarsOutput, as_cause
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward
 from stars_fast.stays import Stays
+from stars_fast.text.media import identity
 from stars_fast.text.tokens import text_of
 
 _DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
@@ -56,7 +57,9 @@ class StarsEngine(Stays):
         A callable has TRL's signature ``(prompts, completions, completion_ids=..., **columns) -> list[float | None]``,
         sync or async.
     tokenizer : transformers tokenizer, optional
-        The policy's; loaded beside a policy given by name. Needed for text, chats and stop strings.
+        The policy's; the processor's, or loaded beside a policy given by name. Needed for text, chats and stop strings.
+    processor : transformers processor, path or hub id, optional
+        What makes the policy's inputs of chats with pictures. What it returns is a prompt, with and without it.
     reward_tokenizer : transformers tokenizer, path, hub id or "policy", optional
         The reward model's; "policy" where it reads the policy's ids. Default: the one that lies where the reward model
         was loaded from. Where none does, a reward model that may have been trained on another's ids is refused, or
@@ -103,6 +106,7 @@ class StarsEngine(Stays):
         reward: Any,
         *,
         tokenizer: Any = None,
+        processor: Any = None,
         reward_tokenizer: Any = None,
         reward_tail: str | Sequence[int] = "auto",
         reward_chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -119,7 +123,7 @@ class StarsEngine(Stays):
         cuda_graphs, torch_compile = truth("cuda_graphs", cuda_graphs), truth("torch_compile", torch_compile)
         if device is not None and not any(isinstance(one, (str, os.PathLike)) for one in (policy, reward)):
             raise ValueError(f"device={device!r}: policy and reward are objects, which stay where they are")
-        model, self.tokenizer = load_policy(policy, tokenizer, device)
+        model, self.tokenizer, self.processor = load_policy(policy, tokenizer, device, processor=processor)
         self.policy = Policy(model, cuda_graphs, torch_compile)
         self.reward: Reward = load_reward(
             reward, self.tokenizer, reward_tokenizer, reward_tail, model, device, reward_chat_template_kwargs
@@ -165,9 +169,10 @@ class StarsEngine(Stays):
 
         Parameters
         ----------
-        prompts : str, list of str, list of chat message lists, list of id lists, id tensor ``[batch, length]``, or
-            what a tokenizer returns
+        prompts : str, list of str, list of chat message lists, list of id lists, id tensor ``[batch, length]``, what a
+            tokenizer or the policy's processor returns, or a list of such, one prompt each
             A chat that ends with an assistant's turn is gone on with. Text that has its BOS already gets no other.
+            Chats may have pictures, ``{"type": "image", "image": ...}``, where there is a processor.
         config : StarsConfig, optional
         attention_mask : torch.Tensor, optional
             ``[batch, length]``, with an id tensor. A tokenizer's output brings its own.
@@ -369,13 +374,15 @@ class StarsEngine(Stays):
         with self._preparing.held():  # tokenizers keep a state
             for tree in (self.policy, *self.reward.tree_models):
                 tree.check_unchanged()
-            call = prepare(arguments, self.policy, self.reward, self.tokenizer, self.kv_cache_tokens, samples)
+            models = (self.policy, self.reward, self.tokenizer)
+            call = prepare(arguments, *models, self.kv_cache_tokens, samples, self.processor)
             if isinstance(targets := call.config.target_reward, tuple):
-                self.per_prompt.used(targets, (prompt.ids for prompt in call.prompts))
+                self.per_prompt.used(targets, map(identity, call.prompts))
             if (named := call.terms.method.draft_model) is not None:
                 draft = self._drafts = draft_policy(named, self._drafts, self.policy, self.tokenizer)
                 for index, prompt in enumerate(call.prompts):
                     check_positions(index, len(prompt.ids), call.config, draft, "draft model")
+                    check_media(index, prompt.media, draft, "draft model")
                 call.terms = replace(call.terms, draft=draft)
                 call.size = call.size._replace(draft=draft)
         return call

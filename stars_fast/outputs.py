@@ -71,6 +71,14 @@ class CandidateTrace(NamedTuple):
     parent: int | None = None  # of a population's: the attempt that it continues; None at the beginning
 
 
+class Scaffold(NamedTuple):
+    """What the policy read before a segment and is no part of the answer: see :class:`stars_fast.methods.Navigator`."""
+
+    tokens: list[int]
+    block: int  # the place of the instruction among the method's
+    state: list[float] | None = None  # what it was chosen by; None where there was no choice
+
+
 class SegmentTrace(NamedTuple):
     """One committed segment. What ``threshold``, ``attempts`` and ``accepted`` mean under methods other than STARS
     stands in docs/methods.md.
@@ -84,6 +92,7 @@ class SegmentTrace(NamedTuple):
     logprob: float  # sum of the raw policy log-probabilities, nats; NaN for a draft model's text
     parts: dict[str, float] | None = None  # what the reward is made of, for a scorer that says so
     candidates: list[CandidateTrace] | None = None  # in the order of their attempts, where ``trace`` asked for them
+    scaffold: Scaffold | None = None  # under a method that has any
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ class Stats:
 
     policy_tokens: int = 0  # tokens sampled: from the policy, and from the draft model where a method has one
     draft_tokens: int = 0  # of these, the draft model's
+    scaffold_tokens: int = 0  # that the policy read and that are in no answer: instructions, questions about it
     reward_tokens: int = 0  # tokens the reward model encoded (0 for a callable): not of all that was drawn
     committed_tokens: int = 0
     heartbeats: int = 0

@@ -201,7 +201,7 @@ def test_a_device_that_this_machine_lacks_is_named(tmp_path, policy32):
 
 
 def test_the_models_of_the_package_are_called_demo():
-    policy, tokenizer = load_policy("demo", None, "cpu")
+    policy, tokenizer, _ = load_policy("demo", None, "cpu")
     reward, own = load_classifier("demo", None, "cpu", dtype="bfloat16")
     assert policy.dtype == torch.float32 and reward.dtype == torch.bfloat16
     assert tokenizer.get_vocab() == own.get_vocab()

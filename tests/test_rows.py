@@ -4,11 +4,17 @@ import io
 import json
 
 import pytest
+from conftest import sum_reward, tiny_policy
 
+from stars_fast import StarsConfig, StarsEngine
+from stars_fast.loop.stream import Progress
 from stars_fast.report.files import to_line
 from stars_fast.rows import reading, records
+from stars_fast.rows.pictures import with_pictures
 from stars_fast.rows.reading import Row, lines_of, read_rows
 from stars_fast.rows.records import record, resume, write_settings
+from stars_fast.rows.responses import finished_rows
+from stars_fast.scale.parts import fingerprint, is_same
 
 NESTED = b"[" * 900 + b"]" * 900
 
@@ -138,3 +144,85 @@ def test_a_line_that_could_not_be_read_leaves_nothing_once_it_is_mended(tmp_path
     path.write_text("".join(to_line(record(row, 0, error=row.error)) for row in (broken,)))
     mended = read_rows(['{"prompt": "w5"}', '{"prompt": "w3"}'], 0)
     assert resume(path, 1, mended, settings) == set() and path.read_text() == ""
+
+
+A, B = {"type": "image", "path": "/pictures/a.png"}, {"type": "image", "path": "/b.png"}
+DATA = {"type": "image", "url": "data:image/png;base64,AA=="}
+WORDS = {"type": "text", "text": "w3"}
+PLACE = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "image", "parts"),
+    [
+        ("w3", "a.png", [A, WORDS]),
+        ("w3", ["a.png", "/b.png", DATA["url"]], [A, B, DATA, WORDS]),
+        ([{"role": "user", "content": "w3"}], "a.png", [A, WORDS]),
+        ([{"role": "user", "content": [WORDS]}], ["a.png", "/b.png"], [A, B, WORDS]),
+        ([{"role": "user", "content": [PLACE, WORDS, PLACE]}], ["a.png", "/b.png"], [A, WORDS, B]),
+        ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], None, [{**PLACE, "image": A["path"]}]),
+        ([{"role": "user", "content": [{"type": "image", "path": "a.png"}, PLACE]}], "/b.png", [A, B]),
+    ],
+)
+def test_pictures_stand_before_the_text_or_where_they_have_a_place(prompt, image, parts):
+    assert with_pictures(prompt, image, "/pictures") == [{"role": "user", "content": parts}]
+
+
+def test_pictures_are_the_first_users_and_a_prompt_without_any_stays_as_it_is():
+    chat = [{"role": "system", "content": "w4"}, {"role": "user", "content": "w3"}, {"role": "user", "content": "w5"}]
+    assert with_pictures(chat, "a.png", "/pictures") == [chat[0], {"role": "user", "content": [A, WORDS]}, chat[2]]
+    for prompt in ("w3", [5, 6], chat):
+        assert with_pictures(prompt, None, "/pictures") is prompt
+
+
+@pytest.mark.parametrize(
+    ("fields", "cause"),
+    [
+        ({"prompt": "w3", "image": 3}, "image: give a path or a data URL"),
+        ({"prompt": "w3", "image": []}, "image: give a path or a data URL"),
+        ({"prompt": "w3", "image": ["a.png", ""]}, "image: give a path or a data URL"),
+        ({"prompt_ids": [5], "image": "a.png"}, "image goes with a prompt, or with messages of a user"),
+        ({"messages": [{"role": "system", "content": "w3"}], "image": "a.png"}, "image goes with a prompt, or"),
+        ({"messages": [{"role": "user", "content": [PLACE, PLACE]}], "image": "a.png"}, "places for 2 pictures"),
+        ({"messages": [{"role": "user", "content": [PLACE]}]}, "places for 1 pictures, and image has 0"),
+    ],
+)
+def test_what_is_no_picture_or_has_no_place_is_an_error_row(fields, cause):
+    (row,) = read_rows([json.dumps(fields)], 0)
+    assert cause in row.error and row.error.startswith("line 1: ") and row.prompt is None
+
+
+def test_a_picture_that_nothing_reads_is_an_error_of_its_row_which_names_file_and_line():
+    lines = [
+        '{"prompt": "w3", "image": "a.png"}',
+        '{"prompt_ids": [3]}',
+        json.dumps({"messages": [{"role": "user", "content": [A]}]}),
+    ]
+    engine, config = StarsEngine(tiny_policy(32), sum_reward), StarsConfig(max_new_tokens=2, target_reward=0.0)
+    rows = read_rows(lines, 0, "prompts/rows.jsonl")
+    found = [records[0] for records in finished_rows(engine, rows, config, 8, Progress(config.chosen_method))]
+    assert [one["id"] for one in found if one["error"] is None] == [2]
+    for record_, line in zip(found[:2], (1, 3), strict=True):
+        assert f"prompts/rows.jsonl, line {line}: has a picture" in record_["error"]
+        assert "processor=" in record_["error"]
+
+
+def test_a_row_with_another_picture_is_another_row(tmp_path):
+    row = Row("a", "w3", 1, image="a.png")
+    path = tmp_path / "out.jsonl"
+    path.write_text(to_line(record(row, 0, (5,), "w5", finish_reason="length")))
+    write_settings(path, {})
+    done = json.loads(path.read_text())
+    assert done["image"] == "a.png" and "image" not in record(ROWS[0], 0)
+    asked = fingerprint(done["prompt"], done["seed"], done["image"])
+    assert resume(path, 1, [row], {}) == {"a"} and is_same(row, asked)
+    for other in (Row("a", "w3", 1), Row("a", "w3", 1, image="b.png")):
+        assert not is_same(other, asked)
+        with pytest.raises(ValueError, match="other prompts or seeds under id 'a'"):
+            resume(path, 1, [other], {})
+
+
+def test_paths_start_where_the_row_was_read():
+    (row,) = read_rows(['{"prompt": "w3", "image": "a.png"}'], 0, "there/rows.jsonl")
+    assert row.asked[0]["content"][0]["path"] == "there/a.png" and row.prompt == "w3"
+    assert Row(**json.loads(json.dumps(vars(row)))) == row  # as it goes to a worker

@@ -157,5 +157,6 @@ def test_rows_keep_their_names_when_a_file_is_added_and_files_may_be_called_alik
 def test_workers_that_start_elsewhere_find_folders_and_the_file_of_a_reward(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("policy").mkdir()
-    names = batch._found(Names("policy", "rewards.py:score", None, "org/tokenizer", "auto"))
-    assert names == (f"{tmp_path}/policy", f"{tmp_path}/rewards.py:score", None, "org/tokenizer", "auto")
+    names = batch._found(Names("policy", "rewards.py:score", None, "org/tokenizer", "auto", "policy"))
+    whole = f"{tmp_path}/policy"
+    assert names == (whole, f"{tmp_path}/rewards.py:score", None, "org/tokenizer", "auto", whole)

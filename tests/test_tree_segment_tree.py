@@ -21,6 +21,7 @@ class ModelNode:
         self.parent = parent
         self.slots = list(slots)
         self.holders = 0
+        self.offset = 0 if parent is None else parent.offset
 
     def ancestry(self) -> list[ModelNode]:
         """Root first, this node last."""
@@ -40,6 +41,7 @@ class ModelNode:
             return ModelNode(None)
         node, end = next((node, end) for node, end in zip(ancestry, ends, strict=True) if end > length)
         upper = ModelNode(node.parent, node.slots[: length - end])
+        upper.offset = node.offset
         node.parent, node.slots = upper, node.slots[length - end :]
         return upper
 
@@ -92,6 +94,7 @@ class TreeMachine(RuleBasedStateMachine):
             path = self.nodes[leaf].path() if leaf != -1 else []
             assert made.trunk_slots[g].tolist() == path + [0] * (made.trunk_slots.shape[1] - len(path))
             assert made.trunk_len[g] == len(path)
+            assert made.trunk_position[g] == len(path) + (self.nodes[leaf].offset if leaf != -1 else 0)
         assert made.branch_len.tolist() == new_slots
         assert made.group_indptr.tolist() == [0, *itertools.accumulate(rows)]
         parents = [leaf for leaf, count in zip(leaves, rows, strict=True) for _ in range(count)]
@@ -129,6 +132,21 @@ class TreeMachine(RuleBasedStateMachine):
         name = self.draw_held(data)
         length = data.draw(st.integers(0, len(self.nodes[name].path())))
         self.hold(self.tree.cut(name, length), self.nodes[name].cut(length))
+
+    @precondition(lambda self: self.held())
+    @rule(data=st.data(), offset=st.integers(-20, 20))
+    def shift(self, data: st.DataObject, offset: int) -> None:
+        name = self.draw_held(data)
+        node = self.nodes[name]
+        if any(live.parent is node for live in self.live()):
+            with pytest.raises(ValueError, match=f"cannot shift node {name}: it has"):
+                self.tree.shift(name, offset)
+        elif offset < -len(node.path()):
+            with pytest.raises(ValueError, match=f"cannot shift node {name} by {offset}: must be from"):
+                self.tree.shift(name, offset)
+        else:
+            self.tree.shift(name, offset)
+            node.offset = offset
 
     @precondition(lambda self: self.held())
     @rule(data=st.data())
@@ -185,6 +203,7 @@ class TreeMachine(RuleBasedStateMachine):
         tree = self.tree
         uses = [tree.release, tree.retain, tree.length, tree.slots, tree.fork, lambda name: tree.extend(name, 0)]
         uses += [lambda name: tree.cut(name, 0), lambda name: plan(tree, [name], [1], [0], "cpu")]
+        uses += [lambda name: tree.shift(name, 0)]
         with pytest.raises(ValueError, match=f"node {name} is not held"):
             data.draw(st.sampled_from(uses))(name)
 
@@ -377,15 +396,43 @@ def test_slots_freed_together_come_back_in_order():
     assert tree.slots(grown(tree, 16)[0]).tolist() == slots
 
 
+def test_branches_of_one_plan_go_on_from_the_positions_of_their_own_trunks():
+    tree = SegmentTree(60)
+    picture, text = grown(tree, 10)[0], grown(tree, 4)[0]
+    tree.shift(picture, -7)
+    made = plan(tree, [picture, text, -1], [2, 1, 1], [3, 3, 3, 3], "cpu")
+    assert made.trunk_len.tolist() == [10, 4, 0]
+    assert made.trunk_position.tolist() == [3, 4, 0]
+    deeper = plan(tree, made.branches, [1] * 4, [1] * 4, "cpu")
+    assert deeper.trunk_position.tolist() == [6, 6, 7, 3]
+    halves = [tree.cut(picture, 8), picture, tree.cut(picture, 0)]
+    assert plan(tree, halves, [1] * 3, [0] * 3, "cpu").trunk_position.tolist() == [1, 3, 0]
+
+
+def test_an_offset_that_is_no_position_is_refused():
+    tree = SegmentTree(12)
+    (root,) = grown(tree, 4)
+    for offset, message in ((-5, "by -5: must be from -4 to 2147483635"), (2**31 - 12, "by 2147483636: must be")):
+        with pytest.raises(ValueError, match=message):
+            tree.shift(root, offset)
+    tree.shift(root, -4)
+    (leaf,) = plan(tree, [root], [1], [1], "cpu").branches
+    with pytest.raises(ValueError, match="it has 1 children, which have its offset"):
+        tree.shift(root, 0)
+    tree.release(root)
+    assert plan(tree, [leaf], [1], [0], "cpu").trunk_position.tolist() == [1]
+
+
 def test_plan_is_one_aligned_int32_buffer():
     tree = SegmentTree(100)
     roots = [grown(tree, length)[0] for length in (3, 5)]
     made = plan(tree, [*roots, -1], [2, 0, 1], np.array([4, 1, 7], np.int32), "cpu")
-    tensors = made.trunk_slots, made.trunk_len, made.branch_slots, made.branch_len, made.group_indptr
-    assert [tuple(tensor.shape) for tensor in tensors] == [(3, 5), (3,), (3, 7), (3,), (4,)]
+    names = ("trunk_slots", "trunk_len", "branch_slots", "branch_len", "group_indptr", "trunk_position")
+    tensors = [getattr(made, name) for name in names]
+    assert [tuple(tensor.shape) for tensor in tensors] == [(3, 5), (3,), (3, 7), (3,), (4,), (3,)]
     start = made.trunk_slots.data_ptr()
     offsets = [tensor.data_ptr() - start for tensor in tensors]
-    assert offsets == [0, 64, 80, 176, 192]  # bytes: each section begins at a multiple of 16
+    assert offsets == [0, 64, 80, 176, 192, 208]  # bytes: each section begins at a multiple of 16
     assert {tensor.untyped_storage().data_ptr() for tensor in tensors} == {start}
     assert made.group_indptr.tolist() == [0, 2, 2, 3]
 

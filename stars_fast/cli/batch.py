@@ -55,6 +55,7 @@ def run(
     ] = None,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster, or auto. Default: this machine alone.")] = None,
     tokenizer: models.TokenizerName = None,
+    processor: models.ProcessorName = None,
     reward_tokenizer: models.RewardTokenizerName = None,
     reward_tail: models.RewardTail = "auto",
     chat_template_kwargs: models.TemplateVariables = None,
@@ -80,7 +81,9 @@ def run(
         fields = {"method": method, "max_new_tokens": max_new_tokens, "num_return_sequences": n, "fit": fit}
         settings = read_settings(config, set_ or (), **fields)
     warn_of_n(n, settings.config)
-    names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
+    names = Names(
+        policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail, processor
+    )
     check_models(names, dtype)
     names = _found(names)
     variables = template_variables(chat_template_kwargs)
@@ -165,7 +168,7 @@ def _todo(files: dict[str, Path], seed: int, done: dict[Id, str], output: Path) 
     seen, changed = dict[Any, str](), list[Any]()
     for name, path in files.items():
         with path.open("rb") as file:
-            for row in each_row(lines_of(file), seed, seen, name):
+            for row in each_row(lines_of(file), seed, seen, name, os.path.abspath(path)):
                 if row.id not in done:
                     yield row
                 elif not is_same(row, done[row.id]):

@@ -129,7 +129,7 @@ def _pair(policy: str | None, reward: str | None, demo: bool, size: str, dtype: 
     if policy is not None and demo:
         raise ValueError(f"--policy {policy!r} and --demo: give one of them")
     names = (policy or NAME, reward or NAME)
-    causal, tokenizer = load_policy(names[0], None, device, dtype)
+    causal, tokenizer, _ = load_policy(names[0], None, device, dtype)
     classifier, _ = load_classifier(names[1], None, device, dtype)
     openings = [list(tokenizer(opening)["input_ids"]) for opening in PROMPTS] if demo else []
     return Pair(NAME if demo else " and ".join(names), causal, classifier, openings)

@@ -161,7 +161,7 @@ def _examine(role: str, name: str, policy: _Loaded | None = None) -> tuple[Repor
     from stars_fast.inputs.models import load_classifier, load_policy
 
     try:
-        loaded = _Loaded(*(load_policy(name, None) if policy is None else load_classifier(name, None)))
+        loaded = _Loaded(*(load_policy(name, None)[:2] if policy is None else load_classifier(name, None)))
         model = loaded.model
         assert model is not None
         described = _describe(model)

@@ -27,6 +27,7 @@ def run(
     set_: models.Assignments = None,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
     tokenizer: models.TokenizerName = None,
+    processor: models.ProcessorName = None,
     reward_tokenizer: models.RewardTokenizerName = None,
     reward_tail: models.RewardTail = "auto",
     chat_template_kwargs: models.TemplateVariables = None,
@@ -46,8 +47,10 @@ def run(
     with refusing(OSError, ValueError, TypeError):
         settings = read_settings(config, set_ or (), method=method, max_new_tokens=max_new_tokens)
         with input_.open("rb") as file:
-            rows = read_rows(lines_of(file), seed)
-    names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
+            rows = read_rows(lines_of(file), seed, str(input_))
+    names = Names(
+        policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail, processor
+    )
     models.check_models(names, dtype)
     _check_output(output)
     if bad := next((row for row in rows if row.error is not None), None):
@@ -58,7 +61,7 @@ def run(
         from stars_fast.calibration import fit
         from stars_fast.methods.fit import FIT_NAME
 
-        prompts = [row.prompt for row in rows]
+        prompts = [row.asked for row in rows]
         known = fit(
             engine,
             prompts,

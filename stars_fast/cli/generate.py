@@ -36,11 +36,17 @@ def run(
     ] = None,
     input_: Annotated[
         Path | None,
-        typer.Option("--input", help="JSON Lines with prompt, messages or prompt_ids, maybe id, seed. '-': stdin."),
+        typer.Option(
+            "--input", help="JSON Lines with prompt, messages or prompt_ids, maybe image, id, seed. '-': stdin."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="JSON Lines to write to, row by row; ids in it are skipped, failed ones tried again."),
+    ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="Picture to show with --prompt, which is a user's turn then; may be repeated."),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="--prompt is a user's turn, to be answered.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON Lines, whatever stdout is.")] = False,
@@ -52,6 +58,7 @@ def run(
     set_: models.Assignments = None,
     seed: Annotated[int, typer.Option(help="Each row draws by this and its id.")] = 0,
     tokenizer: models.TokenizerName = None,
+    processor: models.ProcessorName = None,
     reward_tokenizer: models.RewardTokenizerName = None,
     reward_tail: models.RewardTail = "auto",
     chat_template_kwargs: models.TemplateVariables = None,
@@ -73,11 +80,15 @@ def run(
         fields = {"method": method, "max_new_tokens": max_new_tokens, "num_return_sequences": n, "fit": fit}
         settings = read_settings(config, set_ or (), **fields)
     warn_of_n(n, settings.config)
-    names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
+    names = Names(
+        policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail, processor
+    )
     _check_usage(names, prompt, input_, output, as_json, dtype)
+    if image and not prompt:
+        fail("--image is of --prompt; rows of --input have a column image")
     if chat and not prompt:
         fail("--chat is of --prompt; rows of --input are chats where they have messages")
-    rows = _read_input(prompt, chat, input_, seed)
+    rows = _read_input(prompt, image, chat, input_, seed)
     variables = template_variables(chat_template_kwargs)
     with ExitStack() as held:
         if output is not None:
@@ -133,19 +144,24 @@ def _check_usage(
         fail(f"--output {output} is also the input")
 
 
-def _read_input(prompt: list[str] | None, chat: bool, input_: Path | None, seed: int) -> list[Row]:
+def _read_input(
+    prompt: list[str] | None, image: list[str] | None, chat: bool, input_: Path | None, seed: int
+) -> list[Row]:
     from stars_fast.rows.reading import Row, lines_of, read_rows, row_seed
 
     if prompt:
         given: list[Any] = [[{"role": "user", "content": text}] for text in prompt] if chat else prompt
-        return [Row(number, text, row_seed(seed, number)) for number, text in enumerate(given, 1)]
+        return [
+            Row(number, text, row_seed(seed, number), image=image or None, line=number)
+            for number, text in enumerate(given, 1)
+        ]
     assert input_ is not None
     with refusing(OSError, ValueError):
         if str(input_) == "-":
             rows = read_rows(lines_of(sys.stdin.buffer), seed)
         else:
             with input_.open("rb") as file:
-                rows = read_rows(lines_of(file), seed)
+                rows = read_rows(lines_of(file), seed, str(input_))
         if not rows:
             raise ValueError(f"--input {input_} holds no rows")
     return rows

@@ -41,6 +41,9 @@ MethodName = Annotated[
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.", show_default="128")]
 Answers = Annotated[int | None, typer.Option("--n", min=1, help="Answers to each prompt.", show_default="1")]
 TokenizerName = Annotated[str | None, typer.Option(help="The policy's, where it is not beside it.")]
+ProcessorName = Annotated[
+    str | None, typer.Option(help="What reads pictures for the policy, where it is not beside it.")
+]
 RewardTokenizerName = Annotated[
     str | None,
     typer.Option(help="The reward model's, where it is not beside it; 'policy' if it reads the policy's ids."),

@@ -44,6 +44,10 @@ def run(
     greedy: Annotated[
         str, typer.Option(metavar="refuse|sample", help="What becomes of temperature 0, which evaluations send.")
     ] = "refuse",
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder whose pictures a request may name; every client may see them. Default: none."),
+    ] = None,
     max_waiting: Annotated[int, typer.Option(min=1, help="Most open answers; further ones get 503.")] = 256,
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Most tokens of a prompt with its answer; at most 8192 where not given.")
@@ -56,6 +60,7 @@ def run(
         float, typer.Option(min=0.0, help="Seconds for open requests after SIGTERM.")
     ] = 30.0,
     tokenizer: models.TokenizerName = None,
+    processor: models.ProcessorName = None,
     reward_tokenizer: models.RewardTokenizerName = None,
     reward_tail: models.RewardTail = "auto",
     max_rows: models.MaxRows = None,
@@ -71,11 +76,13 @@ def run(
         fail(f"this command needs {', '.join(missing)}: {with_extra('serve')}")
     from stars_fast.cli.settings import read_settings
 
-    _check_usage(api_key, greedy)
+    _check_usage(api_key, greedy, image_folder)
     with refusing(OSError, ValueError, TypeError):
         settings = read_settings(config, set_ or ())
         settings = settings._replace(config=_guided(settings, fit, target_reward))
-    names = Names(policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail)
+    names = Names(
+        policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail, processor
+    )
     models.check_models(names, dtype)
     from stars_fast.serve.server import bind, serve
 
@@ -90,6 +97,8 @@ def run(
 
         if engine.tokenizer is None:
             fail("the policy has no tokenizer beside it: give --tokenizer")
+        if image_folder is not None and engine.processor is None:
+            fail(f"--image-folder {image_folder}: the policy has no processor to read pictures: give --processor")
         log_json()
         with refusing_models():
             service = service_of(
@@ -102,6 +111,7 @@ def run(
                 max_waiting=max_waiting,
                 timeout=timeout or None,
                 samples_greedy=greedy == "sample",
+                image_folder=image_folder,
             )
         log = logging.getLogger("stars_fast.serve")
         if (workers := os.environ.get("WEB_CONCURRENCY", "1")) != "1":
@@ -117,11 +127,13 @@ def run(
         serve(service, bound, api_key, timeout_graceful_shutdown)
 
 
-def _check_usage(api_key: str | None, greedy: str) -> None:
+def _check_usage(api_key: str | None, greedy: str, image_folder: Path | None) -> None:
     if greedy not in ("refuse", "sample"):
         fail(f"--greedy {greedy!r}: must be refuse or sample")
     if api_key is not None and not api_key.strip():
         fail("--api-key (or STARS_API_KEY) is empty: leave it out, or give a key")
+    if image_folder is not None and not image_folder.is_dir():
+        fail(f"--image-folder {image_folder}: there is no such folder")
 
 
 def _guided(settings: Settings, fit: str | None, target_reward: float | None) -> StarsConfig:

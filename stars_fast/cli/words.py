@@ -12,7 +12,7 @@ from stars_fast.methods import METHODS
 
 # Arguments that have options of their own.
 _OPTIONS = (
-    *("policy", "reward", "tokenizer", "reward_tokenizer", "reward_tail", "max_rows", "kv_cache_tokens"),
+    *("policy", "reward", "tokenizer", "processor", "reward_tokenizer", "reward_tail", "max_rows", "kv_cache_tokens"),
     *("dtype", "device", "chat_template_kwargs", "method", "max_new_tokens", "seed"),
 )
 _FIELDS = tuple(field.name for field in fields(StarsConfig) if field.name not in _OPTIONS)

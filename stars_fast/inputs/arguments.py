@@ -18,8 +18,11 @@ from stars_fast.ops.philox import philox_key
 from stars_fast.policy.leaf import RowProcessor, Sampling
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import RewardPrompt
+from stars_fast.text.media import Media, forward_arguments
 from stars_fast.text.prompts import Prompt, gone_on_from, read_personas, read_prompts, template_kwargs
+from stars_fast.tree.media import placeholder_ids
 from stars_fast.tree.model import TreeModel
+from stars_fast.tree.support import unwrapped
 
 
 class Hooks(NamedTuple):
@@ -64,6 +67,8 @@ def check_limits(
     for index, (prompt, variants) in enumerate(zip(prompts, preferred, strict=True)):
         for ids, under in [(prompt.ids, ""), *((ids, ", under a preference,") for ids in variants)]:
             bad = [token for token in ids if not 0 <= token < policy.vocab_size]
+            if bad and prompt.media is not None:  # some models name no row of their embeddings
+                bad = sorted(set(bad).difference(placeholder_ids(policy.model)))
             if bad:
                 raise ValueError(
                     f"prompts[{index}]{under} holds id {bad[0]}, outside the policy's vocabulary of {policy.vocab_size}"
@@ -80,11 +85,22 @@ def check_limits(
 
 def check_positions(index: int, length: int, config: StarsConfig, model: TreeModel, role: str) -> None:
     """Raise ValueError where a prompt of so many tokens and its answer may outgrow the model's positions."""
-    positions = model.max_positions
-    if positions is not None and length + config.max_new_tokens > positions:
+    positions, scaffold = model.max_positions, config.chosen_method.scaffold(config)
+    if positions is not None and length + config.max_new_tokens + scaffold > positions:
+        beside = f" and up to {scaffold} tokens of the method's scaffold" if scaffold else ""
         raise ValueError(
-            f"prompts[{index}] has {length} tokens, which with max_new_tokens={config.max_new_tokens} exceeds the "
-            f"limit of the {role}'s {positions} positions"
+            f"prompts[{index}] has {length} tokens, which with max_new_tokens={config.max_new_tokens}{beside} exceeds "
+            f"the limit of the {role}'s {positions} positions"
+        )
+
+
+def check_media(index: int, media: Media | None, model: TreeModel, role: str) -> None:
+    """Raise ValueError where the model does not read what a processor made of a prompt's pictures for the policy."""
+    known = {"input_ids", "attention_mask", *forward_arguments(unwrapped(model.model))}
+    if media is not None and (unread := media.inputs.keys() - known):
+        raise ValueError(
+            f"prompts[{index}] has pictures: its {', '.join(sorted(unread))} are nothing that the {role}, a "
+            f"{type(model.model).__name__}, reads"
         )
 
 
@@ -119,6 +135,10 @@ def under_preferences(
     """
     if not method.preferences:
         return [list[list[int]]()] * len(prompts)
+    if (place := next((i for i, prompt in enumerate(prompts) if prompt.media is not None), None)) is not None:
+        raise ValueError(
+            f"prompts[{place}] has pictures: method={method.name!r} puts its preferences before text and ids alone"
+        )
     if sampling.repetition_penalty != 1.0:
         raise ValueError(f"method={method.name!r} does not know repetition_penalty={sampling.repetition_penalty}")
     if any(hook.processor is not None for hook in hooks):
@@ -163,6 +183,7 @@ def read_reward_prompts(arguments: Arguments, prompts: Sequence[Prompt], tokeniz
             tokenizer=tokenizer,
             warned=warned,
             chat_template_kwargs=variables,
+            media=prompt.media,
         )
         for index, prompt in enumerate(rewarded)
     ]

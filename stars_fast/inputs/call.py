@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
@@ -37,7 +38,10 @@ from stars_fast.outputs import Stats
 from stars_fast.policy.leaf import Sampling
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward, RewardPrompt
+from stars_fast.text.chat import encode
+from stars_fast.text.media import forward_arguments, identity
 from stars_fast.text.prompts import Prompt, read_prompts
+from stars_fast.tree.support import unwrapped
 
 
 class Rule(NamedTuple):
@@ -137,6 +141,7 @@ def prepare(
     tokenizer: Any,
     kv_cache_tokens: int | None,
     samples: int = PILOT_SAMPLES,
+    processor: Any = None,
 ) -> Call:
     """Check every argument and read the prompts: settings, texts, limits, keys.
 
@@ -148,9 +153,9 @@ def prepare(
         Naming the argument, the value, the prompt's index and the limit. Nothing has run when this raises.
     """
     given, config, sampling = settings(arguments, policy, reward, tokenizer)
-    prompts, reward_prompts = _texts(arguments, policy, tokenizer)
+    prompts, reward_prompts = _texts(arguments, policy, tokenizer, processor)
     calibrated, with_targets = dict[int, Rule](), config
-    own = places(given.known, given.target_reward, [prompt.ids for prompt in prompts])
+    own = places(given.known, given.target_reward, list(map(identity, prompts)))
     if own is not None and isinstance(given.target_reward, tuple) and isinstance(given.base_reward, tuple):
         check_per_prompt("base_reward", given.base_reward, len(given.target_reward), " that were calibrated")
     if own is not None and None not in own:
@@ -181,7 +186,7 @@ def prepare(
         calibrated_terms=replace(terms, config=with_targets, method=with_targets.chosen_method) if calibrated else None,
         prompts=prompts,
         nodes=[
-            PromptNode(prompt.ids, rewarded, under_preferences=ids)
+            PromptNode(prompt.ids, rewarded, under_preferences=ids, media=prompt.media)
             for prompt, rewarded, ids in zip(prompts, reward_prompts, preferred, strict=True)
         ],
         keys=keys,
@@ -213,6 +218,8 @@ def settings(
     method.check(reward)
     ruled = method.rule(given)
     warn_of_overruled(method, given, ruled)
+    if (read := method.in_ids(partial(_ids_of, tokenizer), policy.vocab_size)) is not method:
+        ruled, method = ruled.replace(method=read), read
     tests_quantiles = method.uses_fit and method.has_target and ruled.target_reward is None
     if given.known is not None and tests_quantiles:
         quantiles = QuantileRule(method, given.known, ruled.acceptance)
@@ -233,12 +240,21 @@ def settings(
     return given, ruled, sampling
 
 
+def _ids_of(tokenizer: Any, text: str) -> list[int]:
+    """Of a method's text."""
+    if tokenizer is None:
+        raise ValueError(f"the method has the policy read {shown(text)}: pass tokenizer=, or give it as ids")
+    return encode(tokenizer, text)
+
+
 def _generation_config(arguments: Arguments, policy: Policy) -> GenerationConfig | None:
     """What transformers would take settings from that nobody gave."""
     return arguments.generation_config or getattr(policy.model, "generation_config", None)
 
 
-def _texts(arguments: Arguments, policy: Policy, tokenizer: Any) -> tuple[Sequence[Prompt], list[RewardPrompt]]:
+def _texts(
+    arguments: Arguments, policy: Policy, tokenizer: Any, processor: Any
+) -> tuple[Sequence[Prompt], list[RewardPrompt]]:
     """Prompts, and as the reward sees them."""
     prompts = read_prompts(
         arguments.prompts,
@@ -246,6 +262,8 @@ def _texts(arguments: Arguments, policy: Policy, tokenizer: Any) -> tuple[Sequen
         arguments.attention_mask,
         chat_template_kwargs=arguments.chat_template_kwargs,
         max_positions=policy.max_positions,
+        processor=processor,
+        takes=forward_arguments(unwrapped(policy.model)),
     )
     return prompts, read_reward_prompts(arguments, prompts, tokenizer)
 
@@ -299,12 +317,12 @@ def _size(
 ) -> Size:
     """Most of what the call takes at a time."""
     method = config.chosen_method
-    width = method.rows(config)
+    width, longest = method.rows(config), config.max_new_tokens + method.scaffold(config)
     answers = len(prompts) * config.num_return_sequences
     pilots = len(prompts) * samples if config.target_reward is None and method.has_target else 0
     read = [[prompt.ids, *variants] for prompt, variants in zip(prompts, preferred, strict=True)]
     return Size(
-        length=max((len(ids) for texts in read for ids in texts), default=0) + config.max_new_tokens,
+        length=max((len(ids) for texts in read for ids in texts), default=0) + longest,
         slots=max((most_slots(p, ids, config) for p, ids in zip(prompts, preferred, strict=True)), default=0),
         holders=max(answers if method.reserves else answers * width, pilots),
         rows=max(answers * width, pilots),

@@ -20,7 +20,7 @@ from stars_fast.policy.policy import Policy
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
 from stars_fast.rewards.classifier import ONE_LABEL
 from stars_fast.rewards.ids import POLICYS, check_draft
-from stars_fast.text.tokenizers import named_tokenizer, tokenizer_beside
+from stars_fast.text.tokenizers import named_processor, named_tokenizer, processor_beside, tokenizer_beside
 
 # Heads that a causal LM has no use for, and no model has that was trained as one.
 _HEADS = ("score.weight", "classifier.weight")
@@ -42,45 +42,82 @@ def placement(device: Device = None) -> torch.device:
 
 
 def load_policy(
-    policy: PreTrainedModel | str | os.PathLike[str], tokenizer: Any, device: Device = None, dtype: str = "auto"
-) -> tuple[PreTrainedModel, Any]:
-    """The policy and its tokenizer.
+    policy: PreTrainedModel | str | os.PathLike[str],
+    tokenizer: Any,
+    device: Device = None,
+    dtype: str = "auto",
+    processor: Any = None,
+) -> tuple[PreTrainedModel, Any, Any]:
+    """The policy, its tokenizer, and what reads its pictures.
 
     Parameters
     ----------
     policy : transformers causal LM, path, hub id or "demo"
         An object is left where it is. By name it is loaded with transformers' Auto classes.
     tokenizer : transformers tokenizer, path or hub id, optional
-        Default: the one beside a policy given by name, if there is one.
+        Default: the processor's; else the one beside a policy given by name, if there is one.
     device : str or torch.device, optional
         Of a policy given by name; see :func:`placement`.
     dtype : str
         Of a policy given by name, as torch calls it; "auto" is that of its weights.
+    processor : transformers processor, path or hub id, optional
+        Default: the one beside a policy given by name, where that takes pictures.
 
     Raises
     ------
     OSError, ValueError, TypeError
         As transformers says, for what it cannot load; for a device that is not there; for a model without an LM head.
     """
+    processor = named_processor("processor", processor)
     if isinstance(policy, (str, os.PathLike)):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForImageTextToText
 
         name = _named(policy, "policy")
-        if tokenizer is None:
+        auto = _auto_class(name)
+        if processor is None and auto is AutoModelForImageTextToText:
+            processor = processor_beside(name)
+        if tokenizer is None and processor is None:
             tokenizer = tokenizer_beside(name, "tokenizer")
-        policy, loading = _loaded(AutoModelForCausalLM, name, device, dtype)
+        policy, loading = _loaded(auto, name, device, dtype)
         _refuse_random("policy", name, policy, loading["missing_keys"], "give a causal LM with its language-model head")
         if heads := sorted(key for key in loading["unexpected_keys"] if key.endswith(_HEADS)):
             raise ValueError(f"policy={name!r} is a classifier (its checkpoint has {heads[0]}): give a causal LM")
     _refuse_wrapper(policy, "policy")
     if not hasattr(policy, "config") or not hasattr(policy, "get_output_embeddings"):
         raise TypeError(f"policy is a {type(policy).__name__}: give a transformers causal LM, a path or a hub id")
+    if tokenizer is None and processor is not None:
+        tokenizer = processor.tokenizer
     tokenizer = named_tokenizer("tokenizer", tokenizer)
     if isinstance(policy, type):
         raise TypeError(f"policy is the class {policy.__name__}: give a model, a path or a hub id")
     if policy.get_output_embeddings() is None:
         raise TypeError(f"policy is a {type(policy).__name__} without a language-model head")
-    return policy, tokenizer
+    return policy, tokenizer, processor
+
+
+def _auto_class(name: str) -> Any:
+    """Which of transformers' Auto classes loads a policy: where both know its config, the one that knows what it was
+    saved as.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        config = read(AutoConfig, name)
+    except (OSError, ValueError, ImportError):  # an adapter's folder; what is broken is said when the model is read
+        return AutoModelForCausalLM
+    text, pictures = (
+        {known.__name__ for known in _several(auto._model_mapping[type(config)])}
+        if type(config) in auto._model_mapping
+        else set[str]()
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText)
+    )
+    saved = set(config.architectures or ())
+    only_text = not pictures or bool(saved & text - pictures)
+    return AutoModelForCausalLM if only_text else AutoModelForImageTextToText
+
+
+def _several(classes: Any) -> Sequence[type]:
+    return classes if isinstance(classes, (list, tuple)) else (classes,)
 
 
 def draft_policy(draft: Any, kept: Policy | None, policy: Policy, tokenizer: Any) -> Policy:
@@ -93,7 +130,7 @@ def draft_policy(draft: Any, kept: Policy | None, policy: Policy, tokenizer: Any
     """
     if kept is not None and draft in (kept.model, kept.source):
         return kept
-    model, _ = load_policy(draft, None, policy.device)
+    model, *_ = load_policy(draft, None, policy.device)
     check_draft(model, policy.model, tokenizer)
     made = Policy(model, policy.graphs.enabled, policy.torch_compile)
     made.source = draft

@@ -21,7 +21,7 @@ class PerPrompt:
         self._warned = False
 
     def made(self, targets: Iterable[float], prompts: Iterable[Sequence[int]]) -> None:
-        """Targets, one for each of these prompts' ids."""
+        """Targets, one for each of these prompts (:func:`stars_fast.text.media.identity`)."""
         self._made = [*self._made[1 - _KEPT :], (tuple(targets), fingerprints(prompts))]
 
     def used(self, targets: Sequence[float], prompts: Iterable[Sequence[int]]) -> None:
@@ -51,5 +51,5 @@ def places(fit: Fit | None, targets: object, prompts: Sequence[Sequence[int]]) -
 
 
 def fingerprints(prompts: Iterable[Sequence[int]]) -> list[str]:
-    """What tells prompts apart by their ids, in every process alike."""
+    """What tells prompts apart, in every process alike."""
     return [hashlib.blake2b(np.asarray(ids, "<i8").tobytes(), digest_size=8).hexdigest() for ids in prompts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from stars_fast.methods.numbers import shown
 _CACHES = ("past_key_values", "cache")  # until transformers 5.23, and from 5.24 on
 # What transformers hands to every decoding loop.
 _PREPARED = ("attention_mask", "position_ids", *_CACHES, "use_cache", "logits_to_keep", "cache_position")
+_OF_TEXT = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", *_CACHES, "cache_position", "labels"}
+_ENCODED = "mm_encoder_outputs"  # pictures that have been through the vision tower: from 5.24 on
 _FIELDS = tuple(field.name for field in dataclasses.fields(StarsConfig))
 
 
@@ -167,6 +170,20 @@ def _differing(model: PreTrainedModel, generation_config: GenerationConfig, prom
     return differing
 
 
+def taken_media(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a processor has made besides ids and mask, taken out of the arguments of a transformers call.
+
+    Left in, transformers would encode it before the custom method runs (from 5.24 on), and repeat it for each sample by
+    rules of the model's own. Of a model that reads nothing but text it is left in, to be refused by name.
+    """
+    modalities = getattr(model, "input_modalities", "text")
+    if set([modalities] if isinstance(modalities, str) else modalities) <= {"text"}:
+        return {}
+    others = {*_OF_TEXT, _ENCODED, "logits_to_keep", *vars(GenerationConfig())}
+    names = inspect.signature(model.forward).parameters.keys() - others
+    return {name: kwargs.pop(name) for name in [*kwargs] if name in names and kwargs[name] is not None}
+
+
 def refuse_modes(generation_config: GenerationConfig) -> None:
     """Raise ValueError for modes of ``generate`` that guidance cannot have."""
     beams = generation_config.num_beams or 1
@@ -186,12 +203,13 @@ def refuse_modes(generation_config: GenerationConfig) -> None:
 
 
 def refuse_inputs(model_kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for anything to start from besides ids and their mask, or what transformers itself adds."""
+    """Raise ValueError for anything to start from besides ids, mask and media, or what transformers itself adds."""
     for name in _CACHES:
         if model_kwargs.get(name) is not None and model_kwargs[name].get_seq_length():
             raise ValueError(f"{name} holds tokens: reward-guided decoding starts from token ids alone")
     for name, value in model_kwargs.items():
-        if value is not None and name not in _PREPARED:
+        nothing = value is None or (name == _ENCODED and not value)  # {}, of a model that could take some
+        if not nothing and name not in _PREPARED:
             raise ValueError(f"{name} is given: reward-guided decoding starts from token ids alone")
 
 

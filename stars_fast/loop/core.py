@@ -16,6 +16,7 @@ from stars_fast.loop.enumeration import Enumeration
 from stars_fast.loop.heartbeat import Loop
 from stars_fast.loop.in_order import PASS, PASS_OF_GPUS
 from stars_fast.loop.memory import is_lack_of_memory
+from stars_fast.loop.navigating import Navigating
 from stars_fast.loop.one_answer import OneAnswer
 from stars_fast.loop.persona import SelfJudging
 from stars_fast.loop.plans import Planning
@@ -46,6 +47,7 @@ _STRATEGIES: dict[str, type[OneAnswer]] = {
     "persona": SelfJudging,
     "stopping": Stopping,
     "plans": Planning,
+    "navigator": Navigating,
 }
 # Steps in a row that fail, and are taken again, with nothing committed between.
 _RETAKEN = 2

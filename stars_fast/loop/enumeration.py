@@ -76,16 +76,17 @@ class Enumeration(OneAnswer):
                 candidate.gumbel = value
 
     def _logits(self, request: Request) -> torch.Tensor:
-        """What the method looks at ``[V]``, after the request's logits processor."""
+        """What the method looks at ``[V]``, after the request's logits processor, without what is never drawn."""
         logits = request.trunk.logits
         assert logits is not None
         processor = after(request)
-        return logits.float() if processor is None else processor([], logits.float()[None])[0]
+        processed = logits.float() if processor is None else processor([], logits.float()[None])[0]
+        return self.trunks.policy.allowed(processed)
 
     def _allowed(self, request: Request, logits: torch.Tensor) -> list[int]:
-        """The method's tokens, without those that the request's logits processor forbids."""
+        """The method's tokens, without those that the request's logits processor or the policy forbids."""
         tokens = cast(Enumerated, request.terms.method).tokens(logits)
-        if request.processor is None:
+        if request.processor is None and self.trunks.policy.barred is None:
             return tokens
         allowed = (logits[tokens] != -torch.inf).tolist()
         # Where it forbids everything one is kept, whose log-probability then says so.

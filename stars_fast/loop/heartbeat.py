@@ -47,6 +47,7 @@ class Loop(Queue):
             joined = self.join()
             for tree, trunks in due(self.running).items():
                 tree.extend(trunks)
+            self.fail_unreadable()
             self.set_base_rewards(joined)
             self.drop_finished()
             drawn = self.propose()

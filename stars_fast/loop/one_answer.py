@@ -207,13 +207,13 @@ class OneAnswer:
         self.queue.committed += len(draw.tokens)
         threshold = chosen.threshold if answer.search is None else answer.search.threshold  # when it was looked at last
         trace = (draw.tokens, chosen.reward, threshold, answer.attempts, accepted, sum(draw.logprobs))
-        answer.segments.append(SegmentTrace(*trace, chosen.parts, answer.looked_at or None))
+        answer.segments.append(SegmentTrace(*trace, chosen.parts, answer.looked_at or None, answer.scaffold))
         answer.tokens.extend(draw.tokens)
         answer.logprobs += draw.logprobs
         answer.sampling_logprobs += draw.sampling_logprobs
         answer.response.ends.append(len(answer.tokens))
         answer.reward = chosen.reward
-        answer.attempts, answer.best, answer.best_attempt, answer.looked_at = 0, None, -1, []
+        answer.attempts, answer.best, answer.best_attempt, answer.looked_at, answer.scaffold = 0, None, -1, [], None
 
     def commit_untested(self, answer: Request, chosen: Candidate, accepted: bool = True) -> None:
         """Commit what the selection was not asked about."""
@@ -241,7 +241,7 @@ class OneAnswer:
 
     def preempt(self, request: Request) -> None:
         self.give_back(request)
-        self.trunks.give_back(request.trunk, request.tokens)
+        self.trunks.give_back(request.trunk, request.context)
         self.reopen(request)
 
     def reopen(self, answer: Request) -> None:
@@ -265,12 +265,12 @@ class OneAnswer:
             self.give_back(request)
             self.queue.tell(request, self.queue.reward.discard, request.best.completion)
             request.best = None
-        self.trunks.give_back(request.trunk, request.tokens)
+        self.trunks.give_back(request.trunk, request.context)
         self.queue.tell(request, self.queue.reward.close, request.response)
 
     def drop(self, request: Request) -> None:
         request.attempts, request.best, request.best_attempt, request.looked_at = 0, None, -1, []
-        self.trunks.forget(request.trunk, request.tokens)
+        self.trunks.forget(request.trunk, request.context)
         self.reopen(request)
 
 

@@ -78,7 +78,9 @@ class SelfJudging(TwoTrunks):
         count, lengths = len(drafts), [len(draft.tokens) for draft in drafts]
         sampled = [r.terms.sampling for r, length in zip(requests, lengths, strict=True) for _ in range(length)]
         raw = torch.cat(logits[:count])  # [T, V], the judge's
-        judge, drafted = _processed(raw, sampled), _processed(torch.cat(logits[count:]), sampled)
+        judge, drafted = (
+            _processed(self.trunks.policy.allowed(rows), sampled) for rows in (raw, torch.cat(logits[count:]))
+        )
         tokens = torch.tensor(
             [token for draft in drafts for token in draft.tokens], dtype=torch.int64, device="cpu"
         ).to(raw.device)

@@ -17,6 +17,7 @@ from stars_fast.loop.request import Request
 from stars_fast.methods.base import ACCEPTANCE as ACCEPTANCE
 from stars_fast.methods.stars import acceptance_probability, base_reward, target_for, threshold
 from stars_fast.outputs import as_cause
+from stars_fast.text.media import identity
 
 PILOT_SAMPLES = 8
 _CAP_QUANTILE = 0.9
@@ -34,7 +35,7 @@ class Pilot:
     base: float = float("nan")
     beta: float = float("nan")
     error: str | None = None
-    prompt: Sequence[int] = ()  # its ids
+    prompt: Sequence[int] = ()  # its identity
 
     @property
     def finals(self) -> list[float]:
@@ -167,7 +168,7 @@ def read_pilot(requests: Sequence[Request], config: StarsConfig) -> Pilot:
             if not math.isnan(segment.reward):  # unfinished, under a method that scores finished answers only
                 run.append((tokens, segment.reward))
         responses.append(run)
-    prompt = requests[0].prompt.ids
+    prompt = identity(requests[0].prompt)
     pilot = Pilot(responses, of_prompt(config.base_reward, requests[0].prompt_index), prompt=prompt)
     if not pilot.finals:
         pilot.error = "calibration: every pilot response has a reward of -inf"

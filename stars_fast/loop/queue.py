@@ -96,6 +96,7 @@ class Queue:
         most = self.scheduler.encoding_tokens(len(self.running), len(self.encoding), longest)
         for tree, trunks in due(self.encoding).items():
             self.encoded += tree.encode(trunks, most - self.encoded) if self.encoded < most else 0
+        self.fail_unreadable()
         joined = [r for r in self.encoding if all(tree.ready(trunk) for tree, trunk in r.strategy.due(r))]
         soon = dict.fromkeys(r.response.prompt for r in joined if r.terms.method.scores_unfinished)
         behind, errors = self._read_ahead(list(soon), most) if soon else (set[RewardPrompt](), {})
@@ -107,6 +108,14 @@ class Queue:
             self.fail(request, errors[request.response.prompt])
         self.running += joined
         return joined
+
+    def fail_unreadable(self) -> None:
+        """Requests whose prompt the policy has refused to read end with its error."""
+        for request in self.admitted:
+            errors = [trunk.prompt.error for _, trunk in request.strategy.due(request)]
+            if (error := next(filter(None, errors), None)) is not None:
+                self._leave({request})
+                self.fail(request, error)
 
     def _read_ahead(
         self, prompts: Sequence[RewardPrompt], most: int

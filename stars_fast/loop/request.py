@@ -12,10 +12,11 @@ import torch
 from stars_fast.config import StarsConfig
 from stars_fast.methods.base import Method, Segments
 from stars_fast.methods.stopping import Search
-from stars_fast.outputs import CandidateTrace, SegmentTrace, Stats
+from stars_fast.outputs import CandidateTrace, Cause, Scaffold, SegmentTrace, Stats
 from stars_fast.policy.leaf import Draw, Leaf, RowProcessor, Sampling
 from stars_fast.rewards.base import Completion, Response, RewardPrompt
 from stars_fast.text.decode import TextStream
+from stars_fast.text.media import Media
 
 # Tokens of a completion so far -> whether it ends there (a stop string, a stopping criterion). Asked after every token.
 StopTest = Callable[[list[int]], bool]
@@ -49,6 +50,8 @@ class PromptNode:
     logits: torch.Tensor | None = None  # [V], once it holds all of them
     empty_reward: float | None = None  # r(x), once scored
     under_preferences: Sequence[list[int]] = ()  # its ids under each of the method's preferences
+    media: Media | None = None  # read whole, in one pass with its batch, and anew where it had to leave the tree
+    error: Cause | None = None  # why it cannot be read
 
 
 @dataclass(eq=False)
@@ -127,6 +130,7 @@ class Request:
     best: Candidate | None = None  # of them
     best_attempt: int = -1
     search: Search | None = None  # for its segments, where the method has one
+    scaffold: Scaffold | None = None  # of the segment being drawn, once it is chosen, where the method has any
     weighed: float = 0.0  # of a population's member: its reward when last some were chosen by it, where that matters
     traced_as: int | None = None  # of a population's member: the candidate that it has grown from
     # Of the segment being drawn, where they are traced; of all of its answers so far, where it has several.
@@ -146,6 +150,19 @@ class Request:
     def tokens(self) -> list[int]:
         """What is committed."""
         return self.response.tokens
+
+    @property
+    def context(self) -> list[int]:
+        """What the policy reads of it: what is committed, each segment behind its scaffold."""
+        if self.scaffold is None and all(segment.scaffold is None for segment in self.segments):
+            return self.tokens
+        scaffolds = [*(segment.scaffold for segment in self.segments), self.scaffold]
+        pieces = [*(segment.tokens for segment in self.segments), []]
+        return [
+            t
+            for scaffold, piece in zip(scaffolds, pieces, strict=True)
+            for t in (*(scaffold.tokens if scaffold else ()), *piece)
+        ]
 
     @property
     def order(self) -> tuple[int, int]:

@@ -85,12 +85,12 @@ class Scheduler:
         prompts: Counter[PromptNode] = Counter(p for request in running for p in request.strategy.prompts(request))
         wanted = sum(len(prompt.ids) for prompt in prompts) + sum(r.strategy.peak(r) for r in running)
         rows = sum(request.strategy.rows(request) for request in running)
-        prefill = 0
+        prefill, batches = 0, set[int]()
         for count, request in enumerate(waiting):
             own = request.strategy.prompts(request)
-            fresh = sum(len(prompt.ids) for prompt in own if not prompts[prompt])
-            wanted += fresh + request.strategy.peak(request)
-            prefill += fresh + len(request.tokens)
+            fresh = [prompt for prompt in own if not prompts[prompt]]
+            wanted += sum(len(prompt.ids) for prompt in fresh) + request.strategy.peak(request)
+            prefill += sum(_to_read(prompt, batches) for prompt in fresh) + len(request.tokens)
             joins = len(running) + count
             rows += request.strategy.rows(request)
             spared = int(_WATERMARK * self.kv_cache_tokens) if joins else 0
@@ -215,6 +215,19 @@ class Scheduler:
             rows, tokens = self._most
             self.max_rows = min(2 * self.max_rows, rows)
             self.prefill_tokens = min(2 * self.prefill_tokens, tokens)
+
+
+def _to_read(prompt: PromptNode, batches: set[int]) -> int:
+    """Tokens of the passes that read a prompt; of one with pictures, those of its whole batch, which is then among
+    ``batches`` and costs no other row of it anything.
+    """
+    if prompt.media is None:
+        return len(prompt.ids)
+    inputs = prompt.media.inputs
+    if id(inputs) in batches:
+        return 0
+    batches.add(id(inputs))
+    return int(inputs["input_ids"].numel())
 
 
 def acceptance_estimates(running: Sequence[Request], past: tuple[float, int] = (0.0, 0)) -> list[float]:

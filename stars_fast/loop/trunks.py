@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from stars_fast.loop.memory import passing
+from stars_fast.loop.memory import TooLarge, passing
 from stars_fast.loop.request import PromptNode, Trunk
 from stars_fast.loop.scheduler import Scheduler
+from stars_fast.outputs import Cause
 from stars_fast.policy.policy import Policy
+from stars_fast.text.media import text_inputs
 from stars_fast.tree.prefixes import first_of_each
 
 
@@ -38,14 +40,24 @@ class Trunks:
         """
         self.encode(trunks)
         for trunk in trunks:
-            self._join_prompt(trunk)
+            if trunk.prompt.error is None:
+                self._join_prompt(trunk)
 
     def encode(self, trunks: Sequence[Trunk], most: int | None = None) -> int:
-        """Encode at most so many tokens of what is not in the tree, the first ones' first. Returns how many."""
+        """Encode at most so many tokens of what is not in the tree, the first ones' first. Returns how many.
+
+        What is read whole, as prompts with pictures are, may be more. Where the model refuses it, the prompt's
+        ``error`` says why.
+        """
         count = 0
         while most is None or count < most:
+            prompts = dict.fromkeys(trunk.prompt for trunk in trunks)
+            missing = [prompt for prompt in prompts if prompt.logits is None and prompt.error is None]
+            if missing and self._is_whole(missing[0]):
+                count += self._read_whole(missing)
+                continue
             behind: dict[PromptNode | Trunk, list[int]] = {
-                prompt: prompt.ids[prompt.encoded :] for prompt in self._fresh(trunks)
+                prompt: prompt.ids[prompt.encoded :] for prompt in self._fresh(missing)
             }
             for trunk in trunks:
                 if trunk.prompt.logits is not None and trunk.pending:
@@ -56,12 +68,43 @@ class Trunks:
             count += self._encode(behind, None if most is None else most - count)
         return count
 
-    def _fresh(self, trunks: Sequence[Trunk]) -> list[PromptNode]:
-        """Prompts that are not in the tree as a whole, from where others that are begin alike.
+    def _is_whole(self, prompt: PromptNode) -> bool:
+        """Whether it is read in one piece, by the model's own forward pass."""
+        return prompt.media is not None or self.policy.reads_whole
+
+    def _read_whole(self, missing: Sequence[PromptNode]) -> int:
+        """The first of these, and those that are rows of the same batch, in one pass. Returns its tokens.
+
+        Nothing of them is shared with others: the same ids may stand for another picture. What the model raises, but
+        for lack of memory, is the error of these prompts, and of no others.
+        """
+        media = missing[0].media
+        inputs = text_inputs(missing[0].ids) if media is None else media.inputs
+        rows = {0: missing[0]} if media is None else dict[int, PromptNode]()
+        for prompt in missing:
+            if prompt.media is not None and prompt.media.inputs is inputs:
+                rows.setdefault(prompt.media.row, prompt)  # whoever stands on the same row reads it in the next pass
+        try:
+            with passing(inputs["input_ids"].numel()):
+                nodes, logits = self.policy.read_media(inputs, list(rows))
+        except TooLarge:
+            raise
+        except Exception as error:
+            together = f", one of {len(rows)} of a batch" if len(rows) > 1 else ""
+            for prompt in rows.values():
+                prompt.error = Cause.of(error, f"the policy cannot read the prompt{together}: ")
+            return 0
+        for prompt, node, row in zip(rows.values(), nodes, logits, strict=True):
+            prompt.node, prompt.encoded, prompt.logits = node, len(prompt.ids), row
+            self._prompts.add(prompt)
+        return inputs["input_ids"].numel()
+
+    def _fresh(self, missing: Sequence[PromptNode]) -> list[PromptNode]:
+        """Prompts of text that are not in the tree as a whole, from where others that are begin alike.
 
         What several have in common is encoded for the first of them; the others wait for the next pass.
         """
-        prompts = [p for p in dict.fromkeys(trunk.prompt for trunk in trunks) if p.logits is None]
+        prompts = [prompt for prompt in missing if not self._is_whole(prompt)]
         for prompt in prompts:
             if not prompt.encoded:
                 prompt.node, prompt.encoded = self.policy.prefixes.longest(prompt.ids)

@@ -5,6 +5,7 @@ from stars_fast.methods.base import Enumerated, Method, Population, Segments, Tr
 from stars_fast.methods.best_of import BestOfN, BlockwiseBestOfN, RejectionSampling
 from stars_fast.methods.cards import Cards
 from stars_fast.methods.metropolis import Ending, MetropolisHastings, PowerSampling, SuffixChain
+from stars_fast.methods.navigator import Navigator
 from stars_fast.methods.particles import ParticleFilter, TreeBoN
 from stars_fast.methods.persona import PersonaJudge
 from stars_fast.methods.plans import Plans
@@ -47,6 +48,7 @@ __all__ = [
     "Mara",
     "Method",
     "MetropolisHastings",
+    "Navigator",
     "OptimalStopping",
     "ParticleFilter",
     "PersonaJudge",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -89,7 +89,8 @@ class Method:
         What ``StarsConfig(method=...)`` calls it.
     loop : str
         How its requests live in the loop (``stars_fast.loop``): "segments" (one answer grows, the first accepted
-        candidate is committed), "plans", "stopping", "trials", "chains", "population", "tokens", "rsd" or "persona".
+        candidate is committed), "plans", "stopping", "trials", "chains", "population", "tokens", "rsd", "persona" or
+        "navigator".
     scores_unfinished : bool
         Whether unfinished answers are scored. A reward with ``partial=False`` serves methods that do not ask for it.
     has_target : bool
@@ -140,6 +141,20 @@ class Method:
     def networks(self) -> Sequence[Any]:
         """What :meth:`values` runs; modules among them are in evaluation mode meanwhile."""
         return ()
+
+    def in_ids(self, encode: Callable[[str], list[int]], vocabulary: int) -> Method:
+        """This method with ids in place of texts that the policy is to read; itself where it has none.
+
+        Raises
+        ------
+        ValueError
+            For ids outside a vocabulary of this size; ``encode`` raises it where there is no tokenizer.
+        """
+        return self
+
+    def scaffold(self, config: Settings) -> int:
+        """Most tokens of a response's context that are neither prompt nor answer."""
+        return 0
 
     def slots(self, config: Settings) -> int:
         """Most slots of a response: its tokens, and a waiting best candidate beside the one being drawn."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
+from collections.abc import Sequence
 from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
@@ -85,6 +86,15 @@ def real(
         limits = "not be NaN" if low == -math.inf and high == math.inf and not open_above else limits
         raise ValueError(f"{name}={number} must {limits}{hint}")
     return number
+
+
+def text_or_ids(name: str, value: Any) -> str | tuple[int, ...]:
+    """Text as it is, anything else as token ids. Raises TypeError or ValueError for what is neither."""
+    if isinstance(value := plain(value), str):
+        return value
+    if not isinstance(value, Sequence) or isinstance(value, bytes):
+        raise TypeError(f"{name}={shown(value)} must be text, or a sequence of ids")
+    return tuple(integer(f"{name}[{place}]", token, 0, MOST) for place, token in enumerate(value))
 
 
 def truth(name: str, value: Any) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from stars_fast.methods.base import Method, Scorer, Settings, SettingsT
-from stars_fast.methods.numbers import MOST, integer, plain, shown
+from stars_fast.methods.numbers import text_or_ids
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,7 @@ class PersonaJudge(Method):
     def __post_init__(self) -> None:
         self._check_integer("block")
         for name in ("draft_prompt", "judge_prompt"):
-            if isinstance(value := plain(getattr(self, name)), str):
-                continue
-            if not isinstance(value, Sequence) or isinstance(value, bytes):
-                raise TypeError(f"{self.name}: {name}={shown(value)} must be text, or a sequence of ids")
-            ids = (integer(f"{self.name}: {name}[{place}]", token, 0, MOST) for place, token in enumerate(value))
-            object.__setattr__(self, name, tuple(ids))
+            object.__setattr__(self, name, text_or_ids(f"{self.name}: {name}", getattr(self, name)))
 
     def rule(self, config: SettingsT) -> SettingsT:
         return config.replace(target_reward=0.0, alpha=1.0, max_attempts=1, candidates=1, segment_length=self.block)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from stars_fast.policy.leaf import NOT_FINITE, Draw, Leaf
 from stars_fast.policy.steps import Shape, Steps
 from stars_fast.tree.check import checked
+from stars_fast.tree.media import placeholder_ids, present
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import written
 
@@ -32,6 +33,11 @@ class Policy(TreeModel):
         (:meth:`stars_fast.policy.steps.Shape.padded`), kept until the pool or the weights move.
     torch_compile : bool
         Whether decoder layers run compiled on a CUDA device.
+
+    Attributes
+    ----------
+    barred : torch.Tensor or None
+        int64 ``[N]``: ids that stand for pictures, which are never drawn. ``generate`` of transformers may draw them.
     """
 
     def __init__(self, model: PreTrainedModel, cuda_graphs: bool = True, torch_compile: bool = True) -> None:
@@ -39,6 +45,8 @@ class Policy(TreeModel):
         checked(self)
         self.accelerate(cuda_graphs, torch_compile)
         self.logit_size = written(model)  # the vocabulary to every operator; what prompts hold is `vocab_size`
+        barred = [token for token in placeholder_ids(model) if token < self.logit_size] if self.takes_media else []
+        self.barred = torch.tensor(barred, dtype=torch.int64, device=self.device) if barred else None
         self.source: Any = model  # what the user named it by
         self.sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
         self.length_room = 0  # of the longest segment that decode steps have room for
@@ -63,6 +71,24 @@ class Policy(TreeModel):
         """
         nodes, outputs = self.extend(leaves, tokens, limit, logits_to_keep=0)
         return nodes, [output.logits[0, place] for output, _, place in outputs]
+
+    def read_media(
+        self, inputs: Mapping[str, Any], rows: Sequence[int] = (0,), lag: int = 0, **kwargs: Any
+    ) -> tuple[list[int], list[torch.Tensor]]:
+        """Read a processor's prompts whole (:meth:`TreeModel.read_media`).
+
+        Returns new nodes and the logits ``[V]`` after the last token of each row.
+        """
+        there = present(inputs)
+        last = [int(there[row].nonzero()[-1]) for row in rows]
+        kept = sorted(set(last))
+        keep = torch.tensor(kept, device=self.device)
+        nodes, output = super().read_media(inputs, rows, lag, logits_to_keep=keep, **kwargs)
+        return nodes, [output.logits[row, kept.index(place)] for row, place in zip(rows, last, strict=True)]
+
+    def allowed(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits ``[..., V]`` with -inf at :attr:`barred`."""
+        return logits if self.barred is None else logits.index_fill(-1, self.barred, -math.inf)
 
     def propose(self, leaves: Sequence[Leaf]) -> list[list[Draw]]:
         """Draw ``leaf.candidates`` segments of up to ``leaf.length`` tokens below each leaf, all in parallel.
@@ -192,13 +218,16 @@ class Policy(TreeModel):
     def _prepared(self, shape: Shape, processed: bool) -> Steps:
         """Tensors for a proposal of this shape. A user's logits processors run on the host: no graph holds them."""
         if processed or not self.graphs.enabled:
-            return Steps(self, shape, self.logit_size)
+            return self._steps(shape)
         return self.steps(shape.padded(self.trunk_room, self.length_room))
+
+    def _steps(self, shape: Shape) -> Steps:
+        return Steps(self, shape, self.logit_size, self.barred)
 
     def steps(self, shape: Shape) -> Steps:
         """Tensors of decode steps of a padded shape, which are kept, and captured where that is possible."""
         with self.on_device():
-            return self.graphs.get(shape, lambda: Steps(self, shape, self.logit_size), capture=shape.length > 1)
+            return self.graphs.get(shape, lambda: self._steps(shape), capture=shape.length > 1)
 
 
 def _draws(steps: Steps, branches: Sequence[int], eos: Sequence[set[int]]) -> list[Draw]:

@@ -75,9 +75,10 @@ class Steps(Captured):
         bool ``[rows]``.
     """
 
-    def __init__(self, policy: TreeModel, shape: Shape, logits: int) -> None:
+    def __init__(self, policy: TreeModel, shape: Shape, logits: int, barred: torch.Tensor | None = None) -> None:
         super().__init__(policy)
         self.read, self.written = policy.vocab_size, logits  # ids with an embedding, and with a logit
+        self.barred = barred  # ids that are not drawn
         self.shape = shape
         rows, device, int32 = shape.rows, policy.device, torch.int32
 
@@ -96,7 +97,7 @@ class Steps(Captured):
         self.filters = filters.view(torch.float32)[: 5 * rows].view(5, rows)
         self.temperature, self.top_p, self.min_p, self.penalty, self.entropy = self.filters
         self.position, self.alive = position.view(int32)[:rows], alive.view(torch.bool)[:rows]
-        self.first_position = zeros(rows)  # after the trunk
+        self.first_position = zeros(rows)  # of the token after the trunk
         self.tokens = zeros(rows, shape.length, dtype=torch.int64)
         self.logprobs, self.sampling_logprobs = zeros(2, rows, shape.length, dtype=torch.float32)
         self.query_indptr = torch.arange(rows + 1, dtype=int32, device=device)
@@ -113,7 +114,7 @@ class Steps(Captured):
         (settings,) = uploaded([self._settings(leaves)], self.settings.device)
         self.settings.copy_(settings)
         groups = self.every_group[:rows]
-        torch.index_select(plan.trunk_len, 0, groups, out=self.first_position[:rows])
+        torch.index_select(plan.trunk_position, 0, groups, out=self.first_position[:rows])
         self.sampling_logprobs.zero_()  # what an earlier proposal left there is not this one's
         if self.seen is not None:
             nothing = torch.zeros_like(self.seen[0])
@@ -191,6 +192,8 @@ class Steps(Captured):
         processed = self.graph is None and any(self.processors)
         if processed:
             logits = self._process(logits.float())
+        if self.barred is not None:
+            logits = logits.index_fill(1, self.barred, -math.inf)
         before = self.alive.clone() if self.shape.uncertain else None
         token, logprob, sampling_logprob, entropy = sample_step(
             logits,
@@ -211,10 +214,10 @@ class Steps(Captured):
         if self.written > self.read:
             self.alive.logical_and_(token < self.read)
         if before is not None:
-            if processed:  # segments end by what the model gave
+            if logits is not raw:  # segments end by what the model gave
                 entropy = torch.special.entr(raw.float().softmax(1)).sum(1)
             self._end_before(before & (entropy >= self.entropy) & (self.position > self.shortest))
-        if processed:
+        if logits is not raw:
             logprob = gather_logprobs(raw, token)
         for column, value in (
             (self.tokens, token),

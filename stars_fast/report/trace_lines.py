@@ -98,6 +98,7 @@ def _segment(segment: SegmentTrace) -> dict[str, Any]:
         "accepted": segment.accepted,
         "logprob": _plain(segment.logprob),
         "parts": _plain(segment.parts),
+        "scaffold": None if segment.scaffold is None else _plain(segment.scaffold._asdict()),
     }
 
 

@@ -3,11 +3,12 @@
 from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt
 from stars_fast.rewards.callable import CallableReward
 from stars_fast.rewards.classifier import ClassifierReward
+from stars_fast.rewards.grounding import GroundingReward, noised
 from stars_fast.rewards.implicit import ImplicitReward
 from stars_fast.rewards.judge import JudgeReward
 from stars_fast.rewards.probe import HiddenStateProbe
 from stars_fast.rewards.process import ProcessReward
-from stars_fast.rewards.published import ArmoRMReward, InternLM2Reward
+from stars_fast.rewards.published import ArmoRMReward, InternLM2Reward, ValueHeadReward
 from stars_fast.rewards.quality import QualityReward
 from stars_fast.rewards.rules import RuleReward
 from stars_fast.rewards.weighted import WeightedSum
@@ -17,6 +18,7 @@ __all__ = [
     "CallableReward",
     "ClassifierReward",
     "Completion",
+    "GroundingReward",
     "HiddenStateProbe",
     "ImplicitReward",
     "InternLM2Reward",
@@ -27,5 +29,7 @@ __all__ = [
     "Reward",
     "RewardPrompt",
     "RuleReward",
+    "ValueHeadReward",
     "WeightedSum",
+    "noised",
 ]

@@ -14,6 +14,7 @@ from stars_fast.methods.numbers import shown
 from stars_fast.notices import warn
 from stars_fast.rewards.values import Score, as_float, one_each, raised
 from stars_fast.text.decode import continuation
+from stars_fast.text.media import Media
 from stars_fast.text.prompts import Messages, read_prompts
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class RewardPrompt:
     tokenizer: Any = None  # the policy's, for ids that were not given
     warned: set[str] = field(default_factory=set)  # shared by the prompts of a call: what is warned of once in each
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # the call's, for templates of either side
+    media: Media | None = None  # the policy's, where the prompt has pictures; chats have bare parts in their places
 
     @property
     def name(self) -> str:

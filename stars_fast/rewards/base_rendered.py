@@ -12,10 +12,13 @@ from transformers import PreTrainedModel
 from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.ids import Reading, first_reading, reading
+from stars_fast.rewards.pictures import readable, tokenizer_of
 from stars_fast.rewards.render import Context, Rendering
 from stars_fast.stays import Stays
+from stars_fast.text.media import Media
 from stars_fast.text.tokens import refuse_long
 from stars_fast.text.turns import said
+from stars_fast.tree.media import placeholder_ids
 from stars_fast.tree.model import TreeModel
 
 
@@ -28,9 +31,12 @@ class RenderedReward(Stays, Reward):
     max_positions: int | None = None  # of the longest text
     tail_argument: str = "reward_tail"  # what errors call the ids behind an answer
     causal: bool = True  # whether texts go on from their ids: no closing special tokens are in between
+    processor: Any = None  # its own, which reads prompts with pictures
 
-    def _read_with(self, given: Any, argument: str, *models: PreTrainedModel) -> None:
+    def _read_with(self, given: Any, argument: str, *models: PreTrainedModel, processor: Any = None) -> None:
         """To be called once, first: what was given in a tokenizer's place, and the models, the most telling first."""
+        given = tokenizer_of(processor, given, argument)
+        self.processor = processor
         self.reads: Reading = first_reading(given, argument)
         self._given, self._argument, self._models = given, argument, models
 
@@ -42,6 +48,7 @@ class RenderedReward(Stays, Reward):
         self._latest: tuple[Any, Rendering] | None = None  # and the policy's tokenizer that it was made for
         self._rows = 0
         self._kv_cache_tokens: int | None = None
+        self._placeholders = frozenset[int]().union(*(placeholder_ids(cache.model.model) for cache in caches))
         limits = [cache.model.max_positions for cache in caches if cache.model.max_positions is not None]
         if caches:
             self.vocab_size = min(cache.model.vocab_size for cache in caches)
@@ -84,6 +91,10 @@ class RenderedReward(Stays, Reward):
         """What is encoded once for all answers to a prompt."""
         return context.prefix
 
+    def media(self, context: Context, cache: TreeCache) -> Media | None:
+        """What the cache's model reads of the prompt besides ids."""
+        return None if context.seen is None else context.seen.media
+
     def text(self, completion: Completion) -> Text:
         """The completion in the models' ids."""
         prompt = completion.response.prompt
@@ -124,7 +135,9 @@ class RenderedReward(Stays, Reward):
             self._check_prompt(prompt, context, max_new_tokens, self._kv_cache_tokens)
         self._contexts |= contexts
         for cache in self.caches:
-            cache.open({prompt: self.trunk(context) for prompt, context in contexts.items()})
+            media = {prompt: self.media(context, cache) for prompt, context in contexts.items()}
+            known = {prompt: one for prompt, one in media.items() if one is not None}
+            cache.open({prompt: self.trunk(context) for prompt, context in contexts.items()}, known)
 
     def forget(self, prompts: Sequence[RewardPrompt]) -> None:
         for prompt in prompts:
@@ -207,7 +220,28 @@ class RenderedReward(Stays, Reward):
         if context is None:
             tokenizer = self.rendering(prompt).tokenizer or prompt.tokenizer
             refuse_long(prompt.name, said(prompt.source), tokenizer, self.max_positions, "reward model")
-            context = self._rendered[prompt] = self.context(prompt)
+            context = self.context(prompt) if prompt.media is None else self._with_pictures(prompt)
+            self._rendered[prompt] = context
+        return context
+
+    def _with_pictures(self, prompt: RewardPrompt) -> Context:
+        """Raises ValueError where the models would not see the prompt's pictures: nothing is scored blindly."""
+        name = type(self).__name__
+        if not self.caches or not all(cache.model.takes_media for cache in self.caches):
+            model = type(self._models[0]).__name__
+            what = f"reads text alone ({model})" if self.caches else f"scores {model} in full, which reads text alone"
+            raise ValueError(
+                f"{prompt.name} has pictures, and the {name} {what}: give a scorer whose model sees them, or a rule or "
+                "function of the answer's text"
+            )
+        context = self.context(prompt)
+        if context.seen is None or context.seen.media is None:
+            raise ValueError(f"{prompt.name} has pictures, which the {name} does not read")
+        for cache in self.caches:
+            try:
+                context.seen = readable(context.seen, cache.model.body)
+            except ValueError as error:
+                raise ValueError(f"{prompt.name}: {error}") from error
         return context
 
     def _longest(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> int:
@@ -250,7 +284,7 @@ class RenderedReward(Stays, Reward):
     def _outside(self, ids: Sequence[int]) -> list[int]:
         if not ids or (min(ids) >= 0 and max(ids) < self.vocab_size):  # every candidate comes here: no slow loop
             return []
-        return [token for token in ids if not 0 <= token < self.vocab_size]
+        return [token for token in ids if not 0 <= token < self.vocab_size and token not in self._placeholders]
 
     @property
     def _vocabulary(self) -> str:

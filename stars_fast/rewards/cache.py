@@ -12,6 +12,7 @@ import torch
 
 from stars_fast.rewards.base import Completion, Response, RewardPrompt
 from stars_fast.text.chat import common_prefix
+from stars_fast.text.media import Media, text_inputs
 from stars_fast.tree.attention import plugged
 from stars_fast.tree.memory import default_tokens
 from stars_fast.tree.model import TreeModel
@@ -52,7 +53,8 @@ class TreeCache:
     """Encodes completions over one model's tree: prompt and accepted text once, a candidate's own tokens, its tail.
 
     What prompts begin with stays in the tree for others that begin alike, until room is needed
-    (:class:`stars_fast.tree.prefixes.Prefixes`).
+    (:class:`stars_fast.tree.prefixes.Prefixes`). A prompt with media is read whole, with those of its batch, and its
+    ids alone are never taken for it: texts of the prompt begin with its run.
 
     Parameters
     ----------
@@ -72,6 +74,7 @@ class TreeCache:
         self.tokens = 0  # encoded since begin
         self._has_logits = model.body is model.model
         self._runs: dict[RewardPrompt, list[int]] = {}
+        self._media: dict[RewardPrompt, Media] = {}  # of those runs whose ids do not say all
         self._prefixes: dict[RewardPrompt, Encoded] = {}
         self._responses: dict[Response, Encoded] = {}
         self._completions: dict[Completion, Encoded] = {}
@@ -87,20 +90,25 @@ class TreeCache:
         """Whether there is the room that :meth:`begin` would make."""
         return default_tokens(self.model, rows, longest) < self.model.tree.capacity
 
-    def open(self, runs: Mapping[RewardPrompt, list[int]]) -> None:
-        """Texts may begin with these runs of ids from now on."""
+    def open(self, runs: Mapping[RewardPrompt, list[int]], media: Mapping[RewardPrompt, Media] | None = None) -> None:
+        """Texts may begin with these runs of ids from now on, which are rows of ``media`` where there are any."""
         for prompt, run in runs.items():
             if prompt not in self._runs:
                 self._runs[prompt], self._prefixes[prompt] = run, Encoded()
+                if media and prompt in media:
+                    self._media[prompt] = media[prompt]
+                elif run and self.model.reads_whole:
+                    self._media[prompt] = Media(text_inputs(run))
 
     def forget(self, prompt: RewardPrompt) -> None:
         """No text begins with the prompt's run any more. What is encoded of it is kept until room is needed."""
         self._runs.pop(prompt, None)
+        self._media.pop(prompt, None)
         self._drop(self._prefixes.pop(prompt, Encoded()))
 
     def end(self) -> None:
         """Release everything."""
-        for held_by in (self._runs, self._prefixes, self._responses, self._completions):
+        for held_by in (self._runs, self._media, self._prefixes, self._responses, self._completions):
             held_by.clear()
         self.model.clear()
         self._plugged.close()
@@ -140,13 +148,16 @@ class TreeCache:
     def read_ahead(self, prompts: Sequence[RewardPrompt], most: int) -> list[RewardPrompt]:
         """Encode at most ``most`` tokens of these prompts, the first ones' first. Returns those that are not done.
 
-        What finds no free slots is left to the pass that needs it.
+        What finds no free slots is left to the pass that needs it. Media are read first, and of their batches at least
+        one, however large: they come whole.
         """
         unread = self._unread(dict.fromkeys(prompts))
+        left, most, full = self._read_batches_ahead(unread, most)
+        unread = [prompt for prompt in unread if prompt not in self._media]
         now = set(self._first_of_each(unread))
         wanted = min(most, sum(len(self._missing(prompt)) for prompt in now))
-        full = not self._has_room(wanted)
-        room, left = min(wanted, self.model.tree.free_slots), []
+        full = not self._has_room(wanted) or full
+        room = min(wanted, self.model.tree.free_slots)
         pieces: dict[RewardPrompt, list[int]] = {}
         for prompt in unread:
             run = self._missing(prompt)
@@ -159,10 +170,34 @@ class TreeCache:
             self._encode_prompts(pieces)
         return [] if full else left
 
+    def _read_batches_ahead(self, prompts: Sequence[RewardPrompt], most: int) -> tuple[list[RewardPrompt], int, bool]:
+        """Those of the prompts with media that wait, how many tokens are left, and whether some found no free slots."""
+        left, allowed, full = list[RewardPrompt](), most, False
+        for batch in self._batches_of(prompts):
+            tokens = sum(len(self._missing(prompt)) for prompt in batch)
+            if tokens > allowed and allowed < most:
+                left += batch
+            elif self._has_room(tokens):
+                self._read_media(batch)
+                allowed -= tokens
+            else:
+                full = True
+        return left, max(allowed, 0), full
+
+    def _batches_of(self, prompts: Iterable[RewardPrompt]) -> list[list[RewardPrompt]]:
+        """Those of the prompts with media, by what a processor made of them together."""
+        batches: dict[int, list[RewardPrompt]] = {}
+        for prompt in prompts:
+            if prompt in self._media:
+                batches.setdefault(id(self._media[prompt].inputs), []).append(prompt)
+        return list(batches.values())
+
     def _unread(self, prompts: Iterable[RewardPrompt]) -> list[RewardPrompt]:
         """Those of the prompts that are not in the tree as a whole; they go on from the longest run that is kept."""
         unread = [prompt for prompt in prompts if self._missing(prompt)]
         for prompt in unread:
+            if prompt in self._media:  # the same ids may stand for other pictures
+                continue
             run = self._runs[prompt]
             node, length = self.model.prefixes.longest(run, len(run) - self.lag)
             if length > len(self._prefixes[prompt].ids):
@@ -173,8 +208,10 @@ class TreeCache:
 
     def _first_of_each(self, prompts: Sequence[RewardPrompt]) -> list[RewardPrompt]:
         """Those to encode now: the others begin alike, and go on from there."""
-        known = [len(self._prefixes[prompt].ids) for prompt in prompts]
-        return [prompts[place] for place in first_of_each([self._runs[prompt] for prompt in prompts], known)]
+        texts = [prompt for prompt in prompts if prompt not in self._media]
+        known = [len(self._prefixes[prompt].ids) for prompt in texts]
+        now = {texts[place] for place in first_of_each([self._runs[prompt] for prompt in texts], known)}
+        return [prompt for prompt in prompts if prompt in now or prompt in self._media]
 
     def _missing(self, prompt: RewardPrompt) -> list[int]:
         """The prompt's ids, but for the last ``lag``, that are not in the tree."""
@@ -182,7 +219,12 @@ class TreeCache:
         return run[known : len(run) - self.lag] if known < len(run) else []
 
     def _encode_prompts(self, pieces: Mapping[RewardPrompt, list[int]]) -> None:
-        """Append to what is in the tree of each prompt."""
+        """Append to what is in the tree of each prompt; of those with media, to nothing."""
+        for batch in self._batches_of(pieces):
+            self._read_media(batch)
+        pieces = {prompt: piece for prompt, piece in pieces.items() if prompt not in self._media}
+        if not pieces:
+            return
         logits = {"logits_to_keep": 0} if self._has_logits else {}
         before = [self._prefixes[prompt] for prompt in pieces]
         nodes, _ = self.model.extend([encoded.node for encoded in before], list(pieces.values()), **logits)
@@ -193,6 +235,17 @@ class TreeCache:
                 run = self._runs[prompt]
                 self.model.prefixes.keep(run[: len(run) - self.lag], node)
 
+    def _read_media(self, batch: Sequence[RewardPrompt]) -> None:
+        """Read these prompts, which are rows of one batch, in one pass."""
+        media = [self._media[prompt] for prompt in batch]
+        logits = {"logits_to_keep": 1} if self._has_logits else {}
+        rows = [one.row for one in media]
+        nodes, _ = self.model.read_media(media[0].inputs, rows, self.lag, **logits)
+        for prompt, node in zip(batch, nodes, strict=True):
+            length = len(self._runs[prompt]) - self.lag
+            self.tokens += length
+            self._hold(prompt, node, length)
+
     def _hold(self, prompt: RewardPrompt, node: int, length: int) -> None:
         """The node, which holds so many ids of the prompt's run, is what is in the tree of it."""
         run = self._runs[prompt]
@@ -202,7 +255,7 @@ class TreeCache:
 
     def _join_prompts(self, responses: Sequence[Response]) -> None:
         """Give each new response the node of its prompt, encoding what of prompts is not in the tree."""
-        fresh = [response for response in dict.fromkeys(responses) if response not in self._responses]
+        fresh = [one for one in dict.fromkeys(responses) if one not in self._responses or self._is_cut_short(one)]
         waiting = list(dict.fromkeys(response.prompt for response in fresh))
         while waiting := self._unread(waiting):
             now = {prompt: len(self._missing(prompt)) for prompt in self._first_of_each(waiting)}
@@ -216,7 +269,13 @@ class TreeCache:
             self._encode_prompts({prompt: self._missing(prompt) for prompt in batch})
             waiting = [prompt for prompt in waiting if prompt not in batch]
         for response in fresh:
+            self.close(response)
             self._share(self._prefixes[response.prompt], response)
+
+    def _is_cut_short(self, response: Response) -> bool:
+        """Whether less than its prompt with media is in the tree of it: what lacks cannot be encoded from ids."""
+        prompt, held = response.prompt, self._responses[response]
+        return prompt in self._media and len(held.ids) < len(self._runs[prompt])
 
     def _share(self, encoded: Encoded, response: Response) -> None:
         self._responses[response] = Encoded(self.model.retain(encoded.node), encoded.ids, encoded.values)
@@ -230,6 +289,10 @@ class TreeCache:
             rows: Counter[Response] = Counter()
             while stop < len(texts):
                 response, text = texts[stop].completion.response, texts[stop]
+                if self._is_cut_short(response):  # its media made way for others', and they make way for it
+                    if stop > start:
+                        break
+                    self._join_prompts([response])
                 shared = self._shared_by(response, [text])
                 before = known.get(response, shared)
                 after = min(before, shared)

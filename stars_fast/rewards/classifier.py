@@ -48,6 +48,9 @@ class ClassifierReward(RenderedReward):
         What follows the answer when it is scored: the chat template's ("auto": if there is one), nothing, or these ids.
     chat_template_kwargs : mapping, optional
         Variables for the reward model's chat template. What is left open is as in the call.
+    processor : transformers processor, optional
+        The reward model's, for prompts with pictures; its tokenizer is ``tokenizer`` where none is given. Without one,
+        pictures are read as the policy reads them, where ids are shared.
     pairs : bool, optional
         Whether the model was trained on ``tokenizer(question, answer)`` instead of one text; it is scored in full then.
         None: on one text, with a warning where the tokenizer makes pairs and the model is bidirectional.
@@ -67,6 +70,7 @@ class ClassifierReward(RenderedReward):
         tail: str | Sequence[int] = "auto",
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        processor: Any = None,
         pairs: bool | None = None,
     ) -> None:
         check_model("reward", model)
@@ -75,8 +79,8 @@ class ClassifierReward(RenderedReward):
         self._pairs, self._variables = pairs, chat_template_kwargs
         if pairs and tail not in ("auto", "none"):
             raise ValueError(f"reward_tail={tail!r}: nothing follows the answer of a pair (pairs=True)")
-        self._read_with(tokenizer, "reward_tokenizer", model)
-        if tokenizer is not None or not (pairs or tail == "template"):  # else an engine may find one
+        self._read_with(tokenizer, "reward_tokenizer", model, processor=processor)
+        if self._given is not None or not (pairs or tail == "template"):  # else an engine may find one
             self.make_rendering(policy_tokenizer)
         self.model = model
         refuse_dynamic_rope(model, "reward")
@@ -158,7 +162,7 @@ class ClassifierReward(RenderedReward):
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
         tokenizer, policy_tokenizer = self.tokenizer, self._policy_tokenizer or policy_tokenizer
         if not self._pairs:
-            return Rendering(tokenizer, policy_tokenizer, self._tail, self._variables)
+            return Rendering(tokenizer, policy_tokenizer, self._tail, self._variables, self.processor)
         if tokenizer is None:
             raise ValueError(
                 "pairs=True, but no tokenizer is known that makes them: pass the reward model's tokenizer="

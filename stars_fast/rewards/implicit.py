@@ -57,6 +57,8 @@ class ImplicitReward(RenderedReward):
         Add the divergence at each position, under the same weights. None: log-ratios alone.
     chat_template_kwargs : mapping, optional
         Variables for the pair's chat template. What is left open is as in the call.
+    processor : transformers processor, optional
+        The pair's, for prompts with pictures; as that of :class:`ClassifierReward`.
 
     Raises
     ------
@@ -78,6 +80,7 @@ class ImplicitReward(RenderedReward):
         weights: str = "sum",
         kl: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        processor: Any = None,
     ) -> None:
         for argument, one in (("model", model), ("reference", reference)):
             check_model(argument, one, predicts=True)
@@ -89,8 +92,20 @@ class ImplicitReward(RenderedReward):
             raise ValueError(
                 "model and reference share their weights, every log-ratio would be 0: load the reference separately"
             )
-        self._read_with(tokenizer, "tokenizer", model, reference)
+        self._read_with(tokenizer, "tokenizer", model, reference, processor=processor)
         _check_pair(vocabulary(model), vocabulary(reference), self.tokenizer)
+        self._compare(model, reference, beta, weights, kl, chat_template_kwargs)
+
+    def _compare(
+        self,
+        model: PreTrainedModel,
+        reference: PreTrainedModel,
+        beta: float,
+        weights: str,
+        kl: str | None,
+        chat_template_kwargs: Mapping[str, Any] | None,
+    ) -> None:
+        """To be called once, after :meth:`_read_with`."""
         self.chat_template_kwargs = template_kwargs(chat_template_kwargs)
         self.beta = real("beta", beta, open_below=True, open_above=True)
         self.weights, self.kl = weights, kl
@@ -105,7 +120,7 @@ class ImplicitReward(RenderedReward):
         self._start([TreeCache(tree, lag=1, max_packed=_MAX_PACKED) for tree in trees])
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
-        return Rendering(self.tokenizer, policy_tokenizer, "none", self.chat_template_kwargs)
+        return Rendering(self.tokenizer, policy_tokenizer, "none", self.chat_template_kwargs, self.processor)
 
     def text(self, completion: Completion) -> Text:
         text, prompt = super().text(completion), completion.response.prompt

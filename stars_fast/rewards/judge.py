@@ -14,6 +14,7 @@ from stars_fast.rewards.base import RewardPrompt, check_model, check_text
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.ids import check_own
+from stars_fast.rewards.pictures import PICTURE, tokenizer_of
 from stars_fast.rewards.render import Context, Rendering
 from stars_fast.text.chat import encode, text_frame
 from stars_fast.text.prompts import template_kwargs
@@ -36,9 +37,10 @@ class JudgeReward(RenderedReward):
     Parameters
     ----------
     model : transformers causal LM
-    tokenizer : transformers tokenizer
-        The judge's. With a chat template, the question is put as a user's turn. Where its vocabulary differs from the
-        policy's, answers are re-tokenised; where the engine has no tokenizer, ids are taken to be the judge's own.
+    tokenizer : transformers tokenizer, optional
+        The judge's; needed without a ``processor``. With a chat template, the question is put as a user's turn. Where
+        its vocabulary differs from the policy's, answers are re-tokenised; where the engine has no tokenizer, ids are
+        taken to be the judge's own.
     question : str
         What is asked about the answer.
     template : str
@@ -48,6 +50,8 @@ class JudgeReward(RenderedReward):
     chat_template_kwargs : mapping, optional
         Variables for the judge's chat template. One that thinks before it answers is asked for its verdict at once with
         ``{"enable_thinking": False}``, where its template knows that. Those of a call are for other chats.
+    processor : transformers processor, optional
+        The judge's, for prompts with pictures: they stand in front of the question in the user's turn.
 
     Raises
     ------
@@ -64,21 +68,23 @@ class JudgeReward(RenderedReward):
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: Any,
+        tokenizer: Any = None,
         *,
         question: str = QUESTION,
         template: str = TEMPLATE,
         yes: str = "Yes",
         no: str = "No",
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        processor: Any = None,
     ) -> None:
         check_model("model", model, predicts=True)
+        tokenizer = tokenizer_of(processor, tokenizer, "tokenizer")
         check_tokenizer("tokenizer", tokenizer, ", by which the judge reads a question in text")
         for argument, text in (("question", question), ("template", template), ("yes", yes), ("no", no)):
             check_text(argument, text)
         if template.count("{answer}") != 1:
             raise ValueError(f"template={template!r} holds {{answer}} {template.count('{answer}')} times: must be once")
-        self._read_with(tokenizer, "tokenizer", model)
+        self._read_with(tokenizer, "tokenizer", model, processor=processor)
         self.template, self.question = template, question
         self.chat_template_kwargs = template_kwargs(chat_template_kwargs)
         self.verdicts = [_first_token(tokenizer, yes), _first_token(tokenizer, no)]
@@ -94,8 +100,8 @@ class JudgeReward(RenderedReward):
         check_own(self.caches[0].model.model, self.tokenizer, policy, tokenizer)
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
-        variables = self.chat_template_kwargs
-        return _Question(self.tokenizer, policy_tokenizer or self.tokenizer, self.template, self.question, variables)
+        policy_tokenizer, variables = policy_tokenizer or self.tokenizer, self.chat_template_kwargs
+        return _Question(self.tokenizer, policy_tokenizer, self.template, self.question, variables, self.processor)
 
     def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> torch.Tensor:
         yes, no = features[:, self.verdicts].float().T
@@ -106,9 +112,15 @@ class _Question(Rendering):
     """Renders prompt and answer inside a question about them."""
 
     def __init__(
-        self, tokenizer: Any, policy_tokenizer: Any, template: str, question: str, variables: dict[str, Any]
+        self,
+        tokenizer: Any,
+        policy_tokenizer: Any,
+        template: str,
+        question: str,
+        variables: dict[str, Any],
+        processor: Any = None,
     ) -> None:
-        super().__init__(tokenizer, policy_tokenizer, "none", variables)
+        super().__init__(tokenizer, policy_tokenizer, "none", variables, processor)
         self.has_chat_template, self.templated = self.templated, True  # the answer stands in a text, chat or not
         self.template, self.question = template, question
 
@@ -118,7 +130,9 @@ class _Question(Rendering):
         # In one pass, so that a prompt or question that holds one of the names is only text.
         asked = re.sub("|".join(map(re.escape, filled)), lambda name: filled[name[0]], self.template)
         if self.has_chat_template:
-            turn = [{"role": "user", "content": asked}]
+            pictures = [] if prompt.media is None else [PICTURE] * len(prompt.media.images)
+            content = [*pictures, {"type": "text", "text": asked}] if pictures else asked
+            turn = [{"role": "user", "content": content}]
             try:
                 asked = rendered(self.tokenizer, turn, self.chat_template_kwargs, add_generation_prompt=True)
             except Exception as error:  # a template raises what it likes
@@ -128,8 +142,11 @@ class _Question(Rendering):
             raise ValueError(
                 f"the judge's chat template contains the user's content {len(after)} times: must be once, verbatim"
             )
-        frame = text_frame(self.tokenizer, before, *after)
-        return Context(frame.prefix, frame.tail, "" if self.shared_ids else before, frame.own_start)
+        frame, seen = text_frame(self.tokenizer, before, *after), None
+        if prompt.media is not None:
+            seen = self.with_pictures(prompt, before, frame.own_start)
+        prefix = frame.prefix if seen is None else seen.ids
+        return Context(prefix, frame.tail, "" if self.shared_ids else before, frame.own_start, seen=seen)
 
     def _shown(self, prompt: RewardPrompt) -> str:
         turns = self.messages(prompt)

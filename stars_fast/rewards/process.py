@@ -16,12 +16,13 @@ from stars_fast.rewards.base import Completion, Response, RewardPrompt, check_mo
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Text, TreeCache
 from stars_fast.rewards.ids import check_own
+from stars_fast.rewards.pictures import PICTURE, tokenizer_of
 from stars_fast.rewards.render import Context, Rendering
 from stars_fast.text.chat import chat_frame, encode, encode_start, encode_turn
 from stars_fast.text.prompts import Messages
 from stars_fast.text.template import Variables, apply, rendered, stand_in
 from stars_fast.text.tokenizers import check_tokenizer
-from stars_fast.text.turns import spoken
+from stars_fast.text.turns import has_pictures, spoken
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import unwrapped
@@ -58,11 +59,12 @@ class ProcessReward(RenderedReward):
     Made by :meth:`qwen` or :meth:`rlhflow`.
     """
 
-    def __init__(self, model: TreeModel, tokenizer: Any, aggregate: str) -> None:
+    def __init__(self, model: TreeModel, tokenizer: Any, aggregate: str, processor: Any) -> None:
+        tokenizer = tokenizer_of(processor, tokenizer, "tokenizer")
         check_tokenizer("tokenizer", tokenizer, ", by which the steps are read")
         if not isinstance(aggregate, str) or aggregate not in AGGREGATES:
             raise ValueError(f"aggregate={shown(aggregate)}: must be one of {', '.join(map(repr, AGGREGATES))}")
-        self._read_with(tokenizer, "tokenizer", model.model)
+        self._read_with(tokenizer, "tokenizer", model.model, processor=processor)
         self.aggregate = AGGREGATES[aggregate]
         self._committed: dict[Response, _Steps] = {}
         self._start([TreeCache(model)])
@@ -71,11 +73,12 @@ class ProcessReward(RenderedReward):
     def qwen(
         cls,
         model: PreTrainedModel,
-        tokenizer: Any,
+        tokenizer: Any = None,
         *,
         step_token: str = "<extra_0>",
         system: str | None = QWEN_SYSTEM,
         aggregate: str = "last",
+        processor: Any = None,
     ) -> ProcessReward:
         """A classifier of step tokens, as Qwen2.5-Math-PRM: the probability of class 1 at the token behind each step.
 
@@ -84,11 +87,14 @@ class ProcessReward(RenderedReward):
         model : transformers model with a ``score`` head of two labels on its base model
             The published ones come with code of their own (``trust_remote_code``) of that shape; what
             ``AutoModelForTokenClassification`` loads has it too.
-        tokenizer : transformers tokenizer
+        tokenizer : transformers tokenizer, optional
+            Needed without a ``processor``.
         step_token : str
         system : str, optional
             Put in front of chats that have no system turn.
         aggregate : {"last", "min", "mean", "prod"}
+        processor : transformers processor, optional
+            The model's, for prompts with pictures.
 
         Raises
         ------
@@ -103,13 +109,19 @@ class ProcessReward(RenderedReward):
         base, head = getattr(inner, inner.base_model_prefix, None), getattr(inner, "score", None)
         if base is None or not isinstance(head, nn.Module):
             raise ValueError(f"{type(model).__name__} has no base model with a `score` head")
-        return _StepTokens(
-            checked(TreeModel(inner, base, "process reward model")), tokenizer, aggregate, head, step_token, system
-        )
+        tree = checked(TreeModel(inner, base, "process reward model"))
+        return _StepTokens(tree, tokenizer, aggregate, head, step_token, system, processor)
 
     @classmethod
     def rlhflow(
-        cls, model: PreTrainedModel, tokenizer: Any, *, good: str = "+", bad: str = "-", aggregate: str = "last"
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        good: str = "+",
+        bad: str = "-",
+        aggregate: str = "last",
+        processor: Any = None,
     ) -> ProcessReward:
         """A causal LM that answers each step with a label, as RLHFlow's Llama3.1-8B-PRM: the probability of ``good``.
 
@@ -118,10 +130,13 @@ class ProcessReward(RenderedReward):
         Parameters
         ----------
         model : transformers causal LM
-        tokenizer : transformers tokenizer, with a chat template
+        tokenizer : transformers tokenizer, with a chat template, optional
+            Needed without a ``processor``.
         good, bad : str
             The labels; the last token of each.
         aggregate : {"last", "min", "mean", "prod"}
+        processor : transformers processor, optional
+            The model's, for prompts with pictures.
 
         Raises
         ------
@@ -132,7 +147,8 @@ class ProcessReward(RenderedReward):
         check_model("model", model, predicts=True)
         for argument, label in (("good", good), ("bad", bad)):
             check_text(argument, label)
-        return _Labels(checked(TreeModel(model, model, "process reward model")), tokenizer, aggregate, good, bad)
+        tree = checked(TreeModel(model, model, "process reward model"))
+        return _Labels(tree, tokenizer, aggregate, good, bad, processor)
 
     # To be written by each form
 
@@ -158,7 +174,7 @@ class ProcessReward(RenderedReward):
         check_own(self.caches[0].model.model, self.tokenizer, policy, tokenizer)
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
-        return Rendering(self.tokenizer, policy_tokenizer or self.tokenizer, "none")
+        return Rendering(self.tokenizer, policy_tokenizer or self.tokenizer, "none", processor=self.processor)
 
     def text(self, completion: Completion) -> Text:
         steps = self._committed_steps(completion)
@@ -218,9 +234,17 @@ class ProcessReward(RenderedReward):
 
 class _StepTokens(ProcessReward):
     def __init__(
-        self, model: TreeModel, tokenizer: Any, aggregate: str, head: nn.Module, step_token: str, system: str | None
+        self,
+        model: TreeModel,
+        tokenizer: Any,
+        aggregate: str,
+        head: nn.Module,
+        step_token: str,
+        system: str | None,
+        processor: Any,
     ) -> None:
-        super().__init__(model, tokenizer, aggregate)
+        super().__init__(model, tokenizer, aggregate, processor)
+        tokenizer = self.tokenizer
         probe = torch.zeros(1, model.text_config.hidden_size, dtype=model.dtype, device=model.device)
         with torch.no_grad():
             labels = head(probe).shape[-1]
@@ -239,7 +263,8 @@ class _StepTokens(ProcessReward):
             return Context(encode_start(self.tokenizer, "\n\n".join(map(spoken, messages)) + "\n"), [])
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
-        return Context(chat_frame(self.tokenizer, messages, rendering.variables(prompt)).prefix, [])
+        frame = chat_frame(self.tokenizer, messages, rendering.variables(prompt))
+        return rendering.begun(prompt, frame.start, frame.own_start)
 
     def step_scores(self, features: torch.Tensor) -> torch.Tensor:
         return self.head(features).float().softmax(-1)[:, 1]
@@ -248,8 +273,9 @@ class _StepTokens(ProcessReward):
 class _Labels(ProcessReward):
     lead = " "
 
-    def __init__(self, model: TreeModel, tokenizer: Any, aggregate: str, good: str, bad: str) -> None:
-        super().__init__(model, tokenizer, aggregate)
+    def __init__(self, model: TreeModel, tokenizer: Any, aggregate: str, good: str, bad: str, processor: Any) -> None:
+        super().__init__(model, tokenizer, aggregate, processor)
+        tokenizer = self.tokenizer
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("a process reward model that labels turns needs a tokenizer with a chat template")
         self.labels = [encode(tokenizer, label)[-1] for label in (good, bad)]
@@ -280,13 +306,16 @@ class _Labels(ProcessReward):
     def context(self, prompt: RewardPrompt) -> Context:
         rendering = self.rendering(prompt)
         before, own_start, _, _ = self._shown(rendering.messages(prompt), rendering.variables(prompt))
-        return Context(encode_turn(self.tokenizer, before, own_start), [])
+        return rendering.begun(prompt, before, own_start)
 
     def _shown(self, messages: Messages, variables: Variables = MappingProxyType({})) -> tuple[str, bool, str, str]:
         """Around the steps and labels of a chat: what is in front of the first step (and whether a bos is in it),
         between a step and its label, and between that and the next step."""
         word = stand_in(messages, variables)
-        question = {"role": "user", "content": f"{spoken(messages[-1])} {word}"}
+        asked: Any = f"{spoken(messages[-1])} {word}"
+        if has_pictures(messages[-1]):
+            asked = [*(part for part in messages[-1]["content"] if part == PICTURE), {"type": "text", "text": asked}]
+        question = {"role": "user", "content": asked}
         label = {"role": "assistant", "content": word}
         turns = [*messages[:-1], question, label, {"role": "user", "content": word}, label]
         parts = rendered(self.tokenizer, turns, variables).split(word)

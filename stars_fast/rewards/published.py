@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import cached_file
 
 from stars_fast.methods.numbers import integer, plain, shown
 from stars_fast.rewards.base import Completion, RewardPrompt, check_model
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.classifier import ClassifierReward
+from stars_fast.rewards.ids import POLICYS
 from stars_fast.rewards.render import Context, Rendering
+from stars_fast.text.prompts import template_kwargs
+from stars_fast.text.tokenizers import named_processor, named_tokenizer, tokenizer_beside
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import unwrapped
@@ -158,3 +167,128 @@ class ArmoRMReward(RenderedReward):
         rewards = self.model.regression_layer(features[lasts]) @ self.model.reward_transform_matrix  # [R, A]
         scores: torch.Tensor = (torch.stack(gates) * rewards).sum(-1).float()
         return scores
+
+
+class ValueHeadReward(RenderedReward):
+    """A language model with trl's value head, read at the last token: Skywork-VL-Reward-7B, LLaMA-Factory's rewards.
+
+    What is read is the value of ``v_head.summary`` at the last hidden state behind the rendered conversation, in the
+    head's own precision, as trl's ``AutoModelForCausalLMWithValueHead`` gives it. Its comparison with published scores
+    was not possible here.
+
+    Parameters
+    ----------
+    model : transformers model with a base model
+        Of text, or of pictures and text.
+    head : torch.nn.Module
+        From hidden states ``[n, H]`` to values ``[n, 1]``.
+    tokenizer, tail, chat_template_kwargs, processor
+        As those of :class:`ClassifierReward`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For what is no model, and a head that gives other than one value.
+    NotImplementedError
+        For a model whose keys and values cannot be kept in a tree, by name.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: nn.Module,
+        tokenizer: Any = None,
+        tail: str | Sequence[int] = "auto",
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        processor: Any = None,
+    ) -> None:
+        check_model("model", model)
+        inner = unwrapped(model)
+        base = getattr(inner, inner.base_model_prefix, None)
+        if base is None:
+            raise ValueError(f"{type(model).__name__} has no base model for a value head")
+        self._read_with(tokenizer, "tokenizer", model, processor=processor)
+        self._tail, self._variables = tail, template_kwargs(chat_template_kwargs)
+        tree = checked(TreeModel(inner, base, "reward"))
+        self.head = head.to(tree.device)
+        self._dtype = next(head.parameters()).dtype
+        with torch.no_grad():
+            values = head(torch.zeros(1, tree.text_config.hidden_size, dtype=self._dtype, device=tree.device))
+        if values.shape != (1, 1):
+            raise ValueError(f"head gives values of shape {list(values.shape)} for one hidden state: must be [1, 1]")
+        self._start([TreeCache(tree)])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        tokenizer: Any = None,
+        *,
+        device: Any = None,
+        dtype: Any = "auto",
+        processor: Any = None,
+        **options: Any,
+    ) -> ValueHeadReward:
+        """The model in a folder or repository, its processor (or tokenizer), and the head beside its weights.
+
+        Parameters
+        ----------
+        name : str
+            Holds ``v_head.summary.weight`` in ``value_head.safetensors`` or among the model's own weights.
+        tokenizer : transformers tokenizer, path, hub id or "policy", optional
+            Default: the processor's; of a model of text, the one there.
+        device, dtype
+            Of the model; default: the CPU, and the weights'. The head keeps its dtype.
+        processor : transformers processor, path or hub id, optional
+            Default, where no tokenizer is given: the one there, of a model that sees pictures.
+        **options
+            As :class:`ValueHeadReward` takes them.
+
+        Raises
+        ------
+        ValueError
+            Where there is no such head.
+        OSError, ValueError
+            As transformers says, for what it cannot load.
+        """
+        head = _value_head(name)
+        config = AutoConfig.from_pretrained(name)
+        made_as = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+        model: Any = made_as.from_pretrained(name, dtype=dtype)
+        model = model.to(device or "cpu").eval()
+        if processor is None and tokenizer is None:
+            processor = name if hasattr(config, "vision_config") else None
+            tokenizer = tokenizer_beside(name, "tokenizer") if processor is None else None
+        elif tokenizer != POLICYS:
+            tokenizer = named_tokenizer("tokenizer", tokenizer)
+        return cls(model, head, tokenizer, processor=named_processor("processor", processor), **options)
+
+    def make_rendering(self, policy_tokenizer: Any) -> Rendering:
+        return Rendering(self.tokenizer, policy_tokenizer, self._tail, self._variables, self.processor)
+
+    def read(self, texts: Sequence[Text], rows: Sequence[Row], features: torch.Tensor) -> torch.Tensor:
+        values: torch.Tensor = self.head(features.to(self._dtype))
+        return values[:, 0].float()
+
+
+def _value_head(name: str) -> nn.Linear:
+    """trl's ``v_head.summary``, wherever a folder or repository has it."""
+    weight, bias = "v_head.summary.weight", "v_head.summary.bias"
+
+    def file(called: str) -> str | None:
+        found: str | None = cached_file(name, called, _raise_exceptions_for_missing_entries=False)
+        return found
+
+    index = file("model.safetensors.index.json")
+    shard = json.loads(Path(index).read_text())["weight_map"].get(weight) if index else "model.safetensors"
+    for path in (file("value_head.safetensors"), shard and file(shard)):
+        if path is None:
+            continue
+        with safe_open(path, framework="pt") as tensors:
+            if weight in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                found = {key: tensors.get_tensor(key) for key in (weight, bias) if key in tensors.keys()}  # noqa: SIM118
+                head = nn.Linear(found[weight].shape[1], 1, bias=bias in found, dtype=found[weight].dtype)
+                head.load_state_dict({key.removeprefix("v_head.summary."): one for key, one in found.items()})
+                return head.requires_grad_(False)
+    raise ValueError(f"{name!r} has no {weight}, in value_head.safetensors or among its weights: it has no value head")

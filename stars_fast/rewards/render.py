@@ -9,6 +9,7 @@ from typing import Any
 
 from stars_fast.methods.numbers import integer, plain, shown
 from stars_fast.rewards.base import Completion, RewardPrompt
+from stars_fast.rewards.pictures import PICTURE, Beginning, with_pictures
 from stars_fast.text.chat import (
     ChatFrame,
     chat_frame,
@@ -37,6 +38,11 @@ class Context:
     frame: ChatFrame | None = None  # of a chat whose template writes some answers otherwise than they are
     in_thought: bool = False  # the policy's prompt ends with the opening of a thought, which the frame has closed
     habits: Habits = VERBATIM  # of that template
+    seen: Beginning | None = None  # of a prompt with pictures: `prefix`, and what is read with it
+
+    def read(self, ids: list[int]) -> list[int]:
+        """Ids of a text of this prompt, as the model reads them."""
+        return ids if self.seen is None else self.seen.of(ids)
 
 
 class Rendering:
@@ -49,6 +55,8 @@ class Rendering:
     tail : "auto", "template", "none" or sequence of int
     chat_template_kwargs : mapping, optional
         Variables for the reward model's template. What it leaves open is as in the call.
+    processor : transformers processor, optional
+        The reward model's, for prompts with pictures.
 
     Raises
     ------
@@ -62,6 +70,7 @@ class Rendering:
         policy_tokenizer: Any,
         tail: str | Sequence[int],
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        processor: Any = None,
     ) -> None:
         self.templated = bool(getattr(tokenizer, "chat_template", None))
         words = isinstance(tail, str)
@@ -74,6 +83,7 @@ class Rendering:
             raise ValueError("reward_tail='template', but the reward tokenizer has no chat template")
         self.tokenizer = tokenizer
         self.policy_tokenizer = policy_tokenizer
+        self.processor = processor
         self.tail = tail
         self.chat_template_kwargs = template_kwargs(chat_template_kwargs)
         self._shared_ids: bool | None = None
@@ -95,18 +105,23 @@ class Rendering:
             For a prompt that cannot be rendered, by name.
         """
         tail = [] if isinstance(self.tail, str) else list(self.tail)
+        as_policy = prompt.media is not None and self._sees_as_policy(prompt)
+        seen = Beginning(prompt.ids, prompt.media) if as_policy else None
         if self.templated:
-            rendered = self._is_rendered(prompt, refused=not self.shared_ids)
+            rendered = as_policy or self._is_rendered(prompt, refused=not self.shared_ids)
             frame = self._frame(prompt)
             after = frame.tail if self.tail in ("auto", "template") else tail
             prefix = list(prompt.ids) if rendered else frame.prefix
+            if prompt.media is not None and not as_policy:
+                seen = self.with_pictures(prompt, frame.start, frame.own_start)
+                prefix = seen.ids
             text, begun = "" if self.shared_ids else frame.before, ends_with_answer(prompt.source)
             habits = VERBATIM if rendered else self._habits_of(prompt)
             kept = None if rendered or (habits == VERBATIM and frame.asked is None) else frame
             in_thought = self._opens_thought(prompt, frame)
-            return Context(prefix, after, text, frame.own_start, begun, kept, in_thought, habits)
+            return Context(prefix, after, text, frame.own_start, begun, kept, in_thought, habits, seen)
         if self.shared_ids:
-            return Context(list(prompt.ids), tail)
+            return Context(list(prompt.ids), tail, seen=seen)
         text = self._prompt_text(prompt)
         return Context(encode_start(self.tokenizer, text), tail, text)
 
@@ -125,7 +140,8 @@ class Rendering:
         if self.templated:  # tokenised in one piece: how an answer begins depends on what stands before it
             answer = completion.continuation if context.begun else completion.text
             if context.frame is None:
-                return encode_turn(self.tokenizer, context.text + answer, context.own_start), context.tail
+                ids = encode_turn(self.tokenizer, context.text + answer, context.own_start)
+                return context.read(ids), context.tail
             return self._as_written(context.frame, context, completion, answer, [])
         text = context.text + completion.continuation
         if not causal:
@@ -154,10 +170,60 @@ class Rendering:
         if isinstance(answer, list) and written.as_it_is:
             front = context.prefix
             if written.front != frame.before:
-                front = encode_turn(self.tokenizer, written.front, frame.own_start)
+                front = context.read(encode_turn(self.tokenizer, written.front, frame.own_start))
             return front + answer, context.tail
-        ids = encode_turn(self.tokenizer, written.front + written.answer, frame.own_start) + ended
+        ids = context.read(encode_turn(self.tokenizer, written.front + written.answer, frame.own_start)) + ended
         return ids, context.tail if written.after == frame.after else []
+
+    def _sees_as_policy(self, prompt: RewardPrompt) -> bool:
+        """Whether the prompt's pictures are read as the policy reads them, ids and all; else with the processor, or
+        ValueError.
+        """
+        if self.shared_ids:
+            if not _is_chat(prompt.source):
+                return True
+            policys = getattr(self.policy_tokenizer, "chat_template", None)
+            if self.processor is None and (not self.templated or self.tokenizer.chat_template == policys):
+                return True
+        self.images(prompt)
+        return False
+
+    def images(self, prompt: RewardPrompt) -> Sequence[Any]:
+        """The prompt's pictures, for the reward model's processor.
+
+        Raises
+        ------
+        ValueError
+            Where there is none, or none that writes chats, and where the pictures are not known, by name.
+        """
+        assert prompt.media is not None
+        if self.processor is None:
+            raise ValueError(
+                f"{prompt.name} has pictures, and the reward model reads prompts with a tokenizer or template of its "
+                "own: give the scorer its model's processor="
+            )
+        if not prompt.media.images or not _is_chat(prompt.source):
+            raise ValueError(
+                f"{prompt.name} is what a processor made, of pictures that the reward model reads with another one: "
+                "give the chat with its pictures"
+            )
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError(f"{prompt.name} has pictures, and the reward model's processor has no chat template")
+        return prompt.media.images
+
+    def with_pictures(self, prompt: RewardPrompt, text: str, own_start: bool) -> Beginning:
+        """What the reward model reads of the prompt's pictures, and of the rendered text in which their marks stand."""
+        try:
+            return with_pictures(self.processor, self.tokenizer, text, own_start, self.images(prompt))
+        except ValueError as error:
+            raise ValueError(f"{prompt.name}: {error}") from error
+
+    def begun(self, prompt: RewardPrompt, text: str, own_start: bool) -> Context:
+        """The context of answers that are tokenised by themselves, behind this text."""
+        if prompt.media is None:
+            return Context(encode_turn(self.tokenizer, text, own_start), [])
+        seen = self.with_pictures(prompt, text, own_start)
+        return Context(seen.ids, [], seen=seen)
 
     def variables(self, prompt: RewardPrompt) -> dict[str, Any]:
         """What the prompt's template is rendered with: the scorer's own, else the call's."""
@@ -165,9 +231,10 @@ class Rendering:
 
     def _habits_of(self, prompt: RewardPrompt) -> Habits:
         variables = self.variables(prompt)
-        key = repr(sorted(variables.items()))
+        content = "a" if prompt.media is None else [PICTURE, {"type": "text", "text": "a"}]
+        key = repr((content, sorted(variables.items())))
         if key not in self._habits:
-            self._habits[key] = habits_of(self.tokenizer, variables)
+            self._habits[key] = habits_of(self.tokenizer, variables, content)
         return self._habits[key]
 
     def _opens_thought(self, prompt: RewardPrompt, frame: ChatFrame) -> bool:
@@ -190,7 +257,7 @@ class Rendering:
     def _is_rendered(self, prompt: RewardPrompt, refused: bool) -> bool:
         """Whether the prompt is given as the ids of a chat that is rendered already: a turn in a turn would mislead."""
         source = prompt.source
-        if self.policy_tokenizer is None or not isinstance(source, list) or not source or isinstance(source[0], dict):
+        if self.policy_tokenizer is None or not isinstance(source, list) or not source or _is_chat(source):
             return False
         mark = rendered_mark(self.policy_tokenizer, prompt.ids, self._marks)
         if mark is not None and refused:
@@ -210,8 +277,11 @@ class Rendering:
         Raises
         ------
         ValueError
-            For ids of a chat that is rendered already, and a chat that ends with the beginning of the answer, by name.
+            For ids of a chat that is rendered already, a chat that ends with the beginning of the answer, and pictures
+            that cannot be read, by name.
         """
+        if prompt.media is not None:
+            self.images(prompt)
         if ends_with_answer(prompt.source):
             raise ValueError(
                 f"{prompt.name} ends with an assistant's turn, of which the completion is the rest: this scorer cannot "
@@ -222,7 +292,7 @@ class Rendering:
 
     def _turns(self, prompt: RewardPrompt) -> Messages:
         source = prompt.source
-        if isinstance(source, list) and source and isinstance(source[0], dict):
+        if _is_chat(source):
             return [turn for turn in source if isinstance(turn, dict)]
         return [{"role": "user", "content": self._prompt_text(prompt)}]
 
@@ -235,3 +305,7 @@ class Rendering:
                 "pass the policy's as tokenizer="
             )
         return str(self.policy_tokenizer.decode(prompt.ids, skip_special_tokens=True))
+
+
+def _is_chat(source: Any) -> bool:
+    return isinstance(source, list) and bool(source) and isinstance(source[0], dict)

@@ -20,6 +20,7 @@ class Names(NamedTuple):
     tokenizer: str | None
     reward_tokenizer: str | None
     reward_tail: str
+    processor: str | None = None
 
 
 def build_engine(
@@ -34,13 +35,14 @@ def build_engine(
     assert names.policy is not None and names.reward is not None
     reward, reward_tokenizer = names.reward, names.reward_tokenizer
     scorer = None if file_of(reward) is None else load_function(reward)  # before what takes minutes
-    policy, tokenizer = load_policy(names.policy, names.tokenizer, device, dtype)
+    policy, tokenizer, processor = load_policy(names.policy, names.tokenizer, device, dtype, names.processor)
     if scorer is None:
         scorer, reward_tokenizer = load_classifier(reward, reward_tokenizer, device, dtype)
     return StarsEngine(
         policy,
         scorer,
         tokenizer=tokenizer,
+        processor=processor,
         reward_tokenizer=reward_tokenizer,
         reward_tail=_tail(names.reward_tail),
         max_rows=max_rows,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
+
+from stars_fast.rows.pictures import Image, check_image, has_pictures, with_pictures
 
 Id = str | int
 _FORMS = ("prompt", "messages", "prompt_ids")
@@ -23,6 +26,24 @@ class Row:
     prompt: Any  # text, chat messages or token ids; None where the row is bad
     seed: int
     error: str | None = None
+    image: Image | None = None  # shown with the prompt
+    file: str = ""  # where it was read; paths of pictures start in its folder
+    line: int = 0
+
+    @property
+    def asked(self) -> Any:
+        """The prompt with its pictures."""
+        return with_pictures(self.prompt, self.image, os.path.dirname(self.file))
+
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether only a processor can read it."""
+        return self.image is not None or has_pictures(self.prompt)
+
+    @property
+    def place(self) -> str:
+        """Where it stands, for messages."""
+        return f"{self.file}, {_LINE}{self.line}" if self.file else f"{_LINE}{self.line}"
 
 
 def lines_of(file: IO[bytes]) -> Iterator[bytes]:
@@ -33,18 +54,22 @@ def lines_of(file: IO[bytes]) -> Iterator[bytes]:
             pass
 
 
-def read_rows(lines: Iterable[bytes | str], seed: int) -> list[Row]:
+def read_rows(lines: Iterable[bytes | str], seed: int, file: str = "") -> list[Row]:
     """Rows of a JSON Lines file. What cannot be used becomes a row with an error.
+
+    ``file`` is its path, if it has one: pictures lie relative to its folder.
 
     Raises
     ------
     ValueError
         For an id that comes twice, naming both lines: a resumed run could not tell the rows apart.
     """
-    return list(each_row(lines, seed, {}))
+    return list(each_row(lines, seed, {}, file=file))
 
 
-def each_row(lines: Iterable[bytes | str], seed: int, seen: dict[Id, str], name: str = "") -> Iterator[Row]:
+def each_row(
+    lines: Iterable[bytes | str], seed: int, seen: dict[Id, str], name: str = "", file: str = ""
+) -> Iterator[Row]:
     """:func:`read_rows` one by one. Files read together have names, and share ``seen``: ids, and where they are.
 
     A row without an id is called by its line number, in a named file ``NAME:NUMBER``.
@@ -55,6 +80,7 @@ def each_row(lines: Iterable[bytes | str], seed: int, seen: dict[Id, str], name:
             continue
         place = f"{number}{of_file}"
         row = _read_row(place, f"{name}:{number}" if name else number, line, seed)
+        row = replace(row, file=file, line=number)
         if row.id in seen:
             raise ValueError(f"lines {seen[row.id]} and {place} have the same id {row.id!r}: ids must differ")
         seen[row.id] = place
@@ -78,7 +104,9 @@ def _read_row(place: str, own_id: Id, line: bytes | str, seed: int) -> Row:
         fields = _parse(line)
         row_id = _checked(fields, "id", own_id, str, int)
         own_seed = _checked(fields, "seed", row_seed(seed, row_id), int)
-        return Row(row_id, _prompt(fields), own_seed)
+        prompt, image = _prompt(fields), check_image(fields.get("image"))
+        with_pictures(prompt, image, "")  # where that cannot be, it is told now
+        return Row(row_id, prompt, own_seed, image=image)
     except ValueError as error:
         return Row(row_id, None, row_seed(seed, row_id), f"{_LINE}{place}: {error}")
 

@@ -32,6 +32,7 @@ def record(
         "id": row.id,
         "sample": sample,
         "prompt": row.prompt,
+        **({} if row.image is None else {"image": row.image}),
         "completion": text,
         "reward": rounded(segments[-1].reward) if segments and finish_reason in ("stop", "length") else None,
         "finish_reason": finish_reason,
@@ -141,8 +142,9 @@ def _written_rows(path: Path, wanted: Mapping[Id, Row]) -> list[_Written]:
             row.failed |= found.get("error") is not None
             own = wanted.get(row.id)
             # Files of earlier versions may lack one of the two.
-            row.changed |= own is not None and any(
-                found.get(name, now) != now for name, now in (("prompt", own.prompt), ("seed", own.seed))
+            row.changed |= own is not None and (
+                any(found.get(name, now) != now for name, now in (("prompt", own.prompt), ("seed", own.seed)))
+                or found.get("image") != own.image
             )
             start += len(line)
     return rows

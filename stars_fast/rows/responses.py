@@ -35,10 +35,15 @@ def finished_rows(
     ValueError, TypeError, NotImplementedError
         For what is wrong with every row: a setting, a missing tokenizer.
     """
+    sound = list[Row]()
     for row in rows:
-        if row.error is not None:
-            yield _rejected(row, row.error, config, bar)
-    sound = [row for row in rows if row.error is None]
+        error = row.error
+        if error is None and row.shows_pictures and engine.processor is None:
+            error = f"{row.place}: has a picture, and there is no processor to read it: give processor="
+        if error is None:
+            sound.append(row)
+        else:
+            yield _rejected(row, error, config, bar)
     for start in range(0, len(sound), batch_size):
         yield from _finished_batch(engine, sound[start : start + batch_size], config, bar, chat_template_kwargs)
 
@@ -51,7 +56,7 @@ def _finished_batch(
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> Iterator[Records]:
     while rows:
-        prompts, seeds = [row.prompt for row in rows], [row.seed for row in rows]
+        prompts, seeds = [row.asked for row in rows], [row.seed for row in rows]
         try:
             arguments = Arguments(prompts, config, seed=seeds, chat_template_kwargs=chat_template_kwargs)
             job = Job(engine.prepare(arguments), engine.tokenizer)

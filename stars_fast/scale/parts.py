@@ -106,7 +106,7 @@ class Parts:
         return {id_: asked for entry in self.checkpoint.glob("part-*.done") for id_, asked in _entries(entry)}
 
     def _check_in(self, name: str, records: Sequence[dict[str, Any]]) -> None:
-        asked = {record["id"]: fingerprint(record["prompt"], record["seed"]) for record in records}
+        asked = {record["id"]: fingerprint(record["prompt"], record["seed"], record.get("image")) for record in records}
         with replacing(self._entry(name)) as file:
             file.write(json.dumps(list(asked.items())).encode())
 
@@ -122,14 +122,14 @@ def _digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
 
 
-def fingerprint(prompt: Any, seed: int) -> str:
+def fingerprint(prompt: Any, seed: int, image: Any = None) -> str:
     """Stands for what a row asks."""
-    return _digest([prompt, seed])
+    return _digest([prompt, seed] if image is None else [prompt, seed, image])
 
 
 def is_same(row: Row, asked: str) -> bool:
     """Whether a row asks what was asked under its id."""
-    return row.error is None and fingerprint(row.prompt, row.seed) == asked
+    return row.error is None and fingerprint(row.prompt, row.seed, row.image) == asked
 
 
 def _records(part: Path) -> list[dict[str, Any]]:

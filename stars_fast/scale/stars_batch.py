@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from stars_fast.rows.responses import Records, finished_rows
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_READ = ("id", "prompt", "messages", "prompt_ids", "seed")
+_READ = ("id", "prompt", "messages", "prompt_ids", "image", "seed")
 
 
 class StarsBatch:
@@ -39,12 +40,14 @@ class StarsBatch:
 
     Notes
     -----
-    A batch (Arrow, pandas or NumPy) has a column ``id``, text or integers, which differ within the dataset, and one of
-    ``prompt`` (text), ``messages`` (chats) and ``prompt_ids`` in each row. A null in a message is a key that the
-    message has not: Arrow gives all of them the keys of one. The batch comes back as an Arrow table with all its
-    columns and these: ``sample, completion, reward, finish_reason, error, tokens, completion_ids, segments, seed``; a
-    row per sample where ``num_return_sequences`` is more than 1. A row that fails has its reason in ``error``, which is
-    null in others, and costs no other row. ValueError and TypeError are for what is wrong with every row.
+    A batch (Arrow, pandas or NumPy) has a column ``id``, text or integers, which differ within the dataset, and one
+    of ``prompt`` (text), ``messages`` (chats) and ``prompt_ids`` in each row. A column ``image`` has pictures:
+    whole paths, data URLs, the bytes of files, or what data sets of the hub have, ``{"bytes": ..., "path": ...}``;
+    one or a list. A null in a message is a key that the message has not: Arrow gives all of them the keys of one.
+    The batch comes back as an Arrow table with all its columns and these: ``sample, completion, reward,
+    finish_reason, error, tokens, completion_ids, segments, seed``; a row per sample where ``num_return_sequences``
+    is more than 1. A row that fails has its reason in ``error``, which is null in others, and costs no other row.
+    ValueError and TypeError are for what is wrong with every row.
 
     Examples
     --------
@@ -114,7 +117,11 @@ def complete(
 
 
 def _spoken(value: Any) -> Any:
-    """Without the keys that Arrow gives all messages of a table since one of them has it."""
+    """Without the keys that Arrow gives all messages of a table since one of them has it; pictures as data URLs."""
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # as data sets of the hub have pictures
+        value = value["bytes"]
+    if isinstance(value, bytes):
+        return f"data:image/*;base64,{base64.b64encode(value).decode()}"
     if isinstance(value, dict):
         return {name: _spoken(one) for name, one in value.items() if one is not None}
     return [_spoken(one) for one in value] if isinstance(value, list) else value

@@ -128,10 +128,10 @@ class _TimeIsUp(Exception):
 class Exchange:
     """One request: from its place in the queue to what it has cost."""
 
-    def __init__(self, service: Service, name: str, body: Asked, config: StarsConfig) -> None:
-        self.service, self.name, self.body, self.config = service, name, body, config
+    def __init__(self, service: Service, name: str, body: Asked, prompts: Sequence[Any], config: StarsConfig) -> None:
+        self.service, self.name, self.body, self.prompts, self.config = service, name, body, prompts, config
         stops = () if config.stop_strings is None else config.stop_strings
-        count = len(body.prompts) * body.samples
+        count = len(prompts) * body.samples
         tokenizer = service.engine.engine.tokenizer if body.traced else None
         self.choices = [Choice(index, stops, tokenizer, not body.stream) for index in range(count)]
         self.costs: dict[int, dict[str, Any]] = {}  # by prompt
@@ -188,7 +188,7 @@ class Exchange:
 
     async def _events(self) -> AsyncGenerator[SegmentEvent, None]:
         """Of all prompts, by the order in which they come; ``index`` counts all choices."""
-        engine, prompts = self.service.engine, self.body.prompts
+        engine, prompts = self.service.engine, self.prompts
         try:
             engine.reserve(len(self.choices))
         except QueueFull as error:
@@ -219,7 +219,7 @@ class Exchange:
         body, engine, name = self.body, self.service.engine, f"{self.name}-{place}"
         try:
             answer: Any = engine.generate(
-                body.prompts[place],
+                self.prompts[place],
                 self.config,
                 name,
                 seed=body.seed,

@@ -134,10 +134,11 @@ def _noted(request: Request, refusal: Refusal) -> Refusal:
 async def _answer(service: Service, form: Form, body: Asked, request: Request) -> Response:
     """Check, run, and answer: whole, or as a stream, whose status waits for its first segment, but not for long."""
     service.check(body)
-    config = await service.settings(body)
+    prompts = await service.prompts(body)
+    config = await service.settings(body, prompts)
     name = form.prefix + uuid.uuid4().hex
     head = {"id": name, "object": form.whole, "created": int(time.time()), "model": service.model}
-    exchange = Exchange(service, name, body, config)
+    exchange = Exchange(service, name, body, prompts, config)
     steps = exchange.steps()
 
     def note() -> None:

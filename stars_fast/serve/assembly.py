@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import fields
+from pathlib import Path
 
 from stars_fast.async_engine import AsyncStarsEngine
 from stars_fast.config import StarsConfig
@@ -33,6 +34,7 @@ def service_of(
     max_waiting: int = 256,
     timeout: float | None = TIMEOUT,
     samples_greedy: bool = False,
+    image_folder: Path | None = None,
 ) -> Service:
     """A service over an engine, warmed up, whose settings a request can be answered with.
 
@@ -54,6 +56,8 @@ def service_of(
         Seconds; no request may have more. None: no bound.
     samples_greedy : bool
         Whether temperature 0 is taken for one that was not given.
+    image_folder : Path, optional
+        Where pictures may lie that a request names.
 
     Raises
     ------
@@ -83,7 +87,7 @@ def service_of(
                 "makes one) or --target-reward X"
             )
         longest = config.max_new_tokens if "max_new_tokens" in given else None
-        return Service(session, model, config, longest, timeout, samples_greedy)
+        return Service(session, model, config, longest, timeout, samples_greedy, image_folder=image_folder)
     except BaseException:
         session.close()
         raise

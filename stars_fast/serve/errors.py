@@ -112,13 +112,13 @@ def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
 
 
 def _complaint(error: Mapping[str, Any], path: str, place: Sequence[Any], errors: Sequence[Mapping[str, Any]]) -> str:
-    if error["type"] == "missing":
+    if error["type"] in ("missing", "union_tag_not_found"):
         return f"{path} is missing"
     if error["type"] == "extra_forbidden":
         return _unknown(str(place[-1]))
     form = next((FORMS[part] for part in reversed(place) if part in FORMS), None)
     if form is not None and len(errors) > 1:
-        value = error.get("input")
+        value = error["ctx"]["tag"] if error["type"] == "union_tag_invalid" else error.get("input")
         told = f"={shown(value)}" if place[-1] == "type" else f" is {'empty' if value in ('', []) else _kind(value)}"
         return f"{path}{told}: {form}"
     value = error.get("input")
@@ -151,4 +151,4 @@ def _place(error: Mapping[str, Any], body: Any) -> list[Any]:
         elif isinstance(body, list) and isinstance(part, int) and 0 <= part < len(body):
             place.append(part)
             body = body[part]
-    return place
+    return [*place, "type"] if error["type"].startswith("union_tag") else place

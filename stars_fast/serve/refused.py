@@ -63,7 +63,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     **dict.fromkeys(("mirostat", "dynatemp_range", "dry_multiplier", "xtc_probability"), (_OFF, "give top_p or min_p")),
     **dict.fromkeys(("prompt_embeds", "input_embeds", "input_ids"), (_OFF, "give prompt, as text or ids")),
-    **dict.fromkeys(("multi_modal_data", "mm_processor_kwargs"), (_OFF, "pictures and sounds are not read")),
+    **dict.fromkeys(("multi_modal_data", "mm_processor_kwargs"), (_OFF, "give pictures in a message")),
     **dict.fromkeys(("lora", "lora_path", "lora_request"), (_OFF, "there is one model")),
     **dict.fromkeys(("session_params", "previous_response_id"), (_OFF, "nothing is kept of other requests")),
     "truncate_prompt_tokens": ((None,), "prompts are read whole"),

@@ -131,9 +131,21 @@ class CompletionRequest(Asked):
         return list(self.prompt) if several else [self.prompt]
 
 
-class Part(Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: str
+
+
+class ImageUrl(Strict):
+    url: Annotated[Words, Field(description="data:image/png;base64,...; or a file of the server's folder.")]
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class Message(Strict):
@@ -153,6 +165,16 @@ class ChatRequest(Asked):
         return self.max_completion_tokens or self.max_tokens
 
     @cached_property
+    def pictures(self) -> list[str]:
+        """Where there are any."""
+        return [
+            f"messages[{place}].content[{number}]"
+            for place, message in enumerate(self.messages)
+            for number, part in enumerate(() if isinstance(message.content, str) else message.content)
+            if isinstance(part, ImagePart)
+        ]
+
+    @cached_property
     def prompts(self) -> list[Any]:
         return [[message.model_dump(include={"role", "content"}) for message in self.messages]]
 
@@ -161,7 +183,8 @@ class ChatRequest(Asked):
 FORMS = {
     "prompt": f"give text, token ids, or a list of at most {MOST_PROMPTS} texts or lists of ids",
     "stop": f"give text, or a list of at most {MOST_STOPS} texts, none of them empty or longer than 1024 characters",
-    "content": 'give text, or a list of parts {"type": "text", "text": ...}; pictures and sounds are not read',
+    "content": 'give text, or a list of parts {"type": "text", "text": ...} and {"type": "image_url", "image_url": '
+    '{"url": "data:image/png;base64,..."}}; sounds are not read',
     "method": 'give the name of a method, or {"name": ..., and its parameters, which are numbers from '
     f"-{MOST_ATTEMPTS} to {MOST_ATTEMPTS} here}}",
     "candidates": f'give an integer from 1 to {MOST_ATTEMPTS}, or "auto"',

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from stars_fast.async_engine import AsyncStarsEngine
@@ -14,6 +15,7 @@ from stars_fast.methods.numbers import shown
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.serve.errors import Refusal, in_terms_of_requests, named, unavailable
 from stars_fast.serve.metrics import Metrics
+from stars_fast.serve.pictures import MOST_BYTES, open_pictures
 from stars_fast.serve.refused import check_served
 from stars_fast.serve.schema import MOST_CANDIDATES, Asked, ChatRequest
 
@@ -43,6 +45,8 @@ class Service:
         Whether temperature 0 is taken for one that was not given.
     keep_alive : float
         Seconds of silence after which a stream sends a comment.
+    image_folder : Path, optional
+        Where pictures may lie that a request names. None: requests bring theirs with them.
     """
 
     engine: AsyncStarsEngine
@@ -52,6 +56,7 @@ class Service:
     timeout: float | None = TIMEOUT
     samples_greedy: bool = False
     keep_alive: float = 15.0
+    image_folder: Path | None = None
     metrics: Metrics = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,8 +65,13 @@ class Service:
 
     @property
     def max_body(self) -> int:
-        """Most bytes of a request: ids of the longest prompt, written as JSON, several times over."""
-        return max(1 << 20, 16 * self.engine.max_model_len)
+        """Most bytes of a request: ids of the longest prompt, written as JSON, several times over, and pictures."""
+        return max(1 << 20, 16 * self.engine.max_model_len) + MOST_BYTES * self.reads_pictures
+
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether chats may have any."""
+        return self.engine.engine.processor is not None
 
     def trouble(self) -> str | None:
         """Why no request can be answered, if so."""
@@ -74,6 +84,9 @@ class Service:
         if body.model is not None and body.model != self.model:
             raise Refusal(f"model={shown(body.model)}: there is {self.model!r} here", 404, "model")
         check_served(body)
+        if isinstance(body, ChatRequest) and body.pictures and not self.reads_pictures:
+            param = f"{body.pictures[0]}.type"
+            raise Refusal(f"{param}='image_url': the policy of this server reads no pictures", param=param)
         prompts, most = len(body.prompts), self.engine.max_waiting
         if prompts * body.samples > most:
             raise Refusal(
@@ -83,7 +96,13 @@ class Service:
         if (reason := self.trouble()) is not None:
             raise unavailable(reason)
 
-    async def settings(self, body: Asked) -> StarsConfig:
+    async def prompts(self, body: Asked) -> list[Any]:
+        """What is to be answered, with its pictures opened. Raises Refusal for those that are none."""
+        if not isinstance(body, ChatRequest) or not body.pictures:
+            return body.prompts
+        return [await asyncio.to_thread(open_pictures, body.prompts[0], self.image_folder)]
+
+    async def settings(self, body: Asked, prompts: list[Any]) -> StarsConfig:
         """The request's settings over the server's.
 
         Raises
@@ -120,16 +139,16 @@ class Service:
                     param="n",
                 )
             if isinstance(body, ChatRequest) and body.longest is None and self.max_tokens is None:
-                room = await asyncio.to_thread(self._room, body, config)
+                room = await asyncio.to_thread(self._room, body, prompts, config)
                 config = config.replace(max_new_tokens=max(room, 1))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise self.refused(str(error)) from error
         return config
 
-    def _room(self, body: ChatRequest, config: StarsConfig) -> int:
+    def _room(self, body: ChatRequest, prompts: list[Any], config: StarsConfig) -> int:
         """Tokens that are left for the answer to a chat, in both models."""
         shortest = config.replace(max_new_tokens=1)
-        arguments = Arguments(body.prompts, shortest, chat_template_kwargs=body.chat_template_kwargs)
+        arguments = Arguments(prompts, shortest, chat_template_kwargs=body.chat_template_kwargs)
         call, engine = self.engine.engine.prepare(arguments), self.engine.engine
         length = len(call.prompts[0].ids)
         room = self.engine.max_model_len - length

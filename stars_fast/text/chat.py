@@ -25,6 +25,7 @@ class ChatFrame(NamedTuple):
     asked: str | None = None  # text in front of an answer that brings its thought along
     opening: str = ""  # what such an answer begins with, unless the policy's prompt ends with `opened`
     opened: str = ""
+    start: str = ""  # the text of `prefix`
 
 
 class Written(NamedTuple):
@@ -77,9 +78,11 @@ def answered(messages: Messages, answer: str) -> Messages:
     return [*messages[:-1], {**last, "content": last.get("content", "") + answer}]
 
 
-def habits_of(tokenizer: Any, variables: Variables) -> Habits:
-    """What the tokenizer's template does to answers. Where that cannot be told, it may do anything to any."""
-    asked: Messages = [{"role": "user", "content": "a"}]
+def habits_of(tokenizer: Any, variables: Variables, content: Any = "a") -> Habits:
+    """What the tokenizer's template does to answers to a user's turn of this content. Where that cannot be told, it
+    may do anything to any.
+    """
+    asked: Messages = [{"role": "user", "content": content}]
     try:
         before, after = rendered(tokenizer, answered(asked, SENTINEL), variables).split(SENTINEL)
     except Exception:  # a template raises what it likes; of one with two places for an answer, frames say so
@@ -133,8 +136,9 @@ def text_frame(tokenizer: Any, before: str, after: str, start: str | None = None
     """The frame of an answer between these texts; ``start`` is what stands for the first where ids are shared."""
     # A template that writes the token itself is what decides; the tokenizer would add another, or none.
     own = bool(tokenizer.bos_token) and before.startswith(tokenizer.bos_token)
-    prefix = encode_turn(tokenizer, before if start is None else start, own)
-    return ChatFrame(before, own, prefix, _tail(tokenizer, before, after, own), after)
+    start = before if start is None else start
+    prefix = encode_turn(tokenizer, start, own)
+    return ChatFrame(before, own, prefix, _tail(tokenizer, before, after, own), after, start=start)
 
 
 def _tail(tokenizer: Any, before: str, after: str, own_start: bool) -> list[int]:

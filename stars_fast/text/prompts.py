@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.notices import warn
+from stars_fast.text.media import Media, media_inputs
+from stars_fast.text.pictures import chat_template, opened, processed
 from stars_fast.text.template import apply
 from stars_fast.text.tokens import guarded, legible, refuse_long, token_ids
-from stars_fast.text.turns import check_turns, in_one_piece, said
+from stars_fast.text.turns import check_turns, has_pictures, in_one_piece, said
 
 Messages = list[dict[str, Any]]
 
@@ -24,23 +26,14 @@ class Prompt:
     """One prompt: what the caller gave (text, chat messages or ids) and the policy's token ids."""
 
     source: str | Messages | list[int]
-    ids: list[int]
+    ids: list[int]  # with pictures: one for each slot that they take
+    media: Media | None = None
 
 
 # What the reader of prompts decides itself when it calls a tokenizer's apply_chat_template.
 _OWN = {"conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
 _OWN |= {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
 _OWN |= {"tokenizer_kwargs", "sanitize_control_tokens"}
-# Of an encoding: what is read, and what a tokenizer tells of the text besides. Anything else is meant for the model.
-_READ_OR_ABOUT_TEXT = {
-    "input_ids",
-    "attention_mask",
-    "token_type_ids",
-    "special_tokens_mask",
-    "offset_mapping",
-    "length",
-}
-_READ_OR_ABOUT_TEXT |= {"assistant_masks", "overflow_to_sample_mapping"}
 
 
 def template_kwargs(given: Any, name: str = "chat_template_kwargs") -> dict[str, Any]:
@@ -70,13 +63,15 @@ def read_prompts(
     name: str = "prompts",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     max_positions: int | None = None,
+    processor: Any = None,
+    takes: Collection[str] = (),
 ) -> list[Prompt]:
     """Normalise ``prompts``.
 
     Parameters
     ----------
-    prompts : str, list of str, list of chat message lists, one chat message list, list of id lists, id tensor, or
-        what a tokenizer returns
+    prompts : str, list of str, list of chat message lists, one chat message list, list of id lists, id tensor, what a
+        tokenizer or processor returns, or a list of such, one prompt each
         A 2-D tensor or array takes ``attention_mask`` of the same shape to mark padding, on either side. A tokenizer's
         output brings its own, unless another one is given.
     tokenizer : transformers tokenizer, optional
@@ -87,14 +82,21 @@ def read_prompts(
         Variables for the tokenizer's chat template, such as ``enable_thinking``.
     max_positions : int, optional
         The policy's. Text that is far longer is refused once its beginning has been read.
+    processor : transformers processor, optional
+        Needed for chats with pictures.
+    takes : collection of str
+        What of a processor's output the policy reads (:func:`stars_fast.text.media.forward_arguments`).
 
     Raises
     ------
     TypeError, ValueError
         For a form that is not known, text without a tokenizer, or an empty prompt, naming the prompt's index.
     """
-    if isinstance(prompts, Mapping) and "input_ids" in prompts:
-        prompts, attention_mask = _read_encoding(name, prompts, attention_mask)
+    if _is_encoding(prompts):
+        inputs = media_inputs(name, prompts, _as_mask(attention_mask), takes)
+        if inputs is not None:
+            return _read_media(inputs, tokenizer, name)
+        prompts, attention_mask = _read_encoding(prompts, attention_mask)
     if isinstance(prompts, np.ndarray):
         prompts = torch.tensor(prompts.copy()) if prompts.dtype.kind in "biuf" else prompts.tolist()
     if isinstance(prompts, torch.Tensor):
@@ -107,11 +109,11 @@ def read_prompts(
         keys = f" with the keys {list(prompts)}" if isinstance(prompts, Mapping) else ""
         raise TypeError(
             f"{name} is a {type(prompts).__name__}{keys}: give text, chat messages, id lists, an id tensor or what a "
-            "tokenizer returns"
+            "tokenizer or processor returns"
         )
     variables = template_kwargs(chat_template_kwargs)
     return [
-        _read_one(f"{name}[{index}]", prompt, tokenizer, variables, max_positions)
+        _read_one(f"{name}[{index}]", prompt, tokenizer, variables, max_positions, processor, takes)
         for index, prompt in enumerate(prompts)
     ]
 
@@ -164,7 +166,14 @@ def _with_system(preference: str, chat: Any) -> Messages:
 
 
 def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(turn, dict) for turn in prompt)
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        return False
+    return all(isinstance(turn, dict) for turn in prompt) and not any(map(_is_encoding, prompt))
+
+
+def _is_encoding(prompt: Any) -> bool:
+    """Whether it is what a tokenizer or processor returns."""
+    return isinstance(prompt, Mapping) and "input_ids" in prompt
 
 
 def _as_mask(attention_mask: Any) -> torch.Tensor | None:
@@ -179,15 +188,15 @@ def ends_with_answer(prompt: Any) -> bool:
     return _is_chat(prompt) and prompt[-1].get("role") == "assistant"
 
 
-def _read_encoding(
-    name: str, encoding: Mapping[str, Any], given: torch.Tensor | None
-) -> tuple[Any, torch.Tensor | None]:
+def _read_media(inputs: Mapping[str, torch.Tensor], tokenizer: Any, name: str) -> list[Prompt]:
+    """The rows of what a processor returned."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    prompts = _read_tensor(ids, mask, getattr(tokenizer, "pad_token_id", None), name)
+    return [replace(prompt, media=Media(inputs, row)) for row, prompt in enumerate(prompts)]
+
+
+def _read_encoding(encoding: Mapping[str, Any], given: torch.Tensor | None) -> tuple[Any, torch.Tensor | None]:
     """The ids of what a tokenizer returns, and the mask that goes with a tensor of them; lists lose their padding."""
-    if unread := [key for key in encoding if key not in _READ_OR_ABOUT_TEXT]:
-        raise ValueError(
-            f"{name} holds {', '.join(map(str, unread))}, which the policy would not see: give text, chats, or an "
-            "encoding of text alone (input_ids, attention_mask)"
-        )
     ids, mask = encoding["input_ids"], encoding.get("attention_mask")
     if isinstance(ids, torch.Tensor):
         return ids, mask if given is None else given
@@ -226,17 +235,32 @@ def _looks_padded(ids: torch.Tensor, pad_token_id: int) -> bool:
 
 
 def _read_one(
-    name: str, prompt: Any, tokenizer: Any, variables: dict[str, Any], max_positions: int | None = None
+    name: str,
+    prompt: Any,
+    tokenizer: Any,
+    variables: dict[str, Any],
+    max_positions: int | None = None,
+    processor: Any = None,
+    takes: Collection[str] = (),
 ) -> Prompt:
     if isinstance(prompt, str):
         _need_tokenizer(name, "text", tokenizer)
         return Prompt(prompt, _not_empty(name, _text_ids(name, prompt, tokenizer, max_positions)))
     if _is_chat(prompt):
-        check_turns(name, prompt)
+        check_turns(name, prompt, pictures=processor is not None)
+        if any(map(has_pictures, prompt)):
+            return _read_pictures(name, prompt, processor, variables, max_positions, takes)
         _need_tokenizer(name, "a chat", tokenizer)
         chat = [dict(turn) for turn in prompt]
-        _need_template(name, tokenizer)
-        return Prompt(chat, _not_empty(name, _chat_ids(name, chat, tokenizer, variables, max_positions)))
+        template = None if getattr(tokenizer, "chat_template", None) else chat_template(processor)
+        if template is None:
+            _need_template(name, tokenizer)
+        return Prompt(chat, _not_empty(name, _chat_ids(name, chat, tokenizer, variables, max_positions, template)))
+    if _is_encoding(prompt):
+        rows = read_prompts(prompt, tokenizer, None, name, takes=takes)
+        if len(rows) != 1:
+            raise ValueError(f"{name} holds {len(rows)} prompts: in a list, give one each; a batch goes alone")
+        return rows[0]
     if isinstance(prompt, (torch.Tensor, np.ndarray)) and prompt.ndim == 1:
         prompt = prompt.tolist()
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
@@ -258,16 +282,44 @@ def _text_ids(name: str, text: str, tokenizer: Any, max_positions: int | None) -
 
 
 def _chat_ids(
-    name: str, chat: Messages, tokenizer: Any, variables: dict[str, Any], max_positions: int | None
+    name: str,
+    chat: Messages,
+    tokenizer: Any,
+    variables: dict[str, Any],
+    max_positions: int | None,
+    template: str | None,
 ) -> list[int]:
-    begun = ends_with_answer(chat)
-    form = {"continue_final_message": begun, "add_generation_prompt": not begun, "return_dict": False}
+    form = {**_form(chat), "return_dict": False, "template": template}
     try:
         refuse_long(name, said(chat), tokenizer, max_positions, "policy")
         misfit = f"{name} does not fit the tokenizer's chat template"
         return guarded(lambda: list(apply(tokenizer, chat, variables, **form, tokenize=True)), what=misfit)
     except ValueError as error:
         raise _named(name, error) from error
+
+
+def _form(chat: Messages) -> dict[str, bool]:
+    begun = ends_with_answer(chat)
+    return {"continue_final_message": begun, "add_generation_prompt": not begun}
+
+
+def _read_pictures(
+    name: str,
+    given: Messages,
+    processor: Any,
+    variables: dict[str, Any],
+    max_positions: int | None,
+    takes: Collection[str],
+) -> Prompt:
+    """A chat with pictures. Its source has bare parts in their places."""
+    chat, images = opened(name, given)
+    refuse_long(name, said(chat), processor.tokenizer, max_positions, "policy")
+    refused = f"{name}: the processor cannot read it"
+    encoding = guarded(lambda: processed(processor, chat, images, variables, **_form(chat)), what=refused)
+    (prompt,) = read_prompts(encoding, processor.tokenizer, None, name, takes=takes)
+    if prompt.media is None:
+        raise ValueError(f"{name} has pictures, of which the processor's output ({', '.join(encoding)}) holds nothing")
+    return Prompt(chat, prompt.ids, replace(prompt.media, images=images))
 
 
 def _named(name: str, error: ValueError) -> ValueError:

@@ -11,7 +11,7 @@ from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.text.bounds import bounded
-from stars_fast.text.turns import in_one_piece, in_parts
+from stars_fast.text.turns import answer_in_parts, has_pictures, in_one_piece, in_parts
 
 Variables = Mapping[str, Any]
 
@@ -36,18 +36,30 @@ def rendered(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Vari
 
 
 def apply(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Variables, **form: Any) -> Any:
-    """``tokenizer.apply_chat_template`` of turns whose parts of text are joined where the template cannot take them."""
-    if any(map(in_parts, turns)) and not _takes_parts(tokenizer, variables):
+    """``tokenizer.apply_chat_template`` of turns whose parts of text are joined where the template cannot take them.
+
+    In a chat with pictures, answers are parts where the template shows no others.
+    """
+    if any(map(has_pictures, turns)):
+        in_parts_alone = [answer_in_parts(turn) for turn in turns]
+        if in_parts_alone != turns and not _shows_answers(tokenizer, variables, form.get("template")):
+            turns = in_parts_alone
+    elif any(map(in_parts, turns)) and not _takes_parts(tokenizer, variables):
         turns = [in_one_piece(dict(turn)) for turn in turns]
     return _within_bounds(tokenizer, list(turns), variables, **form)
 
 
-def _within_bounds(tokenizer: Any, turns: list[Mapping[str, Any]], variables: Variables, **form: Any) -> Any:
-    """A rendering of a template of Jinja's. What a tokenizer of another kind writes is its own business."""
+def _within_bounds(
+    tokenizer: Any, turns: list[Mapping[str, Any]], variables: Variables, template: str | None = None, **form: Any
+) -> Any:
+    """A rendering of a template of Jinja's, by default the tokenizer's. What one of another kind writes is its own
+    business.
+    """
     function = getattr(tokenizer.apply_chat_template, "__func__", None)
-    if function is not PreTrainedTokenizerBase.apply_chat_template or not tokenizer.chat_template:
+    if function is not PreTrainedTokenizerBase.apply_chat_template or not (template or tokenizer.chat_template):
         return tokenizer.apply_chat_template(turns, **variables, **form)
-    with bounded(tokenizer.get_chat_template(tools=variables.get("tools")), turns, variables) as source:
+    template = template or tokenizer.get_chat_template(tools=variables.get("tools"))
+    with bounded(template, turns, variables) as source:
         return tokenizer.apply_chat_template(turns, chat_template=source, **variables, **form)
 
 
@@ -59,6 +71,16 @@ def _takes_parts(tokenizer: Any, variables: Variables) -> bool:
     except Exception:  # a template raises what it likes
         return False
     return SENTINEL in text and f"'{SENTINEL}'" not in text and f'"{SENTINEL}"' not in text
+
+
+def _shows_answers(tokenizer: Any, variables: Variables, template: str | None) -> bool:
+    """Whether the template shows an answer in a chat with pictures where it is text and not a part of such."""
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
+    turns: list[Mapping[str, Any]] = [asked, {"role": "assistant", "content": SENTINEL}]
+    try:
+        return SENTINEL in str(_within_bounds(tokenizer, turns, variables, template, tokenize=False))
+    except Exception:  # a template raises what it likes
+        return False
 
 
 class Habits(NamedTuple):

@@ -8,10 +8,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from huggingface_hub import HfApi, try_to_load_from_cache
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from stars_fast.methods.numbers import shown
 from stars_fast.names import near
+from stars_fast.notices import warn
 from stars_fast.text.tokens import is_panic
 
 # What a tokenizer is saved as, by any of transformers' classes; the usual ones first.
@@ -69,6 +70,46 @@ def named_tokenizer(argument: str, tokenizer: Any) -> Any:
             return AutoTokenizer.from_pretrained(name)
     check_tokenizer(argument, tokenizer)
     return tokenizer
+
+
+def named_processor(argument: str, processor: Any) -> Any:
+    """``processor`` of texts and pictures, or None; loaded where it is a path or hub id.
+
+    Raises
+    ------
+    OSError, TypeError
+        Where it cannot be loaded; for what is none.
+    """
+    if isinstance(processor, (str, os.PathLike)):
+        name = os.fspath(processor)
+        with _said(f"{argument}={name!r} cannot be loaded"):
+            processor = AutoProcessor.from_pretrained(name)
+    if processor is not None and (isinstance(processor, type) or not (callable(processor) and is_processor(processor))):
+        kind = type(processor).__name__
+        raise TypeError(
+            f"{argument} is a {kind}, {shown(processor)}: give a transformers processor, which has a tokenizer"
+        )
+    return processor
+
+
+def processor_beside(name: str) -> Any:
+    """The processor beside a model that takes pictures; None, with a warning, where none loads."""
+    try:
+        with _said("cannot be loaded"):
+            processor = AutoProcessor.from_pretrained(name)
+    except OSError as error:
+        cause = " ".join(str(error.__cause__).split())
+        warn(
+            f"policy={name!r} takes pictures, and its processor cannot be loaded, so that chats are read without them: "
+            f"pass processor= ({type(error.__cause__).__name__}: {cause})"
+        )
+        return None
+    return processor if is_processor(processor) else None
+
+
+def is_processor(candidate: Any) -> bool:
+    """Whether it makes more of a prompt than ids: where there is nothing but a tokenizer, AutoProcessor loads that."""
+    return getattr(candidate, "tokenizer", None) is not None
 
 
 @contextmanager

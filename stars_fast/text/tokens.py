@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from stars_fast.notices import warn
 from stars_fast.outputs import Cause
+
+T = TypeVar("T")
 
 # Characters of a text of which a first part is read alone, to see whether it is too long already.
 _LONG = 1 << 16
@@ -23,14 +25,15 @@ def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
     return guarded(lambda: list(tokenizer(text, **options)["input_ids"]), text)
 
 
-def guarded(call: Callable[[], list[int]], text: str = "", what: str = "the tokenizer cannot read it") -> list[int]:
+def guarded(call: Callable[[], T], text: str = "", what: str = "the tokenizer cannot read it") -> T:
     """What a call of a tokenizer returns; ValueError, which begins with ``what``, for errors and panics."""
     try:
         return call()
     except BaseException as error:
         if isinstance(error, MemoryError) or not (isinstance(error, Exception) or is_panic(error)):
             raise
-        raise ValueError(f"{what}: {_half_a_pair(text) or error or type(error).__name__}") from error
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{what}: {_half_a_pair(text) or said}") from error
 
 
 def is_panic(error: BaseException) -> bool:

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _SPEAKERS = ("user", "assistant", "system", "developer")  # what others return, such as tools, templates know to write
+PICTURES = ("image", "image_url")  # types of parts; a part of the first may be bare, its picture being elsewhere
 _WORDLESS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # may stand without content
 
 
-def check_turns(name: str, chat: Sequence[dict[str, Any]]) -> None:
-    """Raise TypeError or ValueError, naming the turn, where one has no role in words or no content that can be read."""
+def check_turns(name: str, chat: Sequence[dict[str, Any]], pictures: bool = False) -> None:
+    """Raise TypeError or ValueError, naming the turn, where one has no role in words or no content that can be read;
+    ``pictures`` are where there is a processor.
+    """
     for place, turn in enumerate(chat):
         where = f"{name}, turn {place}"
         if "role" not in turn:
@@ -30,19 +33,27 @@ def check_turns(name: str, chat: Sequence[dict[str, Any]]) -> None:
             if not isinstance(content, str | list | dict):
                 raise TypeError(f"{where} ({role}): content is {_form(content)}, not text, a list or a mapping")
         elif isinstance(content, list):
-            _check_parts(f"{where} ({role})", content)
+            _check_parts(f"{where} ({role})", content, pictures)
         elif not isinstance(content, str):
             raise TypeError(f"{where} ({role}): content is {_form(content)}, not text")
         for text in (role, *texts_of(turn)):
             _check_characters(where, text)
 
 
-def _check_parts(where: str, parts: list[Any]) -> None:
+def _check_parts(where: str, parts: list[Any], pictures: bool) -> None:
     for part in parts:
         if not isinstance(part, dict) or not isinstance(part.get("type", "text"), str):
             raise TypeError(f"{where}: content is a list of {_form(part)}: give text, or parts {{'type': 'text', ...}}")
-        if part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f"{where}: content has a part of type {part.get('type')!r}; only parts of text are read")
+        kind = part.get("type", "text")
+        if kind in PICTURES and pictures:
+            continue
+        if kind in PICTURES:
+            raise ValueError(
+                f"{where}: content has a part of type {kind!r}, which is read in prompts, with a processor alone: pass "
+                "processor= to StarsEngine"
+            )
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"{where}: content has a part of type {kind!r}; only parts of text and images are read")
 
 
 def _check_characters(where: str, text: str) -> None:
@@ -64,8 +75,8 @@ def _form(value: Any) -> str:
 def texts_of(turn: dict[str, Any]) -> list[str]:
     """The texts of a turn's content; of what a tool returned in a form of its own, its JSON."""
     content = turn.get("content")
-    if in_parts(turn):
-        return [part["text"] for part in turn["content"]]
+    if in_parts(turn) or has_pictures(turn):
+        return [part["text"] for part in turn["content"] if "text" in part]
     if isinstance(content, dict | list):
         return [json.dumps(content, ensure_ascii=False, default=str)]
     return [content] if isinstance(content, str) else []
@@ -77,6 +88,16 @@ def in_parts(turn: Mapping[str, Any]) -> bool:
     return isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
         for part in content
+    )
+
+
+def has_pictures(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn's content is a list with parts that are pictures; a tool's is its own."""
+    content = turn.get("content")
+    return (
+        isinstance(content, list)
+        and turn.get("role") != "tool"
+        and any(isinstance(part, dict) and part.get("type") in PICTURES for part in content)
     )
 
 
@@ -93,6 +114,13 @@ def in_one_piece(turn: dict[str, Any]) -> dict[str, Any]:
     if in_parts(turn):
         return {**turn, "content": "\n".join(texts_of(turn))}
     return {key: value for key, value in turn.items() if value is not None}
+
+
+def answer_in_parts(turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The turn; an assistant's text is a part of text."""
+    content = turn.get("content")
+    answers = turn.get("role") == "assistant" and isinstance(content, str)
+    return {**turn, "content": [{"type": "text", "text": content}]} if answers else turn
 
 
 def spoken(turn: dict[str, Any]) -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +114,7 @@ class ShapeRecorder:
     """Learns which layers reach the attention interface, and the shape of their keys and values."""
 
     shapes: dict[int, tuple[int, int, int]]  # layer -> (kv heads, key head size, value head size)
+    modules: dict[nn.Module, int] = field(default_factory=dict)  # the decoder's own, and their layers
     windows: dict[int, int] = field(default_factory=dict)  # layer -> sliding window it asks for, 0 for none
     asks: set[prefill.Shape] = field(default_factory=set)
     dtype: torch.dtype = torch.float32
@@ -126,8 +127,50 @@ class ShapeRecorder:
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
 
 
+class Write(NamedTuple):
+    """Where the keys and values of a module go."""
+
+    pool: SlotPool
+    layer: int
+    tokens: torch.Tensor  # [N] int64, places in the batch's tokens [B * T]
+    slots: torch.Tensor  # [N] int32
+
+
+@dataclass
+class PromptContext:
+    """A forward pass that stays the model's own, masks and all, but for what it leaves in slots.
+
+    Modules without a :class:`Write`, such as a vision tower's, are as if no context were active.
+    """
+
+    writes: Mapping[nn.Module, Write]
+    size: tuple[int, int]  # (B, T) of the ids
+    seen: set[nn.Module] = field(default_factory=set)  # which have written
+
+    def call(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **options: Any,
+    ) -> Any:
+        """A whole call of transformers' attention: key ``[B, Hkv, T, D]``, value ``[B, Hkv, T, Dv]``."""
+        if (write := self.writes.get(module)) is not None:
+            if (key.shape[0], key.shape[2]) != self.size:
+                raise NotImplementedError(
+                    f"{type(module).__name__} has keys of {key.shape[0]} x {key.shape[2]} tokens, where the prompts "
+                    f"are {self.size[0]} x {self.size[1]} ids: a processor must put an id for every token of a picture"
+                )
+            keys, values = (states.transpose(1, 2).flatten(0, 1)[write.tokens] for states in (key, value))
+            kv_append(keys, values, *write.pool.layer(write.layer), write.slots)
+            self.seen.add(module)
+        return _ordinary_attention(module)(module, query, key, value, attention_mask, **options)
+
+
 @contextmanager
-def active(context: AttentionContext) -> Iterator[None]:
+def active(context: AttentionContext | PromptContext) -> Iterator[None]:
     """Run the forward passes inside on ``context`` (this thread only)."""
     previous = getattr(_active, "context", None)
     _active.context = context
@@ -150,12 +193,14 @@ def stars_attention(
     """transformers' attention signature: query ``[1, Hq, T, D]`` -> ``([1, T, Hq, Dv], None)``."""
     compiling = torch.compiler.is_compiling()
     context = None if compiling else getattr(_active, "context", None)
-    if context is None and not compiling:
-        ordinary = _ordinary_attention(module)
+    if not compiling and (context is None or isinstance(context, PromptContext)):
+        ordinary = _ordinary_attention(module) if context is None else context.call
         return ordinary(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise NotImplementedError(f"{type(module).__name__} has no layer_idx: its keys cannot be told apart")
+    if isinstance(context, ShapeRecorder):
+        context.modules[module] = layer
     attend = torch.ops.stars_fast.attend.default if compiling else _attend
     out = attend(
         query[0].transpose(0, 1),

@@ -9,14 +9,16 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from stars_fast.tree.attention import causal_probe, evaluating, own_dtypes, plugged
+from stars_fast.tree.attention import causal_probe, evaluating, is_causal, own_dtypes, plugged
 from stars_fast.tree.model import TreeModel
+from stars_fast.tree.support import unwrapped
 
 # Relative difference from a plain forward pass that rounding explains, in whatever a float32 model multiplies (TF32,
-# int8 per token); half precision has more. Another computation can come to 0.17, as PaliGemma's mask does.
+# int8 per token); half precision has more. Another computation can come to 0.17, as a mask in both directions does.
 _LEAST_TOLERATED = 0.01
-# Models whose numbers were compared, and as what: dtype, device and body change what is computed, weights do not.
-_compared: WeakKeyDictionary[PreTrainedModel, set[tuple[str, bool]]] = WeakKeyDictionary()
+# Models whose numbers were compared, as what (dtype, device, body and attention change what is computed, weights do
+# not), and whether they must read prompts whole.
+_compared: WeakKeyDictionary[PreTrainedModel, dict[tuple[str, bool, str], bool]] = WeakKeyDictionary()
 _AnyTree = TypeVar("_AnyTree", bound=TreeModel)
 
 _TRUNK = 17
@@ -28,13 +30,19 @@ _GAP = 8
 def checked(tree_model: _AnyTree) -> _AnyTree:
     """``tree_model``, once its numbers have been compared with those of its model's plain forward passes.
 
+    A model that reads pictures may let a prompt's tokens see later ones, of text alone too. Where a changed last token
+    changes the hidden states before it, ``reads_whole`` is set, and what follows a prompt is compared with the model's
+    own passes behind a cache.
+
     Raises
     ------
     NotImplementedError
         For families that do more with keys and values than the interface shows, by name: their numbers come out wrong.
     """
-    seen = _compared.setdefault(tree_model.model, set())
-    form = (tree_model.made_for, tree_model.body is tree_model.model)
+    model = tree_model.model
+    seen = _compared.setdefault(model, {})
+    form = (tree_model.made_for, tree_model.body is model, str(model.config._attn_implementation))
+    tree_model.reads_whole = seen[form] if form in seen else tree_model.takes_media and not _is_causal(tree_model)
     if form not in seen:
         error = median_difference(tree_model)
         if not error < max(_LEAST_TOLERATED, 2.2 * torch.finfo(tree_model.dtype).eps ** 0.5):
@@ -43,8 +51,15 @@ def checked(tree_model: _AnyTree) -> _AnyTree:
                 f"the {tree_model.name}: on a tree its outputs {found}, so it does more than causal attention over "
                 "keys and values (or its weights are not finite)"
             )
-        seen.add(form)
+        seen[form] = tree_model.reads_whole
     return tree_model
+
+
+@torch.no_grad()
+@own_dtypes()
+def _is_causal(tree_model: TreeModel) -> bool:
+    with evaluating(tree_model.model):
+        return is_causal(unwrapped(tree_model.model).base_model, tree_model.vocab_size, tree_model.device)
 
 
 def median_difference(tree_model: TreeModel) -> float:
@@ -124,11 +139,13 @@ def _outputs(tree_model: TreeModel) -> tuple[torch.Tensor, torch.Tensor]:
     """What the body gives at the tokens of two branches, on the tree and by plain passes: ``[T, X]`` float32 each.
 
     A trunk of a few tokens is encoded, then both branches below it side by side; the plain passes encode trunk and
-    branch together, one branch at a time. X is the vocabulary for a policy, the hidden size for a reward model.
+    branch together, one branch at a time, or go on token by token behind the trunk's cache where that is read whole. X
+    is the vocabulary for a policy, the hidden size for a reward model.
     """
     trunk, branches = _probe(tree_model)
     packed = _on_tree(tree_model, trunk, branches)
-    return packed, torch.cat([_plainly(tree_model, trunk + branch)[len(trunk) :] for branch in branches])
+    plain = _continued if tree_model.reads_whole else _plainly
+    return packed, torch.cat([plain(tree_model, trunk, branch) for branch in branches])
 
 
 def _probe(tree_model: TreeModel) -> tuple[list[int], list[list[int]]]:
@@ -145,16 +162,30 @@ def _probe(tree_model: TreeModel) -> tuple[list[int], list[list[int]]]:
 def _on_tree(tree_model: TreeModel, trunk: list[int], branches: list[list[int]]) -> torch.Tensor:
     tree_model.allocate(len(trunk) + sum(len(branch) for branch in branches))
     with plugged(tree_model.model):
-        leaves, _ = tree_model.extend([-1], [trunk])
+        if tree_model.reads_whole:
+            leaves, _ = tree_model.read_media({"input_ids": torch.tensor([trunk])})
+        else:
+            leaves, _ = tree_model.extend([-1], [trunk])
         plan = tree_model.plan(leaves, [len(branches)], [len(branch) for branch in branches])
         output, _ = tree_model.encode(plan, branches, len(branches))
         return _values(output)
 
 
-def _plainly(tree_model: TreeModel, ids: list[int]) -> torch.Tensor:
+def _plainly(tree_model: TreeModel, trunk: list[int], branch: list[int]) -> torch.Tensor:
+    ids = torch.tensor([trunk + branch], device=tree_model.device)
     with evaluating(tree_model.model):
-        output = tree_model.body(input_ids=torch.tensor([ids], device=tree_model.device), use_cache=False)
-        return _values(output)
+        return _values(tree_model.body(input_ids=ids, use_cache=False))[len(trunk) :]
+
+
+def _continued(tree_model: TreeModel, trunk: list[int], branch: list[int]) -> torch.Tensor:
+    values, cache = list[torch.Tensor](), None
+    with evaluating(tree_model.model):
+        for ids in (trunk, *([token] for token in branch)):
+            given = torch.tensor([ids], device=tree_model.device)
+            output = tree_model.body(input_ids=given, past_key_values=cache, use_cache=True)
+            values.append(_values(output))
+            cache = output.past_key_values
+    return torch.cat(values[1:])
 
 
 def _values(output: Any) -> torch.Tensor:

@@ -15,6 +15,7 @@ from stars_fast.notices import warn
 from stars_fast.ops import check_supported
 from stars_fast.ops.tree_attention import works_on_padding
 from stars_fast.stays import Stays
+from stars_fast.tree import media
 from stars_fast.tree.attention import NAME, ShapeRecorder, TreeContext, active, causal_probe, own_dtypes, plugged
 from stars_fast.tree.graphs import Graphs
 from stars_fast.tree.passes import Pass, PassShape, trunk_room
@@ -58,6 +59,11 @@ class TreeModel(Stays):
     ----------
     tree : SegmentTree
         Another one after :meth:`allocate` and :meth:`clear`.
+    takes_media : bool
+        Whether the model reads anything besides text (:meth:`read_media`).
+    reads_whole : bool
+        Whether prompts of text alone must go through :meth:`read_media` as well, because their tokens see later ones.
+        Said by :func:`stars_fast.tree.check.checked`.
     prefixes : Prefixes
         What the tree holds for texts that begin alike; of this tree. For as long as the weights do not change.
 
@@ -92,6 +98,8 @@ class TreeModel(Stays):
         self.max_positions = max_positions(self.text_config)
         recorder = self._record_shapes()
         self.shapes, self.dtype, self.asks = recorder.shapes, recorder.dtype, recorder.asks
+        self.modules = recorder.modules
+        self.takes_media, self.reads_whole = media.takes_media(model), False
         for _, key_size, value_size in sorted(set(self.shapes.values())):
             try:
                 check_supported(key_size, value_size, self.dtype, self.device)
@@ -272,7 +280,7 @@ class TreeModel(Stays):
         )  # [T]
         offset = torch.arange(len(ids), device=self.device) - (ends - counts)[row]  # [T]
         group_rows = plan.group_indptr.diff()
-        trunk_len = torch.repeat_interleave(plan.trunk_len, group_rows, output_size=len(lengths))  # [B]
+        first = torch.repeat_interleave(plan.trunk_position, group_rows, output_size=len(lengths))  # [B]
         context = TreeContext(
             pool=self.pool,
             plan=plan,
@@ -285,7 +293,7 @@ class TreeModel(Stays):
         )
         if isinstance(kwargs.get("logits_to_keep"), int):  # else the caller's index of the packed row
             kwargs["logits_to_keep"] = ends - 1
-        return self.forward(ids, trunk_len[row] + offset, context, **kwargs), ends - 1
+        return self.forward(ids, first[row] + offset, context, **kwargs), ends - 1
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Makes the model's CUDA device the current one inside: graphs and their streams lie on it."""
@@ -362,6 +370,36 @@ class TreeModel(Stays):
                 nodes[i] = node
                 outputs[i] = (output, last, at)
         return outputs
+
+    def read_media(
+        self, inputs: Mapping[str, Any], rows: Sequence[int] = (0,), lag: int = 0, **kwargs: Any
+    ) -> tuple[list[int], Any]:
+        """Read prompts in one forward pass of the model as it is, its own attention, masks and towers included.
+
+        Parameters
+        ----------
+        inputs : mapping
+            What a processor makes of prompts: the body's arguments, ``input_ids`` and ``attention_mask`` ``[B, T]``
+            among them, padded on either side. Tensors are moved to the model's device, floats to its dtype.
+        rows : sequence of int
+            Of the batch, whose keys and values are kept.
+        lag : int
+            Tokens at the end of each that are not.
+        **kwargs
+            Further arguments of the body, such as ``logits_to_keep``.
+
+        Returns
+        -------
+        (nodes, output)
+            A new node per row (a reference of the caller's), below which positions go on as the model has them; and the
+            body's output for the whole batch. Whatever it raises, the tree is as before.
+
+        Raises
+        ------
+        SlotsExhausted
+            When the tree has fewer free slots than the rows have tokens.
+        """
+        return media.read(self, inputs, rows, lag, **kwargs)
 
     def retain(self, node: int) -> int:
         """One more reference to the node, which is returned; -1 stands for none."""

@@ -154,7 +154,7 @@ class Pass(Captured):
             max_rows=self.shape.most_rows,
             max_queries=self.shape.most_queries,
         )
-        positions = torch.where(used, plan.trunk_len[group][row] + place, 0)
+        positions = torch.where(used, plan.trunk_position[group][row] + place, 0)
         last = {"logits_to_keep": (self.query_indptr[1:].long() - 1).clamp(min=0)} if self.shape.logits else {}
         output = self.model.forward(ids, positions, context, **last)
         self.output = output.logits if self.shape.logits else output.last_hidden_state

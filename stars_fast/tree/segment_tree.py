@@ -35,6 +35,7 @@ class TreePlan:
     branch_slots: Tensor  # [B, S] new slots of each row; S: the longest branch, at least 1
     branch_len: Tensor  # [B] how many of them the row has
     group_indptr: Tensor  # [G + 1] first row of each request, and B
+    trunk_position: Tensor  # [G] of the token after each trunk: its length, and the offset of what it ends with
     branches: list[int]  # [B] the rows' nodes in the tree; the caller holds one reference to each
     fresh: bool = False  # no request has a trunk
 
@@ -45,13 +46,15 @@ class TreePlan:
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)
 
-        return cls(zeros(groups, trunk), zeros(groups), zeros(rows, branch), zeros(rows), zeros(groups + 1), [])
+        trunks, branches = (zeros(groups, trunk), zeros(groups)), (zeros(rows, branch), zeros(rows))
+        return cls(*trunks, *branches, zeros(groups + 1), zeros(groups), [])
 
     def load(self, plan: TreePlan) -> None:
         """Copy a plan that is no larger into these tables, which a graph has seen; the rest of them is padding."""
         (groups, trunk), (rows, branch) = plan.trunk_slots.shape, plan.branch_slots.shape
         self.trunk_slots[:groups, :trunk].copy_(plan.trunk_slots)
         self.trunk_len[:groups].copy_(plan.trunk_len)
+        self.trunk_position[:groups].copy_(plan.trunk_position)
         self.branch_slots.zero_()
         self.branch_slots[:rows, :branch].copy_(plan.branch_slots)
         self.branch_len.zero_()
@@ -93,13 +96,14 @@ def plan(
             buffer = buffer.pin_memory()  # else the copy waits for the device
         buffer = buffer.to(device, non_blocking=True)
         groups, branches = len(rows), len(nodes)
-        shapes = [(groups, trunk_width), (groups,), (branches, branch_width), (branches,), (groups + 1,)]
-        trunk_slots, trunk_len, branch_slots, branch_len, group_indptr = _sections(buffer, shapes)
+        shapes = [(groups, trunk_width), (groups,), (branches, branch_width), (branches,), (groups + 1,), (groups,)]
+        trunk_slots, trunk_len, branch_slots, branch_len, group_indptr, trunk_position = _sections(buffer, shapes)
     except BaseException:
         tree.release_all(nodes.tolist())
         raise
     fresh = all(leaf < 0 for leaf in leaves)
-    return TreePlan(trunk_slots, trunk_len, branch_slots, branch_len, group_indptr, nodes.tolist(), fresh)
+    trunks, rows_of = (trunk_slots, trunk_len), (branch_slots, branch_len, group_indptr)
+    return TreePlan(*trunks, *rows_of, trunk_position, nodes.tolist(), fresh)
 
 
 def _sections(buffer: Tensor, shapes: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:

@@ -20,13 +20,14 @@ from conftest import tiny_policy, tiny_reward, tiny_tokenizer
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.inputs.arguments import Arguments
-from stars_fast.methods import RSD, Mara, MetropolisHastings, PersonaJudge
+from stars_fast.methods import RSD, Mara, MetropolisHastings, Navigator, PersonaJudge
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.segment_tree import SegmentTree, SlotsExhausted
 
 VOCAB = 32
 PROMPTS = [[10 + i, 3, 4 + i] for i in range(8)]
 DRAFT, NETWORK = tiny_policy(VOCAB, hidden=32, seed=7), torch.nn.Linear(32, 2)
+NAVIGATOR, TOLD = torch.nn.Linear(2, 2), dict(blocks=[[20, 21], [22]], questions=[[14, 15], [16]], scores=[1, 2])
 METHODS = {
     "stars": dict(),
     "best_of_n": dict(method="best_of_n", max_attempts=3),
@@ -36,6 +37,7 @@ METHODS = {
     "mara": dict(method=Mara(mlp=NETWORK, top_k=6)),
     "rsd": dict(method=RSD(draft=DRAFT, delimiter=None, longest=4, threshold=0.5)),
     "persona_judge": dict(method=PersonaJudge(draft_prompt=[4, 5], judge_prompt=[6])),
+    "navigator": dict(method=Navigator(network=NAVIGATOR, n=2, steps=3, longest=4, delimiter=None, **TOLD)),
 }
 CONFIG = StarsConfig(target_reward=1.0, segment_length=4, max_attempts=4, max_new_tokens=12, beta=0.6, ignore_eos=True)
 
@@ -101,6 +103,7 @@ STEPS = {
     "values": Step("stars_fast.methods.base:Method.values", "one"),
     "values of args": Step("stars_fast.methods.args_mara:Args.values", "one"),
     "network": Step("stars_fast.methods.args_mara:Mara.values", "one"),
+    "navigator": Step("stars_fast.methods.navigator:Navigator.action", "one"),
     "select": Step("stars_fast.methods.particles:ParticleFilter.select", "one"),
     "log_ratio": Step("stars_fast.methods.metropolis:MetropolisHastings.log_ratio", "one"),
     "stop test": Step("stop", "one"),

@@ -329,7 +329,7 @@ def heads() -> Iterator[Case]:
 
 
 STRANGE = (-2, -(2**63), 2**62, 2**63, 2**64, None, "x", 1.5, [1], float("nan"))
-METHODS = ("fork", "extend", "cut", "retain", "release", "release_all", "length", "slots", "plan")
+METHODS = ("fork", "extend", "cut", "shift", "retain", "release", "release_all", "length", "slots", "plan")
 
 
 def trees() -> Iterator[Case]:
@@ -343,7 +343,7 @@ def trees() -> Iterator[Case]:
     one_name = ("retain", "release", "length", "slots")
     tried: dict[str, list[tuple[Any, ...]]] = {name: [(x,) for x in STRANGE] for name in one_name}
     tried |= {"fork": [(x,) for x in STRANGE], "release_all": [([x],) for x in STRANGE]}
-    for method in ("extend", "cut"):
+    for method in ("extend", "cut", "shift"):
         tried[method] = [pair for x in STRANGE for pair in ((x, 1), (0, x))]
     tried["plan"] = [three for x in STRANGE for three in (([x], [1], [1]), ([0], [x], [1]), ([0], [1], [x]))]
     tried["plan"] += [([0, 0], [2**31 - 1] * 2, []), ([0] * 3, [1], [1]), ([], [], [1]), (0, 1, 1)]
@@ -358,7 +358,8 @@ def trees() -> Iterator[Case]:
         ("copy.copy", lambda: copy.copy(tree())),
     ):
         for method in METHODS:
-            values = {"extend": (0, 1), "cut": (0, 0), "release_all": ([],), "plan": ([-1], [1], [1]), "fork": ()}
+            values = {"extend": (0, 1), "release_all": ([],), "plan": ([-1], [1], [1]), "fork": ()}
+            values |= dict.fromkeys(("cut", "shift"), (0, 0))
             yield f"{how}: {method}", "refused", _method(empty, method, values.get(method, (0,)))
         for name in ("capacity", "free_slots", "live_slots", "nodes"):
             yield f"{how}: {name}", "refused", lambda e=empty, n=name: Call(lambda: getattr(e(), n), {})

@@ -20,6 +20,7 @@ struct Shadow {
     Shadow* parent = nullptr;
     std::vector<int32_t> own;
     int handles = 1, children = 0;
+    int64_t offset = 0;
 
     std::vector<int32_t> path() const {
         std::vector<int32_t> all = parent == nullptr ? std::vector<int32_t>{} : parent->path();
@@ -35,7 +36,7 @@ public:
     Machine(int64_t capacity, uint64_t seed) : tree_(capacity), random_(seed), owned_(capacity) {}
 
     void step() {
-        switch (below(16)) {
+        switch (below(17)) {
             case 0: case 1: fork(); break;
             case 2: case 3: case 4: extend(); break;
             case 5: case 6: cut(); break;
@@ -44,6 +45,7 @@ public:
             case 11: release_all(); break;
             case 12: case 13: plan(); break;
             case 14: hostile_name(); break;
+            case 15: shift(); break;
             default: hostile_plan();
         }
         if (held_.size() > 24) release();
@@ -83,7 +85,10 @@ private:
     Shadow* made(Shadow* parent) {
         Shadow* const shadow = new Shadow;
         shadow->parent = parent;
-        if (parent != nullptr) ++parent->children;
+        if (parent != nullptr) {
+            ++parent->children;
+            shadow->offset = parent->offset;
+        }
         ++nodes_;
         return shadow;
     }
@@ -155,6 +160,7 @@ private:
             hold_new(got, made(nullptr));
         } else {
             Shadow* const upper = made(at->parent);
+            upper->offset = at->offset;
             const int64_t kept = length - at->start();
             upper->own.assign(at->own.begin(), at->own.begin() + kept);
             at->own.erase(at->own.begin(), at->own.begin() + kept);
@@ -163,6 +169,17 @@ private:
             upper->children = 1;
             hold_new(got, upper);
         }
+    }
+
+    void shift() {
+        if (held_.empty()) return;
+        const Node name = any();
+        Shadow* const shadow = held_.at(name);
+        const int64_t offset = below(8) == 0 ? kHuge[below(7)] : below(50) - 25;
+        const int64_t most = INT32_MAX - tree_.capacity();
+        const bool right = shadow->children == 0 && offset >= -shadow->length() && offset <= most;
+        EXPECT(refuses([&] { tree_.shift(name, offset); }) == !right);
+        if (right) shadow->offset = offset;
     }
 
     void retain() {
@@ -232,6 +249,8 @@ private:
             const std::vector<int32_t> trunk = leaf == nullptr ? std::vector<int32_t>{} : leaf->path();
             expect_line(packed.data() + g * layout.trunk_width, trunk, layout.trunk_width);
             EXPECT(packed[layout.trunk_len + g] == static_cast<int64_t>(trunk.size()));
+            const int64_t offset = leaf == nullptr ? 0 : leaf->offset;
+            EXPECT(packed[layout.trunk_position + g] == static_cast<int64_t>(trunk.size()) + offset);
             for (const size_t last = b + beat.rows[g]; b < last; ++b) {
                 Shadow* const branch = made(leaf);
                 const int32_t* const slots = packed.data() + layout.branch_slots + b * layout.branch_width;
@@ -260,6 +279,7 @@ private:
                                : static_cast<Node>(random_() >> below(64));
         if (held_.count(wrong) != 0) return;
         EXPECT(refuses([&] { tree_.extend(wrong, 1); }) && refuses([&] { tree_.cut(wrong, 0); }));
+        EXPECT(refuses([&] { tree_.shift(wrong, 0); }));
         EXPECT(refuses([&] { tree_.retain(wrong); }) && refuses([&] { tree_.release(wrong); }));
         EXPECT(refuses([&] { tree_.length(wrong); }) && refuses([&] { tree_.copy_path(wrong, nullptr); }));
         if (wrong != SegmentTree::kNoNode) EXPECT(refuses([&] { tree_.fork(wrong); }));

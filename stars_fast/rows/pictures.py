@@ -1,0 +1,89 @@
+"""Pictures of a row: where they lie, and the chat that shows them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+Image = str | list[str]  # as a row has it: a path or a data URL, or several
+_SOURCES = ("image", "path", "url")  # of a part of a message
+
+
+def check_image(image: Any) -> Image | None:
+    """The ``image`` of a row. Raises ValueError for what is none."""
+    sources = image if isinstance(image, list) else [image]
+    if image is None or (sources and all(isinstance(source, str) and source for source in sources)):
+        return image
+    raise ValueError("image: give a path or a data URL, or a list of them")
+
+
+def has_pictures(prompt: Any) -> bool:
+    """Whether it is a chat with pictures among the parts of its turns."""
+    return any(part.get("type") in ("image", "image_url") for part in _parts(prompt))
+
+
+def with_pictures(prompt: Any, image: Image | None, folder: str) -> Any:
+    """A row's prompt with its pictures, those of relative paths in that folder.
+
+    Text becomes a user's turn, behind its pictures. In messages, parts ``{"type": "image"}`` that name none take them
+    in order; where there are no such parts, they stand before what the first user says.
+
+    Raises
+    ------
+    ValueError
+        For ids, and messages that have another number of places for pictures.
+    """
+    sources = [] if image is None else [image] if isinstance(image, str) else image
+    pictures = [{"type": "image", "url" if _is_url(source) else "path": source} for source in sources]
+    if pictures and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    places = sum(map(_is_place, _parts(prompt)))
+    if pictures and not places:
+        prompt, places = _before_the_first_user(prompt, len(pictures)), len(pictures)
+    if places != len(pictures):
+        raise ValueError(f"messages have places for {places} pictures, and image has {len(pictures)}")
+    if not has_pictures(prompt):
+        return prompt
+    rest, chat = iter(pictures), list[Any]()
+    for turn in prompt:
+        if isinstance(content := turn.get("content"), list):
+            parts = [next(rest) if _is_place(part) else part for part in content]
+            turn = {**turn, "content": [_placed(part, folder) for part in parts]}
+        chat.append(turn)
+    return chat
+
+
+def _before_the_first_user(prompt: Any, pictures: int) -> list[dict[str, Any]]:
+    """The chat with places for them."""
+    turns = [turn for turn in prompt if isinstance(turn, dict) and turn.get("role") == "user"]
+    if not turns:
+        raise ValueError("image goes with a prompt, or with messages of a user")
+    said = turns[0].get("content")
+    parts = said if isinstance(said, list) else [{"type": "text", "text": said}]
+    shown = {**turns[0], "content": [*({"type": "image"} for _ in range(pictures)), *parts]}
+    return [shown if turn is turns[0] else turn for turn in prompt]
+
+
+def _parts(prompt: Any) -> Iterator[dict[str, Any]]:
+    for turn in prompt if isinstance(prompt, list) else ():
+        content = turn.get("content") if isinstance(turn, dict) else None
+        if isinstance(content, list):
+            yield from (part for part in content if isinstance(part, dict))
+
+
+def _is_place(part: Any) -> bool:
+    """Whether a part is a picture that is named elsewhere."""
+    return isinstance(part, dict) and part.get("type") == "image" and not any(part.get(name) for name in _SOURCES)
+
+
+def _is_url(source: str) -> bool:
+    return source.startswith("data:") or "://" in source
+
+
+def _placed(part: Any, folder: str) -> Any:
+    """A part; of one that names a file, with the file's path from here."""
+    if not isinstance(part, dict) or part.get("type") != "image":
+        return part
+    named = {name: source for name in _SOURCES if isinstance(source := part.get(name), str) and not _is_url(source)}
+    return {**part, **{name: os.path.join(folder, source) for name, source in named.items()}}

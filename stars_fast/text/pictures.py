@@ -1,0 +1,146 @@
+"""Chats with pictures: these are opened, and a processor reads both."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from stars_fast.methods.numbers import shown
+from stars_fast.text.template import Variables, rendered
+from stars_fast.text.turns import PICTURES
+
+_PLACES = ("image", "url", "path", "base64", "image_url")  # of a part, where its picture may be
+
+
+def processed(
+    processor: Any, chat: Sequence[Mapping[str, Any]], images: Sequence[Any], variables: Variables, **form: Any
+) -> Mapping[str, Any]:
+    """What ``processor.apply_chat_template`` makes of a chat whose pictures were taken out (:func:`opened`).
+
+    Its template is rendered within bounds. A processor that renders chats in a way of its own does so.
+    """
+    tokenizer, template = processor.tokenizer, chat_template(processor)
+    own = getattr(processor.apply_chat_template, "__func__", None) is not ProcessorMixin.apply_chat_template
+    if own or not isinstance(tokenizer, PreTrainedTokenizerBase) or template is None:
+        turns, ahead = [], iter(images)
+        for turn in chat:
+            parts = turn.get("content")
+            if isinstance(parts, list):
+                parts = [{**part, "image": next(ahead)} if part.get("type") == "image" else part for part in parts]
+            turns.append({**turn, "content": parts})
+        made = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        encoding: Mapping[str, Any] = processor.apply_chat_template(turns, **made, **form, **variables)
+        return encoding
+    text = rendered(tokenizer, chat, variables, template=template, **form)
+    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    encoding = processor(
+        text=text, images=[list(images)], return_tensors="pt", **({"add_special_tokens": False} if begun else {})
+    )
+    return encoding
+
+
+def chat_template(processor: Any) -> str | None:
+    """A processor's own, else its tokenizer's; None where neither is one text."""
+    for owner in (processor, getattr(processor, "tokenizer", None)):
+        template = getattr(owner, "chat_template", None)
+        template = template.get("default") if isinstance(template, Mapping) else template
+        if isinstance(template, str) and template:
+            return template
+    return None
+
+
+def opened(name: str, chat: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The chat with bare parts ``{"type": "image"}`` where pictures were, and these, in their order.
+
+    Files and data URLs are opened as transformers opens them, in RGB and upright. Pictures that are objects of PIL's,
+    arrays or tensors stay as they are. Nothing is fetched.
+
+    Raises
+    ------
+    ValueError
+        For a picture that is not there, not readable, too large (Pillow's limit against bombs) or elsewhere, by its
+        turn.
+    """
+    turns, images = list[dict[str, Any]](), list[Any]()
+    for place, turn in enumerate(chat):
+        parts = turn.get("content")
+        if isinstance(parts, list) and turn.get("role") != "tool":
+            bare = []
+            for part in parts:
+                if part.get("type") in PICTURES:
+                    images.append(_picture(f"{name}, turn {place} ({turn['role']})", part))
+                    part = {"type": "image"}
+                bare.append(part)
+            turn = {**turn, "content": bare}
+        turns.append(dict(turn))
+    return turns, images
+
+
+def _picture(where: str, part: Mapping[str, Any]) -> Any:
+    given = [part[key] for key in _PLACES if part.get(key) is not None]
+    source = given[0] if given else None
+    if isinstance(source, Mapping):  # OpenAI's {"url": ...}
+        source = source.get("url")
+    if source is None:
+        raise ValueError(
+            f"{where}: a part of type {part['type']!r} has no picture: give one as 'image', 'url' or 'path'"
+        )
+    if isinstance(source, np.ndarray | torch.Tensor):
+        if source.ndim not in (2, 3):
+            raise ValueError(f"{where}: a picture of shape {tuple(source.shape)}: give height and width, with channels")
+        return source
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ValueError(f"{where}: pictures need Pillow: pip install 'stars-fast[pictures]' ({error})") from error
+    if isinstance(source, Image.Image):
+        _check_size(where, source, Image.MAX_IMAGE_PIXELS)
+        return source
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"{where}: a picture is a {type(source).__name__}: give PIL's, an array, a path or a data URL")
+    what, file = _file(where, os.fspath(source), part.get("type") == "image" and "base64" in part)
+    try:
+        with Image.open(file) as image:
+            _check_size(where, image, Image.MAX_IMAGE_PIXELS)
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"{where}: there is no picture {what}") from error
+    except Exception as error:  # Pillow's decoders raise what they like
+        if isinstance(error, MemoryError) or str(error).startswith(where):
+            raise
+        raise ValueError(f"{where}: the picture {what} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _check_size(where: str, image: Any, most: int | None) -> None:
+    pixels = image.width * image.height
+    if most is not None and pixels > most:
+        raise ValueError(
+            f"{where}: a picture of {image.width} x {image.height} pixels, more than {most} "
+            "(PIL.Image.MAX_IMAGE_PIXELS): give a smaller one"
+        )
+
+
+def _file(where: str, source: str, encoded: bool) -> tuple[str, str | BytesIO]:
+    """What error messages call a picture, and what Pillow opens."""
+    url = urlsplit(source[:64])
+    if url.scheme in ("http", "https", "ftp", "s3", "gs", "hf"):
+        raise ValueError(f"{where}: {shown(source)} is not fetched: give the picture, a path or a data URL")
+    if url.scheme == "file":
+        return shown(source), unquote(urlsplit(source).path)
+    if encoded or url.scheme == "data":
+        kind, _, data = source.rpartition(",")
+        if url.scheme == "data" and not kind.endswith(";base64"):
+            raise ValueError(f"{where}: {shown(source)} must be 'data:image/...;base64,' and its data")
+        try:
+            return "of a data URL", BytesIO(base64.b64decode("".join(data.split()), validate=True))
+        except ValueError as error:
+            raise ValueError(f"{where}: the picture of a data URL is no base64: {error}") from error
+    return shown(source), source

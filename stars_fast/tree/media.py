@@ -1,0 +1,125 @@
+"""Prompts that are read whole by the model's own forward pass: what a processor made of texts and pictures.
+
+Whatever a family does with a picture (towers, merged embeddings, masks in both directions, positions in three parts)
+lies in that pass, and is over when it is. What remains of it are keys, values and one number: how far positions after
+the prompt are from its number of tokens.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from stars_fast.tree.attention import PromptContext, Write, active
+from stars_fast.tree.support import unwrapped
+
+if TYPE_CHECKING:
+    from stars_fast.tree.model import TreeModel
+
+# Fields of a config that hold ids which stand for something else than text, or enclose it.
+_PLACEHOLDER = re.compile(r"((image|video|vision|visual|audio)(_\w+)?|[be]o[iva])_token_(ids?|index)")
+
+
+def takes_media(model: PreTrainedModel) -> bool:
+    """Whether the model reads anything besides text."""
+    modalities = getattr(unwrapped(model), "input_modalities", "text")
+    of_parts = bool(getattr(model.config, "sub_configs", None))  # text models inherit what their family reads
+    return of_parts and not {"text"}.issuperset([modalities] if isinstance(modalities, str) else modalities)
+
+
+def placeholder_ids(model: PreTrainedModel) -> list[int]:
+    """Ids that the config names for pictures, videos and sounds, and for their beginnings and ends."""
+    fields = model.config.to_dict()
+    named = [fields[name] for name in fields if _PLACEHOLDER.fullmatch(name)]
+    ids = {one for value in named for one in (value if isinstance(value, list) else [value]) if isinstance(one, int)}
+    return sorted(ids)
+
+
+def present(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Which of a batch's ids are no padding: bool ``[B, T]``, on the host."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    return torch.ones(ids.shape, dtype=torch.bool, device="cpu") if mask is None else mask.bool().cpu()
+
+
+def read(
+    model: TreeModel, inputs: Mapping[str, Any], rows: Sequence[int], lag: int, **kwargs: Any
+) -> tuple[list[int], Any]:
+    """:meth:`TreeModel.read_media`."""
+    there = present(inputs)
+    places = [there[row].nonzero()[:, 0] for row in rows]  # of each row's tokens
+    for row, place in zip(rows, places, strict=True):
+        if not len(place):
+            raise ValueError(f"inputs: row {row} of attention_mask is all padding")
+    lengths = [max(len(place) - lag, 0) for place in places]
+    plan = model.plan([-1] * len(rows), [1] * len(rows), lengths)
+    try:
+        (batch, length), kept = there.shape, zip(rows, places, lengths, strict=True)
+        tokens = torch.cat([row * length + place[:count] for row, place, count in kept]).to(model.device)
+        slots = torch.cat([plan.branch_slots[branch, :count] for branch, count in enumerate(lengths)])
+        writes = {module: Write(model.pool, layer, tokens, slots) for module, layer in model.modules.items()}
+        context = PromptContext(writes, (batch, length))
+        with model.on_device(), active(context), _positions(_decoder(model)) as seen:
+            output = model.body(**_placed(dict(inputs), model), use_cache=False, **kwargs)
+        missing = {model.modules[module] for module in model.modules.keys() - context.seen}
+        if missing:
+            raise NotImplementedError(f"the {model.name}: layers {sorted(missing)} have read nothing of a prompt")
+        for node, row, place in zip(plan.branches, rows, places, strict=True):
+            model.tree.shift(node, _last_position(seen[-1], row, place) + 1 - len(place))
+        return plan.branches, output
+    except BaseException:
+        model.tree.release_all(plan.branches)
+        raise
+
+
+def _placed(value: Any, model: TreeModel) -> Any:
+    """Tensors where the model lies, those of floats in its dtype; as they are nested."""
+    if isinstance(value, torch.Tensor):
+        return value.to(model.device, model.model.dtype if value.is_floating_point() else None)
+    if isinstance(value, dict):
+        return {name: _placed(one, model) for name, one in value.items()}
+    return [_placed(one, model) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _decoder(model: TreeModel) -> nn.Module:
+    """The part of the model that has its decoder layers: it is given their positions."""
+    parts = dict(model.body.named_modules())
+    above, path = parts[""], next(name for name, part in parts.items() if part in model.modules).split(".")
+    for depth in range(1, len(path)):
+        part = parts[".".join(path[:depth])]
+        if isinstance(part, nn.ModuleList):
+            break
+        above = part
+    return above
+
+
+@contextmanager
+def _positions(decoder: nn.Module) -> Iterator[list[torch.Tensor | None]]:
+    """The ``position_ids`` that ``decoder`` is given inside, on this thread."""
+    seen: list[torch.Tensor | None] = []
+    here = threading.get_ident()
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == here:
+            seen.append(kwargs.get("position_ids"))
+
+    handle = decoder.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _last_position(positions: torch.Tensor | None, row: int, place: torch.Tensor) -> int:
+    """The highest position of a row's tokens, which are at ``place`` ``[N]`` of the batch's ids ``[T]``."""
+    if positions is None:  # counted from the first id on, padding or not
+        return int(place[-1])
+    # [B, T], [3, B, T] or, behind those that masks go by, [1 + 3, B, T]; rows that are alike may be one.
+    of_row = positions[-3:] if positions.dim() == 3 else positions[None]
+    return int(of_row[:, row if of_row.shape[1] > 1 else 0, place.to(positions.device)].max())

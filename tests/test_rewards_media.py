@@ -1,0 +1,308 @@
+"""Scorers of prompts with pictures give what plain forward passes give that see them, or say why they do not."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from conftest import refused
+from histories import live
+from safetensors.torch import load_file, save_file
+from tiny_pictures import asked, gemma3, gemma3_processor, llava, llava_processor, picture, qwen2_5_vl, qwen_inputs
+from transformers import Gemma3ForSequenceClassification, Qwen2_5_VLModel, Qwen2_5_VLPreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+from stars_fast import StarsConfig, StarsEngine
+from stars_fast.rewards import (
+    ClassifierReward,
+    Completion,
+    GroundingReward,
+    ImplicitReward,
+    JudgeReward,
+    ProcessReward,
+    Response,
+    RewardPrompt,
+    ValueHeadReward,
+    noised,
+)
+from stars_fast.text.media import forward_arguments
+from stars_fast.text.prompts import read_prompts
+
+WORDS = [list(range(start, start + length)) for start, length in ((10, 3), (30, 1), (50, 5), (71, 2))]
+CHATS = [asked(picture(0)), asked(picture(1), picture(2, 32, 32), text="and these?")]
+
+
+def read(prompts, model, processor=None):
+    """Prompts as an engine of this policy hands them to a scorer."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    found = read_prompts(prompts, tokenizer, processor=processor, takes=forward_arguments(model))
+    return [
+        RewardPrompt(i, prompt.source, prompt.ids, tokenizer=tokenizer, media=prompt.media)
+        for i, prompt in enumerate(found)
+    ]
+
+
+def draw(chance):
+    return list(chance.choice(WORDS))
+
+
+def alone(media):
+    """The inputs of a prompt that a processor made for itself."""
+    return dict(media.inputs)
+
+
+def of_row(media):
+    """Those of a row of :func:`qwen_inputs`, without its padding."""
+    there, grid = media.inputs["attention_mask"][media.row].bool(), media.inputs["image_grid_thw"]
+    pixels = media.inputs["pixel_values"].split(grid.prod(-1).tolist())[media.row]
+    rows = {name: media.inputs[name][media.row, there][None] for name in ("input_ids", "mm_token_type_ids")}
+    return rows | {"pixel_values": pixels, "image_grid_thw": grid[media.row : media.row + 1]}
+
+
+def with_answer(inputs, answer):
+    """The inputs of a plain pass over prompt and answer."""
+    longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"], torch.tensor([answer], dtype=torch.long)], 1)}
+    longer.pop("attention_mask", None)
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            types = inputs[name]
+            longer[name] = torch.cat([types, types.new_zeros(1, len(answer))], 1)
+    return longer
+
+
+@torch.no_grad()
+def logprob(model, inputs, answer):
+    """Of the answer's ids, by one plain pass."""
+    if not answer:
+        return 0.0
+    logits = model(**with_answer(inputs, answer), use_cache=False).logits[0, -len(answer) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum().item()
+
+
+FAMILIES = {
+    "llava": (llava, lambda: read(CHATS, llava(), llava_processor()), alone),
+    "gemma3": (gemma3, lambda: read(CHATS, gemma3(), gemma3_processor()), alone),
+    "qwen2.5": (qwen2_5_vl, lambda: read(qwen_inputs((4, 8), (8, 4), (4, 4)), qwen2_5_vl()), of_row),
+}
+
+
+@pytest.mark.parametrize("slots", [2000, 90])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_log_ratio_sees_the_pictures_after_any_history(family, slots):
+    make, prompts, inputs = FAMILIES[family]
+    pair = [make(seed) for seed in (1, 2)]
+    scorer = ImplicitReward(*pair, beta=0.5)
+
+    def expected(completion):
+        given = inputs(completion.response.prompt.media)
+        ours, reference = (logprob(model, given, completion.tokens) for model in pair)
+        return 0.5 * (ours - reference)
+
+    live(scorer, prompts(), expected, draw=draw, slots=slots, rounds=6, seed=slots)
+
+
+def as_rendered(processor, prompt, answer, chat=None):
+    """What the processor itself makes of the prompt's chat, as far as the answer's end."""
+    form = {"add_generation_prompt": True, "tokenize": False}
+    text = processor.apply_chat_template(prompt.source if chat is None else chat, **form) + answer
+    made = processor(text=[text], images=[prompt.media.images], return_tensors="pt", add_special_tokens=False)
+    return {name: value for name, value in made.items() if name in ("input_ids", "pixel_values")}
+
+
+def test_a_foreign_pair_reads_chat_and_pictures_with_its_own_processor():
+    pair, processor = [llava(seed) for seed in (1, 2)], llava_processor()
+    prompts = read(CHATS, gemma3(), gemma3_processor())
+    scorer = ImplicitReward(*pair, processor=processor)
+
+    def expected(completion):
+        prompt, total = completion.response.prompt, 0.0
+        before, whole = (as_rendered(processor, prompt, text) for text in ("", completion.text))
+        answer = whole["input_ids"][0, before["input_ids"].shape[1] :].tolist() + [2] * completion.eos
+        for model, sign in zip(pair, (1, -1), strict=True):
+            total += sign * logprob(model, before, answer)
+        return total
+
+    live(scorer, prompts, expected, draw=draw, rounds=5, tokenizer=prompts[0].tokenizer, eos=2)
+
+
+def test_a_judge_is_shown_the_pictures_in_front_of_its_question():
+    judge, processor = llava(3), llava_processor()
+    scorer = JudgeReward(judge, processor=processor, yes="Y", no="N", template="{prompt}|{answer}|{question}")
+    verdicts = [processor.tokenizer(word)["input_ids"][0] for word in "YN"]
+
+    @torch.no_grad()
+    def expected(completion):
+        prompt = completion.response.prompt
+        asks = f"{prompt.source[0]['content'][-1]['text']}|{completion.text}|{scorer.question}"
+        content = [*prompt.source[0]["content"][:-1], {"type": "text", "text": asks}]
+        inputs = as_rendered(processor, prompt, "", [{"role": "user", "content": content}])
+        yes, no = judge(**inputs, use_cache=False).logits[0, -1, verdicts].tolist()
+        return yes - no
+
+    prompts = read(CHATS, gemma3(), gemma3_processor())
+    live(scorer, prompts, expected, draw=draw, slots=190, rounds=4, tokenizer=prompts[0].tokenizer)
+
+
+def test_a_process_reward_model_reads_the_pictures_in_its_first_turn():
+    model, processor = llava(4), llava_processor()
+    labels = processor.tokenizer("+-")["input_ids"]
+    scorer = ProcessReward.rlhflow(model, processor=processor, aggregate="min")
+
+    @torch.no_grad()
+    def expected(completion):
+        prompt = completion.response.prompt
+        *images, question = prompt.source[0]["content"]
+        ends = [*completion.response.ends, len(completion.tokens)]
+        steps = [completion.tokens[a:b] for a, b in zip([0, *ends], ends, strict=False) if b > a]
+        steps = [completion.tokenizer.decode(step).strip() for step in steps] or [""]
+        scores, turns = [], []
+        for place, step in enumerate(steps):
+            text = f"{question['text']} {step}" if place == 0 else step
+            turns.append({"role": "user", "content": [*(images if place == 0 else ()), {"type": "text", "text": text}]})
+            shown = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            made = processor(text=[shown], images=[prompt.media.images], return_tensors="pt", add_special_tokens=False)
+            inputs = {name: made[name] for name in ("input_ids", "pixel_values")}
+            scores.append(model(**inputs, use_cache=False).logits[0, -1, labels].softmax(-1)[0].item())
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": "+"}]})
+        return min(scores)
+
+    prompts = read(CHATS, gemma3(), gemma3_processor())
+    live(scorer, prompts, expected, draw=draw, rounds=4, tokenizer=prompts[0].tokenizer)
+
+
+class ValuedQwen(Qwen2_5_VLPreTrainedModel):
+    """A vision-language model with one value at the last token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = Qwen2_5_VLModel(config)
+        self.score = torch.nn.Linear(config.text_config.hidden_size, 1, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        return SequenceClassifierOutputWithPast(logits=self.score(hidden[:, -1]))
+
+
+def random(model, seed=3):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.12)
+    return model.float().eval()
+
+
+def labelled(config):
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    return config
+
+
+CLASSIFIERS = {
+    "gemma3": lambda: random(Gemma3ForSequenceClassification(labelled(gemma3().config))),
+    "qwen2.5": lambda: random(ValuedQwen(labelled(qwen2_5_vl().config))),
+}
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_a_classifier_reads_what_the_policy_reads(family):
+    model, (_, prompts, inputs) = CLASSIFIERS[family](), FAMILIES[family]
+    scorer = ClassifierReward(model)
+
+    @torch.no_grad()
+    def expected(completion):
+        given = with_answer(inputs(completion.response.prompt.media), completion.tokens)
+        return model.score(model.model(**given, use_cache=False).last_hidden_state[0, -1]).item()
+
+    assert scorer.tree_model is not None
+    live(scorer, prompts(), expected, draw=draw, slots=100, rounds=5)
+
+
+def noised_inputs(media):
+    return noised(alone(media), 300)
+
+
+def test_grounding_is_what_an_answer_gains_by_the_pictures_being_clear():
+    model, processor = llava(), llava_processor()
+    scorer = GroundingReward(model, noise=300, beta=2.0)
+
+    def expected(completion):
+        media = completion.response.prompt.media
+        clear, dim = (logprob(model, inputs(media), completion.tokens) for inputs in (alone, noised_inputs))
+        return 2.0 * (clear - dim)
+
+    prompts = read(CHATS, model, processor)
+    live(scorer, prompts, expected, draw=draw, rounds=5)
+    assert abs(expected(Completion(Response(prompts[0]), WORDS[0]))) > 0.01
+
+
+def test_noise_is_vcds_and_each_pictures_own():
+    inputs = qwen_inputs((4, 8), (8, 4), (4, 4))
+    swapped = {**inputs, "pixel_values": inputs["pixel_values"].roll(16, 0), "image_grid_thw": torch.tensor(
+        [[1, 4, 4], [1, 4, 8], [1, 8, 4]])}  # fmt: skip
+    assert torch.equal(noised(swapped)["pixel_values"], noised(inputs)["pixel_values"].roll(16, 0))
+    assert torch.equal(noised(inputs)["pixel_values"], noised(inputs)["pixel_values"])
+    kept = torch.cumprod(1 - (torch.sigmoid(torch.linspace(-6, 6, 1000)) * (0.5e-2 - 1e-5) + 1e-5), 0)[500]
+    pixels = torch.randn(3, 2, 3, 32, 32)
+    pixels[1, 1], pixels[2, :, :, 20:] = 0.0, 0.0  # a picture that fills a row up, and pictures that end early
+    dim = noised({"pixel_values": pixels})["pixel_values"]
+    assert torch.equal(dim == 0, pixels == 0)
+    noise = (dim - kept.sqrt() * pixels)[0] / (1 - kept).sqrt()
+    assert noise.mean().abs() < 0.05 and abs(noise.std() - 1) < 0.05
+    assert torch.equal(noised({"pixel_values": pixels[2:, :, :, :20]})["pixel_values"], dim[2:, :, :, :20])
+    with refused("pixel_values", "input_ids"):
+        noised({"input_ids": torch.tensor([[1]])})
+    with refused("step=1000", "at most 999"):
+        noised(inputs, 1000)
+
+
+def test_a_value_head_is_found_in_a_folder_and_read_behind_the_template(tmp_path):
+    model, processor, v_head = qwen2_5_vl(5), llava_processor(), torch.nn.Linear(32, 1)
+    model.save_pretrained(tmp_path / "apart")
+    processor.tokenizer.save_pretrained(tmp_path / "apart")
+    head = {f"v_head.summary.{name}": value for name, value in v_head.state_dict().items()}
+    with pytest.raises(ValueError, match=r"no v_head\.summary\.weight"):
+        ValueHeadReward.from_pretrained(str(tmp_path / "apart"), processor=processor)
+    save_file(head, tmp_path / "apart" / "value_head.safetensors", metadata={"format": "pt"})
+    shutil.copytree(tmp_path / "apart", tmp_path / "inside")
+    (tmp_path / "inside" / "value_head.safetensors").unlink()
+    weights = load_file(tmp_path / "inside" / "model.safetensors")
+    save_file(weights | head, tmp_path / "inside" / "model.safetensors", metadata={"format": "pt"})
+    prompts = read(qwen_inputs((4, 8), (8, 4)), model)
+    for place in ("apart", "inside"):
+        scorer = ValueHeadReward.from_pretrained(str(tmp_path / place), tokenizer="policy", tail=[7, 8])
+
+        @torch.no_grad()
+        def expected(completion):
+            given = with_answer(of_row(completion.response.prompt.media), [*completion.tokens, 7, 8])
+            return v_head(model.model(**given, use_cache=False).last_hidden_state[0, -1]).item()
+
+        live(scorer, prompts, expected, draw=draw, rounds=3)
+
+
+CONFIG = StarsConfig(segment_length=4, max_attempts=4, target_reward=1.0, base_reward=0.0, beta=0.5, max_new_tokens=8)
+
+
+def test_the_engine_guides_answers_to_pictures_alike_however_many_candidates():
+    policy, processor = llava(), llava_processor()
+    rewards = [
+        ImplicitReward(llava(1), llava(2)),
+        GroundingReward(policy),
+        JudgeReward(gemma3(3), processor=gemma3_processor(), yes="Y", no="N"),
+    ]
+    for reward in rewards:
+        engine = StarsEngine(policy, reward, processor=processor)
+        outputs = [
+            engine.generate([*CHATS, *CHATS[:1]], CONFIG, seed=[1, 2, 1], candidates=candidates)
+            for candidates in (1, 4)
+        ]
+        outputs.append(engine.generate(CHATS[:1], CONFIG, seed=[1]))
+        assert all(error is None for output in outputs for error in output.errors)
+        assert outputs[0].completions == outputs[1].completions
+        assert outputs[0].completions[0] == outputs[0].completions[2] == outputs[2].completions[0]
+        assert any(segment.attempts > 1 for row in outputs[0].segments for segment in row)
+        assert outputs[0].rewards == pytest.approx(outputs[1].rewards, abs=1e-4)
