@@ -114,7 +114,7 @@ class Queue:
         for request in self.admitted:
             errors = [trunk.prompt.error for _, trunk in request.strategy.due(request)]
             if (error := next(filter(None, errors), None)) is not None:
-                self._leave({request})
+                self.leave({request})
                 self.fail(request, error)
 
     def _read_ahead(
