@@ -20,6 +20,7 @@ from stars_fast.loop.memory import is_lack_of_memory
 from stars_fast.loop.navigating import Navigating
 from stars_fast.loop.one_answer import OneAnswer
 from stars_fast.loop.persona import SelfJudging
+from stars_fast.loop.plans import Planning
 from stars_fast.loop.population import Populations
 from stars_fast.loop.request import Request, Strategy
 from stars_fast.loop.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, Heartbeat, HeartbeatCost
@@ -46,6 +47,7 @@ _STRATEGIES: dict[str, type[OneAnswer]] = {
     "tokens": Enumeration,
     "persona": SelfJudging,
     "stopping": Stopping,
+    "plans": Planning,
     "navigator": Navigating,
 }
 # Steps in a row that fail, and are taken again, with nothing committed between.

@@ -17,7 +17,7 @@ from stars_fast.ops.select_and_commit import EARLIER, GOES_ON, INVALID, STOP
 from stars_fast.outputs import Cause, SegmentTrace
 from stars_fast.policy.leaf import Draw, Leaf, RowProcessor
 from stars_fast.policy.policy import Policy
-from stars_fast.rewards.base import Completion, Response
+from stars_fast.rewards.base import Completion, Response, Reward
 
 
 class OneAnswer:
@@ -260,6 +260,15 @@ class OneAnswer:
         answer.response = Response(answer.prompt.reward_prompt, list(answer.tokens), ends=list(answer.response.ends))
         if answer.best is not None:
             answer.best.completion.response = answer.response
+
+    def forked(self, request: Request, response: Response) -> Response:
+        """A response that goes on from this one; where the scorer cannot, the request ends."""
+        try:
+            return self.reward.fork(response)
+        except Exception as error:
+            self.reward.unsure = True
+            self.queue.broken[request] = Cause.of(error, "the reward's fork raised ")
+            return Reward.fork(self.reward, response)
 
     def close(self, request: Request) -> None:
         if request.best is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import TypeVar
 
@@ -125,7 +125,7 @@ class Queue:
         for request in self.admitted:
             errors = [trunk.prompt.error for _, trunk in request.strategy.due(request)]
             if (error := next(filter(None, errors), None)) is not None:
-                self._leave({request})
+                self.leave({request})
                 self.fail(request, error)
 
     def _read_ahead(
@@ -202,7 +202,7 @@ class Queue:
         while self.broken:
             request, cause = self.broken.popitem()
             if request.finish_reason is None:
-                self._leave({request})
+                self.leave({request})
                 self.fail(request, cause)
             elif request.error is None:
                 request.error = cause
@@ -211,13 +211,13 @@ class Queue:
     def withdraw(self, requests: Iterable[Request], reason: str) -> None:
         """End requests, wherever they are, with what they have committed; all they hold is free."""
         leaving = {request for request in requests if request.finish_reason is None}
-        self._leave(leaving)
+        self.leave(leaving)
         for request in leaving:  # out before they end: an interrupt finds none half ended among those that run
             self.fail(request, reason, reason)
         self.drop_finished()
         self.keep_prompts()
 
-    def _leave(self, leaving: set[Request]) -> None:
+    def leave(self, leaving: Container[Request]) -> None:
         """They are neither waiting nor running."""
         self.waiting, self.running, self.encoding = (
             [request for request in group if request not in leaving]

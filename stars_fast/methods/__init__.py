@@ -9,6 +9,7 @@ from stars_fast.methods.metropolis import Ending, MetropolisHastings, PowerSampl
 from stars_fast.methods.navigator import Navigator
 from stars_fast.methods.particles import ParticleFilter, TreeBoN
 from stars_fast.methods.persona import PersonaJudge
+from stars_fast.methods.plans import Plans
 from stars_fast.methods.rsd import RSD
 from stars_fast.methods.stars import Stars, Vanilla
 from stars_fast.methods.stopping import OptimalStopping
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: refusing_unknown(no_parameter)(method)
     for method in (
         Vanilla,
+        Plans,
         BestOfN,
         RejectionSampling,
         MetropolisHastings,
@@ -56,6 +58,7 @@ __all__ = [
     "OptimalStopping",
     "ParticleFilter",
     "PersonaJudge",
+    "Plans",
     "Population",
     "PowerSampling",
     "RejectionSampling",

@@ -89,7 +89,7 @@ class Method:
         What ``StarsConfig(method=...)`` calls it.
     loop : str
         How its requests live in the loop (``stars_fast.loop``): "segments" (one answer grows, the first accepted
-        candidate is committed), "stopping", "trials", "chains", "population", "tokens", "rsd", "persona" or
+        candidate is committed), "plans", "stopping", "trials", "chains", "population", "tokens", "rsd", "persona" or
         "navigator".
     scores_unfinished : bool
         Whether unfinished answers are scored. A reward with ``partial=False`` serves methods that do not ask for it.
@@ -200,7 +200,7 @@ class Method:
         if self.scores_unfinished and not reward.partial:
             raise ValueError(
                 f"method={self.name!r} scores unfinished answers, which {type(reward).__name__} (partial=False) cannot "
-                "do; vanilla, best_of_n, rejection_sampling, metropolis_hastings, power_sampling, mara and "
+                "do; vanilla, plans, best_of_n, rejection_sampling, metropolis_hastings, power_sampling, mara and "
                 "persona_judge score finished ones only"
             )
         if reward.needs_hidden_state and not self.gives_hidden_state:
