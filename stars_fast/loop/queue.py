@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import TypeVar
 
 from stars_fast.loop.memory import TooLarge, is_lack_of_memory
-from stars_fast.loop.request import Request, Strategy, Tree, Trunk
+from stars_fast.loop.request import PromptNode, Request, Strategy, Tree, Trunk
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.loop.trunks import Trunks
 from stars_fast.notices import warn
@@ -74,13 +74,21 @@ class Queue:
     def keep_prompts(self) -> None:
         """Release the prompts of requests that hold no slots."""
         admitted = self.admitted
-        self.trunks.keep_prompts([prompt for request in admitted for prompt in request.strategy.prompts(request)])
-        for strategy in self.strategies:
-            strategy.keep([request for request in admitted if request.strategy is strategy])
+        kept: dict[Tree, list[PromptNode]] = {tree: [] for tree in self._trees()}
+        for request in admitted:
+            kept[self.trunks] += request.strategy.prompts(request)
+            for tree, prompt in request.strategy.beside(request):
+                kept[tree].append(prompt)
+        for tree, prompts in kept.items():
+            tree.keep_prompts(prompts)
 
     def _clear_trees(self) -> None:
-        for tree in [self.trunks, *(tree for strategy in self.strategies for tree in strategy.trees)]:
+        for tree in self._trees():
             tree.clear()
+
+    def _trees(self) -> list[Tree]:
+        """The policy's, and those that strategies have besides, which several may share."""
+        return list(dict.fromkeys([self.trunks, *(tree for strategy in self.strategies for tree in strategy.trees)]))
 
     def join(self) -> list[Request]:
         """Encode of the admitted requests what a heartbeat has room for. Those that are ready run from now on.
@@ -117,7 +125,7 @@ class Queue:
         for request in self.admitted:
             errors = [trunk.prompt.error for _, trunk in request.strategy.due(request)]
             if (error := next(filter(None, errors), None)) is not None:
-                self._leave({request})
+                self.leave({request})
                 self.fail(request, error)
 
     def _read_ahead(
@@ -152,7 +160,7 @@ class Queue:
         for request in reversed(admitted):
             if lacking <= 0:
                 return
-            lacking -= request.strategy.give_back(request)
+            lacking -= request.strategy.give_back(request) * request.terms.copies
         while len(admitted) > 1 and self.scheduler.spare(admitted) < 0:
             self.preempt(admitted.pop())
 
@@ -194,7 +202,7 @@ class Queue:
         while self.broken:
             request, cause = self.broken.popitem()
             if request.finish_reason is None:
-                self._leave({request})
+                self.leave({request})
                 self.fail(request, cause)
             elif request.error is None:
                 request.error = cause
@@ -203,13 +211,13 @@ class Queue:
     def withdraw(self, requests: Iterable[Request], reason: str) -> None:
         """End requests, wherever they are, with what they have committed; all they hold is free."""
         leaving = {request for request in requests if request.finish_reason is None}
-        self._leave(leaving)
+        self.leave(leaving)
         for request in leaving:  # out before they end: an interrupt finds none half ended among those that run
             self.fail(request, reason, reason)
         self.drop_finished()
         self.keep_prompts()
 
-    def _leave(self, leaving: set[Request]) -> None:
+    def leave(self, leaving: Container[Request]) -> None:
         """They are neither waiting nor running."""
         self.waiting, self.running, self.encoding = (
             [request for request in group if request not in leaving]

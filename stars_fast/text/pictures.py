@@ -30,14 +30,9 @@ def processed(
     tokenizer, template = processor.tokenizer, chat_template(processor)
     own = getattr(processor.apply_chat_template, "__func__", None) is not ProcessorMixin.apply_chat_template
     if own or not isinstance(tokenizer, PreTrainedTokenizerBase) or template is None:
-        turns, ahead = [], iter(images)
-        for turn in chat:
-            parts = turn.get("content")
-            if isinstance(parts, list):
-                parts = [{**part, "image": next(ahead)} if part.get("type") == "image" else part for part in parts]
-            turns.append({**turn, "content": parts})
         made = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        encoding: Mapping[str, Any] = processor.apply_chat_template(turns, **made, **form, **variables)
+        filled = refilled(chat, images)
+        encoding: Mapping[str, Any] = processor.apply_chat_template(filled, **made, **form, **variables)
         return encoding
     text = rendered(tokenizer, chat, variables, template=template, **form)
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
@@ -45,6 +40,17 @@ def processed(
         text=text, images=[list(images)], return_tensors="pt", **({"add_special_tokens": False} if begun else {})
     )
     return encoding
+
+
+def refilled(chat: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> list[dict[str, Any]]:
+    """The chat with pictures in the parts that :func:`opened` has left bare."""
+    turns, ahead = list[dict[str, Any]](), iter(images)
+    for turn in chat:
+        parts = turn.get("content")
+        if isinstance(parts, list):
+            parts = [{**part, "image": next(ahead)} if part.get("type") == "image" else {**part} for part in parts]
+        turns.append({**turn, "content": parts})
+    return turns
 
 
 def chat_template(processor: Any) -> str | None:
