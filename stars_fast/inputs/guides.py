@@ -10,7 +10,7 @@ from typing import Any, cast
 from stars_fast.config import StarsConfig
 from stars_fast.inputs.arguments import Arguments, check_ids, check_media, check_positions
 from stars_fast.methods import Guide
-from stars_fast.policy.mixed import places
+from stars_fast.policy.mixed import read_at
 from stars_fast.policy.policy import Policy
 from stars_fast.text.media import forward_arguments
 from stars_fast.text.pictures import refilled
@@ -43,7 +43,7 @@ class Guidance:
         return max(sum(lengths[place] for place in own) for own in self._places())
 
     def _places(self) -> Sequence[list[int]]:
-        return list(places((self.policy, *self.guides)).values())
+        return list(read_at((self.policy, *self.guides)).values())
 
 
 def read_guides(

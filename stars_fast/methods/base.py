@@ -156,6 +156,11 @@ class Method:
         return None
 
     @property
+    def answers_a_plan(self) -> int | None:
+        """How many of a prompt's samples go on from one plan, where the method has plans."""
+        return None
+
+    @property
     def preferences(self) -> Sequence[str | Sequence[int]]:
         """What every prompt is put under, one after another, in place of the prompt alone."""
         return ()

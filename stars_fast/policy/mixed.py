@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,16 +11,16 @@ import torch.nn.functional as F
 
 from stars_fast.policy.leaf import Leaf
 from stars_fast.policy.steps import Shape, Steps
+from stars_fast.tree.model import TreeModel
 from stars_fast.tree.segment_tree import TreePlan
 from stars_fast.tree.upload import uploaded
 
-if TYPE_CHECKING:
-    from stars_fast.policy.policy import Policy
+Model = TypeVar("Model", bound=TreeModel)
 
 
-def places(models: Sequence[Policy]) -> dict[Policy, list[int]]:
+def read_at(models: Sequence[Model]) -> dict[Model, list[int]]:
     """Each model once, with its places among them: there it reads other prompts."""
-    found: dict[Policy, list[int]] = {}
+    found: dict[Model, list[int]] = {}
     for place, model in enumerate(models):
         found.setdefault(model, []).append(place)
     return found
@@ -34,17 +34,17 @@ class MixedSteps(Steps):
 
     Parameters
     ----------
-    models : sequence of Policy
+    models : sequence of TreeModel
         The policy and its guides; one as often as it reads another prompt. All on one device.
     shape : Shape
     """
 
-    def __init__(self, models: Sequence[Policy], shape: Shape) -> None:
-        (policy, own), *others = places(models).items()
-        barred = [model.barred for model in places(models) if model.barred is not None]
+    def __init__(self, models: Sequence[TreeModel], shape: Shape) -> None:
+        (policy, own), *others = read_at(models).items()
+        barred = [model.barred for model in read_at(models) if model.barred is not None]
         super().__init__(policy, shape, policy.logit_size, torch.cat(barred).unique() if barred else None, len(own))
         self.others = [self.reads(model, len(at)) for model, at in others]
-        self.order = [place for at in places(models).values() for place in at]  # of models, as their logits come
+        self.order = [place for at in read_at(models).values() for place in at]  # of models, as their logits come
         self.weights = torch.zeros(len(models), shape.rows, device=policy.device)  # in this order
         # Tables of one vocabulary may be padded differently. What one of them cannot read or write nobody draws.
         self.shared = min(policy.logit_size, *(min(model.logit_size, model.vocab_size) for model in models[1:]))

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.policy.leaf import NOT_FINITE, Draw, Leaf
-from stars_fast.policy.mixed import MixedSteps, places
+from stars_fast.policy.mixed import MixedSteps, read_at
 from stars_fast.policy.steps import Shape, Steps
 from stars_fast.tree.check import checked
 from stars_fast.tree.media import placeholder_ids, places
@@ -142,7 +142,7 @@ class Policy(TreeModel):
     ) -> tuple[list[TreePlan], list[list[int]]]:
         """A plan in each tree, and the branches of all rows: the policy's, and each guide's."""
         plans, branches = list[TreePlan](), [list[int]() for _ in (self, *guides)]
-        for model, own in places((self, *guides)).items():
+        for model, own in read_at((self, *guides)).items():
             nodes = [leaf.nodes[place] for place in own for leaf in leaves]
             plans.append(plan := model.plan(nodes, rows * len(own), slots * len(own)))
             for i, place in enumerate(own):

@@ -78,6 +78,9 @@ class TreeModel(Stays):
         For a family the attention interface does not reach, a stateful model, or ``dynamic`` rotary scaling, by name.
     """
 
+    logit_size = 0  # ids with a logit, of models that are drawn from
+    barred: torch.Tensor | None = None  # int64 [N], of such a model: ids that are never drawn
+
     def __init__(
         self,
         model: PreTrainedModel,
