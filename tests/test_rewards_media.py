@@ -420,13 +420,15 @@ def test_answers_to_pictures_are_what_the_template_writes_around_and_makes_of_th
     model, processor, head = llava(6), llava_processor(), torch.nn.Linear(32, 1)
     processor.chat_template = PARTS_ALONE
     scorer = ValueHeadReward(model, head, processor=processor)
-    prompts = FAMILIES[policy][1]()
+    make, its = {"llava": (llava, llava_processor), "gemma3": (gemma3, gemma3_processor)}[policy]
+    prompts = read([*CHATS, [*CHATS[0], {"role": "assistant", "content": "It "}]], make(), its())
 
     @torch.no_grad()
     def expected(completion):
         prompt = completion.response.prompt
-        answer = {"role": "assistant", "content": [{"type": "text", "text": completion.text}]}
-        text = processor.apply_chat_template([*prompt.source, answer], tokenize=False)
+        said = "It " * (prompt.index == 2) + completion.text
+        answer = {"role": "assistant", "content": [{"type": "text", "text": said}]}
+        text = processor.apply_chat_template([prompt.source[0], answer], tokenize=False)
         made = processor(text=[text], images=[prompt.media.images], return_tensors="pt", add_special_tokens=False)
         inputs = {name: made[name] for name in ("input_ids", "pixel_values")}
         return head(model.model(**inputs, use_cache=False).last_hidden_state[0, -1]).item()
