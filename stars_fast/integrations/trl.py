@@ -17,7 +17,6 @@ from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine, first_error
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.sampling import NEUTRAL, SAMPLING_FIELDS
-from stars_fast.methods import Plans
 from stars_fast.notices import warn
 from stars_fast.ops import gather_logprobs
 from stars_fast.policy.policy import Policy
@@ -170,8 +169,8 @@ def _rollouts(
     gathered: list[Rollouts] = [{} for _ in groups]
     read: dict[int, Prompt] = {}
     config, generation_config, variables = given
-    method = config.chosen_method
-    children = method.children if isinstance(method, Plans) else 1
+    planned = config.chosen_method.answers_a_plan
+    children = planned or 1
     first = list(accumulate((count // children for _, count in groups), initial=0))
     for size in dict.fromkeys(size for _, size in groups):
         if size % children:
@@ -198,7 +197,7 @@ def _rollouts(
                 "logprobs": out.sampling_logprobs[rows],
                 "engine_rewards": out.rewards[rows],
             }
-            if isinstance(method, Plans):
+            if planned is not None:
                 gathered[place] |= _of_plans(out.rewards[rows], children, first[place])
     if references is not None:
         answers = [_reference(references(prompt), engine.tokenizer) for prompt, _ in groups]

@@ -4,6 +4,7 @@ from stars_fast.methods.args_mara import Args, Mara
 from stars_fast.methods.base import Enumerated, Method, Population, Segments, Trial, no_parameter
 from stars_fast.methods.best_of import BestOfN, BlockwiseBestOfN, RejectionSampling
 from stars_fast.methods.cards import Cards
+from stars_fast.methods.guided import Guide, Guided
 from stars_fast.methods.metropolis import Ending, MetropolisHastings, PowerSampling, SuffixChain
 from stars_fast.methods.navigator import Navigator
 from stars_fast.methods.particles import ParticleFilter, TreeBoN
@@ -35,6 +36,9 @@ METHODS: dict[str, type[Method]] = {
         PersonaJudge,
     )
 }
+Guided.known = METHODS
+# What StarsConfig(method=...) may name: a method, or who draws for one.
+NAMED: dict[str, type[Method]] = {**METHODS, Guided.name: refusing_unknown(no_parameter)(Guided)}
 
 __all__ = [
     "METHODS",
@@ -45,6 +49,8 @@ __all__ = [
     "Cards",
     "Ending",
     "Enumerated",
+    "Guide",
+    "Guided",
     "Mara",
     "Method",
     "MetropolisHastings",

@@ -34,5 +34,9 @@ class Plans(Vanilla):
         self._check_integer("longest")
         self._check_delimiter()
 
+    @property
+    def answers_a_plan(self) -> int:
+        return self.children
+
     def segments(self) -> Segments:
         return Segments(delimiter=self.delimiter)
