@@ -63,15 +63,14 @@ def answer(problem: str) -> int:
 
 
 def written(block: str, value: int, sign: str, number: int, result: int) -> str:
-    """A line of a block, which need not be right: what precedes its last equation is."""
+    """A line of a block, which says this result, right or not."""
     tens, step = number // 10 * 10, f"{value}{sign}{number}={result}"
     if block == "D":
         middle = _DO[sign](value, tens)
-        return f"{value}{sign}{tens}={middle},{middle}{sign}{number - tens}={_DO[sign](value, number)},{step}\n"
+        return f"{value}{sign}{tens}={middle},{middle}{sign}{number - tens}={result},{step}\n"
     if block == "B":
-        true = _DO[sign](value, number)
-        other = f"{number}+{value}={true}" if sign == "+" else f"{true}+{number}={value}"
-        return f"{value}{sign}{number}={true},{other},{step}\n"
+        other = f"{number}+{value}={result}" if sign == "+" else f"{result}+{number}={value}"
+        return f"{step},{other},{step}\n"
     return step + "\n"
 
 
@@ -143,10 +142,10 @@ def lesson(chance: random.Random) -> tuple[str, list[float]]:
             again = not plain and chance.random() < (0.6 if wrong else 0.1)
             wrong, block = False, "F"
         value = said
-    if asked:
-        question, found = chance.choice("acceg" + QUESTIONS), scores(text[:start], _told(text[start:]))
-        add(question, 0.0)
-        add(str(found[question]), 3.0)
+    if asked:  # all of them: each is a lesson, though none stands behind another later on
+        for question, score in chance.sample(list(scores(text[:start], _told(text[start:])).items()), len(QUESTIONS)):
+            add(question, 0.0)
+            add(str(score), 1.0)
     else:
         add("" if plain else "T", 0.0)
         add(f"#{value}\n", 1.0)
