@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from stars_fast.methods.numbers import shown
+from stars_fast.names import with_extra
 from stars_fast.text.template import Variables, rendered
 from stars_fast.text.turns import PICTURES
 
@@ -107,7 +108,7 @@ def _picture(where: str, part: Mapping[str, Any]) -> Any:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise ValueError(f"{where}: pictures need Pillow: pip install 'stars-fast[pictures]' ({error})") from error
+        raise ValueError(f"{where}: pictures need Pillow: {with_extra('pictures')} ({error})") from error
     if isinstance(source, Image.Image):
         _check_size(where, source, Image.MAX_IMAGE_PIXELS)
         return source
