@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from stars_fast.demo import FOLDER as DEMO_FOLDER
 from stars_fast.demo import NAME as DEMO
-from stars_fast.methods import METHODS
+from stars_fast.methods import METHODS, NAMED
 from stars_fast.methods.base import Method, method_from
 from stars_fast.methods.fit import Fit
 from stars_fast.methods.numbers import MOST, MOST_ANSWERS, integer, plain, real, shown, truth
@@ -149,7 +149,7 @@ class StarsConfig:
         self._put("base_reward", _rewards("base_reward", self.base_reward, finite=True))
         if not isinstance(self.finished_threshold, str) or self.finished_threshold not in ("target", "ramp"):
             raise ValueError(f"finished_threshold={shown(self.finished_threshold)}: must be 'target' or 'ramp'")
-        chosen = method_from(self.method, METHODS)
+        chosen = method_from(self.method, NAMED)
         known = METHODS.get(chosen.name) is type(chosen)
         self._put("method", chosen.name if known and not chosen.changed else chosen)
         self._check_sampling()
@@ -197,7 +197,7 @@ class StarsConfig:
         for name, value in overrides.items():
             if name in known:
                 continue
-            method = method_from(overrides.get("method", self.method), METHODS)
+            method = method_from(overrides.get("method", self.method), NAMED)
             if name in (field.name for field in dataclasses.fields(method)):
                 give = f"method={type(method).__name__}({name}={value!r})"
                 raise TypeError(f"{name!r} is a parameter of the method, not a field of StarsConfig: give {give}")
@@ -207,7 +207,7 @@ class StarsConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain, JSON-ready values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["method"] = self.chosen_method.to_dict()
+        values["method"] = self.whole_method.to_dict()
         values["fit"] = None if self.known is None else self.known.to_dict()
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -217,9 +217,18 @@ class StarsConfig:
         return cast("Fit | None", self.fit)
 
     @property
-    def chosen_method(self) -> Method:
+    def whole_method(self) -> Method:
         """``method`` as an object."""
-        return method_from(self.method, METHODS)
+        return method_from(self.method, NAMED)
+
+    @property
+    def chosen_method(self) -> Method:
+        """What decides about candidates: ``method`` as an object, or the one that :class:`methods.Guided` is given."""
+        return self.whole_method.selection
+
+    def selecting(self, method: Method) -> StarsConfig:
+        """A copy where ``method`` decides about the candidates, which are drawn as they were."""
+        return self.replace(method=self.whole_method.selecting(method))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``stars_config.json`` into a folder, which is made if needed."""

@@ -248,7 +248,7 @@ class _Decoder:
     ) -> torch.LongTensor | StarsGenerateOutput:
         logits_processor, stopping_criteria = theirs
         transformers_call.refuse_modes(generation_config)
-        transformers_call.refuse_inputs(model_kwargs)
+        transformers_call.refuse_inputs(model_kwargs, media)
         config = transformers_call.settled(
             self.config, self.explicit, model, generation_config, prompt_length=input_ids.shape[1]
         )
@@ -262,10 +262,9 @@ class _Decoder:
             return None if processors is None else row_processor(processors.processors, input_ids, mask, row)
 
         # transformers repeats ids and mask for each sample; media are as they came.
-        ids = input_ids[::samples].cpu()
-        kept_ids = (None if not media else torch.ones_like(ids)) if mask is None else mask[::samples].cpu()
+        own_mask = None if mask is None else mask[::samples].cpu()
         arguments = Arguments(
-            {"input_ids": ids, "attention_mask": kept_ids, **media},
+            {"input_ids": input_ids[::samples].cpu(), "attention_mask": own_mask, **media},
             config,
             processor=processor,
             stop=lambda row: row_stop(stopping_criteria, generation_config, input_ids[row]),

@@ -17,7 +17,7 @@ from stars_fast.config import StarsConfig
 from stars_fast.inputs.arguments import Arguments, check_media, check_positions
 from stars_fast.inputs.call import Call, prepare, settings
 from stars_fast.inputs.job import Job
-from stars_fast.inputs.models import draft_policy, load_policy, load_reward
+from stars_fast.inputs.models import load_policy, load_reward, second_policy
 from stars_fast.inputs.origin import origin
 from stars_fast.inputs.per_prompt import PerPrompt
 from stars_fast.locks import Lock
@@ -132,6 +132,7 @@ class StarsEngine(Stays):
             tree.accelerate(cuda_graphs, torch_compile)
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)
         self._drafts: Policy | None = None  # the last draft model, for calls that name it again
+        self._guides: tuple[Policy, ...] = ()  # of the last guided call, likewise
         self.per_prompt = PerPrompt()
         self._preparing = Lock()
         self._missed = set[Any]()  # targets that nothing reached, and that were named
@@ -374,17 +375,28 @@ class StarsEngine(Stays):
         with self._preparing.held():  # tokenizers keep a state
             for tree in (self.policy, *self.reward.tree_models):
                 tree.check_unchanged()
+            kept = list(self._guides)
+
+            def guide(named: Any, name: str) -> Policy:
+                if named is None or named is self.policy.model:
+                    return self.policy
+                found = second_policy(named, kept, self.policy, self.tokenizer, name)
+                kept.extend([found] if found not in kept else [])
+                return found
+
             models = (self.policy, self.reward, self.tokenizer)
-            call = prepare(arguments, *models, self.kv_cache_tokens, samples, self.processor)
+            call = prepare(arguments, *models, self.kv_cache_tokens, samples, self.processor, guide)
+            self._guides = call.terms.guides or self._guides
             if isinstance(targets := call.config.target_reward, tuple):
                 self.per_prompt.used(targets, map(identity, call.prompts))
             if (named := call.terms.method.draft_model) is not None:
-                draft = self._drafts = draft_policy(named, self._drafts, self.policy, self.tokenizer)
+                drafts = [] if self._drafts is None else [self._drafts]
+                draft = self._drafts = second_policy(named, drafts, self.policy, self.tokenizer)
                 for index, prompt in enumerate(call.prompts):
-                    check_positions(index, len(prompt.ids), call.config, draft, "draft model")
-                    check_media(index, prompt.media, draft, "draft model")
+                    check_positions(index, len(prompt.ids), call.config, draft, "the draft model")
+                    check_media(index, prompt.media, draft, "the draft model")
                 call.terms = replace(call.terms, draft=draft)
-                call.size = call.size._replace(draft=draft)
+                call.size = call.size._replace(beside=[draft])
         return call
 
     def _events(self, job: Job) -> Generator[SegmentEvent, None, None]:

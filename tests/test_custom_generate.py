@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import sum_reward, tiny_policy, tiny_tokenizer, word_reward
+from tiny_pictures import qwen2_5_vl, qwen_inputs
 from transformers import AutoModelForCausalLM, TextStreamer
 
 import stars_fast
@@ -82,3 +83,11 @@ def test_requirements_that_are_not_met_are_named(policy, tmp_path):
 def test_a_misspelt_setting_is_refused_by_name(policy):
     with pytest.raises(TypeError, match="'target' is not a field of StarsConfig"):
         custom(policy, stars_config={"target": 1.0})
+
+
+def test_what_a_processor_made_goes_through():
+    policy, given = qwen2_5_vl(), qwen_inputs((4, 8), (8, 4))
+    config = StarsConfig(**FIELDS)
+    expected = stars_fast.generate(policy, **given, reward_model=sum_reward, stars_config=config, **CALL)
+    call = {"reward_model": sum_reward, "stars_config": FIELDS, "trust_remote_code": True, **CALL}
+    assert torch.equal(policy.generate(**given, custom_generate=str(HUB), **call), expected)

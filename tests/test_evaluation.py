@@ -150,7 +150,7 @@ def test_a_recipe_names_what_it_does_not_know(tmp_path):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_name_every_method_and_make_cells(path):
     recipe = read_recipe(path, {})
-    assert {"vanilla", *recipe.names} == set(METHODS)
+    assert {"vanilla", *recipe.names} == set(METHODS) - {"plans"}  # which are for training
     made = cells(recipe.asked, StarsConfig(**recipe.settings), recipe.parameters)
     assert len({cell.name for cell in made}) == len(made)
 

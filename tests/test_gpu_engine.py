@@ -11,6 +11,8 @@ from test_methods import EVERY
 from test_models_as_users_have_them import LORA, lora
 from test_same_text import CONFIG, FILTERED, SEEDS, flips
 from test_same_text import PROMPTS as TEXTS
+from test_tree_media import draws_behind_pictures
+from tiny_vision import family_model
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import stars_fast
@@ -18,6 +20,7 @@ from stars_fast import StarsEngine
 from stars_fast.loop import selection
 from stars_fast.loop.queue import Queue
 from stars_fast.methods import Cards
+from stars_fast.policy.policy import Policy
 from stars_fast.policy.steps import Steps
 from stars_fast.tree import prefill
 
@@ -94,6 +97,20 @@ def test_every_method_gives_the_texts_of_the_cpu(name, way):
     assert there.errors == here.errors == [None] * 6
     assert flips(here.completions, there.completions) <= 1
     test_methods.assert_all_free(engine)
+
+
+@pytest.mark.parametrize("way", WAYS | {"compiled": COMPILED})
+def test_texts_behind_pictures_are_those_of_the_cpu(way):
+    """Prompts whose positions are off by different numbers lie in one plan, and in one graph."""
+    policy = Policy(copy.deepcopy(family_model("qwen2_5_vl")).to(DEVICE), **(WAYS | {"compiled": COMPILED})[way])
+    (tokens, logprobs), (there, close) = (
+        draws_behind_pictures(Policy(family_model("qwen2_5_vl"))),
+        draws_behind_pictures(policy),
+    )
+    assert flips(tokens, there) <= 1
+    if tokens == there:
+        torch.testing.assert_close(close, logprobs, atol=1e-3, rtol=0)
+    assert (policy.graphs.made > 0) == (way != "eager")
 
 
 @pytest.mark.parametrize("overrides", [EAGER, COMPILED], ids=["eager", "compiled"])

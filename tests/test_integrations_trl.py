@@ -6,13 +6,15 @@ import os
 
 import pytest
 import torch
-from conftest import tiny_policy, tiny_reward, tiny_tokenizer
+from conftest import sum_reward, tiny_policy, tiny_reward, tiny_tokenizer
+from tiny_pictures import IMAGE, llava, llava_processor, picture
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
 
 from stars_fast import StarsConfig  # noqa: E402
-from stars_fast.integrations.trl import engine_reward, rollout_func  # noqa: E402
+from stars_fast.integrations.trl import by_plan, engine_reward, rollout_func  # noqa: E402
+from stars_fast.methods import Plans  # noqa: E402
 
 GROUP, TOKENS = 4, 6
 PROMPTS = ["a b c", "d e"]
@@ -23,7 +25,7 @@ def make_trainer(tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
 
-    def make(rollout, steps=1, **settings):
+    def make(rollout, steps=1, model=None, processing=None, rows=None, reward_funcs=engine_reward, **settings):
         torch.manual_seed(0)
         args = trl.GRPOConfig(
             output_dir=os.fspath(tmp_path),
@@ -40,11 +42,11 @@ def make_trainer(tmp_path, monkeypatch):
             **settings,
         )
         return trl.GRPOTrainer(
-            model=tiny_policy(32),
-            reward_funcs=engine_reward,
+            model=model or tiny_policy(32),
+            reward_funcs=reward_funcs,
             args=args,
-            train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
-            processing_class=tiny_tokenizer(32),
+            train_dataset=datasets.Dataset.from_list(rows or [{"prompt": prompt} for prompt in PROMPTS]),
+            processing_class=processing or tiny_tokenizer(32),
             rollout_func=rollout,
         )
 
@@ -170,3 +172,91 @@ def test_settings_that_rollouts_cannot_have_are_named(rollouts):
         rollouts(PROMPTS, generation_kwargs={"presence_penalty": 1.0})
     with pytest.warns(UserWarning, match=r"num_beams=4, which guidance does not apply"):
         rollouts(PROMPTS, generation_kwargs={"num_beams": 4})
+
+
+PLANS = StarsConfig(method=Plans(children=2, delimiter=None, longest=3), segment_length=4)
+
+
+def test_a_group_is_plans_with_answers_below_them_and_each_plan_has_its_childrens_mean(make_trainer):
+    calls, seen = [], []
+
+    def tokens(completion_ids, **columns):
+        return [float(sum(ids)) for ids in completion_ids]
+
+    def record(plan_reward, **columns):
+        seen.append((columns["plan"], plan_reward))
+        return by_plan(tokens)(**columns)
+
+    rollout = recorded(rollout_func(sum_reward_of_ids, PLANS), calls)
+    make_trainer(rollout, reward_funcs=record).train()
+    ((_, out), *_), ((plans, plan_rewards), *_) = calls, seen
+    assert plans == out["plan"] == [0, 0, 1, 1, 2, 2, 3, 3]
+    for first in range(0, 8, 2):
+        pair, rewards = out["completion_ids"][first : first + 2], out["engine_rewards"][first : first + 2]
+        assert pair[0][:3] == pair[1][:3]
+        assert out["plan_reward"][first] == out["plan_reward"][first + 1] == pytest.approx(sum(rewards) / 2)
+    assert plan_rewards == out["plan_reward"]
+    assert len({tuple(ids) for ids in out["completion_ids"]}) > 4
+
+
+def sum_reward_of_ids(prompts, completions, completion_ids, **columns):
+    return sum_reward(completion_ids)
+
+
+def test_a_plans_share_of_right_answers_leaves_out_those_without_an_answer():
+    right = by_plan(lambda plan, right: right)
+    assert right(plan=[0, 0, 1, 1, 2], right=[1.0, 0.0, None, 1.0, None]) == [0.5, 0.5, 1.0, 1.0, None]
+
+
+def test_plans_that_are_not_whole_are_refused(rollouts):
+    with pytest.raises(ValueError, match="3 samples, which are not whole plans of children=2"):
+        rollouts(["a b c"] * 3, PLANS)
+
+
+def test_reference_answers_are_read_by_the_weights_of_the_step(make_trainer):
+    answers = {"a b c": "w4 w5 w6", "d e": [7], "w1": None}
+    trainer = make_trainer(None, temperature=0.7)
+    rollout = rollout_func(tiny_reward(32), references=answers.__getitem__)
+    for _ in range(2):
+        out = rollout(["a b c"] * 2 + ["w1"] + ["d e"], trainer)
+        assert out["reference_ids"] == [[4, 5, 6, 31]] * 2 + [None, [7]]
+        for prompt, answer, logprobs in zip(*(out[name] for name in COLUMNS), strict=True):
+            if answer is None:
+                assert logprobs is None
+                continue
+            with torch.no_grad():
+                logits = trainer.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / 0.7
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+            assert logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+        with torch.no_grad():
+            trainer.model.model.embed_tokens.weight.mul_(1.5)
+
+
+COLUMNS = ("prompt_ids", "reference_ids", "reference_logprobs")
+
+
+def test_rollouts_of_prompts_with_pictures_are_what_the_trainer_reads(make_trainer):
+    """TRL computes log-probabilities from pictures and ids; they are the rollouts' where both have read the same."""
+    model, processor, calls = llava(), llava_processor(), []
+    rows = [
+        {"prompt": [{"role": "user", "content": "what is it?"}], "image": picture(seed)} for seed in range(len(PROMPTS))
+    ]
+    rollout = rollout_func(sum_reward_of_ids, StarsConfig(method="vanilla"), references=lambda prompt: "it")
+    trainer = make_trainer(
+        recorded(rollout, calls), model=model, processing=processor, rows=rows, remove_unused_columns=False
+    )
+    batch = [rows[0]] * GROUP + [rows[1]] * GROUP
+    with torch.no_grad():
+        inputs = trainer._generate_and_score_completions(batch)
+        ids = torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), 1)
+        mask = torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), 1)
+        logits = model.eval()(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"]).logits
+        logits[..., IMAGE] = -torch.inf  # it is never drawn
+    (_, out), *_ = calls
+    start = inputs["prompt_ids"].shape[1]
+    logprobs = logits[:, start - 1 : -1].log_softmax(-1).gather(2, inputs["completion_ids"][..., None])[..., 0]
+    for row, found in enumerate(out["logprobs"]):
+        assert found == pytest.approx(logprobs[row, : len(found)].tolist(), abs=1e-4)
+    assert out["prompt_ids"][0].count(IMAGE) > 1 and out["prompt_ids"][0] == out["prompt_ids"][GROUP]
+    first, other = out["reference_logprobs"][0], out["reference_logprobs"][GROUP]
+    assert out["reference_logprobs"] == [first] * GROUP + [other] * GROUP and first != other

@@ -185,9 +185,11 @@ def test_other_methods_have_the_same_text_in_any_batch(method):
     model, outputs = _llava()
     config = CONFIG.replace(method=method, target_reward=1.2 if method == "cards" else None, top_k=None)
     engine = StarsEngine(model, tiny_reward(VOCAB), reward_tokenizer="policy")
-    out = engine.generate(outputs, config, seed=[1, 2, 3], on_error="raise")
+    asked_for = {"reward_prompts": [[5, 6]] * 3}  # a reward of text
+    out = engine.generate(outputs, config, seed=[1, 2, 3], on_error="raise", **asked_for)
     for prompt, seed, tokens in zip(outputs, (1, 2, 3), out.completions, strict=True):
-        assert engine.generate([prompt], config, seed=[seed]).completions == [tokens]
+        alone = engine.generate([prompt], config, seed=[seed], reward_prompts=[[5, 6]], on_error="raise")
+        assert alone.completions == [tokens]
 
 
 def test_sessions_share_heartbeats_among_pictures_and_text():

@@ -23,6 +23,7 @@ from stars_fast.methods import (
     OptimalStopping,
     ParticleFilter,
     PersonaJudge,
+    Plans,
     PowerSampling,
     RejectionSampling,
     Stars,
@@ -38,6 +39,7 @@ CONFIG = StarsConfig(segment_length=4, max_attempts=5, target_reward=1.5, beta=0
 NETWORK = torch.nn.Linear(32, 2)
 EVERY = {
     "vanilla": Vanilla(),
+    "plans": Plans(children=2, delimiter=None, longest=3),
     "best_of_n": BestOfN(n=3),
     "rejection_sampling": RejectionSampling(),
     "metropolis_hastings": MetropolisHastings(steps=4),
@@ -98,7 +100,7 @@ def test_every_name_has_a_method():
     assert all(type(EVERY[name]) is METHODS[name] and METHODS[name].name == name for name in METHODS)
 
 
-def test_texts_end_at_eos_or_the_limit_and_say_so(together):
+def test_texts_end_at_eos_or_the_limit_and_say_so(method, together):
     assert {"length"} <= set(together.finish_reasons) <= {"length", "stop"}
     for completion, reason, segments in zip(
         together.completions, together.finish_reasons, together.segments, strict=True
@@ -107,7 +109,8 @@ def test_texts_end_at_eos_or_the_limit_and_say_so(together):
         assert reason == "stop" or len(completion) == CONFIG.max_new_tokens
         assert [token for segment in segments for token in segment.tokens] == completion
     stats = together.stats
-    assert stats["committed_tokens"] == sum(map(len, together.completions))
+    twice = sum(len(own[0].tokens) for own in together.segments[1::2]) if isinstance(method, Plans) else 0
+    assert stats["committed_tokens"] == sum(map(len, together.completions)) - twice
     assert stats["policy_tokens"] == stats["committed_tokens"] + stats["discarded_tokens"]
 
 
@@ -272,6 +275,7 @@ class Finished(Sums):
 
 ITEM = (
     "vanilla",
+    "plans",
     "best_of_n",
     "rejection_sampling",
     "metropolis_hastings",

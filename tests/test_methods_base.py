@@ -173,7 +173,7 @@ def test_a_setting_that_a_method_overrules_is_warned_of_and_others_are_not():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*were drawn to find a target")
-        for name in set(METHODS) - {"rsd", "mara", "persona_judge"}:
+        for name in set(METHODS) - {"plans", "rsd", "mara", "persona_judge"}:
             make_engine().generate([[1]], method=name, max_new_tokens=2, seed=0)
 
 

@@ -5,15 +5,27 @@ import shutil
 
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, tiny_policy, tiny_reward
 from histories import live
 from safetensors.torch import load_file, save_file
-from tiny_pictures import asked, gemma3, gemma3_processor, llava, llava_processor, picture, qwen2_5_vl, qwen_inputs
+from tiny_pictures import (
+    IMAGE,
+    asked,
+    gemma3,
+    gemma3_processor,
+    llava,
+    llava_processor,
+    paligemma,
+    picture,
+    qwen2_5_vl,
+    qwen_inputs,
+)
 from transformers import Gemma3ForSequenceClassification, Qwen2_5_VLModel, Qwen2_5_VLPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.rewards import (
+    CallableReward,
     ClassifierReward,
     Completion,
     GroundingReward,
@@ -22,11 +34,14 @@ from stars_fast.rewards import (
     ProcessReward,
     Response,
     RewardPrompt,
+    RuleReward,
     ValueHeadReward,
     noised,
 )
 from stars_fast.text.media import forward_arguments
 from stars_fast.text.prompts import read_prompts
+from stars_fast.tree.model import TreeModel
+from stars_fast.tree.prefixes import LEAST
 
 WORDS = [list(range(start, start + length)) for start, length in ((10, 3), (30, 1), (50, 5), (71, 2))]
 CHATS = [asked(picture(0)), asked(picture(1), picture(2, 32, 32), text="and these?")]
@@ -59,23 +74,23 @@ def of_row(media):
     return rows | {"pixel_values": pixels, "image_grid_thw": grid[media.row : media.row + 1]}
 
 
-def with_answer(inputs, answer):
-    """The inputs of a plain pass over prompt and answer."""
+def with_answer(inputs, answer, kind=0):
+    """The inputs of a plain pass over prompt and answer, whose token types are ``kind``."""
     longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"], torch.tensor([answer], dtype=torch.long)], 1)}
     longer.pop("attention_mask", None)
     for name in ("token_type_ids", "mm_token_type_ids"):
         if name in inputs:
             types = inputs[name]
-            longer[name] = torch.cat([types, types.new_zeros(1, len(answer))], 1)
+            longer[name] = torch.cat([types, types.new_full((1, len(answer)), kind)], 1)
     return longer
 
 
 @torch.no_grad()
-def logprob(model, inputs, answer):
+def logprob(model, inputs, answer, kind=0):
     """Of the answer's ids, by one plain pass."""
     if not answer:
         return 0.0
-    logits = model(**with_answer(inputs, answer), use_cache=False).logits[0, -len(answer) - 1 : -1]
+    logits = model(**with_answer(inputs, answer, kind), use_cache=False).logits[0, -len(answer) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum().item()
 
 
@@ -99,6 +114,22 @@ def test_the_log_ratio_sees_the_pictures_after_any_history(family, slots):
         return 0.5 * (ours - reference)
 
     live(scorer, prompts(), expected, draw=draw, slots=slots, rounds=6, seed=slots)
+
+
+def test_a_pair_that_sees_prompts_in_both_directions_reads_text_whole_too():
+    pair, text = [paligemma(seed) for seed in (1, 2)], [1, 5, 9, 7, 30]
+    ids = torch.tensor([[IMAGE] * 16 + text])
+    seen = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
+    scorer = ImplicitReward(*pair)
+
+    def expected(completion):
+        prompt = completion.response.prompt
+        given = torch.tensor([prompt.ids])
+        given = {**(prompt.media.inputs if prompt.media else {}), "input_ids": given, "token_type_ids": 0 * given}
+        ours, reference = (logprob(model, given, completion.tokens, kind=1) for model in pair)
+        return ours - reference
+
+    live(scorer, [*read(seen, pair[0]), RewardPrompt(1, text, text)], expected, draw=draw, slots=90, rounds=5)
 
 
 def as_rendered(processor, prompt, answer, chat=None):
@@ -306,3 +337,144 @@ def test_the_engine_guides_answers_to_pictures_alike_however_many_candidates():
         assert outputs[0].completions[0] == outputs[0].completions[2] == outputs[2].completions[0]
         assert any(segment.attempts > 1 for row in outputs[0].segments for segment in row)
         assert outputs[0].rewards == pytest.approx(outputs[1].rewards, abs=1e-4)
+
+
+def test_scorers_that_would_not_see_the_pictures_say_what_to_give_them():
+    model, processor = llava(), llava_processor()
+    chats = read(CHATS, model, processor)
+    inputs = read(processor.apply_chat_template(CHATS[1], tokenize=True, return_dict=True, return_tensors="pt"), model)
+    inputs[0].tokenizer = processor.tokenizer
+    foreign = gemma3_processor()
+    bare = copy.copy(processor.tokenizer)
+    bare.chat_template = None
+    marked = copy.copy(processor.tokenizer)
+    marked.chat_template = processor.chat_template + " "
+    cases = [
+        (ClassifierReward(tiny_reward(104)), chats, ("pictures", "ClassifierReward", "text alone", "rule")),
+        (ImplicitReward(tiny_policy(104), tiny_policy(104, seed=1)), inputs, ("pictures", "ImplicitReward", "text")),
+        (ImplicitReward(llava(), llava(1), tokenizer=marked), chats, ("pictures", "processor=")),
+        (ImplicitReward(gemma3(), gemma3(1), processor=foreign), inputs, ("what a processor made", "chat")),
+        (JudgeReward(model, bare), chats, ("pictures", "processor=")),
+        (JudgeReward(gemma3(), processor=foreign), inputs, ("what a processor made", "chat")),
+        (ImplicitReward(qwen2_5_vl(), qwen2_5_vl(1)), read(qwen_inputs((4, 4)), qwen2_5_vl()), ()),
+        (ImplicitReward(llava(), llava(1)), read(qwen_inputs((4, 4)), qwen2_5_vl()), ("image_grid_thw", "processor=")),
+        (GroundingReward(model), [RewardPrompt(0, [5, 6], [5, 6])], ("no pictures", "GroundingReward")),
+    ]
+    for scorer, prompts, words in cases:
+        for ask in (scorer.check, lambda prompts, new, slots, scorer=scorer: scorer.begin(prompts, new, 1, slots)):
+            if not words:
+                ask(prompts, 8, None)
+                continue
+            with refused(r"prompts\[0\]", *words):
+                ask(prompts, 8, None)
+        scorer.end()
+    with refused("processor", "transformers processor"):
+        JudgeReward(model, processor=processor.tokenizer)
+    with refused("tokenizer='policy'", "processor="):
+        ImplicitReward(llava(), llava(1), tokenizer="policy", processor=processor)
+    ends = dict(processor(text=["what is <image>"], images=[[picture(0)]], return_tensors="pt"))
+    ends.pop("token_type_ids", None)
+    with refused(r"prompts\[0\]", "picture", "last"):
+        ImplicitReward(llava(), llava(1)).check(read(ends, model), 8, None)
+
+
+def test_functions_are_given_the_pictures_they_ask_for_and_rules_judge_the_text():
+    policy, processor, seen = llava(), llava_processor(), []
+
+    def looks(completions, images):
+        seen.extend(images)
+        return [float(len(one)) for one in images]
+
+    chats = [*CHATS, [{"role": "user", "content": "no picture"}]]
+
+    def reads_text(prompts, completions):
+        return [0.0 for _ in completions]
+
+    engine = StarsEngine(policy, CallableReward(looks, processor.tokenizer), processor=processor)
+    output = engine.generate(CHATS, CONFIG, seed=0)
+    assert output.rewards == [1.0, 2.0]
+    assert {id(image) for images in seen for image in images} == {
+        id(part["image"]) for chat in CHATS for part in chat[0]["content"] if part["type"] == "image"
+    }
+    assert engine.generate(CHATS, CONFIG, seed=0, columns={"images": ["abc", "d"]}).rewards == [3.0, 1.0]
+    assert engine.generate(chats, CONFIG, seed=0).rewards == [1.0, 2.0, 0.0]
+    with refused("images", "columns="):
+        engine.generate(chats[2:], CONFIG)
+    with refused("images", "columns="):
+        engine.generate(processor(text=["<image>?"], images=[[picture(0)]], return_tensors="pt"), CONFIG)
+    for reward in (reads_text, RuleReward({"a": 1.0})):
+        assert StarsEngine(policy, reward, processor=processor).generate(chats, CONFIG, seed=0).errors == [None] * 3
+
+
+PARTS_ALONE = (
+    "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>"
+    "{% elif c['type'] == 'text' %}{{ c['text'] | trim }}{% endif %}{% endfor %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("policy", ["llava", "gemma3"])
+def test_answers_to_pictures_are_what_the_template_writes_around_and_makes_of_them(policy):
+    """It shows an answer as parts alone, and trims it: text that is read anew stands behind the same pictures."""
+    model, processor, head = llava(6), llava_processor(), torch.nn.Linear(32, 1)
+    processor.chat_template = PARTS_ALONE
+    scorer = ValueHeadReward(model, head, processor=processor)
+    prompts = FAMILIES[policy][1]()
+
+    @torch.no_grad()
+    def expected(completion):
+        prompt = completion.response.prompt
+        answer = {"role": "assistant", "content": [{"type": "text", "text": completion.text}]}
+        text = processor.apply_chat_template([*prompt.source, answer], tokenize=False)
+        made = processor(text=[text], images=[prompt.media.images], return_tensors="pt", add_special_tokens=False)
+        inputs = {name: made[name] for name in ("input_ids", "pixel_values")}
+        return head(model.model(**inputs, use_cache=False).last_hidden_state[0, -1]).item()
+
+    def spaced(chance):
+        return [4] * chance.randint(0, 1) + draw(chance) + [4] * chance.randint(0, 1)
+
+    live(scorer, prompts, expected, draw=spaced, slots=150, rounds=5, tokenizer=prompts[0].tokenizer)
+
+
+def test_a_batch_is_read_in_one_pass_and_its_ids_are_never_taken_for_other_pictures(monkeypatch):
+    reads, model = [], llava()
+    read_media = TreeModel.read_media
+    monkeypatch.setattr(
+        TreeModel, "read_media", lambda *args, **kwargs: reads.append(list(args[2])) or read_media(*args, **kwargs)
+    )
+    processor = llava_processor()
+    text = ["<image> what is in this picture, and where is it from?"] * 2
+    images = [[picture(0)], [picture(1)]]
+    prompts = read(dict(processor(text=text, images=images, return_tensors="pt")), model)
+    assert prompts[0].ids == prompts[1].ids and len(prompts[0].ids) > LEAST
+    scorer = ImplicitReward(llava(1), llava(2))
+    rewards = []
+    with torch.no_grad():
+        scorer.begin(prompts, 8, 4, None)
+        for _ in range(2):
+            scorer.open(prompts, 8)
+            assert scorer.read_ahead(prompts, 3) == []
+            assert reads == [[0, 1], [0, 1]]  # by each model
+            rewards.append(scorer.score([Completion(Response(prompt), WORDS[0]) for prompt in prompts]))
+            assert reads == [[0, 1], [0, 1]]
+            reads.clear()
+            scorer.forget(prompts)
+        scorer.end()
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-5) and abs(rewards[0][0] - rewards[0][1]) > 1e-3
+
+
+def test_batches_are_read_ahead_as_far_as_one_may_and_at_least_one():
+    model = llava()
+    prompts = [prompt for chat in CHATS for prompt in read(chat, model, llava_processor())]
+    text = RewardPrompt(2, [7] * 40, [7] * 40)
+    scorer = ImplicitReward(llava(1), llava(2))
+    with torch.no_grad():
+        scorer.begin([*prompts, text], 8, 4, None)
+        scorer.open([*prompts, text], 8)
+        before = scorer.tokens
+        assert set(scorer.read_ahead([*prompts, text], 1)) == {prompts[1], text}
+        assert scorer.tokens - before == 2 * (len(prompts[0].ids) - 1)
+        assert set(scorer.read_ahead([*prompts, text], len(prompts[1].ids) + 9)) == {text}
+        assert scorer.read_ahead([*prompts, text], 100) == []
+        assert scorer.tokens - before == 2 * (sum(len(prompt.ids) for prompt in [*prompts, text]) - 3)
+        scorer.end()

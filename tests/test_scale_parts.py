@@ -160,3 +160,12 @@ def test_workers_that_start_elsewhere_find_folders_and_the_file_of_a_reward(tmp_
     names = batch._found(Names("policy", "rewards.py:score", None, "org/tokenizer", "auto", "policy"))
     whole = f"{tmp_path}/policy"
     assert names == (whole, f"{tmp_path}/rewards.py:score", None, "org/tokenizer", "auto", whole)
+
+
+def test_workers_that_start_elsewhere_find_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows").mkdir()
+    Path("rows/x.jsonl").write_text('{"prompt": "w3", "image": "a.png"}\n')
+    files = batch._named(batch._files("rows/*.jsonl", Path("out")), "rows/*.jsonl")
+    (row,) = batch._todo(files, 0, {}, Path("out"))
+    assert row.asked[0]["content"][0]["path"] == f"{tmp_path}/rows/a.png"

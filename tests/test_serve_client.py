@@ -1,8 +1,15 @@
 """The server as openai's client sees it, and what the engine gives for the same request."""
 
+import base64
+import io
+
 import openai
 import pytest
+from conftest import sum_reward
 from serving import CONFIG, running, tiny_engine
+from tiny_pictures import asked, llava, llava_processor, picture
+
+from stars_fast import StarsEngine
 
 CHAT = [{"role": "user", "content": "hello there"}]
 
@@ -182,3 +189,41 @@ def test_no_key_and_a_wrong_one_are_refused(client):
     for key in ("wrong", "s", "secretsecret"):
         with pytest.raises(openai.AuthenticationError, match="wrong API key"):
             client.with_options(api_key=key).models.list()
+
+
+def with_picture(image, said="what is it?"):
+    """A chat as openai's client has it."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": said}]
+    return [{"role": "user", "content": parts}]
+
+
+def test_an_answer_about_a_picture_is_the_engines_whole_or_in_pieces():
+    engine = StarsEngine(llava(), lambda completion_ids: sum_reward(completion_ids), processor=llava_processor())
+    with running(engine, api_key="secret") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
+        texts = []
+        for seed in (1, 2):
+            want = alone(engine, asked(picture(seed)), max_new_tokens=20, num_return_sequences=2)
+            ask = dict(model="tiny", messages=with_picture(picture(seed)), seed=7, n=2, max_tokens=20)
+            whole = client.chat.completions.create(**ask)
+            texts.append([choice.message.content for choice in whole.choices])
+            assert texts[-1] == want.texts and whole.usage.prompt_tokens > 16, "a slot of the picture each"
+            pieces = [""] * 2
+            for chunk in client.chat.completions.create(**ask, stream=True):
+                pieces[chunk.choices[0].index] += chunk.choices[0].delta.content
+            assert pieces == want.texts
+        assert texts[0] != texts[1], "the picture was not seen"
+        begun = [*with_picture(picture(1)), {"role": "assistant", "content": "I see"}]
+        got = client.chat.completions.create(model="tiny", messages=begun, seed=7, max_tokens=8)
+        chat = [*asked(picture(1)), begun[-1]]
+        assert got.choices[0].message.content == alone(engine, chat, max_new_tokens=8).texts[0]
+        rest = {"ignore_eos": True, "stars": {"method": "vanilla", "segment_length": 32}}
+        got = client.chat.completions.create(model="tiny", messages=with_picture(picture(1)), seed=1, extra_body=rest)
+        assert got.usage.total_tokens == 512 and got.choices[0].finish_reason == "length"
+        with pytest.raises(openai.BadRequestError, match="not fetched"):
+            parts = [{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}]
+            client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": parts}])
+        server.settle()

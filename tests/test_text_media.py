@@ -20,6 +20,7 @@ from tiny_pictures import (
     qwen2_5_vl,
     qwen_inputs,
 )
+from transformers import LlavaProcessor
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.inputs.models import load_policy
@@ -59,6 +60,18 @@ def test_a_chat_with_pictures_is_what_transformers_makes_of_it(pair, chat):
     given = [part["image"] for part in chat[0]["content"][:-1]]
     assert list(map(id, prompt.media.images)) == list(map(id, given))
     assert prompt.source[0]["content"][:-1] == [{"type": "image"}] * len(given), "the caller's own is as it was"
+
+
+def test_a_processor_with_a_way_of_its_own_renders_its_chats(pair):
+    class Own(LlavaProcessor):
+        def apply_chat_template(self, conversation, **kwargs):
+            assert [part.get("image") for part in conversation[0]["content"]] == [image, None]
+            return super().apply_chat_template(conversation, **kwargs)
+
+    image, own = picture(0), llava_processor()
+    own.__class__ = Own
+    takes = forward_arguments(llava())
+    assert identity(read(asked(image), (takes, own))[0]) == identity(read(asked(image), (takes, llava_processor()))[0])
 
 
 def test_a_picture_may_be_an_object_an_array_a_file_or_a_data_url(pair, tmp_path):

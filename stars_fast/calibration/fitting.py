@@ -104,14 +104,14 @@ def fit(
         raise ValueError(f"fit: {engine.reward.described} scores finished answers only (partial=False): use best_of_n")
 
     def run(place: int, among: int) -> StarsOutput:
-        settings = given.replace(method=_History(given.chosen_method, samples, among))
+        settings = given.selecting(_History(given.chosen_method, samples, among))
         arguments = Arguments(
             prompts, settings, seed=philox_key(seed, place, 0), on_error="raise", trace=True, **inputs
         )
         name = "unguided" if among == 1 else f"best of {among}"
         return engine.run(arguments, progress=progress, name=f"fit {place + 1}/{len(_AMONG)}: {name}")
 
-    call = engine.prepare(Arguments(prompts, given.replace(method=_History(given.chosen_method, samples, 1)), **inputs))
+    call = engine.prepare(Arguments(prompts, given.selecting(_History(given.chosen_method, samples, 1)), **inputs))
     if len(call.prompts) < _LEAST_PROMPTS:
         raise ValueError(f"fit: {len(call.prompts)} prompts say too little: give at least {_LEAST_PROMPTS}")
     outputs = [run(i, among or samples) for i, among in enumerate(_AMONG)]

@@ -56,31 +56,37 @@ class Arguments:
 def check_limits(
     prompts: Sequence[Prompt],
     preferred: Sequence[Sequence[list[int]]],
+    slots: Sequence[int],
     config: StarsConfig,
     policy: Policy,
     kv_cache_tokens: int | None,
 ) -> None:
     """Raise ValueError where a prompt is too much for the policy or for the slots, by its index.
 
-    ``preferred`` has per prompt its ids under each of the method's preferences, which stand in its place.
+    ``preferred`` has per prompt its ids under each of the method's preferences, which stand in its place; ``slots``
+    those that a request may take by itself.
     """
     for index, (prompt, variants) in enumerate(zip(prompts, preferred, strict=True)):
         for ids, under in [(prompt.ids, ""), *((ids, ", under a preference,") for ids in variants)]:
-            bad = [token for token in ids if not 0 <= token < policy.vocab_size]
-            if bad and prompt.media is not None:  # some models name no row of their embeddings
-                bad = sorted(set(bad).difference(placeholder_ids(policy.model)))
-            if bad:
-                raise ValueError(
-                    f"prompts[{index}]{under} holds id {bad[0]}, outside the policy's vocabulary of {policy.vocab_size}"
-                )
+            check_ids(index, ids, prompt.media, policy, "the policy's", under)
         length = max(map(len, [prompt.ids, *variants]))
-        check_positions(index, length, config, policy, "policy")
-        slots = most_slots(prompt, variants, config)
-        if kv_cache_tokens is not None and slots > kv_cache_tokens:
+        check_positions(index, length, config, policy, "the policy")
+        if kv_cache_tokens is not None and slots[index] > kv_cache_tokens:
             raise ValueError(
-                f"prompts[{index}] has {length} tokens and needs {slots} slots with max_new_tokens="
+                f"prompts[{index}] has {length} tokens and needs {slots[index]} slots with max_new_tokens="
                 f"{config.max_new_tokens} and segment_length={config.segment_length}; kv_cache_tokens={kv_cache_tokens}"
             )
+
+
+def check_ids(
+    index: int, ids: Sequence[int], media: Media | None, model: TreeModel, whose: str, under: str = ""
+) -> None:
+    """Raise ValueError where a prompt has an id that the model cannot read."""
+    bad = [token for token in ids if not 0 <= token < model.vocab_size]
+    if bad and media is not None:  # some models name no row of their embeddings
+        bad = sorted(set(bad).difference(placeholder_ids(model.model)))
+    if bad:
+        raise ValueError(f"prompts[{index}]{under} holds id {bad[0]}, outside {whose} vocabulary of {model.vocab_size}")
 
 
 def check_positions(index: int, length: int, config: StarsConfig, model: TreeModel, role: str) -> None:
@@ -90,7 +96,7 @@ def check_positions(index: int, length: int, config: StarsConfig, model: TreeMod
         beside = f" and up to {scaffold} tokens of the method's scaffold" if scaffold else ""
         raise ValueError(
             f"prompts[{index}] has {length} tokens, which with max_new_tokens={config.max_new_tokens}{beside} exceeds "
-            f"the limit of the {role}'s {positions} positions"
+            f"the limit of {role}'s {positions} positions"
         )
 
 
@@ -99,14 +105,9 @@ def check_media(index: int, media: Media | None, model: TreeModel, role: str) ->
     known = {"input_ids", "attention_mask", *forward_arguments(unwrapped(model.model))}
     if media is not None and (unread := media.inputs.keys() - known):
         raise ValueError(
-            f"prompts[{index}] has pictures: its {', '.join(sorted(unread))} are nothing that the {role}, a "
+            f"prompts[{index}] has pictures: its {', '.join(sorted(unread))} are nothing that {role}, a "
             f"{type(model.model).__name__}, reads"
         )
-
-
-def most_slots(prompt: Prompt, preferred: Sequence[Sequence[int]], config: StarsConfig) -> int:
-    """Slots that a request may take by itself, with its prompt or what stands in its place."""
-    return sum(map(len, preferred or [prompt.ids])) + config.chosen_method.slots(config)
 
 
 def warn_of_overruled(method: Method, given: StarsConfig, ruled: StarsConfig) -> None:

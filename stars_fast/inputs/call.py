@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ from stars_fast.inputs.arguments import (
     Hooks,
     check_limits,
     check_per_prompt,
-    most_slots,
     read_keys,
     read_reward_prompts,
     under_preferences,
@@ -24,6 +23,7 @@ from stars_fast.inputs.arguments import (
 )
 from stars_fast.inputs.fits import check_fit
 from stars_fast.inputs.generation_settings import row_processors, time_limit, warn_of_unapplied
+from stars_fast.inputs.guides import read_guides
 from stars_fast.inputs.hooks import stop_test
 from stars_fast.inputs.per_prompt import places
 from stars_fast.inputs.sampling import as_ids, resolve_sampling
@@ -75,8 +75,9 @@ class Call:
 
     def __post_init__(self) -> None:
         config = pilot_config(self.config, self.samples)
-        self.pilot_terms = _terms(
-            config, config.chosen_method, self.terms.sampling, self.terms.stats, self.terms.whole, pilot=True
+        method = config.chosen_method
+        self.pilot_terms = replace(
+            self.terms, config=config, method=method, segments=method.segments(), pilot=True, trace=False
         )
 
     @property
@@ -140,12 +141,14 @@ def prepare(
     reward: Reward,
     tokenizer: Any,
     kv_cache_tokens: int | None,
-    samples: int = PILOT_SAMPLES,
-    processor: Any = None,
+    samples: int,
+    processor: Any,
+    guide: Callable[[Any, str], Policy],
 ) -> Call:
     """Check every argument and read the prompts: settings, texts, limits, keys.
 
-    Each prompt that a config was calibrated for has its own target; others go by the calibration's fit.
+    Each prompt that a config was calibrated for has its own target; others go by the calibration's fit. ``guide`` gives
+    the model that a guided method names (:func:`stars_fast.inputs.guides.read_guides`).
 
     Raises
     ------
@@ -174,11 +177,29 @@ def prepare(
     method = config.chosen_method
     sampling, hooks = _hooks(arguments, config, sampling, prompts, policy, tokenizer)
     preferred = under_preferences(method, prompts, arguments, sampling, hooks, policy, tokenizer)
-    check_limits(prompts, preferred, config, policy, kv_cache_tokens)
+    guidance = read_guides(config, prompts, arguments, policy, tokenizer, processor, guide)
+    held = [
+        sum(map(len, variants)) if variants else guidance.slots(index, prompt.ids)
+        for index, (prompt, variants) in enumerate(zip(prompts, preferred, strict=True))
+    ]
+    slots = [count + guidance.copies * method.slots(config) for count in held]
+    check_limits(prompts, preferred, slots, config, policy, kv_cache_tokens)
     reward.check(reward_prompts, config.max_new_tokens, kv_cache_tokens)
     keys = read_keys(arguments.seed, len(prompts), config.num_return_sequences, policy.sharded)
     whole = method.needs_hidden_state or reward.needs_hidden_state
-    terms = _terms(config, method, sampling, Stats(), whole, trace=arguments.trace)
+    beside = [[one.ids for one in row] for row in guidance.prompts]
+    terms = Terms(
+        config,
+        method,
+        method.segments(),
+        sampling,
+        Stats(),
+        whole,
+        guides=guidance.guides,
+        weights=guidance.weights,
+        copies=guidance.copies,
+        trace=arguments.trace,
+    )
     return Call(
         arguments=arguments,
         terms=terms,
@@ -186,12 +207,19 @@ def prepare(
         calibrated_terms=replace(terms, config=with_targets, method=with_targets.chosen_method) if calibrated else None,
         prompts=prompts,
         nodes=[
-            PromptNode(prompt.ids, rewarded, under_preferences=ids, media=prompt.media)
-            for prompt, rewarded, ids in zip(prompts, reward_prompts, preferred, strict=True)
+            PromptNode(
+                prompt.ids,
+                rewarded,
+                under_preferences=ids,
+                media=prompt.media,
+                beside=[PromptNode(one.ids, rewarded, media=one.media) for one in guidance.prompts[index]],
+                slots=guidance.slots(index, prompt.ids),
+            )
+            for index, (prompt, rewarded, ids) in enumerate(zip(prompts, reward_prompts, preferred, strict=True))
         ],
         keys=keys,
         hooks=hooks,
-        size=_size(config, prompts, preferred, samples, reward_prompts),
+        size=_size(config, prompts, [*preferred, *beside], slots, samples, reward_prompts, guidance.beside),
         samples=samples,
     )
 
@@ -219,11 +247,11 @@ def settings(
     ruled = method.rule(given)
     warn_of_overruled(method, given, ruled)
     if (read := method.in_ids(partial(_ids_of, tokenizer), policy.vocab_size)) is not method:
-        ruled, method = ruled.replace(method=read), read
+        ruled, method = ruled.selecting(read), read
     tests_quantiles = method.uses_fit and method.has_target and ruled.target_reward is None
     if given.known is not None and tests_quantiles:
         quantiles = QuantileRule(method, given.known, ruled.acceptance)
-        ruled = quantiles.rule(given).replace(method=quantiles)
+        ruled = quantiles.rule(given).selecting(quantiles)
     if method.segments().delimiter is not None and tokenizer is None:
         raise ValueError(
             f"method={method.name!r}: delimiter={method.segments().delimiter!r} needs a tokenizer: pass tokenizer=, "
@@ -296,39 +324,30 @@ def _hooks(
     ]
 
 
-def _terms(
-    config: StarsConfig,
-    method: Any,
-    sampling: Sampling,
-    stats: Stats,
-    whole: bool,
-    pilot: bool = False,
-    trace: bool = False,
-) -> Terms:
-    return Terms(config, method, method.segments(), sampling, stats, whole, pilot=pilot, trace=trace)
-
-
 def _size(
     config: StarsConfig,
     prompts: Sequence[Prompt],
-    preferred: Sequence[Sequence[list[int]]],
+    variants: Sequence[Sequence[list[int]]],
+    slots: Sequence[int],
     samples: int,
     reward_prompts: Sequence[RewardPrompt],
+    beside: Sequence[Policy],
 ) -> Size:
-    """Most of what the call takes at a time."""
+    """Most of what the call takes at a time. ``variants`` are read in prompts' place, or beside them."""
     method = config.chosen_method
     width, longest = method.rows(config), config.max_new_tokens + method.scaffold(config)
     answers = len(prompts) * config.num_return_sequences
     pilots = len(prompts) * samples if config.target_reward is None and method.has_target else 0
-    read = [[prompt.ids, *variants] for prompt, variants in zip(prompts, preferred, strict=True)]
+    read = [[prompt.ids for prompt in prompts], *variants]
     return Size(
         length=max((len(ids) for texts in read for ids in texts), default=0) + longest,
-        slots=max((most_slots(p, ids, config) for p, ids in zip(prompts, preferred, strict=True)), default=0),
+        slots=max(slots, default=0),
         holders=max(answers if method.reserves else answers * width, pilots),
         rows=max(answers * width, pilots),
         segment_length=min(config.segment_length, config.max_new_tokens),
         max_new_tokens=config.max_new_tokens,
         prompts=reward_prompts,
+        beside=beside,
     )
 
 

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 
 from stars_fast.config import StarsConfig
+from stars_fast.methods.base import Method
 from stars_fast.methods.fit import Fit
 from stars_fast.notices import warn
 from stars_fast.policy.leaf import Sampling
@@ -45,7 +46,18 @@ def made_for(config: StarsConfig, sampling: Sampling, policy: Policy, reward: Re
         "max_new_tokens": config.max_new_tokens,
         **{name: value for name, value in segments._asdict().items() if value != segments._field_defaults[name]},
         **filters,
+        **({"mix": _mix(config.whole_method)} if config.whole_method.guides else {}),
     }
+
+
+def _mix(method: Method) -> str:
+    """Who draws the candidates, in words."""
+    parts = [f"{method.own_weight:g} policy"]
+    for model, weight, transform in method.guides:
+        name = "policy" if model is None else model if isinstance(model, str) else described(model)
+        under = "" if transform is None else f" under {getattr(transform, '__qualname__', type(transform).__name__)}"
+        parts.append(f"{weight:g} {name}{under}")
+    return " + ".join(parts)
 
 
 def described(model: Any) -> str:

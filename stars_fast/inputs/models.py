@@ -21,6 +21,7 @@ from stars_fast.rewards import CallableReward, ClassifierReward, Reward
 from stars_fast.rewards.classifier import ONE_LABEL
 from stars_fast.rewards.ids import POLICYS, check_draft
 from stars_fast.text.tokenizers import named_processor, named_tokenizer, processor_beside, tokenizer_beside
+from stars_fast.tree.support import place
 
 # Heads that a causal LM has no use for, and no model has that was trained as one.
 _HEADS = ("score.weight", "classifier.weight")
@@ -120,20 +121,22 @@ def _several(classes: Any) -> Sequence[type]:
     return classes if isinstance(classes, (list, tuple)) else (classes,)
 
 
-def draft_policy(draft: Any, kept: Policy | None, policy: Policy, tokenizer: Any) -> Policy:
-    """``draft`` (a model, path or hub id) beside ``policy``; ``kept`` where it is that already.
+def second_policy(named: Any, kept: Iterable[Policy], policy: Policy, tokenizer: Any, role: str = "draft") -> Policy:
+    """A model, path or hub id beside ``policy``; one of ``kept`` where it is that already.
 
     Raises
     ------
     ValueError
         Where the two are known not to have the same vocabulary.
     """
-    if kept is not None and draft in (kept.model, kept.source):
-        return kept
-    model, *_ = load_policy(draft, None, policy.device)
-    check_draft(model, policy.model, tokenizer)
-    made = Policy(model, policy.graphs.enabled, policy.torch_compile)
-    made.source = draft
+    for one in kept:
+        same = named is one.model or (isinstance(named, (str, os.PathLike)) and named == one.source)
+        if same and place(one.model) == one.made_for:
+            return one
+    model, *_ = load_policy(named, None, policy.device)
+    check_draft(model, policy.model, tokenizer, role)
+    made = Policy(model, policy.graphs.enabled, policy.torch_compile, role)
+    made.source = named
     return made
 
 
@@ -253,11 +256,11 @@ def _loaded(
     auto: Any, name: str, device: Device, dtype: str, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Iterable[str]]]:
     """The model, and what transformers says of its loading."""
-    place = placement(device)
+    where = placement(device)
     if dtype == "auto" and Path(name).parent == demo.FOLDER:
         dtype = "float32"  # the files hold half of that, to be small
     model, loading = read(auto, name, dtype=dtype, output_loading_info=True, **options)
     try:
-        return model.to(place), loading
+        return model.to(where), loading
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={str(place)!r}: {error}") from error
+        raise ValueError(f"device={str(where)!r}: {error}") from error

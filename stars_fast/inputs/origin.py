@@ -35,8 +35,8 @@ def _settings(config: StarsConfig) -> dict[str, Any]:
     long, whether there is one.
     """
     try:
-        method = config.chosen_method.to_dict()
+        method = config.whole_method.to_dict()
     except ValueError:
-        method = config.chosen_method.name
+        method = config.whole_method.name
     own = {name: None for name in ("target_reward", "base_reward") if isinstance(getattr(config, name), tuple)}
     return {**config.replace(method="stars", fit=None, **own).to_dict(), "method": method, "fit": bool(config.known)}

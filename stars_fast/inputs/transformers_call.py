@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,13 @@ from stars_fast.config import StarsConfig
 from stars_fast.inputs.generation_settings import NAMED, unapplied, warn_of_unapplied
 from stars_fast.inputs.sampling import NEUTRAL, SAMPLING_FIELDS, ids_of
 from stars_fast.methods.numbers import shown
+from stars_fast.text.media import forward_arguments
+from stars_fast.tree.media import takes_media
+from stars_fast.tree.support import unwrapped
 
 _CACHES = ("past_key_values", "cache")  # until transformers 5.23, and from 5.24 on
 # What transformers hands to every decoding loop.
 _PREPARED = ("attention_mask", "position_ids", *_CACHES, "use_cache", "logits_to_keep", "cache_position")
-_OF_TEXT = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", *_CACHES, "cache_position", "labels"}
 _ENCODED = "mm_encoder_outputs"  # pictures that have been through the vision tower: from 5.24 on
 _FIELDS = tuple(field.name for field in dataclasses.fields(StarsConfig))
 
@@ -176,12 +178,8 @@ def taken_media(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     Left in, transformers would encode it before the custom method runs (from 5.24 on), and repeat it for each sample by
     rules of the model's own. Of a model that reads nothing but text it is left in, to be refused by name.
     """
-    modalities = getattr(model, "input_modalities", "text")
-    if set([modalities] if isinstance(modalities, str) else modalities) <= {"text"}:
-        return {}
-    others = {*_OF_TEXT, _ENCODED, "logits_to_keep", *vars(GenerationConfig())}
-    names = inspect.signature(model.forward).parameters.keys() - others
-    return {name: kwargs.pop(name) for name in [*kwargs] if name in names and kwargs[name] is not None}
+    names = forward_arguments(unwrapped(model)) - {_ENCODED} if takes_media(model) else ()
+    return {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
 
 
 def refuse_modes(generation_config: GenerationConfig) -> None:
@@ -202,7 +200,7 @@ def refuse_modes(generation_config: GenerationConfig) -> None:
             raise ValueError(f"{name}=True is not supported: use StarsEngine, whose output has log-probabilities")
 
 
-def refuse_inputs(model_kwargs: dict[str, Any]) -> None:
+def refuse_inputs(model_kwargs: dict[str, Any], media: Mapping[str, Any]) -> None:
     """Raise ValueError for anything to start from besides ids, mask and media, or what transformers itself adds."""
     for name in _CACHES:
         if model_kwargs.get(name) is not None and model_kwargs[name].get_seq_length():
@@ -211,6 +209,9 @@ def refuse_inputs(model_kwargs: dict[str, Any]) -> None:
         nothing = value is None or (name == _ENCODED and not value)  # {}, of a model that could take some
         if not nothing and name not in _PREPARED:
             raise ValueError(f"{name} is given: reward-guided decoding starts from token ids alone")
+    for name, value in media.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} is given: besides ids, reward-guided decoding takes the tensors of a processor")
 
 
 def check_in_force(config: StarsConfig, generation_config: GenerationConfig) -> None:

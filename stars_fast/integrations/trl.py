@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from transformers import GenerationConfig
+import torch
+from transformers import GenerationConfig, ProcessorMixin
 
 from stars_fast.config import StarsConfig
-from stars_fast.engine import StarsEngine
+from stars_fast.engine import StarsEngine, first_error
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.sampling import NEUTRAL, SAMPLING_FIELDS
 from stars_fast.notices import warn
-from stars_fast.text.prompts import read_prompts
+from stars_fast.ops import gather_logprobs
+from stars_fast.policy.policy import Policy
+from stars_fast.text.media import Media, text_inputs
+from stars_fast.text.prompts import Prompt
+from stars_fast.tree.attention import own_dtypes, plugged
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -23,7 +31,11 @@ Rollouts = dict[str, list[Any]]
 
 
 def rollout_func(
-    reward: Any, config: StarsConfig | None = None, **engine: Any
+    reward: Any,
+    config: StarsConfig | None = None,
+    *,
+    references: Callable[[Any], str | Sequence[int] | None] | None = None,
+    **engine: Any,
 ) -> Callable[[list[Any], GRPOTrainer], Rollouts]:
     """Make a ``rollout_func`` for ``trl.GRPOTrainer`` (tested with trl 1.16).
 
@@ -39,9 +51,14 @@ def rollout_func(
     config : StarsConfig, optional
         None: unguided samples, which is what GRPO's gradient assumes. Under guidance, the samples do not follow the
         policy whose gradient is taken. Sampling fields that it leaves None are the trainer's, and so is
-        ``max_new_tokens`` where it has its default; no completion is longer than ``max_completion_length``.
+        ``max_new_tokens`` where it has its default; no completion is longer than ``max_completion_length``. With
+        :class:`stars_fast.methods.Plans`, of which ``num_generations`` is a multiple of ``children``, the samples of a
+        group are plans with answers below them.
+    references : callable, optional
+        A prompt, as the trainer hands it on, to its reference answer (text, or ids with their EOS; None: it has none):
+        GRAO (arXiv 2508.07750) weighs samples against it. It is read by the same weights as the samples.
     **engine
-        Further arguments of :class:`stars_fast.StarsEngine`. The tokenizer is the trainer's unless given.
+        Further arguments of :class:`stars_fast.StarsEngine`. The tokenizer or processor is the trainer's unless given.
 
     Notes
     -----
@@ -53,8 +70,11 @@ def rollout_func(
     -------
     callable
         ``(prompts, trainer) -> dict`` with, per completion, ``prompt_ids``, ``completion_ids``, ``logprobs`` (of the
-        tokens, after temperature and filters, in nats) and ``engine_rewards``. Raises RuntimeError with the first
-        request's error.
+        tokens, after temperature and filters, in nats) and ``engine_rewards``; under Plans also ``plan``, a number that
+        the answers to one plan share, and ``plan_reward``, the mean of their ``engine_rewards``; with references
+        ``reference_ids`` and ``reference_logprobs`` (of each token, at the trainer's temperature, unfiltered; None
+        where there is none). ``reward_funcs`` get all of these as columns. Raises RuntimeError with the first request's
+        error.
 
     Examples
     --------
@@ -66,12 +86,13 @@ def rollout_func(
         model = trainer.accelerator.unwrap_model(trainer.model)
         if id(model) not in engines:
             engines.clear()
-            engines[id(model)] = StarsEngine(model, reward, **{"tokenizer": trainer.processing_class, **engine})
+            kind = "processor" if isinstance(trainer.processing_class, ProcessorMixin) else "tokenizer"
+            engines[id(model)] = StarsEngine(model, reward, **{kind: trainer.processing_class, **engine})
         if getattr(trainer, "tools", None):
             raise NotImplementedError("the trainer has tools, which rollouts of stars_fast neither show nor call")
         variables = cast(Any, trainer.args).chat_template_kwargs
         given = _Given(_settings(config, trainer), _generation_config(model, trainer), variables)
-        return _rollouts(engines[id(model)], prompts, given)
+        return _rollouts(engines[id(model)], prompts, given, references)
 
     return rollout
 
@@ -79,6 +100,25 @@ def rollout_func(
 def engine_reward(engine_rewards: Sequence[float], **columns: Any) -> list[float]:
     """A reward function for ``trl.GRPOTrainer``: what the engine's reward said of each completion."""
     return list(engine_rewards)
+
+
+def by_plan(reward_func: Callable[..., Sequence[float | None]]) -> Callable[..., list[float | None]]:
+    """A reward function for ``trl.GRPOTrainer``: the mean of another over the answers to a completion's plan.
+
+    Of one that says whether an answer is right, in 0 and 1, that is the share of right answers: what PTA-GRPO
+    (arXiv 2510.01833) takes a plan to be worth. Answers of which the other says None do not count.
+    """
+
+    @functools.wraps(reward_func)
+    def reward(plan: Sequence[int], **columns: Any) -> list[float | None]:
+        values = defaultdict[int, list[float]](list)
+        for number, value in zip(plan, reward_func(plan=plan, **columns), strict=True):
+            if value is not None:
+                values[number].append(value)
+        return [fmean(values[number]) if values[number] else None for number in plan]
+
+    reward.__name__ = f"{getattr(reward_func, '__name__', 'reward')}_by_plan"  # what TRL logs it under
+    return reward
 
 
 class _Given(NamedTuple):
@@ -121,29 +161,96 @@ def _generation_config(model: Any, trainer: GRPOTrainer) -> GenerationConfig:
     return made
 
 
-def _rollouts(engine: StarsEngine, prompts: list[Any], given: _Given) -> Rollouts:
+def _rollouts(
+    engine: StarsEngine, prompts: list[Any], given: _Given, references: Callable[[Any], Any] | None
+) -> Rollouts:
     """One completion for each prompt given; those of equal neighbours are drawn as samples of one prompt."""
     groups = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
     gathered: list[Rollouts] = [{} for _ in groups]
+    read: list[Prompt] = [Prompt("", [])] * len(groups)
     config, generation_config, variables = given
+    planned = config.chosen_method.answers_a_plan
+    children = planned or 1
+    first = list(accumulate((count // children for _, count in groups), initial=0))
     for size in dict.fromkeys(size for _, size in groups):
+        if size % children:
+            raise ValueError(f"a prompt has {size} samples, which are not whole plans of children={children}")
         places = [place for place, (_, count) in enumerate(groups) if count == size]
-        asked = [groups[place][0] for place in places]
         arguments = Arguments(
-            asked,
+            [groups[place][0] for place in places],
             config.replace(num_return_sequences=size),
             on_error="raise",
             chat_template_kwargs=variables,
             generation_config=generation_config,
         )
-        out = engine.run(arguments)
-        read = read_prompts(asked, engine.tokenizer, chat_template_kwargs=variables)
-        for i, (place, prompt) in enumerate(zip(places, read, strict=True)):
+        job = engine.finished(arguments)
+        out = engine.output(job, texts=False)
+        engine.warn_of(job)
+        if job.failed:
+            raise first_error(job)
+        for i, (place, prompt) in enumerate(zip(places, job.call.prompts, strict=True)):
             rows = slice(i * size, (i + 1) * size)
+            read[place] = prompt
             gathered[place] = {
                 "prompt_ids": [list(prompt.ids)] * size,
                 "completion_ids": out.completions[rows],
                 "logprobs": out.sampling_logprobs[rows],
                 "engine_rewards": out.rewards[rows],
             }
+            if planned is not None:
+                gathered[place] |= _of_plans(out.rewards[rows], children, first[place])
+    if references is not None:
+        answers = [_reference(references(prompt), engine.tokenizer) for prompt, _ in groups]
+        found = _read_references(engine.policy, read, answers, config.temperature or 1.0)
+        for columns, (_, size), answer, logprobs in zip(gathered, groups, answers, found, strict=True):
+            columns |= {"reference_ids": [answer] * size, "reference_logprobs": [logprobs] * size}
     return {name: [row for group in gathered for row in group[name]] for name in gathered[0]}
+
+
+def _of_plans(rewards: Sequence[float], children: int, first: int) -> Rollouts:
+    """Columns of a prompt's samples; its plans are numbered from ``first`` on."""
+    means = [fmean(rewards[start : start + children]) for start in range(0, len(rewards), children)]
+    plans = [place // children for place in range(len(rewards))]
+    return {"plan": [first + plan for plan in plans], "plan_reward": [means[plan] for plan in plans]}
+
+
+def _reference(given: str | Sequence[int] | None, tokenizer: Any) -> list[int] | None:
+    """Ids of a reference answer. Text ends with the EOS, as answers do."""
+    if given is None or not isinstance(given, str):
+        return None if given is None else list(given)
+    return [*tokenizer(given, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+@torch.no_grad()
+@own_dtypes()
+def _read_references(
+    policy: Policy, prompts: Sequence[Prompt], answers: Sequence[list[int] | None], temperature: float
+) -> list[list[float] | None]:
+    """Log-probabilities of each answer's tokens, one prompt after the other: a row of logits per token is held."""
+    asked = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer]
+    longest = max((len(prompt.ids) + len(answer) for prompt, answer in asked), default=1)
+    policy.begin(longest, longest, 1)
+    found: list[list[float] | None] = []
+    try:
+        with plugged(policy.model):
+            for prompt, answer in zip(prompts, answers, strict=True):
+                found.append(_read_reference(policy, prompt, answer, temperature) if answer else None)
+    finally:
+        policy.clear()
+    return found
+
+
+def _read_reference(policy: Policy, prompt: Prompt, answer: Sequence[int], temperature: float) -> list[float]:
+    if prompt.media is not None or policy.reads_whole:
+        media = prompt.media or Media(text_inputs(prompt.ids))
+        nodes, first = policy.read_media(media.inputs, [media.row])
+    else:
+        nodes, first = policy.prefill([-1], [prompt.ids])
+    logits = [first[0][None]]
+    if len(answer) > 1:
+        ends, rest = policy.read(nodes, [answer[:-1]])
+        logits, nodes = logits + rest, nodes + ends
+    policy.tree.release_all(nodes)
+    logprobs = gather_logprobs(torch.cat(logits).float() / temperature, torch.tensor(answer, device=policy.device))
+    values: list[float] = logprobs.tolist()
+    return values

@@ -23,7 +23,7 @@ class Size(NamedTuple):
     segment_length: int
     max_new_tokens: int
     prompts: Sequence[RewardPrompt] = ()
-    draft: Policy | None = None
+    beside: Sequence[Policy] = ()  # models with trees of their own: a draft model, guides
 
     @classmethod
     def of_session(cls, rows: int, length: int, segment_length: int) -> Size:

@@ -61,7 +61,7 @@ class Chains(Members):
             most = min(method.steps, int(config.candidates))
         else:
             most = self._sides.get(method.steps) or self._side(method.steps)
-        answers = (scheduler.kv_cache_tokens - len(request.prompt.ids)) // config.max_new_tokens  # that have room
+        answers = scheduler.answers(request)  # that have room
         room = answers - method.chains if answers >= 2 * method.chains else answers // 2
         width = max(1, min(most * method.chains, room, scheduler.max_rows))
         return width - width % method.chains if width > method.chains else width
@@ -108,7 +108,8 @@ class Chains(Members):
         """The states, too, where they had to give way: redraws begin in them."""
         due = super().due(request)
         states = [chain.state for chain in self._active(request) if chain.state is not None]
-        return [(self.trunks, state.trunk) for state in states if not self.trunks.ready(state.trunk)] + due
+        behind = [one for state in states for one in self.trunks.due(state.trunk)]
+        return [(tree, trunk) for tree, trunk in behind if not tree.ready(trunk)] + due
 
     def asks(self, requests: Sequence[Request], rows: int) -> list[tuple[Request, int]]:
         return [(leaf, 1) for request in requests for leaf in self.leaves(request)]
@@ -132,8 +133,9 @@ class Chains(Members):
     def grow(self, answer: Request, chosen: Candidate) -> None:
         """No redraw begins behind the last segment: its slots are free again."""
         if chosen.completion.finished:
-            self.trunks.policy.tree.release(chosen.draw.node)
-            answer.trunk.logits = None  # a view of those of all rows
+            self.trunks.release([chosen.draw])
+            for trunk in (answer.trunk, *answer.trunk.beside):
+                trunk.logits = None  # a view of those of all rows
         else:
             super().grow(answer, chosen)
 

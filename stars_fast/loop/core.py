@@ -13,12 +13,14 @@ from typing import Any
 from stars_fast.loop.caller import Caller, Size
 from stars_fast.loop.chains import Chains
 from stars_fast.loop.enumeration import Enumeration
+from stars_fast.loop.guided import GuidedTrunks, SecondTree
 from stars_fast.loop.heartbeat import Loop
 from stars_fast.loop.in_order import PASS, PASS_OF_GPUS
 from stars_fast.loop.memory import is_lack_of_memory
 from stars_fast.loop.navigating import Navigating
 from stars_fast.loop.one_answer import OneAnswer
 from stars_fast.loop.persona import SelfJudging
+from stars_fast.loop.plans import Planning
 from stars_fast.loop.population import Populations
 from stars_fast.loop.request import Request, Strategy
 from stars_fast.loop.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, Heartbeat, HeartbeatCost
@@ -45,6 +47,7 @@ _STRATEGIES: dict[str, type[OneAnswer]] = {
     "tokens": Enumeration,
     "persona": SelfJudging,
     "stopping": Stopping,
+    "plans": Planning,
     "navigator": Navigating,
 }
 # Steps in a row that fail, and are taken again, with nothing committed between.
@@ -103,7 +106,8 @@ class Core(Stays):
         self._caller_of: dict[Request, Caller] = {}
         self._later: deque[Caller] = deque()  # wait for larger pools
         self._gone: deque[tuple[Caller, BaseException | None]] = deque()  # to be withdrawn by whoever has the turn
-        self._strategies: dict[tuple[str, Policy | None], Strategy] = {}
+        self._strategies: dict[tuple[str, Policy | None, tuple[Policy, ...]], Strategy] = {}
+        self._beside: dict[Policy, SecondTree] = {}  # trees of models that strategies have beside the policy
         self._uses: Counter[Strategy] = Counter()
 
     # What callers do
@@ -272,20 +276,17 @@ class Core(Stays):
     def _fits(self, size: Size) -> bool:
         assert self.loop is not None
         held, own = self._held, self._size
+        in_use = [model for model in size.beside if model in self._beside]  # of others, the room is made yet
         return (
             size.slots <= self.loop.scheduler.kv_cache_tokens
             and (not held or (size.length <= own.length and size.segment_length <= own.segment_length))
-            and all(model.has_room(size.length, size.segment_length) for model in (self.policy, *self._drafts(size)))
+            and all(model.has_room(size.length, size.segment_length) for model in (self.policy, *in_use))
             and self.reward.fits(size.prompts, size.max_new_tokens)
         )
 
-    def _drafts(self, size: Size) -> list[Policy]:
-        """The caller's draft model, where it is in use already: its room is made."""
-        return [draft for _, draft in self._strategies if draft is not None and draft is size.draft]
-
     def _open(self, size: Size) -> Loop:
         policy, size = self.policy, size._replace(rows=min(size.rows, self.max_rows))
-        trees = [policy, *self.reward.tree_models, *([] if size.draft is None else [size.draft])]
+        trees = [policy, *self.reward.tree_models, *size.beside]
         divide_devices(trees, size.rows, self.gpu_memory_utilization)
         tokens = self.kv_cache_tokens or default_tokens(policy, min(size.holders, self.max_rows), size.slots)
         with ExitStack() as stack:
@@ -306,11 +307,14 @@ class Core(Stays):
         return loop
 
     def _shut(self) -> None:
-        strategies, stack = self._strategies.values(), self._stack
-        self._strategies, self._uses, self.loop, self._stack = {}, Counter(), None, ExitStack()
+        strategies, beside, stack = self._strategies.values(), self._beside.values(), self._stack
+        self._strategies, self._beside, self._uses = {}, {}, Counter()
+        self.loop, self._stack = None, ExitStack()
         with stack:  # closed whatever raises
             for strategy in strategies:
                 strategy.leave()
+            for tree in beside:
+                tree.leave()
 
     # One step
 
@@ -374,17 +378,28 @@ class Core(Stays):
 
     def _strategy(self, request: Request, size: Size) -> Strategy:
         assert self.loop is not None
-        kind, draft = request.terms.method.loop, request.terms.draft
-        if (kind, draft) not in self._strategies:
+        kind, draft, guides = key = request.terms.method.loop, request.terms.draft, request.terms.guides
+        if key not in self._strategies:
             made: Strategy
             if draft is not None:
-                longest = max(self._size.length, size.length), max(self._size.segment_length, size.segment_length)
-                made = Drafting(self.loop, draft, *longest)
+                made = Drafting(self.loop, self._second(draft, size))
             else:
-                made = _STRATEGIES[kind](self.loop)
-            self._strategies[kind, draft] = made
+                made = plain = _STRATEGIES[kind](self.loop)
+                if guides:
+                    plain.guide(GuidedTrunks(self.loop.trunks, [self._second(guide, size) for guide in guides]))
+            self._strategies[key] = made
             self.loop.strategies = list(self._strategies.values())
-        return self._strategies[kind, draft]
+        return self._strategies[key]
+
+    def _second(self, model: Policy, size: Size) -> Trunks:
+        """The tree of a model beside the policy, or the policy's own."""
+        assert self.loop is not None
+        if model is self.policy:
+            return self.loop.trunks
+        if model not in self._beside:
+            longest = max(self._size.length, size.length), max(self._size.segment_length, size.segment_length)
+            self._beside[model] = SecondTree(model, self.loop.scheduler, *longest)
+        return self._beside[model]
 
     def _deliver(self) -> None:
         """Tell callers what has moved: read off the requests, so that what a broken heartbeat did is told, too."""
@@ -414,6 +429,10 @@ class Core(Stays):
             strategy.leave()
             self._strategies = {key: one for key, one in self._strategies.items() if one is not strategy}
             self.loop.strategies = list(self._strategies.values())
+            used = {tree for one in self.loop.strategies for tree in one.trees}
+            unused = [model for model, tree in self._beside.items() if tree not in used]
+            for tree in [self._beside.pop(model) for model in unused]:
+                tree.leave()
 
     def _withdraw(self, caller: Caller, error: BaseException | None) -> None:
         """The caller is through, or has gone."""

@@ -10,7 +10,7 @@ import torch
 
 from stars_fast.loop.memory import TooLarge, passing
 from stars_fast.loop.queue import Queue, due
-from stars_fast.loop.request import Candidate, Drawn, PromptNode, Request, Strategy
+from stars_fast.loop.request import Candidate, Drawn, PromptNode, Proposer, Request, Strategy
 from stars_fast.loop.row_cost import Heartbeat, Timing
 from stars_fast.loop.selection import trace_unseen
 from stars_fast.methods.base import Method
@@ -45,9 +45,10 @@ class Loop(Queue):
         self.admit()
         try:
             joined = self.join()
-            for tree, trunks in due(self.running).items():
+            wanted = due(self.running)
+            for tree, trunks in wanted.items():
                 tree.extend(trunks)
-            self.fail_unreadable()
+            self.fail_unreadable(wanted)
             self.set_base_rewards(joined)
             self.drop_finished()
             drawn = self.propose()
@@ -114,14 +115,19 @@ class Loop(Queue):
         return drawn
 
     def _drawn_together(self, asks: Sequence[tuple[Request, int]]) -> dict[Request, list[Draw]]:
-        """In as many proposals as ``max_rows`` asks for."""
+        """In as many proposals as ``max_rows`` asks for: of the policy, and of each set of models that are mixed."""
         draws: dict[Request, list[Draw]] = {answer: [] for answer, _ in asks}
-        for batch in _batches([count for _, count in asks], self.scheduler.max_rows):
-            leaves = [asks[i][0].strategy.leaf(asks[i][0], count, first) for i, first, count in batch]
-            with passing(rows=sum(leaf.candidates for leaf in leaves)):
-                groups = self.trunks.policy.propose(leaves)
-            for (i, _, _), group in zip(batch, groups, strict=True):
-                draws[asks[i][0]] += group
+        by_law: dict[Proposer, list[tuple[Request, int]]] = {}
+        for answer, count in asks:
+            by_law.setdefault(answer.strategy.trunks, []).append((answer, count))
+        for trunks, own in by_law.items():
+            most = max(self.scheduler.max_rows // own[0][0].terms.copies, 1)
+            for batch in _batches([count for _, count in own], most):
+                leaves = [own[i][0].strategy.leaf(own[i][0], count, first) for i, first, count in batch]
+                with passing(rows=sum(leaf.candidates for leaf in leaves)):
+                    groups = trunks.propose(leaves)
+                for (i, _, _), group in zip(batch, groups, strict=True):
+                    draws[own[i][0]] += group
         return draws
 
     def _encode_last(self, candidates: Sequence[Candidate]) -> None:

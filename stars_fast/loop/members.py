@@ -51,7 +51,7 @@ class Members(OneAnswer):
 
     def due(self, request: Request) -> list[tuple[Tree, Trunk]]:
         self.start(request)
-        return [(self.trunks, leaf.trunk) for leaf in self.leaves(request)]
+        return [due for leaf in self.leaves(request) for due in self.trunks.due(leaf.trunk)]
 
     def member(self, request: Request, slot: int, group: int = 0) -> Request:
         """A new answer to the request's prompt, with random numbers of its own."""

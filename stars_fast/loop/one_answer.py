@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from stars_fast.loop.guided import GuidedTrunks
 from stars_fast.loop.queue import Queue
 from stars_fast.loop.request import Candidate, Drawn, PromptNode, Request, Tree, Trunk
 from stars_fast.loop.selection import Verdict, first_accepted, traced
@@ -16,7 +17,7 @@ from stars_fast.ops.select_and_commit import EARLIER, GOES_ON, INVALID, STOP
 from stars_fast.outputs import Cause, SegmentTrace
 from stars_fast.policy.leaf import Draw, Leaf, RowProcessor
 from stars_fast.policy.policy import Policy
-from stars_fast.rewards.base import Completion, Response
+from stars_fast.rewards.base import Completion, Response, Reward
 
 
 class OneAnswer:
@@ -33,6 +34,11 @@ class OneAnswer:
     def __init__(self, queue: Queue) -> None:
         self.queue, self.scheduler, self.reward, self.trunks = queue, queue.scheduler, queue.reward, queue.trunks
         self.trees: Sequence[Tree] = ()
+
+    def guide(self, trunks: GuidedTrunks) -> None:
+        """Candidates are drawn with these guides, from now on."""
+        self.trunks = trunks
+        self.trees = [tree for tree in dict.fromkeys(trunks.guides) if tree is not trunks.own]
 
     def enter(self, requests: Sequence[Request]) -> None:
         pass
@@ -59,13 +65,13 @@ class OneAnswer:
     def peak(self, request: Request) -> int:
         return len(request.tokens) + 2 * self.branch(request) + (not request.terms.whole)
 
-    def keep(self, requests: Sequence[Request]) -> None:
-        pass
+    def beside(self, request: Request) -> list[tuple[Tree, PromptNode]]:
+        return self.trunks.beside(request.prompt)
 
     # Drawing
 
     def due(self, request: Request) -> list[tuple[Tree, Trunk]]:
-        return [(self.trunks, request.trunk)]
+        return self.trunks.due(request.trunk)
 
     def attempts_there_are(self, request: Request) -> int:
         return request.terms.config.max_attempts
@@ -89,6 +95,8 @@ class OneAnswer:
         """What the answer contributes to a proposal: so many candidates, from the ``first`` not looked at on."""
         terms, trunk = answer.terms, trunk or answer.trunk
         assert trunk.logits is not None
+        beside = [(one.leaf, one.logits) for one in trunk.beside if one.logits is not None]
+        assert len(beside) == len(trunk.beside)
         return Leaf(
             node=trunk.leaf,
             logits=trunk.logits,
@@ -102,6 +110,8 @@ class OneAnswer:
             processor=after(answer),
             entropy=terms.segments.entropy,
             shortest=terms.segments.shortest,
+            beside=beside,
+            weights=terms.weights,
         )
 
     def _seen(self, answer: Request, policy: Policy) -> torch.Tensor | None:
@@ -125,7 +135,7 @@ class OneAnswer:
         try:
             if (length := self._step(answer, draw.tokens)) < len(draw.tokens):
                 draw.cut(length)
-                (trunks or self.trunks).policy.trim((trunk or answer.trunk).leaf, draw)
+                (trunks or self.trunks).trim(trunk or answer.trunk, draw)
                 ended, eos = False, False
             if answer.stop is not None:
                 for length in range(1, len(draw.tokens) + 1):
@@ -192,7 +202,7 @@ class OneAnswer:
     def roll_back(self, candidates: Sequence[Candidate], keep: Candidate | None = None) -> None:
         """Release the branches of all but one."""
         dropped = [candidate for candidate in candidates if candidate is not keep]
-        self.trunks.policy.tree.release_all([one.draw.node for one in dropped if one.draw.node >= 0])
+        self.trunks.release([one.draw for one in dropped])
         for candidate in dropped:
             self.queue.tell(candidate.answer, self.queue.reward.discard, candidate.completion)
 
@@ -223,7 +233,7 @@ class OneAnswer:
 
     def grow(self, answer: Request, chosen: Candidate) -> None:
         """The trunks follow what is committed."""
-        self.trunks.append(answer.trunk, chosen.draw.tokens, chosen.draw.node, chosen.draw.logits)
+        self.trunks.grow(answer.trunk, chosen.draw)
 
     # Giving way and ending
 
@@ -236,8 +246,8 @@ class OneAnswer:
 
     def roll_back_branch(self, candidate: Candidate) -> None:
         """Forget the keys and values of a candidate, not its tokens."""
-        self.trunks.policy.tree.release(candidate.draw.node)
-        candidate.draw.node = -1
+        self.trunks.release([candidate.draw])
+        candidate.draw.node, candidate.draw.beside = -1, []
 
     def preempt(self, request: Request) -> None:
         self.give_back(request)
@@ -250,6 +260,15 @@ class OneAnswer:
         answer.response = Response(answer.prompt.reward_prompt, list(answer.tokens), ends=list(answer.response.ends))
         if answer.best is not None:
             answer.best.completion.response = answer.response
+
+    def forked(self, request: Request, response: Response) -> Response:
+        """A response that goes on from this one; where the scorer cannot, the request ends."""
+        try:
+            return self.reward.fork(response)
+        except Exception as error:
+            self.reward.unsure = True
+            self.queue.broken[request] = Cause.of(error, "the reward's fork raised ")
+            return Reward.fork(self.reward, response)
 
     def close(self, request: Request) -> None:
         if request.best is not None:

@@ -50,13 +50,12 @@ class Pilot:
 
 def pilot_config(config: StarsConfig, samples: int = PILOT_SAMPLES) -> StarsConfig:
     """The same sampling, unguided: every first candidate is accepted."""
-    return config.replace(
+    return config.selecting(config.chosen_method.pilot()).replace(
         target_reward=-math.inf,
         base_reward=None,
         max_attempts=1,
         candidates=1,
         num_return_sequences=samples,
-        method=config.chosen_method.pilot(),
     )
 
 

@@ -12,7 +12,6 @@ from stars_fast.loop.request import Candidate, Drawn, Request
 from stars_fast.methods.base import Population
 from stars_fast.ops.philox import Stream, uniform
 from stars_fast.outputs import CandidateTrace, Cause, SegmentTrace
-from stars_fast.rewards.base import Reward
 
 
 class Populations(Members):
@@ -116,12 +115,7 @@ class Populations(Members):
         twin.logprobs, twin.sampling_logprobs = list(answer.logprobs), list(answer.sampling_logprobs)
         twin.reward, twin.weighed, twin.traced_as = answer.reward, answer.weighed, answer.traced_as
         twin.trunk = self.trunks.fork(answer.trunk)
-        try:
-            twin.response = self.reward.fork(answer.response)
-        except Exception as error:
-            self.reward.unsure = True
-            self.queue.broken[request] = Cause.of(error, "the reward's fork raised ")
-            twin.response = Reward.fork(self.reward, answer.response)
+        twin.response = self.forked(request, answer.response)
         return twin
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import TypeVar
 
 from stars_fast.loop.memory import TooLarge, is_lack_of_memory
-from stars_fast.loop.request import Request, Strategy, Tree, Trunk
+from stars_fast.loop.request import PromptNode, Request, Strategy, Tree, Trunk
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.loop.trunks import Trunks
 from stars_fast.notices import warn
@@ -74,13 +74,21 @@ class Queue:
     def keep_prompts(self) -> None:
         """Release the prompts of requests that hold no slots."""
         admitted = self.admitted
-        self.trunks.keep_prompts([prompt for request in admitted for prompt in request.strategy.prompts(request)])
-        for strategy in self.strategies:
-            strategy.keep([request for request in admitted if request.strategy is strategy])
+        kept: dict[Tree, list[PromptNode]] = {tree: [] for tree in self._trees()}
+        for request in admitted:
+            kept[self.trunks] += request.strategy.prompts(request)
+            for tree, prompt in request.strategy.beside(request):
+                kept[tree].append(prompt)
+        for tree, prompts in kept.items():
+            tree.keep_prompts(prompts)
 
     def _clear_trees(self) -> None:
-        for tree in [self.trunks, *(tree for strategy in self.strategies for tree in strategy.trees)]:
+        for tree in self._trees():
             tree.clear()
+
+    def _trees(self) -> list[Tree]:
+        """The policy's, and those that strategies have besides, which several may share."""
+        return list(dict.fromkeys([self.trunks, *(tree for strategy in self.strategies for tree in strategy.trees)]))
 
     def join(self) -> list[Request]:
         """Encode of the admitted requests what a heartbeat has room for. Those that are ready run from now on.
@@ -94,9 +102,10 @@ class Queue:
         before = self.reward.tokens
         longest = max((request.room for request in self.running), default=1)
         most = self.scheduler.encoding_tokens(len(self.running), len(self.encoding), longest)
-        for tree, trunks in due(self.encoding).items():
+        wanted = due(self.encoding)
+        for tree, trunks in wanted.items():
             self.encoded += tree.encode(trunks, most - self.encoded) if self.encoded < most else 0
-        self.fail_unreadable()
+        self.fail_unreadable(wanted)
         joined = [r for r in self.encoding if all(tree.ready(trunk) for tree, trunk in r.strategy.due(r))]
         soon = dict.fromkeys(r.response.prompt for r in joined if r.terms.method.scores_unfinished)
         behind, errors = self._read_ahead(list(soon), most) if soon else (set[RewardPrompt](), {})
@@ -109,12 +118,14 @@ class Queue:
         self.running += joined
         return joined
 
-    def fail_unreadable(self) -> None:
-        """Requests whose prompt the policy has refused to read end with its error."""
+    def fail_unreadable(self, wanted: Mapping[Tree, Sequence[Trunk]]) -> None:
+        """Requests end whose prompt, among those of these trunks, the model has refused to read."""
+        if all(trunk.prompt.error is None for trunks in wanted.values() for trunk in trunks):
+            return
         for request in self.admitted:
             errors = [trunk.prompt.error for _, trunk in request.strategy.due(request)]
             if (error := next(filter(None, errors), None)) is not None:
-                self._leave({request})
+                self.leave({request})
                 self.fail(request, error)
 
     def _read_ahead(
@@ -149,7 +160,7 @@ class Queue:
         for request in reversed(admitted):
             if lacking <= 0:
                 return
-            lacking -= request.strategy.give_back(request)
+            lacking -= request.strategy.give_back(request) * request.terms.copies
         while len(admitted) > 1 and self.scheduler.spare(admitted) < 0:
             self.preempt(admitted.pop())
 
@@ -191,7 +202,7 @@ class Queue:
         while self.broken:
             request, cause = self.broken.popitem()
             if request.finish_reason is None:
-                self._leave({request})
+                self.leave({request})
                 self.fail(request, cause)
             elif request.error is None:
                 request.error = cause
@@ -200,13 +211,13 @@ class Queue:
     def withdraw(self, requests: Iterable[Request], reason: str) -> None:
         """End requests, wherever they are, with what they have committed; all they hold is free."""
         leaving = {request for request in requests if request.finish_reason is None}
-        self._leave(leaving)
+        self.leave(leaving)
         for request in leaving:  # out before they end: an interrupt finds none half ended among those that run
             self.fail(request, reason, reason)
         self.drop_finished()
         self.keep_prompts()
 
-    def _leave(self, leaving: set[Request]) -> None:
+    def leave(self, leaving: Container[Request]) -> None:
         """They are neither waiting nor running."""
         self.waiting, self.running, self.encoding = (
             [request for request in group if request not in leaving]

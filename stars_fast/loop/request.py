@@ -35,6 +35,9 @@ class Terms:
     stats: Stats  # of the call; the loop counts up
     whole: bool = False  # whether a candidate's last token is encoded with it: its hidden state is needed
     draft: Any = None  # a second Policy, where the method has one
+    guides: tuple[Any, ...] = ()  # Policies whose logits are mixed with the policy's; it may be among them itself
+    weights: tuple[float, ...] = (1.0,)  # of the policy's logits, and of each guide's
+    copies: int = 1  # how often an answer lies in the tree that has it most often: below each prompt that is read there
     pilot: bool = False  # drawn for a calibration
     trace: bool = False  # whether what was looked at is kept
 
@@ -52,6 +55,11 @@ class PromptNode:
     under_preferences: Sequence[list[int]] = ()  # its ids under each of the method's preferences
     media: Media | None = None  # read whole, in one pass with its batch, and anew where it had to leave the tree
     error: Cause | None = None  # why it cannot be read
+    beside: Sequence[PromptNode] = ()  # what each guide reads in its place
+    slots: int = 0  # that it takes in the tree where it takes most, what guides read included
+
+    def __post_init__(self) -> None:
+        self.slots = self.slots or len(self.ids)
 
 
 @dataclass(eq=False)
@@ -62,6 +70,12 @@ class Trunk:
     leaf: int = -1
     logits: torch.Tensor | None = None  # [V], after the leaf
     pending: list[int] = field(default_factory=list)  # committed tokens that are not in the tree (yet, or any more)
+    beside: Sequence[Trunk] = ()  # the same answer in each guide's tree
+
+    @classmethod
+    def below(cls, prompt: PromptNode) -> Trunk:
+        """Of an answer that has not begun."""
+        return cls(prompt, beside=[cls(one) for one in prompt.beside])
 
 
 @dataclass(eq=False)
@@ -144,7 +158,7 @@ class Request:
     error: str | None = None
 
     def __post_init__(self) -> None:
-        self.trunk, self.response = Trunk(self.prompt), Response(self.prompt.reward_prompt)
+        self.trunk, self.response = Trunk.below(self.prompt), Response(self.prompt.reward_prompt)
 
     @property
     def tokens(self) -> list[int]:
@@ -185,7 +199,14 @@ class Tree(Protocol):
     def extend(self, trunks: Sequence[Trunk]) -> None: ...
     def encode(self, trunks: Sequence[Trunk], most: int | None = None) -> int: ...
     def ready(self, trunk: Trunk) -> bool: ...
+    def keep_prompts(self, prompts: Sequence[PromptNode]) -> None: ...
     def clear(self) -> None: ...
+
+
+class Proposer(Protocol):
+    """Whose law candidates are drawn from; :class:`stars_fast.loop.trunks.Trunks`."""
+
+    def propose(self, leaves: Sequence[Leaf]) -> list[list[Draw]]: ...
 
 
 class Strategy(Protocol):
@@ -194,8 +215,12 @@ class Strategy(Protocol):
     :class:`stars_fast.loop.one_answer.OneAnswer` is the plain case: one answer grows, a segment at a time.
     """
 
-    trees: Sequence[Tree]  # of its own, besides the policy's
+    trees: Sequence[Tree]  # besides the policy's
     judges_on_device: bool  # whether :meth:`judge` takes rewards that nobody on the host has looked at
+
+    @property
+    def trunks(self) -> Proposer:
+        """What its answers hold of the policy's tree and, where they are guided, of guides'."""
 
     def enter(self, requests: Sequence[Request]) -> None:
         """These were submitted together."""
@@ -204,7 +229,7 @@ class Strategy(Protocol):
         """Rows that it takes in a heartbeat, at least."""
 
     def prompts(self, request: Request) -> Sequence[PromptNode]:
-        """What it stands on in the policy's tree."""
+        """What it stands on in the policy's tree, each with its ``slots``."""
 
     def held(self, request: Request) -> int:
         """Slots that it has, or that are set aside for it, besides its prompts'."""
@@ -215,8 +240,8 @@ class Strategy(Protocol):
     def peak(self, request: Request) -> int:
         """Slots that it may take by the end of the next heartbeat, besides its prompts'."""
 
-    def keep(self, requests: Sequence[Request]) -> None:
-        """These hold slots, and no others of its kind: prompts of others leave its trees."""
+    def beside(self, request: Request) -> list[tuple[Tree, PromptNode]]:
+        """What else stands in which tree as long as the request holds slots."""
 
     def due(self, request: Request) -> list[tuple[Tree, Trunk]]:
         """What is to be in which tree before it draws."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import cast
 
 import torch
@@ -15,8 +14,6 @@ from stars_fast.loop.request import Candidate, Drawn, PromptNode, Request, Tree,
 from stars_fast.loop.trunks import Trunks
 from stars_fast.loop.two_trunks import TwoTrunks
 from stars_fast.methods.rsd import RSD
-from stars_fast.policy.policy import Policy
-from stars_fast.tree.attention import plugged
 
 
 class Drafting(TwoTrunks):
@@ -27,30 +24,20 @@ class Drafting(TwoTrunks):
     Parameters
     ----------
     queue : Queue
-    draft : Policy
-        Its tree is allocated here, as large as the policy's, and its model plugged in until :meth:`leave`.
-    longest, segment_length : int
-        Tokens of a trunk and of a segment, at most.
+    drafts : Trunks
+        Of the draft model's tree.
     """
 
-    def __init__(self, queue: Queue, draft: Policy, longest: int, segment_length: int) -> None:
-        super().__init__(queue, Trunks(draft, queue.scheduler))
+    def __init__(self, queue: Queue, drafts: Trunks) -> None:
+        super().__init__(queue, drafts)
         self.trees = (self.drafts,)
         self._drafted: set[Candidate] = set()  # whose branches lie in the draft model's tree
-        self._plugged = ExitStack()
-        draft.begin(self.scheduler.kv_cache_tokens, longest, segment_length)
-        self._plugged.enter_context(plugged(draft.model))
-
-    def leave(self) -> None:
-        """The last of its requests has ended."""
-        self.drafts.clear()
-        self._plugged.close()
 
     def both(self, prompt: PromptNode) -> tuple[PromptNode, PromptNode]:
         return prompt, PromptNode(prompt.ids, prompt.reward_prompt, media=prompt.media)
 
-    def keep(self, requests: Sequence[Request]) -> None:
-        self.drafts.keep_prompts([self._draft_trunks[request].prompt for request in requests])
+    def beside(self, request: Request) -> list[tuple[Tree, PromptNode]]:
+        return [(self.drafts, self._draft_trunks[request].prompt)]
 
     def _drafts(self, request: Request) -> bool:
         """Whether it is the draft model's turn."""
@@ -119,7 +106,7 @@ class Drafting(TwoTrunks):
 
     def roll_back(self, candidates: Sequence[Candidate], keep: Candidate | None = None) -> None:
         drafted = [one for one in candidates if one in self._drafted]
-        self.drafts.policy.tree.release_all([one.draw.node for one in drafted if one.draw.node >= 0])
+        self.drafts.release([one.draw for one in drafted])
         for one in drafted:
             self._drafted.discard(one)
             self.queue.tell(one.answer, self.queue.reward.discard, one.completion)

@@ -71,11 +71,17 @@ class Scheduler:
         """Slots of what is committed, each prompt once, and of waiting best candidates."""
         running = list(running)
         prompts = {prompt for request in running for prompt in request.strategy.prompts(request)}
-        return sum(len(prompt.ids) for prompt in prompts) + sum(r.strategy.held(r) for r in running)
+        return sum(prompt.slots for prompt in prompts) + sum(r.strategy.held(r) * r.terms.copies for r in running)
 
     def spare(self, running: Sequence[Request]) -> int:
         """Slots left in this heartbeat when each running request draws one candidate; negative where they lack."""
-        return self.kv_cache_tokens - self.held(running) - sum(r.strategy.branch(r) for r in running)
+        branches = sum(r.strategy.branch(r) * r.terms.copies for r in running)
+        return self.kv_cache_tokens - self.held(running) - branches
+
+    def answers(self, request: Request) -> int:
+        """How many of the request's answers, of any length it may have, there are slots for beside its prompt."""
+        longest = request.terms.config.max_new_tokens * request.terms.copies
+        return (self.kv_cache_tokens - request.prompt.slots) // longest
 
     def admit(self, waiting: Sequence[Request], running: Sequence[Request]) -> int:
         """How many of the waiting requests, from the first, may join the running ones.
@@ -83,14 +89,15 @@ class Scheduler:
         They may if the next heartbeat will fit too, whether this one's candidates are committed or wait as the best.
         """
         prompts: Counter[PromptNode] = Counter(p for request in running for p in request.strategy.prompts(request))
-        wanted = sum(len(prompt.ids) for prompt in prompts) + sum(r.strategy.peak(r) for r in running)
+        wanted = sum(prompt.slots for prompt in prompts) + sum(r.strategy.peak(r) * r.terms.copies for r in running)
         rows = sum(request.strategy.rows(request) for request in running)
         prefill, batches = 0, set[int]()
         for count, request in enumerate(waiting):
             own = request.strategy.prompts(request)
             fresh = [prompt for prompt in own if not prompts[prompt]]
-            wanted += sum(len(prompt.ids) for prompt in fresh) + request.strategy.peak(request)
-            prefill += sum(_to_read(prompt, batches) for prompt in fresh) + len(request.tokens)
+            wanted += sum(prompt.slots for prompt in fresh) + request.strategy.peak(request) * request.terms.copies
+            read = [one for prompt in fresh for one in (prompt, *prompt.beside)]
+            prefill += sum(_to_read(prompt, batches) for prompt in read) + len(request.tokens)
             joins = len(running) + count
             rows += request.strategy.rows(request)
             spared = int(_WATERMARK * self.kv_cache_tokens) if joins else 0
@@ -113,7 +120,8 @@ class Scheduler:
         spare : int
             Slots for candidates beyond the first of each.
         """
-        largest = max(min(r.terms.config.segment_length, r.terms.config.max_new_tokens) for r in requests)
+        lengths = (min(r.terms.config.segment_length, r.terms.config.max_new_tokens) for r in requests)
+        largest = max(length * r.terms.copies for length, r in zip(lengths, requests, strict=True))
         rows = min(rows, len(requests) + max(spare, 0) // largest)
         chosen = [r.terms.config.candidates for r in requests]
         limits = [most if one == "auto" else min(most, int(one)) for most, one in zip(limits, chosen, strict=True)]

@@ -40,8 +40,7 @@ class Trials(Members):
         elif request.terms.method.has_target:
             together = len(self.members)
             most = min(scheduler.shares([ACCEPTANCE] * together, [most] * together, scheduler.max_rows))
-        room = (scheduler.kv_cache_tokens - len(request.prompt.ids)) // config.max_new_tokens
-        return max(1, min(most, room, scheduler.max_rows))
+        return max(1, min(most, scheduler.answers(request), scheduler.max_rows))
 
     def reserve(self, request: Request) -> int:
         return self.rows(request) * request.terms.config.max_new_tokens

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from stars_fast.loop.memory import TooLarge, passing
-from stars_fast.loop.request import PromptNode, Trunk
+from stars_fast.loop.request import PromptNode, Tree, Trunk
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.outputs import Cause
+from stars_fast.policy.leaf import Draw, Leaf
 from stars_fast.policy.policy import Policy
 from stars_fast.text.media import text_inputs
 from stars_fast.tree.prefixes import first_of_each
@@ -29,6 +30,18 @@ class Trunks:
     def __init__(self, policy: Policy, scheduler: Scheduler) -> None:
         self.policy, self.scheduler = policy, scheduler
         self._prompts: set[PromptNode] = set()  # in the tree
+
+    def due(self, trunk: Trunk) -> list[tuple[Tree, Trunk]]:
+        """What is to be in which tree before the trunk's answer goes on."""
+        return [(self, trunk)]
+
+    def beside(self, prompt: PromptNode) -> list[tuple[Tree, PromptNode]]:
+        """What stands in which tree for guides."""
+        return []
+
+    def propose(self, leaves: Sequence[Leaf]) -> list[list[Draw]]:
+        """:meth:`stars_fast.policy.policy.Policy.propose`."""
+        return self.policy.propose(leaves)
 
     def extend(self, trunks: Sequence[Trunk]) -> None:
         """Encode what is not in the tree: prompts, last tokens of segments just committed, all of who was preempted.
@@ -92,7 +105,7 @@ class Trunks:
         except Exception as error:
             together = f", one of {len(rows)} of a batch" if len(rows) > 1 else ""
             for prompt in rows.values():
-                prompt.error = Cause.of(error, f"the policy cannot read the prompt{together}: ")
+                prompt.error = Cause.of(error, f"the {self.policy.role} cannot read the prompt{together}: ")
             return 0
         for prompt, node, row in zip(rows.values(), nodes, logits, strict=True):
             prompt.node, prompt.encoded, prompt.logits = node, len(prompt.ids), row
@@ -162,6 +175,18 @@ class Trunks:
             trunk.pending = [*trunk.pending, *tokens]
         trunk.logits = logits if node >= 0 else None
 
+    def grow(self, trunk: Trunk, draw: Draw) -> None:
+        """:meth:`append` what was drawn."""
+        self.append(trunk, draw.tokens, draw.node, draw.logits)
+
+    def trim(self, trunk: Trunk, draw: Draw) -> None:
+        """:meth:`stars_fast.policy.policy.Policy.trim`."""
+        self.policy.trim(trunk.leaf, draw)
+
+    def release(self, draws: Sequence[Draw]) -> None:
+        """Give the branches of draws back."""
+        self.policy.tree.release_all([draw.node for draw in draws if draw.node >= 0])
+
     def advance(self, trunk: Trunk, node: int) -> None:
         """``node`` holds all that is pending but the last token."""
         self._release(trunk)
@@ -179,7 +204,7 @@ class Trunks:
         Only the last of them is encoded again, for the logits that follow it.
         """
         if not tokens:
-            return Trunk(trunk.prompt)
+            return Trunk.below(trunk.prompt)
         node = self.policy.tree.cut(trunk.leaf, len(trunk.prompt.ids) + len(tokens) - 1)
         return Trunk(trunk.prompt, node, pending=list(tokens[-1:]))
 

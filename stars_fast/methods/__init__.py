@@ -4,10 +4,12 @@ from stars_fast.methods.args_mara import Args, Mara
 from stars_fast.methods.base import Enumerated, Method, Population, Segments, Trial, no_parameter
 from stars_fast.methods.best_of import BestOfN, BlockwiseBestOfN, RejectionSampling
 from stars_fast.methods.cards import Cards
+from stars_fast.methods.guided import Guide, Guided
 from stars_fast.methods.metropolis import Ending, MetropolisHastings, PowerSampling, SuffixChain
 from stars_fast.methods.navigator import Navigator
 from stars_fast.methods.particles import ParticleFilter, TreeBoN
 from stars_fast.methods.persona import PersonaJudge
+from stars_fast.methods.plans import Plans
 from stars_fast.methods.rsd import RSD
 from stars_fast.methods.stars import Stars, Vanilla
 from stars_fast.methods.stopping import OptimalStopping
@@ -17,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: refusing_unknown(no_parameter)(method)
     for method in (
         Vanilla,
+        Plans,
         BestOfN,
         RejectionSampling,
         MetropolisHastings,
@@ -33,6 +36,9 @@ METHODS: dict[str, type[Method]] = {
         PersonaJudge,
     )
 }
+Guided.known = METHODS
+# What StarsConfig(method=...) may name: a method, or who draws for one.
+NAMED: dict[str, type[Method]] = {**METHODS, Guided.name: refusing_unknown(no_parameter)(Guided)}
 
 __all__ = [
     "METHODS",
@@ -43,6 +49,8 @@ __all__ = [
     "Cards",
     "Ending",
     "Enumerated",
+    "Guide",
+    "Guided",
     "Mara",
     "Method",
     "MetropolisHastings",
@@ -50,6 +58,7 @@ __all__ = [
     "OptimalStopping",
     "ParticleFilter",
     "PersonaJudge",
+    "Plans",
     "Population",
     "PowerSampling",
     "RejectionSampling",

@@ -89,7 +89,7 @@ class Method:
         What ``StarsConfig(method=...)`` calls it.
     loop : str
         How its requests live in the loop (``stars_fast.loop``): "segments" (one answer grows, the first accepted
-        candidate is committed), "stopping", "trials", "chains", "population", "tokens", "rsd", "persona" or
+        candidate is committed), "plans", "stopping", "trials", "chains", "population", "tokens", "rsd", "persona" or
         "navigator".
     scores_unfinished : bool
         Whether unfinished answers are scored. A reward with ``partial=False`` serves methods that do not ask for it.
@@ -103,6 +103,9 @@ class Method:
         Whether ``StarsConfig(fit=...)`` matters.
     gives_hidden_state : bool
         Whether the policy reads every candidate that is scored, so that it has a hidden state.
+    drawn : bool
+        Whether all candidates are drawn from the policy's law, in whose place that of a mix may stand
+        (:class:`stars_fast.methods.Guided`).
     """
 
     name: ClassVar[str]
@@ -111,8 +114,28 @@ class Method:
     has_target: ClassVar[bool] = True
     needs_hidden_state: ClassVar[bool] = False
     gives_hidden_state: ClassVar[bool] = True
+    drawn: ClassVar[bool] = True
     reserves: ClassVar[bool] = False
     uses_fit: ClassVar[bool] = False
+
+    @property
+    def selection(self) -> Method:
+        """What decides about candidates: itself, unless it is about who draws them."""
+        return self
+
+    def selecting(self, method: Method) -> Method:
+        """The same with another :attr:`selection`."""
+        return method
+
+    @property
+    def guides(self) -> Sequence[Any]:
+        """Whose logits are added to the policy's: (model, weight, prompt transform) of each."""
+        return ()
+
+    @property
+    def own_weight(self) -> float:
+        """Of the policy's logits in that sum."""
+        return 1.0
 
     def rule(self, config: SettingsT) -> SettingsT:
         """The call's settings with what this method decides itself."""
@@ -130,6 +153,11 @@ class Method:
     @property
     def draft_model(self) -> Any:
         """A second policy, where the method has one: a model, path or hub id."""
+        return None
+
+    @property
+    def answers_a_plan(self) -> int | None:
+        """How many of a prompt's samples go on from one plan, where the method has plans."""
         return None
 
     @property
@@ -177,7 +205,7 @@ class Method:
         if self.scores_unfinished and not reward.partial:
             raise ValueError(
                 f"method={self.name!r} scores unfinished answers, which {type(reward).__name__} (partial=False) cannot "
-                "do; vanilla, best_of_n, rejection_sampling, metropolis_hastings, power_sampling, mara and "
+                "do; vanilla, plans, best_of_n, rejection_sampling, metropolis_hastings, power_sampling, mara and "
                 "persona_judge score finished ones only"
             )
         if reward.needs_hidden_state and not self.gives_hidden_state:
@@ -241,6 +269,7 @@ class Enumerated(Method):
     """Candidates are not drawn: they are the policy's likely next tokens, a segment being one token."""
 
     loop: ClassVar[str] = "tokens"
+    drawn: ClassVar[bool] = False
     most: ClassVar[str]  # the field that says how many tokens are candidates
 
     def rule(self, config: SettingsT) -> SettingsT:

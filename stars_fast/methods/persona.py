@@ -34,6 +34,7 @@ class PersonaJudge(Method):
     scores_unfinished: ClassVar[bool] = False
     has_target: ClassVar[bool] = False
     gives_hidden_state: ClassVar[bool] = False
+    drawn: ClassVar[bool] = False
     draft_prompt: str | Sequence[int] = ""
     judge_prompt: str | Sequence[int] = ""
     block: int = 8

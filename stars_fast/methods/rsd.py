@@ -31,6 +31,7 @@ class RSD(Method):
     loop: ClassVar[str] = "rsd"
     has_target: ClassVar[bool] = False
     gives_hidden_state: ClassVar[bool] = False
+    drawn: ClassVar[bool] = False
     draft: Any = None
     threshold: float = 0.7
     delimiter: str | None = "\n\n"

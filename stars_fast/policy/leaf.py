@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -54,6 +54,19 @@ class Leaf:
     processor: RowProcessor | None = None
     entropy: float = math.inf  # nats: a segment ends before a token whose distribution, as the model gave it, has more
     shortest: int = 1  # once it has this many tokens
+    # Of guides, the same answer: nodes in their trees, and logits [V]. All are mixed, the policy's weight being first.
+    beside: Sequence[tuple[int, torch.Tensor]] = ()
+    weights: Sequence[float] = (1.0,)
+
+    @property
+    def nodes(self) -> list[int]:
+        """In the policy's tree, and in each guide's."""
+        return [self.node, *(node for node, _ in self.beside)]
+
+    @property
+    def all_logits(self) -> list[torch.Tensor]:
+        """The policy's, and each guide's."""
+        return [self.logits, *(logits for _, logits in self.beside)]
 
 
 @dataclass
@@ -67,6 +80,7 @@ class Draw:
     ended: bool  # by EOS
     error: str | None = None  # logits that are not finite, a logits processor that raised
     logits: torch.Tensor | None = None  # [V], after its last token
+    beside: list[int] = field(default_factory=list)  # its branches in the guides' trees
 
     def cut(self, length: int) -> None:
         """Keep the first ``length`` tokens. The branch keeps its slots: see :meth:`Policy.trim`."""

@@ -8,15 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from transformers import PreTrainedModel
 
 from stars_fast.policy.leaf import NOT_FINITE, Draw, Leaf
+from stars_fast.policy.mixed import MixedSteps, read_at
 from stars_fast.policy.steps import Shape, Steps
 from stars_fast.tree.check import checked
-from stars_fast.tree.media import placeholder_ids, present
+from stars_fast.tree.media import placeholder_ids, places
 from stars_fast.tree.model import TreeModel
+from stars_fast.tree.segment_tree import TreePlan
 from stars_fast.tree.support import written
 
 _LOOKS = 8  # steps between looks at whether anybody goes on, where each makes the host wait
@@ -33,6 +36,8 @@ class Policy(TreeModel):
         (:meth:`stars_fast.policy.steps.Shape.padded`), kept until the pool or the weights move.
     torch_compile : bool
         Whether decoder layers run compiled on a CUDA device.
+    role : str
+        What error messages call it.
 
     Attributes
     ----------
@@ -40,8 +45,10 @@ class Policy(TreeModel):
         int64 ``[N]``: ids that stand for pictures, which are never drawn. ``generate`` of transformers may draw them.
     """
 
-    def __init__(self, model: PreTrainedModel, cuda_graphs: bool = True, torch_compile: bool = True) -> None:
-        super().__init__(model, model, "policy")
+    def __init__(
+        self, model: PreTrainedModel, cuda_graphs: bool = True, torch_compile: bool = True, role: str = "policy"
+    ) -> None:
+        super().__init__(model, model, role)
         checked(self)
         self.accelerate(cuda_graphs, torch_compile)
         self.logit_size = written(model)  # the vocabulary to every operator; what prompts hold is `vocab_size`
@@ -50,6 +57,7 @@ class Policy(TreeModel):
         self.source: Any = model  # what the user named it by
         self.sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
         self.length_room = 0  # of the longest segment that decode steps have room for
+        self._guides_then = WeakKeyDictionary[Policy, Any]()  # what steps that hold a guide rely on of it
 
     def begin(self, tokens: int, longest: int, segment_length: int) -> None:
         """Make room for ``tokens`` slots, trunks of up to ``longest`` tokens and segments of ``segment_length``."""
@@ -57,6 +65,7 @@ class Policy(TreeModel):
         if segment_length > self.length_room:  # never smaller again, as trunks
             self.length_room = segment_length
             self.graphs.drop(Steps)
+            self.graphs.drop(MixedSteps)
 
     def has_room(self, longest: int, segment_length: int) -> bool:
         """Whether trunks and segments of these lengths go into the graphs that :meth:`begin` made room for."""
@@ -79,8 +88,7 @@ class Policy(TreeModel):
 
         Returns new nodes and the logits ``[V]`` after the last token of each row.
         """
-        there = present(inputs)
-        last = [int(there[row].nonzero()[-1]) for row in rows]
+        last = [int(place[-1]) for place in places(inputs, rows)]
         kept = sorted(set(last))
         keep = torch.tensor(kept, device=self.device)
         nodes, output = super().read_media(inputs, rows, lag, logits_to_keep=keep, **kwargs)
@@ -90,10 +98,12 @@ class Policy(TreeModel):
         """Logits ``[..., V]`` with -inf at :attr:`barred`."""
         return logits if self.barred is None else logits.index_fill(-1, self.barred, -math.inf)
 
-    def propose(self, leaves: Sequence[Leaf]) -> list[list[Draw]]:
+    def propose(self, leaves: Sequence[Leaf], guides: Sequence[Policy] = ()) -> list[list[Draw]]:
         """Draw ``leaf.candidates`` segments of up to ``leaf.length`` tokens below each leaf, all in parallel.
 
-        The first token comes from the leaf's logits; a segment of K tokens costs K - 1 forward passes.
+        The first token comes from the leaf's logits; a segment of K tokens costs K - 1 forward passes. Where there are
+        ``guides``, tokens follow the sum of all models' logits by ``leaf.weights``
+        (:class:`stars_fast.policy.mixed.MixedSteps`), and each guide costs as many passes.
 
         Raises
         ------
@@ -101,40 +111,69 @@ class Policy(TreeModel):
             Where slots or memory lack.
         """
         with self.on_device():
-            return self._propose(leaves)
+            return self._propose(leaves, guides)
 
-    def _propose(self, leaves: Sequence[Leaf]) -> list[list[Draw]]:
+    def _propose(self, leaves: Sequence[Leaf], guides: Sequence[Policy]) -> list[list[Draw]]:
         rows = [leaf.candidates for leaf in leaves]
         lengths = [leaf.length for leaf in leaves for _ in range(leaf.candidates)]
-        plan = self.plan([leaf.node for leaf in leaves], rows, [length - 1 for length in lengths])
-        steps = self._prepared(Shape.of(leaves, plan), any(leaf.processor for leaf in leaves))
-        steps.load(leaves, plan)
+        plans, branches = self._planned(leaves, guides, rows, [length - 1 for length in lengths])
+        steps = self._begun(leaves, guides, plans)
         for step in range(1, max(lengths)):
             look = self.device.type == "cpu" or (steps.shape.uncertain and step % _LOOKS == 0)
             if look and not steps.alive.any():
                 break
             steps.run()
-        draws = iter(
-            _draws(
-                steps,
-                plan.branches,
-                [set(leaf.sampling.eos_token_ids) for leaf in leaves for _ in range(leaf.candidates)],
-            )
-        )
+        eos = [set(leaf.sampling.eos_token_ids) for leaf in leaves for _ in range(leaf.candidates)]
+        drawn = _draws(steps, branches[0], eos)
+        for draw, *beside in zip(drawn, *branches[1:], strict=True):
+            draw.beside = beside
+        draws = iter(drawn)
         groups = [[next(draws) for _ in range(n)] for n in rows]
         if steps.shape.uncertain:
             for leaf, group in zip(leaves, groups, strict=True):
                 for draw in group:
                     self.trim(leaf.node, draw)
+                    for i, guide in enumerate(guides):
+                        draw.beside[i] = guide.trimmed(leaf.nodes[i + 1], draw.beside[i], len(draw.tokens))
         return groups
+
+    def _planned(
+        self, leaves: Sequence[Leaf], guides: Sequence[Policy], rows: list[int], slots: list[int]
+    ) -> tuple[list[TreePlan], list[list[int]]]:
+        """A plan in each tree, and the branches of all rows: the policy's, and each guide's."""
+        plans, branches = list[TreePlan](), [list[int]() for _ in (self, *guides)]
+        for model, own in read_at((self, *guides)).items():
+            nodes = [leaf.nodes[place] for place in own for leaf in leaves]
+            plans.append(plan := model.plan(nodes, rows * len(own), slots * len(own)))
+            for i, place in enumerate(own):
+                branches[place] = plan.branches[i * len(slots) : (i + 1) * len(slots)]
+        return plans, branches
+
+    def _begun(self, leaves: Sequence[Leaf], guides: Sequence[Policy], plans: Sequence[TreePlan]) -> Steps:
+        """Steps that have drawn the first tokens."""
+        shape = Shape.of(leaves, plans[0])
+        processed = any(leaf.processor for leaf in leaves)
+        if not guides:
+            steps = self._prepared(shape, processed)
+            steps.load(leaves, plans[0])
+            return steps
+        shape = shape._replace(trunk=max(plan.trunk_slots.shape[1] for plan in plans))
+        mixed = self._prepared_mixed((self, *guides), shape, processed)
+        mixed.load_all(leaves, plans)
+        return mixed
 
     def trim(self, leaf: int, draw: Draw) -> None:
         """Give back the branch's slots of tokens that the draw does not have (any more), and of the last it has."""
-        length = self.tree.length(leaf) + max(len(draw.tokens), 1) - 1
-        if self.tree.length(draw.node) > length:
-            node = self.tree.cut(draw.node, length)
-            self.tree.release(draw.node)
-            draw.node = node
+        draw.node = self.trimmed(leaf, draw.node, len(draw.tokens))
+
+    def trimmed(self, leaf: int, branch: int, tokens: int) -> int:
+        """The branch below a leaf with slots for all but the last of so many tokens; the others are given back."""
+        length = self.tree.length(leaf) + max(tokens, 1) - 1
+        if self.tree.length(branch) <= length:
+            return branch
+        node = self.tree.cut(branch, length)
+        self.tree.release(branch)
+        return node
 
     def fork_tokens(
         self,
@@ -223,6 +262,20 @@ class Policy(TreeModel):
 
     def _steps(self, shape: Shape) -> Steps:
         return Steps(self, shape, self.logit_size, self.barred)
+
+    def _prepared_mixed(self, models: tuple[Policy, ...], shape: Shape, processed: bool) -> MixedSteps:
+        """:meth:`_prepared` for a proposal of several models. Captured steps hold all of them."""
+        if processed or not self.graphs.enabled:
+            return MixedSteps(models, shape)
+        relied_on = {model: model.graphs.relied_on for model in models[1:]}
+        if any(self._guides_then.get(model, now) != now for model, now in relied_on.items()):
+            self.graphs.drop(MixedSteps)
+        self._guides_then.update(relied_on)
+        shape = shape.padded(max(model.trunk_room for model in models), self.length_room)
+        with self.on_device():
+            return self.graphs.get(
+                (shape, *map(ref, models)), lambda: MixedSteps(models, shape), capture=shape.length > 1
+            )
 
     def steps(self, shape: Shape) -> Steps:
         """Tensors of decode steps of a padded shape, which are kept, and captured where that is possible."""

@@ -11,7 +11,7 @@ import torch
 
 from stars_fast.ops import gather_logprobs, sample_step
 from stars_fast.policy.leaf import Leaf, ProcessorError, RowProcessor
-from stars_fast.tree.attention import TreeContext
+from stars_fast.policy.reader import Reader
 from stars_fast.tree.graphs import Captured
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.passes import bucket, group_bucket
@@ -75,7 +75,9 @@ class Steps(Captured):
         bool ``[rows]``.
     """
 
-    def __init__(self, policy: TreeModel, shape: Shape, logits: int, barred: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, policy: TreeModel, shape: Shape, logits: int, barred: torch.Tensor | None = None, prompts: int = 1
+    ) -> None:
         super().__init__(policy)
         self.read, self.written = policy.vocab_size, logits  # ids with an embedding, and with a logit
         self.barred = barred  # ids that are not drawn
@@ -85,7 +87,8 @@ class Steps(Captured):
         def zeros(*size: int, dtype: torch.dtype = int32) -> torch.Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        self.plan = TreePlan.empty(shape.groups, shape.trunk, rows, max(1, shape.length - 1), device)
+        self.reader = self.reads(policy, prompts)
+        self.plan = self.reader.plan
         # All that a proposal sets anew is one buffer, so that one copy sets it.
         self.settings = torch.zeros(sum(_sizes(shape)), dtype=torch.int64, device=device)
         keys, groups, eos, step, counts, filters, position, alive = self.settings.split(_sizes(shape))
@@ -97,34 +100,43 @@ class Steps(Captured):
         self.filters = filters.view(torch.float32)[: 5 * rows].view(5, rows)
         self.temperature, self.top_p, self.min_p, self.penalty, self.entropy = self.filters
         self.position, self.alive = position.view(int32)[:rows], alive.view(torch.bool)[:rows]
-        self.first_position = zeros(rows)  # of the token after the trunk
         self.tokens = zeros(rows, shape.length, dtype=torch.int64)
         self.logprobs, self.sampling_logprobs = zeros(2, rows, shape.length, dtype=torch.float32)
-        self.query_indptr = torch.arange(rows + 1, dtype=int32, device=device)
-        self.every_row = torch.arange(rows, device=device)
         self.seen = zeros(rows, logits, dtype=torch.bool) if shape.penalised else None
         self.processors: list[RowProcessor | None] = []
         self.failures: dict[int, str] = {}  # by row: what its logits processor raised
 
+    def reads(self, model: TreeModel, prompts: int) -> Reader:
+        """A model's part in these steps, which has each row below so many prompts."""
+        rows, groups, most_rows, trunk, length, *_ = self.shape
+        return Reader(model, rows, groups, most_rows, trunk, length, prompts)
+
     def load(self, leaves: Sequence[Leaf], plan: TreePlan) -> None:
         """Start a proposal, and draw the first token of every row from its leaf's logits."""
-        rows = len(plan.branches)
+        rows = sum(leaf.candidates for leaf in leaves)
         assert len(leaves) <= self.shape.groups and rows <= self.shape.rows
-        self.plan.load(plan)
         (settings,) = uploaded([self._settings(leaves)], self.settings.device)
         self.settings.copy_(settings)
         groups = self.every_group[:rows]
-        torch.index_select(plan.trunk_position, 0, groups, out=self.first_position[:rows])
+        self.reader.load(plan, groups, len(leaves))
         self.sampling_logprobs.zero_()  # what an earlier proposal left there is not this one's
         if self.seen is not None:
             nothing = torch.zeros_like(self.seen[0])
             seen = [nothing if leaf.seen is None else leaf.seen for leaf in leaves]
             self.seen[:rows] = torch.stack(seen)[groups]
         self.processors, self.failures = [leaf.processor for leaf in leaves for _ in range(leaf.candidates)], {}
-        logits = torch.stack([leaf.logits for leaf in leaves])[groups]  # [rows in use, V]
-        if rows < self.shape.rows:
-            logits = torch.cat((logits, logits.new_zeros(self.shape.rows - rows, logits.shape[1])))
-        self.draw(logits)
+        self.begin(leaves, groups)
+
+    def begin(self, leaves: Sequence[Leaf], groups: torch.Tensor) -> None:
+        """Draw the first token of every row; those in use are of these groups ``[rows in use]``."""
+        self.draw(self.below([leaf.logits for leaf in leaves], groups))
+
+    def below(self, logits: Sequence[torch.Tensor], groups: torch.Tensor) -> torch.Tensor:
+        """Logits ``[rows, V]`` at the beginning of each row, from those of its leaf ``[V]``."""
+        used = torch.stack(list(logits))[groups]  # [rows in use, V]
+        if len(groups) == self.shape.rows:
+            return used
+        return torch.cat((used, used.new_zeros(self.shape.rows - len(groups), used.shape[1])))
 
     def _settings(self, leaves: Sequence[Leaf]) -> np.ndarray:
         """What :attr:`settings` hold when a proposal of these begins, int64; neutral where no row is in use."""
@@ -169,26 +181,11 @@ class Steps(Captured):
 
     def forward(self) -> torch.Tensor:
         """Logits ``[rows, V]`` after the token drawn last, of every row."""
-        last = self.step - 1
-        context = TreeContext(
-            pool=self.model.pool,
-            plan=self.plan,
-            write_slots=self.plan.branch_slots.index_select(1, last)[:, 0],  # of padding rows slot 0
-            branch_len=self.step.int().expand(self.shape.rows).contiguous(),
-            query_indptr=self.query_indptr,
-            max_rows=self.shape.most_rows,
-            max_queries=1,
-        )
-        tokens = self.tokens.index_select(1, last)[:, 0]
-        if self.written > self.read:
-            tokens = tokens.clamp_max(self.read - 1)  # of rows that ended with what cannot be read
-        # Rows that ended would walk past the last position, which a table of positions does not forgive.
-        positions = torch.where(self.alive, self.first_position + last, 0)
-        return self.model.forward(tokens, positions, context, logits_to_keep=self.every_row).logits[0]
+        return self.reader.forward(self.tokens, self.step, self.alive)[0]
 
-    def draw(self, logits: torch.Tensor) -> None:
-        """Sample one token per row from logits ``[rows, V]``."""
-        raw = logits
+    def draw(self, logits: torch.Tensor, raw: torch.Tensor | None = None) -> None:
+        """Sample one token per row from logits ``[rows, V]``. ``raw`` are the policy's, where those are others."""
+        given, raw = logits, logits if raw is None else raw
         processed = self.graph is None and any(self.processors)
         if processed:
             logits = self._process(logits.float())
@@ -214,8 +211,8 @@ class Steps(Captured):
         if self.written > self.read:
             self.alive.logical_and_(token < self.read)
         if before is not None:
-            if logits is not raw:  # segments end by what the model gave
-                entropy = torch.special.entr(raw.float().softmax(1)).sum(1)
+            if logits is not given:  # segments end by what the models gave
+                entropy = torch.special.entr(given.float().softmax(1)).sum(1)
             self._end_before(before & (entropy >= self.entropy) & (self.position > self.shortest))
         if logits is not raw:
             logprob = gather_logprobs(raw, token)

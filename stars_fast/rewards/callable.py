@@ -33,8 +33,8 @@ class CallableReward(Reward):
         Called by keyword with those of ``prompts``, ``completions``, ``completion_ids`` and the columns that it can
         take. Chats arrive as message lists, their completions as ``[{"role": "assistant", "content": text}]``; where a
         chat ends with the beginning of the answer, that stands in the completion and not in the prompt. A prompt's
-        pictures are the column ``images``, a list of them, unless the call has one of that name. What an async
-        one keeps between calls (clients, locks) stays good: a session of the engine has one event loop.
+        pictures are the column ``images``, a list of them, unless the call has one of that name. What an async one
+        keeps between calls (clients, locks) stays good: a session of the engine has one event loop.
     tokenizer : transformers tokenizer, optional
         The policy's. Without one, prompts and completions are lists of ids.
     """
@@ -69,7 +69,8 @@ class CallableReward(Reward):
     def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
         needed = [name for name in self._required if name not in _OWN_ARGUMENTS]
         for name in needed:
-            if any(name not in _columns(prompt) for prompt in prompts):
+            seen = name != "images" or any(prompt.media is not None or name in prompt.columns for prompt in prompts)
+            if not seen or any(name not in self._columns(prompt) for prompt in prompts):
                 raise ValueError(
                     f"the reward function needs {name!r}, which is neither prompts, completions or completion_ids nor "
                     f"a column: pass columns={{{name!r}: one value per prompt}}, or give the parameter a default"
@@ -88,7 +89,7 @@ class CallableReward(Reward):
     def score(self, completions: Sequence[Completion]) -> Sequence[float | None] | torch.Tensor:
         groups: dict[tuple[str, ...], list[int]] = {}  # one call serves those with the same columns
         for place, completion in enumerate(completions):
-            names = tuple(name for name in sorted(_columns(completion.response.prompt)) if self._takes(name))
+            names = tuple(name for name in sorted(self._columns(completion.response.prompt)) if self._takes(name))
             groups.setdefault(names, []).append(place)
         if len(groups) == 1:
             (names,) = groups
@@ -99,6 +100,12 @@ class CallableReward(Reward):
             for place, value in zip(places, values, strict=True):
                 rewards[place] = value
         return rewards
+
+    def _columns(self, prompt: RewardPrompt) -> dict[str, Any]:
+        """What the function may be called with of the prompt, besides what is its own."""
+        pictures = [] if prompt.media is None else list(prompt.media.images)
+        known = bool(pictures) or (prompt.media is None and "images" in self._required)
+        return {"images": pictures, **prompt.columns} if known else prompt.columns
 
     def _takes(self, name: str) -> bool:
         return self._takes_all or name in self._names or any(name == p.name for p in self._positional)
@@ -112,7 +119,7 @@ class CallableReward(Reward):
         # Text is made for those who read it: ids that cannot be decoded are none of the others' business.
         arguments = {name: list(map(read, completions)) for name, read in own.items() if self._takes(name)}
         for name in columns:
-            arguments[name] = [_columns(completion.response.prompt)[name] for completion in completions]
+            arguments[name] = [self._columns(completion.response.prompt)[name] for completion in completions]
         positional = [arguments.pop(p.name, p.default) for p in self._positional]
         keywords = arguments if self._takes_all else {k: v for k, v in arguments.items() if k in self._names}
         result = self.function(*positional, **keywords)
@@ -147,12 +154,6 @@ class CallableReward(Reward):
         if _is_messages(source):
             return [{"role": "assistant", "content": completion.text}]
         return completion.text
-
-
-def _columns(prompt: RewardPrompt) -> dict[str, Any]:
-    """What the function may be called with of the prompt, besides what is its own."""
-    pictures = [] if prompt.media is None else list(prompt.media.images)
-    return {"images": pictures, **prompt.columns} if pictures else prompt.columns
 
 
 def _is_messages(source: Any) -> bool:

@@ -144,7 +144,7 @@ def check_own(model: PreTrainedModel, tokenizer: Any, policy: PreTrainedModel, p
         )
 
 
-def check_draft(model: PreTrainedModel, policy: PreTrainedModel, policy_tokenizer: Any) -> None:
+def check_draft(model: PreTrainedModel, policy: PreTrainedModel, policy_tokenizer: Any, role: str = "draft") -> None:
     """Of a model that writes ids for the policy: ValueError where their vocabularies are known to differ, a warning
     where nothing is known.
     """
@@ -161,10 +161,10 @@ def check_draft(model: PreTrainedModel, policy: PreTrainedModel, policy_tokenize
         if not known and loaded_from(model):
             why = own.why if own.tokenizer is None else theirs.why
             _warn_unknown(
-                f"nothing says that draft, a {name}, has the policy's vocabulary ({why}): it is taken to be the same"
+                f"nothing says that {role}, a {name}, has the policy's vocabulary ({why}): it is taken to be the same"
             )
     if not same:
-        raise ValueError(f"draft: {name} {cause}: their vocabularies must be the same")
+        raise ValueError(f"{role}: {name} {cause}: their vocabularies must be the same")
 
 
 def _warn_unknown(message: str) -> None:

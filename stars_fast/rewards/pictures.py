@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,15 +23,14 @@ _KINDS = ("image", "video")
 # What processors say of the text besides its ids, which not every model wants to know.
 _OF_THE_TEXT = ("attention_mask", "token_type_ids", "mm_token_type_ids")
 
-
 PICTURE = {"type": "image"}  # in a chat, where one stands
 
 
 class Beginning(NamedTuple):
     """What a model reads in front of an answer.
 
-    A picture is written as one mark, or a few, and read as many ids: of a text that begins as this one, the ids of
-    what is ``written`` up to the last picture stand for those that are ``read``.
+    A picture is written as one mark and read as many ids. In a text that begins as this one, ``written``, the ids up to
+    the last picture as the tokenizer gives them, stand for ``read``, those that the processor made of them.
     """
 
     ids: list[int]
@@ -89,23 +88,13 @@ def with_pictures(processor: Any, tokenizer: Any, text: str, own_start: bool, im
     """
     written, body = encode_turn(tokenizer, text, own_start), encode(tokenizer, text)
     start = tokenizer.decode(written[: len(written) - len(body)], skip_special_tokens=False)
-    made: Mapping[str, Any] = {}
-
-    def call() -> list[int]:
-        nonlocal made
-        options = {"return_tensors": "pt", "add_special_tokens": False}
-        made = dict(processor(text=[start + text], images=[list(images)], **options))
-        ids: list[int] = made["input_ids"][0].tolist()
-        return ids
-
-    ids = guarded(call, what="the scorer's processor cannot read its pictures")
-    end = _common_end(written, ids, _marks(processor))
-    media = Media(made, 0, images)
-    return Beginning(ids, media, written[: len(written) - end], ids[: len(ids) - end])
-
-
-def _marks(processor: Any) -> set[Any]:
-    return {getattr(processor, f"{kind}_token_id", None) for kind in _KINDS}
+    options = {"images": [list(images)], "return_tensors": "pt", "add_special_tokens": False}
+    made = guarded(
+        lambda: dict(processor(text=[start + text], **options)), what="the scorer's processor cannot read its pictures"
+    )
+    ids: list[int] = made["input_ids"][0].tolist()
+    end = _common_end(written, ids, {getattr(processor, f"{kind}_token_id", None) for kind in _KINDS})
+    return Beginning(ids, Media(made, 0, images), written[: len(written) - end], ids[: len(ids) - end])
 
 
 def _common_end(a: Sequence[int], b: Sequence[int], marks: set[Any]) -> int:

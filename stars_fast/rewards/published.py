@@ -132,6 +132,8 @@ class ArmoRMReward(RenderedReward):
             self._gates.clear()
 
     def context(self, prompt: RewardPrompt) -> Context:
+        if prompt.media is not None:
+            raise ValueError(f"{prompt.name} has pictures, and ArmoRM's gate reads text alone")
         context = super().context(prompt)
         if self._gate_position(context) < 0:
             raise ValueError(

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from stars_fast.text.turns import has_pictures
+
 Image = str | list[str]  # as a row has it: a path or a data URL, or several
 _SOURCES = ("image", "path", "url")  # of a part of a message
 
@@ -18,9 +20,9 @@ def check_image(image: Any) -> Image | None:
     raise ValueError("image: give a path or a data URL, or a list of them")
 
 
-def has_pictures(prompt: Any) -> bool:
-    """Whether it is a chat with pictures among the parts of its turns."""
-    return any(part.get("type") in ("image", "image_url") for part in _parts(prompt))
+def shows_pictures(prompt: Any) -> bool:
+    """Whether it is a chat with pictures."""
+    return isinstance(prompt, list) and any(isinstance(turn, dict) and has_pictures(turn) for turn in prompt)
 
 
 def with_pictures(prompt: Any, image: Image | None, folder: str) -> Any:
@@ -43,7 +45,7 @@ def with_pictures(prompt: Any, image: Image | None, folder: str) -> Any:
         prompt, places = _before_the_first_user(prompt, len(pictures)), len(pictures)
     if places != len(pictures):
         raise ValueError(f"messages have places for {places} pictures, and image has {len(pictures)}")
-    if not has_pictures(prompt):
+    if not shows_pictures(prompt):
         return prompt
     rest, chat = iter(pictures), list[Any]()
     for turn in prompt:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
-from stars_fast.rows.pictures import Image, check_image, has_pictures, with_pictures
+from stars_fast.rows.pictures import Image, check_image, shows_pictures, with_pictures
 
 Id = str | int
 _FORMS = ("prompt", "messages", "prompt_ids")
@@ -38,7 +38,7 @@ class Row:
     @property
     def shows_pictures(self) -> bool:
         """Whether only a processor can read it."""
-        return self.image is not None or has_pictures(self.prompt)
+        return self.image is not None or shows_pictures(self.prompt)
 
     @property
     def place(self) -> str:

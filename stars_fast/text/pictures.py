@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -30,14 +30,9 @@ def processed(
     tokenizer, template = processor.tokenizer, chat_template(processor)
     own = getattr(processor.apply_chat_template, "__func__", None) is not ProcessorMixin.apply_chat_template
     if own or not isinstance(tokenizer, PreTrainedTokenizerBase) or template is None:
-        turns, ahead = [], iter(images)
-        for turn in chat:
-            parts = turn.get("content")
-            if isinstance(parts, list):
-                parts = [{**part, "image": next(ahead)} if part.get("type") == "image" else part for part in parts]
-            turns.append({**turn, "content": parts})
         made = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        encoding: Mapping[str, Any] = processor.apply_chat_template(turns, **made, **form, **variables)
+        filled = refilled(chat, images)
+        encoding: Mapping[str, Any] = processor.apply_chat_template(filled, **made, **form, **variables)
         return encoding
     text = rendered(tokenizer, chat, variables, template=template, **form)
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
@@ -45,6 +40,17 @@ def processed(
         text=text, images=[list(images)], return_tensors="pt", **({"add_special_tokens": False} if begun else {})
     )
     return encoding
+
+
+def refilled(chat: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> list[dict[str, Any]]:
+    """The chat with pictures in the parts that :func:`opened` has left bare."""
+    turns, ahead = list[dict[str, Any]](), iter(images)
+    for turn in chat:
+        parts = turn.get("content")
+        if isinstance(parts, list):
+            parts = [{**part, "image": next(ahead)} if part.get("type") == "image" else {**part} for part in parts]
+        turns.append({**turn, "content": parts})
+    return turns
 
 
 def chat_template(processor: Any) -> str | None:
@@ -130,14 +136,14 @@ def _check_size(where: str, image: Any, most: int | None) -> None:
 
 def _file(where: str, source: str, encoded: bool) -> tuple[str, str | BytesIO]:
     """What error messages call a picture, and what Pillow opens."""
-    url = urlsplit(source[:64])
-    if url.scheme in ("http", "https", "ftp", "s3", "gs", "hf"):
+    scheme = source[:16].partition(":")[0].lower()
+    if "://" in source[:16] and scheme != "file":
         raise ValueError(f"{where}: {shown(source)} is not fetched: give the picture, a path or a data URL")
-    if url.scheme == "file":
-        return shown(source), unquote(urlsplit(source).path)
-    if encoded or url.scheme == "data":
+    if scheme == "file" and "://" in source[:16]:
+        return shown(source), unquote(source[len("file://") :])
+    if encoded or source[:5].lower() == "data:":
         kind, _, data = source.rpartition(",")
-        if url.scheme == "data" and not kind.endswith(";base64"):
+        if not encoded and not kind.endswith(";base64"):
             raise ValueError(f"{where}: {shown(source)} must be 'data:image/...;base64,' and its data")
         try:
             return "of a data URL", BytesIO(base64.b64decode("".join(data.split()), validate=True))

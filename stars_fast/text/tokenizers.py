@@ -100,8 +100,8 @@ def processor_beside(name: str) -> Any:
     except OSError as error:
         cause = " ".join(str(error.__cause__).split())
         warn(
-            f"policy={name!r} takes pictures, and its processor cannot be loaded, so that chats are read without them: "
-            f"pass processor= ({type(error.__cause__).__name__}: {cause})"
+            f"policy={name!r} takes pictures, and its processor cannot be loaded, so that chats with pictures are "
+            f"refused: pass processor= ({type(error.__cause__).__name__}: {cause})"
         )
         return None
     return processor if is_processor(processor) else None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from stars_fast.tree.attention import causal_probe, evaluating, is_causal, own_dtypes, plugged
 from stars_fast.tree.model import TreeModel
@@ -178,13 +179,14 @@ def _plainly(tree_model: TreeModel, trunk: list[int], branch: list[int]) -> torc
 
 
 def _continued(tree_model: TreeModel, trunk: list[int], branch: list[int]) -> torch.Tensor:
-    values, cache = list[torch.Tensor](), None
+    named = inspect.signature(unwrapped(tree_model.body).forward).parameters
+    name = "cache" if "cache" in named else "past_key_values"  # as transformers calls it from 5.24 on, and before
+    cache = {name: DynamicCache(config=tree_model.text_config)}
     with evaluating(tree_model.model):
-        for ids in (trunk, *([token] for token in branch)):
-            given = torch.tensor([ids], device=tree_model.device)
-            output = tree_model.body(input_ids=given, past_key_values=cache, use_cache=True)
-            values.append(_values(output))
-            cache = output.past_key_values
+        values = [
+            _values(tree_model.body(input_ids=torch.tensor([ids], device=tree_model.device), use_cache=True, **cache))
+            for ids in (trunk, *([token] for token in branch))
+        ]
     return torch.cat(values[1:])
 
 

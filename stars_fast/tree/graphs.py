@@ -80,7 +80,7 @@ class Graphs:
         self._model: Any = weakref.proxy(model)
         self._kept: dict[Hashable, Captured] = {}
         self._impossible: set[type[Captured]] = set()  # what could not be captured once
-        self._relied_on: tuple[Any, ...] = ()
+        self.relied_on: tuple[Any, ...] = ()
         self._pool: Any = None
         self._stream: Any = None
 
@@ -93,9 +93,9 @@ class Graphs:
         """Drop all graphs if something that they take for granted has moved."""
         if self.enabled:
             now = (self._model.pools_made, *addresses(self._model.model))
-            if now != self._relied_on:
+            if now != self.relied_on:
                 self.drop()
-            self._relied_on = now
+            self.relied_on = now
 
     @property
     def captured(self) -> int:

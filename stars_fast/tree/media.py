@@ -10,21 +10,36 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from stars_fast.tree.attention import PromptContext, Write, active
+from stars_fast.tree.segment_tree import SegmentTree, TreePlan
+from stars_fast.tree.slots import SlotPool
 from stars_fast.tree.support import unwrapped
-
-if TYPE_CHECKING:
-    from stars_fast.tree.model import TreeModel
 
 # Fields of a config that hold ids which stand for something else than text, or enclose it.
 _PLACEHOLDER = re.compile(r"((image|video|vision|visual|audio)(_\w+)?|[be]o[iva])_token_(ids?|index)")
+
+
+class Reader(Protocol):
+    """What reads: a model, and the tree and slots that hold what it has read."""
+
+    model: PreTrainedModel
+    body: PreTrainedModel
+    name: str
+    device: torch.device
+    tree: SegmentTree
+    pool: SlotPool
+    modules: dict[nn.Module, int]  # that attend, and their layers
+
+    def plan(self, leaves: Sequence[int], rows: Sequence[int], new_slots: Sequence[int]) -> TreePlan: ...
+
+    def on_device(self) -> AbstractContextManager[Any]: ...
 
 
 def takes_media(model: PreTrainedModel) -> bool:
@@ -42,25 +57,27 @@ def placeholder_ids(model: PreTrainedModel) -> list[int]:
     return sorted(ids)
 
 
-def present(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Which of a batch's ids are no padding: bool ``[B, T]``, on the host."""
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    return torch.ones(ids.shape, dtype=torch.bool, device="cpu") if mask is None else mask.bool().cpu()
+def places(inputs: Mapping[str, Any], rows: Sequence[int]) -> list[torch.Tensor]:
+    """Where the tokens of these rows are, which are no padding: int64 ``[N]`` each, on the host."""
+    mask = inputs.get("attention_mask")
+    present = torch.ones(inputs["input_ids"].shape, device="cpu") if mask is None else mask.cpu()
+    found = [present[row].nonzero()[:, 0] for row in rows]
+    for row, place in zip(rows, found, strict=True):
+        if not len(place):
+            raise ValueError(f"inputs: row {row} of attention_mask is all padding")
+    return found
 
 
 def read(
-    model: TreeModel, inputs: Mapping[str, Any], rows: Sequence[int], lag: int, **kwargs: Any
+    model: Reader, inputs: Mapping[str, Any], rows: Sequence[int], lag: int, **kwargs: Any
 ) -> tuple[list[int], Any]:
-    """:meth:`TreeModel.read_media`."""
-    there = present(inputs)
-    places = [there[row].nonzero()[:, 0] for row in rows]  # of each row's tokens
-    for row, place in zip(rows, places, strict=True):
-        if not len(place):
-            raise ValueError(f"inputs: row {row} of attention_mask is all padding")
-    lengths = [max(len(place) - lag, 0) for place in places]
+    """:meth:`stars_fast.tree.model.TreeModel.read_media`."""
+    batch, length = inputs["input_ids"].shape
+    there = places(inputs, rows)
+    lengths = [max(len(place) - lag, 0) for place in there]
     plan = model.plan([-1] * len(rows), [1] * len(rows), lengths)
     try:
-        (batch, length), kept = there.shape, zip(rows, places, lengths, strict=True)
+        kept = zip(rows, there, lengths, strict=True)
         tokens = torch.cat([row * length + place[:count] for row, place, count in kept]).to(model.device)
         slots = torch.cat([plan.branch_slots[branch, :count] for branch, count in enumerate(lengths)])
         writes = {module: Write(model.pool, layer, tokens, slots) for module, layer in model.modules.items()}
@@ -70,7 +87,7 @@ def read(
         missing = {model.modules[module] for module in model.modules.keys() - context.seen}
         if missing:
             raise NotImplementedError(f"the {model.name}: layers {sorted(missing)} have read nothing of a prompt")
-        for node, row, place in zip(plan.branches, rows, places, strict=True):
+        for node, row, place in zip(plan.branches, rows, there, strict=True):
             model.tree.shift(node, _last_position(seen[-1], row, place) + 1 - len(place))
         return plan.branches, output
     except BaseException:
@@ -78,7 +95,7 @@ def read(
         raise
 
 
-def _placed(value: Any, model: TreeModel) -> Any:
+def _placed(value: Any, model: Reader) -> Any:
     """Tensors where the model lies, those of floats in its dtype; as they are nested."""
     if isinstance(value, torch.Tensor):
         return value.to(model.device, model.model.dtype if value.is_floating_point() else None)
@@ -87,7 +104,7 @@ def _placed(value: Any, model: TreeModel) -> Any:
     return [_placed(one, model) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _decoder(model: TreeModel) -> nn.Module:
+def _decoder(model: Reader) -> nn.Module:
     """The part of the model that has its decoder layers: it is given their positions."""
     parts = dict(model.body.named_modules())
     above, path = parts[""], next(name for name, part in parts.items() if part in model.modules).split(".")

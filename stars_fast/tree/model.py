@@ -53,7 +53,7 @@ class TreeModel(Stays):
     body : transformers model
         What a forward pass calls: the model itself, or its base model (without a head).
     role : str
-        "policy" or "reward", for error messages.
+        "policy" or "reward", or what else it is; for error messages.
 
     Attributes
     ----------
@@ -78,6 +78,9 @@ class TreeModel(Stays):
         For a family the attention interface does not reach, a stateful model, or ``dynamic`` rotary scaling, by name.
     """
 
+    logit_size = 0  # ids with a logit, of models that are drawn from
+    barred: torch.Tensor | None = None  # int64 [N], of such a model: ids that are never drawn
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -98,7 +101,7 @@ class TreeModel(Stays):
         self.max_positions = max_positions(self.text_config)
         recorder = self._record_shapes()
         self.shapes, self.dtype, self.asks = recorder.shapes, recorder.dtype, recorder.asks
-        self.modules = recorder.modules
+        self.modules = recorder.modules  # that attend, and their layers
         self.takes_media, self.reads_whole = media.takes_media(model), False
         for _, key_size, value_size in sorted(set(self.shapes.values())):
             try:

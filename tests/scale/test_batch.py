@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from tiny_pictures import llava, llava_processor, picture
 from typer.testing import CliRunner
 
 from stars_fast import StarsConfig
@@ -22,6 +24,7 @@ pa = pytest.importorskip("pyarrow", reason="needs the extra ray")
 pytestmark = pytest.mark.slow
 
 SETTINGS = {"target_reward": 1.0, "base_reward": 0.0, "max_new_tokens": 24}
+CONFIG = StarsConfig(segment_length=4, target_reward=1.0, max_new_tokens=8)
 OPTIONS = ("--policy", "demo", "--set", "target_reward=1.0", "--set", "base_reward=0.0", "--max-new-tokens", 24)
 LIMIT = 150  # seconds of a run; one takes about ten on two cores of its own
 # Whoever is to be killed waits for it: nothing is scored while there is a part in the folder that `hold` names.
@@ -191,6 +194,20 @@ def test_a_table_changes_no_chat(monkeypatch):
         assert None in table.to_pylist()[0]["messages"][0].values()
         StarsBatch("demo", "demo")(table)
         assert read[-2] == chat
+
+
+def test_pictures_come_as_files_bytes_or_as_data_sets_of_the_hub_have_them(tmp_path):
+    llava().save_pretrained(tmp_path)
+    llava_processor().save_pretrained(tmp_path)
+    paths = [str(tmp_path / f"{seed}.png") for seed in (1, 2)]
+    for seed, path in enumerate(paths, 1):
+        picture(seed).save(path)
+    files = [Path(path).read_bytes() for path in paths]
+    columns = (paths, files, [[file] for file in files], [{"bytes": file, "path": None} for file in files])
+    actor = StarsBatch(str(tmp_path), lambda completion_ids: [sum(ids) % 7 / 2 for ids in completion_ids], CONFIG)
+    tables = [pa.table({"id": ["a", "b"], "prompt": ["what?"] * 2, "image": column}) for column in columns]
+    first, *others = (actor(table)["completion"].to_pylist() for table in tables)
+    assert first[0] != first[1] and others == [first] * 3
 
 
 def test_a_pipeline_of_ones_own_has_the_same_texts(cluster, rows, undisturbed):
