@@ -1,6 +1,7 @@
 """Scorers of prompts with pictures give what plain forward passes give that see them, or say why they do not."""
 
 import copy
+import itertools
 import shutil
 
 import pytest
@@ -419,13 +420,15 @@ def test_answers_to_pictures_are_what_the_template_writes_around_and_makes_of_th
     model, processor, head = llava(6), llava_processor(), torch.nn.Linear(32, 1)
     processor.chat_template = PARTS_ALONE
     scorer = ValueHeadReward(model, head, processor=processor)
-    prompts = FAMILIES[policy][1]()
+    make, its = {"llava": (llava, llava_processor), "gemma3": (gemma3, gemma3_processor)}[policy]
+    prompts = read([*CHATS, [*CHATS[0], {"role": "assistant", "content": "It "}]], make(), its())
 
     @torch.no_grad()
     def expected(completion):
         prompt = completion.response.prompt
-        answer = {"role": "assistant", "content": [{"type": "text", "text": completion.text}]}
-        text = processor.apply_chat_template([*prompt.source, answer], tokenize=False)
+        said = "It " * (prompt.index == 2) + completion.text
+        answer = {"role": "assistant", "content": [{"type": "text", "text": said}]}
+        text = processor.apply_chat_template([prompt.source[0], answer], tokenize=False)
         made = processor(text=[text], images=[prompt.media.images], return_tensors="pt", add_special_tokens=False)
         inputs = {name: made[name] for name in ("input_ids", "pixel_values")}
         return head(model.model(**inputs, use_cache=False).last_hidden_state[0, -1]).item()
@@ -447,20 +450,22 @@ def test_a_batch_is_read_in_one_pass_and_its_ids_are_never_taken_for_other_pictu
     images = [[picture(0)], [picture(1)]]
     prompts = read(dict(processor(text=text, images=images, return_tensors="pt")), model)
     assert prompts[0].ids == prompts[1].ids and len(prompts[0].ids) > LEAST
-    scorer = ImplicitReward(llava(1), llava(2))
-    rewards = []
+    pair, rewards = [llava(1), llava(2)], []
+    scorer, alike = ImplicitReward(*pair), RewardPrompt(2, prompts[0].ids, prompts[0].ids)  # without a picture
     with torch.no_grad():
         scorer.begin(prompts, 8, 4, None)
         for _ in range(2):
-            scorer.open(prompts, 8)
+            scorer.open([*prompts, alike], 8)
             assert scorer.read_ahead(prompts, 3) == []
+            rewards.append(scorer.score([Completion(Response(prompt), WORDS[0]) for prompt in [*prompts, alike]]))
             assert reads == [[0, 1], [0, 1]]  # by each model
-            rewards.append(scorer.score([Completion(Response(prompt), WORDS[0]) for prompt in prompts]))
-            assert reads == [[0, 1], [0, 1]]
             reads.clear()
-            scorer.forget(prompts)
+            scorer.forget([*prompts, alike])
         scorer.end()
-    assert rewards[0] == pytest.approx(rewards[1], abs=1e-5) and abs(rewards[0][0] - rewards[0][1]) > 1e-3
+    blind = [logprob(model, {"input_ids": torch.tensor([alike.ids])}, WORDS[0]) for model in pair]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)
+    assert rewards[0][2] == pytest.approx(blind[0] - blind[1], abs=1e-4)
+    assert all(abs(one - other) > 1e-3 for one, other in itertools.combinations(rewards[0], 2))
 
 
 def test_batches_are_read_ahead_as_far_as_one_may_and_at_least_one():
