@@ -1,6 +1,7 @@
 """Scorers of prompts with pictures give what plain forward passes give that see them, or say why they do not."""
 
 import copy
+import dataclasses
 import itertools
 import shutil
 
@@ -350,7 +351,12 @@ def test_scorers_that_would_not_see_the_pictures_say_what_to_give_them():
     bare.chat_template = None
     marked = copy.copy(processor.tokenizer)
     marked.chat_template = processor.chat_template + " "
+    same = copy.copy(processor.tokenizer)
+    same.chat_template = processor.chat_template
+    alike = [dataclasses.replace(prompt, tokenizer=same) for prompt in chats]
     cases = [
+        (ImplicitReward(llava(), llava(1), tokenizer=copy.copy(same)), alike, ()),
+        (ImplicitReward(llava(), llava(1), tokenizer=same, chat_template_kwargs={"a": 1}), alike, ("processor=",)),
         (ClassifierReward(tiny_reward(104)), chats, ("pictures", "ClassifierReward", "text alone", "rule")),
         (ImplicitReward(tiny_policy(104), tiny_policy(104, seed=1)), inputs, ("pictures", "ImplicitReward", "text")),
         (ImplicitReward(llava(), llava(1), tokenizer=marked), chats, ("pictures", "processor=")),

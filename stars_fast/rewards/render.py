@@ -183,7 +183,8 @@ class Rendering:
             if not _is_chat(prompt.source):
                 return True
             policys = getattr(self.policy_tokenizer, "chat_template", None)
-            if self.processor is None and (not self.templated or self.tokenizer.chat_template == policys):
+            alike = not self.templated or (self.tokenizer.chat_template == policys and not self.chat_template_kwargs)
+            if self.processor is None and alike:
                 return True
         self.images(prompt)
         return False
@@ -218,8 +219,8 @@ class Rendering:
         except ValueError as error:
             raise ValueError(f"{prompt.name}: {error}") from error
 
-    def begun(self, prompt: RewardPrompt, text: str, own_start: bool) -> Context:
-        """The context of answers that are tokenised by themselves, behind this text."""
+    def behind(self, prompt: RewardPrompt, text: str, own_start: bool) -> Context:
+        """The context of answers that stand behind this text, tokenised by themselves."""
         if prompt.media is None:
             return Context(encode_turn(self.tokenizer, text, own_start), [])
         seen = self.with_pictures(prompt, text, own_start)
