@@ -1,4 +1,4 @@
-"""Rows with pictures: answered as the engine does; a picture that is not there costs its row alone."""
+"""Rows with pictures are answered as the engine answers their chats; one that is not there costs its row alone."""
 
 import base64
 import json

@@ -20,7 +20,8 @@ from stars_fast.methods import (
     RejectionSampling,
 )
 from stars_fast.rewards import Reward
-from stars_fast.text.prompts import read_personas, read_prompts
+from stars_fast.text.personas import read_personas
+from stars_fast.text.prompts import read_prompts
 
 NEAR_SIGHTED = tiny_policy(VOCAB, hidden=32, seed=7)
 NEAR_SIGHTED.config.max_position_embeddings = 12
