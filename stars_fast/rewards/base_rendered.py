@@ -231,8 +231,8 @@ class RenderedReward(Stays, Reward):
             model = type(self._models[0]).__name__
             what = f"reads text alone ({model})" if self.caches else f"scores {model} in full, which reads text alone"
             raise ValueError(
-                f"{prompt.name} has pictures, and the {name} {what}: give a scorer whose model sees them, or a rule or "
-                "function of the answer's text"
+                f"{prompt.name} has pictures, and the {name} {what}: give a scorer whose model sees them, a rule or "
+                "function of the answer's text, or reward_prompts= of text"
             )
         context = self.context(prompt)
         if context.seen is None or context.seen.media is None:

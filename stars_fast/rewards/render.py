@@ -24,6 +24,7 @@ from stars_fast.text.prompts import Messages, ends_with_answer, template_kwargs
 from stars_fast.text.template import VERBATIM, Habits
 from stars_fast.text.tokenizers import same_vocabulary
 from stars_fast.text.tokens import token_ids
+from stars_fast.text.turns import has_pictures
 
 
 @dataclass(eq=False)
@@ -294,7 +295,10 @@ class Rendering:
     def _turns(self, prompt: RewardPrompt) -> Messages:
         source = prompt.source
         if _is_chat(source):
-            return [turn for turn in source if isinstance(turn, dict)]
+            turns = [turn for turn in source if isinstance(turn, dict)]
+            if prompt.media is None and any(map(has_pictures, turns)):
+                raise ValueError(f"{prompt.name} has pictures, and comes without what a processor made of them")
+            return turns
         return [{"role": "user", "content": self._prompt_text(prompt)}]
 
     def _prompt_text(self, prompt: RewardPrompt) -> str:
