@@ -20,9 +20,10 @@ from tiny_pictures import (
     qwen2_5_vl,
     qwen_inputs,
 )
-from transformers import LlavaProcessor
+from transformers import LlavaProcessor, MllamaConfig
 
 from stars_fast import StarsConfig, StarsEngine
+from stars_fast.inputs import models
 from stars_fast.inputs.models import load_policy
 from stars_fast.methods import PersonaJudge
 from stars_fast.text.media import forward_arguments, identity
@@ -236,12 +237,22 @@ def test_a_policy_that_takes_pictures_is_loaded_by_name_with_its_processor(tmp_p
         )
 
 
-def test_what_is_no_processor_is_refused(policy32, tokenizer32):
+@pytest.mark.parametrize("saved", ["MllamaForCausalLM", "MllamaForConditionalGeneration"])
+def test_a_config_that_serves_both_is_loaded_as_what_it_was_saved_as(tmp_path, saved, monkeypatch):
+    monkeypatch.setattr(models, "_loaded", lambda auto, *args: pytest.fail(auto.__name__))
+    monkeypatch.setattr(models, "processor_beside", lambda name: None)
+    MllamaConfig(architectures=[saved]).save_pretrained(tmp_path)
+    auto = "AutoModelForCausalLM" if saved == "MllamaForCausalLM" else "AutoModelForImageTextToText"
+    with pytest.raises(pytest.fail.Exception, match=auto):
+        load_policy(tmp_path, None)
+
+
+def test_what_is_no_processor_is_refused(policy32, tokenizer32, tmp_path):
     for processor in (tokenizer32, 7, type(llava_processor())):
         with refused("processor is", "give a transformers processor"):
             StarsEngine(policy32, lambda completions: [], processor=processor)
-    with pytest.raises(OSError, match="processor='nowhere/to_be_found' cannot be loaded"):
-        StarsEngine(policy32, lambda completions: [], processor="nowhere/to_be_found")
+    with pytest.raises(OSError, match="processor='.*' cannot be loaded"):
+        StarsEngine(policy32, lambda completions: [], processor=tmp_path)
 
 
 def test_preferences_are_not_put_before_pictures(pair):

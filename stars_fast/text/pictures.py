@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 from urllib.parse import unquote
@@ -14,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from stars_fast.methods.numbers import shown
+from stars_fast.names import with_extra
 from stars_fast.text.template import Variables, rendered
 from stars_fast.text.turns import PICTURES
 
@@ -106,23 +108,33 @@ def _picture(where: str, part: Mapping[str, Any]) -> Any:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise ValueError(f"{where}: pictures need Pillow: pip install 'stars-fast[pictures]' ({error})") from error
+        raise ValueError(f"{where}: pictures need Pillow: {with_extra('pictures')} ({error})") from error
     if isinstance(source, Image.Image):
         _check_size(where, source, Image.MAX_IMAGE_PIXELS)
         return source
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f"{where}: a picture is a {type(source).__name__}: give PIL's, an array, a path or a data URL")
-    what, file = _file(where, os.fspath(source), part.get("type") == "image" and "base64" in part)
-    try:
-        with Image.open(file) as image:
-            _check_size(where, image, Image.MAX_IMAGE_PIXELS)
+    what, file = _file(where, os.fspath(source), part.get("base64") is source)
+    with _said(where, what):
+        image = Image.open(file)
+    with image:
+        _check_size(where, image, Image.MAX_IMAGE_PIXELS)
+        with _said(where, what):
             return ImageOps.exif_transpose(image).convert("RGB")
+
+
+@contextmanager
+def _said(where: str, what: str) -> Iterator[None]:
+    """Pillow's decoders raise what they like."""
+    try:
+        yield
+    except MemoryError:
+        raise
     except FileNotFoundError as error:
         raise ValueError(f"{where}: there is no picture {what}") from error
-    except Exception as error:  # Pillow's decoders raise what they like
-        if isinstance(error, MemoryError) or str(error).startswith(where):
-            raise
-        raise ValueError(f"{where}: the picture {what} cannot be read: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"{where}: the picture {what} cannot be read: {type(error).__name__}: {cause}") from error
 
 
 def _check_size(where: str, image: Any, most: int | None) -> None:
@@ -136,11 +148,10 @@ def _check_size(where: str, image: Any, most: int | None) -> None:
 
 def _file(where: str, source: str, encoded: bool) -> tuple[str, str | BytesIO]:
     """What error messages call a picture, and what Pillow opens."""
-    scheme = source[:16].partition(":")[0].lower()
-    if "://" in source[:16] and scheme != "file":
+    if source[:7].lower() == "file://":
+        return shown(source), unquote(source[7:])
+    if "://" in source[:16]:
         raise ValueError(f"{where}: {shown(source)} is not fetched: give the picture, a path or a data URL")
-    if scheme == "file" and "://" in source[:16]:
-        return shown(source), unquote(source[len("file://") :])
     if encoded or source[:5].lower() == "data:":
         kind, _, data = source.rpartition(",")
         if not encoded and not kind.endswith(";base64"):
