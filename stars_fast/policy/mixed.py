@@ -39,6 +39,8 @@ class MixedSteps(Steps):
     shape : Shape
     """
 
+    not_finite = "the mix's logits are not finite: the policy's or a guide's are not"
+
     def __init__(self, models: Sequence[TreeModel], shape: Shape) -> None:
         (policy, own), *others = read_at(models).items()
         barred = [model.barred for model in read_at(models) if model.barred is not None]
