@@ -97,7 +97,8 @@ def test_ids_that_stand_for_pictures_in_any_of_the_models_are_never_drawn():
 def test_ids_that_only_a_guide_writes_may_stand_for_its_pictures():
     policy, tokenizer = tiny_policy(VOCAB - 4, hidden=32), tiny_tokenizer(VOCAB - 4)
     engine = StarsEngine(policy, reward, tokenizer=tokenizer)
-    assert engine.generate([[5, 6, 7]], CONFIG, seed=0, method=Guided([(llava(), 1.0)], method=Stars())).errors == [None]
+    method = Guided([(llava(), 1.0)], method=Stars())
+    assert engine.generate([[5, 6, 7]], CONFIG, seed=0, method=method).errors == [None]
 
 
 def test_a_draft_draws_no_picture_of_the_policys():

@@ -31,7 +31,7 @@ class Batch(dict[str, torch.Tensor]):
         for name in sorted(self.keys() - {"input_ids", "attention_mask"}):
             tensor = self[name].detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
         return digest.digest()
 
 
