@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from conftest import refused, sum_reward, tiny_policy
+from conftest import refused, sum_reward, tiny_policy, tiny_tokenizer
 from test_media_engine import CONFIG
 from tiny_pictures import IMAGE, VOCAB, asked, llava, llava_processor, picture, qwen2_5_vl, qwen_inputs
 
 from stars_fast import StarsEngine
-from stars_fast.methods import Guided, Stars
+from stars_fast.methods import RSD, Guided, Stars
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards.grounding import noised
 
@@ -100,6 +100,22 @@ def test_ids_that_stand_for_pictures_in_any_of_the_models_are_never_drawn():
     engine = StarsEngine(policy, reward, processor=llava_processor())
     out = engine.generate(CHATS[:1], CONFIG, seed=0, method=method, top_k=0, max_new_tokens=40, ignore_eos=True)
     assert out.errors == [None] and max(out.completions[0]) < IMAGE
+
+
+def test_ids_that_only_a_guide_writes_may_stand_for_its_pictures():
+    policy, tokenizer = tiny_policy(VOCAB - 4, hidden=32), tiny_tokenizer(VOCAB - 4)
+    engine = StarsEngine(policy, reward, tokenizer=tokenizer)
+    method = Guided([(llava(), 1.0)], method=Stars())
+    assert engine.generate([[5, 6, 7]], CONFIG, seed=0, method=method).errors == [None]
+
+
+def test_a_draft_draws_no_picture_of_the_policys():
+    draft = tiny_policy(VOCAB, hidden=32)
+    with torch.no_grad():
+        draft.lm_head.weight[IMAGE] *= 60
+    method = RSD(draft=draft, threshold=-9.0, delimiter=None, longest=4)
+    out = StarsEngine(llava(), reward).generate([[5, 6, 7]] * 6, method=method, seed=0, max_new_tokens=12)
+    assert out.errors == [None] * 6 and all(IMAGE not in row for row in out.completions)
 
 
 def test_a_guide_that_reads_text_alone_is_given_text(monkeypatch):

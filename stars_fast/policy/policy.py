@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -43,6 +43,7 @@ class Policy(TreeModel):
     ----------
     barred : torch.Tensor or None
         int64 ``[N]``: ids that stand for pictures, which are never drawn. ``generate`` of transformers may draw them.
+        Of a draft model or a guide, also those that do in the policy.
     """
 
     def __init__(
@@ -52,12 +53,17 @@ class Policy(TreeModel):
         checked(self)
         self.accelerate(cuda_graphs, torch_compile)
         self.logit_size = written(model)  # the vocabulary to every operator; what prompts hold is `vocab_size`
-        barred = [token for token in placeholder_ids(model) if token < self.logit_size] if self.takes_media else []
-        self.barred = torch.tensor(barred, dtype=torch.int64, device=self.device) if barred else None
+        self.bar(placeholder_ids(model) if self.takes_media else [])
         self.source: Any = model  # what the user named it by
         self.sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
         self.length_room = 0  # of the longest segment that decode steps have room for
         self._guides_then = WeakKeyDictionary[Policy, Any]()  # what steps that hold a guide rely on of it
+
+    def bar(self, ids: Iterable[int]) -> None:
+        """Draw none of these ids either, of those that the model writes."""
+        own = [] if self.barred is None else self.barred.tolist()
+        barred = sorted({*own, *(token for token in ids if token < self.logit_size)})
+        self.barred = torch.tensor(barred, dtype=torch.int64, device=self.device) if barred else None
 
     def begin(self, tokens: int, longest: int, segment_length: int) -> None:
         """Make room for ``tokens`` slots, trunks of up to ``longest`` tokens and segments of ``segment_length``."""
