@@ -27,18 +27,18 @@ def processed(
 ) -> Mapping[str, Any]:
     """What ``processor.apply_chat_template`` makes of a chat whose pictures were taken out (:func:`opened`).
 
-    Its template is rendered within bounds. A processor that renders chats in a way of its own does so.
+    Its template is rendered within bounds. A processor that renders chats in a way of its own does so, but is asked for
+    text alone: told to read it, too, it would take variables that no template knows for its own, ``images`` to be
+    fetched among them.
     """
     tokenizer, template = processor.tokenizer, chat_template(processor)
     own = getattr(processor.apply_chat_template, "__func__", None) is not ProcessorMixin.apply_chat_template
     if own or not isinstance(tokenizer, PreTrainedTokenizerBase) or template is None:
-        made = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        filled = refilled(chat, images)
-        encoding: Mapping[str, Any] = processor.apply_chat_template(filled, **made, **form, **variables)
-        return encoding
-    text = rendered(tokenizer, chat, variables, template=template, **form)
+        text = processor.apply_chat_template(refilled(chat, images), tokenize=False, **form, **variables)
+    else:
+        text = rendered(tokenizer, chat, variables, template=template, **form)
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    encoding = processor(
+    encoding: Mapping[str, Any] = processor(
         text=text, images=[list(images)], return_tensors="pt", **({"add_special_tokens": False} if begun else {})
     )
     return encoding
