@@ -328,7 +328,7 @@ def test_noise_is_vcds_and_each_pictures_own():
 
 
 def test_a_value_head_is_found_in_a_folder_and_read_behind_the_template(tmp_path):
-    model, processor, v_head = qwen2_5_vl(5), llava_processor(), torch.nn.Linear(32, 1)
+    model, processor, v_head = qwen2_5_vl(5), llava_processor(), random(torch.nn.Linear(32, 1))
     model.save_pretrained(tmp_path / "apart")
     processor.tokenizer.save_pretrained(tmp_path / "apart")
     head = {f"v_head.summary.{name}": value for name, value in v_head.state_dict().items()}
@@ -440,8 +440,9 @@ def test_functions_are_given_the_pictures_they_ask_for_and_rules_judge_the_text(
     }
     assert engine.generate(CHATS, CONFIG, seed=0, columns={"images": ["abc", "d"]}).rewards == [3.0, 1.0]
     assert engine.generate(chats, CONFIG, seed=0).rewards == [1.0, 2.0, 0.0]
+    assert engine.generate(chats[2:], CONFIG, seed=0).rewards == [0.0]  # of its neighbours it knows nothing
     with refused("images", "columns="):
-        engine.generate(chats[2:], CONFIG)
+        StarsEngine(tiny_policy(104), looks, tokenizer=processor.tokenizer).generate(["no picture"], CONFIG)
     with refused("images", "columns="):
         engine.generate(processor(text=["<image>?"], images=[[picture(0)]], return_tensors="pt"), CONFIG)
     for reward in (reads_text, RuleReward({"a": 1.0})):
@@ -460,20 +461,24 @@ PARTS_ALONE = (
 @pytest.mark.parametrize("policy", ["llava", "gemma3"])
 def test_answers_to_pictures_are_what_the_template_writes_around_and_makes_of_them(policy):
     """It shows an answer as parts alone, and trims it: text that is read anew stands behind the same pictures."""
-    model, processor, head = llava(6), llava_processor(), torch.nn.Linear(32, 1)
+    model, processor, head = llava(6), llava_processor(), random(torch.nn.Linear(32, 1))
     processor.chat_template = PARTS_ALONE
     scorer = ValueHeadReward(model, head, processor=processor)
     make, its = {"llava": (llava, llava_processor), "gemma3": (gemma3, gemma3_processor)}[policy]
-    prompts = read([*CHATS, [*CHATS[0], {"role": "assistant", "content": "It "}]], make(), its())
+    text = [{"role": "user", "content": "no picture"}]
+    prompts = read([*CHATS, [*CHATS[0], {"role": "assistant", "content": "It"}], text], make(), its())
 
     @torch.no_grad()
     def expected(completion):
         prompt = completion.response.prompt
-        said = "It " * (prompt.index == 2) + completion.text
-        answer = {"role": "assistant", "content": [{"type": "text", "text": said}]}
-        text = processor.apply_chat_template([prompt.source[0], answer], tokenize=False)
-        made = processor(text=[text], images=[prompt.media.images], return_tensors="pt", add_special_tokens=False)
-        inputs = {name: made[name] for name in ("input_ids", "pixel_values")}
+        said = "It" * (prompt.index == 2) + completion.text
+        asked, answer = prompt.source[0], {"role": "assistant", "content": [{"type": "text", "text": said}]}
+        if prompt.media is None:
+            asked = {**asked, "content": [{"type": "text", "text": asked["content"]}]}
+        text = processor.apply_chat_template([asked, answer], tokenize=False)
+        images = None if prompt.media is None else [prompt.media.images]
+        made = processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False)
+        inputs = {name: made[name] for name in ("input_ids", "pixel_values") if name in made}
         return head(model.model(**inputs, use_cache=False).last_hidden_state[0, -1]).item()
 
     def spaced(chance):

@@ -194,7 +194,7 @@ def test_unfinished_translations_are_scored_by_their_words_but_the_last(estimato
 
 
 def test_guided_by_tags_the_text_follows_the_enumerated_law():
-    rule = Rule(segment_length=1, max_attempts=4, max_new_tokens=3, target_reward=1.0, alpha=1.0, beta=0.7, eos=3)
+    rule = Rule(segment_length=1, max_attempts=4, max_new_tokens=3, target_reward=1.0, alpha=1.0, beta=0.4, eos=3)
     policy, names = tiny_policy(4, seed=3), tiny_tokenizer(4)  # w0 and w1 are bad
 
     def reward(completion):
