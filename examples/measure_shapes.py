@@ -24,8 +24,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from stars_fast import Fit, StarsConfig, StarsEngine, StarsOutput, fit
 from stars_fast.methods import BestOfN, BlockwiseBestOfN, Guided, Method, OptimalStopping, Stars, Vanilla
-from stars_fast.rewards import GroundingReward, ImplicitReward
-from stars_fast.rewards.grounding import noised
+from stars_fast.rewards import GroundingReward, ImplicitReward, noised
 
 SENTENCE = 6  # tokens; a segment is a sentence
 BUDGETS = (2, 4, 8)
@@ -107,7 +106,12 @@ def rows(shapes: Shapes) -> Iterator[Row]:
             yield Row(f"{1 + weight} policy - {weight} policy before {name}", policy, nothing, contrast)
     mixed = Guided([(twin, 0.3)], weight=0.7, method=BlockwiseBestOfN(4))
     yield Row("0.7 policy + 0.3 twin, twin: blockwise best of 4", policy, log_ratio, mixed)
-    for name, reward in (("twin", log_ratio), ("sight", GroundingReward(policy, noise=NOISE))):
+    rewards = {
+        "twin": log_ratio,
+        "noise": GroundingReward(policy, noise=NOISE),
+        "blank": GroundingReward(policy, noise=as_blank),
+    }
+    for name, reward in rewards.items():
         for n in BUDGETS:
             yield Row(f"{name}: best of {n}", policy, reward, BestOfN(n))
         for n in BUDGETS:
