@@ -60,10 +60,10 @@ class StarsEngine(Stays):
         The policy's; the processor's, or loaded beside a policy given by name. Needed for text, chats and stop strings.
     processor : transformers processor, path or hub id, optional
         What makes the policy's inputs of chats with pictures. What it returns is a prompt, with and without it.
-    reward_tokenizer : transformers tokenizer, path, hub id or "policy", optional
+    reward_tokenizer : transformers tokenizer or processor, path, hub id or "policy", optional
         The reward model's; "policy" where it reads the policy's ids. Default: the one that lies where the reward model
-        was loaded from. Where none does, a reward model that may have been trained on another's ids is refused, or
-        warned of where nothing can be known.
+        was loaded from, and beside one by name that sees pictures the processor. Where none does, a reward model that
+        may have been trained on another's ids is refused, or warned of where nothing can be known.
     reward_tail : "auto", "template", "none" or sequence of int
         What follows the answer whenever it is scored; see :class:`stars_fast.rewards.ClassifierReward`.
     reward_chat_template_kwargs : mapping, optional

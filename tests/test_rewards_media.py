@@ -420,6 +420,32 @@ def test_scorers_that_would_not_see_the_pictures_say_what_to_give_them():
         ImplicitReward(llava(), llava(1)).check(read(ends, model), 8, None)
 
 
+def test_a_reward_model_by_name_comes_with_the_processor_beside_it(tmp_path):
+    policy, processor = llava(), llava_processor()
+    torch.manual_seed(0)
+    classifier = Gemma3ForSequenceClassification(dataclasses.replace(gemma3().config, num_labels=1)).eval()
+    classifier.save_pretrained(tmp_path)
+    call = dict(method="vanilla", max_new_tokens=4, seed=0, on_error="raise")
+    own = StarsEngine(policy, ClassifierReward(classifier, processor=gemma3_processor()), processor=processor)
+    expected = own.generate(CHATS, **call).rewards
+    gemma3_processor().tokenizer.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=f"reward='{tmp_path}' takes pictures.*pass reward_tokenizer="):
+        bare = StarsEngine(policy, tmp_path, processor=processor)
+    with refused(r"prompts\[0\]", "processor=", "reward_tokenizer="):
+        bare.generate(CHATS, **call)
+    given = StarsEngine(policy, classifier, processor=processor, reward_tokenizer=gemma3_processor())
+    gemma3_processor().save_pretrained(tmp_path)
+    named = StarsEngine(policy, tmp_path, processor=processor)
+    for engine in (given, named):
+        assert engine.generate(CHATS, **call).rewards == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_vision_language_model_is_no_reward_model_by_name(tmp_path):
+    llava().config.save_pretrained(tmp_path)
+    with refused("reward='", "LlavaConfig", "no sequence classifier", "JudgeReward"):
+        StarsEngine(llava(), tmp_path, processor=llava_processor())
+
+
 def test_functions_are_given_the_pictures_they_ask_for_and_rules_judge_the_text():
     policy, processor, seen = llava(), llava_processor(), []
 

@@ -67,9 +67,15 @@ def check_limits(
     ``preferred`` has per prompt its ids under each of the method's preferences, which stand in its place; ``slots``
     those that a request may take by itself.
     """
+    pictures = frozenset([] if policy.barred is None else policy.barred.tolist())
     for index, (prompt, variants) in enumerate(zip(prompts, preferred, strict=True)):
         for ids, under in [(prompt.ids, ""), *((ids, ", under a preference,") for ids in variants)]:
             check_ids(index, ids, prompt.media, policy, "the policy's", under)
+        if prompt.media is None and (unseen := pictures.intersection(prompt.ids)):
+            warn(
+                f"prompts[{index}] holds the id {min(unseen)}, which stands for a picture, and no picture: give a chat "
+                "with its pictures, or all that the processor returned (pixel_values and what else there is)"
+            )
         length = max(map(len, [prompt.ids, *variants]))
         check_positions(index, length, config, policy, "the policy")
         if kv_cache_tokens is not None and slots[index] > kv_cache_tokens:
