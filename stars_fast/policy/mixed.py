@@ -39,6 +39,8 @@ class MixedSteps(Steps):
     shape : Shape
     """
 
+    not_finite = "the sum of the policy's logits and its guides' is not finite"
+
     def __init__(self, models: Sequence[TreeModel], shape: Shape) -> None:
         (policy, own), *others = read_at(models).items()
         # Tables of one vocabulary may be padded differently. What one of them cannot read or write nobody draws.

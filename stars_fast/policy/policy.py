@@ -310,7 +310,7 @@ def _draws(steps: Steps, branches: Sequence[int], eos: Sequence[set[int]]) -> li
                 logprobs=row_logprobs[:count],
                 sampling_logprobs=row_sampling[:count],
                 ended=count > 0 and row[count - 1] in ends,
-                error=steps.failures.get(place) or steps.unread(row[:count]) or (None if finite else NOT_FINITE),
+                error=steps.failures.get(place) or steps.unread(row[:count]) or (None if finite else steps.not_finite),
             )
         )
     return draws
