@@ -105,9 +105,7 @@ def _read(
             ) from error
 
     media = prompts[0].media
-    whole = (
-        media is not None and len(media.inputs["input_ids"]) > 1
-    )  # what a processor made of all prompts in one piece
+    whole = media is not None and len(media.inputs["input_ids"]) > 1  # a processor's, of all prompts in one piece
     given = transformed(0) if whole else [transformed(index) for index in range(len(prompts))]
     read = read_prompts(given, tokenizer, name=f"{name}: prompts", **how)
     if len(read) != len(prompts):
@@ -121,6 +119,6 @@ def _given(prompt: Prompt) -> Any:
     if media is None:
         return copy.deepcopy(prompt.source)
     if media.images:
-        return refilled(cast(Messages, prompt.source), media.images)
+        return refilled(cast(Messages, prompt.source), copy.deepcopy(media.images))
     inputs: Mapping[str, Any] = media.inputs
     return {key: value.clone() for key, value in inputs.items()}
