@@ -414,6 +414,8 @@ def test_scorers_that_would_not_see_the_pictures_say_what_to_give_them():
         JudgeReward(model, processor=processor.tokenizer)
     with refused("tokenizer='policy'", "processor="):
         ImplicitReward(llava(), llava(1), tokenizer="policy", processor=processor)
+    with refused("tokenizer has", "processor=", "leave tokenizer= out"):
+        JudgeReward(model, foreign.tokenizer, processor=processor)
     ends = dict(processor(text=["what is <image>"], images=[[picture(0)]], return_tensors="pt"))
     ends.pop("token_type_ids", None)
     with refused(r"prompts\[0\]", "picture", "last"):

@@ -20,7 +20,7 @@ from stars_fast.policy.policy import Policy
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
 from stars_fast.rewards.classifier import ONE_LABEL
 from stars_fast.rewards.ids import POLICYS, check_draft
-from stars_fast.text.tokenizers import named_processor, named_tokenizer, processor_beside, tokenizer_beside
+from stars_fast.text.tokenizers import check_beside, named_processor, named_tokenizer, processor_beside, tokenizer_beside
 from stars_fast.tree.support import place
 
 # Heads that a causal LM has no use for, and no model has that was trained as one.
@@ -67,7 +67,8 @@ def load_policy(
     Raises
     ------
     OSError, ValueError, TypeError
-        As transformers says, for what it cannot load; for a device that is not there; for a model without an LM head.
+        As transformers says, for what it cannot load; for a device that is not there; for a model without an LM head;
+        for a tokenizer and a processor of two vocabularies.
     """
     processor = named_processor("processor", processor)
     if isinstance(policy, (str, os.PathLike)):
@@ -89,6 +90,8 @@ def load_policy(
     if tokenizer is None and processor is not None:
         tokenizer = processor.tokenizer
     tokenizer = named_tokenizer("tokenizer", tokenizer)
+    if processor is not None:
+        check_beside("tokenizer", tokenizer, processor)
     if isinstance(policy, type):
         raise TypeError(f"policy is the class {policy.__name__}: give a model, a path or a hub id")
     if policy.get_output_embeddings() is None:
