@@ -256,7 +256,7 @@ def test_what_is_no_processor_is_refused(policy32, tokenizer32, tmp_path):
             StarsEngine(policy32, lambda completions: [], processor=processor)
     with refused(r"tokenizer has .*\(32 ids\)", "processor=", "leave tokenizer= out"):
         StarsEngine(policy32, lambda completions: [], tokenizer=tokenizer32, processor=llava_processor())
-    with pytest.raises(OSError, match="processor='.*' cannot be loaded"):
+    with pytest.raises(OSError, match=r"processor='.*' cannot be loaded"):
         StarsEngine(policy32, lambda completions: [], processor=tmp_path)
 
 

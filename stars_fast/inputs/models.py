@@ -20,7 +20,13 @@ from stars_fast.policy.policy import Policy
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
 from stars_fast.rewards.classifier import ONE_LABEL
 from stars_fast.rewards.ids import POLICYS, check_draft
-from stars_fast.text.tokenizers import check_beside, named_processor, named_tokenizer, processor_beside, tokenizer_beside
+from stars_fast.text.tokenizers import (
+    check_beside,
+    named_processor,
+    named_tokenizer,
+    processor_beside,
+    tokenizer_beside,
+)
 from stars_fast.tree.support import place
 
 # Heads that a causal LM has no use for, and no model has that was trained as one.
