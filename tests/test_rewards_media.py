@@ -415,6 +415,8 @@ def test_scorers_that_would_not_see_the_pictures_say_what_to_give_them():
         JudgeReward(model, processor=processor.tokenizer)
     with refused("tokenizer='policy'", "processor="):
         ImplicitReward(llava(), llava(1), tokenizer="policy", processor=processor)
+    with refused("tokenizer has", "processor=", "leave tokenizer= out"):
+        JudgeReward(model, foreign.tokenizer, processor=processor)
     ends = dict(processor(text=["what is <image>"], images=[[picture(0)]], return_tensors="pt"))
     ends.pop("token_type_ids", None)
     with refused(r"prompts\[0\]", "picture", "last"):
@@ -441,7 +443,9 @@ def test_functions_are_given_the_pictures_they_ask_for_and_rules_judge_the_text(
     }
     assert engine.generate(CHATS, CONFIG, seed=0, columns={"images": ["abc", "d"]}).rewards == [3.0, 1.0]
     assert engine.generate(chats, CONFIG, seed=0).rewards == [1.0, 2.0, 0.0]
-    assert engine.generate(chats[2:], CONFIG, seed=0).rewards == [0.0]  # of its neighbours it knows nothing
+    plain = StarsEngine(policy, looks, processor=processor)
+    assert plain.generate(chats[2:], CONFIG, seed=0).rewards == [0.0]  # of its neighbours it knows nothing
+    assert plain.generate(chats, CONFIG, seed=0).rewards == [1.0, 2.0, 0.0]
     with refused("images", "columns="):
         StarsEngine(tiny_policy(104), looks, tokenizer=processor.tokenizer).generate(["no picture"], CONFIG)
     with refused("images", "columns="):
