@@ -22,6 +22,7 @@ from stars_fast.rewards import CallableReward, ClassifierReward, Reward
 from stars_fast.rewards.classifier import AS_CAUSAL, ONE_LABEL
 from stars_fast.rewards.ids import POLICYS, check_draft
 from stars_fast.text.tokenizers import (
+    check_beside,
     is_processor,
     named_processor,
     named_tokenizer,
@@ -75,7 +76,8 @@ def load_policy(
     Raises
     ------
     OSError, ValueError, TypeError
-        As transformers says, for what it cannot load; for a device that is not there; for a model without an LM head.
+        As transformers says, for what it cannot load; for a device that is not there; for a model without an LM head;
+        for a tokenizer and a processor of two vocabularies.
     """
     processor = named_processor("processor", processor)
     if isinstance(policy, (str, os.PathLike)):
@@ -97,6 +99,8 @@ def load_policy(
     if tokenizer is None and processor is not None:
         tokenizer = processor.tokenizer
     tokenizer = named_tokenizer("tokenizer", tokenizer)
+    if processor is not None:
+        check_beside("tokenizer", tokenizer, processor)
     if isinstance(policy, type):
         raise TypeError(f"policy is the class {policy.__name__}: give a model, a path or a hub id")
     if policy.get_output_embeddings() is None:
@@ -195,15 +199,15 @@ def load_reward(
         )
     elif reward_tokenizer is not None:
         warn(f"reward_tokenizer= has no effect on a {type(reward).__name__}: it has its own, or needs none")
-    if not isinstance(reward, Reward):
-        if not callable(reward):
-            raise TypeError(
-                f"reward is a {type(reward).__name__}: give a sequence-classification model with one label, "
-                "a stars_fast.rewards.Reward, a function, a path or a hub id"
-            )
+    if not isinstance(reward, Reward) and callable(reward):
         reward = CallableReward(reward, tokenizer)
-    reward.check_policy(policy, tokenizer)
-    return reward
+    if isinstance(reward, Reward):
+        reward.check_policy(policy, tokenizer)
+        return reward
+    raise TypeError(
+        f"reward is a {type(reward).__name__}: give a sequence-classification model with one label, "
+        "a stars_fast.rewards.Reward, a function, a path or a hub id"
+    )
 
 
 def _refuse_wrapper(model: Any, role: str) -> None:
