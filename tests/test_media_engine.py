@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import math
 import weakref
 from itertools import pairwise
@@ -343,3 +344,12 @@ def test_pictures_count_where_prompts_are_admitted_and_repetition_is_penalised()
     length = ids.shape[1]
     with pytest.raises(ValueError, match=rf"prompts\[0\] has {length} tokens and needs {length + 16} slots"):
         StarsEngine(model, reward, kv_cache_tokens=length + 4).generate(outputs[0], CONFIG)
+
+
+def test_a_trace_shows_a_picture_as_one_placeholder(tmp_path):
+    engine = StarsEngine(llava(), lambda prompts, completions: [0.0] * len(completions), processor=llava_processor())
+    output = engine.generate(asked(picture(0)), method="vanilla", max_new_tokens=2, trace=True)
+    output.save_trace(tmp_path / "trace.jsonl")
+    record = json.loads((tmp_path / "trace.jsonl").read_text())
+    assert record["prompt_ids"].count(IMAGE) == 16 and record["prompt_text"].count("<image>") == 1
+    assert record["prompt_text"].endswith("what is it?\nassistant: ")
