@@ -119,7 +119,7 @@ Run widest() { return run_any; }
 
 void check(const SkinnyProduct& call) {
     check_sizes({call.rows, call.inputs, call.outputs});
-    if (call.inputs % kWidest != 0) {
+    if (call.inputs % kWidest != 0) {  // compilers fuse a remainder's products here and not there, which rounds otherwise
         throw std::invalid_argument("x has rows of " + std::to_string(call.inputs) + ", which must be a multiple of " +
                                     std::to_string(kWidest));
     }

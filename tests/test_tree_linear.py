@@ -27,7 +27,7 @@ def rule(request, monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.usefixtures("rule")
 def test_the_numbers_stay_the_same_and_the_layer_is_as_it_was(bias):
-    model, x = nn.Sequential(nn.Linear(24, 40, bias=bias), nn.Linear(40, 8, bias=bias)), torch.randn(1, 5, 24)
+    model, x = nn.Sequential(nn.Linear(32, 48, bias=bias), nn.Linear(48, 8, bias=bias)), torch.randn(1, 5, 32)
     with torch.no_grad():
         expected = model(x)
         with faster_linears(model):
@@ -38,38 +38,38 @@ def test_the_numbers_stay_the_same_and_the_layer_is_as_it_was(bias):
 
 @pytest.mark.usefixtures("rule")
 def test_gradients_still_flow_inside():
-    model, x = nn.Linear(6, 4), torch.randn(3, 6, requires_grad=True)
+    model, x = nn.Linear(16, 4), torch.randn(3, 16, requires_grad=True)
     with faster_linears(model):
         model(x).sum().backward()
     assert x.grad is not None
 
 
 @pytest.mark.parametrize("rule", ["_SKINNY"], indirect=True)
-def test_few_rows_get_their_own_numbers_whatever_is_beside_them_and_more_rows_get_mkls(rule):
+def test_few_rows_get_their_own_numbers_whatever_is_beside_them_and_others_get_mkls(rule):
     if not MOST_ROWS_ON_CPU:
         pytest.skip("this processor's products are torch's")
     tied = nn.Embedding(70, 48)
     head, x = nn.Linear(48, 70, bias=False), torch.randn(1, MOST_ROWS_ON_CPU + 1, 48)
     head.weight = tied.weight
     with torch.no_grad():
-        torchs = head(x)
+        torchs, torchs_one = head(x), head(x[:, :1])
         with faster_linears(head):
-            assert torch.equal(head(x), torchs)
+            assert torch.equal(head(x), torchs) and torch.equal(head(x[:, :1]), torchs_one)
             few = head(x[:, 1:])
             torch.testing.assert_close(few, torchs[:, 1:])
-            for row in range(1, MOST_ROWS_ON_CPU + 1):
-                assert torch.equal(head(x[:, row]), few[:, row - 1])
+            for row in range(MOST_ROWS_ON_CPU - 1):
+                assert torch.equal(head(x[:, row + 1 : row + 3]), few[:, row : row + 2])
     assert head.weight is tied.weight
 
 
 @pytest.mark.parametrize("rule", ["_SKINNY"], indirect=True)
 def test_small_weights_and_those_that_lie_apart_stay_with_torch(rule, monkeypatch):
     monkeypatch.setattr(linear, "_LEAST_WEIGHT", 32 * 32)
-    small, large, apart = nn.Linear(32, 31), nn.Linear(32, 32), nn.Linear(32, 32)
+    small, large, apart, uneven = nn.Linear(32, 31), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(40, 32)
     apart.weight = nn.Parameter(torch.randn(32, 32).t())
-    with faster_linears(nn.ModuleList([small, large, apart])):
+    with faster_linears(nn.ModuleList([small, large, apart, uneven])):
         faster = linear._SkinnyLinear if MOST_ROWS_ON_CPU else nn.Linear
-        assert [type(layer) for layer in (small, large, apart)] == [nn.Linear, faster, nn.Linear]
+        assert [type(layer) for layer in (small, large, apart, uneven)] == [nn.Linear, faster, nn.Linear, nn.Linear]
 
 
 @pytest.mark.usefixtures("rule")
@@ -77,9 +77,9 @@ def test_other_layers_are_left_alone():
     class Quantised(nn.Linear):
         pass
 
-    replaced, half = nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.bfloat16)
+    replaced, half = nn.Linear(16, 4), nn.Linear(16, 4, dtype=torch.bfloat16)
     replaced.forward = own = lambda x: x
-    model = nn.ModuleList([replaced, half, Quantised(4, 4)])
+    model = nn.ModuleList([replaced, half, Quantised(16, 4)])
     with faster_linears(model):
         assert replaced.forward is own
         assert [type(layer) for layer in model] == [nn.Linear, nn.Linear, Quantised]

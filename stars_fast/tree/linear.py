@@ -16,9 +16,9 @@ from stars_fast.ops._library import native
 from stars_fast.ops.skinny_product import MOST_ROWS_ON_CPU
 
 # Fixed rules and not a measurement on the spot, so that a machine always rounds alike. oneDNN on an EPYC of the Zen 4
-# generation is 0.9 to 3 times as fast as MKL for 1 to 64 rows, mostly above 1.2. Products of our own on a Xeon of the
-# Sapphire Rapids generation are 1.05 to 7 times as fast as MKL up to 32 rows (docs/findings/cpu-step.md). Neither was
-# measured on the other.
+# generation is 0.9 to 3 times as fast as MKL for 1 to 64 rows, mostly above 1.2. Products of our own on a Xeon with
+# AVX-512 are 1.06 to 7 times as fast as MKL for 2 to 32 rows (docs/findings/cpu-step.md). Neither was measured on the
+# other's machine.
 _MKL = torch.backends.mkl.is_available()
 _ONEDNN = _MKL and cpu_is_amd() and torch.backends.mkldnn.is_available()
 _SKINNY = _MKL and not cpu_is_amd() and MOST_ROWS_ON_CPU > 0 and native("skinny_product") is not None
@@ -43,7 +43,8 @@ class _OneDnnLinear(nn.Linear):
 
 class _SkinnyLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        few = x.numel() <= MOST_ROWS_ON_CPU * self.weight.shape[1]
+        inputs = self.weight.shape[1]
+        few = inputs < x.numel() <= MOST_ROWS_ON_CPU * inputs  # for one row MKL reads as fast, and is called sooner
         if not few or x.dtype != torch.float32 or torch.is_grad_enabled():
             return super().forward(x)
         return skinny_product(x, [self.weight], [] if self.bias is None else [self.bias])[0]
@@ -82,4 +83,5 @@ def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def _is_large(layer: nn.Linear) -> bool:
-    return layer.weight.numel() >= _LEAST_WEIGHT and layer.weight.is_contiguous()
+    weight = layer.weight
+    return weight.numel() >= _LEAST_WEIGHT and weight.shape[1] % 16 == 0 and weight.is_contiguous()
