@@ -20,7 +20,7 @@ namespace stars_fast {
 
 namespace {
 
-constexpr int kMostRows = 4;    // of a block
+constexpr int kMostRows = 4;                // of a block
 constexpr int64_t kLeast = 16, kMost = 64;  // outputs that a thread takes at once: whole blocks
 
 template <int kWidth>
@@ -31,8 +31,8 @@ struct Product {
 
     const SkinnyProduct& call;
 
-    // The first `rows` of kRows rows and the first `outputs` of kPairs / kRows outputs. Meanwhile `fetched` lines of the
-    // weight are fetched, from the output `ahead` on.
+    // The first `rows` of kRows rows and `outputs` of kPairs / kRows outputs. Meanwhile `fetched` rows of the
+    // weight, one an output, are fetched from the output `ahead` on.
     template <int kRows>
     STARS_FAST_INLINE void block(int64_t row, int64_t rows, int64_t output, int64_t outputs, int64_t ahead,
                                  int64_t fetched) const {
@@ -71,7 +71,7 @@ struct Product {
         }
     }
 
-    // All rows, kRows at a time, and outputs [first, last). Each pass over the rows fetches its part of the next outputs.
+    // All rows, kRows at a time, and outputs [first, last). Each pass fetches its part of the next outputs.
     template <int kRows>
     STARS_FAST_INLINE void run(int64_t first, int64_t last) const {
         constexpr int64_t kOutputs = kPairs / kRows;
@@ -119,7 +119,7 @@ Run widest() { return run_any; }
 
 void check(const SkinnyProduct& call) {
     check_sizes({call.rows, call.inputs, call.outputs});
-    if (call.inputs % kWidest != 0) {  // compilers fuse a remainder's products here and not there, which rounds otherwise
+    if (call.inputs % kWidest != 0) {  // in a remainder compilers fuse some products and not others
         throw std::invalid_argument("x has rows of " + std::to_string(call.inputs) + ", which must be a multiple of " +
                                     std::to_string(kWidest));
     }
