@@ -26,7 +26,7 @@ from stars_fast.ops import kv_append, rotary_append, tree_attention
 from stars_fast.ops._library import library
 from stars_fast.ops.tree_attention import tree_work
 from stars_fast.tree import prefill
-from stars_fast.tree.linear import onednn_linears
+from stars_fast.tree.linear import faster_linears
 from stars_fast.tree.segment_tree import TreePlan
 from stars_fast.tree.slots import SlotPool
 
@@ -312,7 +312,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     with _plugged_lock.held():
         if id(model) not in _evaluated:
             undo = ExitStack()
-            undo.enter_context(onednn_linears(model))
+            undo.enter_context(faster_linears(model))
             _evaluated[id(model)] = _Evaluating([module for module in model.modules() if module.training], undo)
         _evaluated[id(model)].depth += 1
     try:
