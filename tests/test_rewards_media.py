@@ -289,17 +289,18 @@ def test_a_classifier_reads_what_the_policy_reads(family):
     live(scorer, prompts(), expected, draw=draw, slots=100, rounds=5)
 
 
-def noised_inputs(media):
-    return noised(alone(media), 300)
+def a_blank(inputs):
+    return {**inputs, "pixel_values": torch.full_like(inputs["pixel_values"], 0.1)}
 
 
-def test_grounding_is_what_an_answer_gains_by_the_pictures_being_clear():
+@pytest.mark.parametrize(("noise", "dimmed"), [(300, lambda inputs: noised(inputs, 300)), (a_blank, a_blank)])
+def test_grounding_is_what_an_answer_gains_by_the_pictures_being_clear(noise, dimmed):
     model, processor = llava(), llava_processor()
-    scorer = GroundingReward(model, noise=300, beta=2.0)
+    scorer = GroundingReward(model, noise=noise, beta=2.0)
 
     def expected(completion):
-        media = completion.response.prompt.media
-        clear, dim = (logprob(model, inputs(media), completion.tokens) for inputs in (alone, noised_inputs))
+        inputs = alone(completion.response.prompt.media)
+        clear, dim = (logprob(model, one, completion.tokens) for one in (inputs, dimmed(inputs)))
         return 2.0 * (clear - dim)
 
     prompts = read(CHATS, model, processor)

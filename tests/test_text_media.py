@@ -24,8 +24,10 @@ from transformers import LlavaProcessor, MllamaConfig
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.inputs import models
+from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.models import load_policy
 from stars_fast.methods import PersonaJudge
+from stars_fast.text import media
 from stars_fast.text.media import forward_arguments, identity
 from stars_fast.text.prompts import read_prompts
 
@@ -146,6 +148,16 @@ def test_of_a_packed_batch_every_row_is_told_by_its_picture(side):
     other = {**batch, "pixel_values": -batch["pixel_values"]}
     seen = {tuple(identity(row)) for one in (batch, other) for row in read_prompts(one, None, takes=takes)}
     assert len(seen) == 4 and tuple(identity(rows[0])) in seen
+
+
+def test_pictures_are_digested_once_a_batch_and_only_where_targets_go_by_prompts(monkeypatch):
+    digests, digest = [], media.hashlib.blake2b
+    monkeypatch.setattr(media.hashlib, "blake2b", lambda *args, **more: digests.append(1) or digest(*args, **more))
+    batch = qwen_inputs((8, 12), (4, 6), (4, 4))
+    engine = StarsEngine(qwen2_5_vl(), lambda completions: [])
+    prompts = engine.prepare(Arguments(batch, StarsConfig(target_reward=1.0))).prompts
+    assert not digests
+    assert len(set(map(tuple, map(identity, prompts)))) == 3 and len(digests) == 1
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
