@@ -52,7 +52,7 @@ class StarsEngine(Stays):
 
     Parameters
     ----------
-    policy : transformers causal LM, path or hub id
+    policy : transformers causal LM or encoder-decoder, path or hub id
         Used as it is: dtype, device, LoRA and quantisation are the caller's. Plugged in only while generating.
     reward : transformers sequence classifier with one label, stars_fast.rewards.Reward, callable, path or hub id
         A callable has TRL's signature ``(prompts, completions, completion_ids=..., **columns) -> list[float | None]``,

@@ -193,11 +193,12 @@ def test_the_id_that_pads_is_never_drawn():
 
 def test_a_target_begins_with_the_start_and_the_language_that_the_generation_config_forces():
     model = tiny_seq2seq("m2m_100")
-    model.generation_config.forced_bos_token_id = 9
-    out = StarsEngine(model, sum_reward_of_ids).generate(SOURCES, CONFIG, seed=1)
-    assert out.sequences[:, :2].tolist() == [[START, 9]] * 6
+    engine = StarsEngine(model, sum_reward_of_ids)
+    model.generation_config.update(decoder_start_token_id=4, forced_bos_token_id=9)  # from the next call on
+    out = engine.generate(SOURCES, CONFIG, seed=1)
+    assert out.sequences[:, :2].tolist() == [[4, 9]] * 6
     assert out.sequences[0, 2 : 2 + len(out.completions[0])].tolist() == out.completions[0]
-    assert_exact(model, out, SOURCES, [[START, 9]] * 3, samples=2)
+    assert_exact(model, out, SOURCES, [[4, 9]] * 3, samples=2)
 
 
 def test_each_prompt_may_bring_what_its_target_begins_with():
@@ -282,6 +283,12 @@ def test_what_does_not_fit_is_refused_by_name():
     with refused(r"prompts\[0\]", "1", "max_new_tokens=16", "16"):
         engine.generate([[5] * 16], CONFIG, max_new_tokens=16)
     assert len(engine.generate([[5] * 16], CONFIG, max_new_tokens=15, seed=0).completions) == 2
+    for wrong in (torch.tensor([START]), torch.zeros(1, 0, dtype=torch.int64), torch.tensor([[0.5]])):
+        with refused(r"prompts\[0\]", "decoder_input_ids"):
+            engine.generate({"input_ids": torch.tensor([[5]]), "decoder_input_ids": wrong}, CONFIG)
+    with refused("decoder_attention_mask"):
+        mask = torch.ones(1, 1, dtype=torch.int64)
+        engine.generate({"input_ids": mask, "decoder_input_ids": mask, "decoder_attention_mask": mask}, CONFIG)
     small = StarsEngine(family("bart"), sum_reward_of_ids, kv_cache_tokens=19)
     with refused("20", "slots", "kv_cache_tokens=19"):  # a source of 4, a start, an answer and a segment
         small.generate([[5] * 4], CONFIG)

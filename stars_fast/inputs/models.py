@@ -53,7 +53,7 @@ def load_policy(
 
     Parameters
     ----------
-    policy : transformers causal LM, path, hub id or "demo"
+    policy : transformers causal LM or encoder-decoder, path, hub id or "demo"
         An object is left where it is. By name it is loaded with transformers' Auto classes.
     tokenizer : transformers tokenizer, path or hub id, optional
         Default: the processor's; else the one beside a policy given by name, if there is one.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from stars_fast.methods.base import Method
+from stars_fast.policy.encoder_decoder import target_start
 from stars_fast.policy.policy import Policy
 from stars_fast.text.media import Media, text_inputs
 from stars_fast.text.prompts import Prompt
@@ -26,28 +27,37 @@ def as_sources(prompts: Sequence[Prompt], policy: Policy, method: Method, own: A
     Raises
     ------
     ValueError
-        For a source that has more tokens than the encoder has positions, by its index, and for a method that has
-        another model read the prompt, or reads it in another way.
+        For a source that has more tokens than the encoder has positions, and ``decoder_input_ids`` that are no ids, by
+        the prompt's index; for a method that has prompts read by other models, or in other ways.
     """
     if method.draft_model is not None or method.preferences or method.guides:
         raise ValueError(
             f"method={method.name!r} has prompts read in several ways, and the policy, a "
             f"{type(policy.model).__name__}, reads them with an encoder: take a method of one model, such as 'stars'"
         )
-    return [_as_source(index, prompt, policy, own) for index, prompt in enumerate(prompts)]
-
-
-def _as_source(index: int, prompt: Prompt, policy: Any, own: Any) -> Prompt:
     positions = max_positions(policy.model.config.get_text_config(encoder=True))
-    if positions is not None and len(prompt.ids) > positions:
+    forced, read = getattr(own, "forced_bos_token_id", None), []
+    for index, prompt in enumerate(prompts):
+        if positions is not None and len(prompt.ids) > positions:
+            raise ValueError(
+                f"prompts[{index}] has {len(prompt.ids)} tokens, and the policy's encoder has {positions} positions"
+            )
+        begun = [target_start(policy.model, own)] if prompt.media is None else _given(index, prompt.media)
+        if len(begun) == 1 and forced is not None:
+            begun = [*begun, int(forced)]
+        target = torch.tensor([begun], dtype=torch.int64, device="cpu")
+        media = Media({**text_inputs(prompt.ids), "decoder_input_ids": target})
+        read.append(Prompt(prompt.source, [*prompt.ids, *begun], media))
+    return read
+
+
+def _given(index: int, media: Media) -> list[int]:
+    """What a prompt's target begins with, as its encoding has it."""
+    begun, rows = media.inputs["decoder_input_ids"], len(media.inputs["input_ids"])
+    if begun.ndim != 2 or len(begun) != rows or not begun.numel() or begun.is_floating_point():
         raise ValueError(
-            f"prompts[{index}] has {len(prompt.ids)} tokens: the policy's encoder has {positions} positions"
+            f"prompts[{index}]: decoder_input_ids is a {begun.dtype} tensor of shape {tuple(begun.shape)}: give ids "
+            f"[{rows}, length]"
         )
-    media, start = prompt.media, [policy.start]
-    if media is not None:
-        start = media.inputs["decoder_input_ids"][media.row].tolist()
-    forced = getattr(own, "forced_bos_token_id", None)
-    if len(start) == 1 and forced is not None:
-        start = [*start, int(forced)]
-    inputs = {**text_inputs(prompt.ids), "decoder_input_ids": torch.tensor([start], dtype=torch.int64, device="cpu")}
-    return Prompt(prompt.source, [*prompt.ids, *start], Media(inputs))
+    ids: list[int] = begun[media.row].tolist()
+    return ids

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from stars_fast.policy.policy import Policy
 from stars_fast.tree import cross
@@ -26,7 +25,7 @@ class EncoderDecoder(Policy):
     Attributes
     ----------
     start : int
-        What every target begins with.
+        What targets began with when it was made.
     cross : dict of nn.Module to int
         The modules of cross-attention, and their layers.
     """
@@ -48,14 +47,10 @@ class EncoderDecoder(Policy):
     def _record_shapes(self) -> ShapeRecorder:
         if self.model.main_input_name != "input_ids":
             raise NotImplementedError(f"the {self.name}, whose encoder reads {self.model.main_input_name} and no ids")
-        self.start = _start(self.model)
-        decoder: Any = unwrapped(self.model).get_decoder()
-        rows = decoder.get_input_embeddings().weight.shape[0]
-        if rows != self.vocab_size:
-            raise NotImplementedError(
-                f"the {self.name} reads {self.vocab_size} ids and writes {rows}: source and target have one vocabulary"
-            )
-        takes_positions = "decoder_position_ids" in inspect.signature(unwrapped(self.model).forward).parameters
+        self.start = target_start(self.model)
+        model: Any = unwrapped(self.model)
+        decoder = model.get_decoder()
+        takes_positions = "decoder_position_ids" in inspect.signature(model.forward).parameters
         most = self.max_positions if hasattr(decoder, "embed_positions") and not takes_positions else None
         self._table = None if most is None else cross.PositionTable(decoder, most)
         recorder = cross.CallRecorder()
@@ -64,11 +59,18 @@ class EncoderDecoder(Policy):
         with torch.no_grad(), plugged(self.model):
             if self.model.config._attn_implementation == NAME:
                 with active(recorder), self._table.seen() if self._table else nullcontext():
-                    output = self.body(input_ids=source, decoder_input_ids=target, use_cache=False)
-                self._nothing = torch.zeros_like(output.encoder_last_hidden_state[:, :1])  # in a source's place
+                    encoded = model.get_encoder()(input_ids=source)
+                    self.body(encoder_outputs=encoded, decoder_input_ids=target, use_cache=False)
+                # In a source's place where cross-attention looks at slots: one token of nothing.
+                self._no_source = type(encoded)(last_hidden_state=torch.zeros_like(encoded.last_hidden_state[:, :1]))
         own, self.cross = cross.recorded(recorder, self.name)
         if not takes_positions and self._table is None:
             raise NotImplementedError(f"the {self.name}, whose decoder can be told no positions")
+        rows = decoder.get_input_embeddings().weight.shape[0]
+        if rows != self.vocab_size:
+            raise NotImplementedError(
+                f"the {self.name} reads {self.vocab_size} ids and writes {rows}: source and target have one vocabulary"
+            )
         return own
 
     @own_dtypes()
@@ -77,7 +79,7 @@ class EncoderDecoder(Policy):
         super().allocate(tokens, longest)
         if self._table is not None:
             pad = self.model.config.pad_token_id
-            self._table.refresh(int(pad == 0), self._nothing)
+            self._table.refresh(int(pad == 0), self._no_source.last_hidden_state)
 
     def _forward(
         self,
@@ -95,7 +97,7 @@ class EncoderDecoder(Policy):
             output = self.body(
                 decoder_input_ids=ids[None],
                 decoder_attention_mask=self._mask,
-                encoder_outputs=BaseModelOutput(last_hidden_state=self._nothing),
+                encoder_outputs=self._no_source,
                 use_cache=False,
                 **told,
                 **kwargs,
@@ -124,9 +126,11 @@ def policy_of(model: PreTrainedModel, cuda_graphs: bool = True, torch_compile: b
     return (EncoderDecoder if is_encoder_decoder(model) else Policy)(model, cuda_graphs, torch_compile)
 
 
-def _start(model: PreTrainedModel) -> int:
-    """``decoder_start_token_id``, or what transformers takes in its place."""
-    for source in (model.generation_config, model.config):
+def target_start(model: PreTrainedModel, own: Any = None) -> int:
+    """What targets begin with: of the generation_config ``own``, by default the model's, ``decoder_start_token_id`` or,
+    as transformers has it, ``bos_token_id``; else of the model's config.
+    """
+    for source in (own or getattr(model, "generation_config", None), model.config):
         for name in ("decoder_start_token_id", "bos_token_id"):
             if (start := getattr(source, name, None)) is not None:
                 return int(start)
