@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from stars_fast.policy.policy import Policy
 from stars_fast.tree import cross
 from stars_fast.tree.attention import NAME, ShapeRecorder, TreeContext, active, causal_probe, own_dtypes, plugged
+from stars_fast.tree.positions import PositionTable
 from stars_fast.tree.support import is_encoder_decoder, unwrapped
 
 
@@ -52,13 +53,13 @@ class EncoderDecoder(Policy):
         decoder = model.get_decoder()
         takes_positions = "decoder_position_ids" in inspect.signature(model.forward).parameters
         most = self.max_positions if hasattr(decoder, "embed_positions") and not takes_positions else None
-        self._table = None if most is None else cross.PositionTable(decoder, most)
+        self._table = None if most is None else PositionTable(decoder, most)
         recorder = cross.CallRecorder()
         source = causal_probe(cross.SOURCE, self.vocab_size, self.device)[None]
         target = torch.full((1, cross.TARGET), self.start, device=self.device)
         with torch.no_grad(), plugged(self.model):
             if self.model.config._attn_implementation == NAME:
-                with active(recorder), self._table.seen() if self._table else nullcontext():
+                with active(recorder):
                     encoded = model.get_encoder()(input_ids=source)
                     self.body(encoder_outputs=encoded, decoder_input_ids=target, use_cache=False)
                 # In a source's place where cross-attention looks at slots: one token of nothing.
@@ -78,8 +79,8 @@ class EncoderDecoder(Policy):
     def allocate(self, tokens: int, longest: int = 1) -> None:
         super().allocate(tokens, longest)
         if self._table is not None:
-            pad = self.model.config.pad_token_id
-            self._table.refresh(int(pad == 0), self._no_source.last_hidden_state)
+            token = int(getattr(self.model.config, "pad_token_id", None) == 0)  # any but the one that pads
+            self._table.refresh(token, self._no_source.last_hidden_state)
 
     def _forward(
         self,

@@ -7,11 +7,9 @@ positions are counted from there on, so what a plan says of positions says how l
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -161,93 +159,3 @@ def read(model: Translator, inputs: Mapping[str, Any], rows: Sequence[int]) -> t
     except BaseException:
         model.tree.release_all(plan.branches)
         raise
-
-
-class Arguments(NamedTuple):
-    """Of a call of one token."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class PositionTable:
-    """A decoder's position embedding, which counts by itself, told other positions.
-
-    Its rows are asked of it once for each session, since its weights may change between them.
-
-    Parameters
-    ----------
-    decoder : nn.Module
-        With ``embed_positions``.
-    most : int
-        Positions that there are.
-    """
-
-    def __init__(self, decoder: Any, most: int) -> None:
-        self._decoder, self._most = decoder, most
-        self._one: Arguments | None = None
-        self._rows: torch.Tensor | None = None  # [most, H]
-
-    @contextmanager
-    def seen(self) -> Iterator[None]:
-        """Keep what the embedding is called with for one token, of the pass inside."""
-
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._one = Arguments(args, kwargs)
-
-        handle = self._decoder.embed_positions.register_forward_pre_hook(look, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def refresh(self, token: int, nothing: torch.Tensor) -> None:
-        """Ask for the rows anew: of a text of this token, behind a source of ``nothing`` ``[1, 1, H]``."""
-        here, found = threading.get_ident(), list[torch.Tensor]()
-
-        def look(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            if threading.get_ident() == here:
-                found.append(output.reshape(self._most, -1))
-                raise _Found
-
-        ids = torch.full((1, self._most), token, device=nothing.device)
-        handle = self._decoder.embed_positions.register_forward_hook(look)
-        try:
-            self._decoder(input_ids=ids, encoder_hidden_states=nothing, use_cache=False)
-        except _Found:
-            pass
-        finally:
-            handle.remove()
-        if self._rows is None:
-            self._rows = found[0].clone()
-        self._rows.copy_(found[0])  # where a graph has seen them
-
-    @contextmanager
-    def told(self, positions: torch.Tensor) -> Iterator[None]:
-        """On this thread the embedding gives the rows of these positions ``[T]`` inside.
-
-        It is called for one token, since it may have no rows for as many as are packed.
-        """
-        here, one, rows = threading.get_ident(), self._one, self._rows
-        assert one is not None and rows is not None
-
-        def ask_less(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            return one if threading.get_ident() == here else None
-
-        def answer(module: nn.Module, args: Any, output: Any) -> Any:
-            return rows[positions][None] if threading.get_ident() == here else None
-
-        embedding = self._decoder.embed_positions
-        handles = [
-            embedding.register_forward_pre_hook(ask_less, with_kwargs=True),
-            embedding.register_forward_hook(answer),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-class _Found(Exception):
-    """Ends a pass that has shown what was looked for."""
