@@ -36,9 +36,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 PROBLEMS, HELD = 100_000, 200
 
 
-def new_tokenizer() -> PreTrainedTokenizerFast:
+def new_tokenizer(known: str = CHARACTERS) -> PreTrainedTokenizerFast:
     """A token for each character, ``<s>`` in front."""
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<pad>", *CHARACTERS])}
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<pad>", *known])}
     characters = Tokenizer(models.BPE(vocabulary, merges=[]))
     characters.decoder = decoders.Fuse()
     characters.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])

@@ -208,7 +208,7 @@ class _Decoder:
             if isinstance(arguments, dict):
                 if tokenizer is not None:
                     arguments["tokenizer"] = tokenizer
-                arguments["media"] = transformers_call.taken_media(frame.f_locals.get("self"), arguments)
+                arguments["stars_media"] = transformers_call.taken_media(frame.f_locals.get("self"), arguments)
         return inspect.signature(self.__call__)
 
     def _tokenizer(self, callers: Any) -> Any:
@@ -224,7 +224,7 @@ class _Decoder:
         stopping_criteria: StoppingCriteriaList | None = None,
         generation_config: GenerationConfig | None = None,
         tokenizer: Any = None,
-        media: Mapping[str, Any] | None = None,
+        stars_media: Mapping[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> torch.LongTensor | StarsGenerateOutput:
         assert generation_config is not None
@@ -232,7 +232,7 @@ class _Decoder:
         with Streaming.of(self.streamer) as streaming:
             theirs = (logits_processor, stopping_criteria)
             return self._decode(
-                model, input_ids, theirs, generation_config, model_kwargs, media or {}, engine, streaming
+                model, input_ids, theirs, generation_config, model_kwargs, stars_media or {}, engine, streaming
             )
 
     def _decode(

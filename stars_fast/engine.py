@@ -90,6 +90,8 @@ class StarsEngine(Stays):
 
     Attributes
     ----------
+    tokenizer, processor
+        The policy's, or None.
     on_heartbeat : callable, optional
         Called after each heartbeat of later calls with a :class:`stars_fast.loop.row_cost.Heartbeat`, to observe them.
 

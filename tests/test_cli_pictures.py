@@ -1,4 +1,4 @@
-"""Rows with pictures: answered as the engine does; a picture that is not there costs its row alone."""
+"""Rows with pictures are answered as the engine answers their chats; one that is not there costs its row alone."""
 
 import base64
 import json
@@ -86,3 +86,25 @@ def test_pictures_without_a_processor_or_a_prompt_are_refused(folder, tmp_path):
     assert result.exit_code == 1 and "line 1: has a picture" in result.stderr and "--processor" in result.stderr
     result = generate(folder, "--input", folder / "rows" / "in.jsonl", "--image", "1.png")
     assert result.exit_code == 2 and "--image is of --prompt" in result.stderr
+
+
+def test_methods_are_compared_on_rows_with_pictures_which_guide_and_judge_may_see(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("stars_fast.evaluation.plots.plot", lambda rows, output: None)  # it takes seconds
+    (folder / "looks.py").write_text(
+        "def looks(completion_ids, images):\n"
+        "    return [float(len(shown) == 1 and sum(ids) % 7) for ids, shown in zip(completion_ids, images)]\n"
+    )
+    rows = [{"prompt": f"what is {n}?", "image": f"{n}.png"} for n in (1, 2)]
+    prompts = folder / "rows" / "eval.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    reward = f"{folder / 'looks.py'}:looks"
+    models = ("--policy", folder / "policy", "--guide", reward, "--judge", reward)
+    how = ("--methods", "best_of_n", "--budgets", "2", "--max-new-tokens", 6, "--output", tmp_path)
+    options = ("--prompts", prompts, "--count", 2, *models, *how)
+    result = CliRunner().invoke(app, ["eval", *map(str, options)])
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line) for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
+    assert len(found) == 4 and all(row["error"] is None for row in found) and any(row["judge"] for row in found)
+    prompts.write_text(json.dumps({**rows[0], "image": 3}))
+    result = CliRunner().invoke(app, ["eval", *map(str, options)])
+    assert result.exit_code == 2 and "row 1: image: give a path" in result.stderr

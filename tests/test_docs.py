@@ -89,3 +89,12 @@ def test_the_reference_has_all_that_is_public():
     assert {getattr(stars_fast, name) for name in stars_fast.__all__} <= shown
     for package in (methods, rewards):
         assert {getattr(package, name) for name in package.__all__ if name != "METHODS"} <= shown
+
+
+def test_the_tests_that_a_page_names_are_there():
+    named = [name for page in PAGES for name in re.findall(r"`(test_\w+)::(test_\w+)`", page.read_text())]
+    assert len(named) > 20
+    missing = [
+        f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / "tests" / f"{file}.py").read_text()
+    ]
+    assert not missing

@@ -127,6 +127,21 @@ def test_padded_steps_and_passes_are_the_models_own(name):
     assert_exact(model, out, SOURCES, [[START]] * len(SOURCES), samples=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("blenderbot", {}),
+        ("blenderbot-small", {}),
+        ("plbart", {}),
+        ("pegasus_x", {"num_global_tokens": 4, "block_size": 8}),
+        ("bigbird_pegasus", {}),
+        ("nllb-moe", {"num_experts": 4, "encoder_sparse_step": 1, "decoder_sparse_step": 2}),
+    ],
+)
+def test_families_that_are_built_alike_run_too(name, fields):
+    assert max_difference(EncoderDecoder(tiny_seq2seq(name, **fields))) < 1e-4
+
+
 def test_an_answer_depends_on_its_source():
     model = family("bart")
     first, other = (plain_logits(model, source, [START], [7, 8]).log_softmax(-1) for source in SOURCES[:2])

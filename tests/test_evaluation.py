@@ -39,7 +39,7 @@ from stars_fast.methods import METHODS
 from stars_fast.methods.fit import Fit
 from stars_fast.methods.quantile import softness
 from stars_fast.ops.philox import philox_key
-from stars_fast.rewards import ClassifierReward
+from stars_fast.rewards import ClassifierReward, RewardPrompt
 
 RECIPES = Path(__file__).parents[1] / "benchmarks" / "eval"
 PROMPTS = [f"{a} {b}" for a in "abc" for b in "defg"]
@@ -165,7 +165,8 @@ def test_a_probe_is_read_as_it_was_saved(tmp_path):
 def test_judged_is_the_models_own_score_of_the_finished_text():
     tokenizer, model = tiny_tokenizer(32), tiny_reward(32)
     prompt = tokenizer("a b")["input_ids"]
-    ((score, error),) = judged(ClassifierReward(model), tokenizer, ["a b"], [[3, 4, 5]], [False])
+    asked = RewardPrompt(0, "a b", None, tokenizer=tokenizer)
+    ((score, error),) = judged(ClassifierReward(model), [asked], [[3, 4, 5]], [False])
     with torch.no_grad():
         expected = model(torch.tensor([[*prompt, 3, 4, 5]])).logits.item()
     assert error is None and score == pytest.approx(expected, abs=1e-5)

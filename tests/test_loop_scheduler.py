@@ -8,11 +8,13 @@ import math
 from collections import Counter
 
 import pytest
+import torch
 from conftest import make_requests, sum_reward, tiny_policy, tiny_reward
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.loop.row_cost import HeartbeatCost
 from stars_fast.loop.scheduler import Scheduler, acceptance_estimates
+from stars_fast.text.media import Media
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=6, target_reward=1.5, beta=0.6, max_new_tokens=12)
 
@@ -136,6 +138,16 @@ def test_one_very_long_prompt_is_admitted_by_itself():
     scheduler = Scheduler(64, 100_000)
     assert scheduler.admit(requests(9000, 5), []) == 1
     assert scheduler.admit(requests(5, 9000), []) == 1
+
+
+def test_rows_of_a_batch_that_one_pass_reads_are_admitted_together():
+    scheduler, pending = Scheduler(64, 100_000), requests(3000, 3000, 3000, 3000)
+    assert scheduler.admit(pending, []) == 1, "or this shows nothing"
+    batch = {"input_ids": torch.zeros(3, 1000)}
+    for row, request in enumerate(pending[:3]):
+        request.prompt.media = Media(batch, row)
+    assert scheduler.admit(pending, []) == 3
+    assert scheduler.admit(pending[::-1], []) == 1
 
 
 def test_what_is_encoded_takes_no_longer_than_decoding_unless_more_requests_wait_for_it():

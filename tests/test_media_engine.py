@@ -312,6 +312,17 @@ def test_a_draft_model_reads_the_pictures_too_or_is_refused(reads):
         engine.generate(outputs[0], config.replace(method=RSD(draft=draft, threshold=0.0, delimiter=None)))
 
 
+def test_a_placeholder_may_lie_outside_the_models_embeddings():
+    """As Gemma 3's does where a vocabulary was cut; no other id may."""
+    model, ((inputs, *_)) = gemma3(image=VOCAB), _gemma3()[1]
+    moved = {**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, VOCAB)}
+    out = StarsEngine(model, reward).generate(moved, CONFIG, seed=0, on_error="raise")
+    expected = plain_logprobs(model, moved, out.completions[0])
+    torch.testing.assert_close(torch.tensor(out.logprobs[0]), expected, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"prompts\[0\] holds id 105, outside the policy's vocabulary of 104"):
+        StarsEngine(model, reward).generate({**moved, "input_ids": moved["input_ids"].clamp_min(105)}, CONFIG)
+
+
 def test_pictures_count_where_prompts_are_admitted_and_repetition_is_penalised():
     model, outputs = _llava()
     engine = StarsEngine(model, reward)

@@ -15,6 +15,7 @@ from test_async_engine import alone, served
 from test_law import PROMPT, ROWS, RULE, wave, wave_reward
 from test_law import VOCAB as FEW_IDS
 from test_methods import CONFIG, EVERY, PROMPTS, SEEDS, VOCAB, Sums
+from test_methods_navigator import navigator
 
 from stars_fast import StarsConfig, StarsEngine, calibrate
 from stars_fast.inputs.arguments import Arguments
@@ -145,13 +146,14 @@ def test_preemption_changes_no_text(small_pools, mix):
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["in one tree", "in two trees"])
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].drawn])
+@pytest.mark.parametrize("name", [*(name for name in METHODS if METHODS[name].drawn), "navigator"])
 def test_a_mix_of_a_policy_with_itself_is_the_policy_whatever_decides(name, apart):
     """Halves add up exactly, so that every way to live in the loop keeps its texts, and its guides' trees in step."""
     twin = copy.deepcopy(POLICY) if apart else None
     engine, call = make_engine(), dict(seed=SEEDS, num_return_sequences=2)
-    method = Guided([(twin, 0.5)], weight=0.5, method=EVERY[name])
-    out, plain = (engine.generate(PROMPTS, CONFIG, method=one, **call) for one in (method, EVERY[name]))
+    decides = navigator(n=2) if name == "navigator" else EVERY[name]
+    method = Guided([(twin, 0.5)], weight=0.5, method=decides)
+    out, plain = (engine.generate(PROMPTS, CONFIG, method=one, **call) for one in (method, decides))
     assert out.completions == plain.completions and out.errors == [None] * 6
     assert out.rewards == pytest.approx(plain.rewards)
     assert held(engine) == 0

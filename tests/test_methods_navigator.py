@@ -10,6 +10,7 @@ from conftest import refused, sum_reward, tiny_policy, tiny_reward, tiny_tokeniz
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.loop.queue import Queue
 from stars_fast.methods import Navigator
+from stars_fast.report.trace import load_trace
 from stars_fast.rewards import Reward
 
 VOCAB, EOS = 32, 31
@@ -93,7 +94,9 @@ def assert_read_so(policy, prompt, out, row):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_the_text_depends_neither_on_neighbours_nor_on_rows_nor_on_slots(n):
+def test_the_text_depends_neither_on_neighbours_nor_on_rows_nor_on_slots(monkeypatch, n):
+    """Nor does a pass ever lack slots: what is read before a step is drawn has its room."""
+    monkeypatch.setattr(Queue, "retreat", lambda loop, large: pytest.fail(large.cause))
     reward, method = tiny_reward(VOCAB, hidden=32), navigator(n=n)
     together = generate(make_engine(reward), method=method, num_return_sequences=2)
     assert together.errors == [None] * 6 and together.stats["preemptions"] == 0
@@ -106,8 +109,9 @@ def test_the_text_depends_neither_on_neighbours_nor_on_rows_nor_on_slots(n):
     for limits, overrides in (
         ({"max_rows": 2}, {}),
         ({}, {"candidates": 1}),
-        ({"kv_cache_tokens": slots + 20}, {}),
         ({"kv_cache_tokens": slots}, {"candidates": 2}),
+        ({"kv_cache_tokens": slots + 20}, {}),
+        ({"kv_cache_tokens": 2 * slots}, {}),
     ):
         engine = make_engine(reward, **limits)
         out = generate(engine, method=method, num_return_sequences=2, **overrides)
@@ -137,13 +141,14 @@ def test_who_gives_way_reads_its_instructions_again_where_they_stood(monkeypatch
     monkeypatch.setattr(Queue, "make_room", cramped)
     out = generate(engine, method=method, candidates=1)
     assert out.stats["preemptions"] > 10
+    assert out.stats["scaffold_tokens"] == expected.stats["scaffold_tokens"], "somebody was asked again"
     assert out.completions == expected.completions
     assert [len(row) for row in out.segments] == [len(row) for row in expected.segments]
     for row, prompt in enumerate(PROMPTS):
         assert_read_so(tiny_policy(VOCAB, hidden=32), prompt, out, row)
 
 
-def test_instructions_are_in_no_text_and_the_reward_never_sees_them():
+def test_instructions_are_in_no_text_and_the_reward_never_sees_them(tmp_path):
     """The policy itself cannot write the ids that instructions are made of."""
     policy, told = tiny_policy(VOCAB, hidden=32), {token for block in BLOCKS for token in block}
     head, seen = policy.lm_head.forward, []
@@ -156,11 +161,14 @@ def test_instructions_are_in_no_text_and_the_reward_never_sees_them():
     engine = make_engine(reward, policy, tokenizer=tiny_tokenizer(VOCAB))
     blocks, questions = ([" ".join(f"w{i}" for i in ids) for ids in texts] for texts in (BLOCKS, QUESTIONS))
     method = navigator(n=2, blocks=blocks, questions=questions, scores=["w1", "w2", "w3"])
-    out = generate(engine, method=method)
+    out = generate(engine, method=method, trace=True)
     assert {block for row in out.segments for block in [s.scaffold.block for s in row]} > {3}
     assert not told & {token for ids in [*out.completions, *seen] for token in ids}
     assert not {f"w{token}" for token in told} & {word for text in out.texts for word in text.split()}
     assert out.sequences[1].tolist()[: 1 + len(out.completions[1])] == PROMPTS[1] + out.completions[1]
+    out.save_trace(tmp_path / "trace.jsonl")
+    for record, row in zip(load_trace(tmp_path / "trace.jsonl"), out.segments, strict=True):
+        assert [s["scaffold"]["tokens"] for s in record["segments"]] == [s.scaffold.tokens for s in row]
     events = list(engine.stream(PROMPTS, CONFIG, seed=[4, 5, 6], method=method))
     assert ["".join(e.text for e in events if e.index == row) for row in range(3)] == out.texts
     assert out.stats["policy_tokens"] == out.stats["committed_tokens"] + out.stats["discarded_tokens"]

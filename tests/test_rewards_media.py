@@ -1,6 +1,8 @@
 """Scorers of prompts with pictures give what plain forward passes give that see them, or say why they do not."""
 
 import copy
+import dataclasses
+import itertools
 import shutil
 
 import pytest
@@ -20,7 +22,13 @@ from tiny_pictures import (
     qwen2_5_vl,
     qwen_inputs,
 )
-from transformers import Gemma3ForSequenceClassification, Qwen2_5_VLModel, Qwen2_5_VLPreTrainedModel
+from transformers import (
+    Gemma3ForSequenceClassification,
+    LlavaModel,
+    LlavaPreTrainedModel,
+    Qwen2_5_VLModel,
+    Qwen2_5_VLPreTrainedModel,
+)
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from stars_fast import StarsConfig, StarsEngine
@@ -174,6 +182,34 @@ def test_a_judge_is_shown_the_pictures_in_front_of_its_question():
     live(scorer, prompts, expected, draw=draw, slots=190, rounds=4, tokenizer=prompts[0].tokenizer)
 
 
+class SteppedLlava(LlavaPreTrainedModel):
+    """A process reward model of two labels."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlavaModel(config)
+        self.score = torch.nn.Linear(config.text_config.hidden_size, 2)
+        self.post_init()
+
+
+def test_a_classifier_of_steps_reads_the_pictures_in_front_of_them():
+    model, processor = random(SteppedLlava(llava().config)), llava_processor()
+    scorer = ProcessReward.qwen(model, processor=processor, step_token="|", system=None, aggregate="mean")
+    mark = processor.tokenizer("|")["input_ids"][0]
+
+    @torch.no_grad()
+    def expected(completion):
+        ends = [*completion.response.ends, len(completion.tokens)]
+        steps = [completion.tokens[a:b] for a, b in zip([0, *ends], ends, strict=False) if b > a]
+        text = "".join(f"{completion.tokenizer.decode(step).strip()}|" for step in steps or [[]])
+        inputs = as_rendered(processor, completion.response.prompt, text)
+        scores = model.score(model.model(**inputs, use_cache=False).last_hidden_state[0]).softmax(-1)[:, 1]
+        return scores[inputs["input_ids"][0] == mark].mean().item()
+
+    prompts = read(CHATS, gemma3(), gemma3_processor())
+    live(scorer, prompts, expected, draw=draw, rounds=4, tokenizer=prompts[0].tokenizer)
+
+
 def test_a_process_reward_model_reads_the_pictures_in_its_first_turn():
     model, processor = llava(4), llava_processor()
     labels = processor.tokenizer("+-")["input_ids"]
@@ -292,7 +328,7 @@ def test_noise_is_vcds_and_each_pictures_own():
 
 
 def test_a_value_head_is_found_in_a_folder_and_read_behind_the_template(tmp_path):
-    model, processor, v_head = qwen2_5_vl(5), llava_processor(), torch.nn.Linear(32, 1)
+    model, processor, v_head = qwen2_5_vl(5), llava_processor(), random(torch.nn.Linear(32, 1))
     model.save_pretrained(tmp_path / "apart")
     processor.tokenizer.save_pretrained(tmp_path / "apart")
     head = {f"v_head.summary.{name}": value for name, value in v_head.state_dict().items()}
@@ -349,15 +385,21 @@ def test_scorers_that_would_not_see_the_pictures_say_what_to_give_them():
     bare.chat_template = None
     marked = copy.copy(processor.tokenizer)
     marked.chat_template = processor.chat_template + " "
+    same = copy.copy(processor.tokenizer)
+    same.chat_template = processor.chat_template
+    alike = [dataclasses.replace(prompt, tokenizer=same) for prompt in chats]
     cases = [
+        (ImplicitReward(llava(), llava(1), tokenizer=copy.copy(same)), alike, ()),
+        (ImplicitReward(llava(), llava(1), tokenizer=same, chat_template_kwargs={"a": 1}), alike, ("processor=",)),
         (ClassifierReward(tiny_reward(104)), chats, ("pictures", "ClassifierReward", "text alone", "rule")),
         (ImplicitReward(tiny_policy(104), tiny_policy(104, seed=1)), inputs, ("pictures", "ImplicitReward", "text")),
         (ImplicitReward(llava(), llava(1), tokenizer=marked), chats, ("pictures", "processor=")),
         (ImplicitReward(gemma3(), gemma3(1), processor=foreign), inputs, ("what a processor made", "chat")),
-        (JudgeReward(model, bare), chats, ("pictures", "processor=")),
-        (JudgeReward(gemma3(), processor=foreign), inputs, ("what a processor made", "chat")),
+        (JudgeReward(model, bare, yes="Y", no="N"), chats, ("pictures", "processor=")),
+        (JudgeReward(gemma3(), processor=foreign, yes="Y", no="N"), inputs, ("what a processor made", "chat")),
         (ImplicitReward(qwen2_5_vl(), qwen2_5_vl(1)), read(qwen_inputs((4, 4)), qwen2_5_vl()), ()),
         (ImplicitReward(llava(), llava(1)), read(qwen_inputs((4, 4)), qwen2_5_vl()), ("image_grid_thw", "processor=")),
+        (ImplicitReward(llava(), llava(1), tokenizer=same), [dataclasses.replace(alike[0], media=None)], ("without",)),
         (GroundingReward(model), [RewardPrompt(0, [5, 6], [5, 6])], ("no pictures", "GroundingReward")),
     ]
     for scorer, prompts, words in cases:
@@ -398,12 +440,15 @@ def test_functions_are_given_the_pictures_they_ask_for_and_rules_judge_the_text(
     }
     assert engine.generate(CHATS, CONFIG, seed=0, columns={"images": ["abc", "d"]}).rewards == [3.0, 1.0]
     assert engine.generate(chats, CONFIG, seed=0).rewards == [1.0, 2.0, 0.0]
+    assert engine.generate(chats[2:], CONFIG, seed=0).rewards == [0.0]  # of its neighbours it knows nothing
     with refused("images", "columns="):
-        engine.generate(chats[2:], CONFIG)
+        StarsEngine(tiny_policy(104), looks, tokenizer=processor.tokenizer).generate(["no picture"], CONFIG)
     with refused("images", "columns="):
         engine.generate(processor(text=["<image>?"], images=[[picture(0)]], return_tensors="pt"), CONFIG)
     for reward in (reads_text, RuleReward({"a": 1.0})):
         assert StarsEngine(policy, reward, processor=processor).generate(chats, CONFIG, seed=0).errors == [None] * 3
+    engine, texts = StarsEngine(policy, tiny_reward(104), processor=processor), ["a dog", "two cats", "none"]
+    assert engine.generate(chats, CONFIG, seed=0, reward_prompts=texts).errors == [None] * 3
 
 
 PARTS_ALONE = (
@@ -416,18 +461,24 @@ PARTS_ALONE = (
 @pytest.mark.parametrize("policy", ["llava", "gemma3"])
 def test_answers_to_pictures_are_what_the_template_writes_around_and_makes_of_them(policy):
     """It shows an answer as parts alone, and trims it: text that is read anew stands behind the same pictures."""
-    model, processor, head = llava(6), llava_processor(), torch.nn.Linear(32, 1)
+    model, processor, head = llava(6), llava_processor(), random(torch.nn.Linear(32, 1))
     processor.chat_template = PARTS_ALONE
     scorer = ValueHeadReward(model, head, processor=processor)
-    prompts = FAMILIES[policy][1]()
+    make, its = {"llava": (llava, llava_processor), "gemma3": (gemma3, gemma3_processor)}[policy]
+    text = [{"role": "user", "content": "no picture"}]
+    prompts = read([*CHATS, [*CHATS[0], {"role": "assistant", "content": "It"}], text], make(), its())
 
     @torch.no_grad()
     def expected(completion):
         prompt = completion.response.prompt
-        answer = {"role": "assistant", "content": [{"type": "text", "text": completion.text}]}
-        text = processor.apply_chat_template([*prompt.source, answer], tokenize=False)
-        made = processor(text=[text], images=[prompt.media.images], return_tensors="pt", add_special_tokens=False)
-        inputs = {name: made[name] for name in ("input_ids", "pixel_values")}
+        said = "It" * (prompt.index == 2) + completion.text
+        asked, answer = prompt.source[0], {"role": "assistant", "content": [{"type": "text", "text": said}]}
+        if prompt.media is None:
+            asked = {**asked, "content": [{"type": "text", "text": asked["content"]}]}
+        text = processor.apply_chat_template([asked, answer], tokenize=False)
+        images = None if prompt.media is None else [prompt.media.images]
+        made = processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False)
+        inputs = {name: made[name] for name in ("input_ids", "pixel_values") if name in made}
         return head(model.model(**inputs, use_cache=False).last_hidden_state[0, -1]).item()
 
     def spaced(chance):
@@ -447,20 +498,22 @@ def test_a_batch_is_read_in_one_pass_and_its_ids_are_never_taken_for_other_pictu
     images = [[picture(0)], [picture(1)]]
     prompts = read(dict(processor(text=text, images=images, return_tensors="pt")), model)
     assert prompts[0].ids == prompts[1].ids and len(prompts[0].ids) > LEAST
-    scorer = ImplicitReward(llava(1), llava(2))
-    rewards = []
+    pair, rewards = [llava(1), llava(2)], []
+    scorer, alike = ImplicitReward(*pair), RewardPrompt(2, prompts[0].ids, prompts[0].ids)  # without a picture
     with torch.no_grad():
         scorer.begin(prompts, 8, 4, None)
         for _ in range(2):
-            scorer.open(prompts, 8)
+            scorer.open([*prompts, alike], 8)
             assert scorer.read_ahead(prompts, 3) == []
+            rewards.append(scorer.score([Completion(Response(prompt), WORDS[0]) for prompt in [*prompts, alike]]))
             assert reads == [[0, 1], [0, 1]]  # by each model
-            rewards.append(scorer.score([Completion(Response(prompt), WORDS[0]) for prompt in prompts]))
-            assert reads == [[0, 1], [0, 1]]
             reads.clear()
-            scorer.forget(prompts)
+            scorer.forget([*prompts, alike])
         scorer.end()
-    assert rewards[0] == pytest.approx(rewards[1], abs=1e-5) and abs(rewards[0][0] - rewards[0][1]) > 1e-3
+    blind = [logprob(model, {"input_ids": torch.tensor([alike.ids])}, WORDS[0]) for model in pair]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)
+    assert rewards[0][2] == pytest.approx(blind[0] - blind[1], abs=1e-4)
+    assert all(abs(one - other) > 1e-3 for one, other in itertools.combinations(rewards[0], 2))
 
 
 def test_batches_are_read_ahead_as_far_as_one_may_and_at_least_one():

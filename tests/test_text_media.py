@@ -20,11 +20,14 @@ from tiny_pictures import (
     qwen2_5_vl,
     qwen_inputs,
 )
-from transformers import LlavaProcessor
+from transformers import LlavaProcessor, MllamaConfig
 
 from stars_fast import StarsConfig, StarsEngine
+from stars_fast.inputs import models
+from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.models import load_policy
 from stars_fast.methods import PersonaJudge
+from stars_fast.text import media
 from stars_fast.text.media import forward_arguments, identity
 from stars_fast.text.prompts import read_prompts
 
@@ -71,7 +74,10 @@ def test_a_processor_with_a_way_of_its_own_renders_its_chats(pair):
     image, own = picture(0), llava_processor()
     own.__class__ = Own
     takes = forward_arguments(llava())
-    assert identity(read(asked(image), (takes, own))[0]) == identity(read(asked(image), (takes, llava_processor()))[0])
+    expected = identity(read(asked(image), (takes, llava_processor()))[0])
+    assert identity(read(asked(image), (takes, own))[0]) == expected
+    for variables in ({"images": ["/nowhere.png"]}, {"processor_kwargs": {"images": ["http://nowhere/a.png"]}}):
+        assert identity(read(asked(image), (takes, own), chat_template_kwargs=variables)[0]) == expected
 
 
 def test_a_picture_may_be_an_object_an_array_a_file_or_a_data_url(pair, tmp_path):
@@ -142,6 +148,16 @@ def test_of_a_packed_batch_every_row_is_told_by_its_picture(side):
     other = {**batch, "pixel_values": -batch["pixel_values"]}
     seen = {tuple(identity(row)) for one in (batch, other) for row in read_prompts(one, None, takes=takes)}
     assert len(seen) == 4 and tuple(identity(rows[0])) in seen
+
+
+def test_pictures_are_digested_once_a_batch_and_only_where_targets_go_by_prompts(monkeypatch):
+    digests, digest = [], media.hashlib.blake2b
+    monkeypatch.setattr(media.hashlib, "blake2b", lambda *args, **more: digests.append(1) or digest(*args, **more))
+    batch = qwen_inputs((8, 12), (4, 6), (4, 4))
+    engine = StarsEngine(qwen2_5_vl(), lambda completions: [])
+    prompts = engine.prepare(Arguments(batch, StarsConfig(target_reward=1.0))).prompts
+    assert not digests
+    assert len(set(map(tuple, map(identity, prompts)))) == 3 and len(digests) == 1
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
@@ -236,12 +252,22 @@ def test_a_policy_that_takes_pictures_is_loaded_by_name_with_its_processor(tmp_p
         )
 
 
-def test_what_is_no_processor_is_refused(policy32, tokenizer32):
+@pytest.mark.parametrize("saved", ["MllamaForCausalLM", "MllamaForConditionalGeneration"])
+def test_a_config_that_serves_both_is_loaded_as_what_it_was_saved_as(tmp_path, saved, monkeypatch):
+    monkeypatch.setattr(models, "_loaded", lambda auto, *args: pytest.fail(auto.__name__))
+    monkeypatch.setattr(models, "processor_beside", lambda name: None)
+    MllamaConfig(architectures=[saved]).save_pretrained(tmp_path)
+    auto = "AutoModelForCausalLM" if saved == "MllamaForCausalLM" else "AutoModelForImageTextToText"
+    with pytest.raises(pytest.fail.Exception, match=auto):
+        load_policy(tmp_path, None)
+
+
+def test_what_is_no_processor_is_refused(policy32, tokenizer32, tmp_path):
     for processor in (tokenizer32, 7, type(llava_processor())):
         with refused("processor is", "give a transformers processor"):
             StarsEngine(policy32, lambda completions: [], processor=processor)
-    with pytest.raises(OSError, match="processor='nowhere/to_be_found' cannot be loaded"):
-        StarsEngine(policy32, lambda completions: [], processor="nowhere/to_be_found")
+    with pytest.raises(OSError, match=r"processor='.*' cannot be loaded"):
+        StarsEngine(policy32, lambda completions: [], processor=tmp_path)
 
 
 def test_preferences_are_not_put_before_pictures(pair):

@@ -112,14 +112,14 @@ def llava(seed: int = 0, vocab: int = VOCAB, image: int = IMAGE) -> torch.nn.Mod
     )
 
 
-def gemma3(seed: int = 0) -> torch.nn.Module:
+def gemma3(seed: int = 0, image: int = IMAGE) -> torch.nn.Module:
     text = {**_TEXT, "head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 16}
     return _made(
         Gemma3Config(
             text_config={**text, "layer_types": ["sliding_attention", "full_attention"]},
             vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **_EYES},
             mm_tokens_per_image=4,
-            image_token_id=IMAGE,
+            image_token_id=image,
             boi_token_index=101,
             eoi_token_index=102,
         ),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt, score_each
 
 
 def judged(
-    judge: Reward, tokenizer: Any, prompts: Sequence[Any], completions: Sequence[Sequence[int]], eos: Sequence[bool]
+    judge: Reward, asked: Sequence[RewardPrompt], completions: Sequence[Sequence[int]], eos: Sequence[bool]
 ) -> list[tuple[float, str | None]]:
     """Reward, or NaN and the cause, of each finished response.
 
@@ -17,17 +16,15 @@ def judged(
     ----------
     judge : Reward
         Need not share the policy's tokenizer, nor make sense of unfinished text.
-    tokenizer : transformers tokenizer
-        The policy's.
-    prompts : sequence of str or of chat message lists
+    asked : sequence of RewardPrompt
+        Of the call that the completions answer.
     completions : sequence of sequence of int
         Policy ids, without the prompt.
     eos : sequence of bool
         Whether a completion's last id is the EOS that ended it.
     """
-    asked = [RewardPrompt(i, prompt, None, tokenizer=tokenizer) for i, prompt in enumerate(prompts)]
     answers = [
-        Completion(Response(prompt), list(tokens), finished=True, eos=ended, tokenizer=tokenizer)
+        Completion(Response(prompt), list(tokens), finished=True, eos=ended, tokenizer=prompt.tokenizer)
         for prompt, tokens, ended in zip(asked, completions, eos, strict=True)
     ]
     longest = max(1, max(map(len, completions), default=1))

@@ -27,7 +27,7 @@ class Models:
     def __init__(self, recipe: Recipe, dtype: str, device: Device) -> None:
         assert recipe.policy is not None and recipe.guide is not None and recipe.judge is not None
         self.recipe, self.dtype, self.device = recipe, dtype, device
-        self.policy, self.tokenizer, _ = load_policy(recipe.policy, None, device, dtype)
+        self.policy, self.tokenizer, self.processor = load_policy(recipe.policy, None, device, dtype)
         self.guide, self.judge = self._scorer(recipe.guide), self._scorer(recipe.judge)
 
     def engine(self, method: str) -> StarsEngine:
@@ -65,14 +65,14 @@ class Models:
 
     @cached_property
     def _guided(self) -> StarsEngine:
-        return StarsEngine(self.policy, self.guide, tokenizer=self.tokenizer)
+        return StarsEngine(self.policy, self.guide, tokenizer=self.tokenizer, processor=self.processor)
 
     @cached_property
     def _implicit(self) -> StarsEngine:
         assert self.recipe.aligned is not None
         aligned, *_ = load_policy(self.recipe.aligned, None, self.device, self.dtype)
         reward = ImplicitReward(aligned, self.policy, weights="1/k")
-        return StarsEngine(self.policy, reward, tokenizer=self.tokenizer)
+        return StarsEngine(self.policy, reward, tokenizer=self.tokenizer, processor=self.processor)
 
 
 def load_probe(path: Path) -> nn.Sequential:

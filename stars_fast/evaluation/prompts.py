@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 
 from stars_fast.evaluation.recipe import Recipe
 from stars_fast.methods.numbers import shown
+from stars_fast.rows.pictures import image_of, with_pictures
 
 _FIELDS = ("prompt", "messages")  # that are read where none is named
 
 
 def read_prompts(recipe: Recipe, target: int = 0, sharing: Sequence[str] = ()) -> list[Any]:
-    """The first ``count + target + fit`` different prompts in the order of the recipe's seed: text, or chats' messages.
+    """The first ``count + target + fit`` different prompts in the order of the recipe's seed: text, or chats' messages,
+    with the row's ``image`` in them.
 
     Parameters
     ----------
@@ -52,6 +55,14 @@ def read_prompts(recipe: Recipe, target: int = 0, sharing: Sequence[str] = ()) -
 
 def _prompt(recipe: Recipe, number: int, row: Any) -> Any:
     fields = row if isinstance(row, dict) else {}
+    text, folder = _text(recipe, number, fields), os.path.abspath(os.path.dirname(str(recipe.prompts)))
+    try:
+        return with_pictures(text, image_of(fields), folder)
+    except ValueError as error:
+        raise ValueError(f"{recipe.prompts}, row {number}: {error}") from error
+
+
+def _text(recipe: Recipe, number: int, fields: dict[str, Any]) -> Any:
     name = recipe.field or next((one for one in _FIELDS if fields.get(one) is not None), _FIELDS[0])
     text = fields.get(name)
     if isinstance(text, list) and text and all(isinstance(turn, dict) for turn in text):

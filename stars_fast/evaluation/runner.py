@@ -72,10 +72,8 @@ class Evaluation:
             raise ValueError(f"{cell.name}, prompts {places.start} to {places.stop - 1}: {error}") from error
         out = engine.output(job)
         engine.warn_of(job)
-        eos = ended_by_eos(out, config, engine)
-        scores = [
-            judged(reward, engine.tokenizer, prompts, out.completions, eos) for reward in (self.guide, self.judge)
-        ]
+        eos, asked = ended_by_eos(out, config, engine), [node.reward_prompt for node in job.call.nodes]
+        scores = [judged(reward, asked, out.completions, eos) for reward in (self.guide, self.judge)]
         label: Record = {
             "cell": cell.name,
             "method": cell.label,

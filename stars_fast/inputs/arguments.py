@@ -19,7 +19,8 @@ from stars_fast.policy.leaf import RowProcessor, Sampling
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import RewardPrompt
 from stars_fast.text.media import Media, forward_arguments, written_before
-from stars_fast.text.prompts import Prompt, gone_on_from, read_personas, read_prompts, template_kwargs
+from stars_fast.text.personas import read_personas
+from stars_fast.text.prompts import Prompt, gone_on_from, read_prompts, template_kwargs
 from stars_fast.tree.media import placeholder_ids
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import unwrapped

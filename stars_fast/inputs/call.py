@@ -160,7 +160,7 @@ def prepare(
     given, config, sampling = settings(arguments, policy, reward, tokenizer)
     prompts, reward_prompts = _texts(arguments, config.whole_method, policy, tokenizer, processor)
     calibrated, with_targets = dict[int, Rule](), config
-    own = places(given.known, given.target_reward, list(map(identity, prompts)))
+    own = places(given.known, given.target_reward, map(identity, prompts))
     if own is not None and isinstance(given.target_reward, tuple) and isinstance(given.base_reward, tuple):
         check_per_prompt("base_reward", given.base_reward, len(given.target_reward), " that were calibrated")
     if own is not None and None not in own:

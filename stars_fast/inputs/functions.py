@@ -17,6 +17,7 @@ from stars_fast.names import near
 
 _NAMED = re.compile(r"(?P<file>.+\.py)(?::(?P<name>\w+))?")
 _GIVEN = ("prompts", "completions", "completion_ids")
+_OF_PICTURES = "images"  # of prompts that have any
 
 
 def file_of(name: Any) -> Path | None:
@@ -103,7 +104,7 @@ def _check_signature(function: Any, name: str) -> None:
         raise TypeError(f"reward={name!r} takes {', '.join(parameters) or 'nothing'}: {wanted}")
     for one, parameter in parameters.items():
         variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if one not in _GIVEN and not variadic and parameter.default is parameter.empty:
+        if one not in (*_GIVEN, _OF_PICTURES) and not variadic and parameter.default is parameter.empty:
             raise TypeError(
                 f"reward={name!r} needs {one!r}, which it is not called with: {wanted}, or give {one} a default"
             )

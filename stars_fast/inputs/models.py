@@ -138,6 +138,7 @@ def second_policy(named: Any, kept: Iterable[Policy], policy: Policy, tokenizer:
     model, *_ = load_policy(named, None, policy.device)
     check_draft(model, policy.model, tokenizer, role)
     made = Policy(model, policy.graphs.enabled, policy.torch_compile, role)
+    made.bar([] if policy.barred is None else policy.barred.tolist())  # which the policy could not go on from
     made.source = named
     return made
 

@@ -37,9 +37,9 @@ class PerPrompt:
         self._warned = True
 
 
-def places(fit: Fit | None, targets: object, prompts: Sequence[Sequence[int]]) -> list[int | None] | None:
+def places(fit: Fit | None, targets: object, prompts: Iterable[Sequence[int]]) -> list[int | None] | None:
     """Per prompt, which of the targets was calibrated for it, if any. None where the targets are not those of the fit:
-    the caller's own, one for each prompt.
+    the caller's own, one for each prompt. Then nobody asks what ``prompts`` are.
     """
     if fit is None or not isinstance(targets, tuple) or list(targets) != fit.made_for.get("targets"):
         return None

@@ -167,7 +167,7 @@ def _rollouts(
     """One completion for each prompt given; those of equal neighbours are drawn as samples of one prompt."""
     groups = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
     gathered: list[Rollouts] = [{} for _ in groups]
-    read: list[Prompt] = [Prompt("", [])] * len(groups)
+    read: dict[int, Prompt] = {}
     config, generation_config, variables = given
     planned = config.chosen_method.answers_a_plan
     children = planned or 1
@@ -201,7 +201,8 @@ def _rollouts(
                 gathered[place] |= _of_plans(out.rewards[rows], children, first[place])
     if references is not None:
         answers = [_reference(references(prompt), engine.tokenizer) for prompt, _ in groups]
-        found = _read_references(engine.policy, read, answers, config.temperature or 1.0)
+        read_as = [read[place] for place in range(len(groups))]
+        found = _read_references(engine.policy, read_as, answers, config.temperature or 1.0)
         for columns, (_, size), answer, logprobs in zip(gathered, groups, answers, found, strict=True):
             columns |= {"reference_ids": [answer] * size, "reference_logprobs": [logprobs] * size}
     return {name: [row for group in gathered for row in group[name]] for name in gathered[0]}
@@ -216,9 +217,10 @@ def _of_plans(rewards: Sequence[float], children: int, first: int) -> Rollouts:
 
 def _reference(given: str | Sequence[int] | None, tokenizer: Any) -> list[int] | None:
     """Ids of a reference answer. Text ends with the EOS, as answers do."""
-    if given is None or not isinstance(given, str):
+    if not isinstance(given, str):
         return None if given is None else list(given)
-    return [*tokenizer(given, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*tokenizer(given, add_special_tokens=False)["input_ids"], *ends]
 
 
 @torch.no_grad()

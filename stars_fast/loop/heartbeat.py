@@ -121,10 +121,11 @@ class Loop(Queue):
         for answer, count in asks:
             by_law.setdefault(answer.strategy.trunks, []).append((answer, count))
         for trunks, own in by_law.items():
-            most = max(self.scheduler.max_rows // own[0][0].terms.copies, 1)
+            copies = own[0][0].terms.copies
+            most = max(self.scheduler.max_rows // copies, 1)
             for batch in _batches([count for _, count in own], most):
                 leaves = [own[i][0].strategy.leaf(own[i][0], count, first) for i, first, count in batch]
-                with passing(rows=sum(leaf.candidates for leaf in leaves)):
+                with passing(rows=copies * sum(leaf.candidates for leaf in leaves)):
                     groups = trunks.propose(leaves)
                 for (i, _, _), group in zip(batch, groups, strict=True):
                     draws[own[i][0]] += group

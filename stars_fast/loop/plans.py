@@ -102,8 +102,8 @@ class Planning(OneAnswer):
             if one in running:
                 one.trunk, one.response = self.trunks.fork(leader.trunk), self.forked(one, leader.response)
             else:  # it encodes the plan anew when there is room for it
-                one.trunk, one.response = Trunk(one.prompt), Reward.fork(self.reward, leader.response)
-                one.trunk.pending = list(leader.tokens)
+                one.trunk, one.response = Trunk.below(one.prompt), Reward.fork(self.reward, leader.response)
+                self.trunks.forget(one.trunk, leader.tokens)
         family.sharing = [leader, *(one for one in others if one in running)]
 
     def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> None:

@@ -95,14 +95,10 @@ class Drafting(TwoTrunks):
                 request.terms.stats.committed_tokens += len(candidate.draw.tokens)
 
     def _foreign(self, candidate: Candidate) -> str | None:
-        """Embedding tables of one vocabulary may be padded differently, and one of the models may read pictures."""
+        """Embedding tables of one vocabulary may be padded differently."""
         least = min(trunks.policy.logit_size for trunks in (self.trunks, self.drafts))
         beyond = next((token for token in candidate.draw.tokens if token >= least), None)
-        if beyond is not None:
-            return f"id {beyond} lies outside the {least} ids that draft and policy share"
-        barred = [] if self.trunks.policy.barred is None else self.trunks.policy.barred.tolist()
-        picture = next((token for token in candidate.draw.tokens if token in barred), None)
-        return None if picture is None else f"id {picture}, which the draft drew, stands for a picture in the policy"
+        return None if beyond is None else f"id {beyond} lies outside the {least} ids that draft and policy share"
 
     def roll_back(self, candidates: Sequence[Candidate], keep: Candidate | None = None) -> None:
         drafted = [one for one in candidates if one in self._drafted]

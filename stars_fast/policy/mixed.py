@@ -39,15 +39,17 @@ class MixedSteps(Steps):
     shape : Shape
     """
 
+    not_finite = "the mix's logits are not finite: the policy's or a guide's are not"
+
     def __init__(self, models: Sequence[TreeModel], shape: Shape) -> None:
         (policy, own), *others = read_at(models).items()
-        barred = [model.barred for model in read_at(models) if model.barred is not None]
+        # Tables of one vocabulary may be padded differently. What one of them cannot read or write nobody draws.
+        self.shared = min(policy.logit_size, *(min(model.logit_size, model.vocab_size) for model in models[1:]))
+        barred = [model.barred[model.barred < self.shared] for model in read_at(models) if model.barred is not None]
         super().__init__(policy, shape, policy.logit_size, torch.cat(barred).unique() if barred else None, len(own))
         self.others = [self.reads(model, len(at)) for model, at in others]
         self.order = [place for at in read_at(models).values() for place in at]  # of models, as their logits come
         self.weights = torch.zeros(len(models), shape.rows, device=policy.device)  # in this order
-        # Tables of one vocabulary may be padded differently. What one of them cannot read or write nobody draws.
-        self.shared = min(policy.logit_size, *(min(model.logit_size, model.vocab_size) for model in models[1:]))
 
     def load_all(self, leaves: Sequence[Leaf], plans: Sequence[TreePlan]) -> None:
         """:meth:`load`, with a plan for each model."""

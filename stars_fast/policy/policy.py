@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -43,6 +43,7 @@ class Policy(TreeModel):
     ----------
     barred : torch.Tensor or None
         int64 ``[N]``: ids that stand for pictures, which are never drawn. ``generate`` of transformers may draw them.
+        Of a draft model or a guide, also those that do in the policy.
     """
 
     def __init__(
@@ -52,12 +53,17 @@ class Policy(TreeModel):
         checked(self)
         self.accelerate(cuda_graphs, torch_compile)
         self.logit_size = written(model)  # the vocabulary to every operator; what prompts hold is `vocab_size`
-        barred = [token for token in placeholder_ids(model) if token < self.logit_size] if self.takes_media else []
-        self.barred = torch.tensor(barred, dtype=torch.int64, device=self.device) if barred else None
+        self.bar(placeholder_ids(model) if self.takes_media else [])
         self.source: Any = model  # what the user named it by
         self.sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
         self.length_room = 0  # of the longest segment that decode steps have room for
         self._guides_then = WeakKeyDictionary[Policy, Any]()  # what steps that hold a guide rely on of it
+
+    def bar(self, ids: Iterable[int]) -> None:
+        """Draw none of these ids either, of those that the model writes."""
+        own = [] if self.barred is None else self.barred.tolist()
+        barred = sorted({*own, *(token for token in ids if token < self.logit_size)})
+        self.barred = torch.tensor(barred, dtype=torch.int64, device=self.device) if barred else None
 
     def begin(self, tokens: int, longest: int, segment_length: int) -> None:
         """Make room for ``tokens`` slots, trunks of up to ``longest`` tokens and segments of ``segment_length``."""
@@ -103,7 +109,7 @@ class Policy(TreeModel):
 
         The first token comes from the leaf's logits; a segment of K tokens costs K - 1 forward passes. Where there are
         ``guides``, tokens follow the sum of all models' logits by ``leaf.weights``
-        (:class:`stars_fast.policy.mixed.MixedSteps`), and each guide costs as many passes.
+        (:class:`stars_fast.policy.mixed.MixedSteps`), and every further model costs as many passes.
 
         Raises
         ------
@@ -264,7 +270,9 @@ class Policy(TreeModel):
         return Steps(self, shape, self.logit_size, self.barred)
 
     def _prepared_mixed(self, models: tuple[Policy, ...], shape: Shape, processed: bool) -> MixedSteps:
-        """:meth:`_prepared` for a proposal of several models. Captured steps hold all of them."""
+        """:meth:`_prepared` for a proposal of several models. Captured steps hold all of them, and go with what any of
+        them relies on.
+        """
         if processed or not self.graphs.enabled:
             return MixedSteps(models, shape)
         relied_on = {model: model.graphs.relied_on for model in models[1:]}
@@ -272,10 +280,9 @@ class Policy(TreeModel):
             self.graphs.drop(MixedSteps)
         self._guides_then.update(relied_on)
         shape = shape.padded(max(model.trunk_room for model in models), self.length_room)
+        capture = shape.length > 1 and all(model.graphs.enabled for model in models)
         with self.on_device():
-            return self.graphs.get(
-                (shape, *map(ref, models)), lambda: MixedSteps(models, shape), capture=shape.length > 1
-            )
+            return self.graphs.get((shape, *map(ref, models)), lambda: MixedSteps(models, shape), capture=capture)
 
     def steps(self, shape: Shape) -> Steps:
         """Tensors of decode steps of a padded shape, which are kept, and captured where that is possible."""
@@ -304,7 +311,7 @@ def _draws(steps: Steps, branches: Sequence[int], eos: Sequence[set[int]]) -> li
                 logprobs=row_logprobs[:count],
                 sampling_logprobs=row_sampling[:count],
                 ended=count > 0 and row[count - 1] in ends,
-                error=steps.failures.get(place) or steps.unread(row[:count]) or (None if finite else NOT_FINITE),
+                error=steps.failures.get(place) or steps.unread(row[:count]) or (None if finite else steps.not_finite),
             )
         )
     return draws

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from stars_fast.ops import gather_logprobs, sample_step
-from stars_fast.policy.leaf import Leaf, ProcessorError, RowProcessor
+from stars_fast.policy.leaf import NOT_FINITE, Leaf, ProcessorError, RowProcessor
 from stars_fast.policy.reader import Reader
 from stars_fast.tree.graphs import Captured
 from stars_fast.tree.model import TreeModel
@@ -74,6 +74,8 @@ class Steps(Captured):
     alive : torch.Tensor
         bool ``[rows]``.
     """
+
+    not_finite = NOT_FINITE  # what is said of rows whose logits are not
 
     def __init__(
         self, policy: TreeModel, shape: Shape, logits: int, barred: torch.Tensor | None = None, prompts: int = 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -231,8 +231,8 @@ class RenderedReward(Stays, Reward):
             model = type(self._models[0]).__name__
             what = f"reads text alone ({model})" if self.caches else f"scores {model} in full, which reads text alone"
             raise ValueError(
-                f"{prompt.name} has pictures, and the {name} {what}: give a scorer whose model sees them, or a rule or "
-                "function of the answer's text"
+                f"{prompt.name} has pictures, and the {name} {what}: give a scorer whose model sees them, a rule or "
+                "function of the answer's text, or reward_prompts= of text"
             )
         context = self.context(prompt)
         if context.seen is None or context.seen.media is None:
@@ -252,7 +252,7 @@ class RenderedReward(Stays, Reward):
     def _check_prompt(
         self, prompt: RewardPrompt, context: Context, max_new_tokens: int, kv_cache_tokens: int | None
     ) -> None:
-        if bad := self._outside(context.prefix):
+        if bad := self._outside(context.prefix, self._placeholders if prompt.media else ()):
             raise ValueError(f"{prompt.name} holds id {bad[0]}, {self._vocabulary}")
         if bad := self._outside(context.tail):
             raise ValueError(f"{self.tail_argument} holds id {bad[0]}, {self._vocabulary}")
@@ -273,7 +273,7 @@ class RenderedReward(Stays, Reward):
         ids, tail = text.ids, text.tail
         if not ids and not tail:
             raise ValueError("prompt and answer are empty in the reward model's tokens: there is nothing to score")
-        if bad := self._outside(ids):
+        if bad := self._outside(ids, self._placeholders if text.completion.response.prompt.media else ()):
             raise ValueError(f"the answer holds id {bad[0]}, {self._vocabulary}")
         if self.max_positions is not None and len(ids) + len(tail) > self.max_positions:
             raise ValueError(
@@ -281,10 +281,10 @@ class RenderedReward(Stays, Reward):
                 f"more than its {self.max_positions} positions"
             )
 
-    def _outside(self, ids: Sequence[int]) -> list[int]:
+    def _outside(self, ids: Sequence[int], allowed: Collection[int] = ()) -> list[int]:
         if not ids or (min(ids) >= 0 and max(ids) < self.vocab_size):  # every candidate comes here: no slow loop
             return []
-        return [token for token in ids if not 0 <= token < self.vocab_size and token not in self._placeholders]
+        return [token for token in ids if not 0 <= token < self.vocab_size and token not in allowed]
 
     @property
     def _vocabulary(self) -> str:

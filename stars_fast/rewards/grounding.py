@@ -19,6 +19,7 @@ from stars_fast.rewards.render import Context
 from stars_fast.text.media import Media
 
 _STEPS = 1000  # of VCD's diffusion
+_GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 
 
 class GroundingReward(ImplicitReward):
@@ -68,9 +69,10 @@ class GroundingReward(ImplicitReward):
         return f"{super().described} (noise={self.noise})"
 
     def context(self, prompt: RewardPrompt) -> Context:
-        if prompt.media is None:
+        context = super().context(prompt)
+        if context.seen is None or context.seen.media is None or not _GRIDS.keys() & context.seen.media.inputs.keys():
             raise ValueError(f"{prompt.name} has no pictures, which is all that a GroundingReward looks for")
-        return super().context(prompt)
+        return context
 
     def media(self, context: Context, cache: TreeCache) -> Media | None:
         media = super().media(context, cache)
@@ -110,19 +112,18 @@ def noised(inputs: Mapping[str, Any], step: int = 500) -> dict[str, Any]:
     """
     step = integer("step", step, 0, _STEPS - 1)
     made = dict(inputs)
-    grids = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
-    found = [key for key in grids if torch.is_tensor(made.get(key)) and made[key].is_floating_point()]
+    found = [key for key in _GRIDS if torch.is_tensor(made.get(key)) and made[key].is_floating_point()]
     if not found:
-        raise ValueError(f"there are no pixels to put noise on: of {', '.join(made)} none is {' or '.join(grids)}")
-    rates = torch.sigmoid(torch.linspace(-6, 6, _STEPS)) * (0.5e-2 - 1e-5) + 1e-5
+        raise ValueError(f"there are no pixels to put noise on: of {', '.join(made)} none is {' or '.join(_GRIDS)}")
+    rates = torch.sigmoid(torch.linspace(-6, 6, _STEPS, dtype=torch.float32, device="cpu")) * (0.5e-2 - 1e-5) + 1e-5
     kept = float((1 - rates[: step + 1]).prod())
     for key in found:
         pixels = made[key] = made[key].clone(memory_format=torch.contiguous_format)
-        for picture in _pictures(pixels, made.get(grids[key])):
+        for picture in _pictures(pixels, made.get(_GRIDS[key])):
             block = picture[tuple(slice(size) for size in _extent(picture))]
             seed = hashlib.blake2b(block.float().cpu().contiguous().numpy().tobytes(), digest_size=7).digest()
-            drawn = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
-            noise = torch.randn(block.shape, generator=drawn).to(block)
+            drawn = torch.Generator("cpu").manual_seed(int.from_bytes(seed, "big"))
+            noise = torch.randn(block.shape, generator=drawn, dtype=torch.float32, device="cpu").to(block)
             block.mul_(kept**0.5).add_(noise, alpha=(1 - kept) ** 0.5)
     return made
 

@@ -17,6 +17,7 @@ from stars_fast.text.media import Media
 from stars_fast.text.pictures import chat_template
 from stars_fast.text.tokenizers import is_processor
 from stars_fast.text.tokens import guarded
+from stars_fast.tree.media import places
 from stars_fast.tree.support import unwrapped
 
 _KINDS = ("image", "video")
@@ -92,7 +93,8 @@ def with_pictures(processor: Any, tokenizer: Any, text: str, own_start: bool, im
     made = guarded(
         lambda: dict(processor(text=[start + text], **options)), what="the scorer's processor cannot read its pictures"
     )
-    ids: list[int] = made["input_ids"][0].tolist()
+    (place,) = places(made, [0])
+    ids: list[int] = made["input_ids"][0, place].tolist()
     end = _common_end(written, ids, {getattr(processor, f"{kind}_token_id", None) for kind in _KINDS})
     return Beginning(ids, Media(made, 0, images), written[: len(written) - end], ids[: len(ids) - end])
 

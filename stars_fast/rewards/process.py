@@ -264,7 +264,7 @@ class _StepTokens(ProcessReward):
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         frame = chat_frame(self.tokenizer, messages, rendering.variables(prompt))
-        return rendering.begun(prompt, frame.start, frame.own_start)
+        return rendering.behind(prompt, frame.start, frame.own_start)
 
     def step_scores(self, features: torch.Tensor) -> torch.Tensor:
         return self.head(features).float().softmax(-1)[:, 1]
@@ -306,7 +306,7 @@ class _Labels(ProcessReward):
     def context(self, prompt: RewardPrompt) -> Context:
         rendering = self.rendering(prompt)
         before, own_start, _, _ = self._shown(rendering.messages(prompt), rendering.variables(prompt))
-        return rendering.begun(prompt, before, own_start)
+        return rendering.behind(prompt, before, own_start)
 
     def _shown(self, messages: Messages, variables: Variables = MappingProxyType({})) -> tuple[str, bool, str, str]:
         """Around the steps and labels of a chat: what is in front of the first step (and whether a bos is in it),

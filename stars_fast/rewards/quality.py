@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import groupby
+from math import prod
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -97,6 +98,9 @@ class QualityReward(RenderedReward):
         refuse_offloaded(encoder, "quality")
         if not isinstance(pooling, str) or pooling not in ("first", "mixed"):
             raise ValueError(f"pooling={shown(pooling)}: must be 'first' or 'mixed'")
+        for argument, head in (("words", words), ("sentence", sentence)):
+            if head is not None and not isinstance(head, nn.Module):
+                raise TypeError(f"{argument}={shown(head)} must be a torch module, or None")
         if words is None and sentence is None:
             raise ValueError("a quality reward has a head: give words=, sentence= or both")
         self.partial = truth("partial", partial)
@@ -180,7 +184,13 @@ class QualityReward(RenderedReward):
             name: pad_sequence(rows, batch_first=True, padding_value=padding[name]).to(self.device)
             for name, rows in columns.items()
         }
-        hidden: torch.Tensor = self.encoder(**inputs).last_hidden_state
+        output = self.encoder(**inputs)
+        hidden = getattr(output, "last_hidden_state", None)
+        if not isinstance(hidden, torch.Tensor):
+            raise TypeError(
+                f"encoder: a {type(self.encoder).__name__} gives a {type(output).__name__} without last_hidden_state: "
+                "give the base_model of one with a head"
+            )
         return hidden
 
     def _pooled(self, hidden: torch.Tensor, pairs: Sequence[BatchEncoding]) -> torch.Tensor:
@@ -220,28 +230,24 @@ class QualityReward(RenderedReward):
             hidden = self._hidden([pair, pair])
             if self.sentence is not None:
                 pooled = self._pooled(hidden, [pair, pair])[:, None]
-                value = _asked("sentence", self.sentence, pooled)
-                if value.numel() != 2:
-                    raise TypeError(
-                        f"sentence gives {list(value.shape)} for {list(pooled.shape)}: must be one value each"
-                    )
+                _check_head("sentence", self.sentence, pooled, "one value each", lambda shape: prod(shape) == 2)
             if self.words is not None:
-                labels = _asked("words", self.words, hidden[0])
-                if labels.shape[:-1] != hidden[0].shape[:-1] or labels.shape[-1] < 2:
-                    raise TypeError(
-                        f"words gives {list(labels.shape)} for tokens {list(hidden[0].shape)}: must be logits of OK "
-                        "and at least one label more for each"
-                    )
+                tokens = hidden[0]
+                must = "logits of OK and of at least one label more for each"
+                _check_head("words", self.words, tokens, must, lambda s: s[:-1] == tokens.shape[:-1] and s[-1] > 1)
 
 
-def _asked(argument: str, head: nn.Module, features: torch.Tensor) -> torch.Tensor:
+def _check_head(
+    argument: str, head: nn.Module, features: torch.Tensor, must: str, fits: Callable[[torch.Size], bool]
+) -> None:
+    """Raise TypeError for a head that does not make of these features what it must."""
     try:
         value = head(features)
+        gives = list(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
     except (IndexError, RuntimeError, TypeError) as error:
-        raise TypeError(f"{argument} cannot read features {list(features.shape)}: {error}") from error
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{argument} gives a {type(value).__name__}: must be a tensor")
-    return value
+        raise TypeError(f"{argument}={shown(head)} must take features {list(features.shape)}: {error}") from error
+    if not isinstance(value, torch.Tensor) or not fits(value.shape):
+        raise TypeError(f"{argument}={shown(head)} gives {gives} for features {list(features.shape)}: must be {must}")
 
 
 def _severities(given: Mapping[float, float] | None) -> list[tuple[float, float]]:

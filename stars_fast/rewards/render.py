@@ -24,6 +24,7 @@ from stars_fast.text.prompts import Messages, ends_with_answer, template_kwargs
 from stars_fast.text.template import VERBATIM, Habits
 from stars_fast.text.tokenizers import same_vocabulary
 from stars_fast.text.tokens import token_ids
+from stars_fast.text.turns import has_pictures
 
 
 @dataclass(eq=False)
@@ -183,7 +184,8 @@ class Rendering:
             if not _is_chat(prompt.source):
                 return True
             policys = getattr(self.policy_tokenizer, "chat_template", None)
-            if self.processor is None and (not self.templated or self.tokenizer.chat_template == policys):
+            alike = not self.templated or (self.tokenizer.chat_template == policys and not self.chat_template_kwargs)
+            if self.processor is None and alike:
                 return True
         self.images(prompt)
         return False
@@ -218,8 +220,8 @@ class Rendering:
         except ValueError as error:
             raise ValueError(f"{prompt.name}: {error}") from error
 
-    def begun(self, prompt: RewardPrompt, text: str, own_start: bool) -> Context:
-        """The context of answers that are tokenised by themselves, behind this text."""
+    def behind(self, prompt: RewardPrompt, text: str, own_start: bool) -> Context:
+        """The context of answers that stand behind this text, tokenised by themselves."""
         if prompt.media is None:
             return Context(encode_turn(self.tokenizer, text, own_start), [])
         seen = self.with_pictures(prompt, text, own_start)
@@ -293,7 +295,10 @@ class Rendering:
     def _turns(self, prompt: RewardPrompt) -> Messages:
         source = prompt.source
         if _is_chat(source):
-            return [turn for turn in source if isinstance(turn, dict)]
+            turns = [turn for turn in source if isinstance(turn, dict)]
+            if prompt.media is None and any(map(has_pictures, turns)):
+                raise ValueError(f"{prompt.name} has pictures, and comes without what a processor made of them")
+            return turns
         return [{"role": "user", "content": self._prompt_text(prompt)}]
 
     def _prompt_text(self, prompt: RewardPrompt) -> str:

@@ -73,7 +73,8 @@ def serve_app(
         What clients must send.
     engine, service : mapping, optional
         Arguments of :class:`~stars_fast.StarsEngine`, and of :func:`~stars_fast.serve.assembly.service_of`:
-        ``max_model_len``, ``max_segment_length``, ``max_waiting``, ``timeout``, ``samples_greedy``, ``given``.
+        ``max_model_len``, ``max_segment_length``, ``max_waiting``, ``timeout``, ``samples_greedy``, ``image_folder``,
+        ``given``.
     **options
         Of a Ray Serve deployment: ``num_replicas``, ``ray_actor_options``, ``autoscaling_config``, ...
 

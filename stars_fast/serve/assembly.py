@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
@@ -34,7 +35,7 @@ def service_of(
     max_waiting: int = 256,
     timeout: float | None = TIMEOUT,
     samples_greedy: bool = False,
-    image_folder: Path | None = None,
+    image_folder: str | os.PathLike[str] | None = None,
 ) -> Service:
     """A service over an engine, warmed up, whose settings a request can be answered with.
 
@@ -56,7 +57,7 @@ def service_of(
         Seconds; no request may have more. None: no bound.
     samples_greedy : bool
         Whether temperature 0 is taken for one that was not given.
-    image_folder : Path, optional
+    image_folder : path, optional
         Where pictures may lie that a request names.
 
     Raises
@@ -87,7 +88,8 @@ def service_of(
                 "makes one) or --target-reward X"
             )
         longest = config.max_new_tokens if "max_new_tokens" in given else None
-        return Service(session, model, config, longest, timeout, samples_greedy, image_folder=image_folder)
+        folder = None if image_folder is None else Path(image_folder)
+        return Service(session, model, config, longest, timeout, samples_greedy, image_folder=folder)
     except BaseException:
         session.close()
         raise

@@ -21,6 +21,20 @@ _NOT_OF_PROMPTS |= {"output_attentions", "output_hidden_states", "return_dict", 
 _NOT_OF_PROMPTS |= {"input_ids", "attention_mask", "cache", "kwargs"}
 
 
+class Batch(dict[str, torch.Tensor]):
+    """Forward's arguments for prompts that are read together."""
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Tells what is read besides ids and their mask from others, in every process alike: of all rows at once."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(self.keys() - {"input_ids", "attention_mask"}):
+            tensor = self[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        return digest.digest()
+
+
 @dataclass(frozen=True, eq=False)
 class Media:
     """What a processor made of a batch of prompts with pictures, and which row of it a prompt is.
@@ -38,12 +52,8 @@ class Media:
         """Tells it from others, in every process alike. Of a batch that a processor made in one piece, the batch counts
         as each row's picture, because nobody knows whose is which.
         """
-        digest = hashlib.blake2b(self.row.to_bytes(8, "little"), digest_size=16)
-        for name in sorted(self.inputs.keys() - {"input_ids", "attention_mask"}):
-            tensor = self.inputs[name].detach().cpu().contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-        return np.frombuffer(digest.digest(), "<i8").tolist()
+        batch = self.inputs if isinstance(self.inputs, Batch) else Batch(self.inputs)
+        return [self.row, *np.frombuffer(batch.digest, "<i8").tolist()]
 
 
 class Read(Protocol):
@@ -73,7 +83,7 @@ def forward_arguments(model: Any) -> frozenset[str]:
 
 def media_inputs(
     name: str, encoding: Mapping[str, Any], attention_mask: torch.Tensor | None, takes: Collection[str]
-) -> dict[str, torch.Tensor] | None:
+) -> Batch | None:
     """Forward's arguments in what a processor returns; None where that is of text alone.
 
     Parameters
@@ -113,13 +123,13 @@ def media_inputs(
                 f"{name}[{key!r}] has shape {tuple(value.shape)}: give a batch as the processor returns it, ids and "
                 "mask [batch, length]"
             )
-    return {"input_ids": ids, "attention_mask": mask, **inputs}
+    return Batch(input_ids=ids, attention_mask=mask, **inputs)
 
 
-def text_inputs(ids: Sequence[int]) -> dict[str, torch.Tensor]:
+def text_inputs(ids: Sequence[int]) -> Batch:
     """Forward's arguments for a prompt of ids alone."""
     row = torch.tensor([ids], dtype=torch.int64, device="cpu")
-    return {"input_ids": row, "attention_mask": torch.ones_like(row)}
+    return Batch(input_ids=row, attention_mask=torch.ones_like(row))
 
 
 def _tensor(name: str, value: Any) -> torch.Tensor:

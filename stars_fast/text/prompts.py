@@ -103,7 +103,7 @@ def read_prompts(
         return _read_tensor(prompts, _as_mask(attention_mask), getattr(tokenizer, "pad_token_id", None), name)
     if attention_mask is not None:
         raise ValueError(f"attention_mask goes with an id tensor; {name} is a {type(prompts).__name__}")
-    if isinstance(prompts, str) or _is_chat(prompts):
+    if isinstance(prompts, str) or is_chat(prompts):
         prompts = [prompts]
     if isinstance(prompts, bytes) or not isinstance(prompts, Sequence):
         keys = f" with the keys {list(prompts)}" if isinstance(prompts, Mapping) else ""
@@ -113,59 +113,13 @@ def read_prompts(
         )
     variables = template_kwargs(chat_template_kwargs)
     return [
-        _read_one(f"{name}[{index}]", prompt, tokenizer, variables, max_positions, processor, takes)
+        read_one(f"{name}[{index}]", prompt, tokenizer, variables, max_positions, processor, takes)
         for index, prompt in enumerate(prompts)
     ]
 
 
-def read_personas(
-    prompts: Sequence[Prompt],
-    preferences: Sequence[Any],
-    tokenizer: Any,
-    bos_token_id: int | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[list[list[int]]]:
-    """Ids of every prompt under each of the preferences.
-
-    It is put before text; into the system message of a chat, before what that says; and before ids, but behind a BOS.
-
-    Raises
-    ------
-    TypeError
-        For a preference in words before a prompt of ids, or the other way round.
-    """
-    variables = template_kwargs(chat_template_kwargs)
-    return [
-        [_under(f"prompts[{i}]", prompt, preference, tokenizer, bos_token_id, variables) for preference in preferences]
-        for i, prompt in enumerate(prompts)
-    ]
-
-
-def _under(
-    name: str, prompt: Prompt, preference: Any, tokenizer: Any, bos_token_id: int | None, variables: dict[str, Any]
-) -> list[int]:
-    source = prompt.source
-    if isinstance(source, str) and isinstance(preference, str):
-        return _read_one(name, preference + source, tokenizer, variables).ids
-    if _is_chat(source) and isinstance(preference, str):
-        return _read_one(name, _with_system(preference, source), tokenizer, variables).ids
-    if isinstance(preference, str) or not isinstance(source, list) or _is_chat(source):
-        raise TypeError(
-            f"{name} and the preference {preference!r:.80} differ in form: a preference in words goes with text and "
-            "chats, ids with a prompt of ids"
-        )
-    start = int(prompt.ids[0] == bos_token_id)
-    return [*prompt.ids[:start], *map(int, preference), *prompt.ids[start:]]
-
-
-def _with_system(preference: str, chat: Any) -> Messages:
-    """The chat with the preference in its system message: templates take one, and at the beginning."""
-    first, rest = (chat[0], chat[1:]) if chat[0].get("role") == "system" else (None, chat)
-    content = preference if first is None else f"{preference}\n\n{in_one_piece(first).get('content', '')}"
-    return [{"role": "system", "content": content}, *rest]
-
-
-def _is_chat(prompt: Any) -> bool:
+def is_chat(prompt: Any) -> bool:
+    """Whether it is a list of turns; an encoding is no turn."""
     if not isinstance(prompt, (list, tuple)) or not prompt:
         return False
     return all(isinstance(turn, dict) for turn in prompt) and not any(map(_is_encoding, prompt))
@@ -185,7 +139,7 @@ def _as_mask(attention_mask: Any) -> torch.Tensor | None:
 
 def ends_with_answer(prompt: Any) -> bool:
     """Whether a prompt is a chat whose last turn is the assistant's: the completion goes on from there."""
-    return _is_chat(prompt) and prompt[-1].get("role") == "assistant"
+    return is_chat(prompt) and prompt[-1].get("role") == "assistant"
 
 
 def _read_media(inputs: Mapping[str, torch.Tensor], tokenizer: Any, name: str) -> list[Prompt]:
@@ -234,7 +188,7 @@ def _looks_padded(ids: torch.Tensor, pad_token_id: int) -> bool:
     return any(len((side.cumsum(1) == 0).sum(1).unique()) > 1 for side in (text, text.flip(1)))
 
 
-def _read_one(
+def read_one(
     name: str,
     prompt: Any,
     tokenizer: Any,
@@ -243,10 +197,11 @@ def _read_one(
     processor: Any = None,
     takes: Collection[str] = (),
 ) -> Prompt:
+    """One of :func:`read_prompts`, with checked ``variables``; errors begin with ``name``."""
     if isinstance(prompt, str):
         _need_tokenizer(name, "text", tokenizer)
         return Prompt(prompt, _not_empty(name, _text_ids(name, prompt, tokenizer, max_positions)))
-    if _is_chat(prompt):
+    if is_chat(prompt):
         check_turns(name, prompt, pictures=processor is not None)
         if any(map(has_pictures, prompt)):
             return _read_pictures(name, prompt, processor, variables, max_positions, takes)

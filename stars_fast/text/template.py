@@ -11,7 +11,7 @@ from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.text.bounds import bounded
-from stars_fast.text.turns import answer_in_parts, has_pictures, in_one_piece, in_parts
+from stars_fast.text.turns import all_in_parts, has_pictures, in_one_piece, in_parts
 
 Variables = Mapping[str, Any]
 
@@ -20,6 +20,7 @@ SENTINEL = "STARSFASTANSWER"
 _KEPT = 64  # templates of which it is remembered what they make of contents
 _MOST_LITERALS = 256
 _SECONDS = 1.0  # for telling its habits
+_parts_alone: dict[str, bool] = {}  # of templates, by their source: :func:`_shows_parts_alone`
 
 
 def stand_in(*spoken: Any) -> str:
@@ -36,15 +37,12 @@ def rendered(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Vari
 
 
 def apply(tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Variables, **form: Any) -> Any:
-    """``tokenizer.apply_chat_template`` of turns whose parts of text are joined where the template cannot take them.
-
-    In a chat with pictures, answers are parts where the template shows no others.
+    """``tokenizer.apply_chat_template`` of turns whose texts are in the form that the template shows: parts of text are
+    joined where it takes none, and texts are parts where it shows nothing else, as templates for pictures.
     """
-    if any(map(has_pictures, turns)):
-        in_parts_alone = [answer_in_parts(turn) for turn in turns]
-        if in_parts_alone != turns and not _shows_answers(tokenizer, variables, form.get("template")):
-            turns = in_parts_alone
-    elif any(map(in_parts, turns)) and not _takes_parts(tokenizer, variables):
+    if _shows_parts_alone(tokenizer, variables, form.get("template")):
+        turns = [all_in_parts(turn) for turn in turns]
+    elif any(map(in_parts, turns)) and not any(map(has_pictures, turns)) and not _takes_parts(tokenizer, variables):
         turns = [in_one_piece(dict(turn)) for turn in turns]
     return _within_bounds(tokenizer, list(turns), variables, **form)
 
@@ -65,22 +63,33 @@ def _within_bounds(
 
 def _takes_parts(tokenizer: Any, variables: Variables) -> bool:
     """Whether the template shows the text of a content in parts, and that alone."""
-    parts: list[Mapping[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": SENTINEL}]}]
-    try:
-        text = str(_within_bounds(tokenizer, parts, variables, tokenize=False))
-    except Exception:  # a template raises what it likes
-        return False
-    return SENTINEL in text and f"'{SENTINEL}'" not in text and f'"{SENTINEL}"' not in text
+    return _shows(tokenizer, variables, None, [{"type": "text", "text": SENTINEL}], "user")
 
 
-def _shows_answers(tokenizer: Any, variables: Variables, template: str | None) -> bool:
-    """Whether the template shows an answer in a chat with pictures where it is text and not a part of such."""
-    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
-    turns: list[Mapping[str, Any]] = [asked, {"role": "assistant", "content": SENTINEL}]
+def _shows_parts_alone(tokenizer: Any, variables: Variables, template: str | None) -> bool:
+    """Whether the template shows texts that are parts of a content, and none that is all of it."""
+    source = str(template or getattr(tokenizer, "chat_template", None))
+    if "type" not in source:  # it knows of no parts
+        return False
+    if source not in _parts_alone:
+        if len(_parts_alone) >= _KEPT:
+            _parts_alone.clear()
+        whole, parts = (
+            _shows(tokenizer, variables, template, content, "user", "assistant")
+            for content in (SENTINEL, [{"type": "text", "text": SENTINEL}])
+        )
+        _parts_alone[source] = parts and not whole
+    return _parts_alone[source]
+
+
+def _shows(tokenizer: Any, variables: Variables, template: str | None, content: Any, *roles: str) -> bool:
+    """Whether the text of this content, which is a word of ours, is shown once a turn, and as text."""
+    turns: list[Mapping[str, Any]] = [{"role": role, "content": content} for role in roles]
     try:
-        return SENTINEL in str(_within_bounds(tokenizer, turns, variables, template, tokenize=False))
+        text = str(_within_bounds(tokenizer, turns, variables, template, tokenize=False))
     except Exception:  # a template raises what it likes
         return False
+    return text.count(SENTINEL) == len(roles) and f"'{SENTINEL}'" not in text and f'"{SENTINEL}"' not in text
 
 
 class Habits(NamedTuple):

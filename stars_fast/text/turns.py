@@ -116,11 +116,10 @@ def in_one_piece(turn: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in turn.items() if value is not None}
 
 
-def answer_in_parts(turn: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The turn; an assistant's text is a part of text."""
+def all_in_parts(turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The turn, its content a part of text where it is text."""
     content = turn.get("content")
-    answers = turn.get("role") == "assistant" and isinstance(content, str)
-    return {**turn, "content": [{"type": "text", "text": content}]} if answers else turn
+    return {**turn, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else turn
 
 
 def spoken(turn: dict[str, Any]) -> str:

@@ -126,6 +126,14 @@ def served(name, kind, *bad, **more):
     return Argument(name, kind, make, bad, **more)
 
 
+def quality(name, kind, *bad, **more):
+    def make(value):
+        head = torch.nn.Linear(OTHER.config.hidden_size, 2)
+        return rewards.QualityReward(OTHER.model, TOKENIZER, **{"words": head, name: value})
+
+    return Argument(name, kind, make, bad, **more)
+
+
 CLOSED = AsyncStarsEngine(StarsEngine(POLICY, sum_reward))
 CLOSED.close()
 INT32 = (2**31, 10**12, 10**5000)
@@ -258,6 +266,20 @@ ARGUMENTS = [
     Argument("reference", "model", lambda value: rewards.ImplicitReward(POLICY, value), (None,)),
     Argument("beta", "real", lambda value: rewards.ImplicitReward(POLICY, OTHER, beta=value), (None, math.inf)),
     Argument("weights", "choice", lambda value: rewards.ImplicitReward(POLICY, OTHER, weights=value), (None,)),
+    Argument("kl", "choice", lambda value: rewards.ImplicitReward(POLICY, OTHER, kl=value), ("reverse",)),
+    Argument("encoder", "model", lambda value: rewards.QualityReward(value, TOKENIZER, words=torch.nn.Linear(16, 2)),
+        (None, torch.nn.Linear(2, 2), OTHER)),
+    Argument("tokenizer", "model", lambda value: rewards.QualityReward(OTHER.model, value, words=torch.nn.Linear(16,
+        2)), (None, "a/b", "policy")),
+    quality("words", "model", torch.nn.Linear(3, 2), torch.nn.Linear(16, 1)),
+    quality("sentence", "model", torch.nn.Linear(3, 1), torch.nn.Linear(16, 2)),
+    quality("pooling", "choice", None, "mean"),
+    quality("severities", "form", "ab", [], {}, [0.5], {0: 1}, {1.5: 1}, {"a": 1}, {0.5: -1}, {0.5: None}, good=(None,
+        {0.2: 10, 0.5: 1.0})),
+    quality("mix", "real", None, 1.5, -0.1, math.inf, -math.inf),
+    *(quality(name, "truth", None) for name in ("answer_first", "per_token", "partial")),
+    *(method(methods.Plans, name, "integer", 0, None, 2**31) for name in ("children", "longest")),
+    method(methods.Plans, "delimiter", "text", ""),
     Argument("aggregate", "choice", lambda value: rewards.ProcessReward.rlhflow(OTHER, TOKENIZER, aggregate=value),
         (None,)),
     *(Argument(name, "text", lambda value, name=name: rewards.ProcessReward.rlhflow(OTHER, TOKENIZER, **{name: value}),

@@ -20,7 +20,7 @@ from conftest import tiny_policy, tiny_reward, tiny_tokenizer
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.inputs.arguments import Arguments
-from stars_fast.methods import RSD, Mara, MetropolisHastings, Navigator, PersonaJudge
+from stars_fast.methods import RSD, Guided, Mara, MetropolisHastings, Navigator, PersonaJudge
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.segment_tree import SegmentTree, SlotsExhausted
 
@@ -35,6 +35,7 @@ METHODS = {
     "metropolis_hastings": dict(method=MetropolisHastings(steps=3), candidates=2),
     "args": dict(method="args"),
     "mara": dict(method=Mara(mlp=NETWORK, top_k=6)),
+    "guided": dict(method=Guided([(DRAFT, 0.5), (None, -0.3, lambda ids: [7, *ids])], method="stars")),
     "rsd": dict(method=RSD(draft=DRAFT, delimiter=None, longest=4, threshold=0.5)),
     "persona_judge": dict(method=PersonaJudge(draft_prompt=[4, 5], judge_prompt=[6])),
     "navigator": dict(method=Navigator(network=NAVIGATOR, n=2, steps=3, longest=4, delimiter=None, **TOLD)),
@@ -68,6 +69,7 @@ STEPS = {
     "read": Step("stars_fast.policy.policy:Policy.read"),
     "decode step": Step("stars_fast.policy.steps:Steps.forward"),
     "draw": Step("stars_fast.policy.steps:Steps.draw"),
+    "draw of a mix": Step("stars_fast.policy.mixed:MixedSteps.draw_of"),
     "sample_step": Step("stars_fast.policy.steps:sample_step"),
     # both models
     "extend": Step("stars_fast.tree.model:TreeModel.extend"),
@@ -192,7 +194,7 @@ class Place:
         assert not reward._contexts
         for cache in reward.caches:
             assert not (cache._runs or cache._prefixes or cache._responses or cache._completions)
-        for model in (self.engine.policy, *reward.tree_models):
+        for model in {self.engine.policy, *self.engine._guides, *reward.tree_models}:
             model.prefixes.clear()
             assert (model.tree.nodes, model.tree.free_slots) == (0, model.tree.capacity - 1)
 
