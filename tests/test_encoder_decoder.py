@@ -29,46 +29,26 @@ SOURCES = [[5, 6, 7, 8, 9, 10, 11], [12, 5, 20], [9, 9, 21, 22, 23, 24, 25, 26, 
 CONFIG = StarsConfig(
     target_reward=1.2, beta=0.5, segment_length=4, max_new_tokens=11, max_attempts=6, num_return_sequences=2
 )
-_IDS = {
-    "vocab_size": VOCAB,
-    "pad_token_id": PAD,
-    "bos_token_id": 0,
-    "eos_token_id": EOS,
-    "decoder_start_token_id": START,
-}
-_BART = {
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "forced_eos_token_id": None,
-    "scale_embedding": True,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 32,
-}
-_T5GEMMA = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "head_dim": 8,
-    "num_key_value_heads": 2,
-    "query_pre_attn_scalar": 8,
-    "sliding_window": 6,
-    **{name: _IDS[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")},
-}
+_IDS = dict(vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=0, eos_token_id=EOS)
+_ENCODER = dict(encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=24)
+_DECODER = dict(decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=32, decoder_start_token_id=START)
+_T5GEMMA = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+_T5GEMMA |= dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=6, **_IDS)
+_T5 = dict(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
 FAMILIES = ["marian", "bart", "mbart", "m2m_100", "pegasus", "t5gemma"]
 
 
 def tiny_seq2seq(family, positions=64, **fields):
     """A model of the family whose weights give laws that are far from uniform and depend on the source."""
-    config = transformers.AutoConfig.for_model(family, **fields) if family == "t5" else None
     if family == "t5gemma":  # transformers 5.17 leaves soft caps out of its own sdpa
         parts = {"encoder": _T5GEMMA, "decoder": {**_T5GEMMA, "cross_attention_hidden_size": 16}}
-        config = transformers.T5GemmaConfig(**parts, **_IDS, attn_implementation="eager")
-    elif config is None:
-        config = transformers.AutoConfig.for_model(family, **_BART, **_IDS, max_position_embeddings=positions, **fields)
+        start = {"decoder_start_token_id": START, "attn_implementation": "eager"}
+        config = transformers.T5GemmaConfig(**parts, **_IDS, **start)
+    elif family == "t5":
+        config = transformers.T5Config(**_T5)
+    else:
+        sizes = dict(d_model=16, max_position_embeddings=positions, forced_eos_token_id=None, scale_embedding=True)
+        config = transformers.AutoConfig.for_model(family, **_ENCODER, **_DECODER, **_IDS, **sizes, **fields)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForSeq2SeqLM.from_config(config).eval()
@@ -125,6 +105,16 @@ def test_padded_steps_and_passes_are_the_models_own(name):
     out = engine.generate(SOURCES, CONFIG, candidates=3, seed=3)
     assert out.completions == StarsEngine(model, sum_reward_of_ids).generate(SOURCES, CONFIG, seed=3).completions
     assert_exact(model, out, SOURCES, [[START]] * len(SOURCES), samples=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error:.*captured in a CUDA graph")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_captured_steps_on_a_gpu_have_the_log_probabilities_of_the_cpu(name):
+    model = tiny_seq2seq(name)
+    engine = StarsEngine(copy.deepcopy(model).cuda(), sum_reward_of_ids)
+    assert_exact(model, engine.generate(SOURCES, CONFIG, seed=3), SOURCES, [[START]] * len(SOURCES), samples=2)
+    assert engine.policy.graphs.captured > 0
 
 
 @pytest.mark.parametrize(
@@ -274,7 +264,7 @@ def test_a_reward_sees_the_source_and_the_answer_as_text():
 def test_a_classifier_of_the_same_ids_scores_the_answer_behind_the_source():
     model, reward = family("bart"), tiny_reward(VOCAB)
     engine = StarsEngine(model, reward, reward_tokenizer="policy", reward_tail="none")
-    out = engine.generate(SOURCES, CONFIG, seed=1, target_reward=None)
+    out = engine.generate(SOURCES, CONFIG, seed=1, target_reward=0.0)
     for row, answer in enumerate(out.completions):
         with torch.no_grad():
             expected = float(reward(input_ids=torch.tensor([SOURCES[row // 2] + answer])).logits)
@@ -285,10 +275,8 @@ def test_a_classifier_of_the_same_ids_scores_the_answer_behind_the_source():
 
 
 def test_t5_is_refused_by_name():
-    shape = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
-    model = tiny_seq2seq("t5", vocab_size=VOCAB, **shape)
     with refused("T5ForConditionalGeneration", "(T5Attention|0 layers)"):
-        StarsEngine(model, sum_reward_of_ids)
+        StarsEngine(tiny_seq2seq("t5"), sum_reward_of_ids)
 
 
 def test_what_does_not_fit_is_refused_by_name():
