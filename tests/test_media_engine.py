@@ -1,7 +1,9 @@
 """Prompts with pictures through the engine: the policy's own numbers, the method's own law, whoever else is there."""
 
 import asyncio
+import gc
 import math
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -107,6 +109,15 @@ def test_a_text_depends_on_nobody_beside_it_nor_on_candidates(made, reads):
         assert [event.segment.tokens for event in engine.stream(prompt, CONFIG, seed=[seed]) if event.segment] == [
             tokens[a:b] for a, b in pairwise([0, *range(4, len(tokens), 4), len(tokens)])
         ]
+
+
+def test_nothing_holds_pictures_after_the_call():
+    inputs, engine = qwen_inputs((8, 12), (4, 6)), StarsEngine(qwen2_5_vl(), reward)
+    pixels = weakref.ref(inputs["pixel_values"])
+    engine.generate(inputs, CONFIG, seed=0, max_new_tokens=2)
+    del inputs
+    gc.collect()
+    assert pixels() is None
 
 
 def wave(completion) -> float:

@@ -266,6 +266,8 @@ def test_what_is_no_processor_is_refused(policy32, tokenizer32, tmp_path):
     for processor in (tokenizer32, 7, type(llava_processor())):
         with refused("processor is", "give a transformers processor"):
             StarsEngine(policy32, lambda completions: [], processor=processor)
+    with refused(r"tokenizer has .*\(32 ids\)", "processor=", "leave tokenizer= out"):
+        StarsEngine(policy32, lambda completions: [], tokenizer=tokenizer32, processor=llava_processor())
     with pytest.raises(OSError, match=r"processor='.*' cannot be loaded"):
         StarsEngine(policy32, lambda completions: [], processor=tmp_path)
 

@@ -276,7 +276,8 @@ class Policy(TreeModel):
         if processed or not self.graphs.enabled:
             return MixedSteps(models, shape)
         relied_on = {model: model.graphs.relied_on for model in models[1:]}
-        if any(self._guides_then.get(model, now) != now for model, now in relied_on.items()):
+        # One has moved, or is new: then others may be gone for good.
+        if any(self._guides_then.get(model) != now for model, now in relied_on.items()):
             self.graphs.drop(MixedSteps)
         self._guides_then.update(relied_on)
         shape = shape.padded(max(model.trunk_room for model in models), self.length_room)

@@ -132,6 +132,8 @@ class Service:
             changes |= body.stars.model_dump(exclude_none=True, exclude={"trace"})
         changes["max_new_tokens"] = body.longest or self.max_tokens or COMPLETION_TOKENS
         try:
+            if "method" in changes:  # candidates stay those of the server's guides, if it has any
+                changes["method"] = self.config.whole_method.selecting(changes["method"])
             config = self.config.replace(**changes)
             method = config.chosen_method
             ruled = method.rule(config)
