@@ -172,11 +172,11 @@ def load_reward(
         )
     elif reward_tokenizer is not None:
         warn(f"reward_tokenizer= has no effect on a {type(reward).__name__}: it has its own, or needs none")
+    if not isinstance(reward, Reward) and callable(reward):
+        reward = CallableReward(reward, tokenizer)
     if isinstance(reward, Reward):
         reward.check_policy(policy, tokenizer)
         return reward
-    if callable(reward):
-        return CallableReward(reward, tokenizer)
     raise TypeError(
         f"reward is a {type(reward).__name__}: give a sequence-classification model with one label, "
         "a stars_fast.rewards.Reward, a function, a path or a hub id"
