@@ -33,7 +33,6 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.rewards import (
-    CallableReward,
     ClassifierReward,
     Completion,
     GroundingReward,
@@ -440,7 +439,7 @@ def test_functions_are_given_the_pictures_they_ask_for_and_rules_judge_the_text(
     def reads_text(prompts, completions):
         return [0.0 for _ in completions]
 
-    engine = StarsEngine(policy, CallableReward(looks, processor.tokenizer), processor=processor)
+    engine = StarsEngine(policy, looks, processor=processor)
     output = engine.generate(CHATS, CONFIG, seed=0)
     assert output.rewards == [1.0, 2.0]
     assert {id(image) for images in seen for image in images} == {
