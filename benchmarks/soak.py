@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from stars_fast import AsyncStarsEngine, StarsConfig, StarsEngine
 from stars_fast.inputs.arguments import Arguments
-from stars_fast.methods import METHODS, RSD, Mara, ParticleFilter, PersonaJudge, TreeBoN
+from stars_fast.methods import METHODS, RSD, Guided, Mara, ParticleFilter, PersonaJudge, Plans, TreeBoN
 from stars_fast.rewards import Completion, Reward
 
 VOCAB = 64
@@ -101,16 +101,21 @@ class Soak:
             "mara": Mara(mlp=self.network, top_k=rng.choice([1, 4])),
             "persona_judge": PersonaJudge(draft_prompt=[4, 5], judge_prompt=[6]),
             "particle_filter": ParticleFilter(particles=3),
+            "plans": Plans(children=2, delimiter=None, longest=length),
             "treebon": TreeBoN(n=4, branching=2, layers=2),
         }
+        method = methods.get(name, name)
+        if METHODS[name].drawn and rng.random() < 0.3:
+            own = (None, -0.3, lambda ids: [5, 6, *ids])
+            method = Guided(rng.choice([[(self.draft, 0.5)], [own], [own, (self.draft, 0.5)]]), method=method)
         settings: dict[str, Any] = dict(
-            method=methods.get(name, name),
+            method=method,
             max_new_tokens=new,
             segment_length=min(length, new),
             max_attempts=rng.choice([1, 2, 5]),
             target_reward=rng.choice([-1.0, 0.3, 2.0]),
             beta=rng.choice([0.1, 1.0]),
-            num_return_sequences=rng.choice([1, 1, 2]),
+            num_return_sequences=2 if name == "plans" else rng.choice([1, 1, 2]),
             ignore_eos=rng.random() < 0.5,
         )
         if name == "stars" and rng.random() < 0.3:
@@ -221,7 +226,7 @@ class Soak:
         core = engine.core
         with core._turn():
             lost = core.open_calls or core._caller_of or core._strategies
-            for model in (engine.policy, *engine.reward.tree_models):
+            for model in {engine.policy, *engine._guides, *engine.reward.tree_models}:
                 model.prefixes.clear()
                 lost = lost or model.tree.nodes or model.tree.free_slots != model.tree.capacity - 1
             for cache in getattr(engine.reward, "caches", ()):

@@ -31,8 +31,9 @@ from transformers import LlamaForCausalLM
 from stars_fast import StarsConfig, StarsEngine, StarsOutput
 from stars_fast.methods import Navigator
 
-PRICE = 0.002  # of a token, drawn or read for the choice
-ROUNDS, TOGETHER, HELD = 60, 64, 400  # of learning to choose; answers in each; problems to compare on
+CONFIG = StarsConfig(max_new_tokens=200)
+PRICE = 0.0005  # of a token, drawn or read for the choice
+ROUNDS, TOGETHER, HELD = 150, 64, 600  # of learning to choose; answers in each; problems to compare on
 Transition = tuple[list[float], int, float, list[float] | None]  # scores, block, reward, scores behind it
 
 
@@ -57,14 +58,12 @@ def navigator(network: Callable[[torch.Tensor], torch.Tensor]) -> Navigator:
     return Navigator(network, blocks, questions, steps=2 * OPERATIONS + 1, delimiter="\n", longest=40)
 
 
-def always(block: str, refine: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
-    """One block until the answer is within reach (question f); where asked for, refine what looks wrong (c)."""
+def always(block: str, hard: str | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One block, or another where the next step is hard (question e), until the answer is within reach (question f)."""
 
     def values(scores: torch.Tensor) -> torch.Tensor:
         named = dict(zip(QUESTIONS, scores.tolist(), strict=True))
-        chosen = "T" if named["f"] > 2.5 else block
-        if refine and named["c"] < 2:
-            chosen = "F"
+        chosen = "T" if named["f"] > 2.5 else hard if hard and named["e"] > 2 else block
         return torch.tensor([float(one == chosen) for one in BLOCKS])
 
     return values
@@ -104,18 +103,14 @@ def lesson_loss(model: Any, ids: torch.Tensor, weights: torch.Tensor) -> torch.T
 
 
 def earned(out: StarsOutput, row: int, asked: str) -> list[Transition]:
-    """What an answer has to teach, a step at a time. ``asked`` is its problem."""
-    assert out.texts is not None
-    steps, found = [s for s in out.segments[row] if s.scaffold is not None], []
-    for place, segment in enumerate(steps):
-        assert segment.scaffold is not None
-        if segment.scaffold.state is None:  # there was no choice
-            continue
-        cost = PRICE * (len(segment.tokens) + len(segment.scaffold.tokens) + len(QUESTIONS))
-        last = place + 1 == len(steps)
-        after = None if last or steps[place + 1].scaffold is None else steps[place + 1].scaffold.state
-        reward = (solved(asked, out.texts[row]) if after is None else 0) - cost
-        found.append((segment.scaffold.state, segment.scaffold.block, reward, after))
+    """What an answer to this problem has to teach: every step that was a choice."""
+    told = [(segment.tokens, segment.scaffold) for segment in out.segments[row] if segment.scaffold is not None]
+    found = list[Transition]()
+    for place, (tokens, (instruction, block, state)) in enumerate(told):
+        if state is not None:
+            after = told[place + 1][1].state if place + 1 < len(told) else None
+            cost = PRICE * (len(tokens) + len(instruction) + len(QUESTIONS))
+            found.append((state, block, (after is None and solved(asked, (out.texts or [])[row])) - cost, after))
     return found
 
 
@@ -126,7 +121,7 @@ def learn(engine: StarsEngine, seed: int, rounds: int = ROUNDS) -> Duel:
     lagging, memory = copy.deepcopy(network), list[Transition]()
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     for turn in range(rounds):
-        curiosity = max(0.05, 1 - turn / (0.6 * rounds))
+        curiosity = max(0.1, 1 - turn / (0.5 * rounds))
 
         def curious(scores: torch.Tensor, curiosity: float = curiosity) -> torch.Tensor:
             return torch.rand(len(BLOCKS)) if chance.random() < curiosity else network(scores)
@@ -137,7 +132,7 @@ def learn(engine: StarsEngine, seed: int, rounds: int = ROUNDS) -> Duel:
         for _ in range(60):
             improve(network, lagging, optimizer, chance.choices(memory[-12_000:], k=128))
         lagging.load_state_dict(network.state_dict())
-        if turn % 10 == 9:
+        if turn % 25 == 24:
             right = sum(solved(one, text) for one, text in zip(asked, out.texts or [], strict=True)) / TOGETHER
             print(f"round {turn + 1}: {right:.2f} solved while {curiosity:.2f} of the blocks are random", flush=True)
     return network
@@ -159,41 +154,38 @@ def improve(network: Duel, lagging: Duel, optimizer: torch.optim.Optimizer, batc
 
 # What it is worth
 
-CONFIG = StarsConfig(max_new_tokens=200)
 
-
-def told(name: str, right: float, drawn: float, read: float, used: str = "") -> None:
-    print(f"{name:34} {right:6.3f} {drawn:8.1f} {read:8.1f} {drawn + read:8.1f}  {used}", flush=True)
+def told(name: str, right: float, written: float, read: float, used: str = "") -> None:
+    print(f"{name:26} {right:6.3f} {written:8.1f} {read:8.1f} {written + read:8.1f}  {used}", flush=True)
 
 
 def compare(engine: StarsEngine, network: Duel, held: Sequence[str], seed: int) -> None:
-    """Print what is solved, and the tokens per problem: drawn, read beside them, and both."""
-    print(f"{'':34} solved    drawn     read     both  blocks of an answer, on average")
-    ways = {"navigator": network, "rule: R, refine, terminate": always("R", True)}
-    ways |= {"rule: D, refine, terminate": always("D", True)} | {f"fixed: {b}, then T": always(b) for b in "RDB"}
+    """Print what is solved, and the tokens per problem: written, read beside them, and both."""
+    print(f"{'':26} solved  written     read     both  blocks of an answer, on average")
+    ways = {"navigator": network, "rule: D where it carries": always("R", "D")}
+    ways |= {f"fixed: {block}, then T": always(block) for block in "RDB"}
     for name, way in ways.items():
         out = engine.generate(held, CONFIG, method=navigator(way), seed=seed)
         right = sum(solved(one, text) for one, text in zip(held, out.texts or [], strict=True)) / len(held)
         chosen = Counter(BLOCKS[s.scaffold.block] for row in out.segments for s in row if s.scaffold is not None)
         used = " ".join(f"{block} {chosen[block] / len(held):.2f}" for block in BLOCKS)
-        told(name, right, out.stats["policy_tokens"] / len(held), out.stats["scaffold_tokens"] / len(held), used)
-    most = 9
+        told(name, right, out.stats["committed_tokens"] / len(held), out.stats["scaffold_tokens"] / len(held), used)
+    most = 5
     out = engine.generate(held, CONFIG, method="vanilla", num_return_sequences=most, seed=seed)
-    drawn = [len(ids) for ids in out.completions]
-    for votes in (1, 3, 5, most):
+    for votes in range(1, most + 1):
         right, tokens = 0, 0
         for place, one in enumerate(held):
             rows = range(place * most, place * most + votes)
             given = Counter((out.texts or [])[row].strip().rpartition("\n")[2] for row in rows)
             right += solved(one, given.most_common(1)[0][0])
-            tokens += sum(drawn[row] for row in rows)
+            tokens += sum(len(out.completions[row]) for row in rows)
         told(f"no navigator, vote of {votes}", right / len(held), tokens / len(held), 0.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("navigator_work"), help="checkpoints")
-    parser.add_argument("--steps", type=int, default=4000, help="of training the policy")
+    parser.add_argument("--steps", type=int, default=2600, help="of training the policy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="take the policy from its checkpoint")
     args = parser.parse_args()

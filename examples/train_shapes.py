@@ -49,7 +49,7 @@ from transformers import (
 )
 
 PATCH = 8
-BATCH, PAIRS, BETA = 32, 8192, 0.1
+BATCH, PAIRS, BETA = 32, 4096, 0.1
 LEARNED, PREFERRED, HELD, MEASURED = range(4)  # streams of pictures that never meet
 
 
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("shapes_work"), help="checkpoints")
     parser.add_argument("--stage", default="all", help="all, policy, reference, twin or export")
     parser.add_argument("--minutes", type=float, default=24.0, help="of the policy; its reference gets a third as many")
-    parser.add_argument("--lr-twin", type=float, default=3e-4)
+    parser.add_argument("--lr-twin", type=float, default=3e-5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints")
     args = parser.parse_args()
@@ -256,6 +256,7 @@ def main() -> None:
         processor.save_pretrained(args.out)
         for name, make in NEW.items():
             state = export(make(), args.work / f"{name}.pt", args.out / name, torch.float32)
+            processor.tokenizer.save_pretrained(args.out / name)  # says that the three share a vocabulary
             model = LlavaForConditionalGeneration.from_pretrained(args.out / name).to(DEVICE).eval()
             said = findings(model, processor, args.seed, 300)
             print(f"{name}: {model.num_parameters():,} parameters, {state['steps']:.0f} steps, {said}")

@@ -19,7 +19,8 @@ import stars_fast
 from stars_fast import StarsEngine
 from stars_fast.loop import selection
 from stars_fast.loop.queue import Queue
-from stars_fast.methods import Cards
+from stars_fast.methods import Cards, Guided
+from stars_fast.policy.mixed import MixedSteps
 from stars_fast.policy.policy import Policy
 from stars_fast.policy.steps import Steps
 from stars_fast.tree import prefill
@@ -97,6 +98,20 @@ def test_every_method_gives_the_texts_of_the_cpu(name, way):
     assert there.errors == here.errors == [None] * 6
     assert flips(here.completions, there.completions) <= 1
     test_methods.assert_all_free(engine)
+
+
+@pytest.mark.parametrize("way", WAYS | {"compiled": COMPILED})
+def test_mixes_give_the_texts_of_the_cpu(way):
+    """A guide with a tree of its own, and the policy under another prompt: one graph holds all of a step."""
+
+    def mix(device):
+        return Guided([(tiny_policy(32, hidden=32, seed=7).to(device), 0.5), (None, -0.3, lambda ids: [3, 4, *ids])])
+
+    engine = make_engine(**(WAYS | {"compiled": COMPILED})[way])
+    here, there = (texts(one, method=mix(one.policy.device)) for one in (make_engine("cpu"), engine))
+    assert flips(here, there) <= 1
+    mixed = [work for work in engine.policy.graphs._kept.values() if isinstance(work, MixedSteps)]
+    assert bool(mixed) == any(work.graph is not None for work in mixed) == (way != "eager")
 
 
 @pytest.mark.parametrize("way", WAYS | {"compiled": COMPILED})

@@ -13,6 +13,7 @@ from stars_fast import StarsEngine
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.methods import RSD, Guided, Stars
 from stars_fast.policy.policy import Policy
+from stars_fast.rewards.grounding import noised
 
 CHATS = [asked(picture(0)), asked(picture(1)), asked(picture(2), text="which colour has it?")]
 
@@ -25,6 +26,10 @@ def turned(chat):
     """The chat with its picture upside down, in place."""
     chat[0]["content"][0]["image"] = chat[0]["content"][0]["image"].rotate(180)
     return chat
+
+
+def turned_before(inputs):
+    return turned(inputs.chat)
 
 
 def faded(inputs):
@@ -53,10 +58,10 @@ def assert_mixed(out, weights, models, inputs):
         torch.testing.assert_close(torch.tensor(out.sampling_logprobs[row]).double(), expected, atol=1e-4, rtol=0)
 
 
-def test_a_chat_is_handed_over_with_its_pictures_and_the_mix_is_exact():
+def test_the_chat_comes_with_what_was_made_of_it_and_the_mix_is_exact():
     """Contrastive decoding with a distorted picture, and a guide with weights of its own, in one mix."""
     policy, guide, processor = llava(), llava(seed=1), llava_processor()
-    method = Guided([(None, -0.5, turned), (guide, 0.3)], weight=1.5, method=Stars())
+    method = Guided([(None, -0.5, turned_before), (guide, 0.3)], weight=1.5, method=Stars())
     engine = StarsEngine(policy, reward, processor=processor)
     out = engine.generate(CHATS, CONFIG, seed=1, method=method, top_k=0, on_error="raise")
     form = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
@@ -67,6 +72,9 @@ def test_a_chat_is_handed_over_with_its_pictures_and_the_mix_is_exact():
     again = engine.generate(CHATS, CONFIG, seed=1, method=method, top_k=0, candidates=1)
     assert again.completions == out.completions
     assert engine.policy.tree.nodes == engine._guides[1].tree.nodes == 0
+    distorted = Guided([(None, -0.5, noised)], weight=1.5)
+    out = engine.generate(CHATS, CONFIG, seed=1, method=distorted, top_k=0, on_error="raise")
+    assert_mixed(out, (1.5, -0.5), (policy, policy), [[one, noised(one)] for one in seen])
 
 
 def test_what_a_transform_does_to_a_picture_stays_with_its_guide():
@@ -104,7 +112,7 @@ def test_ids_that_stand_for_pictures_in_any_of_the_models_are_never_drawn():
     policy, guide = llava(), qwen2_5_vl()  # which has more of them
     with torch.no_grad():
         guide.lm_head.weight[100:] *= 50
-    method = Guided([(guide, 1.0, lambda chat: [5, 6, 7])])
+    method = Guided([(guide, 1.0, lambda inputs: [5, 6, 7])])
     engine = StarsEngine(policy, reward, processor=llava_processor())
     out = engine.generate(CHATS[:1], CONFIG, seed=0, method=method, top_k=0, max_new_tokens=40, ignore_eos=True)
     assert out.errors == [None] and max(out.completions[0]) < IMAGE
@@ -135,7 +143,7 @@ def test_a_guide_that_reads_text_alone_is_given_text(monkeypatch):
     monkeypatch.setattr(
         Policy, "read_media", lambda self, *args, **more: reads.append(self) or read(self, *args, **more)
     )
-    method = Guided([(guide, 0.5, lambda chat: chat[0]["content"][-1]["text"])], method=Stars())
+    method = Guided([(guide, 0.5, lambda inputs: inputs.chat[0]["content"][-1]["text"])], method=Stars())
     assert engine.generate(CHATS, CONFIG, seed=0, method=method).errors == [None] * 3
     assert reads == [engine.policy] * 3
 

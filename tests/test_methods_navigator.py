@@ -9,7 +9,8 @@ from conftest import refused, sum_reward, tiny_policy, tiny_reward, tiny_tokeniz
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.loop.queue import Queue
-from stars_fast.methods import Navigator
+from stars_fast.methods import Guided, Navigator
+from stars_fast.report.trace import load_trace
 from stars_fast.rewards import Reward
 
 VOCAB, EOS = 32, 31
@@ -80,16 +81,21 @@ def test_the_path_is_that_of_a_plain_loop():
     assert len(met) > 2, "the network chose hardly anything, and the loop proves little"
 
 
-def assert_read_so(policy, prompt, out, row):
-    """The log-probabilities are those of a plain pass over prompt, instructions and answer."""
+@torch.no_grad()
+def read_plainly(policy, prompt, segments):
+    """Logits of a plain pass over prompt, instructions and answer, at each token of the answer ``[T, V]``."""
     context, places = list(prompt), []
-    for segment in out.segments[row]:
+    for segment in segments:
         context += segment.scaffold.tokens
-        places += range(len(context), len(context) + len(segment.tokens))
+        places += range(len(context) - 1, len(context) - 1 + len(segment.tokens))
         context += segment.tokens
-    with torch.no_grad():
-        laws = policy(torch.tensor([context]), use_cache=False).logits[0].log_softmax(1)
-    assert out.logprobs[row] == pytest.approx([laws[p - 1, context[p]].item() for p in places], abs=1e-4)
+    return policy(torch.tensor([context]), use_cache=False).logits[0, places]
+
+
+def assert_read_so(policy, prompt, out, row):
+    laws = read_plainly(policy, prompt, out.segments[row]).log_softmax(1)
+    expected = laws.gather(1, torch.tensor(out.completions[row])[:, None])[:, 0]
+    assert out.logprobs[row] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -147,7 +153,18 @@ def test_who_gives_way_reads_its_instructions_again_where_they_stood(monkeypatch
         assert_read_so(tiny_policy(VOCAB, hidden=32), prompt, out, row)
 
 
-def test_instructions_are_in_no_text_and_the_reward_never_sees_them():
+def test_guides_read_the_instructions_too():
+    policy, method = tiny_policy(VOCAB, hidden=32), navigator(n=2)
+    guided = Guided([(None, 0.5, lambda prompt: [1, 2, *prompt])], method=method)
+    out = generate(make_engine(), method=guided)
+    assert generate(make_engine(max_rows=2), method=guided, candidates=1).completions == out.completions
+    for prompt, segments, ids, drawn in zip(PROMPTS, out.segments, out.completions, out.sampling_logprobs, strict=True):
+        mix = read_plainly(policy, prompt, segments) + 0.5 * read_plainly(policy, [1, 2, *prompt], segments)
+        expected = mix.log_softmax(1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        assert drawn == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_instructions_are_in_no_text_and_the_reward_never_sees_them(tmp_path):
     """The policy itself cannot write the ids that instructions are made of."""
     policy, told = tiny_policy(VOCAB, hidden=32), {token for block in BLOCKS for token in block}
     head, seen = policy.lm_head.forward, []
@@ -160,11 +177,14 @@ def test_instructions_are_in_no_text_and_the_reward_never_sees_them():
     engine = make_engine(reward, policy, tokenizer=tiny_tokenizer(VOCAB))
     blocks, questions = ([" ".join(f"w{i}" for i in ids) for ids in texts] for texts in (BLOCKS, QUESTIONS))
     method = navigator(n=2, blocks=blocks, questions=questions, scores=["w1", "w2", "w3"])
-    out = generate(engine, method=method)
+    out = generate(engine, method=method, trace=True)
     assert {block for row in out.segments for block in [s.scaffold.block for s in row]} > {3}
     assert not told & {token for ids in [*out.completions, *seen] for token in ids}
     assert not {f"w{token}" for token in told} & {word for text in out.texts for word in text.split()}
     assert out.sequences[1].tolist()[: 1 + len(out.completions[1])] == PROMPTS[1] + out.completions[1]
+    out.save_trace(tmp_path / "trace.jsonl")
+    for record, row in zip(load_trace(tmp_path / "trace.jsonl"), out.segments, strict=True):
+        assert [s["scaffold"]["tokens"] for s in record["segments"]] == [s.scaffold.tokens for s in row]
     events = list(engine.stream(PROMPTS, CONFIG, seed=[4, 5, 6], method=method))
     assert ["".join(e.text for e in events if e.index == row) for row in range(3)] == out.texts
     assert out.stats["policy_tokens"] == out.stats["committed_tokens"] + out.stats["discarded_tokens"]

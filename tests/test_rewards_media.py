@@ -289,17 +289,18 @@ def test_a_classifier_reads_what_the_policy_reads(family):
     live(scorer, prompts(), expected, draw=draw, slots=100, rounds=5)
 
 
-def noised_inputs(media):
-    return noised(alone(media), 300)
+def a_blank(inputs):
+    return {**inputs, "pixel_values": torch.full_like(inputs["pixel_values"], 0.1)}
 
 
-def test_grounding_is_what_an_answer_gains_by_the_pictures_being_clear():
+@pytest.mark.parametrize(("noise", "dimmed"), [(300, lambda inputs: noised(inputs, 300)), (a_blank, a_blank)])
+def test_grounding_is_what_an_answer_gains_by_the_pictures_being_clear(noise, dimmed):
     model, processor = llava(), llava_processor()
-    scorer = GroundingReward(model, noise=300, beta=2.0)
+    scorer = GroundingReward(model, noise=noise, beta=2.0)
 
     def expected(completion):
-        media = completion.response.prompt.media
-        clear, dim = (logprob(model, inputs(media), completion.tokens) for inputs in (alone, noised_inputs))
+        inputs = alone(completion.response.prompt.media)
+        clear, dim = (logprob(model, one, completion.tokens) for one in (inputs, dimmed(inputs)))
         return 2.0 * (clear - dim)
 
     prompts = read(CHATS, model, processor)
@@ -414,6 +415,8 @@ def test_scorers_that_would_not_see_the_pictures_say_what_to_give_them():
         JudgeReward(model, processor=processor.tokenizer)
     with refused("tokenizer='policy'", "processor="):
         ImplicitReward(llava(), llava(1), tokenizer="policy", processor=processor)
+    with refused("tokenizer has", "processor=", "leave tokenizer= out"):
+        JudgeReward(model, foreign.tokenizer, processor=processor)
     ends = dict(processor(text=["what is <image>"], images=[[picture(0)]], return_tensors="pt"))
     ends.pop("token_type_ids", None)
     with refused(r"prompts\[0\]", "picture", "last"):
@@ -440,8 +443,11 @@ def test_functions_are_given_the_pictures_they_ask_for_and_rules_judge_the_text(
     }
     assert engine.generate(CHATS, CONFIG, seed=0, columns={"images": ["abc", "d"]}).rewards == [3.0, 1.0]
     assert engine.generate(chats, CONFIG, seed=0).rewards == [1.0, 2.0, 0.0]
+    plain = StarsEngine(policy, looks, processor=processor)
+    assert plain.generate(chats[2:], CONFIG, seed=0).rewards == [0.0]  # of its neighbours it knows nothing
+    assert plain.generate(chats, CONFIG, seed=0).rewards == [1.0, 2.0, 0.0]
     with refused("images", "columns="):
-        engine.generate(chats[2:], CONFIG)
+        StarsEngine(tiny_policy(104), looks, tokenizer=processor.tokenizer).generate(["no picture"], CONFIG)
     with refused("images", "columns="):
         engine.generate(processor(text=["<image>?"], images=[[picture(0)]], return_tensors="pt"), CONFIG)
     for reward in (reads_text, RuleReward({"a": 1.0})):

@@ -53,7 +53,7 @@ def test_answers_are_scored_as_the_second_text_of_a_pair(encoder, types):
     tokenizer = pairing(types)
     reward = ClassifierReward(encoder, tokenizer, pairs=True)
     engine = StarsEngine(tiny_policy(VOCAB, hidden=32), reward, tokenizer=tiny_tokenizer(VOCAB))
-    chat = [{"role": "user", "content": "w5 w6 w7"}]
+    chat = [{"role": "user", "content": "w5 w6 w7" if types else [{"type": "text", "text": "w5 w6 w7"}]}]
     out = engine.generate(["w1 w2", chat], CONFIG, seed=0, num_return_sequences=2, ignore_eos=True)
     assert out.errors == [None] * 4
     for question, answer, found in zip(["w1 w2"] * 2 + ["w5 w6 w7"] * 2, out.texts, out.rewards, strict=True):

@@ -150,6 +150,9 @@ A, B = {"type": "image", "path": "/pictures/a.png"}, {"type": "image", "path": "
 DATA = {"type": "image", "url": "data:image/png;base64,AA=="}
 WORDS = {"type": "text", "text": "w3"}
 PLACE = {"type": "image"}
+BASE64 = {"type": "image", "base64": "AA=="}
+OPENAIS = {"type": "image_url", "image_url": {"url": A["path"]}}
+UPPER = "DATA:image/png;base64,AA=="  # schemes are in either case
 
 
 @pytest.mark.parametrize(
@@ -162,6 +165,8 @@ PLACE = {"type": "image"}
         ([{"role": "user", "content": [PLACE, WORDS, PLACE]}], ["a.png", "/b.png"], [A, WORDS, B]),
         ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], None, [{**PLACE, "image": A["path"]}]),
         ([{"role": "user", "content": [{"type": "image", "path": "a.png"}, PLACE]}], "/b.png", [A, B]),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}], None, [OPENAIS]),
+        ([{"role": "user", "content": [BASE64, PLACE]}], UPPER, [BASE64, {**DATA, "url": UPPER}]),
     ],
 )
 def test_pictures_stand_before_the_text_or_where_they_have_a_place(prompt, image, parts):
@@ -179,7 +184,8 @@ def test_pictures_are_the_first_users_and_a_prompt_without_any_stays_as_it_is():
     ("fields", "cause"),
     [
         ({"prompt": "w3", "image": 3}, "image: give a path or a data URL"),
-        ({"prompt": "w3", "image": []}, "image: give a path or a data URL"),
+        ({"prompt": "w3", "images": [3]}, "images: give a path or a data URL"),
+        ({"prompt": "w3", "images": ["a.png"], "image": "a.png"}, "has image and images: give one"),
         ({"prompt": "w3", "image": ["a.png", ""]}, "image: give a path or a data URL"),
         ({"prompt_ids": [5], "image": "a.png"}, "image goes with a prompt, or with messages of a user"),
         ({"messages": [{"role": "system", "content": "w3"}], "image": "a.png"}, "image goes with a prompt, or"),
@@ -225,4 +231,6 @@ def test_a_row_with_another_picture_is_another_row(tmp_path):
 def test_paths_start_where_the_row_was_read():
     (row,) = read_rows(['{"prompt": "w3", "image": "a.png"}'], 0, "there/rows.jsonl")
     assert row.asked[0]["content"][0]["path"] == "there/a.png" and row.prompt == "w3"
+    (same,) = read_rows(['{"id": 1, "prompt": "w3", "images": "a.png"}'], 0, "there/rows.jsonl")
+    assert same == row and read_rows(['{"prompt": "w3", "images": []}'], 0)[0].asked == "w3"
     assert Row(**json.loads(json.dumps(vars(row)))) == row  # as it goes to a worker

@@ -10,7 +10,7 @@ from serving import CONFIG, tiny_engine
 from starlette.testclient import TestClient
 
 from stars_fast import AsyncStarsEngine
-from stars_fast.serve import pictures
+from stars_fast.serve import pictures, schema
 from stars_fast.serve.app import create_app
 from stars_fast.serve.service import Service
 
@@ -139,6 +139,21 @@ def test_sizes_are_bounded_before_a_picture_is_opened(service, seen, folder, mon
     assert "more than 10 bytes" in message(post(service, "a b.png"))
     many = [data_url(encoded((1, 1)))] * (pictures.MOST_PICTURES + 1)
     assert f"at most {pictures.MOST_PICTURES} pictures" in message(post(service, *many))
+    monkeypatch.setattr(schema, "MOST_PARTS", 4)
+    assert "has 5 messages and parts, more than 4" in message(post(service, *many[:3]))
+
+
+def test_requests_wait_while_the_pictures_of_others_take_up_too_much(service, seen, monkeypatch):
+    held, prepare = [], service.engine.engine.prepare
+    monkeypatch.setattr(service.engine.engine, "prepare", lambda asked: held.append(service.pixels) or prepare(asked))
+    for urls in ([data_url(encoded((4, 5)))] * 2, ["data:"], [data_url(encoded((4, 6)))]):
+        post(service, *urls)
+        assert service.pixels == 0  # once a request has ended
+    assert held == [40, 24]
+    monkeypatch.setattr(service, "pixels", pictures.MOST_HELD)
+    answer = post(service, data_url(encoded()))
+    assert "pictures of open requests" in message(answer, 503) and answer.headers["retry-after"] == "1"
+    assert service.pixels == pictures.MOST_HELD and len(seen) == 2
 
 
 def test_bodies_have_room_for_pictures_where_pictures_are_read(service, monkeypatch):

@@ -74,7 +74,10 @@ def test_a_processor_with_a_way_of_its_own_renders_its_chats(pair):
     image, own = picture(0), llava_processor()
     own.__class__ = Own
     takes = forward_arguments(llava())
-    assert identity(read(asked(image), (takes, own))[0]) == identity(read(asked(image), (takes, llava_processor()))[0])
+    expected = identity(read(asked(image), (takes, llava_processor()))[0])
+    assert identity(read(asked(image), (takes, own))[0]) == expected
+    for variables in ({"images": ["/nowhere.png"]}, {"processor_kwargs": {"images": ["http://nowhere/a.png"]}}):
+        assert identity(read(asked(image), (takes, own), chat_template_kwargs=variables)[0]) == expected
 
 
 def test_a_picture_may_be_an_object_an_array_a_file_or_a_data_url(pair, tmp_path):
@@ -263,6 +266,8 @@ def test_what_is_no_processor_is_refused(policy32, tokenizer32, tmp_path):
     for processor in (tokenizer32, 7, type(llava_processor())):
         with refused("processor is", "give a transformers processor"):
             StarsEngine(policy32, lambda completions: [], processor=processor)
+    with refused(r"tokenizer has .*\(32 ids\)", "processor=", "leave tokenizer= out"):
+        StarsEngine(policy32, lambda completions: [], tokenizer=tokenizer32, processor=llava_processor())
     with pytest.raises(OSError, match=r"processor='.*' cannot be loaded"):
         StarsEngine(policy32, lambda completions: [], processor=tmp_path)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from stars_fast.evaluation.recipe import Recipe
 from stars_fast.methods.numbers import shown
-from stars_fast.rows.pictures import check_image, with_pictures
+from stars_fast.rows.pictures import image_of, with_pictures
 
 _FIELDS = ("prompt", "messages")  # that are read where none is named
 
@@ -57,7 +57,7 @@ def _prompt(recipe: Recipe, number: int, row: Any) -> Any:
     fields = row if isinstance(row, dict) else {}
     text, folder = _text(recipe, number, fields), os.path.abspath(os.path.dirname(str(recipe.prompts)))
     try:
-        return with_pictures(text, check_image(fields.get("image")), folder)
+        return with_pictures(text, image_of(fields), folder)
     except ValueError as error:
         raise ValueError(f"{recipe.prompts}, row {number}: {error}") from error
 

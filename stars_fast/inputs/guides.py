@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -113,12 +113,18 @@ def _read(
     return read
 
 
+class Pictured(dict[str, Any]):
+    """What a processor made of a prompt with pictures, or of a batch of them."""
+
+    chat: Messages | None = None  # what the engine's processor made it of, with its pictures
+
+
 def _given(prompt: Prompt) -> Any:
-    """A prompt as it was given, which a function may change without changing what others read."""
+    """A prompt for a function, which may change it without changing what others read."""
     media = prompt.media
     if media is None:
         return copy.deepcopy(prompt.source)
+    inputs = Pictured((name, value.clone()) for name, value in media.inputs.items())
     if media.images:
-        return refilled(cast(Messages, prompt.source), copy.deepcopy(media.images))
-    inputs: Mapping[str, Any] = media.inputs
-    return {key: value.clone() for key, value in inputs.items()}
+        inputs.chat = refilled(cast(Messages, prompt.source), copy.deepcopy(media.images))
+    return inputs

@@ -20,7 +20,13 @@ from stars_fast.policy.policy import Policy
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
 from stars_fast.rewards.classifier import ONE_LABEL
 from stars_fast.rewards.ids import POLICYS, check_draft
-from stars_fast.text.tokenizers import named_processor, named_tokenizer, processor_beside, tokenizer_beside
+from stars_fast.text.tokenizers import (
+    check_beside,
+    named_processor,
+    named_tokenizer,
+    processor_beside,
+    tokenizer_beside,
+)
 from stars_fast.tree.support import place
 
 # Heads that a causal LM has no use for, and no model has that was trained as one.
@@ -67,7 +73,8 @@ def load_policy(
     Raises
     ------
     OSError, ValueError, TypeError
-        As transformers says, for what it cannot load; for a device that is not there; for a model without an LM head.
+        As transformers says, for what it cannot load; for a device that is not there; for a model without an LM head;
+        for a tokenizer and a processor of two vocabularies.
     """
     processor = named_processor("processor", processor)
     if isinstance(policy, (str, os.PathLike)):
@@ -89,6 +96,8 @@ def load_policy(
     if tokenizer is None and processor is not None:
         tokenizer = processor.tokenizer
     tokenizer = named_tokenizer("tokenizer", tokenizer)
+    if processor is not None:
+        check_beside("tokenizer", tokenizer, processor)
     if isinstance(policy, type):
         raise TypeError(f"policy is the class {policy.__name__}: give a model, a path or a hub id")
     if policy.get_output_embeddings() is None:
@@ -172,11 +181,11 @@ def load_reward(
         )
     elif reward_tokenizer is not None:
         warn(f"reward_tokenizer= has no effect on a {type(reward).__name__}: it has its own, or needs none")
+    if not isinstance(reward, Reward) and callable(reward):
+        reward = CallableReward(reward, tokenizer)
     if isinstance(reward, Reward):
         reward.check_policy(policy, tokenizer)
         return reward
-    if callable(reward):
-        return CallableReward(reward, tokenizer)
     raise TypeError(
         f"reward is a {type(reward).__name__}: give a sequence-classification model with one label, "
         "a stars_fast.rewards.Reward, a function, a path or a hub id"

@@ -34,8 +34,9 @@ class Guided(Method):
     models : sequence of (model, weight) or (model, weight, prompt_transform)
         ``model`` is a transformers causal LM with the policy's vocabulary, on its device, a path or a hub id; None is
         the policy itself, whose weights are not loaded twice. ``weight`` is any finite number. ``prompt_transform``
-        takes a prompt as it was given (text, a chat, ids) and returns what this model reads in its place, in any of
-        these forms: ids, where the model has a chat template of its own.
+        takes a prompt as it was given (text, a chat, ids) and returns what this model reads in its place, in any form
+        that prompts have. A prompt with pictures is handed over as what the processor made of it, a mapping whose
+        ``chat`` is what the engine's processor made it of, if it did.
     weight : float
         Of the policy's logits.
     method : str, mapping or Method

@@ -109,7 +109,7 @@ class Policy(TreeModel):
 
         The first token comes from the leaf's logits; a segment of K tokens costs K - 1 forward passes. Where there are
         ``guides``, tokens follow the sum of all models' logits by ``leaf.weights``
-        (:class:`stars_fast.policy.mixed.MixedSteps`), and each guide costs as many passes.
+        (:class:`stars_fast.policy.mixed.MixedSteps`), and every further model costs as many passes.
 
         Raises
         ------
@@ -270,7 +270,9 @@ class Policy(TreeModel):
         return Steps(self, shape, self.logit_size, self.barred)
 
     def _prepared_mixed(self, models: tuple[Policy, ...], shape: Shape, processed: bool) -> MixedSteps:
-        """:meth:`_prepared` for a proposal of several models. Captured steps hold all of them."""
+        """:meth:`_prepared` for a proposal of several models. Captured steps hold all of them, and go with what any of
+        them relies on.
+        """
         if processed or not self.graphs.enabled:
             return MixedSteps(models, shape)
         relied_on = {model: model.graphs.relied_on for model in models[1:]}
@@ -279,10 +281,9 @@ class Policy(TreeModel):
             self.graphs.drop(MixedSteps)
         self._guides_then.update(relied_on)
         shape = shape.padded(max(model.trunk_room for model in models), self.length_room)
+        capture = shape.length > 1 and all(model.graphs.enabled for model in models)
         with self.on_device():
-            return self.graphs.get(
-                (shape, *map(ref, models)), lambda: MixedSteps(models, shape), capture=shape.length > 1
-            )
+            return self.graphs.get((shape, *map(ref, models)), lambda: MixedSteps(models, shape), capture=capture)
 
     def steps(self, shape: Shape) -> Steps:
         """Tensors of decode steps of a padded shape, which are kept, and captured where that is possible."""

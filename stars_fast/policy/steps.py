@@ -75,7 +75,7 @@ class Steps(Captured):
         bool ``[rows]``.
     """
 
-    not_finite = NOT_FINITE  # the error of such a row
+    not_finite = NOT_FINITE  # what is said of rows whose logits are not
 
     def __init__(
         self, policy: TreeModel, shape: Shape, logits: int, barred: torch.Tensor | None = None, prompts: int = 1

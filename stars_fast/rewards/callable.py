@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from stars_fast.methods.numbers import shown
 from stars_fast.notices import warn
@@ -20,6 +21,7 @@ from stars_fast.rewards.values import one_each
 from stars_fast.text.prompts import ends_with_answer
 from stars_fast.text.tokenizers import check_tokenizer
 from stars_fast.text.turns import in_one_piece
+from stars_fast.tree.media import takes_media
 
 _OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
 
@@ -33,8 +35,9 @@ class CallableReward(Reward):
         Called by keyword with those of ``prompts``, ``completions``, ``completion_ids`` and the columns that it can
         take. Chats arrive as message lists, their completions as ``[{"role": "assistant", "content": text}]``; where a
         chat ends with the beginning of the answer, that stands in the completion and not in the prompt. A prompt's
-        pictures are the column ``images``, a list of them, unless the call has one of that name. What an async one
-        keeps between calls (clients, locks) stays good: a session of the engine has one event loop.
+        pictures are the column ``images``, a list of them, unless the call has one of that name; one that needs
+        ``images`` gets an empty list for a prompt that has none. What an async one keeps between calls (clients, locks)
+        stays good: a session of the engine has one event loop.
     tokenizer : transformers tokenizer, optional
         The policy's. Without one, prompts and completions are lists of ids.
     """
@@ -58,6 +61,7 @@ class CallableReward(Reward):
         self._positional = [p for p in parameters if p.kind is p.POSITIONAL_ONLY]
         self._required = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, *named)]
         self._loop: _LoopThread | None = None
+        self._may_see = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_loop": None, "_calls": 0}  # a copy is in no session
@@ -66,11 +70,16 @@ class CallableReward(Reward):
     def described(self) -> str:
         return f"{super().described} of {getattr(self.function, '__qualname__', type(self.function).__name__)}"
 
+    def check_policy(self, policy: PreTrainedModel, tokenizer: Any) -> None:
+        self._may_see = takes_media(policy)
+
     def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
         needed = [name for name in self._required if name not in _OWN_ARGUMENTS]
         for name in needed:
-            seen = name != "images" or any(prompt.media is not None or name in prompt.columns for prompt in prompts)
-            if not seen or any(name not in self._columns(prompt) for prompt in prompts):
+            # Of a policy of text, `images` is a column like any other: nobody's prompts have pictures.
+            told = (prompt.media is not None or name in prompt.columns for prompt in prompts)
+            may_see = name != "images" or self._may_see or any(told)
+            if not may_see or any(name not in self._columns(prompt) for prompt in prompts):
                 raise ValueError(
                     f"the reward function needs {name!r}, which is neither prompts, completions or completion_ids nor "
                     f"a column: pass columns={{{name!r}: one value per prompt}}, or give the parameter a default"

@@ -9,6 +9,7 @@ from transformers import BatchEncoding
 
 from stars_fast.rewards.base import Completion, RewardPrompt
 from stars_fast.rewards.render import Context, Rendering
+from stars_fast.text.turns import spoken
 
 
 class Pairs(Rendering):
@@ -30,7 +31,7 @@ class Pairs(Rendering):
                 f"{prompt.name} has {len(turns)} turns, and a pair (pairs=True, a quality reward) is one question and "
                 "its answer: give the question as reward_prompts="
             )
-        question = turns[0]["content"]
+        question = spoken(turns[0])
         return Context(list(self.tokenizer(question)["input_ids"]), [], question)
 
     def target(self, context: Context, completion: Completion, causal: bool) -> tuple[list[int], list[int]]:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from stars_fast.text.turns import has_pictures
+from stars_fast.text.pictures import is_url, place_of
+from stars_fast.text.turns import PICTURES, has_pictures
 
 Image = str | list[str]  # as a row has it: a path or a data URL, or several
-_SOURCES = ("image", "path", "url")  # of a part of a message
+COLUMNS = ("image", "images")  # either is read: data sets for TRL have the one or the other
 
 
-def check_image(image: Any) -> Image | None:
-    """The ``image`` of a row. Raises ValueError for what is none."""
-    sources = image if isinstance(image, list) else [image]
-    if image is None or (sources and all(isinstance(source, str) and source for source in sources)):
+def image_of(fields: Mapping[str, Any]) -> Image | None:
+    """The pictures of a row; an empty list is none. Raises ValueError for what is no picture, and for two columns."""
+    given = [name for name in COLUMNS if fields.get(name) is not None and fields[name] != []]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise ValueError(f"has {' and '.join(given)}: give one of them")
+    image: Any = fields[given[0]]
+    if all(isinstance(source, str) and source for source in (image if isinstance(image, list) else [image])):
         return image
-    raise ValueError("image: give a path or a data URL, or a list of them")
+    raise ValueError(f"{given[0]}: give a path or a data URL, or a list of them")
 
 
 def shows_pictures(prompt: Any) -> bool:
@@ -37,7 +43,7 @@ def with_pictures(prompt: Any, image: Image | None, folder: str) -> Any:
         For ids, and messages that have another number of places for pictures.
     """
     sources = [] if image is None else [image] if isinstance(image, str) else image
-    pictures = [{"type": "image", "url" if _is_url(source) else "path": source} for source in sources]
+    pictures = [{"type": "image", "url" if is_url(source) else "path": source} for source in sources]
     if pictures and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     places = sum(map(_is_place, _parts(prompt)))
@@ -76,16 +82,17 @@ def _parts(prompt: Any) -> Iterator[dict[str, Any]]:
 
 def _is_place(part: Any) -> bool:
     """Whether a part is a picture that is named elsewhere."""
-    return isinstance(part, dict) and part.get("type") == "image" and not any(part.get(name) for name in _SOURCES)
-
-
-def _is_url(source: str) -> bool:
-    return source.startswith("data:") or "://" in source
+    return isinstance(part, dict) and part.get("type") in PICTURES and place_of(part) is None
 
 
 def _placed(part: Any, folder: str) -> Any:
     """A part; of one that names a file, with the file's path from here."""
-    if not isinstance(part, dict) or part.get("type") != "image":
+    place = place_of(part) if isinstance(part, dict) and part.get("type") in PICTURES else None
+    if place in (None, "base64"):
         return part
-    named = {name: source for name in _SOURCES if isinstance(source := part.get(name), str) and not _is_url(source)}
-    return {**part, **{name: os.path.join(folder, source) for name, source in named.items()}}
+    source = part[place]
+    named = source.get("url") if isinstance(source, dict) else source  # OpenAI's {"url": ...}
+    if not isinstance(named, str) or is_url(named):
+        return part
+    path = os.path.join(folder, named)
+    return {**part, place: {**source, "url": path} if isinstance(source, dict) else path}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
-from stars_fast.rows.pictures import Image, check_image, shows_pictures, with_pictures
+from stars_fast.rows.pictures import Image, image_of, shows_pictures, with_pictures
 
 Id = str | int
 _FORMS = ("prompt", "messages", "prompt_ids")
@@ -104,7 +104,7 @@ def _read_row(place: str, own_id: Id, line: bytes | str, seed: int) -> Row:
         fields = _parse(line)
         row_id = _checked(fields, "id", own_id, str, int)
         own_seed = _checked(fields, "seed", row_seed(seed, row_id), int)
-        prompt, image = _prompt(fields), check_image(fields.get("image"))
+        prompt, image = _prompt(fields), image_of(fields)
         with_pictures(prompt, image, "")  # where that cannot be, it is told now
         return Row(row_id, prompt, own_seed, image=image)
     except ValueError as error:

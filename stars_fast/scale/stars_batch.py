@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from stars_fast.config import StarsConfig
 from stars_fast.engine import StarsEngine
 from stars_fast.loop.stream import Progress
+from stars_fast.rows.pictures import COLUMNS
 from stars_fast.rows.reading import Row, each_row
 from stars_fast.rows.responses import Records, finished_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_READ = ("id", "prompt", "messages", "prompt_ids", "image", "seed")
+_READ = ("id", "prompt", "messages", "prompt_ids", *COLUMNS, "seed")
 
 
 class StarsBatch:
@@ -40,14 +41,14 @@ class StarsBatch:
 
     Notes
     -----
-    A batch (Arrow, pandas or NumPy) has a column ``id``, text or integers, which differ within the dataset, and one
-    of ``prompt`` (text), ``messages`` (chats) and ``prompt_ids`` in each row. A column ``image`` has pictures:
-    whole paths, data URLs, the bytes of files, or what data sets of the hub have, ``{"bytes": ..., "path": ...}``;
-    one or a list. A null in a message is a key that the message has not: Arrow gives all of them the keys of one.
-    The batch comes back as an Arrow table with all its columns and these: ``sample, completion, reward,
-    finish_reason, error, tokens, completion_ids, segments, seed``; a row per sample where ``num_return_sequences``
-    is more than 1. A row that fails has its reason in ``error``, which is null in others, and costs no other row.
-    ValueError and TypeError are for what is wrong with every row.
+    A batch (Arrow, pandas or NumPy) has a column ``id``, text or integers, which differ within the dataset, and one of
+    ``prompt`` (text), ``messages`` (chats) and ``prompt_ids`` in each row. A column ``image`` or ``images`` has
+    pictures: whole paths, data URLs, the bytes of files, or what data sets of the hub have,
+    ``{"bytes": ..., "path": ...}``; one or a list. A null in a message is a key that the message has not: Arrow gives
+    all of them the keys of one. The batch comes back as an Arrow table with all its columns and these: ``sample,
+    completion, reward, finish_reason, error, tokens, completion_ids, segments, seed``; a row per sample where
+    ``num_return_sequences`` is more than 1. A row that fails has its reason in ``error``, which is null in others, and
+    costs no other row. ValueError and TypeError are for what is wrong with every row.
 
     Examples
     --------
@@ -118,8 +119,8 @@ def complete(
 
 def _spoken(value: Any) -> Any:
     """Without the keys that Arrow gives all messages of a table since one of them has it; pictures as data URLs."""
-    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # as data sets of the hub have pictures
-        value = value["bytes"]
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:  # as data sets of the hub have pictures
+        value = value["path"] if value["bytes"] is None else value["bytes"]
     if isinstance(value, bytes):
         return f"data:image/*;base64,{base64.b64encode(value).decode()}"
     if isinstance(value, dict):

@@ -103,7 +103,7 @@ def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     place = _place(first, body)
     if first["type"] == "json_invalid":
         return Refusal(f"the body is not JSON: {first['ctx']['error']} (character {first['loc'][1]})")
-    if first["type"] == "too_many_keys":
+    if first["type"] in ("too_many_keys", "too_many_parts"):
         return Refusal(f"{'.'.join(map(str, place)) or 'the body'} {first['msg']}")
     if not place:
         return Refusal("the body must be a JSON object, sent with content-type: application/json")

@@ -66,6 +66,7 @@ class Guard:
             await Refusal(f"the server failed: {type(error).__name__}", 500).response()(scope, receive, answer)
         finally:
             seconds = time.perf_counter() - began
+            self.service.pixels -= scope["state"].get("pixels", 0)
             self.service.metrics.responses.labels(str(notes["status"] or 499)).inc()
             if path.startswith("/v1/"):
                 self.service.metrics.whole.observe(seconds)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from stars_fast.serve.errors import Refusal
+from stars_fast.text.pictures import decoded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_PICTURES = 16  # of a request: a processor may cut each into a dozen tiles
 MOST_PIXELS = 1 << 25  # of a request's pictures together: 96 MiB once they are opened
+MOST_HELD = 16 * MOST_PIXELS  # of open requests together: beyond it, no further ones are opened
 MOST_BYTES = 20 << 20  # of a file, and of the pictures in a body
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # decoders of rarer ones have had more faults than uses here
 
 
-def open_pictures(chat: list[dict[str, Any]], folder: Path | None) -> list[dict[str, Any]]:
-    """The chat as the engine reads it, its parts of type ``image_url`` replaced by opened pictures.
+def open_pictures(chat: list[dict[str, Any]], folder: Path | None) -> tuple[list[dict[str, Any]], int]:
+    """The chat as the engine reads it, its parts of type ``image_url`` replaced by opened pictures; and their pixels.
 
     Parameters
     ----------
@@ -49,19 +50,16 @@ def open_pictures(chat: list[dict[str, Any]], folder: Path | None) -> list[dict[
                 left -= picture.width * picture.height
                 parts[number] = {"type": "image", "image": picture}
         messages.append({**message, "content": parts})
-    return messages
+    return messages, MOST_PIXELS - left
 
 
 def _contents(name: str, url: str, folder: Path | None) -> bytes:
     """The file that a URL is of."""
-    head, comma, data = url.partition(",")
-    if url.startswith("data:"):
+    if url[:5].lower() == "data:":
         try:
-            if comma and head.endswith(";base64"):
-                return base64.b64decode(data, validate=True)
+            return decoded(url)
         except ValueError:
-            pass
-        raise Refusal(f"{name} is no data URL in base64, such as data:image/png;base64,...", param=name)
+            raise Refusal(f"{name} is no data URL in base64, such as data:image/png;base64,...", param=name) from None
     if "://" in url and not url.startswith("file://"):
         raise Refusal(f"{name}: pictures are not fetched; give a data URL, data:image/png;base64,...", param=name)
     if folder is None:
@@ -78,9 +76,11 @@ def _file(name: str, url: str, folder: Path) -> bytes:
             path = unquote(parts.path) if parts.netloc in ("", "localhost") else ""
         file, within = (folder / path).resolve(), folder.resolve()
         if file.is_relative_to(within) and file.is_file():
-            if file.stat().st_size > MOST_BYTES:
+            with file.open("rb") as opened:
+                contents = opened.read(MOST_BYTES + 1)  # whatever its size was a moment ago
+            if len(contents) > MOST_BYTES:
                 raise Refusal(f"{name}: the file has more than {MOST_BYTES} bytes", param=name)
-            return file.read_bytes()
+            return contents
     except (OSError, ValueError, RuntimeError):  # no right to look, a null in the path, links in a circle
         pass
     raise Refusal(f"{name}: there is no such picture in the server's folder", param=name)

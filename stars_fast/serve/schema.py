@@ -17,6 +17,7 @@ MOST_PROMPTS = 256
 MOST_CANDIDATES = 2**16  # of all answers together, for a segment or a whole answer, as the method has it
 MOST_STOPS = 64
 MOST_KEYS = 100  # of an object: each that is wrong is complained of
+MOST_PARTS = 2**14  # of a chat, its messages counted: a body that has room for pictures has room for a million
 _MOST_SECONDS = 86_400.0
 _EXACT = 2**53 - 1  # JSON's numbers are doubles to many clients
 
@@ -159,6 +160,18 @@ class ChatRequest(Asked):
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     max_completion_tokens: Count | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_parts(cls, value: Any) -> Any:
+        messages = value.get("messages") if isinstance(value, dict) else None
+        if isinstance(messages, list):
+            contents = [message.get("content") for message in messages if isinstance(message, dict)]
+            count = len(messages) + sum(len(content) for content in contents if isinstance(content, list))
+            if count > MOST_PARTS:
+                told = {"count": count, "most": MOST_PARTS}
+                raise PydanticCustomError("too_many_parts", "has {count} messages and parts, more than {most}", told)
+        return value
 
     @property
     def longest(self) -> int | None:

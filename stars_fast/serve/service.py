@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from starlette.datastructures import State
+
 from stars_fast.async_engine import AsyncStarsEngine
 from stars_fast.config import StarsConfig
 from stars_fast.inputs.arguments import Arguments
@@ -15,7 +17,7 @@ from stars_fast.methods.numbers import shown
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.serve.errors import Refusal, in_terms_of_requests, named, unavailable
 from stars_fast.serve.metrics import Metrics
-from stars_fast.serve.pictures import MOST_BYTES, open_pictures
+from stars_fast.serve.pictures import MOST_BYTES, MOST_HELD, open_pictures
 from stars_fast.serve.refused import check_served
 from stars_fast.serve.schema import MOST_CANDIDATES, Asked, ChatRequest
 
@@ -58,6 +60,7 @@ class Service:
     keep_alive: float = 15.0
     image_folder: Path | None = None
     metrics: Metrics = field(init=False)
+    pixels: int = field(default=0, init=False)  # of the pictures of open requests
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine)
@@ -96,11 +99,18 @@ class Service:
         if (reason := self.trouble()) is not None:
             raise unavailable(reason)
 
-    async def prompts(self, body: Asked) -> list[Any]:
-        """What is to be answered, with its pictures opened. Raises Refusal for those that are none."""
+    async def prompts(self, body: Asked, costs: State) -> list[Any]:
+        """What is to be answered, with its pictures opened. Raises Refusal for those that are none, and while those of
+        others take up too much. Whose ``costs`` these are takes their ``pixels`` back when it ends.
+        """
         if not isinstance(body, ChatRequest) or not body.pictures:
             return body.prompts
-        return [await asyncio.to_thread(open_pictures, body.prompts[0], self.image_folder)]
+        if self.pixels >= MOST_HELD:
+            self.metrics.rejections.inc()
+            raise unavailable(f"the pictures of open requests have {self.pixels} pixels, of at most {MOST_HELD}")
+        chat, costs.pixels = await asyncio.to_thread(open_pictures, body.prompts[0], self.image_folder)
+        self.pixels += costs.pixels
+        return [chat]
 
     async def settings(self, body: Asked, prompts: list[Any]) -> StarsConfig:
         """The request's settings over the server's.

@@ -27,18 +27,18 @@ def processed(
 ) -> Mapping[str, Any]:
     """What ``processor.apply_chat_template`` makes of a chat whose pictures were taken out (:func:`opened`).
 
-    Its template is rendered within bounds. A processor that renders chats in a way of its own does so.
+    Its template is rendered within bounds. A processor that renders chats in a way of its own does so, but is asked for
+    text alone: told to read it, too, it would take variables that no template knows for its own, ``images`` to be
+    fetched among them.
     """
     tokenizer, template = processor.tokenizer, chat_template(processor)
     own = getattr(processor.apply_chat_template, "__func__", None) is not ProcessorMixin.apply_chat_template
     if own or not isinstance(tokenizer, PreTrainedTokenizerBase) or template is None:
-        made = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        filled = refilled(chat, images)
-        encoding: Mapping[str, Any] = processor.apply_chat_template(filled, **made, **form, **variables)
-        return encoding
-    text = rendered(tokenizer, chat, variables, template=template, **form)
+        text = processor.apply_chat_template(refilled(chat, images), tokenize=False, **form, **variables)
+    else:
+        text = rendered(tokenizer, chat, variables, template=template, **form)
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    encoding = processor(
+    encoding: Mapping[str, Any] = processor(
         text=text, images=[list(images)], return_tensors="pt", **({"add_special_tokens": False} if begun else {})
     )
     return encoding
@@ -92,9 +92,27 @@ def opened(name: str, chat: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str,
     return turns, images
 
 
+def place_of(part: Mapping[str, Any]) -> str | None:
+    """The key under which a part has its picture; None of a bare one."""
+    return next((key for key in _PLACES if part.get(key) is not None), None)
+
+
+def is_url(source: str) -> bool:
+    """Whether it is no path: a data URL, or one of another scheme."""
+    return source[:5].lower() == "data:" or "://" in source[:16]
+
+
+def decoded(source: str) -> bytes:
+    """What base64, or a data URL in it, stands for. Raises ValueError, which quotes nothing, for anything else."""
+    kind, _, data = source.rpartition(",")
+    if source[:5].lower() == "data:" and not kind.endswith(";base64"):
+        raise ValueError("it must be data:image/...;base64, and its data")
+    return base64.b64decode("".join(data.split()), validate=True)
+
+
 def _picture(where: str, part: Mapping[str, Any]) -> Any:
-    given = [part[key] for key in _PLACES if part.get(key) is not None]
-    source = given[0] if given else None
+    place = place_of(part)
+    source = None if place is None else part[place]
     if isinstance(source, Mapping):  # OpenAI's {"url": ...}
         source = source.get("url")
     if source is None:
@@ -114,7 +132,7 @@ def _picture(where: str, part: Mapping[str, Any]) -> Any:
         return source
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f"{where}: a picture is a {type(source).__name__}: give PIL's, an array, a path or a data URL")
-    what, file = _file(where, os.fspath(source), part.get("base64") is source)
+    what, file = _file(where, os.fspath(source), place == "base64")
     with _said(where, what):
         image = Image.open(file)
     with image:
@@ -150,14 +168,11 @@ def _file(where: str, source: str, encoded: bool) -> tuple[str, str | BytesIO]:
     """What error messages call a picture, and what Pillow opens."""
     if source[:7].lower() == "file://":
         return shown(source), unquote(source[7:])
-    if "://" in source[:16]:
-        raise ValueError(f"{where}: {shown(source)} is not fetched: give the picture, a path or a data URL")
     if encoded or source[:5].lower() == "data:":
-        kind, _, data = source.rpartition(",")
-        if not encoded and not kind.endswith(";base64"):
-            raise ValueError(f"{where}: {shown(source)} must be 'data:image/...;base64,' and its data")
         try:
-            return "of a data URL", BytesIO(base64.b64decode("".join(data.split()), validate=True))
+            return "of a data URL", BytesIO(decoded(source))
         except ValueError as error:
-            raise ValueError(f"{where}: the picture of a data URL is no base64: {error}") from error
+            raise ValueError(f"{where}: the picture {shown(source)} is no base64: {error}") from error
+    if is_url(source):
+        raise ValueError(f"{where}: {shown(source)} is not fetched: give the picture, a path or a data URL")
     return shown(source), source

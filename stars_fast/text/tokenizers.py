@@ -36,6 +36,15 @@ def same_vocabulary(a: Any, b: Any) -> bool:
     return a is not None and b is not None and (a is b or a.get_vocab() == b.get_vocab())
 
 
+def check_beside(argument: str, tokenizer: Any, processor: Any) -> None:
+    """Raise ValueError where a tokenizer gives other ids than the processor that reads what it does not."""
+    if hasattr(tokenizer, "get_vocab") and not same_vocabulary(tokenizer, processor.tokenizer):
+        raise ValueError(
+            f"{argument} has another vocabulary ({len(tokenizer.get_vocab())} ids) than the tokenizer of processor= "
+            f"({len(processor.tokenizer.get_vocab())}), and a prompt is read in one: leave {argument}= out"
+        )
+
+
 def tokenizer_beside(name: str, argument: str = "", cached: bool = False) -> Any:
     """The tokenizer in a model's folder or repository; None if there is none.
 

@@ -204,10 +204,11 @@ def test_pictures_come_as_files_bytes_or_as_data_sets_of_the_hub_have_them(tmp_p
         picture(seed).save(path)
     files = [Path(path).read_bytes() for path in paths]
     columns = (paths, files, [[file] for file in files], [{"bytes": file, "path": None} for file in files])
+    columns += ([{"bytes": None, "path": path} for path in paths],)
     actor = StarsBatch(str(tmp_path), lambda completion_ids: [sum(ids) % 7 / 2 for ids in completion_ids], CONFIG)
     tables = [pa.table({"id": ["a", "b"], "prompt": ["what?"] * 2, "image": column}) for column in columns]
     first, *others = (actor(table)["completion"].to_pylist() for table in tables)
-    assert first[0] != first[1] and others == [first] * 3
+    assert first[0] != first[1] and others == [first] * 4
 
 
 def test_a_pipeline_of_ones_own_has_the_same_texts(cluster, rows, undisturbed):
