@@ -18,7 +18,7 @@ from stars_fast.ops.philox import philox_key
 from stars_fast.policy.leaf import RowProcessor, Sampling
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import RewardPrompt
-from stars_fast.text.media import Media, forward_arguments
+from stars_fast.text.media import Media, forward_arguments, written_before
 from stars_fast.text.personas import read_personas
 from stars_fast.text.prompts import Prompt, gone_on_from, read_prompts, template_kwargs
 from stars_fast.tree.media import placeholder_ids
@@ -70,7 +70,7 @@ def check_limits(
     for index, (prompt, variants) in enumerate(zip(prompts, preferred, strict=True)):
         for ids, under in [(prompt.ids, ""), *((ids, ", under a preference,") for ids in variants)]:
             check_ids(index, ids, prompt.media, policy, "the policy's", under)
-        length = max(map(len, [prompt.ids, *variants]))
+        length = max(map(len, [written_before(prompt), *variants]))
         check_positions(index, length, config, policy, "the policy")
         if kv_cache_tokens is not None and slots[index] > kv_cache_tokens:
             raise ValueError(

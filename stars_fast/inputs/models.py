@@ -59,7 +59,7 @@ def load_policy(
 
     Parameters
     ----------
-    policy : transformers causal LM, path, hub id or "demo"
+    policy : transformers causal LM or encoder-decoder, path, hub id or "demo"
         An object is left where it is. By name it is loaded with transformers' Auto classes.
     tokenizer : transformers tokenizer, path or hub id, optional
         Default: the processor's; else the one beside a policy given by name, if there is one.
@@ -109,19 +109,21 @@ def _auto_class(name: str) -> Any:
     """Which of transformers' Auto classes loads a policy: where both know its config, the one that knows what it was
     saved as.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
     try:
         config = read(AutoConfig, name)
     except (OSError, ValueError, ImportError):  # an adapter's folder; what is broken is said when the model is read
         return AutoModelForCausalLM
-    text, pictures = (
+    text, pictures, sources = (
         {known.__name__ for known in _several(auto._model_mapping[type(config)])}
         if type(config) in auto._model_mapping
         else set[str]()
-        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText)
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
     )
     saved = set(config.architectures or ())
+    if sources and (saved & sources - text - pictures or not text | pictures):
+        return AutoModelForSeq2SeqLM
     only_text = not pictures or bool(saved & text - pictures)
     return AutoModelForCausalLM if only_text else AutoModelForImageTextToText
 
