@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.config import StarsConfig
-from stars_fast.inputs.arguments import Arguments, check_media, check_positions
+from stars_fast.inputs.arguments import Arguments, check_media, check_positions, warn_of_large_batches
 from stars_fast.inputs.call import Call, prepare, settings
 from stars_fast.inputs.job import Job
 from stars_fast.inputs.models import load_policy, load_reward, second_policy
@@ -390,6 +390,7 @@ class StarsEngine(Stays):
             models = (self.policy, self.reward, self.tokenizer)
             call = prepare(arguments, *models, self.kv_cache_tokens, samples, self.processor, guide)
             self._guides = call.terms.guides or self._guides
+            warn_of_large_batches(call.prompts, call.config.num_return_sequences, self.max_rows)
             if isinstance(targets := call.config.target_reward, tuple):
                 self.per_prompt.used(targets, map(identity, call.prompts))
             if (named := call.terms.method.draft_model) is not None:

@@ -111,6 +111,17 @@ def check_media(index: int, media: Media | None, model: TreeModel, role: str) ->
         )
 
 
+def warn_of_large_batches(prompts: Sequence[Prompt], samples: int, rows: int) -> None:
+    """A batch that a processor made in one piece is read whole each time that some of its prompts are let in."""
+    batch = max((len(prompt.media.inputs["input_ids"]) for prompt in prompts if prompt.media is not None), default=1)
+    if batch > 1 and batch * samples > rows:
+        warn(
+            f"prompts: a processor's batch of {batch}, with num_return_sequences={samples}, is more than max_rows="
+            f"{rows} at a time, and all of it is read again whenever others of it follow: give a list of what the "
+            "processor makes of one prompt each"
+        )
+
+
 def warn_of_overruled(method: Method, given: StarsConfig, ruled: StarsConfig) -> None:
     """Say it where a method decides a field itself that the caller has set."""
     for field_ in fields(StarsConfig):
