@@ -112,6 +112,13 @@ def test_a_text_depends_on_nobody_beside_it_nor_on_candidates(made, reads):
         ]
 
 
+def test_a_batch_that_is_read_again_and_again_is_warned_of(reads):
+    inputs, engine = qwen_inputs((4, 4), (4, 4), (4, 4)), StarsEngine(qwen2_5_vl(), reward, max_rows=2)
+    with pytest.warns(UserWarning, match="batch of 3, .*=1, is more than max_rows=2 .* one prompt"):
+        engine.generate(inputs, CONFIG, seed=0, max_new_tokens=4, ignore_eos=True)
+    assert reads == [(0, 1), (2,)]
+
+
 def test_nothing_holds_pictures_after_the_call():
     inputs, engine = qwen_inputs((8, 12), (4, 6)), StarsEngine(qwen2_5_vl(), reward)
     pixels = weakref.ref(inputs["pixel_values"])
@@ -352,4 +359,4 @@ def test_a_trace_shows_a_picture_as_one_placeholder(tmp_path):
     output.save_trace(tmp_path / "trace.jsonl")
     record = json.loads((tmp_path / "trace.jsonl").read_text())
     assert record["prompt_ids"].count(IMAGE) == 16 and record["prompt_text"].count("<image>") == 1
-    assert record["prompt_text"].endswith("what is it?\nassistant: ")
+    assert record["prompt_text"].endswith("<image>\nwhat is it?assistant: ")

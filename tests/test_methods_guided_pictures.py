@@ -81,9 +81,9 @@ def test_what_a_transform_does_to_a_picture_stays_with_its_guide():
     image = np.array(picture(0))
     before, processor = image.copy(), llava_processor()
 
-    def blacken(chat):
-        chat[0]["content"][0]["image"][:] = 0
-        return chat
+    def blacken(inputs):
+        inputs.chat[0]["content"][0]["image"][:] = 0
+        return inputs.chat
 
     arguments = Arguments(asked(image), CONFIG, dict(method=Guided([(None, -0.5, blacken)], weight=1.5)))
     (node,) = StarsEngine(llava(), reward, processor=processor).prepare(arguments).nodes

@@ -33,7 +33,6 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.rewards import (
-    CallableReward,
     ClassifierReward,
     Completion,
     GroundingReward,
@@ -293,7 +292,12 @@ def a_blank(inputs):
     return {**inputs, "pixel_values": torch.full_like(inputs["pixel_values"], 0.1)}
 
 
-@pytest.mark.parametrize(("noise", "dimmed"), [(300, lambda inputs: noised(inputs, 300)), (a_blank, a_blank)])
+def a_blank_in_place(inputs):
+    inputs["pixel_values"].fill_(0.1)
+    return inputs
+
+
+@pytest.mark.parametrize(("noise", "dimmed"), [(300, lambda inputs: noised(inputs, 300)), (a_blank_in_place, a_blank)])
 def test_grounding_is_what_an_answer_gains_by_the_pictures_being_clear(noise, dimmed):
     model, processor = llava(), llava_processor()
     scorer = GroundingReward(model, noise=noise, beta=2.0)
@@ -461,7 +465,7 @@ def test_functions_are_given_the_pictures_they_ask_for_and_rules_judge_the_text(
     def reads_text(prompts, completions):
         return [0.0 for _ in completions]
 
-    engine = StarsEngine(policy, CallableReward(looks, processor.tokenizer), processor=processor)
+    engine = StarsEngine(policy, looks, processor=processor)
     output = engine.generate(CHATS, CONFIG, seed=0)
     assert output.rewards == [1.0, 2.0]
     assert {id(image) for images in seen for image in images} == {

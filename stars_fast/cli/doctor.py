@@ -188,9 +188,9 @@ def _describe(model: PreTrainedModel) -> Report:
 
 
 def _policy_path(model: PreTrainedModel) -> tuple[Report, Policy]:
-    from stars_fast.policy.policy import Policy
+    from stars_fast.policy.encoder_decoder import policy_of
 
-    runs = Policy(model)
+    runs = policy_of(model)
     return _tree_path(runs, "its attention runs on the tree of slots"), runs
 
 

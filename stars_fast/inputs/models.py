@@ -62,7 +62,7 @@ def load_policy(
 
     Parameters
     ----------
-    policy : transformers causal LM, path, hub id or "demo"
+    policy : transformers causal LM or encoder-decoder, path, hub id or "demo"
         An object is left where it is. By name it is loaded with transformers' Auto classes.
     tokenizer : transformers tokenizer, path or hub id, optional
         Default: the processor's; else the one beside a policy given by name, if there is one.
@@ -112,20 +112,22 @@ def _auto_class(name: str) -> Any:
     """Which of transformers' Auto classes loads a policy: where both know its config, the one that knows what it was
     saved as.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
     config = _config(name)
     if config is None:  # what is broken is said when the model is read
         return AutoModelForCausalLM
-    text, pictures = (
+    text, pictures, sources = (
         {known.__name__ for known in _several(auto._model_mapping[type(config)])}
         if type(config) in auto._model_mapping
         else set[str]()
-        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText)
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
     )
+    saved = set(config.architectures or ())
+    if sources and (saved & sources - text - pictures or not text | pictures):
+        return AutoModelForSeq2SeqLM
     if not text and not pictures:
         raise ValueError(f"policy={name!r} has a {type(config).__name__}, of which transformers makes no causal LM")
-    saved = set(config.architectures or ())
     only_text = not pictures or bool(saved & text - pictures)
     return AutoModelForCausalLM if only_text else AutoModelForImageTextToText
 

@@ -98,7 +98,8 @@ class Policy(TreeModel):
         kept = sorted(set(last))
         keep = torch.tensor(kept, device=self.device)
         nodes, output = super().read_media(inputs, rows, lag, logits_to_keep=keep, **kwargs)
-        return nodes, [output.logits[row, kept.index(place)] for row, place in zip(rows, last, strict=True)]
+        places_kept = [(row, kept.index(place)) for row, place in zip(rows, last, strict=True)]
+        return nodes, [output.logits[place].clone() for place in places_kept]  # views would keep all of the batch's
 
     def allowed(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits ``[..., V]`` with -inf at :attr:`barred`."""
