@@ -12,6 +12,7 @@ from histories import live
 from safetensors.torch import load_file, save_file
 from tiny_pictures import (
     IMAGE,
+    VOCAB,
     asked,
     gemma3,
     gemma3_processor,
@@ -19,9 +20,11 @@ from tiny_pictures import (
     llava_processor,
     paligemma,
     picture,
+    processed,
     qwen2_5_vl,
     qwen_inputs,
 )
+from tiny_vision import answer_logprobs, answered, randomised
 from transformers import (
     Gemma3ForSequenceClassification,
     LlavaModel,
@@ -81,24 +84,8 @@ def of_row(media):
     return rows | {"pixel_values": pixels, "image_grid_thw": grid[media.row : media.row + 1]}
 
 
-def with_answer(inputs, answer, kind=0):
-    """The inputs of a plain pass over prompt and answer, whose token types are ``kind``."""
-    longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"], torch.tensor([answer], dtype=torch.long)], 1)}
-    longer.pop("attention_mask", None)
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in inputs:
-            types = inputs[name]
-            longer[name] = torch.cat([types, types.new_full((1, len(answer)), kind)], 1)
-    return longer
-
-
-@torch.no_grad()
 def logprob(model, inputs, answer, kind=0):
-    """Of the answer's ids, by one plain pass."""
-    if not answer:
-        return 0.0
-    logits = model(**with_answer(inputs, answer, kind), use_cache=False).logits[0, -len(answer) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum().item()
+    return answer_logprobs(model, inputs, answer, kind).sum().item()
 
 
 FAMILIES = {
@@ -192,7 +179,7 @@ class SteppedLlava(LlavaPreTrainedModel):
 
 
 def test_a_classifier_of_steps_reads_the_pictures_in_front_of_them():
-    model, processor = random(SteppedLlava(llava().config)), llava_processor()
+    model, processor = randomised(SteppedLlava(llava().config), 3), llava_processor()
     scorer = ProcessReward.qwen(model, processor=processor, step_token="|", system=None, aggregate="mean")
     mark = processor.tokenizer("|")["input_ids"][0]
 
@@ -253,15 +240,6 @@ class ValuedQwen(Qwen2_5_VLPreTrainedModel):
         return SequenceClassifierOutputWithPast(logits=self.score(hidden[:, -1]))
 
 
-def random(model, seed=3):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.12)
-    return model.float().eval()
-
-
 def labelled(config):
     config = copy.deepcopy(config)
     config.num_labels = 1
@@ -269,8 +247,8 @@ def labelled(config):
 
 
 CLASSIFIERS = {
-    "gemma3": lambda: random(Gemma3ForSequenceClassification(labelled(gemma3().config))),
-    "qwen2.5": lambda: random(ValuedQwen(labelled(qwen2_5_vl().config))),
+    "gemma3": lambda: randomised(Gemma3ForSequenceClassification(labelled(gemma3().config)), 3),
+    "qwen2.5": lambda: randomised(ValuedQwen(labelled(qwen2_5_vl().config)), 3),
 }
 
 
@@ -281,7 +259,7 @@ def test_a_classifier_reads_what_the_policy_reads(family):
 
     @torch.no_grad()
     def expected(completion):
-        given = with_answer(inputs(completion.response.prompt.media), completion.tokens)
+        given = answered(inputs(completion.response.prompt.media), completion.tokens)
         return model.score(model.model(**given, use_cache=False).last_hidden_state[0, -1]).item()
 
     assert scorer.tree_model is not None
@@ -333,7 +311,7 @@ def test_noise_is_vcds_and_each_pictures_own():
 
 
 def test_a_value_head_is_found_in_a_folder_and_read_behind_the_template(tmp_path):
-    model, processor, v_head = qwen2_5_vl(5), llava_processor(), random(torch.nn.Linear(32, 1))
+    model, processor, v_head = qwen2_5_vl(5), llava_processor(), randomised(torch.nn.Linear(32, 1), 3)
     model.save_pretrained(tmp_path / "apart")
     processor.tokenizer.save_pretrained(tmp_path / "apart")
     head = {f"v_head.summary.{name}": value for name, value in v_head.state_dict().items()}
@@ -350,7 +328,7 @@ def test_a_value_head_is_found_in_a_folder_and_read_behind_the_template(tmp_path
 
         @torch.no_grad()
         def expected(completion):
-            given = with_answer(of_row(completion.response.prompt.media), [*completion.tokens, 7, 8])
+            given = answered(of_row(completion.response.prompt.media), [*completion.tokens, 7, 8])
             return v_head(model.model(**given, use_cache=False).last_hidden_state[0, -1]).item()
 
         live(scorer, prompts, expected, draw=draw, rounds=3)
@@ -383,7 +361,7 @@ def test_the_engine_guides_answers_to_pictures_alike_however_many_candidates():
 def test_scorers_that_would_not_see_the_pictures_say_what_to_give_them():
     model, processor = llava(), llava_processor()
     chats = read(CHATS, model, processor)
-    inputs = read(processor.apply_chat_template(CHATS[1], tokenize=True, return_dict=True, return_tensors="pt"), model)
+    inputs = read(processed(processor, CHATS[1]), model)
     inputs[0].tokenizer = processor.tokenizer
     foreign = gemma3_processor()
     bare = copy.copy(processor.tokenizer)
@@ -393,11 +371,12 @@ def test_scorers_that_would_not_see_the_pictures_say_what_to_give_them():
     same = copy.copy(processor.tokenizer)
     same.chat_template = processor.chat_template
     alike = [dataclasses.replace(prompt, tokenizer=same) for prompt in chats]
+    of_text = [tiny_policy(VOCAB, seed=seed) for seed in (0, 1)]
     cases = [
         (ImplicitReward(llava(), llava(1), tokenizer=copy.copy(same)), alike, ()),
         (ImplicitReward(llava(), llava(1), tokenizer=same, chat_template_kwargs={"a": 1}), alike, ("processor=",)),
-        (ClassifierReward(tiny_reward(104)), chats, ("pictures", "ClassifierReward", "text alone", "rule")),
-        (ImplicitReward(tiny_policy(104), tiny_policy(104, seed=1)), inputs, ("pictures", "ImplicitReward", "text")),
+        (ClassifierReward(tiny_reward(VOCAB)), chats, ("pictures", "ClassifierReward", "text alone", "rule")),
+        (ImplicitReward(*of_text), inputs, ("pictures", "ImplicitReward", "text")),
         (ImplicitReward(llava(), llava(1), tokenizer=marked), chats, ("pictures", "processor=")),
         (ImplicitReward(gemma3(), gemma3(1), processor=foreign), inputs, ("what a processor made", "chat")),
         (JudgeReward(model, bare, yes="Y", no="N"), chats, ("pictures", "processor=")),
@@ -477,12 +456,12 @@ def test_functions_are_given_the_pictures_they_ask_for_and_rules_judge_the_text(
     assert plain.generate(chats[2:], CONFIG, seed=0).rewards == [0.0]  # of its neighbours it knows nothing
     assert plain.generate(chats, CONFIG, seed=0).rewards == [1.0, 2.0, 0.0]
     with refused("images", "columns="):
-        StarsEngine(tiny_policy(104), looks, tokenizer=processor.tokenizer).generate(["no picture"], CONFIG)
+        StarsEngine(tiny_policy(VOCAB), looks, tokenizer=processor.tokenizer).generate(["no picture"], CONFIG)
     with refused("images", "columns="):
         engine.generate(processor(text=["<image>?"], images=[[picture(0)]], return_tensors="pt"), CONFIG)
     for reward in (reads_text, RuleReward({"a": 1.0})):
         assert StarsEngine(policy, reward, processor=processor).generate(chats, CONFIG, seed=0).errors == [None] * 3
-    engine, texts = StarsEngine(policy, tiny_reward(104), processor=processor), ["a dog", "two cats", "none"]
+    engine, texts = StarsEngine(policy, tiny_reward(VOCAB), processor=processor), ["a dog", "two cats", "none"]
     assert engine.generate(chats, CONFIG, seed=0, reward_prompts=texts).errors == [None] * 3
 
 
@@ -496,7 +475,7 @@ PARTS_ALONE = (
 @pytest.mark.parametrize("policy", ["llava", "gemma3"])
 def test_answers_to_pictures_are_what_the_template_writes_around_and_makes_of_them(policy):
     """It shows an answer as parts alone, and trims it: text that is read anew stands behind the same pictures."""
-    model, processor, head = llava(6), llava_processor(), random(torch.nn.Linear(32, 1))
+    model, processor, head = llava(6), llava_processor(), randomised(torch.nn.Linear(32, 1), 3)
     processor.chat_template = PARTS_ALONE
     scorer = ValueHeadReward(model, head, processor=processor)
     make, its = {"llava": (llava, llava_processor), "gemma3": (gemma3, gemma3_processor)}[policy]

@@ -19,6 +19,7 @@ from tiny_pictures import (
     llava,
     llava_processor,
     picture,
+    processed,
     qwen2_5_vl,
     qwen_inputs,
 )
@@ -33,7 +34,6 @@ from stars_fast.text import media
 from stars_fast.text.media import forward_arguments, identity
 from stars_fast.text.prompts import read_prompts
 
-FORM = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
 PNG = io.BytesIO()
 picture(0).save(PNG, "png")
 DATA = "data:image/png;base64," + base64.b64encode(PNG.getvalue()).decode()
@@ -59,7 +59,7 @@ def same_inputs(media, encoding) -> bool:
 def test_a_chat_with_pictures_is_what_transformers_makes_of_it(pair, chat):
     begun = chat[-1]["role"] == "assistant"
     form = {"add_generation_prompt": not begun, "continue_final_message": begun}
-    encoding = pair[1].apply_chat_template(chat, **form, **FORM)
+    encoding = processed(pair[1], chat, **form)
     (prompt,) = read(chat, pair)
     assert prompt.ids == encoding["input_ids"][0].tolist() and same_inputs(prompt.media, encoding)
     given = [part["image"] for part in chat[0]["content"][:-1]]
@@ -105,7 +105,7 @@ def test_a_chat_of_text_and_text_are_read_as_without_a_processor(pair):
     tokenizer = pair[1].tokenizer
     chat = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
     assert tokenizer.chat_template is None, "the processor has it"
-    expected = pair[1].apply_chat_template(chat, add_generation_prompt=True, **FORM)
+    expected = processed(pair[1], chat)
     prompts = read([chat, "hello"], pair)
     assert prompts[0].ids == expected["input_ids"][0].tolist() and prompts[1].ids == tokenizer("hello")["input_ids"]
     (encoded,) = read(expected, pair)
@@ -128,7 +128,7 @@ def test_a_processors_output_is_a_prompt_for_each_row_without_its_padding(pair, 
 
 def test_a_list_of_outputs_is_a_prompt_each_and_a_mask_of_ones_own_wins(pair):
     chats = [asked(picture(0)), asked(picture(1))]
-    outputs = [pair[1].apply_chat_template(chat, add_generation_prompt=True, **FORM) for chat in chats]
+    outputs = [processed(pair[1], chat) for chat in chats]
     assert list(map(identity, read(outputs, pair))) == list(map(identity, read(chats, pair)))
     assert list(map(identity, read([dict(one) for one in outputs], pair))) == list(map(identity, read(chats, pair)))
     mask = outputs[0]["attention_mask"].clone()
@@ -189,7 +189,7 @@ def test_what_is_wrong_with_a_picture_is_said_with_its_turn(pair, tmp_path, monk
 
 
 def test_a_picture_that_nobody_would_see_is_refused(pair, tokenizer32, policy32):
-    chat, output = asked(picture(0)), pair[1].apply_chat_template(asked(picture(0)), **FORM)
+    chat, output = asked(picture(0)), processed(pair[1], asked(picture(0)))
     engine = StarsEngine(policy32, lambda completions: [], tokenizer=tokenizer32)
     with refused(r"prompts\[0\], turn 0 \(user\)", "'image'", "processor="):
         engine.generate(chat)
@@ -217,7 +217,7 @@ def test_what_the_processor_raises_names_the_prompt(pair):
 
 
 def test_a_batch_that_is_no_tensor_or_no_batch_is_refused(pair):
-    one = pair[1].apply_chat_template(asked(picture(0)), **FORM)
+    one = processed(pair[1], asked(picture(0)))
     with refused("input_ids", "batch"):
         read({**one, "input_ids": one["input_ids"][0], "attention_mask": one["attention_mask"][0]}, pair)
     with refused("input_ids", "return_tensors='pt'"):
@@ -250,7 +250,7 @@ def test_a_policy_that_takes_pictures_is_loaded_by_name_with_its_processor(tmp_p
         assert one.tokenizer is one.processor.tokenizer
         assert same_inputs(
             read_prompts(chat, one.tokenizer, processor=one.processor, takes=forward_arguments(model))[0].media,
-            llava_processor().apply_chat_template(chat, add_generation_prompt=True, **FORM),
+            processed(llava_processor(), chat),
         )
 
 
