@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from tiny_vision import FAMILIES, IMAGE, answered, family_model, family_prompt, together
+from tiny_vision import FAMILIES, IMAGE, answer_logprobs, family_model, family_prompt, together
 
 from stars_fast.policy.leaf import Leaf, Sampling
 from stars_fast.policy.policy import Policy
@@ -63,11 +63,9 @@ def worst(name, prompts, answers, groups):
     """How far the log-probabilities of draws are from those of plain passes over prompt, answer so far and draw."""
     errors = [0.0]
     for prompt, answer, draws in zip(prompts, answers, groups, strict=True):
-        start = prompt["input_ids"].shape[1] + len(answer) - 1
         for draw in draws:
-            inputs = answered(name, prompt, [*answer, *draw.tokens])
-            plain = family_model(name)(**inputs, use_cache=False).logits[0, start:-1].log_softmax(1)
-            expected = plain.gather(1, torch.tensor(draw.tokens)[:, None])[:, 0]
+            whole, kind = [*answer, *draw.tokens], FAMILIES[name].answer_type
+            expected = answer_logprobs(family_model(name), prompt, whole, kind)[len(answer) :]
             errors.append(float((expected - torch.tensor(draw.logprobs)).abs().max()))
     return max(errors)
 

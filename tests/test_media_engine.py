@@ -1,7 +1,10 @@
 """Prompts with pictures through the engine: the policy's own numbers, the method's own law, whoever else is there."""
 
 import asyncio
+import gc
+import json
 import math
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -18,9 +21,11 @@ from tiny_pictures import (
     llava_processor,
     paligemma,
     picture,
+    processed,
     qwen2_5_vl,
     qwen_inputs,
 )
+from tiny_vision import answer_logprobs
 
 from stars_fast import AsyncStarsEngine, StarsConfig, StarsEngine, calibrate
 from stars_fast.methods import RSD
@@ -36,9 +41,8 @@ def reward(completion_ids):
 
 def _outputs(make, processor):
     """A model, and what its processor makes of three prompts: two of them differ in nothing but the picture."""
-    form = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     chats = [asked(picture(0)), asked(picture(1)), asked(picture(2), text="which colour has it?")]
-    return make(), [processor().apply_chat_template(chat, **form) for chat in chats]
+    return make(), [processed(processor(), chat) for chat in chats]
 
 
 def _llava():
@@ -72,24 +76,11 @@ def reads(monkeypatch):
     return seen
 
 
-def plain_logprobs(model, inputs, tokens) -> torch.Tensor:
-    """Log-probabilities of an answer by the model's own forward pass over prompt, pictures and answer."""
-    answer = torch.tensor([tokens])
-    longer = {name: torch.cat([inputs[name], answer], 1) for name in ("input_ids",)}
-    longer["attention_mask"] = torch.ones_like(longer["input_ids"])
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in inputs:
-            longer[name] = torch.cat([inputs[name], torch.zeros_like(answer, dtype=inputs[name].dtype)], 1)
-    with torch.no_grad():
-        logits = model(**{**inputs, **longer}).logits[0, -len(tokens) - 1 : -1].float()
-    return logits.log_softmax(1).gather(1, answer[0][:, None])[:, 0]
-
-
 def test_an_answer_has_the_log_probabilities_of_the_untouched_model(made):
     model, outputs = made
     out = StarsEngine(model, reward).generate(outputs, CONFIG, seed=0, on_error="raise")
     for inputs, tokens, logprobs in zip(outputs, out.completions, out.logprobs, strict=True):
-        torch.testing.assert_close(torch.tensor(logprobs), plain_logprobs(model, inputs, tokens), atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.tensor(logprobs), answer_logprobs(model, inputs, tokens), atol=1e-4, rtol=0)
     assert out.sequences[0, : outputs[0]["input_ids"].shape[1]].tolist() == outputs[0]["input_ids"][0].tolist()
     assert out.completions[0] != out.completions[1], "the picture is all they differ in"
 
@@ -107,6 +98,22 @@ def test_a_text_depends_on_nobody_beside_it_nor_on_candidates(made, reads):
         assert [event.segment.tokens for event in engine.stream(prompt, CONFIG, seed=[seed]) if event.segment] == [
             tokens[a:b] for a, b in pairwise([0, *range(4, len(tokens), 4), len(tokens)])
         ]
+
+
+def test_a_batch_that_is_read_again_and_again_is_warned_of(reads):
+    inputs, engine = qwen_inputs((4, 4), (4, 4), (4, 4)), StarsEngine(qwen2_5_vl(), reward, max_rows=2)
+    with pytest.warns(UserWarning, match="batch of 3, .*=1, is more than max_rows=2 .* one prompt"):
+        engine.generate(inputs, CONFIG, seed=0, max_new_tokens=4, ignore_eos=True)
+    assert reads == [(0, 1), (2,)]
+
+
+def test_nothing_holds_pictures_after_the_call():
+    inputs, engine = qwen_inputs((8, 12), (4, 6)), StarsEngine(qwen2_5_vl(), reward)
+    pixels = weakref.ref(inputs["pixel_values"])
+    engine.generate(inputs, CONFIG, seed=0, max_new_tokens=2)
+    del inputs
+    gc.collect()
+    assert pixels() is None
 
 
 def wave(completion) -> float:
@@ -317,7 +324,7 @@ def test_a_placeholder_may_lie_outside_the_models_embeddings():
     model, ((inputs, *_)) = gemma3(image=VOCAB), _gemma3()[1]
     moved = {**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, VOCAB)}
     out = StarsEngine(model, reward).generate(moved, CONFIG, seed=0, on_error="raise")
-    expected = plain_logprobs(model, moved, out.completions[0])
+    expected = answer_logprobs(model, moved, out.completions[0])
     torch.testing.assert_close(torch.tensor(out.logprobs[0]), expected, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match=r"prompts\[0\] holds id 105, outside the policy's vocabulary of 104"):
         StarsEngine(model, reward).generate({**moved, "input_ids": moved["input_ids"].clamp_min(105)}, CONFIG)
@@ -332,3 +339,12 @@ def test_pictures_count_where_prompts_are_admitted_and_repetition_is_penalised()
     length = ids.shape[1]
     with pytest.raises(ValueError, match=rf"prompts\[0\] has {length} tokens and needs {length + 16} slots"):
         StarsEngine(model, reward, kv_cache_tokens=length + 4).generate(outputs[0], CONFIG)
+
+
+def test_a_trace_shows_a_picture_as_one_placeholder(tmp_path):
+    engine = StarsEngine(llava(), lambda prompts, completions: [0.0] * len(completions), processor=llava_processor())
+    output = engine.generate(asked(picture(0)), method="vanilla", max_new_tokens=2, trace=True)
+    output.save_trace(tmp_path / "trace.jsonl")
+    record = json.loads((tmp_path / "trace.jsonl").read_text())
+    assert record["prompt_ids"].count(IMAGE) == 16 and record["prompt_text"].count("<image>") == 1
+    assert record["prompt_text"].endswith("<image>\nwhat is it?assistant: ")

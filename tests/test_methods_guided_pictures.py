@@ -2,13 +2,16 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from conftest import refused, sum_reward, tiny_policy, tiny_tokenizer
 from test_media_engine import CONFIG
-from tiny_pictures import IMAGE, VOCAB, asked, llava, llava_processor, picture, qwen2_5_vl, qwen_inputs
+from tiny_pictures import IMAGE, VOCAB, asked, llava, llava_processor, picture, processed, qwen2_5_vl, qwen_inputs
+from tiny_vision import answer_logits
 
 from stars_fast import StarsEngine
+from stars_fast.inputs.arguments import Arguments
 from stars_fast.methods import RSD, Guided, Stars
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards.grounding import noised
@@ -36,18 +39,13 @@ def faded(inputs):
     return inputs
 
 
-@torch.no_grad()
 def mixed_logprobs(weights, models, inputs, tokens):
     """Of an answer's tokens under the softmax of the weighted logits of plain forward passes over their inputs."""
-    answer, mix = torch.tensor([tokens]), 0.0
-    for weight, model, one in zip(weights, models, inputs, strict=True):
-        ids = torch.cat([one["input_ids"], answer], 1)
-        longer = {**one, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if "mm_token_type_ids" in one:
-            longer["mm_token_type_ids"] = torch.cat([one["mm_token_type_ids"], torch.zeros_like(answer).int()], 1)
-        mix = mix + weight * model(**longer).logits[0, -len(tokens) - 1 : -1].double()
+    parts = zip(weights, models, inputs, strict=True)
+    mix = sum(weight * answer_logits(model, one, tokens).double() for weight, model, one in parts)
     barred = [IMAGE, 101, 102, 103] if hasattr(models[0].config, "vision_start_token_id") else [IMAGE]
-    return mix.index_fill(1, torch.tensor(barred), -torch.inf).log_softmax(1).gather(1, answer[0][:, None])[:, 0]
+    laws = mix.index_fill(1, torch.tensor(barred), -torch.inf).log_softmax(1)
+    return laws.gather(1, torch.tensor(tokens)[:, None])[:, 0]
 
 
 def assert_mixed(out, weights, models, inputs):
@@ -62,9 +60,8 @@ def test_the_chat_comes_with_what_was_made_of_it_and_the_mix_is_exact():
     method = Guided([(None, -0.5, turned_before), (guide, 0.3)], weight=1.5, method=Stars())
     engine = StarsEngine(policy, reward, processor=processor)
     out = engine.generate(CHATS, CONFIG, seed=1, method=method, top_k=0, on_error="raise")
-    form = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-    seen = [processor.apply_chat_template(chat, **form) for chat in CHATS]
-    other = [processor.apply_chat_template(turned(copy.deepcopy(chat)), **form) for chat in CHATS]
+    seen = [processed(processor, chat) for chat in CHATS]
+    other = [processed(processor, turned(copy.deepcopy(chat))) for chat in CHATS]
     inputs = [[a, b, a] for a, b in zip(seen, other, strict=True)]
     assert_mixed(out, (1.5, -0.5, 0.3), (policy, policy, guide), inputs)
     again = engine.generate(CHATS, CONFIG, seed=1, method=method, top_k=0, candidates=1)
@@ -73,6 +70,20 @@ def test_the_chat_comes_with_what_was_made_of_it_and_the_mix_is_exact():
     distorted = Guided([(None, -0.5, noised)], weight=1.5)
     out = engine.generate(CHATS, CONFIG, seed=1, method=distorted, top_k=0, on_error="raise")
     assert_mixed(out, (1.5, -0.5), (policy, policy), [[one, noised(one)] for one in seen])
+
+
+def test_what_a_transform_does_to_a_picture_stays_with_its_guide():
+    image = np.array(picture(0))
+    before, processor = image.copy(), llava_processor()
+
+    def blacken(inputs):
+        inputs.chat[0]["content"][0]["image"][:] = 0
+        return inputs.chat
+
+    arguments = Arguments(asked(image), CONFIG, dict(method=Guided([(None, -0.5, blacken)], weight=1.5)))
+    (node,) = StarsEngine(llava(), reward, processor=processor).prepare(arguments).nodes
+    assert (image == before).all() and (node.media.images[0] == before).all()
+    assert not torch.equal(node.media.inputs["pixel_values"], node.beside[0].media.inputs["pixel_values"])
 
 
 @pytest.mark.parametrize("batch", [False, True], ids=["one each", "in one piece"])

@@ -12,6 +12,7 @@ from histories import live
 from safetensors.torch import load_file, save_file
 from tiny_pictures import (
     IMAGE,
+    VOCAB,
     asked,
     gemma3,
     gemma3_processor,
@@ -19,9 +20,11 @@ from tiny_pictures import (
     llava_processor,
     paligemma,
     picture,
+    processed,
     qwen2_5_vl,
     qwen_inputs,
 )
+from tiny_vision import answer_logprobs, answered, randomised
 from transformers import (
     Gemma3ForSequenceClassification,
     LlavaModel,
@@ -33,7 +36,6 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.rewards import (
-    CallableReward,
     ClassifierReward,
     Completion,
     GroundingReward,
@@ -82,24 +84,8 @@ def of_row(media):
     return rows | {"pixel_values": pixels, "image_grid_thw": grid[media.row : media.row + 1]}
 
 
-def with_answer(inputs, answer, kind=0):
-    """The inputs of a plain pass over prompt and answer, whose token types are ``kind``."""
-    longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"], torch.tensor([answer], dtype=torch.long)], 1)}
-    longer.pop("attention_mask", None)
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in inputs:
-            types = inputs[name]
-            longer[name] = torch.cat([types, types.new_full((1, len(answer)), kind)], 1)
-    return longer
-
-
-@torch.no_grad()
 def logprob(model, inputs, answer, kind=0):
-    """Of the answer's ids, by one plain pass."""
-    if not answer:
-        return 0.0
-    logits = model(**with_answer(inputs, answer, kind), use_cache=False).logits[0, -len(answer) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum().item()
+    return answer_logprobs(model, inputs, answer, kind).sum().item()
 
 
 FAMILIES = {
@@ -193,7 +179,7 @@ class SteppedLlava(LlavaPreTrainedModel):
 
 
 def test_a_classifier_of_steps_reads_the_pictures_in_front_of_them():
-    model, processor = random(SteppedLlava(llava().config)), llava_processor()
+    model, processor = randomised(SteppedLlava(llava().config), 3), llava_processor()
     scorer = ProcessReward.qwen(model, processor=processor, step_token="|", system=None, aggregate="mean")
     mark = processor.tokenizer("|")["input_ids"][0]
 
@@ -254,15 +240,6 @@ class ValuedQwen(Qwen2_5_VLPreTrainedModel):
         return SequenceClassifierOutputWithPast(logits=self.score(hidden[:, -1]))
 
 
-def random(model, seed=3):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.12)
-    return model.float().eval()
-
-
 def labelled(config):
     config = copy.deepcopy(config)
     config.num_labels = 1
@@ -270,8 +247,8 @@ def labelled(config):
 
 
 CLASSIFIERS = {
-    "gemma3": lambda: random(Gemma3ForSequenceClassification(labelled(gemma3().config))),
-    "qwen2.5": lambda: random(ValuedQwen(labelled(qwen2_5_vl().config))),
+    "gemma3": lambda: randomised(Gemma3ForSequenceClassification(labelled(gemma3().config)), 3),
+    "qwen2.5": lambda: randomised(ValuedQwen(labelled(qwen2_5_vl().config)), 3),
 }
 
 
@@ -282,7 +259,7 @@ def test_a_classifier_reads_what_the_policy_reads(family):
 
     @torch.no_grad()
     def expected(completion):
-        given = with_answer(inputs(completion.response.prompt.media), completion.tokens)
+        given = answered(inputs(completion.response.prompt.media), completion.tokens)
         return model.score(model.model(**given, use_cache=False).last_hidden_state[0, -1]).item()
 
     assert scorer.tree_model is not None
@@ -293,7 +270,12 @@ def a_blank(inputs):
     return {**inputs, "pixel_values": torch.full_like(inputs["pixel_values"], 0.1)}
 
 
-@pytest.mark.parametrize(("noise", "dimmed"), [(300, lambda inputs: noised(inputs, 300)), (a_blank, a_blank)])
+def a_blank_in_place(inputs):
+    inputs["pixel_values"].fill_(0.1)
+    return inputs
+
+
+@pytest.mark.parametrize(("noise", "dimmed"), [(300, lambda inputs: noised(inputs, 300)), (a_blank_in_place, a_blank)])
 def test_grounding_is_what_an_answer_gains_by_the_pictures_being_clear(noise, dimmed):
     model, processor = llava(), llava_processor()
     scorer = GroundingReward(model, noise=noise, beta=2.0)
@@ -329,7 +311,7 @@ def test_noise_is_vcds_and_each_pictures_own():
 
 
 def test_a_value_head_is_found_in_a_folder_and_read_behind_the_template(tmp_path):
-    model, processor, v_head = qwen2_5_vl(5), llava_processor(), random(torch.nn.Linear(32, 1))
+    model, processor, v_head = qwen2_5_vl(5), llava_processor(), randomised(torch.nn.Linear(32, 1), 3)
     model.save_pretrained(tmp_path / "apart")
     processor.tokenizer.save_pretrained(tmp_path / "apart")
     head = {f"v_head.summary.{name}": value for name, value in v_head.state_dict().items()}
@@ -346,7 +328,7 @@ def test_a_value_head_is_found_in_a_folder_and_read_behind_the_template(tmp_path
 
         @torch.no_grad()
         def expected(completion):
-            given = with_answer(of_row(completion.response.prompt.media), [*completion.tokens, 7, 8])
+            given = answered(of_row(completion.response.prompt.media), [*completion.tokens, 7, 8])
             return v_head(model.model(**given, use_cache=False).last_hidden_state[0, -1]).item()
 
         live(scorer, prompts, expected, draw=draw, rounds=3)
@@ -379,7 +361,7 @@ def test_the_engine_guides_answers_to_pictures_alike_however_many_candidates():
 def test_scorers_that_would_not_see_the_pictures_say_what_to_give_them():
     model, processor = llava(), llava_processor()
     chats = read(CHATS, model, processor)
-    inputs = read(processor.apply_chat_template(CHATS[1], tokenize=True, return_dict=True, return_tensors="pt"), model)
+    inputs = read(processed(processor, CHATS[1]), model)
     inputs[0].tokenizer = processor.tokenizer
     foreign = gemma3_processor()
     bare = copy.copy(processor.tokenizer)
@@ -389,11 +371,12 @@ def test_scorers_that_would_not_see_the_pictures_say_what_to_give_them():
     same = copy.copy(processor.tokenizer)
     same.chat_template = processor.chat_template
     alike = [dataclasses.replace(prompt, tokenizer=same) for prompt in chats]
+    of_text = [tiny_policy(VOCAB, seed=seed) for seed in (0, 1)]
     cases = [
         (ImplicitReward(llava(), llava(1), tokenizer=copy.copy(same)), alike, ()),
         (ImplicitReward(llava(), llava(1), tokenizer=same, chat_template_kwargs={"a": 1}), alike, ("processor=",)),
-        (ClassifierReward(tiny_reward(104)), chats, ("pictures", "ClassifierReward", "text alone", "rule")),
-        (ImplicitReward(tiny_policy(104), tiny_policy(104, seed=1)), inputs, ("pictures", "ImplicitReward", "text")),
+        (ClassifierReward(tiny_reward(VOCAB)), chats, ("pictures", "ClassifierReward", "text alone", "rule")),
+        (ImplicitReward(*of_text), inputs, ("pictures", "ImplicitReward", "text")),
         (ImplicitReward(llava(), llava(1), tokenizer=marked), chats, ("pictures", "processor=")),
         (ImplicitReward(gemma3(), gemma3(1), processor=foreign), inputs, ("what a processor made", "chat")),
         (JudgeReward(model, bare, yes="Y", no="N"), chats, ("pictures", "processor=")),
@@ -415,10 +398,38 @@ def test_scorers_that_would_not_see_the_pictures_say_what_to_give_them():
         JudgeReward(model, processor=processor.tokenizer)
     with refused("tokenizer='policy'", "processor="):
         ImplicitReward(llava(), llava(1), tokenizer="policy", processor=processor)
+    with refused("tokenizer has", "processor=", "leave tokenizer= out"):
+        JudgeReward(model, foreign.tokenizer, processor=processor)
     ends = dict(processor(text=["what is <image>"], images=[[picture(0)]], return_tensors="pt"))
     ends.pop("token_type_ids", None)
     with refused(r"prompts\[0\]", "picture", "last"):
         ImplicitReward(llava(), llava(1)).check(read(ends, model), 8, None)
+
+
+def test_a_reward_model_by_name_comes_with_the_processor_beside_it(tmp_path):
+    policy, processor = llava(), llava_processor()
+    torch.manual_seed(0)
+    classifier = Gemma3ForSequenceClassification(dataclasses.replace(gemma3().config, num_labels=1)).eval()
+    classifier.save_pretrained(tmp_path)
+    call = dict(method="vanilla", max_new_tokens=4, seed=0, on_error="raise")
+    own = StarsEngine(policy, ClassifierReward(classifier, processor=gemma3_processor()), processor=processor)
+    expected = own.generate(CHATS, **call).rewards
+    gemma3_processor().tokenizer.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=f"reward='{tmp_path}' takes pictures.*pass reward_tokenizer="):
+        bare = StarsEngine(policy, tmp_path, processor=processor)
+    with refused(r"prompts\[0\]", "processor=", "reward_tokenizer="):
+        bare.generate(CHATS, **call)
+    given = StarsEngine(policy, classifier, processor=processor, reward_tokenizer=gemma3_processor())
+    gemma3_processor().save_pretrained(tmp_path)
+    named = StarsEngine(policy, tmp_path, processor=processor)
+    for engine in (given, named):
+        assert engine.generate(CHATS, **call).rewards == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_vision_language_model_is_no_reward_model_by_name(tmp_path):
+    llava().config.save_pretrained(tmp_path)
+    with refused("reward='", "LlavaConfig", "no sequence classifier", "JudgeReward"):
+        StarsEngine(llava(), tmp_path, processor=llava_processor())
 
 
 def test_functions_are_given_the_pictures_they_ask_for_and_rules_judge_the_text():
@@ -433,7 +444,7 @@ def test_functions_are_given_the_pictures_they_ask_for_and_rules_judge_the_text(
     def reads_text(prompts, completions):
         return [0.0 for _ in completions]
 
-    engine = StarsEngine(policy, CallableReward(looks, processor.tokenizer), processor=processor)
+    engine = StarsEngine(policy, looks, processor=processor)
     output = engine.generate(CHATS, CONFIG, seed=0)
     assert output.rewards == [1.0, 2.0]
     assert {id(image) for images in seen for image in images} == {
@@ -441,14 +452,16 @@ def test_functions_are_given_the_pictures_they_ask_for_and_rules_judge_the_text(
     }
     assert engine.generate(CHATS, CONFIG, seed=0, columns={"images": ["abc", "d"]}).rewards == [3.0, 1.0]
     assert engine.generate(chats, CONFIG, seed=0).rewards == [1.0, 2.0, 0.0]
-    assert engine.generate(chats[2:], CONFIG, seed=0).rewards == [0.0]  # of its neighbours it knows nothing
+    plain = StarsEngine(policy, looks, processor=processor)
+    assert plain.generate(chats[2:], CONFIG, seed=0).rewards == [0.0]  # of its neighbours it knows nothing
+    assert plain.generate(chats, CONFIG, seed=0).rewards == [1.0, 2.0, 0.0]
     with refused("images", "columns="):
-        StarsEngine(tiny_policy(104), looks, tokenizer=processor.tokenizer).generate(["no picture"], CONFIG)
+        StarsEngine(tiny_policy(VOCAB), looks, tokenizer=processor.tokenizer).generate(["no picture"], CONFIG)
     with refused("images", "columns="):
         engine.generate(processor(text=["<image>?"], images=[[picture(0)]], return_tensors="pt"), CONFIG)
     for reward in (reads_text, RuleReward({"a": 1.0})):
         assert StarsEngine(policy, reward, processor=processor).generate(chats, CONFIG, seed=0).errors == [None] * 3
-    engine, texts = StarsEngine(policy, tiny_reward(104), processor=processor), ["a dog", "two cats", "none"]
+    engine, texts = StarsEngine(policy, tiny_reward(VOCAB), processor=processor), ["a dog", "two cats", "none"]
     assert engine.generate(chats, CONFIG, seed=0, reward_prompts=texts).errors == [None] * 3
 
 
@@ -462,7 +475,7 @@ PARTS_ALONE = (
 @pytest.mark.parametrize("policy", ["llava", "gemma3"])
 def test_answers_to_pictures_are_what_the_template_writes_around_and_makes_of_them(policy):
     """It shows an answer as parts alone, and trims it: text that is read anew stands behind the same pictures."""
-    model, processor, head = llava(6), llava_processor(), random(torch.nn.Linear(32, 1))
+    model, processor, head = llava(6), llava_processor(), randomised(torch.nn.Linear(32, 1), 3)
     processor.chat_template = PARTS_ALONE
     scorer = ValueHeadReward(model, head, processor=processor)
     make, its = {"llava": (llava, llava_processor), "gemma3": (gemma3, gemma3_processor)}[policy]

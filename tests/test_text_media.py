@@ -2,6 +2,8 @@
 
 import base64
 import io
+import json
+import warnings
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from tiny_pictures import (
     llava,
     llava_processor,
     picture,
+    processed,
     qwen2_5_vl,
     qwen_inputs,
 )
@@ -31,7 +34,6 @@ from stars_fast.text import media
 from stars_fast.text.media import forward_arguments, identity
 from stars_fast.text.prompts import read_prompts
 
-FORM = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
 PNG = io.BytesIO()
 picture(0).save(PNG, "png")
 DATA = "data:image/png;base64," + base64.b64encode(PNG.getvalue()).decode()
@@ -57,7 +59,7 @@ def same_inputs(media, encoding) -> bool:
 def test_a_chat_with_pictures_is_what_transformers_makes_of_it(pair, chat):
     begun = chat[-1]["role"] == "assistant"
     form = {"add_generation_prompt": not begun, "continue_final_message": begun}
-    encoding = pair[1].apply_chat_template(chat, **form, **FORM)
+    encoding = processed(pair[1], chat, **form)
     (prompt,) = read(chat, pair)
     assert prompt.ids == encoding["input_ids"][0].tolist() and same_inputs(prompt.media, encoding)
     given = [part["image"] for part in chat[0]["content"][:-1]]
@@ -103,7 +105,7 @@ def test_a_chat_of_text_and_text_are_read_as_without_a_processor(pair):
     tokenizer = pair[1].tokenizer
     chat = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
     assert tokenizer.chat_template is None, "the processor has it"
-    expected = pair[1].apply_chat_template(chat, add_generation_prompt=True, **FORM)
+    expected = processed(pair[1], chat)
     prompts = read([chat, "hello"], pair)
     assert prompts[0].ids == expected["input_ids"][0].tolist() and prompts[1].ids == tokenizer("hello")["input_ids"]
     (encoded,) = read(expected, pair)
@@ -126,7 +128,7 @@ def test_a_processors_output_is_a_prompt_for_each_row_without_its_padding(pair, 
 
 def test_a_list_of_outputs_is_a_prompt_each_and_a_mask_of_ones_own_wins(pair):
     chats = [asked(picture(0)), asked(picture(1))]
-    outputs = [pair[1].apply_chat_template(chat, add_generation_prompt=True, **FORM) for chat in chats]
+    outputs = [processed(pair[1], chat) for chat in chats]
     assert list(map(identity, read(outputs, pair))) == list(map(identity, read(chats, pair)))
     assert list(map(identity, read([dict(one) for one in outputs], pair))) == list(map(identity, read(chats, pair)))
     mask = outputs[0]["attention_mask"].clone()
@@ -187,7 +189,7 @@ def test_what_is_wrong_with_a_picture_is_said_with_its_turn(pair, tmp_path, monk
 
 
 def test_a_picture_that_nobody_would_see_is_refused(pair, tokenizer32, policy32):
-    chat, output = asked(picture(0)), pair[1].apply_chat_template(asked(picture(0)), **FORM)
+    chat, output = asked(picture(0)), processed(pair[1], asked(picture(0)))
     engine = StarsEngine(policy32, lambda completions: [], tokenizer=tokenizer32)
     with refused(r"prompts\[0\], turn 0 \(user\)", "'image'", "processor="):
         engine.generate(chat)
@@ -215,7 +217,7 @@ def test_what_the_processor_raises_names_the_prompt(pair):
 
 
 def test_a_batch_that_is_no_tensor_or_no_batch_is_refused(pair):
-    one = pair[1].apply_chat_template(asked(picture(0)), **FORM)
+    one = processed(pair[1], asked(picture(0)))
     with refused("input_ids", "batch"):
         read({**one, "input_ids": one["input_ids"][0], "attention_mask": one["attention_mask"][0]}, pair)
     with refused("input_ids", "return_tensors='pt'"):
@@ -248,26 +250,55 @@ def test_a_policy_that_takes_pictures_is_loaded_by_name_with_its_processor(tmp_p
         assert one.tokenizer is one.processor.tokenizer
         assert same_inputs(
             read_prompts(chat, one.tokenizer, processor=one.processor, takes=forward_arguments(model))[0].media,
-            llava_processor().apply_chat_template(chat, add_generation_prompt=True, **FORM),
+            processed(llava_processor(), chat),
         )
 
 
 @pytest.mark.parametrize("saved", ["MllamaForCausalLM", "MllamaForConditionalGeneration"])
 def test_a_config_that_serves_both_is_loaded_as_what_it_was_saved_as(tmp_path, saved, monkeypatch):
     monkeypatch.setattr(models, "_loaded", lambda auto, *args: pytest.fail(auto.__name__))
-    monkeypatch.setattr(models, "processor_beside", lambda name: None)
+    monkeypatch.setattr(models, "processor_beside", lambda *args: None)
     MllamaConfig(architectures=[saved]).save_pretrained(tmp_path)
     auto = "AutoModelForCausalLM" if saved == "MllamaForCausalLM" else "AutoModelForImageTextToText"
     with pytest.raises(pytest.fail.Exception, match=auto):
         load_policy(tmp_path, None)
 
 
+def test_an_adapter_is_loaded_as_the_model_that_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_loaded", lambda auto, *args: pytest.fail(auto.__name__))
+    monkeypatch.setattr(models, "processor_beside", lambda *args: None)
+    llava().config.save_pretrained(tmp_path / "base")
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(pytest.fail.Exception, match="AutoModelForImageTextToText"):
+        load_policy(tmp_path, None)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(pytest.fail.Exception, match="AutoModelForCausalLM"):
+        load_policy(tmp_path, None)
+
+
+def test_ids_that_stand_for_pictures_where_there_are_none_are_warned_of():
+    processor = llava_processor()
+    engine = StarsEngine(llava(), lambda prompts, completions: [0.0] * len(completions), processor=processor)
+    inputs = processor(text="<image> what?", images=picture(0), return_tensors="pt")
+    for prompt in ("<image> what?", {key: inputs[key] for key in ("input_ids", "attention_mask")}):
+        with pytest.warns(UserWarning, match=rf"prompts\[0\] holds the id {IMAGE}, which stands for a picture"):
+            engine.generate(prompt, method="vanilla", max_new_tokens=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.generate(inputs, method="vanilla", max_new_tokens=2)
+
+
 def test_what_is_no_processor_is_refused(policy32, tokenizer32, tmp_path):
     for processor in (tokenizer32, 7, type(llava_processor())):
         with refused("processor is", "give a transformers processor"):
             StarsEngine(policy32, lambda completions: [], processor=processor)
+    with refused(r"tokenizer has .*\(32 ids\)", "processor=", "leave tokenizer= out"):
+        StarsEngine(policy32, lambda completions: [], tokenizer=tokenizer32, processor=llava_processor())
     with pytest.raises(OSError, match=r"processor='.*' cannot be loaded"):
         StarsEngine(policy32, lambda completions: [], processor=tmp_path)
+    with refused("tokenizer is a LlavaProcessor", "processor="):
+        StarsEngine(llava(), lambda completions: [], tokenizer=llava_processor())
 
 
 def test_preferences_are_not_put_before_pictures(pair):

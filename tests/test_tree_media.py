@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_policy, tiny_reward
 from test_methods import EVERY, generate
-from tiny_vision import family_model, family_prompt
+from tiny_vision import IMAGE, family_model, family_prompt
 
 from stars_fast import StarsEngine
 from stars_fast.policy.leaf import Leaf, Sampling
@@ -40,7 +40,7 @@ def hooks(model):
 def test_whatever_it_raises_slots_and_model_are_as_before(policy, prompt):
     before, none = policy.tree.free_slots, hooks(policy.model)
     for inputs, error, message in (
-        (prompt | {"input_ids": prompt["input_ids"].clamp_max(299)}, ValueError, "[Ii]mage"),
+        (prompt | {"input_ids": prompt["input_ids"].clamp_max(IMAGE - 1)}, ValueError, "[Ii]mage"),
         (prompt | {"attention_mask": torch.zeros_like(prompt["input_ids"])}, ValueError, "row 0 .* all padding"),
         ({name: torch.cat([value] * 3) for name, value in prompt.items()}, SlotsExhausted, "117 slots requested"),
     ):

@@ -12,29 +12,29 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-VOCAB, IMAGE = 320, 300
+VOCAB, IMAGE = 104, 100
 TEXT = dict(
     vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
     max_position_embeddings=512,
     pad_token_id=0,
     bos_token_id=1,
     eos_token_id=2,
 )
-LAYERS = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+LAYERS = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
 TILES = dict(LAYERS, image_size=32, patch_size=8)  # 16 patches
-CLIP = dict(TILES, model_type="clip_vision_model", projection_dim=32)
+CLIP = dict(TILES, model_type="clip_vision_model", projection_dim=16)
 SIGLIP = dict(TILES, model_type="siglip_vision_model", vision_use_head=False)
 LLAMA, QWEN2, MISTRAL, COHERE2 = (dict(TEXT, model_type=name) for name in ("llama", "qwen2", "mistral", "cohere2"))
-MIXED = dict(sliding_window=12, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+MIXED = dict(sliding_window=12, layer_types=["sliding_attention", "full_attention"])
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
-GRIDS = dict(num_heads=4, patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=3)
+GRIDS = dict(num_heads=2, patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=3)
 MROPE = dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=10000.0)
 
 Inputs = dict[str, torch.Tensor]
@@ -87,7 +87,7 @@ def grid(model: PreTrainedModel, which: int) -> tuple[list[int], Inputs]:
     height, width = [(8, 12), (4, 8)][which]
     vision = model.config.vision_config
     size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    ids = [302, *[IMAGE] * (height * width // 4), 303]
+    ids = [102, *[IMAGE] * (height * width // 4), 103]
     return ids, {"pixel_values": noise(height * width, size), "image_grid_thw": torch.tensor([[1, height, width]])}
 
 
@@ -108,35 +108,38 @@ def located(model: PreTrainedModel, which: int) -> tuple[list[int], Inputs]:
 
 def mrope(config: str, vision: dict[str, Any], text: dict[str, Any], **rope: Any) -> Family:
     """A family whose positions have three parts: a picture takes as many as its longer side."""
-    special = dict(image_token_id=IMAGE, video_token_id=301, vision_start_token_id=302, vision_end_token_id=303)
+    special = dict(image_token_id=IMAGE, video_token_id=101)
     if config == "Glm4vConfig":
-        special = dict(image_token_id=IMAGE, video_token_id=301, image_start_token_id=302, image_end_token_id=303)
-        special |= dict(video_start_token_id=304, video_end_token_id=305)
+        special |= dict(image_start_token_id=102, image_end_token_id=103)
+        special |= dict(video_start_token_id=98, video_end_token_id=99)
+    else:
+        special |= dict(vision_start_token_id=102, vision_end_token_id=103)
     text = dict(TEXT, rope_parameters=MROPE | rope, **text)
     fields = dict(special, text_config=text, vision_config=dict(GRIDS, **vision))
     return Family(config, fields, grid, (6 - 24, 4 - 8), "mm_token_type_ids", before=4)
 
 
 def gemma4(*layers: str, **text: Any) -> Family:
-    kinds = [f"{kind}_attention" for kind in layers or ("sliding", "sliding", "full")]
-    fields = dict(head_dim=16, global_head_dim=16, sliding_window=12, layer_types=kinds)
+    kinds = [f"{kind}_attention" for kind in layers]
+    fields = dict(TEXT, head_dim=16, global_head_dim=16, sliding_window=12)
+    fields |= dict(num_hidden_layers=len(layers), layer_types=kinds)
     fields |= dict(hidden_size_per_layer_input=0, vocab_size_per_layer_input=VOCAB, num_kv_shared_layers=0) | text
-    vision = dict(LAYERS, num_key_value_heads=4, head_dim=8, global_head_dim=8, patch_size=4, pooling_kernel_size=2)
+    vision = dict(LAYERS, num_key_value_heads=2, head_dim=8, global_head_dim=8, patch_size=4, pooling_kernel_size=2)
     vision |= dict(position_embedding_size=64, default_output_length=4)
-    whole = dict(text_config=dict(TEXT, **fields), vision_config=vision, audio_config=None, image_token_id=IMAGE)
+    whole = dict(text_config=fields, vision_config=vision, audio_config=None, image_token_id=IMAGE)
     return Family("Gemma4Config", whole, located, types="mm_token_type_ids")
 
 
 def paligemma(text: str, **fields: Any) -> Family:
     """Positions begin at 1, and a prompt's tokens all see each other."""
     whole = dict(text_config=dict(TEXT, model_type=text, head_dim=16, **fields), vision_config=SIGLIP)
-    whole |= dict(projection_dim=64, hidden_size=64, image_token_index=IMAGE, image_token_id=IMAGE)
+    whole |= dict(projection_dim=32, hidden_size=32, image_token_id=IMAGE)
     return Family("PaliGemmaConfig", whole, tiles(16), (1, 1), "token_type_ids", answer_type=1, before=0)
 
 
-QWEN = dict(depth=2, hidden_size=32, out_hidden_size=64, intermediate_size=64)
+QWEN = dict(depth=2, hidden_size=16, out_hidden_size=32, intermediate_size=32)
 QWEN3 = dict(QWEN, depth=3, num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
-LLAVA = dict(image_token_index=IMAGE, image_token_id=IMAGE, vision_config=CLIP)
+LLAVA = dict(image_token_id=IMAGE, vision_config=CLIP)
 FAMILIES = {
     "llava": Family("LlavaConfig", dict(LLAVA, text_config=LLAMA, vision_feature_layer=-2), tiles(16)),
     "llava_next": Family(
@@ -150,7 +153,7 @@ FAMILIES = {
         patches,
     ),
     "vipllava": Family("VipLlavaConfig", dict(LLAVA, text_config=LLAMA, vision_feature_layers=[-2, -1]), tiles(16)),
-    "qwen2_vl": mrope("Qwen2VLConfig", dict(depth=2, embed_dim=32, hidden_size=64, mlp_ratio=2), {}),
+    "qwen2_vl": mrope("Qwen2VLConfig", dict(depth=2, embed_dim=16, hidden_size=32, mlp_ratio=2), {}),
     "qwen2_5_vl": mrope(
         "Qwen2_5_VLConfig", dict(QWEN, window_size=16, fullatt_block_indexes=[1], tokens_per_second=2), {}
     ),
@@ -158,21 +161,21 @@ FAMILIES = {
     "qwen3_vl_moe": mrope(
         "Qwen3VLMoeConfig",
         QWEN3,
-        dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
+        dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
         mrope_interleaved=True,
     ),
-    "glm4v": mrope("Glm4vConfig", dict(QWEN, hidden_size=64, image_size=64), {}, partial_rotary_factor=1.0),
+    "glm4v": mrope("Glm4vConfig", dict(QWEN, hidden_size=32, image_size=64), {}, partial_rotary_factor=1.0),
     "idefics2": Family(
         "Idefics2Config",
         dict(
             vision_config=TILES,
             perceiver_config=dict(
-                hidden_size=64,
+                hidden_size=32,
                 resampler_n_latents=6,
                 resampler_depth=2,
-                resampler_n_heads=4,
+                resampler_n_heads=2,
                 resampler_head_dim=16,
-                num_key_value_heads=2,
+                num_key_value_heads=1,
             ),
             text_config=MISTRAL,
             image_token_id=IMAGE,
@@ -191,17 +194,16 @@ FAMILIES = {
             text_config=dict(TEXT, **MIXED, head_dim=16, query_pre_attn_scalar=16),
             vision_config=SIGLIP,
             mm_tokens_per_image=4,
-            image_token_index=IMAGE,
             image_token_id=IMAGE,
-            boi_token_index=302,
-            eoi_token_index=303,
+            boi_token_index=101,
+            eoi_token_index=102,
         ),
         tiles(4),
         types="token_type_ids",
     ),
-    "gemma4": gemma4(),
+    "gemma4": gemma4("sliding", "full"),
     "gemma4_shared_kv": gemma4("sliding", "full", "full", num_kv_shared_layers=1, hidden_size_per_layer_input=8),
-    "gemma4_keys_as_values": gemma4(attention_k_eq_v=True, num_global_key_value_heads=1),
+    "gemma4_keys_as_values": gemma4("sliding", "full", attention_k_eq_v=True, num_global_key_value_heads=1),
     "paligemma": paligemma("gemma"),
     "paligemma2": paligemma("gemma2", **MIXED, query_pre_attn_scalar=16),
     "internvl": Family(
@@ -220,7 +222,6 @@ FAMILIES = {
         dict(
             vision_config=dict(LAYERS, model_type="pixtral", image_size=32, patch_size=4, head_dim=8),
             text_config=dict(MISTRAL, head_dim=16),
-            image_token_index=IMAGE,
             image_token_id=IMAGE,
             spatial_merge_size=2,
             vision_feature_layer=-1,
@@ -233,7 +234,7 @@ FAMILIES = {
             LLAVA | dict(vision_config=SIGLIP, text_config=dict(COHERE2, **MIXED)),
             downsample_factor=2,
             adapter_layer_norm_eps=1e-5,
-            alignment_intermediate_size=64,
+            alignment_intermediate_size=32,
             vision_feature_layer=-1,
         ),
         tiles(4),
@@ -245,7 +246,7 @@ FAMILIES = {
             text_config=dict(COHERE2, **MIXED),
             image_token_id=IMAGE,
             downsample_factor=2,
-            alignment_intermediate_size=64,
+            alignment_intermediate_size=32,
         ),
         tiles(4),
     ),
@@ -255,30 +256,40 @@ FAMILIES = {
             vision_config=dict(TILES, vocab_size=40, hidden_stride=1, num_visual_indicator_tokens=5),
             text_config=QWEN2,
             image_token_id=IMAGE,
-            visual_indicator_token_ids=[301, 302, 303, 304, 305],
+            visual_indicator_token_ids=[98, 99, 101, 102, 103],
             vocab_size=VOCAB,
-            hidden_size=64,
+            hidden_size=32,
         ),
         tiles(16),
     ),
 }
 
 
-@functools.cache
-def family_model(name: str) -> PreTrainedModel:
-    """One for all who ask: nobody changes it. Its random weights matter, as those that transformers draws do not."""
-    family = FAMILIES[name]
+def randomised(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """The model with random weights that matter, as those that transformers draws do not."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = getattr(transformers, family.config)(**family.fields)
-        eager = (
-            {"attn_implementation": "eager"} if name == "paligemma2" else {}
-        )  # transformers refuses sdpa's soft caps
-        model = AutoModelForImageTextToText.from_config(config, **eager).float().eval()
+        torch.manual_seed(seed)
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.08)
-    return model
+                torch.nn.init.normal_(parameter, std=0.12)
+    return model.float().eval()
+
+
+def family_config(name: str) -> PreTrainedConfig:
+    return getattr(transformers, FAMILIES[name].config)(**FAMILIES[name].fields)
+
+
+def new_model(config: PreTrainedConfig, seed: int = 0, **options: Any) -> PreTrainedModel:
+    with torch.random.fork_rng():  # of what is not drawn again below
+        torch.manual_seed(seed)
+        return randomised(AutoModelForImageTextToText.from_config(config, **options), seed)
+
+
+@functools.cache
+def family_model(name: str) -> PreTrainedModel:
+    """One for all who ask: nobody changes it."""
+    eager = {"attn_implementation": "eager"} if name == "paligemma2" else {}  # transformers refuses sdpa's soft caps
+    return new_model(family_config(name), **eager)
 
 
 @torch.no_grad()
@@ -287,7 +298,7 @@ def family_prompt(name: str, which: int) -> Inputs:
     family = FAMILIES[name]
     picture, inputs = family.picture(family_model(name), which)
     text = torch.randint(
-        5, 250, (family.before + 9 - 2 * which,), generator=torch.Generator().manual_seed(which)
+        4, 98, (family.before + 9 - 2 * which,), generator=torch.Generator().manual_seed(which)
     ).tolist()
     return typed(name, [*text[: family.before], *picture, *text[family.before :]], inputs)
 
@@ -300,15 +311,25 @@ def typed(name: str, ids: Sequence[int], inputs: Inputs) -> Inputs:
     return {"input_ids": row, "attention_mask": torch.ones_like(row), **inputs, **named}
 
 
-def answered(name: str, inputs: Inputs, answer: Sequence[int]) -> Inputs:
-    """A prompt's inputs with an answer behind it: what the untouched model is given."""
+def answered(inputs: Inputs, answer: Sequence[int], kind: int = 0) -> Inputs:
+    """A prompt's inputs with an answer behind it, whose token types are ``kind``."""
     longer, ids = dict(inputs), torch.tensor([answer], dtype=torch.int64)
-    kinds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if (types := FAMILIES[name].types) in inputs:
-        kinds[types] = torch.full_like(ids, FAMILIES[name].answer_type)
-    for key, value in kinds.items():
-        longer[key] = torch.cat([inputs[key], value], 1)
-    return longer
+    behind = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    behind |= dict.fromkeys(("token_type_ids", "mm_token_type_ids"), torch.full_like(ids, kind))
+    return longer | {key: torch.cat([inputs[key], value], 1) for key, value in behind.items() if key in inputs}
+
+
+@torch.no_grad()
+def answer_logits(model: torch.nn.Module, inputs: Inputs, answer: Sequence[int], kind: int = 0) -> torch.Tensor:
+    """Of the answer's tokens ``[T, V]``, by the untouched model's one pass over prompt, pictures and answer."""
+    logits = model(**answered(inputs, answer, kind), use_cache=False).logits[0]
+    return logits[inputs["input_ids"].shape[1] - 1 : -1]
+
+
+def answer_logprobs(model: torch.nn.Module, inputs: Inputs, answer: Sequence[int], kind: int = 0) -> torch.Tensor:
+    """``[T]``"""
+    laws = answer_logits(model, inputs, answer, kind).log_softmax(1)
+    return laws.gather(1, torch.tensor(answer, dtype=torch.int64)[:, None])[:, 0]
 
 
 def together(prompts: Sequence[Inputs], side: str) -> Inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from transformers import PreTrainedModel
 
-from stars_fast.methods.numbers import integer
+from stars_fast.methods.numbers import integer, shown
 from stars_fast.rewards.base import RewardPrompt, check_model
 from stars_fast.rewards.cache import TreeCache
 from stars_fast.rewards.implicit import ImplicitReward
@@ -88,7 +89,13 @@ class GroundingReward(ImplicitReward):
 
 class _Noised(dict[str, Any]):
     def __init__(self, inputs: Mapping[str, Any], noise: int | Distortion) -> None:
-        super().__init__(noise(inputs) if callable(noise) else noised(inputs, noise))
+        if callable(noise):  # of tensors of its own: the policy and the other tree read these inputs, too
+            made = noise(copy.deepcopy(dict(inputs)))
+            if missing := [key for key in inputs if key not in made]:
+                raise ValueError(f"noise={shown(noise)} returns no {', '.join(missing)}, which it was given")
+        else:
+            made = noised(inputs, noise)
+        super().__init__(made)
         self.made_of = inputs  # whose identity is the key under which this is found
 
 
