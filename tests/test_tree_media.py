@@ -146,11 +146,8 @@ def test_models_of_text_take_no_media():
 
 @pytest.mark.parametrize("name, padded", [("stars", False), ("stars", True), *((name, False) for name in OTHERS)])
 def test_no_method_draws_what_stands_for_a_picture(name, padded):
-    policy = tiny_policy(32, hidden=32)
-    free = StarsEngine(policy, tiny_reward(32, hidden=32))
-    engine = StarsEngine(policy, tiny_reward(32, hidden=32))
-    often = torch.tensor([token for row in generate(free, EVERY[name]).completions for token in row]).mode().values
-    engine.policy.barred = often[None]
+    engine = StarsEngine(tiny_policy(32, hidden=32), tiny_reward(32, hidden=32))
+    engine.policy.barred = torch.arange(16)
     engine.policy.graphs.enabled = padded
     out = generate(engine, EVERY[name])
-    assert out.errors == [None] * 6 and all(int(often) not in row for row in out.completions)
+    assert out.errors == [None] * 6 and min(map(min, out.completions)) >= 16
