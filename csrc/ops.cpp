@@ -9,7 +9,9 @@
 #include "row_math.h"
 #include "sample_step.h"
 #include "select_and_commit.h"
+#include "skinny_product.h"
 #include "tree_attention.h"
+#include "vector.h"
 
 namespace py = pybind11;
 
@@ -122,7 +124,17 @@ void bind_attention(py::module_& m) {
     append("check_kv_append", check);
 }
 
+void bind_products(py::module_& m) {
+    m.def("skinny_product", [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t rows,
+                               int64_t inputs, int64_t outputs, int threads) {
+        const py::gil_scoped_release release;
+        skinny_product({at<float>(x), at<float>(weight), at<float>(bias), at<float>(out), rows, inputs, outputs},
+                       threads);
+    });
+}
+
 void bind_machine(py::module_& m) {
+    m.def("floats_of_registers", &floats_of_registers);
     m.def("cpu_is_amd", [] {
 #if defined(__x86_64__) && defined(__GNUC__)
         __builtin_cpu_init();
@@ -141,4 +153,5 @@ void bind_ops(py::module_& m) {
     bind_sampling(m);
     bind_selection(m);
     bind_attention(m);
+    bind_products(m);
 }

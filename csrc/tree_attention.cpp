@@ -313,11 +313,8 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void atte
 }
 
 AttendGroup widest() {
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx2 && avx512 ? attend_group_avx512 : avx2 ? attend_group_avx2 : attend_group_any;
+    const int floats = floats_of_registers();
+    return floats == 16 ? attend_group_avx512 : floats == 8 ? attend_group_avx2 : attend_group_any;
 }
 #else
 AttendGroup widest() { return attend_group_any; }

@@ -36,6 +36,19 @@ STARS_FAST_INLINE void round_to(float x, Half& to) {
 
 constexpr int64_t kWidest = 16;
 
+// How many floats this processor's registers hold, as far as there are functions compiled for them.
+inline int floats_of_registers() {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 4;
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx512 ? 16 : 8;
+#else
+    return 4;
+#endif
+}
+
 template <int kWidth>
 struct VectorTypes;
 

@@ -17,18 +17,18 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from shapes import QUESTION, Findings, Scene, check
 from train_shapes import HELD, MEASURED, scenes, take
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from stars_fast import Fit, StarsConfig, StarsEngine, StarsOutput, fit
 from stars_fast.methods import BestOfN, BlockwiseBestOfN, Guided, Method, OptimalStopping, Stars, Vanilla
-from stars_fast.rewards import GroundingReward, ImplicitReward
-from stars_fast.rewards.grounding import noised
+from stars_fast.rewards import GroundingReward, ImplicitReward, noised
 
 SENTENCE = 6  # tokens; a segment is a sentence
 BUDGETS = (2, 4, 8)
-NOISE = 700  # of 1000 steps; at 500, as published for photographs, half of the colours can still be told
+NOISE = 999  # of 1000 steps; before that tints show through the grain when shapes no longer do
 CONFIG = StarsConfig(segment_length=SENTENCE, max_new_tokens=48)
 
 
@@ -75,12 +75,19 @@ def nothing(prompts: Any, completions: list[Any], **columns: Any) -> list[float]
     return [0.0] * len(completions)
 
 
+def as_noise(prompt: Any) -> Any:
+    """The prompt with noise over the picture, as in visual contrastive decoding (arXiv 2311.16922)."""
+    return noised(prompt, NOISE)
+
+
+def as_blank(prompt: Any) -> Any:
+    """The prompt with a picture of nothing, in middle grey."""
+    return {**prompt, "pixel_values": torch.zeros_like(prompt["pixel_values"])}
+
+
 def rows(shapes: Shapes) -> Iterator[Row]:
     """Every row of the table."""
     policy, reference, twin, *_ = shapes
-
-    def blurred(prompt: Any) -> Any:
-        return noised(prompt, NOISE)
 
     log_ratio = ImplicitReward(twin, reference, tokenizer="policy")
     yield Row("policy", policy, nothing, Vanilla())
@@ -90,15 +97,21 @@ def rows(shapes: Shapes) -> Iterator[Row]:
     for weight in (0.3, 0.5):
         mix = Guided([(twin, weight)], weight=1 - weight)
         yield Row(f"{1 - weight} policy + {weight} twin", policy, nothing, mix)
-    for weight in (0.5, 1.0, 2.0):
+    for weight in (0.5, 1.0, 2.0, 4.0):
         ratio = Guided([(twin, weight), (reference, -weight)])
         yield Row(f"policy + {weight} (twin - reference)", policy, nothing, ratio)
-    for weight in (0.5, 1.0, 2.0):
-        contrast = Guided([(None, -weight, blurred)], weight=1 + weight)
-        yield Row(f"{1 + weight} policy - {weight} policy without sight", policy, nothing, contrast)
+    for name, distorted in (("noise", as_noise), ("a blank", as_blank)):
+        for weight in (0.5, 1.0, 2.0):
+            contrast = Guided([(None, -weight, distorted)], weight=1 + weight)
+            yield Row(f"{1 + weight} policy - {weight} policy before {name}", policy, nothing, contrast)
     mixed = Guided([(twin, 0.3)], weight=0.7, method=BlockwiseBestOfN(4))
     yield Row("0.7 policy + 0.3 twin, twin: blockwise best of 4", policy, log_ratio, mixed)
-    for name, reward in (("twin", log_ratio), ("sight", GroundingReward(policy, noise=NOISE))):
+    rewards = {
+        "twin": log_ratio,
+        "noise": GroundingReward(policy, noise=NOISE),
+        "blank": GroundingReward(policy, noise=as_blank),
+    }
+    for name, reward in rewards.items():
         for n in BUDGETS:
             yield Row(f"{name}: best of {n}", policy, reward, BestOfN(n))
         for n in BUDGETS:

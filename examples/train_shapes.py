@@ -256,6 +256,7 @@ def main() -> None:
         processor.save_pretrained(args.out)
         for name, make in NEW.items():
             state = export(make(), args.work / f"{name}.pt", args.out / name, torch.float32)
+            processor.tokenizer.save_pretrained(args.out / name)  # says that the three share a vocabulary
             model = LlavaForConditionalGeneration.from_pretrained(args.out / name).to(DEVICE).eval()
             said = findings(model, processor, args.seed, 300)
             print(f"{name}: {model.num_parameters():,} parameters, {state['steps']:.0f} steps, {said}")

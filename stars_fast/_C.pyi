@@ -150,5 +150,13 @@ def select_and_commit(
     finish: int,
     /,
 ) -> None: ...
+def skinny_product(
+    x: int, weight: int, bias: int, out: int, rows: int, inputs: int, outputs: int, threads: int, /
+) -> None:
+    """A product with one weight, in float32; no integers to check. ``bias`` is 0 where there is none."""
+
+def floats_of_registers() -> int:
+    """How many floats the vector registers hold that the kernels use here: 16 with AVX-512, 8 with AVX2, else 4."""
+
 def cpu_is_amd() -> bool:
     """Whether this is an x86 processor of AMD's."""

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.config import StarsConfig
-from stars_fast.inputs.arguments import Arguments, check_media, check_positions
+from stars_fast.inputs.arguments import Arguments, check_media, check_positions, warn_of_large_batches
 from stars_fast.inputs.call import Call, prepare, settings
 from stars_fast.inputs.job import Job
 from stars_fast.inputs.models import load_policy, load_reward, second_policy
@@ -32,10 +32,11 @@ from stars_fast.loop.warm_up import Kind, WarmUp
 from stars_fast.methods.numbers import MOST, integer, real, shown, truth
 from stars_fast.notices import warn
 from stars_fast.outputs import Cause, SegmentEvent, StarsOutput, as_cause
+from stars_fast.policy.encoder_decoder import policy_of
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward
 from stars_fast.stays import Stays
-from stars_fast.text.media import identity
+from stars_fast.text.media import identity, written_before
 from stars_fast.text.tokens import text_of
 
 _DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
@@ -51,7 +52,7 @@ class StarsEngine(Stays):
 
     Parameters
     ----------
-    policy : transformers causal LM, path or hub id
+    policy : transformers causal LM or encoder-decoder, path or hub id
         Used as it is: dtype, device, LoRA and quantisation are the caller's. Plugged in only while generating.
     reward : transformers sequence classifier with one label, stars_fast.rewards.Reward, callable, path or hub id
         A callable has TRL's signature ``(prompts, completions, completion_ids=..., **columns) -> list[float | None]``,
@@ -60,10 +61,10 @@ class StarsEngine(Stays):
         The policy's; the processor's, or loaded beside a policy given by name. Needed for text, chats and stop strings.
     processor : transformers processor, path or hub id, optional
         What makes the policy's inputs of chats with pictures. What it returns is a prompt, with and without it.
-    reward_tokenizer : transformers tokenizer, path, hub id or "policy", optional
+    reward_tokenizer : transformers tokenizer or processor, path, hub id or "policy", optional
         The reward model's; "policy" where it reads the policy's ids. Default: the one that lies where the reward model
-        was loaded from. Where none does, a reward model that may have been trained on another's ids is refused, or
-        warned of where nothing can be known.
+        was loaded from, and beside one by name that sees pictures the processor. Where none does, a reward model that
+        may have been trained on another's ids is refused, or warned of where nothing can be known.
     reward_tail : "auto", "template", "none" or sequence of int
         What follows the answer whenever it is scored; see :class:`stars_fast.rewards.ClassifierReward`.
     reward_chat_template_kwargs : mapping, optional
@@ -126,7 +127,7 @@ class StarsEngine(Stays):
         if device is not None and not any(isinstance(one, (str, os.PathLike)) for one in (policy, reward)):
             raise ValueError(f"device={device!r}: policy and reward are objects, which stay where they are")
         model, self.tokenizer, self.processor = load_policy(policy, tokenizer, device, processor=processor)
-        self.policy = Policy(model, cuda_graphs, torch_compile)
+        self.policy = policy_of(model, cuda_graphs, torch_compile)
         self.reward: Reward = load_reward(
             reward, self.tokenizer, reward_tokenizer, reward_tail, model, device, reward_chat_template_kwargs
         )
@@ -341,7 +342,7 @@ class StarsEngine(Stays):
             if streaming.wanted and job.call.rows > 1:
                 raise ValueError(f"streamer: takes one response, not {job.call.rows}; use StarsEngine.stream")
             if streaming.wanted and job.call.rows:
-                streaming.put(torch.tensor([job.call.prompts[0].ids], device="cpu"))
+                streaming.put(torch.tensor([written_before(job.call.prompts[0])], device="cpu"))
             bar = progress_bar(progress, job.call.rows, job.call.terms.method, name)
             with closing(self._events(job)) as events, bar as shown_on:
                 job.show_on(shown_on)
@@ -389,6 +390,7 @@ class StarsEngine(Stays):
             models = (self.policy, self.reward, self.tokenizer)
             call = prepare(arguments, *models, self.kv_cache_tokens, samples, self.processor, guide)
             self._guides = call.terms.guides or self._guides
+            warn_of_large_batches(call.prompts, call.config.num_return_sequences, self.max_rows)
             if isinstance(targets := call.config.target_reward, tuple):
                 self.per_prompt.used(targets, map(identity, call.prompts))
             if (named := call.terms.method.draft_model) is not None:
@@ -472,7 +474,7 @@ class StarsEngine(Stays):
     def output(self, job: Job, texts: bool = True) -> StarsOutput:
         """What came of a job that is over, with or without its texts."""
         requests = [request for request in job.requests if request is not None]
-        rows = [request.prompt.ids + request.tokens for request in requests]
+        rows = [written_before(request.prompt) + request.tokens for request in requests]
         width = max(map(len, rows), default=0)
         pad = pad_token_id(self.policy.model, self.tokenizer, job.call.terms.sampling.eos_token_ids)
         decoded = [self._text(request, job) for request in requests] if texts and self.tokenizer is not None else None

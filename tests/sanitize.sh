@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 built=$(mktemp -d)
 trap 'rm -rf "$built"' EXIT
 kernels='tests/native/kernels.cpp csrc/row_math.cpp csrc/sample_step.cpp csrc/select_and_commit.cpp
-    csrc/tree_attention.cpp'
+    csrc/skinny_product.cpp csrc/tree_attention.cpp'
 
 cpu() {
     steps=${1:-1000000}

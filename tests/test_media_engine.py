@@ -1,7 +1,10 @@
 """Prompts with pictures through the engine: the policy's own numbers, the method's own law, whoever else is there."""
 
 import asyncio
+import gc
+import json
 import math
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -95,6 +98,22 @@ def test_a_text_depends_on_nobody_beside_it_nor_on_candidates(made, reads):
         assert [event.segment.tokens for event in engine.stream(prompt, CONFIG, seed=[seed]) if event.segment] == [
             tokens[a:b] for a, b in pairwise([0, *range(4, len(tokens), 4), len(tokens)])
         ]
+
+
+def test_a_batch_that_is_read_again_and_again_is_warned_of(reads):
+    inputs, engine = qwen_inputs((4, 4), (4, 4), (4, 4)), StarsEngine(qwen2_5_vl(), reward, max_rows=2)
+    with pytest.warns(UserWarning, match="batch of 3, .*=1, is more than max_rows=2 .* one prompt"):
+        engine.generate(inputs, CONFIG, seed=0, max_new_tokens=4, ignore_eos=True)
+    assert reads == [(0, 1), (2,)]
+
+
+def test_nothing_holds_pictures_after_the_call():
+    inputs, engine = qwen_inputs((8, 12), (4, 6)), StarsEngine(qwen2_5_vl(), reward)
+    pixels = weakref.ref(inputs["pixel_values"])
+    engine.generate(inputs, CONFIG, seed=0, max_new_tokens=2)
+    del inputs
+    gc.collect()
+    assert pixels() is None
 
 
 def wave(completion) -> float:
@@ -325,3 +344,12 @@ def test_pictures_count_where_prompts_are_admitted_and_repetition_is_penalised()
     length = ids.shape[1]
     with pytest.raises(ValueError, match=rf"prompts\[0\] has {length} tokens and needs {length + 16} slots"):
         StarsEngine(model, reward, kv_cache_tokens=length + 4).generate(outputs[0], CONFIG)
+
+
+def test_a_trace_shows_a_picture_as_one_placeholder(tmp_path):
+    engine = StarsEngine(llava(), lambda prompts, completions: [0.0] * len(completions), processor=llava_processor())
+    output = engine.generate(asked(picture(0)), method="vanilla", max_new_tokens=2, trace=True)
+    output.save_trace(tmp_path / "trace.jsonl")
+    record = json.loads((tmp_path / "trace.jsonl").read_text())
+    assert record["prompt_ids"].count(IMAGE) == 16 and record["prompt_text"].count("<image>") == 1
+    assert record["prompt_text"].endswith("<image>\nwhat is it?assistant: ")

@@ -237,6 +237,16 @@ def test_filters_processors_and_penalties_see_the_mix():
     assert out.sampling_logprobs[0] != pytest.approx(mixed, abs=1e-2)
 
 
+def test_a_guide_whose_logits_are_not_finite_is_not_called_the_policy():
+    guide, engine = copy.deepcopy(GUIDE), make_engine()
+    call = dict(method=Guided([(guide, 0.3)]), seed=SEEDS)
+    assert engine.generate(PROMPTS, CONFIG, **call).errors == [None] * 3
+    with torch.no_grad():
+        guide.lm_head.weight[5] = math.nan
+    errors = engine.generate(PROMPTS, CONFIG, **call).errors
+    assert errors == ["the sum of the policy's logits and its guides' is not finite"] * 3
+
+
 def test_pilots_and_fits_are_of_the_mix():
     method = MIXES["2 policy - policy under another prompt"]
     engine, config = make_engine(), CONFIG.replace(target_reward=None, method=method)

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from conftest import refused, sum_reward, tiny_policy, tiny_tokenizer
@@ -10,6 +11,7 @@ from tiny_pictures import IMAGE, VOCAB, asked, llava, llava_processor, picture, 
 from tiny_vision import answer_logits
 
 from stars_fast import StarsEngine
+from stars_fast.inputs.arguments import Arguments
 from stars_fast.methods import RSD, Guided, Stars
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards.grounding import noised
@@ -68,6 +70,20 @@ def test_the_chat_comes_with_what_was_made_of_it_and_the_mix_is_exact():
     distorted = Guided([(None, -0.5, noised)], weight=1.5)
     out = engine.generate(CHATS, CONFIG, seed=1, method=distorted, top_k=0, on_error="raise")
     assert_mixed(out, (1.5, -0.5), (policy, policy), [[one, noised(one)] for one in seen])
+
+
+def test_what_a_transform_does_to_a_picture_stays_with_its_guide():
+    image = np.array(picture(0))
+    before, processor = image.copy(), llava_processor()
+
+    def blacken(inputs):
+        inputs.chat[0]["content"][0]["image"][:] = 0
+        return inputs.chat
+
+    arguments = Arguments(asked(image), CONFIG, dict(method=Guided([(None, -0.5, blacken)], weight=1.5)))
+    (node,) = StarsEngine(llava(), reward, processor=processor).prepare(arguments).nodes
+    assert (image == before).all() and (node.media.images[0] == before).all()
+    assert not torch.equal(node.media.inputs["pixel_values"], node.beside[0].media.inputs["pixel_values"])
 
 
 @pytest.mark.parametrize("batch", [False, True], ids=["one each", "in one piece"])

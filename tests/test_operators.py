@@ -38,6 +38,11 @@ CASES = {
     ),
     "select_and_commit": lambda: tuple(tables([2, 1], [0.1, -0.4, 0.3]).values()),
     "gather_logprobs": lambda: (torch.randn(4, 30), torch.arange(4)),
+    "skinny_product": lambda: (
+        torch.randn(1, 4, 32),
+        [torch.randn(9, 32), torch.randn(5, 32)],
+        [torch.zeros(9), torch.zeros(5)],
+    ),
 }
 
 

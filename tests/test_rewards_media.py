@@ -265,17 +265,23 @@ def test_a_classifier_reads_what_the_policy_reads(family):
     live(scorer, prompts(), expected, draw=draw, slots=100, rounds=3)
 
 
-def noised_inputs(media):
-    return noised(alone(media), 300)
+def a_blank(inputs):
+    return {**inputs, "pixel_values": torch.full_like(inputs["pixel_values"], 0.1)}
 
 
-def test_grounding_is_what_an_answer_gains_by_the_pictures_being_clear():
+def a_blank_in_place(inputs):
+    inputs["pixel_values"].fill_(0.1)
+    return inputs
+
+
+@pytest.mark.parametrize(("noise", "dimmed"), [(300, lambda inputs: noised(inputs, 300)), (a_blank_in_place, a_blank)])
+def test_grounding_is_what_an_answer_gains_by_the_pictures_being_clear(noise, dimmed):
     model, processor = llava(), llava_processor()
-    scorer = GroundingReward(model, noise=300, beta=2.0)
+    scorer = GroundingReward(model, noise=noise, beta=2.0)
 
     def expected(completion):
-        media = completion.response.prompt.media
-        clear, dim = (logprob(model, inputs(media), completion.tokens) for inputs in (alone, noised_inputs))
+        inputs = alone(completion.response.prompt.media)
+        clear, dim = (logprob(model, one, completion.tokens) for one in (inputs, dimmed(inputs)))
         return 2.0 * (clear - dim)
 
     prompts = read(CHATS, model, processor)
@@ -391,10 +397,38 @@ def test_scorers_that_would_not_see_the_pictures_say_what_to_give_them():
         JudgeReward(model, processor=processor.tokenizer)
     with refused("tokenizer='policy'", "processor="):
         ImplicitReward(llava(), llava(1), tokenizer="policy", processor=processor)
+    with refused("tokenizer has", "processor=", "leave tokenizer= out"):
+        JudgeReward(model, foreign.tokenizer, processor=processor)
     ends = dict(processor(text=["what is <image>"], images=[[picture(0)]], return_tensors="pt"))
     ends.pop("token_type_ids", None)
     with refused(r"prompts\[0\]", "picture", "last"):
         ImplicitReward(llava(), llava(1)).check(read(ends, model), 8, None)
+
+
+def test_a_reward_model_by_name_comes_with_the_processor_beside_it(tmp_path):
+    policy, processor = llava(), llava_processor()
+    torch.manual_seed(0)
+    classifier = Gemma3ForSequenceClassification(dataclasses.replace(gemma3().config, num_labels=1)).eval()
+    classifier.save_pretrained(tmp_path)
+    call = dict(method="vanilla", max_new_tokens=4, seed=0, on_error="raise")
+    own = StarsEngine(policy, ClassifierReward(classifier, processor=gemma3_processor()), processor=processor)
+    expected = own.generate(CHATS, **call).rewards
+    gemma3_processor().tokenizer.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=f"reward='{tmp_path}' takes pictures.*pass reward_tokenizer="):
+        bare = StarsEngine(policy, tmp_path, processor=processor)
+    with refused(r"prompts\[0\]", "processor=", "reward_tokenizer="):
+        bare.generate(CHATS, **call)
+    given = StarsEngine(policy, classifier, processor=processor, reward_tokenizer=gemma3_processor())
+    gemma3_processor().save_pretrained(tmp_path)
+    named = StarsEngine(policy, tmp_path, processor=processor)
+    for engine in (given, named):
+        assert engine.generate(CHATS, **call).rewards == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_vision_language_model_is_no_reward_model_by_name(tmp_path):
+    llava().config.save_pretrained(tmp_path)
+    with refused("reward='", "LlavaConfig", "no sequence classifier", "JudgeReward"):
+        StarsEngine(llava(), tmp_path, processor=llava_processor())
 
 
 def test_functions_are_given_the_pictures_they_ask_for_and_rules_judge_the_text():
@@ -417,7 +451,9 @@ def test_functions_are_given_the_pictures_they_ask_for_and_rules_judge_the_text(
     }
     assert engine.generate(CHATS, CONFIG, seed=0, columns={"images": ["abc", "d"]}).rewards == [3.0, 1.0]
     assert engine.generate(chats, CONFIG, seed=0).rewards == [1.0, 2.0, 0.0]
-    assert engine.generate(chats[2:], CONFIG, seed=0).rewards == [0.0]  # of its neighbours it knows nothing
+    plain = StarsEngine(policy, looks, processor=processor)
+    assert plain.generate(chats[2:], CONFIG, seed=0).rewards == [0.0]  # of its neighbours it knows nothing
+    assert plain.generate(chats, CONFIG, seed=0).rewards == [1.0, 2.0, 0.0]
     with refused("images", "columns="):
         StarsEngine(tiny_policy(VOCAB), looks, tokenizer=processor.tokenizer).generate(["no picture"], CONFIG)
     with refused("images", "columns="):

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import replace
 
 import openai
 import pytest
@@ -10,6 +11,7 @@ from serving import CONFIG, running, tiny_engine
 from tiny_pictures import asked, llava, llava_processor, picture
 
 from stars_fast import StarsEngine
+from stars_fast.methods import Guided
 
 CHAT = [{"role": "user", "content": "hello there"}]
 
@@ -88,6 +90,19 @@ def test_settings_of_ours_go_in_extra_body(engine, client):
     got = client.completions.create(model="tiny", prompt="the cat", seed=7, max_tokens=20, extra_body=best)
     assert got.choices[0].text == want.texts[0]
     assert got.choices[0].model_extra["stars"]["reward"] == pytest.approx(want.rewards[0], rel=1e-5)
+
+
+def test_a_method_asked_for_decides_about_what_the_servers_guides_draw():
+    mix, engine = Guided([(None, -0.5, lambda text: "now " + text)], weight=1.5), tiny_engine()
+    named, ruled = {"name": "best_of_n", "n": 3}, dict(max_new_tokens=12, target_reward=None, base_reward=None)
+    want, plain = (
+        alone(engine, "the cat", **ruled, method=method).texts[0] for method in (replace(mix, method=named), named)
+    )
+    with running(engine, config=CONFIG.replace(method=mix, target_reward=None, base_reward=None)) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        extra = {"stars": {"method": named}}
+        got = client.completions.create(model="tiny", prompt="the cat", seed=7, max_tokens=12, extra_body=extra)
+    assert got.choices[0].text == want != plain
 
 
 WRONG = [

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from stars_fast import AsyncStarsEngine
 from stars_fast.serve import pictures, schema
 from stars_fast.serve.app import create_app
-from stars_fast.serve.service import Service
+from stars_fast.serve.service import CHATS, Service
 
 SAID = {"type": "text", "text": "what is this?"}
 
@@ -157,10 +157,10 @@ def test_requests_wait_while_the_pictures_of_others_take_up_too_much(service, se
 
 
 def test_bodies_have_room_for_pictures_where_pictures_are_read(service, monkeypatch):
-    most = service.max_body
+    most = service.max_body(CHATS)
     monkeypatch.setattr(service.engine.engine, "processor", object())
-    assert service.max_body == most + pictures.MOST_BYTES
-    assert "the body has more than" in message(post(service, "data:" + "A" * service.max_body), 413)
+    assert service.max_body(CHATS) == most + pictures.MOST_BYTES and service.max_body("/v1/completions") == most
+    assert "the body has more than" in message(post(service, "data:" + "A" * service.max_body(CHATS)), 413)
 
 
 @pytest.mark.parametrize(

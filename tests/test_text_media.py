@@ -2,6 +2,8 @@
 
 import base64
 import io
+import json
+import warnings
 
 import numpy as np
 import pytest
@@ -255,19 +257,48 @@ def test_a_policy_that_takes_pictures_is_loaded_by_name_with_its_processor(tmp_p
 @pytest.mark.parametrize("saved", ["MllamaForCausalLM", "MllamaForConditionalGeneration"])
 def test_a_config_that_serves_both_is_loaded_as_what_it_was_saved_as(tmp_path, saved, monkeypatch):
     monkeypatch.setattr(models, "_loaded", lambda auto, *args: pytest.fail(auto.__name__))
-    monkeypatch.setattr(models, "processor_beside", lambda name: None)
+    monkeypatch.setattr(models, "processor_beside", lambda *args: None)
     MllamaConfig(architectures=[saved]).save_pretrained(tmp_path)
     auto = "AutoModelForCausalLM" if saved == "MllamaForCausalLM" else "AutoModelForImageTextToText"
     with pytest.raises(pytest.fail.Exception, match=auto):
         load_policy(tmp_path, None)
 
 
+def test_an_adapter_is_loaded_as_the_model_that_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_loaded", lambda auto, *args: pytest.fail(auto.__name__))
+    monkeypatch.setattr(models, "processor_beside", lambda *args: None)
+    llava().config.save_pretrained(tmp_path / "base")
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(pytest.fail.Exception, match="AutoModelForImageTextToText"):
+        load_policy(tmp_path, None)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(pytest.fail.Exception, match="AutoModelForCausalLM"):
+        load_policy(tmp_path, None)
+
+
+def test_ids_that_stand_for_pictures_where_there_are_none_are_warned_of():
+    processor = llava_processor()
+    engine = StarsEngine(llava(), lambda prompts, completions: [0.0] * len(completions), processor=processor)
+    inputs = processor(text="<image> what?", images=picture(0), return_tensors="pt")
+    for prompt in ("<image> what?", {key: inputs[key] for key in ("input_ids", "attention_mask")}):
+        with pytest.warns(UserWarning, match=rf"prompts\[0\] holds the id {IMAGE}, which stands for a picture"):
+            engine.generate(prompt, method="vanilla", max_new_tokens=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.generate(inputs, method="vanilla", max_new_tokens=2)
+
+
 def test_what_is_no_processor_is_refused(policy32, tokenizer32, tmp_path):
     for processor in (tokenizer32, 7, type(llava_processor())):
         with refused("processor is", "give a transformers processor"):
             StarsEngine(policy32, lambda completions: [], processor=processor)
+    with refused(r"tokenizer has .*\(32 ids\)", "processor=", "leave tokenizer= out"):
+        StarsEngine(policy32, lambda completions: [], tokenizer=tokenizer32, processor=llava_processor())
     with pytest.raises(OSError, match=r"processor='.*' cannot be loaded"):
         StarsEngine(policy32, lambda completions: [], processor=tmp_path)
+    with refused("tokenizer is a LlavaProcessor", "processor="):
+        StarsEngine(llava(), lambda completions: [], tokenizer=llava_processor())
 
 
 def test_preferences_are_not_put_before_pictures(pair):

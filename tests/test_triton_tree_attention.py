@@ -76,6 +76,13 @@ def test_any_tree_gives_the_references_numbers(case, parts, window, softcap, sin
     assert_like_reference(case, parts, window=window, softcap=softcap, sinks=sink)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_queries_beyond_a_branch_see_the_trunk_alone(parts):
+    queries = [5, 1, 8, 2]
+    case = tree([3, 1], [131, 64], queries, queries, heads=4, kv_heads=2, d=24, dv=24)
+    assert_like_reference(case | {"branch_len": torch.zeros_like(case["branch_len"])}, parts)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_small_trees_give_the_numbers_of_a_dense_softmax(shape, option):

@@ -188,24 +188,25 @@ def _describe(model: PreTrainedModel) -> Report:
 
 
 def _policy_path(model: PreTrainedModel) -> tuple[Report, Policy]:
-    from stars_fast.policy.policy import Policy
+    from stars_fast.policy.encoder_decoder import policy_of
 
-    runs = Policy(model)
+    runs = policy_of(model)
     return _tree_path(runs, "its attention runs on the tree of slots"), runs
 
 
 def _reward_path(loaded: _Loaded, policy: _Loaded) -> tuple[Report, ClassifierReward]:
     from stars_fast.rewards import ClassifierReward
-    from stars_fast.text.tokenizers import same_vocabulary
+    from stars_fast.text.tokenizers import is_processor, same_vocabulary
 
     assert loaded.model is not None
-    scorer = ClassifierReward(loaded.model, loaded.tokenizer)
+    beside = "processor" if is_processor(loaded.tokenizer) else "tokenizer"
+    scorer = ClassifierReward(loaded.model, **{beside: loaded.tokenizer})
     if policy.model is not None:
         scorer.check_policy(policy.model, policy.tokenizer)
     if scorer.reads.tokenizer is None:
         reads = f"the policy's ids ({scorer.reads.why or 'no tokenizer lies beside it'})"
     else:
-        reads = "its own tokenizer, which lies beside it"
+        reads = f"its own {beside}, which lies beside it"
         if policy.tokenizer is not None:
             same = same_vocabulary(scorer.reads.tokenizer, policy.tokenizer)
             reads += ", with the policy's vocabulary: ids are shared" if same else ": answers are tokenised anew"

@@ -18,7 +18,7 @@ from stars_fast.ops.philox import philox_key
 from stars_fast.policy.leaf import RowProcessor, Sampling
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import RewardPrompt
-from stars_fast.text.media import Media, forward_arguments
+from stars_fast.text.media import Media, forward_arguments, written_before
 from stars_fast.text.personas import read_personas
 from stars_fast.text.prompts import Prompt, gone_on_from, read_prompts, template_kwargs
 from stars_fast.tree.media import placeholder_ids
@@ -67,10 +67,16 @@ def check_limits(
     ``preferred`` has per prompt its ids under each of the method's preferences, which stand in its place; ``slots``
     those that a request may take by itself.
     """
+    pictures = frozenset(placeholder_ids(policy.model) if policy.takes_media else ())
     for index, (prompt, variants) in enumerate(zip(prompts, preferred, strict=True)):
         for ids, under in [(prompt.ids, ""), *((ids, ", under a preference,") for ids in variants)]:
             check_ids(index, ids, prompt.media, policy, "the policy's", under)
-        length = max(map(len, [prompt.ids, *variants]))
+        if prompt.media is None and (unseen := pictures.intersection(prompt.ids)):
+            warn(
+                f"prompts[{index}] holds the id {min(unseen)}, which stands for a picture, and no picture: give a chat "
+                "with its pictures, or all that the processor returned (pixel_values and what else there is)"
+            )
+        length = max(map(len, [written_before(prompt), *variants]))
         check_positions(index, length, config, policy, "the policy")
         if kv_cache_tokens is not None and slots[index] > kv_cache_tokens:
             raise ValueError(
@@ -108,6 +114,17 @@ def check_media(index: int, media: Media | None, model: TreeModel, role: str) ->
         raise ValueError(
             f"prompts[{index}] has pictures: its {', '.join(sorted(unread))} are nothing that {role}, a "
             f"{type(model.model).__name__}, reads"
+        )
+
+
+def warn_of_large_batches(prompts: Sequence[Prompt], samples: int, rows: int) -> None:
+    """A batch that a processor made in one piece is read whole each time that some of its prompts are let in."""
+    batch = max((len(prompt.media.inputs["input_ids"]) for prompt in prompts if prompt.media is not None), default=1)
+    if batch > 1 and batch * samples > rows:
+        warn(
+            f"prompts: a processor's batch of {batch}, with num_return_sequences={samples}, is more than max_rows="
+            f"{rows} at a time, and all of it is read again whenever others of it follow: give a list of what the "
+            "processor makes of one prompt each"
         )
 
 

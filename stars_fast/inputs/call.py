@@ -27,9 +27,11 @@ from stars_fast.inputs.guides import read_guides
 from stars_fast.inputs.hooks import stop_test
 from stars_fast.inputs.per_prompt import places
 from stars_fast.inputs.sampling import as_ids, resolve_sampling
+from stars_fast.inputs.sources import TAKEN, as_sources
 from stars_fast.loop.caller import Size
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot, of_prompt, pilot_config
 from stars_fast.loop.request import PromptNode, Request, StopTest, Terms
+from stars_fast.methods.base import Method
 from stars_fast.methods.numbers import shown
 from stars_fast.methods.quantile import QuantileRule
 from stars_fast.methods.stars import base_reward
@@ -39,7 +41,7 @@ from stars_fast.policy.leaf import Sampling
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward, RewardPrompt
 from stars_fast.text.chat import encode
-from stars_fast.text.media import forward_arguments, identity
+from stars_fast.text.media import forward_arguments, identity, written_before
 from stars_fast.text.prompts import Prompt, read_prompts
 from stars_fast.tree.support import unwrapped
 
@@ -156,7 +158,7 @@ def prepare(
         Naming the argument, the value, the prompt's index and the limit. Nothing has run when this raises.
     """
     given, config, sampling = settings(arguments, policy, reward, tokenizer)
-    prompts, reward_prompts = _texts(arguments, policy, tokenizer, processor)
+    prompts, reward_prompts = _texts(arguments, config.whole_method, policy, tokenizer, processor)
     calibrated, with_targets = dict[int, Rule](), config
     own = places(given.known, given.target_reward, map(identity, prompts))
     if own is not None and isinstance(given.target_reward, tuple) and isinstance(given.base_reward, tuple):
@@ -281,7 +283,7 @@ def _generation_config(arguments: Arguments, policy: Policy) -> GenerationConfig
 
 
 def _texts(
-    arguments: Arguments, policy: Policy, tokenizer: Any, processor: Any
+    arguments: Arguments, method: Method, policy: Policy, tokenizer: Any, processor: Any
 ) -> tuple[Sequence[Prompt], list[RewardPrompt]]:
     """Prompts, and as the reward sees them."""
     prompts = read_prompts(
@@ -291,9 +293,13 @@ def _texts(
         chat_template_kwargs=arguments.chat_template_kwargs,
         max_positions=policy.max_positions,
         processor=processor,
-        takes=forward_arguments(unwrapped(policy.model)),
+        takes=TAKEN if policy.from_source else forward_arguments(unwrapped(policy.model)),
     )
-    return prompts, read_reward_prompts(arguments, prompts, tokenizer)
+    if not policy.from_source:
+        return prompts, read_reward_prompts(arguments, prompts, tokenizer)
+    sources = as_sources(prompts, policy, method, _generation_config(arguments, policy))
+    bare = [replace(prompt, media=None) for prompt in prompts]
+    return sources, read_reward_prompts(arguments, bare, tokenizer)
 
 
 def _hooks(
@@ -306,14 +312,15 @@ def _hooks(
 ) -> tuple[Sampling, Sequence[Hooks]]:
     """Per prompt what is done beside sampling, and what of the sampling is left to the decode step."""
     own = _generation_config(arguments, policy)
-    ids = [prompt.ids for prompt in prompts]
+    ids = [written_before(prompt) for prompt in prompts]
     if arguments.processor is not None or arguments.stop is not None:
         rows = range(0, len(prompts) * config.num_return_sequences, config.num_return_sequences)
         process, ends = arguments.processor, arguments.stop
         given = [Hooks(process and process(row), ends and ends(row)) for row in rows]
     elif own is not None:
         warn_of_unapplied(own)
-        sampling, processors = row_processors(own, policy.model, sampling, config.max_new_tokens, ids)
+        read = [prompt.ids[: -len(begun)] or begun for prompt, begun in zip(prompts, ids, strict=True)]
+        sampling, processors = row_processors(own, policy.model, sampling, config.max_new_tokens, ids, read)
         stop = time_limit(own)
         given = [Hooks(processor, stop) for processor in processors]
     else:

@@ -16,7 +16,7 @@ from stars_fast.inputs.sampling import SAMPLING_FIELDS
 from stars_fast.loop.request import StopTest
 from stars_fast.notices import warn
 from stars_fast.policy.leaf import RowProcessor, Sampling
-from stars_fast.tree.support import written
+from stars_fast.tree.support import is_encoder_decoder, written
 
 # Fields that hold where nothing above them sets the same: StarsConfig, or what a transformers call itself sets.
 APPLIED = frozenset(
@@ -92,8 +92,11 @@ def row_processors(
     sampling: Sampling,
     max_new_tokens: int,
     prompts: Sequence[Sequence[int]],
+    read: Sequence[Sequence[int]],
 ) -> tuple[Sampling, Sequence[RowProcessor | None]]:
     """transformers' logits processors for what a generation_config sets beyond ``sampling``, as functions of a row.
+
+    Answers go on from ``prompts``; what was ``read`` is the same, but for an encoder-decoder.
 
     Returns
     -------
@@ -102,14 +105,17 @@ def row_processors(
     sequence of RowProcessor or None
         One per prompt.
     """
-    if not set_fields(own).keys() & PROCESSED:
+    fields = set_fields(own).keys() & PROCESSED
+    if is_encoder_decoder(model):
+        fields -= {"forced_bos_token_id"}  # the prompts have it
+    if not fields:
         return sampling, [None] * len(prompts)
     made, size = _prepared(own, model, sampling), written(model)
     device, rest, processors = next(model.parameters()).device, sampling, list[RowProcessor | None]()
-    for prompt in prompts:
-        ids = torch.tensor([prompt], device=device, dtype=torch.int64)
+    for prompt, source in zip(prompts, read, strict=True):
+        ids, encoded = (torch.tensor([one], device=device, dtype=torch.int64) for one in (prompt, source))
         made.max_length = len(prompt) + max_new_tokens
-        foreign = foreign_processors(_made_of(made, model, ids), made, ids, size)
+        foreign = foreign_processors(_made_of(made, model, ids, encoded), made, ids, size)
         processors.append(None if foreign is None else row_processor(foreign.processors, ids, None, 0))
         if foreign is not None and foreign.whole:
             rest = Sampling(eos_token_ids=sampling.eos_token_ids)
@@ -130,11 +136,13 @@ def _prepared(own: GenerationConfig, model: PreTrainedModel, sampling: Sampling)
     return made
 
 
-def _made_of(made: GenerationConfig, model: PreTrainedModel, ids: torch.Tensor) -> LogitsProcessorList:
-    """transformers' list for one prompt ``[1, length]``."""
+def _made_of(
+    made: GenerationConfig, model: PreTrainedModel, ids: torch.Tensor, encoded: torch.Tensor
+) -> LogitsProcessorList:
+    """transformers' list for an answer behind ``ids`` ``[1, length]`` to what was ``encoded`` ``[1, length]``."""
     try:
         processors: LogitsProcessorList = cast(Any, model)._get_logits_processor(
-            made, input_ids_seq_length=ids.shape[1], encoder_input_ids=ids, device=ids.device
+            made, input_ids_seq_length=ids.shape[1], encoder_input_ids=encoded, device=ids.device
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"the model's generation_config: {error}") from error

@@ -105,9 +105,7 @@ def _read(
             ) from error
 
     media = prompts[0].media
-    whole = (
-        media is not None and len(media.inputs["input_ids"]) > 1
-    )  # what a processor made of all prompts in one piece
+    whole = media is not None and len(media.inputs["input_ids"]) > 1  # a processor's, of all prompts in one piece
     given = transformed(0) if whole else [transformed(index) for index in range(len(prompts))]
     read = read_prompts(given, tokenizer, name=f"{name}: prompts", **how)
     if len(read) != len(prompts):
@@ -128,5 +126,5 @@ def _given(prompt: Prompt) -> Any:
         return copy.deepcopy(prompt.source)
     inputs = Pictured((name, value.clone()) for name, value in media.inputs.items())
     if media.images:
-        inputs.chat = refilled(cast(Messages, prompt.source), media.images)
+        inputs.chat = refilled(cast(Messages, prompt.source), copy.deepcopy(media.images))
     return inputs

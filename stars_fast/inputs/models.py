@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,22 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stars_fast import demo
-from stars_fast.inputs.repositories import read
+from stars_fast.inputs.repositories import adapted, read
 from stars_fast.methods.numbers import shown
 from stars_fast.notices import warn
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
-from stars_fast.rewards.classifier import ONE_LABEL
+from stars_fast.rewards.classifier import AS_CAUSAL, ONE_LABEL
 from stars_fast.rewards.ids import POLICYS, check_draft
-from stars_fast.text.tokenizers import named_processor, named_tokenizer, processor_beside, tokenizer_beside
+from stars_fast.text.tokenizers import (
+    check_beside,
+    is_processor,
+    named_processor,
+    named_tokenizer,
+    processor_beside,
+    tokenizer_beside,
+)
+from stars_fast.tree.media import takes_media
 from stars_fast.tree.support import place
 
 # Heads that a causal LM has no use for, and no model has that was trained as one.
@@ -53,7 +62,7 @@ def load_policy(
 
     Parameters
     ----------
-    policy : transformers causal LM, path, hub id or "demo"
+    policy : transformers causal LM or encoder-decoder, path, hub id or "demo"
         An object is left where it is. By name it is loaded with transformers' Auto classes.
     tokenizer : transformers tokenizer, path or hub id, optional
         Default: the processor's; else the one beside a policy given by name, if there is one.
@@ -67,7 +76,8 @@ def load_policy(
     Raises
     ------
     OSError, ValueError, TypeError
-        As transformers says, for what it cannot load; for a device that is not there; for a model without an LM head.
+        As transformers says, for what it cannot load; for a device that is not there; for a model without an LM head;
+        for a tokenizer and a processor of two vocabularies.
     """
     processor = named_processor("processor", processor)
     if isinstance(policy, (str, os.PathLike)):
@@ -76,7 +86,7 @@ def load_policy(
         name = _named(policy, "policy")
         auto = _auto_class(name)
         if processor is None and auto is AutoModelForImageTextToText:
-            processor = processor_beside(name)
+            processor = processor_beside(name, "policy", "processor")
         if tokenizer is None and processor is None:
             tokenizer = tokenizer_beside(name, "tokenizer")
         policy, loading = _loaded(auto, name, device, dtype)
@@ -89,6 +99,8 @@ def load_policy(
     if tokenizer is None and processor is not None:
         tokenizer = processor.tokenizer
     tokenizer = named_tokenizer("tokenizer", tokenizer)
+    if processor is not None:
+        check_beside("tokenizer", tokenizer, processor)
     if isinstance(policy, type):
         raise TypeError(f"policy is the class {policy.__name__}: give a model, a path or a hub id")
     if policy.get_output_embeddings() is None:
@@ -100,21 +112,35 @@ def _auto_class(name: str) -> Any:
     """Which of transformers' Auto classes loads a policy: where both know its config, the one that knows what it was
     saved as.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
-    try:
-        config = read(AutoConfig, name)
-    except (OSError, ValueError, ImportError):  # an adapter's folder; what is broken is said when the model is read
+    config = _config(name)
+    if config is None:  # what is broken is said when the model is read
         return AutoModelForCausalLM
-    text, pictures = (
+    text, pictures, sources = (
         {known.__name__ for known in _several(auto._model_mapping[type(config)])}
         if type(config) in auto._model_mapping
         else set[str]()
-        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText)
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
     )
     saved = set(config.architectures or ())
+    if sources and (saved & sources - text - pictures or not text | pictures):
+        return AutoModelForSeq2SeqLM
+    if not text and not pictures:
+        raise ValueError(f"policy={name!r} has a {type(config).__name__}, of which transformers makes no causal LM")
     only_text = not pictures or bool(saved & text - pictures)
     return AutoModelForCausalLM if only_text else AutoModelForImageTextToText
+
+
+def _config(name: str) -> Any:
+    """A model's config, of an adapter that of the model which it changes; None where it cannot be read."""
+    from transformers import AutoConfig
+
+    with suppress(OSError, ValueError, ImportError):
+        return read(AutoConfig, name)
+    with suppress(Exception):  # an adapter's settings may hold anything
+        return read(AutoConfig, adapted(name))
+    return None
 
 
 def _several(classes: Any) -> Sequence[type]:
@@ -158,13 +184,16 @@ def load_reward(
     """
     if isinstance(reward, type):
         raise TypeError(f"reward is a class: give an instance, {reward.__name__}(...)")
-    if reward_tokenizer != POLICYS:
+    if reward_tokenizer != POLICYS and not is_processor(reward_tokenizer):
         reward_tokenizer = named_tokenizer("reward_tokenizer", reward_tokenizer)
     if isinstance(reward, (str, os.PathLike)):
         reward, reward_tokenizer = load_classifier(reward, reward_tokenizer, device)
     _refuse_modules(reward)
     if not isinstance(reward, Reward) and hasattr(reward, "config") and hasattr(reward, "base_model_prefix"):
-        reward = ClassifierReward(reward, reward_tokenizer, tokenizer, tail, chat_template_kwargs=chat_template_kwargs)
+        own, processor = (None, reward_tokenizer) if is_processor(reward_tokenizer) else (reward_tokenizer, None)
+        reward = ClassifierReward(
+            reward, own, tokenizer, tail, chat_template_kwargs=chat_template_kwargs, processor=processor
+        )
     elif chat_template_kwargs is not None:
         raise ValueError(
             f"reward_chat_template_kwargs={chat_template_kwargs!r:.80}: reward is a {type(reward).__name__}, which is "
@@ -208,22 +237,32 @@ def _refuse_modules(reward: Any) -> None:
 def load_classifier(
     name: str | os.PathLike[str], tokenizer: Any, device: Device = None, dtype: str = "auto"
 ) -> tuple[PreTrainedModel, Any]:
-    """A sequence classifier by path, hub id or "demo", and the tokenizer beside it, if there is one and none is given.
+    """A sequence classifier by path, hub id or "demo", and what lies beside it, if it does and none is given: the
+    processor of one that takes pictures, else the tokenizer.
 
     ``device``, ``dtype`` and errors are those of :func:`load_policy`.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     name = _named(name, "reward")
-    if tokenizer is None:
+    given = tokenizer
+    if given is None:
         tokenizer = tokenizer_beside(name, "reward_tokenizer")
-    labels = read(AutoConfig, name).num_labels
+    config = read(AutoConfig, name)
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ValueError(
+            f"reward={name!r} has a {type(config).__name__}, of which transformers makes no sequence classifier: "
+            f"{AS_CAUSAL}"
+        )
+    labels = config.num_labels
     # Two labels stand in no config.json: whether the head has one row is seen when it is loaded.
     one = {} if labels == 1 else {"num_labels": 1, "ignore_mismatched_sizes": True}
     model, loading = _loaded(AutoModelForSequenceClassification, name, device, dtype, **one)
     if loading["mismatched_keys"]:
         raise ValueError(f"reward={name!r} has num_labels={labels}; {ONE_LABEL}")
     _refuse_random("reward", name, model, loading["missing_keys"], ONE_LABEL)
+    if given is None and takes_media(model):
+        tokenizer = processor_beside(name, "reward", "reward_tokenizer") or tokenizer
     return model, tokenizer
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.utils import find_adapter_config_file
 
 _MOST_LAYERS = 10_000
 # What transformers' configs call their number. Other fields with "layer" in their name are sizes of anything.
@@ -26,6 +29,14 @@ def read(auto: Any, name: str, **options: Any) -> Any:
         raise
     except Exception as error:
         raise OSError(f"{name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def adapted(name: str) -> str:
+    """The model that an adapter changes, as its folder or repository names it. Raises OSError where there is none."""
+    file = find_adapter_config_file(name)
+    if file is None:
+        raise OSError(f"{name!r} holds no adapter")
+    return str(json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
 def _refuse_endless(name: str) -> None:

@@ -202,6 +202,11 @@ def refuse_modes(generation_config: GenerationConfig) -> None:
 
 def refuse_inputs(model_kwargs: dict[str, Any], media: Mapping[str, Any]) -> None:
     """Raise ValueError for anything to start from besides ids, mask and media, or what transformers itself adds."""
+    if model_kwargs.get("encoder_outputs") is not None:  # the source's ids are not there any more
+        raise ValueError(
+            "the model is an encoder-decoder, whose source a reward could not see from here: use "
+            "StarsEngine(model, reward).generate(sources)"
+        )
     for name in _CACHES:
         if model_kwargs.get(name) is not None and model_kwargs[name].get_seq_length():
             raise ValueError(f"{name} holds tokens: reward-guided decoding starts from token ids alone")

@@ -310,6 +310,7 @@ class Core(Stays):
         strategies, beside, stack = self._strategies.values(), self._beside.values(), self._stack
         self._strategies, self._beside, self._uses = {}, {}, Counter()
         self.loop, self._stack = None, ExitStack()
+        self._size = self._size._replace(prompts=(), beside=())  # which may hold many pictures, and models
         with stack:  # closed whatever raises
             for strategy in strategies:
                 strategy.leave()

@@ -18,6 +18,7 @@ from stars_fast.outputs import Cause, SegmentTrace
 from stars_fast.policy.leaf import Draw, Leaf, RowProcessor
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards.base import Completion, Response, Reward
+from stars_fast.text.media import written_before
 
 
 class OneAnswer:
@@ -119,7 +120,7 @@ class OneAnswer:
             return None
         size = policy.logit_size  # prompts may hold ids that cannot be written
         seen = torch.zeros(size, dtype=torch.bool, device=policy.device)
-        seen[[token for token in answer.prompt.ids + answer.tokens if token < size]] = True
+        seen[[token for token in written_before(answer.prompt) + answer.tokens if token < size]] = True
         return seen
 
     def candidate(

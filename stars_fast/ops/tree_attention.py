@@ -79,7 +79,8 @@ def tree_attention_reference(
     Groups (requests) share a trunk, rows (candidates) have a branch each. Row b's queries are
     ``query_indptr[b]:query_indptr[b + 1]``, and they are the last n tokens of its branch: query j is branch token
     ``i = branch_len[b] - n + j`` at position ``trunk_len[g] + i``, and sees the whole trunk and branch tokens 0 to i.
-    One query a row is a decode step, a few are the scoring of a segment, an empty trunk is a prefill.
+    One query a row is a decode step, a few are the scoring of a segment, an empty trunk is a prefill. Where the branch
+    has fewer tokens than queries, those too many see the trunk alone: in cross-attention all of them do.
 
     Parameters
     ----------

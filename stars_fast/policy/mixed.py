@@ -39,7 +39,7 @@ class MixedSteps(Steps):
     shape : Shape
     """
 
-    not_finite = "the mix's logits are not finite: the policy's or a guide's are not"
+    not_finite = "the sum of the policy's logits and its guides' is not finite"
 
     def __init__(self, models: Sequence[TreeModel], shape: Shape) -> None:
         (policy, own), *others = read_at(models).items()

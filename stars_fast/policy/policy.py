@@ -98,7 +98,8 @@ class Policy(TreeModel):
         kept = sorted(set(last))
         keep = torch.tensor(kept, device=self.device)
         nodes, output = super().read_media(inputs, rows, lag, logits_to_keep=keep, **kwargs)
-        return nodes, [output.logits[row, kept.index(place)] for row, place in zip(rows, last, strict=True)]
+        places_kept = [(row, kept.index(place)) for row, place in zip(rows, last, strict=True)]
+        return nodes, [output.logits[place].clone() for place in places_kept]  # views would keep all of the batch's
 
     def allowed(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits ``[..., V]`` with -inf at :attr:`barred`."""
@@ -276,7 +277,8 @@ class Policy(TreeModel):
         if processed or not self.graphs.enabled:
             return MixedSteps(models, shape)
         relied_on = {model: model.graphs.relied_on for model in models[1:]}
-        if any(self._guides_then.get(model, now) != now for model, now in relied_on.items()):
+        # One has moved, or is new: then others may be gone for good.
+        if any(self._guides_then.get(model) != now for model, now in relied_on.items()):
             self.graphs.drop(MixedSteps)
         self._guides_then.update(relied_on)
         shape = shape.padded(max(model.trunk_room for model in models), self.length_room)

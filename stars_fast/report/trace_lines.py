@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,9 @@ class _Texts:
         if isinstance(given, str) or self._tokenizer is None:
             return given if isinstance(given, str) else None
         try:
-            return legible(self._tokenizer, ids, skip_special_tokens=False)
+            special = set(getattr(self._tokenizer, "all_special_ids", ()))  # a picture is one, hundreds of times
+            shown = [one for token, same in groupby(ids) for one in ([token] if token in special else same)]
+            return legible(self._tokenizer, shown, skip_special_tokens=False)
         except Exception:  # of the tokenizer: the ids stand beside it
             return None
 

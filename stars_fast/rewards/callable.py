@@ -77,7 +77,8 @@ class CallableReward(Reward):
         needed = [name for name in self._required if name not in _OWN_ARGUMENTS]
         for name in needed:
             # Of a policy of text, `images` is a column like any other: nobody's prompts have pictures.
-            may_see = name != "images" or self._may_see or any(name in prompt.columns for prompt in prompts)
+            told = (prompt.media is not None or name in prompt.columns for prompt in prompts)
+            may_see = name != "images" or self._may_see or any(told)
             if not may_see or any(name not in self._columns(prompt) for prompt in prompts):
                 raise ValueError(
                     f"the reward function needs {name!r}, which is neither prompts, completions or completion_ids nor "

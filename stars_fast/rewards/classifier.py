@@ -21,7 +21,8 @@ from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import refuse_dynamic_rope, refuse_offloaded, unwrapped, vocabulary
 
-ONE_LABEL = "a reward model has exactly 1 (a causal LM scores as JudgeReward or ImplicitReward of stars_fast.rewards)"
+AS_CAUSAL = "a causal LM scores as JudgeReward or ImplicitReward of stars_fast.rewards"
+ONE_LABEL = f"a reward model has exactly 1 ({AS_CAUSAL})"
 # Tokens of one forward pass where rows are scored whole, as far as one row allows.
 _MAX_TOKENS = 16384
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -11,13 +12,14 @@ from weakref import WeakValueDictionary
 import torch
 from transformers import PreTrainedModel
 
-from stars_fast.methods.numbers import integer
+from stars_fast.methods.numbers import integer, shown
 from stars_fast.rewards.base import RewardPrompt, check_model
 from stars_fast.rewards.cache import TreeCache
 from stars_fast.rewards.implicit import ImplicitReward
 from stars_fast.rewards.render import Context
 from stars_fast.text.media import Media
 
+Distortion = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 _STEPS = 1000  # of VCD's diffusion
 _GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 
@@ -35,8 +37,9 @@ class GroundingReward(ImplicitReward):
     ----------
     model : transformers model of pictures and text, with a language-model head
         It may be the policy.
-    noise : int
-        The step of the diffusion, 0 to 999; as in :func:`noised`.
+    noise : int or function
+        The step of the diffusion, 0 to 999; as in :func:`noised`. Or what makes other pictures of a processor's output,
+        and of nothing else (a blank, say), and returns all that it was given beside them.
     tokenizer, beta, chat_template_kwargs, processor
         As those of :class:`ImplicitReward`.
 
@@ -52,21 +55,21 @@ class GroundingReward(ImplicitReward):
         self,
         model: PreTrainedModel,
         *,
-        noise: int = 500,
+        noise: int | Distortion = 500,
         tokenizer: Any = None,
         beta: float = 1.0,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         processor: Any = None,
     ) -> None:
         check_model("model", model, predicts=True)
-        self.noise = integer("noise", noise, 0, _STEPS - 1)
+        self.noise = noise if callable(noise) else integer("noise", noise, 0, _STEPS - 1)
         self._read_with(tokenizer, "tokenizer", model, processor=processor)
         self._compare(model, model, beta, "sum", None, chat_template_kwargs)
         self._noised: WeakValueDictionary[int, _Noised] = WeakValueDictionary()  # by what they are made of
 
     @property
     def described(self) -> str:
-        return f"{super().described} (noise={self.noise})"
+        return f"{super().described} (noise={getattr(self.noise, '__name__', self.noise)})"
 
     def context(self, prompt: RewardPrompt) -> Context:
         context = super().context(prompt)
@@ -85,8 +88,14 @@ class GroundingReward(ImplicitReward):
 
 
 class _Noised(dict[str, Any]):
-    def __init__(self, inputs: Mapping[str, Any], step: int) -> None:
-        super().__init__(noised(inputs, step))
+    def __init__(self, inputs: Mapping[str, Any], noise: int | Distortion) -> None:
+        if callable(noise):  # of tensors of its own: the policy and the other tree read these inputs, too
+            made = noise(copy.deepcopy(dict(inputs)))
+            if missing := [key for key in inputs if key not in made]:
+                raise ValueError(f"noise={shown(noise)} returns no {', '.join(missing)}, which it was given")
+        else:
+            made = noised(inputs, noise)
+        super().__init__(made)
         self.made_of = inputs  # whose identity is the key under which this is found
 
 

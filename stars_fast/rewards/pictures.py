@@ -15,7 +15,7 @@ from stars_fast.rewards.ids import POLICYS
 from stars_fast.text.chat import encode, encode_turn
 from stars_fast.text.media import Media
 from stars_fast.text.pictures import chat_template
-from stars_fast.text.tokenizers import is_processor
+from stars_fast.text.tokenizers import check_beside, is_processor
 from stars_fast.text.tokens import guarded
 from stars_fast.tree.media import places
 from stars_fast.tree.support import unwrapped
@@ -60,7 +60,7 @@ def tokenizer_of(processor: Any, given: Any, argument: str) -> Any:
     Raises
     ------
     TypeError, ValueError
-        For what is no processor, and one beside "policy": it would not be asked.
+        For what is no processor, one beside "policy": it would not be asked, and one beside another vocabulary.
     """
     if processor is None:
         return given
@@ -69,6 +69,7 @@ def tokenizer_of(processor: Any, given: Any, argument: str) -> Any:
     if given is not None:
         if given == POLICYS:
             raise ValueError(f"{argument}={POLICYS!r} reads the policy's ids and pictures: leave processor= out")
+        check_beside(argument, given, processor)
         return given
     tokenizer, template = processor.tokenizer, chat_template(processor)
     if template and template != tokenizer.chat_template:

@@ -202,7 +202,7 @@ class Rendering:
         if self.processor is None:
             raise ValueError(
                 f"{prompt.name} has pictures, and the reward model reads prompts with a tokenizer or template of its "
-                "own: give the scorer its model's processor="
+                "own: give the scorer its model's processor= (to StarsEngine: as reward_tokenizer=)"
             )
         if not prompt.media.images or not _is_chat(prompt.source):
             raise ValueError(

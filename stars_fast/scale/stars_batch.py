@@ -41,15 +41,14 @@ class StarsBatch:
 
     Notes
     -----
-    A batch (Arrow, pandas or NumPy) has a column ``id``, text or integers, which differ within the dataset, and one
-    of ``prompt`` (text), ``messages`` (chats) and ``prompt_ids`` in each row. A column ``image`` or ``images`` has
-    pictures, one or a list: whole paths, data URLs, the bytes of files, or what data sets of the hub have,
-    ``{"bytes": ..., "path": ...}``. A null in a message is a key that the message has not: Arrow gives all of them the
-    keys of one.
-    The batch comes back as an Arrow table with all its columns and these: ``sample, completion, reward,
-    finish_reason, error, tokens, completion_ids, segments, seed``; a row per sample where ``num_return_sequences``
-    is more than 1. A row that fails has its reason in ``error``, which is null in others, and costs no other row.
-    ValueError and TypeError are for what is wrong with every row.
+    A batch (Arrow, pandas or NumPy) has a column ``id``, text or integers, which differ within the dataset, and one of
+    ``prompt`` (text), ``messages`` (chats) and ``prompt_ids`` in each row. A column ``image`` or ``images`` has
+    pictures: whole paths, data URLs, the bytes of files, or what data sets of the hub have,
+    ``{"bytes": ..., "path": ...}``; one or a list. A null in a message is a key that the message has not: Arrow gives
+    all of them the keys of one. The batch comes back as an Arrow table with all its columns and these: ``sample,
+    completion, reward, finish_reason, error, tokens, completion_ids, segments, seed``; a row per sample where
+    ``num_return_sequences`` is more than 1. A row that fails has its reason in ``error``, which is null in others, and
+    costs no other row. ValueError and TypeError are for what is wrong with every row.
 
     Examples
     --------

@@ -17,7 +17,7 @@ from stars_fast.serve.answers import Exchange
 from stars_fast.serve.errors import Json, Refusal, invalid
 from stars_fast.serve.guard import Guard
 from stars_fast.serve.schema import Asked, ChatRequest, CompletionRequest
-from stars_fast.serve.service import Service
+from stars_fast.serve.service import CHATS, Service
 from stars_fast.serve.streaming import (
     Chat,
     ClientGone,
@@ -70,7 +70,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await _answer(service, completion, body, request)
 
-    @app.post("/v1/chat/completions", responses=_ANSWERS)
+    @app.post(CHATS, responses=_ANSWERS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await _answer(service, chat, body, request)
 

@@ -52,7 +52,7 @@ class Guard:
         try:
             try:
                 self._check_key(path, headers)
-                receive = await self._received(headers, receive)
+                receive = await self._received(path, headers, receive)
             except Refusal as refusal:
                 return await refusal.response()(scope, receive, answer)
             await self.app(scope, receive, answer)
@@ -83,9 +83,9 @@ class Guard:
             message = "wrong API key" if key else "no API key: send the header Authorization: Bearer KEY"
             raise Refusal(message, 401, headers={"WWW-Authenticate": "Bearer"})
 
-    async def _received(self, headers: Headers, receive: Receive) -> Receive:
+    async def _received(self, path: str, headers: Headers, receive: Receive) -> Receive:
         """The whole body, as one message, and then what follows."""
-        length, most = headers.get("content-length", "0"), self.service.max_body
+        length, most = headers.get("content-length", "0"), self.service.max_body(path)
         if length.isdecimal() and int(length[:20]) > most:
             raise _too_large(most)
         body, messages = bytearray(), list[Message]()

@@ -22,6 +22,7 @@ from stars_fast.serve.refused import check_served
 from stars_fast.serve.schema import MOST_CANDIDATES, Asked, ChatRequest
 
 COMPLETION_TOKENS = 16  # of a completion that does not say how long, as OpenAI has it
+CHATS = "/v1/chat/completions"
 TIMEOUT = 600.0  # seconds of a request, unless the server says otherwise
 
 _log = logging.getLogger("stars_fast.serve")
@@ -66,10 +67,10 @@ class Service:
         self.metrics = Metrics(self.engine)
         self.draining, self._greedy_told = False, False
 
-    @property
-    def max_body(self) -> int:
-        """Most bytes of a request: ids of the longest prompt, written as JSON, several times over, and pictures."""
-        return max(1 << 20, 16 * self.engine.max_model_len) + MOST_BYTES * self.reads_pictures
+    def max_body(self, path: str) -> int:
+        """Most bytes of a request: ids of the longest prompt, written as JSON several times over; a chat's pictures."""
+        pictures = self.reads_pictures and path == CHATS
+        return max(1 << 20, 16 * self.engine.max_model_len) + MOST_BYTES * pictures
 
     @property
     def reads_pictures(self) -> bool:
@@ -132,6 +133,8 @@ class Service:
             changes |= body.stars.model_dump(exclude_none=True, exclude={"trace"})
         changes["max_new_tokens"] = body.longest or self.max_tokens or COMPLETION_TOKENS
         try:
+            if "method" in changes:  # candidates stay those of the server's guides, if it has any
+                changes["method"] = self.config.whole_method.selecting(changes["method"])
             config = self.config.replace(**changes)
             method = config.chosen_method
             ruled = method.rule(config)

@@ -70,6 +70,12 @@ def identity(prompt: Read) -> Sequence[int]:
     return prompt.ids if prompt.media is None else [*prompt.ids, -1, *prompt.media.digest]
 
 
+def written_before(prompt: Read) -> list[int]:
+    """Ids that an answer goes on from: the prompt's or, of a source, those that its target begins with."""
+    begun = None if prompt.media is None else prompt.media.inputs.get("decoder_input_ids")
+    return prompt.ids if begun is None or prompt.media is None else begun[prompt.media.row].tolist()
+
+
 def forward_arguments(model: Any) -> frozenset[str]:
     """What of an encoding the model reads besides ids and their mask: what its forward names."""
     return frozenset(inspect.signature(model.forward).parameters) - _NOT_OF_PROMPTS
@@ -106,7 +112,8 @@ def media_inputs(
         return None
     inputs = {key: _tensor(f"{name}[{key!r}]", value) for key, value in given.items() if key in takes}
     ids = _tensor(f"{name}['input_ids']", given["input_ids"])
-    if all(value.shape == ids.shape and not value.is_floating_point() for value in inputs.values()):
+    of_text = all(value.shape == ids.shape and not value.is_floating_point() for value in inputs.values())
+    if of_text and "decoder_input_ids" not in inputs:
         return None  # types of tokens, of a text without pictures
     mask = given.get("attention_mask") if attention_mask is None else attention_mask
     mask = torch.ones_like(ids) if mask is None else _tensor(f"{name}['attention_mask']", mask)

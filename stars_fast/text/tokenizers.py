@@ -27,6 +27,11 @@ def check_tokenizer(argument: str, tokenizer: Any, needed: str = "") -> None:
     """Raise TypeError for anything but a tokenizer, or None where it is not ``needed`` for something."""
     if tokenizer is None and not needed:
         return
+    if not isinstance(tokenizer, type) and is_processor(tokenizer):
+        raise TypeError(
+            f"{argument} is a {type(tokenizer).__name__}, which reads pictures, too: give it as processor=, or its "
+            "tokenizer, processor.tokenizer"
+        )
     if not callable(tokenizer) or not hasattr(tokenizer, "decode") or isinstance(tokenizer, type):
         raise TypeError(f"{argument} is a {type(tokenizer).__name__}, {shown(tokenizer)}: give a tokenizer{needed}")
 
@@ -34,6 +39,15 @@ def check_tokenizer(argument: str, tokenizer: Any, needed: str = "") -> None:
 def same_vocabulary(a: Any, b: Any) -> bool:
     """Whether the ids of two tokenizers, of which either may be None, mean the same."""
     return a is not None and b is not None and (a is b or a.get_vocab() == b.get_vocab())
+
+
+def check_beside(argument: str, tokenizer: Any, processor: Any) -> None:
+    """Raise ValueError where a tokenizer gives other ids than the processor that reads what it does not."""
+    if hasattr(tokenizer, "get_vocab") and not same_vocabulary(tokenizer, processor.tokenizer):
+        raise ValueError(
+            f"{argument} has another vocabulary ({len(tokenizer.get_vocab())} ids) than the tokenizer of processor= "
+            f"({len(processor.tokenizer.get_vocab())}), and a prompt is read in one: leave {argument}= out"
+        )
 
 
 def tokenizer_beside(name: str, argument: str = "", cached: bool = False) -> Any:
@@ -92,24 +106,26 @@ def named_processor(argument: str, processor: Any) -> Any:
     return processor
 
 
-def processor_beside(name: str) -> Any:
-    """The processor beside a model that takes pictures; None, with a warning, where none loads."""
+def processor_beside(name: str, role: str, argument: str) -> Any:
+    """The processor beside a model that takes pictures; None, with a warning of what to pass, where none loads."""
     try:
         with _said("cannot be loaded"):
             processor = AutoProcessor.from_pretrained(name)
     except OSError as error:
         cause = " ".join(str(error.__cause__).split())
         warn(
-            f"policy={name!r} takes pictures, and its processor cannot be loaded, so that chats with pictures are "
-            f"refused: pass processor= ({type(error.__cause__).__name__}: {cause})"
+            f"{role}={name!r} takes pictures, and its processor cannot be loaded, so that chats with pictures are "
+            f"refused: pass {argument}= ({type(error.__cause__).__name__}: {cause})"
         )
         return None
     return processor if is_processor(processor) else None
 
 
 def is_processor(candidate: Any) -> bool:
-    """Whether it makes more of a prompt than ids: where there is nothing but a tokenizer, AutoProcessor loads that."""
-    return getattr(candidate, "tokenizer", None) is not None
+    """Whether it makes more of a prompt than ids: where there is nothing but a tokenizer, AutoProcessor loads that, and
+    some tokenizers have one of another library.
+    """
+    return getattr(candidate, "tokenizer", None) is not None and not hasattr(candidate, "get_vocab")
 
 
 @contextmanager

@@ -49,8 +49,8 @@ def _check_parts(where: str, parts: list[Any], pictures: bool) -> None:
             continue
         if kind in PICTURES:
             raise ValueError(
-                f"{where}: content has a part of type {kind!r}, which is read in prompts, with a processor alone: pass "
-                "processor= to StarsEngine"
+                f"{where}: content has a part of type {kind!r}, and only prompts may have pictures, of an engine with "
+                "processor="
             )
         if kind != "text" or not isinstance(part.get("text"), str):
             raise ValueError(f"{where}: content has a part of type {kind!r}; only parts of text and images are read")

@@ -26,7 +26,7 @@ from stars_fast.ops import kv_append, rotary_append, tree_attention
 from stars_fast.ops._library import library
 from stars_fast.ops.tree_attention import tree_work
 from stars_fast.tree import prefill
-from stars_fast.tree.linear import onednn_linears
+from stars_fast.tree.linear import faster_linears
 from stars_fast.tree.segment_tree import TreePlan
 from stars_fast.tree.slots import SlotPool
 
@@ -82,7 +82,12 @@ class TreeContext:
             attended = library.attend(q, keys, v, rows, longest, scale, options["window"], options["softcap"])
             # Some lay their output out as q is; compiled layers rely on what the operator promises.
             return attended.contiguous()
-        out = torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device)
+        return self.look(layer, q, **options)
+
+    def look(self, layer: int, q: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Attention of q ``[T, Hq, D]`` over what the slots hold -> ``[T, Hq, Dv]``."""
+        k_pool, v_pool = self.pool.layer(layer)
+        out = torch.empty(*q.shape[:2], v_pool.shape[-1], dtype=q.dtype, device=q.device)
         plan, sizes = self.plan, (q.shape[1:], v_pool.shape[1:])
         lengths = (plan.group_indptr, self.query_indptr, self.max_rows, self.max_queries)
         if sizes not in self.work:
@@ -132,6 +137,7 @@ class Write(NamedTuple):
 
     pool: SlotPool
     layer: int
+    size: tuple[int, int]  # (B, T) of the ids that it has keys of
     tokens: torch.Tensor  # [N] int64, places in the batch's tokens [B * T]
     slots: torch.Tensor  # [N] int32
 
@@ -144,7 +150,6 @@ class PromptContext:
     """
 
     writes: Mapping[nn.Module, Write]
-    size: tuple[int, int]  # (B, T) of the ids
     seen: set[nn.Module] = field(default_factory=set)  # which have written
 
     def call(
@@ -158,10 +163,11 @@ class PromptContext:
     ) -> Any:
         """A whole call of transformers' attention: key ``[B, Hkv, T, D]``, value ``[B, Hkv, T, Dv]``."""
         if (write := self.writes.get(module)) is not None:
-            if (key.shape[0], key.shape[2]) != self.size:
+            if (key.shape[0], key.shape[2]) != write.size:
                 raise NotImplementedError(
                     f"{type(module).__name__} has keys of {key.shape[0]} x {key.shape[2]} tokens, where the prompts "
-                    f"are {self.size[0]} x {self.size[1]} ids: a processor must put an id for every token of a picture"
+                    f"are {' x '.join(map(str, write.size))} ids: a processor must put an id for every token of a "
+                    "picture"
                 )
             keys, values = (states.transpose(1, 2).flatten(0, 1)[write.tokens] for states in (key, value))
             kv_append(keys, values, *write.pool.layer(write.layer), write.slots)
@@ -169,8 +175,24 @@ class PromptContext:
         return _ordinary_attention(module)(module, query, key, value, attention_mask, **options)
 
 
+class WholeCalls(Protocol):
+    """An :class:`AttentionContext` of whole calls, such as :class:`PromptContext`."""
+
+    def call(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **options: Any,
+    ) -> Any:
+        """What transformers' attention returns."""
+        ...
+
+
 @contextmanager
-def active(context: AttentionContext | PromptContext) -> Iterator[None]:
+def active(context: AttentionContext | WholeCalls) -> Iterator[None]:
     """Run the forward passes inside on ``context`` (this thread only)."""
     previous = getattr(_active, "context", None)
     _active.context = context
@@ -193,9 +215,10 @@ def stars_attention(
     """transformers' attention signature: query ``[1, Hq, T, D]`` -> ``([1, T, Hq, Dv], None)``."""
     compiling = torch.compiler.is_compiling()
     context = None if compiling else getattr(_active, "context", None)
-    if not compiling and (context is None or isinstance(context, PromptContext)):
-        ordinary = _ordinary_attention(module) if context is None else context.call
-        return ordinary(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if not compiling:
+        call = _ordinary_attention(module) if context is None else getattr(context, "call", None)
+        if call is not None:
+            return call(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise NotImplementedError(f"{type(module).__name__} has no layer_idx: its keys cannot be told apart")
@@ -312,7 +335,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     with _plugged_lock.held():
         if id(model) not in _evaluated:
             undo = ExitStack()
-            undo.enter_context(onednn_linears(model))
+            undo.enter_context(faster_linears(model))
             _evaluated[id(model)] = _Evaluating([module for module in model.modules() if module.training], undo)
         _evaluated[id(model)].depth += 1
     try:

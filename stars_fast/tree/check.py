@@ -43,7 +43,7 @@ def checked(tree_model: _AnyTree) -> _AnyTree:
     model = tree_model.model
     seen = _compared.setdefault(model, {})
     form = (tree_model.made_for, tree_model.body is model, str(model.config._attn_implementation))
-    tree_model.reads_whole = seen[form] if form in seen else tree_model.takes_media and not _is_causal(tree_model)
+    tree_model.reads_whole = seen[form] if form in seen else _must_read_whole(tree_model)
     if form not in seen:
         error = median_difference(tree_model)
         if not error < max(_LEAST_TOLERATED, 2.2 * torch.finfo(tree_model.dtype).eps ** 0.5):
@@ -54,6 +54,10 @@ def checked(tree_model: _AnyTree) -> _AnyTree:
             )
         seen[form] = tree_model.reads_whole
     return tree_model
+
+
+def _must_read_whole(tree_model: TreeModel) -> bool:
+    return tree_model.from_source or (tree_model.takes_media and not _is_causal(tree_model))
 
 
 @torch.no_grad()
@@ -145,7 +149,7 @@ def _outputs(tree_model: TreeModel) -> tuple[torch.Tensor, torch.Tensor]:
     """
     trunk, branches = _probe(tree_model)
     packed = _on_tree(tree_model, trunk, branches)
-    plain = _continued if tree_model.reads_whole else _plainly
+    plain = _translated if tree_model.from_source else _continued if tree_model.reads_whole else _plainly
     return packed, torch.cat([plain(tree_model, trunk, branch) for branch in branches])
 
 
@@ -161,7 +165,7 @@ def _probe(tree_model: TreeModel) -> tuple[list[int], list[list[int]]]:
 
 
 def _on_tree(tree_model: TreeModel, trunk: list[int], branches: list[list[int]]) -> torch.Tensor:
-    tree_model.allocate(len(trunk) + sum(len(branch) for branch in branches))
+    tree_model.allocate(len(trunk) + sum(len(branch) for branch in branches) + int(tree_model.from_source))
     with plugged(tree_model.model):
         if tree_model.reads_whole:
             leaves, _ = tree_model.read_media({"input_ids": torch.tensor([trunk])})
@@ -188,6 +192,12 @@ def _continued(tree_model: TreeModel, trunk: list[int], branch: list[int]) -> to
             for ids in (trunk, *([token] for token in branch))
         ]
     return torch.cat(values[1:])
+
+
+def _translated(tree_model: Any, trunk: list[int], branch: list[int]) -> torch.Tensor:
+    source, target = (torch.tensor([ids], device=tree_model.device) for ids in (trunk, [tree_model.start, *branch]))
+    with evaluating(tree_model.model):
+        return _values(tree_model.body(input_ids=source, decoder_input_ids=target, use_cache=False))[1:]
 
 
 def _values(output: Any) -> torch.Tensor:

@@ -80,13 +80,12 @@ def read(
         kept = zip(rows, there, lengths, strict=True)
         tokens = torch.cat([row * length + place[:count] for row, place, count in kept]).to(model.device)
         slots = torch.cat([plan.branch_slots[branch, :count] for branch, count in enumerate(lengths)])
-        writes = {module: Write(model.pool, layer, tokens, slots) for module, layer in model.modules.items()}
-        context = PromptContext(writes, (batch, length))
+        where = (batch, length), tokens, slots
+        writes = {module: Write(model.pool, layer, *where) for module, layer in model.modules.items()}
+        context = PromptContext(writes)
         with model.on_device(), active(context), _positions(_decoder(model)) as seen:
-            output = model.body(**_placed(dict(inputs), model), use_cache=False, **kwargs)
-        missing = {model.modules[module] for module in model.modules.keys() - context.seen}
-        if missing:
-            raise NotImplementedError(f"the {model.name}: layers {sorted(missing)} have read nothing of a prompt")
+            output = model.body(**placed(dict(inputs), model), use_cache=False, **kwargs)
+        refuse_unread(model, context)
         for node, row, place in zip(plan.branches, rows, there, strict=True):
             model.tree.shift(node, _last_position(seen[-1], row, place) + 1 - len(place))
         return plan.branches, output
@@ -95,13 +94,20 @@ def read(
         raise
 
 
-def _placed(value: Any, model: Reader) -> Any:
+def refuse_unread(model: Reader, context: PromptContext) -> None:
+    """Raise NotImplementedError for layers that have written nothing in a pass over a prompt."""
+    missing = sorted({write.layer for module, write in context.writes.items() if module not in context.seen})
+    if missing:
+        raise NotImplementedError(f"the {model.name}: layers {missing} have read nothing of a prompt")
+
+
+def placed(value: Any, model: Reader) -> Any:
     """Tensors where the model lies, those of floats in its dtype; as they are nested."""
     if isinstance(value, torch.Tensor):
         return value.to(model.device, model.model.dtype if value.is_floating_point() else None)
     if isinstance(value, dict):
-        return {name: _placed(one, model) for name, one in value.items()}
-    return [_placed(one, model) for one in value] if isinstance(value, list | tuple) else value
+        return {name: placed(one, model) for name, one in value.items()}
+    return [placed(one, model) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _decoder(model: Reader) -> nn.Module:

@@ -64,6 +64,8 @@ class TreeModel(Stays):
     reads_whole : bool
         Whether prompts of text alone must go through :meth:`read_media` as well, because their tokens see later ones.
         Said by :func:`stars_fast.tree.check.checked`.
+    from_source : bool
+        Whether prompts are sources, which an encoder reads (:class:`stars_fast.policy.encoder_decoder.EncoderDecoder`).
     prefixes : Prefixes
         What the tree holds for texts that begin alike; of this tree. For as long as the weights do not change.
 
@@ -81,13 +83,15 @@ class TreeModel(Stays):
     logit_size = 0  # ids with a logit, of models that are drawn from
     barred: torch.Tensor | None = None  # int64 [N], of such a model: ids that are never drawn
 
+    from_source = False
+
     def __init__(
         self,
         model: PreTrainedModel,
         body: PreTrainedModel,
         role: str,
     ) -> None:
-        refuse_unsupported(model, role)
+        refuse_unsupported(model, role, self.from_source)
         warn_of_shared_scales(model, role)
         self.model = model
         self.body = body

@@ -21,6 +21,11 @@ def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     return inner
 
 
+def is_encoder_decoder(model: PreTrainedModel) -> bool:
+    """Whether its answers are written behind a source that an encoder reads."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
 def vocabulary(model: PreTrainedModel) -> int:
     """Ids the model has embeddings for."""
     return int(cast(torch.Tensor, model.get_input_embeddings().weight).shape[0])
@@ -32,7 +37,7 @@ def written(model: PreTrainedModel) -> int:
     return int(getattr(head, "out_features", None) or head.weight.shape[0])  # packed weights have another shape
 
 
-def refuse_unsupported(model: PreTrainedModel, role: str) -> None:
+def refuse_unsupported(model: PreTrainedModel, role: str, encoder_decoders: bool = False) -> None:
     """Raise NotImplementedError, by name, for models that a tree of keys and values cannot represent."""
     config = model.config.get_text_config()
     name = f"the {described(model, role)}"
@@ -46,8 +51,8 @@ def refuse_unsupported(model: PreTrainedModel, role: str) -> None:
     if len(devices) > 1 or torch.device("meta") in devices:
         where = ", ".join(sorted(str(device) for device in devices))
         raise NotImplementedError(f"{name} spread over devices ({where}): keys and values lie on one device")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise NotImplementedError(f"{name}, an encoder-decoder: only decoder-only models are supported")
+    if not encoder_decoders and is_encoder_decoder(model):
+        raise NotImplementedError(f"{name}, an encoder-decoder: those are supported as the policy alone")
     kinds = set(getattr(config, "layer_types", None) or ())
     stateful = sorted(kinds - {"full_attention", "sliding_attention"})
     if getattr(model, "_is_stateful", False) or stateful:

@@ -17,6 +17,7 @@
 #include "philox.h"
 #include "sample_step.h"
 #include "select_and_commit.h"
+#include "skinny_product.h"
 #include "tree_attention.h"
 
 using namespace stars_fast;
@@ -96,10 +97,23 @@ void sampling(Results& results, int threads) {
     }
 }
 
+void products(Results& results, int threads) {
+    constexpr int64_t kRows = 7, kInputs = 160, kOutputs = 530;  // no whole blocks, and enough to wake threads
+    std::mt19937 random(3);
+    const std::vector<float> x = noise(random, kRows * kInputs), weight = noise(random, kOutputs * kInputs),
+                             bias = noise(random, kOutputs);
+    for (int64_t rows = 1; rows <= kRows; ++rows) {
+        std::vector<float> out(rows * kOutputs);
+        skinny_product({x.data(), weight.data(), bias.data(), out.data(), rows, kInputs, kOutputs}, threads);
+        add(results, out);
+    }
+}
+
 Results all(int threads) {
     Results results;
     attention(results, threads);
     sampling(results, threads);
+    products(results, threads);
     return results;
 }
 
@@ -128,6 +142,14 @@ void wrong_integers_are_refused() {
         }
     }
     EXPECT(refused == tried && tried > 500);
+}
+
+void products_that_do_not_fit_are_refused() {
+    std::vector<float> x(64), weight(320), out(20);
+    EXPECT(refuses([&] { skinny_product({x.data(), weight.data(), nullptr, x.data() + 5, 2, 32, 10}, 1); }));
+    EXPECT(refuses([&] { skinny_product({x.data(), weight.data(), nullptr, nullptr, 2, 32, 10}, 1); }));
+    EXPECT(refuses([&] { skinny_product({x.data(), weight.data(), nullptr, out.data(), 2, 20, 10}, 1); }));
+    EXPECT(!refuses([&] { skinny_product({x.data(), weight.data(), nullptr, out.data(), 2, 32, 10}, 1); }));
 }
 
 void a_body_may_throw() {
@@ -165,6 +187,7 @@ int main(int count, char** arguments) {
     const int rounds = count > 1 ? std::atoi(arguments[1]) : 10;
     philox_is_the_published_one();
     wrong_integers_are_refused();
+    products_that_do_not_fit_are_refused();
     a_body_may_throw();
     const Results results = all(1);
 #ifndef __SANITIZE_THREAD__
