@@ -302,6 +302,7 @@ def test_noise_is_vcds_and_each_pictures_own():
     assert torch.equal(dim == 0, pixels == 0)
     noise = (dim - kept.sqrt() * pixels)[0] / (1 - kept).sqrt()
     assert noise.mean().abs() < 0.05 and abs(noise.std() - 1) < 0.05
+    assert (noise[0] - noise[1]).abs().mean() > 1  # two pictures of one size
     assert torch.equal(noised({"pixel_values": pixels[2:, :, :, :20]})["pixel_values"], dim[2:, :, :, :20])
     with refused("pixel_values", "input_ids"):
         noised({"input_ids": torch.tensor([[1]])})
