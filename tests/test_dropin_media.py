@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine
 
-CONFIG = StarsConfig(segment_length=3, max_attempts=4, target_reward=1.0, beta=0.6, max_new_tokens=10, ignore_eos=True)
+CONFIG = StarsConfig(segment_length=3, max_attempts=4, target_reward=1.0, beta=0.6, max_new_tokens=6, ignore_eos=True)
 
 
 def made_by(processor, place: str) -> dict:

@@ -1,4 +1,4 @@
-"""The check of test_law.py rejects faults planted on purpose, with the sizes with which it passes the engine."""
+"""The check of test_law.py rejects faults planted on purpose, with a third of the samples that it takes there."""
 
 import inspect
 from dataclasses import replace
@@ -6,12 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_policy
-from test_law import PROMPT, RULE, SAMPLES, VOCAB, oracle, p_attempts, p_text, run, wave_reward
+from test_law import PROMPT, RULE, VOCAB, oracle, p_attempts, p_text, run, wave_reward
 
 from stars_fast.loop import selection
 from stars_fast.loop.one_answer import OneAnswer
 from stars_fast.ops.philox import uniform
 from stars_fast.policy import steps
+
+SAMPLES = 1000
 
 # Faults of the fallback show where most segments need it; those of the choice among accepted ones where most rounds
 # have several; those of the noise where the first attempt often wins; those of the acceptance test where few candidates

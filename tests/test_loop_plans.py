@@ -46,14 +46,15 @@ def test_plans_are_drawn_and_encoded_once():
     assert out.rewards == pytest.approx(sum_reward(out.completions))
 
 
-@pytest.mark.parametrize("limits", [{"max_rows": 2}, {"kv_cache_tokens": 31}, {"kv_cache_tokens": 61}], ids=str)
-def test_texts_are_the_same_with_little_room(limits):
-    settings = dict(seed=0, num_return_sequences=2 * CHILDREN, max_new_tokens=24, ignore_eos=True)
-    plenty, engine = make_engine().generate(PROMPTS, CONFIG, **settings), make_engine(**limits)
-    out = engine.generate(PROMPTS, CONFIG, **settings)
-    assert out.errors == [None] * 12 and out.completions == plenty.completions
-    assert out.stats["preemptions"] > 0 or "max_rows" in limits
-    assert engine.policy.tree.live_slots == engine.policy.tree.nodes == 0
+def test_texts_are_the_same_with_little_room():
+    settings = dict(seed=0, num_return_sequences=2 * CHILDREN, max_new_tokens=16, ignore_eos=True)
+    plenty = make_engine().generate(PROMPTS, CONFIG, **settings)
+    for limits in ({"max_rows": 2}, {"kv_cache_tokens": 23}, {"kv_cache_tokens": 45}):
+        engine = make_engine(**limits)
+        out = engine.generate(PROMPTS, CONFIG, **settings)
+        assert out.errors == [None] * 12 and out.completions == plenty.completions
+        assert out.stats["preemptions"] > 0 or "max_rows" in limits
+        assert engine.policy.tree.live_slots == engine.policy.tree.nodes == 0
 
 
 def test_the_slots_of_a_plan_count_once():
@@ -85,7 +86,7 @@ def test_children_are_independent_given_their_plan():
 
     def pairs(method):
         config = StarsConfig(method=method, segment_length=1, max_new_tokens=2, eos_token_id=3)
-        out = engine.generate([[1, 2]], config, seed=0, num_return_sequences=1500)
+        out = engine.generate([[1, 2]], config, seed=0, num_return_sequences=800)
         return [tuple(map(tuple, pair)) for pair in families(out, 2)]
 
     assert p_value({0: pairs(Plans(2, delimiter=None, longest=1))}, {0: law}) > 1e-3

@@ -98,11 +98,10 @@ def assert_read_so(policy, prompt, out, row):
     assert out.logprobs[row] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_the_text_depends_neither_on_neighbours_nor_on_rows_nor_on_slots(monkeypatch, n):
+def test_the_text_depends_neither_on_neighbours_nor_on_rows_nor_on_slots(monkeypatch):
     """Nor does a pass ever lack slots: what is read before a step is drawn has its room."""
     monkeypatch.setattr(Queue, "retreat", lambda loop, large: pytest.fail(large.cause))
-    reward, method = tiny_reward(VOCAB, hidden=32), navigator(n=n)
+    reward, method = tiny_reward(VOCAB, hidden=32), navigator(n=3)
     together = generate(make_engine(reward), method=method, num_return_sequences=2)
     assert together.errors == [None] * 6 and together.stats["preemptions"] == 0
     for row in range(6):
@@ -115,7 +114,6 @@ def test_the_text_depends_neither_on_neighbours_nor_on_rows_nor_on_slots(monkeyp
         ({"max_rows": 2}, {}),
         ({}, {"candidates": 1}),
         ({"kv_cache_tokens": slots}, {"candidates": 2}),
-        ({"kv_cache_tokens": slots + 20}, {}),
         ({"kv_cache_tokens": 2 * slots}, {}),
     ):
         engine = make_engine(reward, **limits)

@@ -95,8 +95,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("slots", [2000, 90])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, slots", [("llava", 2000), *((family, 90) for family in FAMILIES)])
 def test_the_log_ratio_sees_the_pictures_after_any_history(family, slots):
     make, prompts, inputs = FAMILIES[family]
     pair = [make(seed) for seed in (1, 2)]
@@ -107,7 +106,7 @@ def test_the_log_ratio_sees_the_pictures_after_any_history(family, slots):
         ours, reference = (logprob(model, given, completion.tokens) for model in pair)
         return 0.5 * (ours - reference)
 
-    live(scorer, prompts(), expected, draw=draw, slots=slots, rounds=6, seed=slots)
+    live(scorer, prompts(), expected, draw=draw, slots=slots, rounds=4, seed=slots)
 
 
 def test_a_pair_that_sees_prompts_in_both_directions_reads_text_whole_too():
@@ -263,7 +262,7 @@ def test_a_classifier_reads_what_the_policy_reads(family):
         return model.score(model.model(**given, use_cache=False).last_hidden_state[0, -1]).item()
 
     assert scorer.tree_model is not None
-    live(scorer, prompts(), expected, draw=draw, slots=100, rounds=5)
+    live(scorer, prompts(), expected, draw=draw, slots=100, rounds=3)
 
 
 def a_blank(inputs):
@@ -303,6 +302,7 @@ def test_noise_is_vcds_and_each_pictures_own():
     assert torch.equal(dim == 0, pixels == 0)
     noise = (dim - kept.sqrt() * pixels)[0] / (1 - kept).sqrt()
     assert noise.mean().abs() < 0.05 and abs(noise.std() - 1) < 0.05
+    assert (noise[0] - noise[1]).abs().mean() > 1  # two pictures of one size
     assert torch.equal(noised({"pixel_values": pixels[2:, :, :, :20]})["pixel_values"], dim[2:, :, :, :20])
     with refused("pixel_values", "input_ids"):
         noised({"input_ids": torch.tensor([[1]])})
@@ -498,7 +498,7 @@ def test_answers_to_pictures_are_what_the_template_writes_around_and_makes_of_th
     def spaced(chance):
         return [4] * chance.randint(0, 1) + draw(chance) + [4] * chance.randint(0, 1)
 
-    live(scorer, prompts, expected, draw=spaced, slots=150, rounds=5, tokenizer=prompts[0].tokenizer)
+    live(scorer, prompts, expected, draw=spaced, slots=150, rounds=3, tokenizer=prompts[0].tokenizer)
 
 
 def test_a_batch_is_read_in_one_pass_and_its_ids_are_never_taken_for_other_pictures(monkeypatch):

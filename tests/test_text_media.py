@@ -23,6 +23,7 @@ from tiny_pictures import (
     qwen2_5_vl,
     qwen_inputs,
 )
+from tiny_vision import together
 from transformers import LlavaProcessor, MllamaConfig
 
 from stars_fast import StarsConfig, StarsEngine
@@ -150,6 +151,9 @@ def test_of_a_packed_batch_every_row_is_told_by_its_picture(side):
     other = {**batch, "pixel_values": -batch["pixel_values"]}
     seen = {tuple(identity(row)) for one in (batch, other) for row in read_prompts(one, None, takes=takes)}
     assert len(seen) == 4 and tuple(identity(rows[0])) in seen
+    one = qwen_inputs((4, 6))
+    twins = read_prompts(together([one, {**one, "pixel_values": -one["pixel_values"]}], side), None, takes=takes)
+    assert twins[0].ids == twins[1].ids and identity(twins[0]) != identity(twins[1])
 
 
 def test_pictures_are_digested_once_a_batch_and_only_where_targets_go_by_prompts(monkeypatch):

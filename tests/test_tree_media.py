@@ -84,12 +84,6 @@ def test_a_row_may_be_asked_for_twice(policy, prompt):
     assert torch.equal(*logits) and not set(policy.tree.slots(nodes[0])) & set(policy.tree.slots(nodes[1]))
 
 
-def test_numbers_of_another_dtype_are_read_in_the_models_own(policy, prompt):
-    for one in (torch.float64, torch.float32):
-        _, (logits,) = policy.read_media(prompt | {"pixel_values": prompt["pixel_values"].to(one)})
-        torch.testing.assert_close(logits, policy.model(**prompt).logits[0, -1], atol=1e-4, rtol=0)
-
-
 def test_the_models_ordinary_users_do_not_disturb_a_reading(policy, prompt):
     """Another thread runs the same model, from other positions on, in the middle of a pass."""
     other = family_prompt("qwen2_5_vl", 1)
@@ -146,11 +140,8 @@ def test_models_of_text_take_no_media():
 
 @pytest.mark.parametrize("name, padded", [("stars", False), ("stars", True), *((name, False) for name in OTHERS)])
 def test_no_method_draws_what_stands_for_a_picture(name, padded):
-    policy = tiny_policy(32, hidden=32)
-    free = StarsEngine(policy, tiny_reward(32, hidden=32))
-    engine = StarsEngine(policy, tiny_reward(32, hidden=32))
-    often = torch.tensor([token for row in generate(free, EVERY[name]).completions for token in row]).mode().values
-    engine.policy.barred = often[None]
+    engine = StarsEngine(tiny_policy(32, hidden=32), tiny_reward(32, hidden=32))
+    engine.policy.barred = torch.arange(16)
     engine.policy.graphs.enabled = padded
     out = generate(engine, EVERY[name])
-    assert out.errors == [None] * 6 and all(int(often) not in row for row in out.completions)
+    assert out.errors == [None] * 6 and min(map(min, out.completions)) >= 16
