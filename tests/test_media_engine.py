@@ -269,6 +269,7 @@ def test_equal_ids_with_another_picture_have_a_target_of_their_own():
 
     def thresholds(prompts, seeds):
         out = engine.generate(prompts, calibration.config, seed=seeds, on_error="raise")
+        assert out.stats["calibration_tokens"] == 0, "they were known"
         return [[segment.threshold for segment in row] for row in out.segments]
 
     both = thresholds(outputs[:2], [1, 2])
