@@ -88,7 +88,6 @@ def as_blank(prompt: Any) -> Any:
 def rows(shapes: Shapes) -> Iterator[Row]:
     """Every row of the table."""
     policy, reference, twin, *_ = shapes
-
     log_ratio = ImplicitReward(twin, reference, tokenizer="policy")
     yield Row("policy", policy, nothing, Vanilla())
     yield Row("policy, likeliest tokens", policy, nothing, Vanilla(), {"top_k": 1})

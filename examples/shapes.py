@@ -75,7 +75,7 @@ def _mask(shape: str) -> np.ndarray:
         "square": np.maximum(abs(x), abs(y)) < 0.8,
         "circle": x**2 + y**2 < 0.8,
         "triangle": abs(x) < (y + 1) / 2,
-        "cross": (np.minimum(abs(x), abs(y)) < 0.3),
+        "cross": np.minimum(abs(x), abs(y)) < 0.3,
         "ring": abs(x**2 + y**2 - 0.7) < 0.3,
         "diamond": abs(x) + abs(y) < 1,
         "bar": abs(y) < 0.4,

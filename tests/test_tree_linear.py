@@ -1,5 +1,7 @@
 """Linear layers through oneDNN or our own products: the same numbers, and nothing left behind."""
 
+import copy
+import io
 import os
 import subprocess
 import sys
@@ -42,6 +44,36 @@ def test_gradients_still_flow_inside():
     with faster_linears(model):
         model(x).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.usefixtures("rule")
+def test_a_copy_that_is_made_or_saved_inside_is_torchs():
+    layer, saved = nn.Linear(16, 4), io.BytesIO()
+    with faster_linears(layer):
+        copied = copy.deepcopy(layer)
+        torch.save(layer, saved)
+    saved.seek(0)
+    for other in (copied, torch.load(saved, weights_only=False)):
+        assert type(other) is nn.Linear and torch.equal(other.weight, layer.weight)
+    assert b"stars_fast" not in saved.getvalue()
+
+
+@pytest.mark.usefixtures("rule")
+def test_who_calls_a_layer_inside_autocast_gets_its_dtype():
+    layer = nn.Linear(16, 4)
+    with torch.no_grad(), faster_linears(layer), torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(3, 16)).dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("rule")
+def test_a_layer_that_is_changed_inside_goes_on():
+    layers, x = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)]), torch.randn(3, 16)
+    with torch.no_grad(), faster_linears(layers):
+        layers[0].weight = nn.Parameter(torch.randn(16, 16).t())
+        nn.utils.parametrize.register_parametrization(layers[1], "weight", nn.Identity())
+        inside = [layer(x) for layer in layers]
+    for layer, before in zip(layers, inside, strict=True):
+        torch.testing.assert_close(layer(x), before)
 
 
 @pytest.mark.parametrize("rule", ["_SKINNY"], indirect=True)

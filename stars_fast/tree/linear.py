@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -34,20 +34,32 @@ _CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # read 
 
 
 # Classes and not a function put in place of each layer's ``forward``: compiled code is shared by class.
-class _OneDnnLinear(nn.Linear):
+class _FasterLinear(nn.Linear):
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copied or saved inside, it is torch's own there."""
+        make, (_, *rest), *state = super().__reduce_ex__(0)  # later protocols insist on the object's class
+        return (make, (nn.Linear, *rest), *state)
+
+
+class _OneDnnLinear(_FasterLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype != torch.float32 or torch.is_grad_enabled():
+        if not _is_for_us(x):
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], None)
 
 
-class _SkinnyLinear(nn.Linear):
+class _SkinnyLinear(_FasterLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         inputs = self.weight.shape[1]
         few = inputs < x.numel() <= MOST_ROWS_ON_CPU * inputs  # for one row MKL reads as fast, and is called sooner
-        if not few or x.dtype != torch.float32 or torch.is_grad_enabled():
+        if not few or not _is_for_us(x) or not self.weight.is_contiguous():  # it may be another one by now
             return super().forward(x)
         return skinny_product(x, [self.weight], [] if self.bias is None else [self.bias])[0]
+
+
+def _is_for_us(x: torch.Tensor) -> bool:
+    """The model's ordinary users may call its layers meanwhile, with gradients or autocast."""
+    return x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 @contextmanager
@@ -72,7 +84,8 @@ def faster_linears(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            layer.__class__ = nn.Linear
+            if type(layer) in (_OneDnnLinear, _SkinnyLinear):  # parametrised inside, it has a class of its own
+                layer.__class__ = nn.Linear
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
