@@ -112,7 +112,7 @@ def test_the_law_holds_under_a_scheduler_that_changes_its_mind_at_random(policy,
     assert p_attempts(runs, oracles) > 1e-3
 
 
-@pytest.mark.parametrize("candidates, at_once", [(4, None), ("auto", 1)])
+@pytest.mark.parametrize("candidates, at_once", [(4, None), ("auto", FEW)])
 def test_the_law_holds_for_each_of_eight_prompts_in_one_call(policy, candidates, at_once):
     runs = run(policy, wave_reward, PROMPTS, SAMPLES // 6, at_once=at_once, candidates=candidates)
     oracles = {i: oracle(policy, prompt) for i, prompt in enumerate(PROMPTS)}
@@ -120,7 +120,7 @@ def test_the_law_holds_for_each_of_eight_prompts_in_one_call(policy, candidates,
     assert p_attempts(runs, oracles) > 1e-3
 
 
-@pytest.mark.parametrize("candidates, at_once", [(3, None), ("auto", 1)])
+@pytest.mark.parametrize("candidates, at_once", [(3, None), ("auto", FEW)])
 def test_the_law_holds_with_a_classifier_as_reward(policy, classifier, candidates, at_once):
     runs = run(policy, classifier, PROMPTS, SAMPLES // 6, at_once=at_once, candidates=candidates)
     oracles = {i: oracle(policy, prompt, classifier=classifier) for i, prompt in enumerate(PROMPTS)}

@@ -272,6 +272,7 @@ def test_equal_ids_with_another_picture_have_a_target_of_their_own():
         return [[segment.threshold for segment in row] for row in out.segments]
 
     both = thresholds(outputs[:2], [1, 2])
+    assert [row[-1] for row in both] == pytest.approx(targets)
     assert thresholds(outputs[1::-1], [2, 1]) == both[::-1]
     assert thresholds([outputs[1]], [2]) == both[1:]
 
