@@ -1,6 +1,7 @@
 """Encoder-decoders as policies: sources at the beginning of trunks, families against their untouched forward passes."""
 
 import copy
+import threading
 from functools import cache
 
 import pytest
@@ -179,6 +180,41 @@ def test_changed_position_weights_are_the_next_calls():
     with torch.no_grad():
         model.get_decoder().embed_positions.weight.mul_(-3)
     assert_exact(model, engine.generate(SOURCES, CONFIG, seed=1), SOURCES, [[START]] * 3, samples=2)
+
+
+@pytest.mark.parametrize("ask", ["told", "refresh"])
+def test_a_hook_that_is_gone_when_another_thread_comes_to_it_does_not_fail_that_one(ask):
+    model, begun, gone, failed = tiny_seq2seq("bart"), threading.Event(), threading.Event(), []
+    policy = EncoderDecoder(model)
+    policy.allocate(20)
+
+    def user():
+        try:
+            plain_logits(model, SOURCES[0], [START], [7])
+        except Exception as error:
+            failed.append(error)
+
+    def wait(module, args):  # between torch's look at its hooks and ours
+        if threading.current_thread() is thread:
+            begun.set()
+            assert gone.wait(20)
+
+    def while_here(*args):
+        if threading.current_thread() is not thread and not begun.is_set():
+            thread.start()
+            assert begun.wait(20)
+
+    thread, embedding = threading.Thread(target=user), model.get_decoder().embed_positions
+    if ask == "told":
+        embedding.register_forward_pre_hook(wait)
+        with policy._table.told(torch.tensor([0])):
+            while_here()
+    else:
+        embedding.register_forward_hook(lambda module, args, output: (while_here(), wait(module, args))[0])
+        policy._table.refresh(5, torch.zeros(1, 1, 16))
+    gone.set()
+    thread.join()
+    assert not failed
 
 
 def test_the_id_that_pads_is_never_drawn():
