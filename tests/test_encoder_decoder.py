@@ -1,5 +1,6 @@
 """Encoder-decoders as policies: sources at the beginning of trunks, families against their untouched forward passes."""
 
+import asyncio
 import copy
 import threading
 from functools import cache
@@ -12,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM
 from transformers.generation import EncoderNoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 import stars_fast
-from stars_fast import StarsConfig, StarsEngine
+from stars_fast import AsyncStarsEngine, StarsConfig, StarsEngine
 from stars_fast.inputs.models import load_policy
 from stars_fast.methods import Guide, Guided, PersonaJudge
 from stars_fast.ops import tree_attention
@@ -273,6 +274,21 @@ def test_penalties_see_the_target_alone_and_those_of_the_encoder_its_source(fiel
             assert float(logits.log_softmax(-1)[answer[place]]) == pytest.approx(said[place], abs=1e-4)
 
 
+# Where there are several callers
+
+
+def test_a_session_has_room_for_a_source_and_a_target_that_each_fill_their_positions():
+    engine, source = StarsEngine(family("bart"), sum_reward_of_ids), [5, 6, 7, 8] * 15
+    config = CONFIG.replace(max_new_tokens=60, segment_length=20, num_return_sequences=1, ignore_eos=True)
+
+    async def answer():
+        async with AsyncStarsEngine(engine) as served:
+            assert served.max_model_len == 128
+            return [token async for event in served.generate(source, config, seed=1) for token in event.segment.tokens]
+
+    assert asyncio.run(answer()) == engine.generate([source], config, seed=[1]).completions[0]
+
+
 # What rewards see
 
 
@@ -311,7 +327,7 @@ def test_what_does_not_fit_is_refused_by_name():
     engine = StarsEngine(tiny_seq2seq("bart", positions=16), sum_reward_of_ids)
     with refused(r"prompts\[1\]", "17", "encoder", "16"):
         engine.generate([[5], [5] * 17], CONFIG)
-    with refused(r"prompts\[0\]", "1", "max_new_tokens=16", "16"):
+    with refused(r"prompts\[0\]", "1 tokens of its target", "max_new_tokens=16", "16"):
         engine.generate([[5] * 16], CONFIG, max_new_tokens=16)
     assert len(engine.generate([[5] * 16], CONFIG, max_new_tokens=15, seed=0).completions) == 2
     for wrong in (torch.tensor([START]), torch.zeros(1, 0, dtype=torch.int64), torch.tensor([[0.5]])):
@@ -321,8 +337,16 @@ def test_what_does_not_fit_is_refused_by_name():
         mask = torch.ones(1, 1, dtype=torch.int64)
         engine.generate({"input_ids": mask, "decoder_input_ids": mask, "decoder_attention_mask": mask}, CONFIG)
     small = StarsEngine(family("bart"), sum_reward_of_ids, kv_cache_tokens=19)
-    with refused("20", "slots", "kv_cache_tokens=19"):  # a source of 4, a start, an answer and a segment
+    with refused("5 tokens", "20", "slots", "kv_cache_tokens=19"):  # a source of 4, a start, an answer and a segment
         small.generate([[5] * 4], CONFIG)
+
+
+def test_a_start_for_each_prompt_of_a_batch_is_refused_with_the_way_that_works():
+    model = tiny_seq2seq("bart")
+    engine = StarsEngine(model, sum_reward_of_ids)
+    model.generation_config.decoder_start_token_id = [START, 9]
+    with refused(r"decoder_start_token_id=\[2, 9\]", "decoder_input_ids"):
+        engine.generate(SOURCES[:2], CONFIG)
 
 
 def test_methods_that_read_prompts_in_several_ways_are_refused():

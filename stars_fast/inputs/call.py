@@ -291,7 +291,7 @@ def _texts(
         tokenizer,
         arguments.attention_mask,
         chat_template_kwargs=arguments.chat_template_kwargs,
-        max_positions=policy.max_positions,
+        max_positions=policy.prompt_positions,
         processor=processor,
         takes=TAKEN if policy.from_source else forward_arguments(unwrapped(policy.model)),
     )
