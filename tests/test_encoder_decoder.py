@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import refused, sum_reward, tiny_policy, tiny_reward, tiny_tokenizer, word_reward
+from starlette.testclient import TestClient
 from transformers import AutoModelForSeq2SeqLM
 from transformers.generation import EncoderNoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
@@ -19,6 +20,8 @@ from stars_fast.methods import Guide, Guided, PersonaJudge
 from stars_fast.ops import tree_attention
 from stars_fast.policy.encoder_decoder import EncoderDecoder
 from stars_fast.policy.policy import Policy
+from stars_fast.serve.app import create_app
+from stars_fast.serve.service import Service
 from stars_fast.tree.attention import TreeContext, plugged
 from stars_fast.tree.check import max_difference
 
@@ -287,6 +290,20 @@ def test_a_session_has_room_for_a_source_and_a_target_that_each_fill_their_posit
             return [token async for event in served.generate(source, config, seed=1) for token in event.segment.tokens]
 
     assert asyncio.run(answer()) == engine.generate([source], config, seed=[1]).completions[0]
+
+
+def test_a_chat_that_says_no_length_has_what_its_target_leaves():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
+    engine = StarsEngine(family("bart"), lambda prompts, completions: [0.0] * len(prompts), tokenizer=tokenizer)
+    session = AsyncStarsEngine(engine)
+    body = {"messages": [{"role": "user", "content": "w5 w6 w7"}], "ignore_eos": True}
+    try:
+        client = TestClient(create_app(Service(session, "tiny", StarsConfig(target_reward=0.0))))
+        got = client.post("/v1/chat/completions", json=body).json()
+    finally:
+        session.close()
+    assert got["usage"]["completion_tokens"] == 63, got
 
 
 # What rewards see
