@@ -227,6 +227,8 @@ def test_the_id_that_pads_is_never_drawn():
         model.lm_head.weight[PAD] = 8 * model.lm_head.weight[7]
     out = StarsEngine(model, sum_reward_of_ids).generate(SOURCES, CONFIG, seed=1)
     assert not any(PAD in answer for answer in out.completions)
+    with pytest.warns(UserWarning, match="eos_token_id=1 is never drawn"):
+        StarsEngine(model, sum_reward_of_ids).generate(SOURCES, CONFIG, seed=1, eos_token_id=PAD)
 
 
 # What targets begin with
