@@ -65,8 +65,9 @@ class AsyncStarsEngine(Stays):
         Held open until :meth:`close`. Its own ``generate`` and ``stream`` may be used meanwhile, from other threads. A
         forked child has none of this: it makes an AsyncStarsEngine of its own.
     max_model_len : int, optional
-        Most tokens of a prompt with its answer, at least 2. Where the policy has fewer positions, these are taken
-        without a word; the attribute says what holds. Default: the policy's positions, at most 8,192.
+        Most tokens of a prompt with its answer, at least 2. Where the policy has fewer positions, an encoder-decoder in
+        both its parts, these are taken without a word; the attribute says what holds. Default: the policy's positions,
+        at most 8,192.
     max_segment_length : int
         Longest segment, at least 1. A heartbeat lasts as long as its longest segment, and admission, abort, timeout and
         the first event wait for one.
@@ -100,7 +101,7 @@ class AsyncStarsEngine(Stays):
             raise TypeError(f"engine={shown(engine)}: give a StarsEngine")
         self.engine, self._process = engine, os.getpid()
         longest = MOST_POSITIONS if max_model_len is None else integer("max_model_len", max_model_len, 2, MOST)
-        self.max_model_len = min(longest, engine.policy.max_positions or longest)
+        self.max_model_len = min(longest, engine.policy.longest or longest)
         self.max_segment_length = min(integer("max_segment_length", max_segment_length, 1), self.max_model_len)
         self.max_waiting = integer("max_waiting", max_waiting, 1)
         self.dead: BaseException | None = None  # what ended the thread

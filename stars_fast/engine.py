@@ -310,7 +310,7 @@ class StarsEngine(Stays):
             return WarmUp(0, 0.0, f"nothing was captured: {where}")
         kind = Kind(ruled, sampling, most, ruled.chosen_method.segments().entropy < math.inf)
         length = max(ruled.segment_length, SEGMENT_LENGTH)
-        size = Size.of_session(self.max_rows, min(longest, self.policy.max_positions or longest), length)
+        size = Size.of_session(self.max_rows, min(longest, self.policy.longest or longest), length)
         started = time.perf_counter()
         graphs, lack = self.core.warm_up(size, kind, show)
         remark = f"memory is short, so that not all was captured: {lack}" if lack else ""

@@ -1,22 +1,27 @@
 """Encoder-decoders as policies: sources at the beginning of trunks, families against their untouched forward passes."""
 
+import asyncio
 import copy
+import threading
 from functools import cache
 
 import pytest
 import torch
 import transformers
 from conftest import refused, sum_reward, tiny_policy, tiny_reward, tiny_tokenizer, word_reward
+from starlette.testclient import TestClient
 from transformers import AutoModelForSeq2SeqLM
 from transformers.generation import EncoderNoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 import stars_fast
-from stars_fast import StarsConfig, StarsEngine
+from stars_fast import AsyncStarsEngine, StarsConfig, StarsEngine
 from stars_fast.inputs.models import load_policy
 from stars_fast.methods import Guide, Guided, PersonaJudge
 from stars_fast.ops import tree_attention
 from stars_fast.policy.encoder_decoder import EncoderDecoder
 from stars_fast.policy.policy import Policy
+from stars_fast.serve.app import create_app
+from stars_fast.serve.service import Service
 from stars_fast.tree.attention import TreeContext, plugged
 from stars_fast.tree.check import max_difference
 
@@ -181,12 +186,49 @@ def test_changed_position_weights_are_the_next_calls():
     assert_exact(model, engine.generate(SOURCES, CONFIG, seed=1), SOURCES, [[START]] * 3, samples=2)
 
 
+@pytest.mark.parametrize("ask", ["told", "refresh"])
+def test_a_hook_that_is_gone_when_another_thread_comes_to_it_does_not_fail_that_one(ask):
+    model, begun, gone, failed = tiny_seq2seq("bart"), threading.Event(), threading.Event(), []
+    policy = EncoderDecoder(model)
+    policy.allocate(20)
+
+    def user():
+        try:
+            plain_logits(model, SOURCES[0], [START], [7])
+        except Exception as error:
+            failed.append(error)
+
+    def wait(module, args):  # between torch's look at its hooks and ours
+        if threading.current_thread() is thread:
+            begun.set()
+            assert gone.wait(20)
+
+    def while_here(*args):
+        if threading.current_thread() is not thread and not begun.is_set():
+            thread.start()
+            assert begun.wait(20)
+
+    thread, embedding = threading.Thread(target=user), model.get_decoder().embed_positions
+    if ask == "told":
+        embedding.register_forward_pre_hook(wait)
+        with policy._table.told(torch.tensor([0])):
+            while_here()
+    else:
+        embedding.register_forward_hook(lambda module, args, output: (while_here(), wait(module, args))[0])
+        policy._table.refresh(5, torch.zeros(1, 1, 16))
+    gone.set()
+    thread.join()
+    assert not failed
+
+
 def test_the_id_that_pads_is_never_drawn():
     model = tiny_seq2seq("m2m_100")  # which would give it no position
     with torch.no_grad():
         model.lm_head.weight[PAD] = 8 * model.lm_head.weight[7]
     out = StarsEngine(model, sum_reward_of_ids).generate(SOURCES, CONFIG, seed=1)
     assert not any(PAD in answer for answer in out.completions)
+    with pytest.warns(UserWarning, match="eos_token_id=1 is never drawn"):
+        StarsEngine(model, sum_reward_of_ids).generate(SOURCES, CONFIG, seed=1, eos_token_id=PAD)
 
 
 # What targets begin with
@@ -237,6 +279,35 @@ def test_penalties_see_the_target_alone_and_those_of_the_encoder_its_source(fiel
             assert float(logits.log_softmax(-1)[answer[place]]) == pytest.approx(said[place], abs=1e-4)
 
 
+# Where there are several callers
+
+
+def test_a_session_has_room_for_a_source_and_a_target_that_each_fill_their_positions():
+    engine, source = StarsEngine(family("bart"), sum_reward_of_ids), [5, 6, 7, 8] * 15
+    config = CONFIG.replace(max_new_tokens=60, segment_length=20, num_return_sequences=1, ignore_eos=True)
+
+    async def answer():
+        async with AsyncStarsEngine(engine) as served:
+            assert served.max_model_len == 128
+            return [token async for event in served.generate(source, config, seed=1) for token in event.segment.tokens]
+
+    assert asyncio.run(answer()) == engine.generate([source], config, seed=[1]).completions[0]
+
+
+def test_a_chat_that_says_no_length_has_what_its_target_leaves():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
+    engine = StarsEngine(family("bart"), lambda prompts, completions: [0.0] * len(prompts), tokenizer=tokenizer)
+    session = AsyncStarsEngine(engine)
+    body = {"messages": [{"role": "user", "content": "w5 w6 w7"}], "ignore_eos": True}
+    try:
+        client = TestClient(create_app(Service(session, "tiny", StarsConfig(target_reward=0.0))))
+        got = client.post("/v1/chat/completions", json=body).json()
+    finally:
+        session.close()
+    assert got["usage"]["completion_tokens"] == 63, got
+
+
 # What rewards see
 
 
@@ -275,7 +346,7 @@ def test_what_does_not_fit_is_refused_by_name():
     engine = StarsEngine(tiny_seq2seq("bart", positions=16), sum_reward_of_ids)
     with refused(r"prompts\[1\]", "17", "encoder", "16"):
         engine.generate([[5], [5] * 17], CONFIG)
-    with refused(r"prompts\[0\]", "1", "max_new_tokens=16", "16"):
+    with refused(r"prompts\[0\]", "1 tokens of its target", "max_new_tokens=16", "16"):
         engine.generate([[5] * 16], CONFIG, max_new_tokens=16)
     assert len(engine.generate([[5] * 16], CONFIG, max_new_tokens=15, seed=0).completions) == 2
     for wrong in (torch.tensor([START]), torch.zeros(1, 0, dtype=torch.int64), torch.tensor([[0.5]])):
@@ -285,8 +356,16 @@ def test_what_does_not_fit_is_refused_by_name():
         mask = torch.ones(1, 1, dtype=torch.int64)
         engine.generate({"input_ids": mask, "decoder_input_ids": mask, "decoder_attention_mask": mask}, CONFIG)
     small = StarsEngine(family("bart"), sum_reward_of_ids, kv_cache_tokens=19)
-    with refused("20", "slots", "kv_cache_tokens=19"):  # a source of 4, a start, an answer and a segment
+    with refused("5 tokens", "20", "slots", "kv_cache_tokens=19"):  # a source of 4, a start, an answer and a segment
         small.generate([[5] * 4], CONFIG)
+
+
+def test_a_start_for_each_prompt_of_a_batch_is_refused_with_the_way_that_works():
+    model = tiny_seq2seq("bart")
+    engine = StarsEngine(model, sum_reward_of_ids)
+    model.generation_config.decoder_start_token_id = [START, 9]
+    with refused(r"decoder_start_token_id=\[2, 9\]", "decoder_input_ids"):
+        engine.generate(SOURCES[:2], CONFIG)
 
 
 def test_methods_that_read_prompts_in_several_ways_are_refused():

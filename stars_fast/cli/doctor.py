@@ -288,7 +288,8 @@ def _model_words(model: Report) -> dict[str, Any]:
         words["reads"] = model["reads"]
     if model["path"] == TREE:
         words["keys and values"] = f"{model['kv_bytes_per_token']:,} bytes a token in {model['layers']} layers"
-        words["fresh prompts"] = f"by {model['fresh_prompts']}"
+        if model["fresh_prompts"]:  # sources are read by the model's own attention
+            words["fresh prompts"] = f"by {model['fresh_prompts']}"
         words["positions"] = f"{model['max_positions']:,}" if model["max_positions"] else "no limit"
         verdict = "agrees" if model["agrees"] else "MORE THAN ROUNDING EXPLAINS"
         words["self-check"] = Text(

@@ -77,10 +77,11 @@ def check_limits(
                 "with its pictures, or all that the processor returned (pixel_values and what else there is)"
             )
         length = max(map(len, [written_before(prompt), *variants]))
-        check_positions(index, length, config, policy, "the policy")
+        check_positions(index, length, config, policy, "the policy", " of its target" if policy.from_source else "")
         if kv_cache_tokens is not None and slots[index] > kv_cache_tokens:
+            read = max(map(len, [prompt.ids, *variants]))
             raise ValueError(
-                f"prompts[{index}] has {length} tokens and needs {slots[index]} slots with max_new_tokens="
+                f"prompts[{index}] has {read} tokens and needs {slots[index]} slots with max_new_tokens="
                 f"{config.max_new_tokens} and segment_length={config.segment_length}; kv_cache_tokens={kv_cache_tokens}"
             )
 
@@ -96,14 +97,14 @@ def check_ids(
         raise ValueError(f"prompts[{index}]{under} holds id {bad[0]}, outside {whose} vocabulary of {model.vocab_size}")
 
 
-def check_positions(index: int, length: int, config: StarsConfig, model: TreeModel, role: str) -> None:
+def check_positions(index: int, length: int, config: StarsConfig, model: TreeModel, role: str, of: str = "") -> None:
     """Raise ValueError where a prompt of so many tokens and its answer may outgrow the model's positions."""
     positions, scaffold = model.max_positions, config.chosen_method.scaffold(config)
     if positions is not None and length + config.max_new_tokens + scaffold > positions:
         beside = f" and up to {scaffold} tokens of the method's scaffold" if scaffold else ""
         raise ValueError(
-            f"prompts[{index}] has {length} tokens, which with max_new_tokens={config.max_new_tokens}{beside} exceeds "
-            f"the limit of {role}'s {positions} positions"
+            f"prompts[{index}] has {length} tokens{of}, which with max_new_tokens={config.max_new_tokens}{beside} "
+            f"exceeds the limit of {role}'s {positions} positions"
         )
 
 

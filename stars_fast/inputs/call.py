@@ -35,6 +35,7 @@ from stars_fast.methods.base import Method
 from stars_fast.methods.numbers import shown
 from stars_fast.methods.quantile import QuantileRule
 from stars_fast.methods.stars import base_reward
+from stars_fast.notices import warn
 from stars_fast.ops.philox import Domain, philox_key
 from stars_fast.outputs import Stats
 from stars_fast.policy.leaf import Sampling
@@ -267,6 +268,8 @@ def settings(
         ruled = ruled.replace(stop_strings=strings)
     if ruled.eos_token_id is not None and max(eos := as_ids(ruled.eos_token_id), default=0) >= policy.vocab_size:
         raise ValueError(f"eos_token_id={max(eos)} lies outside the policy's vocabulary of {policy.vocab_size}")
+    if policy.barred is not None and (ends := set(sampling.eos_token_ids)) and ends <= set(policy.barred.tolist()):
+        warn(f"eos_token_id={min(ends)} is never drawn: to the policy it pads or stands for a picture")
     return given, ruled, sampling
 
 
@@ -291,7 +294,7 @@ def _texts(
         tokenizer,
         arguments.attention_mask,
         chat_template_kwargs=arguments.chat_template_kwargs,
-        max_positions=policy.max_positions,
+        max_positions=policy.prompt_positions,
         processor=processor,
         takes=TAKEN if policy.from_source else forward_arguments(unwrapped(policy.model)),
     )

@@ -12,7 +12,6 @@ from stars_fast.policy.encoder_decoder import target_start
 from stars_fast.policy.policy import Policy
 from stars_fast.text.media import Media, text_inputs
 from stars_fast.text.prompts import Prompt
-from stars_fast.tree.support import max_positions
 
 # Of an encoding, what is read besides ids and mask.
 TAKEN = frozenset({"decoder_input_ids"})
@@ -35,7 +34,7 @@ def as_sources(prompts: Sequence[Prompt], policy: Policy, method: Method, own: A
             f"method={method.name!r} has prompts read in several ways, and the policy, a "
             f"{type(policy.model).__name__}, reads them with an encoder: take a method of one model, such as 'stars'"
         )
-    positions = max_positions(policy.model.config.get_text_config(encoder=True))
+    positions = policy.prompt_positions
     forced, read = getattr(own, "forced_bos_token_id", None), []
     for index, prompt in enumerate(prompts):
         if positions is not None and len(prompt.ids) > positions:

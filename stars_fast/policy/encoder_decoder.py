@@ -14,7 +14,7 @@ from stars_fast.policy.policy import Policy
 from stars_fast.tree import cross
 from stars_fast.tree.attention import NAME, ShapeRecorder, TreeContext, active, causal_probe, own_dtypes, plugged
 from stars_fast.tree.positions import PositionTable
-from stars_fast.tree.support import is_encoder_decoder, unwrapped
+from stars_fast.tree.support import is_encoder_decoder, max_positions, unwrapped
 
 
 class EncoderDecoder(Policy):
@@ -39,7 +39,16 @@ class EncoderDecoder(Policy):
         super().__init__(model, cuda_graphs, torch_compile, role)
         pad, ends = (getattr(model.config, name, None) for name in ("pad_token_id", "eos_token_id"))
         if pad is not None and pad not in (ends if isinstance(ends, list) else [ends]):
-            self.barred = torch.tensor([pad], dtype=torch.int64, device=self.device)
+            self.bar([pad])
+
+    @property
+    def prompt_positions(self) -> int | None:
+        return max_positions(self.model.config.get_text_config(encoder=True))
+
+    @property
+    def longest(self) -> int | None:
+        source, target = self.prompt_positions, self.max_positions
+        return None if source is None or target is None else source + target
 
     def accelerate(self, cuda_graphs: bool, torch_compile: bool) -> None:
         super().accelerate(cuda_graphs, False)
@@ -133,6 +142,8 @@ def target_start(model: PreTrainedModel, own: Any = None) -> int:
     """
     for source in (own or getattr(model, "generation_config", None), model.config):
         for name in ("decoder_start_token_id", "bos_token_id"):
-            if (start := getattr(source, name, None)) is not None:
+            if isinstance(start := getattr(source, name, None), list):
+                raise ValueError(f"{name}={start}: one start for all prompts; give each its own as decoder_input_ids")
+            if start is not None:
                 return int(start)
     raise ValueError(f"the policy, a {type(model).__name__}, has no decoder_start_token_id: set it in its config")

@@ -20,6 +20,7 @@ from stars_fast.serve.metrics import Metrics
 from stars_fast.serve.pictures import MOST_BYTES, MOST_HELD, open_pictures
 from stars_fast.serve.refused import check_served
 from stars_fast.serve.schema import MOST_CANDIDATES, Asked, ChatRequest
+from stars_fast.text.media import written_before
 
 COMPLETION_TOKENS = 16  # of a completion that does not say how long, as OpenAI has it
 CHATS = "/v1/chat/completions"
@@ -165,6 +166,8 @@ class Service:
         call, engine = self.engine.engine.prepare(arguments), self.engine.engine
         length = len(call.prompts[0].ids)
         room = self.engine.max_model_len - length
+        if (positions := engine.policy.max_positions) is not None:
+            room = min(room, positions - len(written_before(call.prompts[0])))
         if engine.kv_cache_tokens is not None:
             room = min(room, engine.kv_cache_tokens - length - config.segment_length)
         if isinstance(reward := engine.reward, RenderedReward) and reward.max_positions is not None:

@@ -37,8 +37,8 @@ _CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # read 
 class _FasterLinear(nn.Linear):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copied or saved inside, it is torch's own there."""
-        made: Any = super().__reduce_ex__(0)  # later protocols insist on the object's class
-        make, (_, *rest), *state = made
+        reduced: Any = super().__reduce_ex__(0)  # later protocols insist on the object's class
+        make, (_, *rest), *state = reduced
         return (make, (nn.Linear, *rest), *state)
 
 

@@ -128,7 +128,8 @@ def _positions(decoder: nn.Module) -> Iterator[list[torch.Tensor | None]]:
     seen: list[torch.Tensor | None] = []
     here = threading.get_ident()
 
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # torch leaves keywords out for another thread that had begun to call hooks when this one was removed.
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
         if threading.get_ident() == here:
             seen.append(kwargs.get("position_ids"))
 

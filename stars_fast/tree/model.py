@@ -145,6 +145,16 @@ class TreeModel(Stays):
         self.torch_compile = torch_compile and on_gpu
 
     @property
+    def prompt_positions(self) -> int | None:
+        """Most tokens of a prompt."""
+        return self.max_positions
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of a prompt with its answer."""
+        return self.max_positions
+
+    @property
     def prepared(self) -> int:
         """Captures and compilations so far: a heartbeat with one says nothing of speed."""
         return self.graphs.tried + (0 if self._compiled is None else self._compiled.compilations)

@@ -43,8 +43,9 @@ class PositionTable:
         """What the embedding is called with in a pass over these ids ``[1, T]``, and its answer."""
         here = threading.get_ident()
 
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        def look(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
             if threading.get_ident() == here:
+                kwargs, output = rest
                 raise _Found((args, kwargs), output)
 
         handle = self._decoder.embed_positions.register_forward_hook(look, with_kwargs=True)
@@ -65,7 +66,8 @@ class PositionTable:
         here, one, rows = threading.get_ident(), self._one, self._rows
         assert rows is not None
 
-        def ask_less(module: nn.Module, args: Any, kwargs: Any) -> _Arguments | None:
+        # torch leaves keywords out for another thread that had begun to call hooks when this one was removed.
+        def ask_less(module: nn.Module, args: Any, kwargs: Any = None) -> _Arguments | None:
             return one if threading.get_ident() == here else None
 
         def answer(module: nn.Module, args: Any, output: Any) -> torch.Tensor | None:
