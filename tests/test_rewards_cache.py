@@ -265,3 +265,30 @@ def test_any_history_of_prompts_and_answers_is_exact_and_leaves_nothing(reward32
     cache.model.prefixes.clear()
     assert (cache.model.tree.free_slots, cache.model.tree.nodes) == (slots, 0)
     scorer.end()
+
+
+def test_prompts_that_were_answered_make_way_before_what_is_waiting():
+    reward = tiny_reward(32, hidden=32)
+    cache = TreeCache(TreeModel(reward, reward.model, "reward"))
+    cache.begin(2, 12, 40)
+    prompts = [RewardPrompt(i, [i, *range(3, 10)], [i, *range(3, 10)]) for i in range(1, 9)]
+    cache.open({prompt: prompt.source for prompt in prompts})
+
+    def encoded(completion):
+        prompt = completion.response.prompt
+        before = cache.tokens
+        list(cache.encode([Text(completion, [*prompt.source, *completion.tokens], [])]))
+        return cache.tokens - before
+
+    with torch.no_grad():
+        first, *others = map(Response, prompts)
+        waiting = Completion(first, [9, 8])
+        assert encoded(waiting) == 8 + 2
+        for response in others:
+            answer = Completion(response, [7, 6])
+            assert encoded(answer) == 8 + 2
+            cache.commit(answer)
+            cache.close(response)
+        cache.commit(waiting)
+        first.tokens += waiting.segment
+        assert encoded(Completion(first, [5])) == 1

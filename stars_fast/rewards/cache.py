@@ -74,6 +74,7 @@ class TreeCache:
         self.tokens = 0  # encoded since begin
         self._has_logits = model.body is model.model
         self._runs: dict[RewardPrompt, list[int]] = {}
+        self._answered: dict[RewardPrompt, None] = {}  # with an answer that is over: the last, perhaps
         self._media: dict[RewardPrompt, Media] = {}  # of those runs whose ids do not say all
         self._prefixes: dict[RewardPrompt, Encoded] = {}
         self._responses: dict[Response, Encoded] = {}
@@ -104,11 +105,12 @@ class TreeCache:
         """No text begins with the prompt's run any more. What is encoded of it is kept until room is needed."""
         self._runs.pop(prompt, None)
         self._media.pop(prompt, None)
+        self._answered.pop(prompt, None)
         self._drop(self._prefixes.pop(prompt, Encoded()))
 
     def end(self) -> None:
         """Release everything."""
-        for held_by in (self._runs, self._media, self._prefixes, self._responses, self._completions):
+        for held_by in (self._runs, self._answered, self._media, self._prefixes, self._responses, self._completions):
             held_by.clear()
         self.model.clear()
         self._plugged.close()
@@ -117,7 +119,7 @@ class TreeCache:
         """The completion's text becomes its response's, unless it was dropped: then the next pass encodes it again."""
         encoded = self._completions.pop(completion, None)
         if encoded is not None:
-            self.close(completion.response)
+            self._let_go(completion.response)
             self._responses[completion.response] = encoded
 
     def discard(self, completion: Completion) -> None:
@@ -126,6 +128,11 @@ class TreeCache:
 
     def close(self, response: Response) -> None:
         """Forget the response."""
+        self._let_go(response)
+        if response.prompt in self._prefixes:
+            self._answered[response.prompt] = None
+
+    def _let_go(self, response: Response) -> None:
         self._drop(self._responses.pop(response, Encoded()))
 
     def fork(self, response: Response, twin: Response) -> None:
@@ -269,7 +276,7 @@ class TreeCache:
             self._encode_prompts({prompt: self._missing(prompt) for prompt in batch})
             waiting = [prompt for prompt in waiting if prompt not in batch]
         for response in fresh:
-            self.close(response)
+            self._let_go(response)
             self._share(self._prefixes[response.prompt], response)
 
     def _is_cut_short(self, response: Response) -> bool:
@@ -371,9 +378,14 @@ class TreeCache:
         return self.model.tree.free_slots >= slots
 
     def _make_room(self, slots: int, keep: set[Response], reading: RewardPrompt | None = None) -> None:
-        """Drop cached runs until ``slots`` are free: kept prefixes, rejected and waiting candidates, idle prompts,
-        other responses.
+        """Drop cached runs until ``slots`` are free: kept prefixes, prompts that were answered, rejected and waiting
+        candidates, idle prompts, other responses.
         """
+        while self._answered and not self._has_room(slots):
+            prompt = next(iter(self._answered))
+            del self._answered[prompt]
+            if prompt is not reading:
+                self._drop(self._prefixes[prompt])
         if self._has_room(slots):
             return
         for completion in list(self._completions):
