@@ -12,8 +12,9 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 SHARED := --numprocesses auto --dist loadfile
 # What depends on transformers, and on Triton's compiler.
 OLDEST_TESTS := tests/test_architectures.py tests/test_architectures_vision.py tests/test_contract.py \
-  tests/test_dropin.py tests/test_dropin_media.py tests/test_encoder_decoder.py tests/test_engine.py tests/test_kernels_compile.py tests/test_media_engine.py \
-  tests/test_outputs.py tests/test_rewards_media.py tests/test_text_media.py
+  tests/test_dropin.py tests/test_dropin_media.py tests/test_encoder_decoder.py tests/test_engine.py \
+  tests/test_kernels_compile.py tests/test_media_engine.py tests/test_outputs.py tests/test_rewards_media.py \
+  tests/test_text_media.py
 
 .PHONY: demo test test-oldest test-scale sanitize soak faults bench lint docs wheel clean
 .NOTPARALLEL: # all environments build the extension into the same folder
