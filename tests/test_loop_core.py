@@ -105,7 +105,7 @@ def test_a_call_that_needs_larger_pools_waits_until_the_others_are_through(small
     events = [next(small)]
     found, thread = [], threading.Thread(target=lambda: found.append(engine.generate(LONG, CONFIG, seed=2)))
     thread.start()
-    while not engine.core._later:
+    while thread.is_alive() and not engine.core._later:
         thread.join(0.01)
     events += small
     thread.join(30)
@@ -126,10 +126,11 @@ def test_calls_behind_one_that_waits_for_larger_pools_keep_their_order(small_poo
         for name, stream in (("second", second), ("third", third))
     ]
     threads[0].start()
-    while not engine.core._later:
+    while threads[0].is_alive() and not engine.core._later:
         threads[0].join(0.01)
     threads[1].start()
-    while len(engine.core._later) < 2:
+    # Whoever waits takes steps for all: the first call may have ended by now, and nobody wait behind another.
+    while threads[1].is_alive() and len(engine.core._later) < 2:
         threads[1].join(0.01)
     events += first
     for thread in threads:
