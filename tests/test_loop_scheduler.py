@@ -275,6 +275,18 @@ def test_what_a_call_has_learned_of_costs_serves_the_next():
     assert engine.core.cost is cost
 
 
+def test_what_a_call_has_learned_of_acceptance_serves_the_next_and_is_soon_outweighed():
+    engine = StarsEngine(tiny_policy(32, hidden=32), sum_reward)
+    lenient = CONFIG.replace(target_reward=-1e6)
+    expected = [r.terms.method.expected_acceptance for r in requests(3)]
+    engine.generate(PROMPTS, lenient, seed=0, num_return_sequences=8)
+    scheduler, (new, refused) = Scheduler(4, 1000, before=engine.core._acceptance), requests(3, 3)
+    assert scheduler.acceptance([new])[0] > 0.8 > max(expected)
+    refused.scored = 64
+    scheduler.retire(refused)
+    assert scheduler.acceptance([new])[0] < 0.3 and scheduler.remembered()[1] == engine.core._acceptance[1]
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_policy_in_several_processes_plans_without_a_clock(sharded, monkeypatch):
     """Each process has a clock of its own, and all must draw and encode alike."""

@@ -90,6 +90,7 @@ class Core(Stays):
         self.gpu_memory_utilization = gpu_memory_utilization
         self._ratio = PRIOR_RATIO if policy.device.type == "cpu" else PRIOR_RATIO_OF_GPUS
         self.cost = HeartbeatCost(self._ratio)  # what is learned on this machine serves the next caller
+        self._acceptance = (0.0, 0)  # and this
         self.in_order = True  # scoring; False, from the next opening on, to compare with
         self._on_heartbeat: Callable[[Heartbeat], None] | None = None
         self.loop: Loop | None = None  # while it is open
@@ -299,7 +300,7 @@ class Core(Stays):
             self._stack = stack.pop_all()
         passes = PASS if policy.device.type == "cpu" else PASS_OF_GPUS
         scoring = passes if self.in_order and self.reward.in_order else None
-        scheduler = Scheduler(self.max_rows, tokens, self.cost, policy.graphs.enabled, scoring)
+        scheduler = Scheduler(self.max_rows, tokens, self.cost, policy.graphs.enabled, scoring, self._acceptance)
         if policy.sharded:  # every process must plan alike, and each has a clock of its own
             scheduler.cost, scheduler.learns = HeartbeatCost(self._ratio), False
         loop = self.loop = Loop(Trunks(policy, scheduler), self.reward, scheduler, self.tokenizer)
@@ -309,6 +310,8 @@ class Core(Stays):
     def _shut(self) -> None:
         strategies, beside, stack = self._strategies.values(), self._beside.values(), self._stack
         self._strategies, self._beside, self._uses = {}, {}, Counter()
+        if self.loop is not None:
+            self._acceptance = self.loop.scheduler.remembered()
         self.loop, self._stack = None, ExitStack()
         self._size = self._size._replace(prompts=(), beside=())  # which may hold many pictures, and models
         with stack:  # closed whatever raises

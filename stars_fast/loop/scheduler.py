@@ -20,6 +20,8 @@ from stars_fast.tree.passes import bucket
 _PRIOR_WEIGHT = 4.0
 # Most tokens to encode in one heartbeat, and of requests that are admitted in one.
 _PREFILL_TOKENS = 4096
+# As many of an earlier call's candidates are remembered: its prompts and target may have been others.
+_REMEMBERED = 16
 # Heartbeats that fit, after which limits that memory once set are doubled.
 _PATIENCE = 64
 # What rows are taken to cost less than believed, where nothing but the prior says so.
@@ -47,6 +49,8 @@ class Scheduler:
     scoring : Pass, optional
         What a scoring pass costs, where candidates are scored in the order in which they are looked at. Default: all
         are scored at once.
+    before : (float, int)
+        What an earlier one had to say of acceptance (:meth:`remembered`).
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Scheduler:
         cost: HeartbeatCost | None = None,
         padded: bool = False,
         scoring: Pass | None = None,
+        before: tuple[float, int] = (0.0, 0),
     ) -> None:
         self.max_rows = max_rows
         self.kv_cache_tokens = kv_cache_tokens
@@ -66,6 +71,7 @@ class Scheduler:
         self._most = (max_rows, _PREFILL_TOKENS)  # where memory does not lack
         self._whole_beats = 0  # heartbeats since it did
         self.seen = (0.0, 0)  # of requests that have ended: acceptance probabilities, added up, and candidates
+        self.before = before
 
     def held(self, running: Iterable[Request]) -> int:
         """Slots of what is committed, each prompt once, and of waiting best candidates."""
@@ -180,7 +186,16 @@ class Scheduler:
 
     def acceptance(self, running: Sequence[Request]) -> list[float]:
         """P(accept) of a candidate of each request, as far as is known."""
-        return acceptance_estimates(running, self.seen)
+        return acceptance_estimates(running, self._past())
+
+    def remembered(self) -> tuple[float, int]:
+        """For the next call: as :attr:`seen`, of few candidates with the mean of all."""
+        total, scored = self._past()
+        few = min(scored, _REMEMBERED)
+        return (total * few / scored, few) if few else (0.0, 0)
+
+    def _past(self) -> tuple[float, int]:
+        return self.seen[0] + self.before[0], self.seen[1] + self.before[1]
 
     def retire(self, request: Request) -> None:
         """The request has ended: what is known of its candidates is all that is known of those to come."""
