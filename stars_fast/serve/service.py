@@ -114,8 +114,8 @@ class Service:
         self.pixels += costs.pixels
         return [chat]
 
-    async def settings(self, body: Asked, prompts: list[Any]) -> StarsConfig:
-        """The request's settings over the server's.
+    async def settings(self, body: Asked, prompts: list[Any]) -> tuple[StarsConfig, list[Any]]:
+        """The request's settings over the server's, and its prompts: as they were read, where their length was asked.
 
         Raises
         ------
@@ -153,14 +153,14 @@ class Service:
                     param="n",
                 )
             if isinstance(body, ChatRequest) and body.longest is None and self.max_tokens is None:
-                room = await asyncio.to_thread(self._room, body, prompts, config)
+                room, prompts = await asyncio.to_thread(self._room, body, prompts, config)
                 config = config.replace(max_new_tokens=max(room, 1))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise self.refused(str(error)) from error
-        return config
+        return config, prompts
 
-    def _room(self, body: ChatRequest, prompts: list[Any], config: StarsConfig) -> int:
-        """Tokens that are left for the answer to a chat, in both models."""
+    def _room(self, body: ChatRequest, prompts: list[Any], config: StarsConfig) -> tuple[int, list[Any]]:
+        """Tokens that are left for the answer to a chat, in both models; and the chat as it was read."""
         shortest = config.replace(max_new_tokens=1)
         arguments = Arguments(prompts, shortest, chat_template_kwargs=body.chat_template_kwargs)
         call, engine = self.engine.engine.prepare(arguments), self.engine.engine
@@ -173,7 +173,7 @@ class Service:
         if isinstance(reward := engine.reward, RenderedReward) and reward.max_positions is not None:
             context = reward.context(call.nodes[0].reward_prompt)
             room = min(room, reward.max_positions - len(context.prefix) - len(context.tail))
-        return room
+        return room, prompts if engine.policy.from_source else list(call.prompts)  # a source has its target behind it
 
     def is_greedy(self, body: Asked) -> bool:
         """Whether temperature 0 was asked for, which is sampled here. Raises Refusal where the server does not."""
