@@ -66,8 +66,8 @@ def load_policy(
     policy : transformers causal LM or encoder-decoder, path, hub id or "demo"
         An object is left where it is. By name it is loaded with transformers' Auto classes.
     tokenizer : transformers tokenizer, path or hub id, optional
-        Default: the processor's; else the one beside a policy given by name, if there is one. An adapter that has none of
-        its own has those of the model that it changes.
+        Default: the processor's; else the one beside a policy given by name, if there is one. An adapter that has
+        none of its own has those of the model that it changes.
     device : str or torch.device, optional
         Of a policy given by name; see :func:`placement`.
     dtype : str
