@@ -21,6 +21,7 @@ from stars_fast.serve.pictures import MOST_BYTES, MOST_HELD, open_pictures
 from stars_fast.serve.refused import check_served
 from stars_fast.serve.schema import MOST_CANDIDATES, Asked, ChatRequest
 from stars_fast.text.media import written_before
+from stars_fast.text.turns import texts_of
 
 COMPLETION_TOKENS = 16  # of a completion that does not say how long, as OpenAI has it
 CHATS = "/v1/chat/completions"
@@ -104,7 +105,14 @@ class Service:
     async def prompts(self, body: Asked, costs: State) -> list[Any]:
         """What is to be answered, with its pictures opened. Raises Refusal for those that are none, and while those of
         others take up too much. Whose ``costs`` these are takes their ``pixels`` back when it ends.
+
+        A chat without a template is, to a policy that reads sources, the text of its turns: of that a tokenizer makes a
+        source that ends as one does, which it does not of what a template writes.
         """
+        engine = self.engine.engine
+        bare = engine.policy.from_source and not getattr(engine.tokenizer, "chat_template", None)
+        if isinstance(body, ChatRequest) and bare:
+            return ["\n".join(text for turn in body.prompts[0] for text in texts_of(turn))]
         if not isinstance(body, ChatRequest) or not body.pictures:
             return body.prompts
         if self.pixels >= MOST_HELD:
