@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel
@@ -136,6 +137,7 @@ class StarsEngine(Stays):
         self.max_rows = max_rows or _DEFAULT_ROWS.get(self.policy.device.type, 64)
         self._drafts: Policy | None = None  # the last draft model, for calls that name it again
         self._guides: tuple[Policy, ...] = ()  # of the last guided call, likewise
+        self._beside = WeakSet[Policy]()  # these, and those of calls that are open
         self.per_prompt = PerPrompt()
         self._preparing = Lock()
         self._missed = set[Any]()  # targets that nothing reached, and that were named
@@ -378,14 +380,14 @@ class StarsEngine(Stays):
         with self._preparing.held():  # tokenizers keep a state
             for tree in (self.policy, *self.reward.tree_models):
                 tree.check_unchanged()
-            kept = list(self._guides)
+
+            def beside(named: Any, role: str) -> Policy:
+                found = second_policy(named, self._beside, self.policy, self.tokenizer, role)
+                self._beside.add(found)
+                return found
 
             def guide(named: Any, name: str) -> Policy:
-                if named is None or named is self.policy.model:
-                    return self.policy
-                found = second_policy(named, kept, self.policy, self.tokenizer, name)
-                kept.extend([found] if found not in kept else [])
-                return found
+                return self.policy if named is None or named is self.policy.model else beside(named, name)
 
             models = (self.policy, self.reward, self.tokenizer)
             call = prepare(arguments, *models, self.kv_cache_tokens, samples, self.processor, guide)
@@ -394,8 +396,7 @@ class StarsEngine(Stays):
             if isinstance(targets := call.config.target_reward, tuple):
                 self.per_prompt.used(targets, map(identity, call.prompts))
             if (named := call.terms.method.draft_model) is not None:
-                drafts = [] if self._drafts is None else [self._drafts]
-                draft = self._drafts = second_policy(named, drafts, self.policy, self.tokenizer)
+                draft = self._drafts = beside(named, "draft")
                 for index, prompt in enumerate(call.prompts):
                     check_positions(index, len(prompt.ids), call.config, draft, "the draft model")
                     check_media(index, prompt.media, draft, "the draft model")

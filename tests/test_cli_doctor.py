@@ -1,10 +1,13 @@
 """``stars-fast doctor`` on a pair: what the reward model sees, its score computed twice, and what both need."""
 
+import dataclasses
 import json
 
 import pytest
 from conftest import tiny_policy, tiny_reward, tiny_tokenizer
 from test_cli import invoke
+from tiny_pictures import gemma3, gemma3_processor
+from transformers import Gemma3ForSequenceClassification
 
 from stars_fast.cli.pair import trouble
 from stars_fast.rewards import ClassifierReward
@@ -80,3 +83,21 @@ def test_what_cannot_be_scored_is_trouble(chatty, monkeypatch):
     result = invoke(*chatty, "--json")
     assert result.exit_code == 1 and "this prompt does not fit" in result.stderr
     assert "this prompt does not fit" in trouble(json.loads(result.stdout)["pair"])
+
+
+def test_which_model_reads_pictures_and_by_which_processor_is_said(tmp_path):
+    def told(*options):
+        result = invoke("doctor", *options, "--json")
+        assert result.exit_code == 0, result.stderr
+        return [model["pictures"] for model in json.loads(result.stdout)["models"].values()]
+
+    gemma3().save_pretrained(tmp_path / "policy")
+    config = dataclasses.replace(gemma3().config, num_labels=1)
+    Gemma3ForSequenceClassification(config).save_pretrained(tmp_path / "reward")
+    both = ("--policy", tmp_path / "policy", "--reward", tmp_path / "reward")
+    policy, reward = told(*both)
+    assert "need processor=" in policy and "as the policy reads them" in reward
+    for name in ("policy", "reward"):
+        gemma3_processor().save_pretrained(tmp_path / name)
+    assert all("Gemma3Processor" in one for one in told(*both))
+    assert all("not read" in one for one in told("--policy", "demo", "--reward", "demo"))

@@ -10,6 +10,7 @@ import torch
 import transformers
 from conftest import refused, sum_reward, tiny_policy, tiny_reward, tiny_tokenizer, word_reward
 from starlette.testclient import TestClient
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSeq2SeqLM
 from transformers.generation import EncoderNoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
@@ -21,6 +22,7 @@ from stars_fast.ops import tree_attention
 from stars_fast.policy.encoder_decoder import EncoderDecoder
 from stars_fast.policy.policy import Policy
 from stars_fast.serve.app import create_app
+from stars_fast.serve.assembly import service_of
 from stars_fast.serve.service import Service
 from stars_fast.tree.attention import TreeContext, plugged
 from stars_fast.tree.check import max_difference
@@ -308,6 +310,30 @@ def test_a_chat_that_says_no_length_has_what_its_target_leaves():
     assert got["usage"]["completion_tokens"] == 63, got
 
 
+def test_a_served_chat_without_a_template_is_the_source_that_its_text_is():
+    tokenizer, read = tiny_tokenizer(), []
+    tokenizer.chat_template = None
+    ends = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    assert tokenizer("w5 w6")["input_ids"][-1] == EOS
+
+    def reward(prompts, completions):
+        read.extend(prompts)
+        return [0.0] * len(prompts)
+
+    engine = StarsEngine(family("bart"), reward, tokenizer=tokenizer)
+    service = service_of(engine, StarsConfig(target_reward=0.0, max_new_tokens=3), "tiny")
+    turns = [{"role": "system", "content": "w5 w6"}, {"role": "user", "content": [{"type": "text", "text": "w7"}]}]
+    try:
+        client = TestClient(create_app(service))
+        chat = client.post("/v1/chat/completions", json={"messages": turns, "seed": 1}).json()
+        text = client.post("/v1/completions", json={"prompt": "w5 w6\nw7", "max_tokens": 3, "seed": 1}).json()
+    finally:
+        service.engine.close()
+    assert chat["choices"][0]["message"]["content"] == text["choices"][0]["text"], chat
+    assert chat["usage"]["prompt_tokens"] == text["usage"]["prompt_tokens"] and set(read) == {"w5 w6\nw7"}
+
+
 # What rewards see
 
 
@@ -322,6 +348,18 @@ def test_a_reward_sees_the_source_and_the_answer_as_text():
     out = engine.generate(["w5 w6 w7", "w8 w9"], CONFIG, seed=1)
     assert {prompt for prompt, _ in seen} == {"w5 w6 w7", "w8 w9"}
     assert set(zip(["w5 w6 w7", "w5 w6 w7", "w8 w9", "w8 w9"], out.texts, strict=True)) <= set(seen)
+
+
+def test_a_reward_does_not_see_what_a_target_begins_with():
+    seen = []
+
+    def reward(prompts, completions, completion_ids):
+        seen.extend(zip(prompts, map(tuple, completion_ids), strict=True))
+        return sum_reward(completion_ids)
+
+    prompt = {"input_ids": torch.tensor([[5, 6]]), "decoder_input_ids": torch.tensor([[START, 9, 10]])}
+    out = StarsEngine(family("mbart"), reward).generate(prompt, CONFIG, seed=1, method="best_of_n")
+    assert out.sequences[0, :3].tolist() == [START, 9, 10] and ([5, 6], tuple(out.completions[0])) in seen
 
 
 def test_a_classifier_of_the_same_ids_scores_the_answer_behind_the_source():

@@ -434,6 +434,12 @@ def test_the_command_writes_table_and_plot_and_has_nothing_to_do_twice(tmp_path,
     assert without.exit_code == 0 and "pip install -e '.[report]'" in without.stderr
 
 
+def test_a_fit_of_no_prompts_is_refused_before_any_model_is_loaded():
+    models = ("--policy", "none", "--guide", "none", "--judge", "none", "--prompts", "none")
+    result = CliRunner().invoke(app, ["eval", *models, "--methods", "best_of_n,stars+fit"])
+    assert result.exit_code == 2 and "--methods stars+fit: give --fit" in result.stderr
+
+
 def test_help_shows_how_many_prompts_are_drawn():
     assert re.search(r"--count.*default: \(100\)", CliRunner().invoke(app, ["eval", "--help"]).stdout, re.S)
 

@@ -94,6 +94,25 @@ def test_an_interrupt_within_the_end_of_a_turn_leaves_nobody_waiting(line):
     assert turn._lock.acquire(timeout=5)
 
 
+def test_who_waits_long_for_a_step_is_told_once_why_that_may_be_for_ever(monkeypatch):
+    monkeypatch.setattr("stars_fast.loop.turn._LONG", 0.05)
+    turn = Turn()
+    assert turn.acquire(short=False)
+    waiters = [threading.Thread(target=lambda: (turn.acquire(short=True), turn.release())) for _ in range(2)]
+    with pytest.warns(UserWarning, match="lasted 0.05 s.*both wait for ever: give it an engine of its own") as told:
+        for waiter in waiters:
+            waiter.start()
+        for _ in range(500):
+            waiters[0].join(0.01)
+            if told and turn._asking == 2:
+                break
+        waiters[1].join(0.1)
+    assert len(told) == 1 and turn.release()
+    for waiter in waiters:
+        waiter.join(5)
+        assert not waiter.is_alive()
+
+
 def test_what_the_turn_waits_for_is_refused_it_wherever_it_runs():
     """An async reward runs on another thread, in the context of the one that asks it."""
     turn, found = Turn(), []

@@ -1,8 +1,10 @@
 """The policy and its guides draw one token together: exactly the softmax of the mix, whatever decides about it."""
 
 import copy
+import gc
 import json
 import math
+import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -18,6 +20,7 @@ from test_methods import CONFIG, EVERY, PROMPTS, SEEDS, VOCAB, Sums
 from test_methods_navigator import navigator
 
 from stars_fast import StarsConfig, StarsEngine, calibrate
+from stars_fast.inputs import models
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.methods import METHODS, RSD, BestOfN, Guided, Mara, PersonaJudge, Stars, Vanilla
 from stars_fast.policy.mixed import MixedSteps
@@ -293,6 +296,27 @@ def test_a_mix_of_names_is_saved_and_one_of_objects_is_refused_by_name(tmp_path)
     for guide, what in (((GUIDE, 1), r"models\[0\] is a LlamaForCausalLM"), ((None, 1, without), "a function")):
         with pytest.raises(ValueError, match=f"method='guided'.*{what}"):
             StarsConfig(method=Guided([guide])).save_pretrained(tmp_path)
+
+
+def test_a_guide_by_name_is_loaded_once_for_calls_that_are_open_together_and_let_go_of_behind_them(
+    tmp_path, monkeypatch
+):
+    loaded, load, names = [], models.load_policy, [str(tmp_path / name) for name in "ab"]
+    monkeypatch.setattr(models, "load_policy", lambda name, *rest: loaded.append(name) or load(name, *rest))
+    for name, model in zip(names, (GUIDE, OTHER), strict=True):
+        model.save_pretrained(name)
+    engine, streams = make_engine(), []
+    for name in (*names, *names):
+        streams.append(engine.stream(PROMPTS, CONFIG, method=Guided([(name, 0.5)]), seed=1))
+        next(streams[-1])
+    assert loaded == names
+    first = next(weakref.ref(guide) for guide in engine._beside if guide.source == names[0])
+    for stream in streams:
+        stream.close()
+    gc.collect()
+    assert first() is None and [guide.source for guide in engine._beside] == names[1:]
+    engine.generate(PROMPTS, CONFIG, method=Guided([(names[1], 0.5)]))
+    assert loaded == names
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import refused, tiny_policy, tiny_reward
-from histories import live
+from histories import fresh, live
 from safetensors.torch import load_file, save_file
 from tiny_pictures import (
     IMAGE,
@@ -46,6 +46,7 @@ from stars_fast.rewards import (
     RewardPrompt,
     RuleReward,
     ValueHeadReward,
+    WeightedSum,
     noised,
 )
 from stars_fast.text.media import forward_arguments
@@ -332,6 +333,28 @@ def test_a_value_head_is_found_in_a_folder_and_read_behind_the_template(tmp_path
             return v_head(model.model(**given, use_cache=False).last_hidden_state[0, -1]).item()
 
         live(scorer, prompts, expected, draw=draw, rounds=3)
+
+
+def test_a_part_of_a_sum_may_read_a_chats_text_alone_beside_one_that_sees_its_pictures():
+    pair, own, classifier = (llava(1), llava(2)), llava_processor().tokenizer, tiny_reward(VOCAB)
+    own.chat_template = llava_processor().chat_template
+    parts = {"seen": (1.0, ImplicitReward(*pair)), "kind": (0.5, ClassifierReward(classifier, own))}
+    prompts = read(CHATS, pair[0], llava_processor())
+
+    def expected(completion):
+        prompt = completion.response.prompt
+        given, said = alone(prompt.media), [{"role": "user", "content": prompt.source[0]["content"][-1]["text"]}]
+        ours, reference = (logprob(model, given, completion.tokens) for model in pair)
+        ids = own.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        return ours - reference + 0.5 * fresh(classifier, [*ids, *completion.tokens])
+
+    live(WeightedSum(parts, text_alone=["kind"]), prompts, expected, draw=draw, slots=2000, rounds=4)
+    with refused(r"prompts\[0\] has pictures", "text_alone="):
+        WeightedSum(parts).check(prompts, 8, None)
+    with refused(r"prompts\[0\] is what a processor made", "give the chat"):
+        WeightedSum(parts, text_alone=["kind"]).check(read(processed(llava_processor(), CHATS[0]), pair[0]), 8, None)
+    with refused("text_alone", "no part 'kin'", "seen, kind"):
+        WeightedSum(parts, text_alone="kin")
 
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=4, target_reward=1.0, base_reward=0.0, beta=0.5, max_new_tokens=8)

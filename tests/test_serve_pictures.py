@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 from serving import CONFIG, tiny_engine
 from starlette.testclient import TestClient
+from tiny_pictures import llava, llava_processor
 
-from stars_fast import AsyncStarsEngine
+from stars_fast import AsyncStarsEngine, StarsEngine
 from stars_fast.serve import pictures, schema
 from stars_fast.serve.app import create_app
 from stars_fast.serve.service import CHATS, Service
@@ -178,6 +179,22 @@ def test_a_part_of_another_form_is_named(service, part, place, words):
     body = {"messages": [{"role": "user", "content": [SAID, part]}]}
     answer = TestClient(create_app(service)).post("/v1/chat/completions", json=body)
     assert message(answer).startswith(f"messages[0].content[1].{place}{words}")
+
+
+def test_a_processor_reads_a_chat_once_also_where_its_room_is_asked_for(monkeypatch):
+    processor, read = llava_processor(), []
+    engine = StarsEngine(llava(), lambda completion_ids: [0.0] * len(completion_ids), processor=processor)
+    make = type(processor).__call__
+    monkeypatch.setattr(type(processor), "__call__", lambda *a, **k: read.append(k) or make(*a, **k))
+    session = AsyncStarsEngine(engine, max_model_len=64)
+    try:
+        part = {"type": "image_url", "image_url": {"url": data_url(encoded((40, 30)))}}
+        body = {"messages": [{"role": "user", "content": [part, SAID]}], "stars": {"method": "vanilla"}}
+        answer = TestClient(create_app(Service(session, "tiny", CONFIG))).post(CHATS, json=body).json()
+        assert len(read) == 1 and answer["usage"]["total_tokens"] <= 64
+        assert answer["choices"][0]["finish_reason"] in ("stop", "length"), answer
+    finally:
+        session.close()
 
 
 def test_a_policy_of_text_has_no_pictures(service):

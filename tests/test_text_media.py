@@ -24,7 +24,7 @@ from tiny_pictures import (
     qwen_inputs,
 )
 from tiny_vision import together
-from transformers import LlavaProcessor, MllamaConfig
+from transformers import AutoModelForImageTextToText, LlavaProcessor, MllamaConfig
 
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.inputs import models
@@ -200,7 +200,8 @@ def test_a_picture_that_nobody_would_see_is_refused(pair, tokenizer32, policy32)
     for prompts in (output, [output]):
         with refused("pixel_values", "would not see"):
             engine.generate(prompts)
-    text_policy = StarsEngine(tiny_policy(VOCAB), lambda completions: [], processor=pair[1])
+    with pytest.warns(UserWarning, match="reads nothing"):
+        text_policy = StarsEngine(tiny_policy(VOCAB), lambda completions: [], processor=pair[1])
     with refused(r"prompts\[0\]", "pixel_values", "would not see"):
         text_policy.generate(chat)
     with refused("prompts", "nothing_known"):
@@ -279,6 +280,32 @@ def test_an_adapter_is_loaded_as_the_model_that_it_changes(tmp_path, monkeypatch
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(pytest.fail.Exception, match="AutoModelForCausalLM"):
         load_policy(tmp_path, None)
+
+
+def test_an_adapter_without_a_processor_is_read_with_that_of_the_model_it_changes(tmp_path):
+    peft = pytest.importorskip("peft")
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    llava().save_pretrained(base)
+    llava_processor().save_pretrained(base)
+    changed = AutoModelForImageTextToText.from_pretrained(base)
+    peft.get_peft_model(changed, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, tokenizer, processor = load_policy(adapter, None)
+    assert type(processor) is type(llava_processor()) and tokenizer is processor.tokenizer
+    own = llava_processor()
+    own.chat_template += "\n"
+    own.save_pretrained(adapter)
+    assert load_policy(adapter, None)[2].chat_template == own.chat_template
+
+
+def test_a_processor_of_whose_pictures_the_policy_reads_nothing_is_named_when_it_is_given(pair):
+    words = "processor= is a .*Processor.*pixel_values.* the policy, a LlamaForCausalLM, reads nothing"
+    with pytest.warns(UserWarning, match=words):
+        StarsEngine(tiny_policy(VOCAB), lambda completions: [], processor=pair[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        StarsEngine(llava(), lambda completions: [], processor=llava_processor())
 
 
 def test_ids_that_stand_for_pictures_where_there_are_none_are_warned_of():

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from stars_fast.tree.model import TreeModel
 
 TREE, IN_FULL, REFUSED = "tree plug-in", "scored in full", "refused"
+_NO_PICTURES = "not read: a prompt that has any is refused"
 _MISSING = "not built: run `pip install .` in a checkout, with a C++17 compiler"
 
 Report = dict[str, Any]
@@ -147,10 +148,11 @@ def _libraries(devices: list[Report]) -> dict[str, dict[str, str]]:
 
 
 class _Loaded(NamedTuple):
-    """A model, the tokenizer beside it, and what runs it; a policy that is not there reads and writes nothing."""
+    """A model, what lies beside it, and what runs it; a policy that is not there reads and writes nothing."""
 
     model: PreTrainedModel | None = None
     tokenizer: Any = None
+    processor: Any = None
     runs: Any = None  # the Policy or ClassifierReward; None where it is refused
 
 
@@ -161,14 +163,14 @@ def _examine(role: str, name: str, policy: _Loaded | None = None) -> tuple[Repor
     from stars_fast.inputs.models import load_classifier, load_policy
 
     try:
-        loaded = _Loaded(*(load_policy(name, None)[:2] if policy is None else load_classifier(name, None)))
+        loaded = _Loaded(*(load_policy(name, None) if policy is None else load_classifier(name, None)))
         model = loaded.model
         assert model is not None
         described = _describe(model)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         return {"name": name, "path": REFUSED, "reason": one_line(error)}, _Loaded()
     try:
-        path, runs = _policy_path(model) if policy is None else _reward_path(loaded, policy)
+        path, runs = _policy_path(loaded) if policy is None else _reward_path(loaded, policy)
     except (ValueError, TypeError, NotImplementedError) as error:
         return {"name": name, **described, "path": REFUSED, "reason": one_line(error)}, loaded
     return {"name": name, **described, **path}, loaded._replace(runs=runs)
@@ -187,11 +189,17 @@ def _describe(model: PreTrainedModel) -> Report:
     }
 
 
-def _policy_path(model: PreTrainedModel) -> tuple[Report, Policy]:
+def _policy_path(loaded: _Loaded) -> tuple[Report, Policy]:
     from stars_fast.policy.encoder_decoder import policy_of
 
-    runs = policy_of(model)
-    return _tree_path(runs, "its attention runs on the tree of slots"), runs
+    assert loaded.model is not None
+    runs = policy_of(loaded.model)
+    pictures = _NO_PICTURES
+    if runs.takes_media and loaded.processor is None:
+        pictures = "read of what a processor returns: none lies beside it, so that chats with pictures need processor="
+    elif runs.takes_media:
+        pictures = f"read, those of chats by the {type(loaded.processor).__name__} beside it"
+    return {**_tree_path(runs, "its attention runs on the tree of slots"), "pictures": pictures}, runs
 
 
 def _reward_path(loaded: _Loaded, policy: _Loaded) -> tuple[Report, ClassifierReward]:
@@ -211,9 +219,13 @@ def _reward_path(loaded: _Loaded, policy: _Loaded) -> tuple[Report, ClassifierRe
             same = same_vocabulary(scorer.reads.tokenizer, policy.tokenizer)
             reads += ", with the policy's vocabulary: ids are shared" if same else ": answers are tokenised anew"
     if scorer.tree_model is None:
-        return {"path": IN_FULL, "reason": scorer.reason, "reads": reads}, scorer
-    why = "it is causal, and its attention runs on the tree of slots"
-    return {**_tree_path(scorer.tree_model, why), "reads": reads}, scorer
+        return {"path": IN_FULL, "reason": scorer.reason, "reads": reads, "pictures": _NO_PICTURES}, scorer
+    why, pictures = "it is causal, and its attention runs on the tree of slots", _NO_PICTURES
+    if scorer.tree_model.takes_media and scorer.processor is None:
+        pictures = "read as the policy reads them, where ids and template are the policy's; else it needs a processor"
+    elif scorer.tree_model.takes_media:
+        pictures = f"read by its {type(scorer.processor).__name__}"
+    return {**_tree_path(scorer.tree_model, why), "reads": reads, "pictures": pictures}, scorer
 
 
 def _tree_path(tree_model: TreeModel, reason: str) -> Report:
@@ -286,6 +298,8 @@ def _model_words(model: Report) -> dict[str, Any]:
         words["model"] = f"{model['class']}, {model['parameters']:,} parameters, {model['dtype']} on {model['device']}"
     if "reads" in model:
         words["reads"] = model["reads"]
+    if "pictures" in model:
+        words["pictures"] = model["pictures"]
     if model["path"] == TREE:
         words["keys and values"] = f"{model['kv_bytes_per_token']:,} bytes a token in {model['layers']} layers"
         if model["fresh_prompts"]:  # sources are read by the model's own attention

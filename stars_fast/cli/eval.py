@@ -96,6 +96,8 @@ def run(
     for name in ("policy", "guide", "judge", "prompts"):
         if not getattr(task, name):
             fail(f"nothing for {name}: give --{name}, or `{name}:` in --recipe")
+    if not task.fit and (learned := [asked.name for asked in task.methods if asked.name.endswith("+fit")]):
+        fail(f"--methods {learned[0]}: give --fit, or `fit:` in --recipe: how many prompts to learn it from")
     from stars_fast.cli.words import speaking_of
 
     with ExitStack() as held:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from stars_fast.policy.policy import Policy
 from stars_fast.rewards import CallableReward, ClassifierReward, Reward
 from stars_fast.rewards.classifier import AS_CAUSAL, ONE_LABEL
 from stars_fast.rewards.ids import POLICYS, check_draft
+from stars_fast.text.media import ABOUT_TEXT, forward_arguments
 from stars_fast.text.tokenizers import (
     check_beside,
     is_processor,
@@ -30,7 +31,7 @@ from stars_fast.text.tokenizers import (
     tokenizer_beside,
 )
 from stars_fast.tree.media import takes_media
-from stars_fast.tree.support import place
+from stars_fast.tree.support import place, unwrapped
 
 # Heads that a causal LM has no use for, and no model has that was trained as one.
 _HEADS = ("score.weight", "classifier.weight")
@@ -65,7 +66,8 @@ def load_policy(
     policy : transformers causal LM or encoder-decoder, path, hub id or "demo"
         An object is left where it is. By name it is loaded with transformers' Auto classes.
     tokenizer : transformers tokenizer, path or hub id, optional
-        Default: the processor's; else the one beside a policy given by name, if there is one.
+        Default: the processor's; else the one beside a policy given by name, if there is one. An adapter that has
+        none of its own has those of the model that it changes.
     device : str or torch.device, optional
         Of a policy given by name; see :func:`placement`.
     dtype : str
@@ -86,9 +88,10 @@ def load_policy(
         name = _named(policy, "policy")
         auto = _auto_class(name)
         if processor is None and auto is AutoModelForImageTextToText:
-            processor = processor_beside(name, "policy", "processor")
+            processor = processor_beside(_places(name), "policy", "processor")
         if tokenizer is None and processor is None:
-            tokenizer = tokenizer_beside(name, "tokenizer")
+            found = (tokenizer_beside(place, "tokenizer") for place in _places(name))
+            tokenizer = next((one for one in found if one is not None), None)
         policy, loading = _loaded(auto, name, device, dtype)
         _refuse_random("policy", name, policy, loading["missing_keys"], "give a causal LM with its language-model head")
         if heads := sorted(key for key in loading["unexpected_keys"] if key.endswith(_HEADS)):
@@ -105,7 +108,19 @@ def load_policy(
         raise TypeError(f"policy is the class {policy.__name__}: give a model, a path or a hub id")
     if policy.get_output_embeddings() is None:
         raise TypeError(f"policy is a {type(policy).__name__} without a language-model head")
+    if processor is not None:
+        _warn_of_unread(processor, policy)
     return policy, tokenizer, processor
+
+
+def _warn_of_unread(processor: Any, policy: PreTrainedModel) -> None:
+    """Say it where a policy reads nothing that its processor makes of a picture."""
+    made = set(getattr(processor, "model_input_names", ())) - ABOUT_TEXT
+    if made and not made & forward_arguments(unwrapped(policy)):
+        warn(
+            f"processor= is a {type(processor).__name__}, and of what it makes of pictures ({', '.join(sorted(made))}) "
+            f"the policy, a {type(policy).__name__}, reads nothing: chats with pictures are refused"
+        )
 
 
 def _auto_class(name: str) -> Any:
@@ -130,6 +145,16 @@ def _auto_class(name: str) -> Any:
         raise ValueError(f"policy={name!r} has a {type(config).__name__}, of which transformers makes no causal LM")
     only_text = not pictures or bool(saved & text - pictures)
     return AutoModelForCausalLM if only_text else AutoModelForImageTextToText
+
+
+def _places(name: str) -> Iterator[str]:
+    """Where what a model is read with may lie: beside it and, of an adapter, beside the model that it changes."""
+    yield name
+    base = None
+    with suppress(Exception):  # an adapter's settings may hold anything
+        base = adapted(name)
+    if base is not None:
+        yield base
 
 
 def _config(name: str) -> Any:
@@ -262,7 +287,7 @@ def load_classifier(
         raise ValueError(f"reward={name!r} has num_labels={labels}; {ONE_LABEL}")
     _refuse_random("reward", name, model, loading["missing_keys"], ONE_LABEL)
     if given is None and takes_media(model):
-        tokenizer = processor_beside(name, "reward", "reward_tokenizer") or tokenizer
+        tokenizer = processor_beside([name], "reward", "reward_tokenizer") or tokenizer
     return model, tokenizer
 
 

@@ -42,10 +42,11 @@ class SecondTree(Trunks):
         self._plugged.close()
 
 
-class GuidedTrunks(Trunks):
+class GuidedTrunks:
     """The policy's trunks, and beside each the same answer in the trees of its guides, in lockstep.
 
-    Strategies ask for what they ask of :class:`stars_fast.loop.trunks.Trunks`, and need not know of guides.
+    Strategies that draw from the mix ask for what they ask of :class:`stars_fast.loop.trunks.Trunks`, and need not know
+    of guides. It is no tree: what is encoded, kept and cleared is each guide's own.
 
     Parameters
     ----------
@@ -56,8 +57,7 @@ class GuidedTrunks(Trunks):
     """
 
     def __init__(self, own: Trunks, guides: Sequence[Trunks]) -> None:
-        super().__init__(own.policy, own.scheduler)
-        self.own, self.guides = own, guides
+        self.own, self.guides, self.policy = own, guides, own.policy
 
     def _each(self, trunk: Trunk) -> Iterator[tuple[Trunks, Trunk]]:
         return zip((self.own, *self.guides), (trunk, *trunk.beside), strict=True)

@@ -33,7 +33,8 @@ class OneAnswer:
     judges_on_device = True
 
     def __init__(self, queue: Queue) -> None:
-        self.queue, self.scheduler, self.reward, self.trunks = queue, queue.scheduler, queue.reward, queue.trunks
+        self.queue, self.scheduler, self.reward = queue, queue.scheduler, queue.reward
+        self.trunks: Trunks | GuidedTrunks = queue.trunks
         self.trees: Sequence[Tree] = ()
 
     def guide(self, trunks: GuidedTrunks) -> None:

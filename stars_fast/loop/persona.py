@@ -46,7 +46,7 @@ class SelfJudging(TwoTrunks):
         return 0
 
     def due(self, request: Request) -> list[tuple[Tree, Trunk]]:
-        return [(self.trunks, request.trunk), (self.trunks, self._draft_trunks[request])]
+        return [(self.drafts, request.trunk), (self.drafts, self._draft_trunks[request])]
 
     def asks(self, requests: Sequence[Request], rows: int) -> list[tuple[Request, int]]:
         return []
@@ -151,7 +151,7 @@ class SelfJudging(TwoTrunks):
                 continue
             trunk = self._draft_trunks[request]
             trunk.pending = [*trunk.pending, *candidate.draw.tokens]
-            self.trunks.advance(trunk, twin)
+            self.drafts.advance(trunk, twin)
             self.commit_untested(request, candidate)
             request.terms.stats.committed_tokens += len(candidate.draw.tokens)
 

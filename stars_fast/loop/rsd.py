@@ -45,7 +45,7 @@ class Drafting(TwoTrunks):
 
     def due(self, request: Request) -> list[tuple[Tree, Trunk]]:
         own = (self.drafts, self._draft_trunks[request])
-        return [own if self._drafts(request) else (self.trunks, request.trunk)]
+        return [own if self._drafts(request) else (self.queue.trunks, request.trunk)]
 
     def asks(self, requests: Sequence[Request], rows: int) -> list[tuple[Request, int]]:
         return [(request, 1) for request in requests if not self._drafts(request)]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextvars import ContextVar
 
+from stars_fast.notices import warn
+
+# Seconds of one turn after which who waits for it is told why that may be for ever.
+_LONG = 60.0
 # Turns that are waiting for what runs here: asyncio takes it along to the tasks and threads that it starts.
 _within: ContextVar[tuple[object, ...]] = ContextVar("stars_fast_turns", default=())
 
@@ -22,7 +27,9 @@ class Turn:
         self._changed = threading.Condition(self._lock)
         self._holder: int | None = None  # the thread whose turn it is
         self._holding: object = None  # which of its turns
+        self._since = 0.0  # when that began, of time.monotonic()
         self._asking = 0  # threads that want a short turn
+        self._told = False
 
     def acquire(self, *, short: bool, unless: Callable[[], bool] = lambda: False) -> bool:
         """Wait for a turn; returns False as soon as ``unless`` holds, which is asked whenever something has changed.
@@ -43,11 +50,24 @@ class Turn:
                         raise RuntimeError(
                             "this engine is already generating: a reward or hook of its own call cannot call it"
                         )
-                    self._changed.wait()
+                    self._wait()
                 return False
             finally:
                 self._asking -= short
                 self._changed.notify_all()  # those behind whoever wanted a short turn
+
+    def _wait(self) -> None:
+        """Until something has changed, or a turn has lasted long.
+
+        A thread that a reward has started by itself, as executors do, cannot be told from anybody else who waits.
+        """
+        left = None if self._told or self._holder is None else max(self._since + _LONG - time.monotonic(), 0.0)
+        if not self._changed.wait(left) and not self._told:
+            self._told = True
+            warn(
+                f"this call waits for a step of another one that has lasted {_LONG:g} s. If a reward or hook of it "
+                "has made this call, from a thread of its own, both wait for ever: give it an engine of its own"
+            )
 
     def try_acquire(self) -> bool:
         """Take the turn if it is nobody's; never waits for one."""
@@ -58,7 +78,7 @@ class Turn:
             return False
 
     def _take(self) -> None:
-        self._holding = object()
+        self._holding, self._since = object(), time.monotonic()
         _within.set((*_within.get(), self._holding))
         self._holder = threading.get_ident()  # last: what is no turn yet is nobody's to end
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -15,7 +16,8 @@ from stars_fast.notices import warn
 from stars_fast.rewards.values import Score, as_float, one_each, raised
 from stars_fast.text.decode import continuation
 from stars_fast.text.media import Media
-from stars_fast.text.prompts import Messages, read_prompts
+from stars_fast.text.prompts import Messages, is_chat, read_prompts
+from stars_fast.text.turns import has_pictures, texts_of
 
 if TYPE_CHECKING:
     from stars_fast.tree.model import TreeModel
@@ -57,6 +59,17 @@ class RewardPrompt:
                 raise ValueError(str(error).replace(f"{self.argument}[0]", self.name, 1)) from error
             self.given_ids = prompt.ids
         return self.given_ids
+
+    @cached_property
+    def without_pictures(self) -> RewardPrompt:
+        """The prompt, a chat with pictures, as one of its text alone. Raises ValueError for what is no chat."""
+        if not is_chat(self.source):
+            raise ValueError(
+                f"{self.name} is what a processor made, and its text cannot be told from its pictures: give the chat"
+            )
+        chat: Any = self.source
+        turns = [{**turn, "content": "\n".join(texts_of(turn))} if has_pictures(turn) else turn for turn in chat]
+        return replace(self, source=turns, given_ids=None, media=None)
 
 
 @dataclass(eq=False)

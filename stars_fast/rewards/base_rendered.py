@@ -232,7 +232,8 @@ class RenderedReward(Stays, Reward):
             what = f"reads text alone ({model})" if self.caches else f"scores {model} in full, which reads text alone"
             raise ValueError(
                 f"{prompt.name} has pictures, and the {name} {what}: give a scorer whose model sees them, a rule or "
-                "function of the answer's text, or reward_prompts= of text"
+                "function of the answer's text, or reward_prompts= of text (beside one that sees them, a part of a "
+                "WeightedSum may be named in its text_alone=)"
             )
         context = self.context(prompt)
         if context.seen is None or context.seen.media is None:

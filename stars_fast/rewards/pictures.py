@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,10 +17,9 @@ from stars_fast.text.media import Media
 from stars_fast.text.pictures import chat_template
 from stars_fast.text.tokenizers import check_beside, is_processor
 from stars_fast.text.tokens import guarded
-from stars_fast.tree.media import places
+from stars_fast.tree.media import picture_ids, places
 from stars_fast.tree.support import unwrapped
 
-_KINDS = ("image", "video")
 # What processors say of the text besides its ids, which not every model wants to know.
 _OF_THE_TEXT = ("attention_mask", "token_type_ids", "mm_token_type_ids")
 
@@ -96,11 +95,11 @@ def with_pictures(processor: Any, tokenizer: Any, text: str, own_start: bool, im
     )
     (place,) = places(made, [0])
     ids: list[int] = made["input_ids"][0, place].tolist()
-    end = _common_end(written, ids, {getattr(processor, f"{kind}_token_id", None) for kind in _KINDS})
+    end = _common_end(written, ids, picture_ids(processor))
     return Beginning(ids, Media(made, 0, images), written[: len(written) - end], ids[: len(ids) - end])
 
 
-def _common_end(a: Sequence[int], b: Sequence[int], marks: set[Any]) -> int:
+def _common_end(a: Sequence[int], b: Sequence[int], marks: Collection[int]) -> int:
     """Number of last ids that two lists share, none of them a picture's."""
     end = 0
     while end < min(len(a), len(b)) and a[-1 - end] == b[-1 - end] and a[-1 - end] not in marks:
@@ -117,9 +116,9 @@ def readable(seen: Beginning, body: PreTrainedModel) -> Beginning:
         For what else its forward pass does not name, and where a picture stands last: the last id may be read again,
         and alone.
     """
-    media, config = seen.media, body.config
+    media = seen.media
     assert media is not None
-    if seen.ids[-1] in {getattr(config, f"{kind}_token_{name}", None) for kind in _KINDS for name in ("id", "index")}:
+    if seen.ids[-1] in picture_ids(body.config):
         raise ValueError("a picture is the last of it, and an answer goes on from text: put text behind the picture")
     names = inspect.signature(unwrapped(body).forward).parameters
     unread = [key for key in media.inputs if key not in names]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -67,14 +67,21 @@ class WeightedSum(Reward):
     ----------
     parts : sequence of (weight, Reward), or mapping of name to (weight, Reward)
         Without names a part is called after its class.
+    text_alone : collection of str
+        Names of parts that read chats with pictures as if these were not there, beside others that see them.
 
     Raises
     ------
     ValueError, TypeError
-        Without parts, for a weight that is not finite, a scorer that is given twice, or one that is no Reward.
+        Without parts, for a weight that is not finite, a scorer that is given twice, or one that is no Reward; for a
+        name in ``text_alone`` that no part has.
     """
 
-    def __init__(self, parts: Sequence[tuple[float, Reward]] | Mapping[str, tuple[float, Reward]]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[tuple[float, Reward]] | Mapping[str, tuple[float, Reward]],
+        text_alone: Collection[str] = (),
+    ) -> None:
         self._parts = [_Part(*part) for part in _named(parts)]
         if not self._parts:
             raise ValueError("parts is empty: give at least one (weight, Reward)")
@@ -87,6 +94,9 @@ class WeightedSum(Reward):
         self.in_order = all(part.reward.in_order for part in self._parts)
         self.needs_hidden_state = any(part.reward.needs_hidden_state for part in self._parts)
         self._begun: list[_Part] = []
+        self._text_alone = frozenset([text_alone] if isinstance(text_alone, str) else text_alone)
+        if unknown := sorted(self._text_alone.difference(self.weights)):
+            raise ValueError(f"text_alone: there is no part {shown(unknown[0])}; there are {', '.join(self.weights)}")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -108,7 +118,8 @@ class WeightedSum(Reward):
 
     @property
     def described(self) -> str:
-        parts = (f"{part.weight:g} {part.name} ({part.reward.described})" for part in self._parts)
+        alone = {name: " of text alone" for name in self._text_alone}
+        parts = (f"{one.weight:g} {one.name} ({one.reward.described}{alone.get(one.name, '')})" for one in self._parts)
         return f"{type(self).__name__} of {', '.join(parts)}"
 
     @property
@@ -121,7 +132,7 @@ class WeightedSum(Reward):
 
     def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
         for part in self._parts:
-            part.reward.check(prompts, max_new_tokens, kv_cache_tokens)
+            part.reward.check(self._read_by(part, prompts), max_new_tokens, kv_cache_tokens)
 
     def begin(
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
@@ -130,30 +141,34 @@ class WeightedSum(Reward):
         self.tokens = 0
         for part in self._parts:
             self._begun.append(part)  # first: a begin that raises is ended, too
-            part.reward.begin(prompts, max_new_tokens, rows, kv_cache_tokens)
+            part.reward.begin(self._read_by(part, prompts), max_new_tokens, rows, kv_cache_tokens)
             part.reward.unsure = False
 
     def open(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> None:
         opened: list[_Part] = []
         try:
             for part in self._parts:
-                part.reward.open(prompts, max_new_tokens)
+                part.reward.open(self._read_by(part, prompts), max_new_tokens)
                 opened.append(part)
         except BaseException:
             for part in opened:
-                part.reward.forget(prompts)
+                part.reward.forget(self._read_by(part, prompts))
             raise
 
     def fits(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> bool:
-        return all(part.reward.fits(prompts, max_new_tokens) for part in self._parts)
+        return all(part.reward.fits(self._read_by(part, prompts), max_new_tokens) for part in self._parts)
 
     def forget(self, prompts: Sequence[RewardPrompt]) -> None:
         for part in self._parts:
-            part.reward.forget(prompts)
+            part.reward.forget(self._read_by(part, prompts))
 
     def read_ahead(self, prompts: Sequence[RewardPrompt], most: int) -> Sequence[RewardPrompt]:
-        asked = [part for part in self._parts if part.reward.partial]
-        left = [prompt for part in asked for prompt in part.reward.read_ahead(prompts, most)]
+        left = list[RewardPrompt]()
+        for part in self._parts:
+            if part.reward.partial:
+                read = self._read_by(part, prompts)
+                behind = set(part.reward.read_ahead(read, most))
+                left += [prompt for prompt, one in zip(prompts, read, strict=True) if one in behind]
         self.tokens = sum(part.reward.tokens for part in self._parts)
         return left
 
@@ -213,10 +228,15 @@ class WeightedSum(Reward):
             twin.state = [part.reward.fork_at(own, length) for part, own in owned]
         return twin
 
+    def _read_by(self, part: _Part, prompts: Sequence[RewardPrompt]) -> list[RewardPrompt]:
+        """The prompts as a part knows them."""
+        blind = part.name in self._text_alone
+        return [prompt.without_pictures if blind and prompt.media is not None else prompt for prompt in prompts]
+
     def _responses(self, response: Response) -> list[Response]:
         """The response as each part knows it, as long as it now is."""
         if response.state is None:
-            response.state = [Response(response.prompt) for _ in self._parts]
+            response.state = [Response(self._read_by(part, [response.prompt])[0]) for part in self._parts]
         owned: list[Response] = response.state
         for own in owned:
             own.tokens, own.ends = response.tokens, response.ends

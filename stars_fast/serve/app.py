@@ -135,7 +135,7 @@ async def _answer(service: Service, form: Form, body: Asked, request: Request) -
     """Check, run, and answer: whole, or as a stream, whose status waits for its first segment, but not for long."""
     service.check(body)
     prompts = await service.prompts(body, request.state)
-    config = await service.settings(body, prompts)
+    config, prompts = await service.settings(body, prompts)
     name = form.prefix + uuid.uuid4().hex
     head = {"id": name, "object": form.whole, "created": int(time.time()), "model": service.model}
     exchange = Exchange(service, name, body, prompts, config)

@@ -39,8 +39,8 @@ def service_of(
 ) -> Service:
     """A service over an engine, warmed up, whose settings a request can be answered with.
 
-    A policy without a chat template gets a plain one. A fit's segment length and sampling stand where the config says
-    nothing. Closing ``service.engine`` gives the engine back.
+    A policy without a chat template gets a plain one, if it reads no sources. A fit's segment length and sampling stand
+    where the config says nothing. Closing ``service.engine`` gives the engine back.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def service_of(
     length = min(config.chosen_method.rule(config).segment_length, config.max_new_tokens)
     if length > max_segment_length:
         raise ValueError(f"segment_length={length} is more than max_segment_length={max_segment_length}")
-    if not getattr(engine.tokenizer, "chat_template", None):
+    if not getattr(engine.tokenizer, "chat_template", None) and not engine.policy.from_source:
         engine.tokenizer.chat_template = _PLAIN_TEMPLATE
         _log.info("the policy has no chat template: of a chat it reads the contents, a line each")
     engine.prepare(Arguments(["Hello"], config.replace(max_new_tokens=1)))  # on trial

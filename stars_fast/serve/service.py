@@ -21,6 +21,7 @@ from stars_fast.serve.pictures import MOST_BYTES, MOST_HELD, open_pictures
 from stars_fast.serve.refused import check_served
 from stars_fast.serve.schema import MOST_CANDIDATES, Asked, ChatRequest
 from stars_fast.text.media import written_before
+from stars_fast.text.turns import texts_of
 
 COMPLETION_TOKENS = 16  # of a completion that does not say how long, as OpenAI has it
 CHATS = "/v1/chat/completions"
@@ -104,7 +105,14 @@ class Service:
     async def prompts(self, body: Asked, costs: State) -> list[Any]:
         """What is to be answered, with its pictures opened. Raises Refusal for those that are none, and while those of
         others take up too much. Whose ``costs`` these are takes their ``pixels`` back when it ends.
+
+        A chat without a template is, to a policy that reads sources, the text of its turns: of that a tokenizer makes a
+        source that ends as one does, which it does not of what a template writes.
         """
+        engine = self.engine.engine
+        bare = engine.policy.from_source and not getattr(engine.tokenizer, "chat_template", None)
+        if isinstance(body, ChatRequest) and bare:
+            return ["\n".join(text for turn in body.prompts[0] for text in texts_of(turn))]
         if not isinstance(body, ChatRequest) or not body.pictures:
             return body.prompts
         if self.pixels >= MOST_HELD:
@@ -114,8 +122,8 @@ class Service:
         self.pixels += costs.pixels
         return [chat]
 
-    async def settings(self, body: Asked, prompts: list[Any]) -> StarsConfig:
-        """The request's settings over the server's.
+    async def settings(self, body: Asked, prompts: list[Any]) -> tuple[StarsConfig, list[Any]]:
+        """The request's settings over the server's, and its prompts: as they were read, where their length was asked.
 
         Raises
         ------
@@ -153,14 +161,14 @@ class Service:
                     param="n",
                 )
             if isinstance(body, ChatRequest) and body.longest is None and self.max_tokens is None:
-                room = await asyncio.to_thread(self._room, body, prompts, config)
+                room, prompts = await asyncio.to_thread(self._room, body, prompts, config)
                 config = config.replace(max_new_tokens=max(room, 1))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise self.refused(str(error)) from error
-        return config
+        return config, prompts
 
-    def _room(self, body: ChatRequest, prompts: list[Any], config: StarsConfig) -> int:
-        """Tokens that are left for the answer to a chat, in both models."""
+    def _room(self, body: ChatRequest, prompts: list[Any], config: StarsConfig) -> tuple[int, list[Any]]:
+        """Tokens that are left for the answer to a chat, in both models; and the chat as it was read."""
         shortest = config.replace(max_new_tokens=1)
         arguments = Arguments(prompts, shortest, chat_template_kwargs=body.chat_template_kwargs)
         call, engine = self.engine.engine.prepare(arguments), self.engine.engine
@@ -173,7 +181,7 @@ class Service:
         if isinstance(reward := engine.reward, RenderedReward) and reward.max_positions is not None:
             context = reward.context(call.nodes[0].reward_prompt)
             room = min(room, reward.max_positions - len(context.prefix) - len(context.tail))
-        return room
+        return room, prompts if engine.policy.from_source else list(call.prompts)  # a source has its target behind it
 
     def is_greedy(self, body: Asked) -> bool:
         """Whether temperature 0 was asked for, which is sampled here. Raises Refusal where the server does not."""

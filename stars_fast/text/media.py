@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 # Of an encoding: what is read of every policy's, and what a tokenizer tells of the text besides.
-_ABOUT_TEXT = {"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
-_ABOUT_TEXT |= {"assistant_masks", "overflow_to_sample_mapping"}
+ABOUT_TEXT = {"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
+ABOUT_TEXT |= {"assistant_masks", "overflow_to_sample_mapping"}
 # Arguments of forward that are not a prompt's to set.
 _NOT_OF_PROMPTS = {"position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache", "cache_position"}
 _NOT_OF_PROMPTS |= {"output_attentions", "output_hidden_states", "return_dict", "logits_to_keep", "rope_deltas"}
@@ -103,12 +103,12 @@ def media_inputs(
         For what the policy would not see, by name, and for what is no batch of tensors.
     """
     given = {key: value for key, value in encoding.items() if value is not None}
-    if unread := [key for key in given if key not in _ABOUT_TEXT and key not in takes]:
+    if unread := [key for key in given if key not in ABOUT_TEXT and key not in takes]:
         raise ValueError(
             f"{name} holds {', '.join(map(str, unread))}, which the policy would not see: give text, chats, an "
             "encoding of text alone (input_ids, attention_mask) or, as prompts, what the policy's own processor returns"
         )
-    if not given.keys() - _ABOUT_TEXT:
+    if not given.keys() - ABOUT_TEXT:
         return None
     inputs = {key: _tensor(f"{name}[{key!r}]", value) for key, value in given.items() if key in takes}
     ids = _tensor(f"{name}['input_ids']", given["input_ids"])

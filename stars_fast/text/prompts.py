@@ -197,7 +197,9 @@ def read_one(
     processor: Any = None,
     takes: Collection[str] = (),
 ) -> Prompt:
-    """One of :func:`read_prompts`, with checked ``variables``; errors begin with ``name``."""
+    """One of :func:`read_prompts`, with checked ``variables``; errors begin with ``name``. What was read stays so."""
+    if isinstance(prompt, Prompt):
+        return prompt
     if isinstance(prompt, str):
         _need_tokenizer(name, "text", tokenizer)
         return Prompt(prompt, _not_empty(name, _text_ids(name, prompt, tokenizer, max_positions)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -106,19 +106,26 @@ def named_processor(argument: str, processor: Any) -> Any:
     return processor
 
 
-def processor_beside(name: str, role: str, argument: str) -> Any:
-    """The processor beside a model that takes pictures; None, with a warning of what to pass, where none loads."""
-    try:
-        with _said("cannot be loaded"):
-            processor = AutoProcessor.from_pretrained(name)
-    except OSError as error:
-        cause = " ".join(str(error.__cause__).split())
+def processor_beside(places: Iterable[str], role: str, argument: str) -> Any:
+    """The processor of a model that takes pictures, in the first of these folders or repositories that has one; None,
+    with a warning of what to pass, where none loads.
+    """
+    causes = dict[str, BaseException | None]()
+    for place in places:
+        try:
+            with _said("cannot be loaded"):
+                processor = AutoProcessor.from_pretrained(place)
+        except OSError as error:
+            causes[place] = error.__cause__
+        else:
+            if is_processor(processor):
+                return processor
+    for place, cause in [*causes.items()][:1]:
         warn(
-            f"{role}={name!r} takes pictures, and its processor cannot be loaded, so that chats with pictures are "
-            f"refused: pass {argument}= ({type(error.__cause__).__name__}: {cause})"
+            f"{role}={place!r} takes pictures, and its processor cannot be loaded, so that chats with pictures are "
+            f"refused: pass {argument}= ({type(cause).__name__}: {' '.join(str(cause).split())})"
         )
-        return None
-    return processor if is_processor(processor) else None
+    return None
 
 
 def is_processor(candidate: Any) -> bool:

@@ -57,6 +57,12 @@ def placeholder_ids(model: PreTrainedModel) -> list[int]:
     return sorted(ids)
 
 
+def picture_ids(named: Any) -> frozenset[int]:
+    """Of these, as a config or a processor names them, those that are read as pictures: not what encloses any."""
+    names = (f"{kind}_token_{form}" for kind in ("image", "video") for form in ("id", "index"))
+    return frozenset(one for name in names if isinstance(one := getattr(named, name, None), int))
+
+
 def places(inputs: Mapping[str, Any], rows: Sequence[int]) -> list[torch.Tensor]:
     """Where the tokens of these rows are, which are no padding: int64 ``[N]`` each, on the host."""
     mask = inputs.get("attention_mask")
