@@ -59,10 +59,11 @@ PARTS = [
         ("unguided", 25, "baselines.compare_unguided", "Accepting everything beside generate."),
         ("baselines", 35, "baselines.compare_scripts", "plain and strong."),
         ("tests", 90, "project_tests.run_tests", "pytest -m gpu."),
-        # Where time is left, or by name: --only graph-shapes --only prefill --only dependent --only quantised.
+        # Where time is left, or by name: --only graph-shapes --only prefill --only dependent --only overlap.
         ("graph-shapes", 40, "shapes.measure_shapes", "Graphs after warm_up; what padding costs."),
         ("prefill", 15, "prefill.measure_prefill", "Attention of fresh prompts, by library."),
         ("dependent", 10, "dependent.compare_dependent_launches", "Decode steps with dependent launches."),
+        ("overlap", 30, "overlap.measure_overlap", "Prompts or scoring beside decode steps."),
         ("quantised", 120, "quantised.measure_quantised", "Steady heartbeats with 8-bit weights."),
     )
 ]

@@ -15,7 +15,7 @@ from benchmarks import gpu
 from benchmarks.gpu_parts import heartbeats as gpu_heartbeats
 from benchmarks.gpu_parts import kernels as gpu_kernels
 from benchmarks.gpu_parts import models as gpu_models
-from benchmarks.gpu_parts import order, prefill, project_tests
+from benchmarks.gpu_parts import order, overlap, prefill, project_tests
 from benchmarks.gpu_parts.hypotheses import HYPOTHESES, judged, line, verdict
 from benchmarks.gpu_parts.runner import Part, Record, Runner
 from stars_fast import StarsConfig
@@ -367,6 +367,31 @@ def test_attention_of_fresh_prompts_is_compared_with_a_library(runner):
         assert all(row["teraflops"] > 0 and len(row["microseconds"]) == 3 for row in found)
     gains = [row for row in part["rows"] if row["kind"] == "prefill_gain"]
     assert [(row["length"], row["batch"], len(row["gain"])) for row in gains] == [(*shape, 3) for shape in shapes]
+
+
+def test_passes_beside_steps_are_compared_with_one_after_the_other(runner):
+    runner.run([Part("overlap", 60, overlap.measure_overlap)])
+    part = saved(runner)["overlap"]
+    assert part["status"] == "done", part
+    found = {(row["what"], row["tokens"]): row for row in part["rows"]}
+    passes = [("prompts of both models", 16), ("half of scoring", 12), ("prompts", 16), ("prompts", 8)]
+    assert list(found) == passes
+    for row in found.values():
+        assert row["changed_tokens"] == [0, 0, 0]
+        steps, alone, both = (row[f"{way}_milliseconds"] for way in ("steps", "alone", "both"))
+        whole = zip(both, row["saved_milliseconds"], steps, alone, strict=True)
+        assert all(taken + ms == pytest.approx(one + other) for taken, ms, one, other in whole)
+        shares = zip(row["of_shorter"], row["of_heartbeat"], strict=True)
+        assert all(abs(of_beat) < abs(of_shorter) for of_shorter, of_beat in shares)
+
+
+def test_a_pass_that_writes_where_steps_read_is_noticed(runner, monkeypatch):
+    def reading(model, prompts):
+        return lambda: [tensor.zero_() for layer in model.shapes for tensor in model.pool.layer(layer)]
+
+    monkeypatch.setattr(overlap, "reading", reading)
+    runner.run([Part("overlap", 60, overlap.measure_overlap)])
+    assert all(min(row["changed_tokens"]) > 0 for row in saved(runner)["overlap"]["rows"])
 
 
 def test_the_projects_tests_are_found(runner):

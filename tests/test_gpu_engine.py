@@ -25,7 +25,10 @@ from stars_fast.policy.policy import Policy
 from stars_fast.policy.steps import Steps
 from stars_fast.tree import prefill
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error:.*captured in a CUDA graph", "error:.*do not compile")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("error:.*captured in a CUDA graph", "error:.*do not compile", "error:.*else compiled"),
+]
 DEVICE = "cuda"
 EAGER = dict(cuda_graphs=False, torch_compile=False)
 CAPTURED, COMPILED = dict(torch_compile=False), dict(torch_compile=True)
@@ -83,6 +86,27 @@ def test_compiled_layers_give_the_texts_of_the_cpu():
     engine = make_engine(**COMPILED)
     assert flips(texts(make_engine("cpu")), texts(engine)) <= 1
     assert engine.policy.graphs.made > 0 and engine.policy.torch_compile
+    assert engine.policy._compiled._compared, "with launched ones, before they were captured"
+
+
+def test_layers_that_compute_something_else_compiled_run_without(monkeypatch):
+    """Code that leaves a quarter of its output out, as a fault of a compiler may."""
+    look_up = torch._dynamo.lookup_backend
+
+    def faulty(module, inputs, **options):
+        right = look_up("inductor")(module, inputs, **options)
+        return lambda *arguments: tuple(0.75 * output for output in right(*arguments))
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: faulty)
+    engine = make_engine(**COMPILED)
+    try:
+        with pytest.warns(UserWarning, match="compute something else compiled"):
+            there = texts(engine)
+    finally:
+        torch._dynamo.reset()
+    assert flips(texts(make_engine("cpu")), there) <= 1
+    assert engine.policy.graphs.made > 0 and not engine.policy.torch_compile
 
 
 @pytest.mark.parametrize("way", WAYS)

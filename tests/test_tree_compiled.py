@@ -1,5 +1,7 @@
 """Decoder layers compile whole, once for all layers of a kind and all numbers of rows, and compute the same."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,8 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from stars_fast import StarsEngine
-from stars_fast.tree.attention import active
+from stars_fast.policy.policy import Policy
+from stars_fast.tree.attention import active, plugged
 from stars_fast.tree.compiled import CompiledLayers
 from stars_fast.tree.joined import join
 
@@ -245,3 +248,64 @@ def test_layers_that_do_not_compile_run_without_and_say_so():
     with pytest.warns(UserWarning, match="(?s)do not compile.*no compiler"):
         compiled = run(model, CompiledLayers(model, refuse))
     assert compiled.completions == run(model).completions
+
+
+def wrong(module, inputs, of=lambda inputs: True):
+    """A compiler whose code gives half as much again."""
+    if not of(inputs):
+        return module
+    return lambda *arguments: tuple(1.5 * output for output in module(*arguments))
+
+
+def a_single_row(inputs):
+    return any(one.ndim == 3 and one.shape[1] == 1 for one in inputs if isinstance(one, torch.Tensor))
+
+
+@pytest.mark.parametrize("rows", ["any", "one"])
+def test_layers_that_compute_something_else_compiled_run_without_and_say_so(rows):
+    model, one = tiny_policy(64, hidden=32), dict(candidates=1) if rows == "one" else {}
+    plain = StarsEngine(model, sum_reward).generate(PROMPTS[:1], CONFIG, seed=0, **one)
+    engine = StarsEngine(model, sum_reward)
+    backend = partial(wrong, of=a_single_row) if rows == "one" else wrong
+    engine.policy._compiled, engine.policy.torch_compile = CompiledLayers(model, backend), True
+    told = (
+        "layers of LlamaForCausalLM compute something else compiled.*differ by [1-9][0-9]+%, where rounding explains 1%"
+    )
+    with pytest.warns(UserWarning, match=told):
+        out = engine.generate(PROMPTS[:1], CONFIG, seed=0, **one)
+    assert out.completions == plain.completions and not engine.policy.torch_compile
+    assert out.logprobs == plain.logprobs, "nothing that was wrong is left in a slot"
+
+
+def test_compiled_layers_are_compared_once_of_one_row_and_of_more_and_nothing_is_compiled_for_that(monkeypatch):
+    model, counter, forwards = tiny_policy(64, hidden=32), CompileCounter(), []
+    engine = StarsEngine(model, sum_reward)
+    engine.policy._compiled, engine.policy.torch_compile = CompiledLayers(model, counter), True
+    compared = CompiledLayers.disagreement
+
+    def counted(layers, tree, single):
+        before, seen = counter.frame_count, set(layers._compared)
+        told = compared(layers, tree, single)
+        assert counter.frame_count == before > 0
+        forwards.append(single not in seen)
+        return told
+
+    monkeypatch.setattr(CompiledLayers, "disagreement", counted)
+    for candidates in (1, 3, 1, 3):
+        engine.generate(PROMPTS[:1], CONFIG, seed=0, candidates=candidates)
+    assert engine.policy.torch_compile and engine.policy._compiled._compared == {False, True}
+    assert sum(forwards) == 2 < len(forwards)
+    assert engine.policy.tree.free_slots == engine.policy.tree.capacity - 1
+
+
+def test_compiled_layers_are_not_compared_where_hooks_look_on():
+    model = tiny_policy(64, hidden=32)
+    policy = Policy(model)
+    policy._compiled, policy.torch_compile = CompiledLayers(model, "eager"), True
+    policy.begin(40, 20, 4)
+    with plugged(model), torch.no_grad():
+        with policy._head_inputs() as seen:
+            policy.prefill([-1], [[5, 6, 7]])
+        assert len(seen) == 1 and not policy._compiled._compared
+        policy.prefill([-1], [[5, 6, 7]])
+    assert policy._compiled._compared == {False}

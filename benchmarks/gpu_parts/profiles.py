@@ -26,6 +26,7 @@ from stars_fast.policy.leaf import Leaf, Sampling
 from stars_fast.policy.policy import Policy
 from stars_fast.policy.steps import Steps
 from stars_fast.tree.attention import plugged
+from stars_fast.tree.model import TreeModel
 
 SHAPES = ((64, 3), (64, 2), (64, 1), (16, 6), (1, 11))  # requests and candidates of each
 _CONTEXT, _SEGMENT, _PREFILL = 256, 16, (32, 128)
@@ -61,9 +62,13 @@ def profile_steps(runner: Runner) -> None:
     policy.clear()
 
 
-def prepared_steps(runner: Runner, policy: Policy, groups: int, candidates: int, context: int, segment: int) -> Steps:
-    """The tensors of decode steps as the engine runs them, with trunks and branches that are filled."""
-    policy.begin(groups * context + groups * candidates * segment, context, segment)
+def prepared_steps(
+    runner: Runner, policy: Policy, groups: int, candidates: int, context: int, segment: int, beside: int = 0
+) -> Steps:
+    """The tensors of decode steps as the engine runs them, with trunks and branches that are filled. The tree has room
+    for so many tokens ``beside`` them.
+    """
+    policy.begin(groups * context + groups * candidates * segment + beside, context, segment)
     nodes, logits = policy.prefill([-1] * groups, pilots(runner).pair.prompts(groups, context), 4096)
     leaves = [
         Leaf(node, row, Sampling(), i, segment=0, first_attempt=0, candidates=candidates, length=segment)
@@ -81,6 +86,29 @@ def prepared_steps(runner: Runner, policy: Policy, groups: int, candidates: int,
     return prepared[0]
 
 
+def scoring(model: TreeModel, nodes: list[int], branches: list[list[int]], candidates: int) -> Callable[[], None]:
+    """Encodes these branches, so many below each node, and gives them back."""
+
+    def score() -> None:
+        plan = model.plan(nodes, [candidates] * len(nodes), [len(branch) for branch in branches])
+        model.encode(plan, branches, candidates)
+        for branch in plan.branches:
+            model.tree.release(branch)
+
+    return score
+
+
+def reading(model: TreeModel, prompts: list[list[int]]) -> Callable[[], None]:
+    """Encodes these prompts, and gives them back."""
+    logits = {"logits_to_keep": 0} if model.body is model.model else {}
+
+    def read() -> None:
+        for node in model.extend([-1] * len(prompts), prompts, **logits)[0]:
+            model.tree.release(node)
+
+    return read
+
+
 def profile_passes(runner: Runner) -> None:
     """Scoring and prefill by kernel, with the rates of their products."""
     driven = pilots(runner)
@@ -93,26 +121,14 @@ def profile_passes(runner: Runner) -> None:
         nodes, _ = model.extend([-1] * groups, driven.pair.prompts(groups, context), 4096)
         for candidates in (2,) if runner.tiny else (3, 2, 1):
             rows = groups * candidates
-            branches = driven.pair.prompts(rows, segment)
-
-            def score(candidates: int = candidates, branches: list[list[int]] = branches) -> None:
-                plan = model.plan(nodes, [candidates] * groups, [segment] * len(branches))
-                model.encode(plan, branches, candidates)
-                for branch in plan.branches:
-                    model.tree.release(branch)
-
+            score = scoring(model, nodes, driven.pair.prompts(rows, segment), candidates)
             if runner.time_for(3):
                 ideal = score_pass(costs(runner)[1], rows, groups, context, segment, gpu)
                 _profile_pass(runner, {"what": "score", "tokens": rows * segment}, score, ideal)
         model.allocate(prompts * length)
-        fresh = driven.pair.prompts(prompts, length)
-
-        def encode() -> None:
-            for node in model.extend([-1] * prompts, fresh)[0]:
-                model.tree.release(node)
-
         if runner.time_for(3):
             ideal = prefill(costs(runner)[1], prompts, length, gpu)
+            encode = reading(model, driven.pair.prompts(prompts, length))
             _profile_pass(runner, {"what": "prefill", "tokens": prompts * length}, encode, ideal)
     model.clear()
 

@@ -91,7 +91,7 @@ class EncoderDecoder(Policy):
             token = int(getattr(self.model.config, "pad_token_id", None) == 0)  # any but the one that pads
             self._table.refresh(token, self._no_source.last_hidden_state)
 
-    def _forward(
+    def call_body(
         self,
         ids: torch.Tensor,
         positions: torch.Tensor,

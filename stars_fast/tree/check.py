@@ -10,22 +10,15 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from stars_fast.tree.attention import causal_probe, evaluating, is_causal, own_dtypes, plugged
+from stars_fast.tree.attention import evaluating, is_causal, own_dtypes, plugged
+from stars_fast.tree.difference import left_out, probe, relative, tolerated, values
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import unwrapped
 
-# Relative difference from a plain forward pass that rounding explains, in whatever a float32 model multiplies (TF32,
-# int8 per token); half precision has more. Another computation can come to 0.17, as a mask in both directions does.
-_LEAST_TOLERATED = 0.01
 # Models whose numbers were compared, as what (dtype, device, body and attention change what is computed, weights do
 # not), and whether they must read prompts whole.
 _compared: WeakKeyDictionary[PreTrainedModel, dict[tuple[str, bool, str], bool]] = WeakKeyDictionary()
 _AnyTree = TypeVar("_AnyTree", bound=TreeModel)
-
-_TRUNK = 17
-_BRANCHES = (3, 8)
-# Logits of ids that a model masks lie this many times further from the others than those from each other.
-_GAP = 8
 
 
 def checked(tree_model: _AnyTree) -> _AnyTree:
@@ -46,7 +39,7 @@ def checked(tree_model: _AnyTree) -> _AnyTree:
     tree_model.reads_whole = seen[form] if form in seen else _must_read_whole(tree_model)
     if form not in seen:
         error = median_difference(tree_model)
-        if not error < max(_LEAST_TOLERATED, 2.2 * torch.finfo(tree_model.dtype).eps ** 0.5):
+        if not error < tolerated(tree_model.dtype):
             found = "mask other ids than its own" if math.isinf(error) else f"differ from its own by {error:.0%}"
             raise NotImplementedError(
                 f"the {tree_model.name}: on a tree its outputs {found}, so it does more than causal attention over "
@@ -68,46 +61,8 @@ def _is_causal(tree_model: TreeModel) -> bool:
 
 
 def median_difference(tree_model: TreeModel) -> float:
-    """How far the body's outputs on a tree are from its own, relative to their spread: the median over tokens.
-
-    The median, because rounding may send a single token to other experts. Entries that the model masks have no part in
-    it, and where the tree masks others the difference is infinite.
-    """
-    packed, plain = _outputs(tree_model)
-    left_out = _left_out(packed, plain)
-    if left_out is None:
-        return math.inf
-    left, centred = (~left_out).sum(1, keepdim=True).clamp_min(1), list[torch.Tensor]()
-    for values in (packed, plain):
-        mean = values.masked_fill(left_out, 0.0).sum(1, keepdim=True) / left
-        centred.append((values - mean).masked_fill(left_out, 0.0))
-    error = (centred[0] - centred[1]).norm(dim=1) / centred[1].norm(dim=1).clamp_min(1e-6)  # [T]
-    return float(error.median())
-
-
-def _left_out(packed: torch.Tensor, plain: torch.Tensor) -> torch.Tensor | None:
-    """Entries ``[T, X]`` that say nothing of the others' spread: masked ones, and columns that are the same constant in
-    both, such as rows that pad a vocabulary. bool; None where the two mask different entries.
-    """
-    lowest = _lowest(plain)
-    masked = plain < lowest
-    if not torch.equal(masked, packed < lowest):
-        return None
-    constant = (plain.amax(0) == plain.amin(0)) & (packed == plain).all(0)
-    return masked | constant
-
-
-def _lowest(values: torch.Tensor) -> float:
-    """The least that is no mask: a model gives ids that it must not write -inf, or something far below all others."""
-    highest, lowest = values.amax(0), values.amin(0)
-    levels = highest[highest.isfinite() & (highest > lowest)].double().sort(descending=True).values
-    least = min(_GAP, len(levels) // 2)  # so many are taken not to be masked
-    finite = torch.finfo(torch.float32).min
-    if not least:
-        return finite
-    far = _GAP * (levels[0] - levels[least - 1 : -1]) + 1.0  # below each level, given those above it
-    gaps = (levels[least - 1 : -1] - levels[least:] > far).nonzero()
-    return finite if not len(gaps) else float(levels[least - 1 + gaps[0]] - far[gaps[0]])
+    """How far the body's outputs on a tree are from its own (:func:`stars_fast.tree.difference.relative`)."""
+    return relative(*_outputs(tree_model))
 
 
 def max_difference(tree_model: TreeModel) -> float:
@@ -129,8 +84,8 @@ def max_difference(tree_model: TreeModel) -> float:
         head: Any = tree_model.model.score
         with torch.no_grad(), own_dtypes():
             packed, plain = (head(hidden.to(tree_model.dtype)).float() for hidden in (packed, plain))
-    left_out = _left_out(packed, plain)
-    return math.inf if left_out is None else float((packed - plain).masked_fill(left_out, 0.0).abs().max())
+    ignored = left_out(packed, plain)
+    return math.inf if ignored is None else float((packed - plain).masked_fill(ignored, 0.0).abs().max())
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -147,21 +102,10 @@ def _outputs(tree_model: TreeModel) -> tuple[torch.Tensor, torch.Tensor]:
     branch together, one branch at a time, or go on token by token behind the trunk's cache where that is read whole. X
     is the vocabulary for a policy, the hidden size for a reward model.
     """
-    trunk, branches = _probe(tree_model)
+    trunk, branches = probe(tree_model.vocab_size, tree_model.max_positions)
     packed = _on_tree(tree_model, trunk, branches)
     plain = _translated if tree_model.from_source else _continued if tree_model.reads_whole else _plainly
     return packed, torch.cat([plain(tree_model, trunk, branch) for branch in branches])
-
-
-def _probe(tree_model: TreeModel) -> tuple[list[int], list[list[int]]]:
-    """Ids of a trunk and of branches that differ from their first token on, within the model's positions."""
-    room = tree_model.max_positions or _TRUNK + max(_BRANCHES)
-    longest = min(max(_BRANCHES), max(room // 2, 1))
-    branch_lengths = [min(length, longest) for length in _BRANCHES]
-    trunk_length = min(_TRUNK, max(room - longest, 1))
-    ids = causal_probe(trunk_length + sum(branch_lengths), tree_model.vocab_size, torch.device("cpu")).tolist()
-    trunk, rest = ids[:trunk_length], ids[trunk_length:]
-    return trunk, [rest[: branch_lengths[0]], rest[branch_lengths[0] :]]
 
 
 def _on_tree(tree_model: TreeModel, trunk: list[int], branches: list[list[int]]) -> torch.Tensor:
@@ -173,13 +117,13 @@ def _on_tree(tree_model: TreeModel, trunk: list[int], branches: list[list[int]])
             leaves, _ = tree_model.extend([-1], [trunk])
         plan = tree_model.plan(leaves, [len(branches)], [len(branch) for branch in branches])
         output, _ = tree_model.encode(plan, branches, len(branches))
-        return _values(output)
+        return values(output)
 
 
 def _plainly(tree_model: TreeModel, trunk: list[int], branch: list[int]) -> torch.Tensor:
     ids = torch.tensor([trunk + branch], device=tree_model.device)
     with evaluating(tree_model.model):
-        return _values(tree_model.body(input_ids=ids, use_cache=False))[len(trunk) :]
+        return values(tree_model.body(input_ids=ids, use_cache=False))[len(trunk) :]
 
 
 def _continued(tree_model: TreeModel, trunk: list[int], branch: list[int]) -> torch.Tensor:
@@ -187,21 +131,14 @@ def _continued(tree_model: TreeModel, trunk: list[int], branch: list[int]) -> to
     name = "cache" if "cache" in named else "past_key_values"  # as transformers calls it from 5.24 on, and before
     cache = {name: DynamicCache(config=tree_model.text_config)}
     with evaluating(tree_model.model):
-        values = [
-            _values(tree_model.body(input_ids=torch.tensor([ids], device=tree_model.device), use_cache=True, **cache))
+        found = [
+            values(tree_model.body(input_ids=torch.tensor([ids], device=tree_model.device), use_cache=True, **cache))
             for ids in (trunk, *([token] for token in branch))
         ]
-    return torch.cat(values[1:])
+    return torch.cat(found[1:])
 
 
 def _translated(tree_model: Any, trunk: list[int], branch: list[int]) -> torch.Tensor:
     source, target = (torch.tensor([ids], device=tree_model.device) for ids in (trunk, [tree_model.start, *branch]))
     with evaluating(tree_model.model):
-        return _values(tree_model.body(input_ids=source, decoder_input_ids=target, use_cache=False))[1:]
-
-
-def _values(output: Any) -> torch.Tensor:
-    """Logits or hidden states of a batch of one, ``[T, X]`` float32."""
-    logits = getattr(output, "logits", None)
-    values: torch.Tensor = output.last_hidden_state if logits is None else logits
-    return values[0].float()
+        return values(tree_model.body(input_ids=source, decoder_input_ids=target, use_cache=False))[1:]

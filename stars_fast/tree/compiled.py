@@ -16,7 +16,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stars_fast.locks import Lock
+from stars_fast.tree.difference import probe, relative, tolerated, values
 from stars_fast.tree.joined import join
+from stars_fast.tree.segment_tree import SegmentTree, plan
+from stars_fast.tree.slots import SlotPool
 
 CompilationError = (TorchDynamoException, FailOnRecompileLimitHit)
 _MOST_COMPILATIONS = 256  # all families share one function in transformers, and so one limit
@@ -61,11 +64,46 @@ class CompiledLayers:
             for kind in {type(layer) for layer in layers}
         }
         self.compilations = 0
+        self._compared: set[bool] = set()  # passes of one token, and of more
         self._model_id = id(model)
         self._forwards = [(layer, partial(compiled[type(layer)], layer)) for layer in layers]
 
     def __len__(self) -> int:
         return len(self._forwards)
+
+    @torch.no_grad()
+    def disagreement(self, model: Any, single: bool) -> str:
+        """Whether a model that runs these layers computes what it does without them, in words; empty where it does.
+
+        Asked of a few tokens in slots of their own, once of passes of a ``single`` token and once of others: code for
+        one row is code of its own to torch, and any other number of rows shares what has just run. Not while a graph is
+        captured.
+        """
+        if single in self._compared:
+            return ""
+        trunk, branches = probe(model.vocab_size, model.max_positions)
+        slots = len(trunk) + sum(len(branch) for branch in branches) + 1
+        pool, tree = SlotPool(model.shapes, slots, model.dtype, model.device), SegmentTree(slots)
+
+        def inputs(leaf: int, branches: list[list[int]]) -> tuple[list[int], Any]:
+            step = plan(tree, [leaf], [len(branches)], [len(branch) for branch in branches], model.device)
+            return step.branches, model.packed(step, branches, len(branches), pool)
+
+        (leaf,), first = inputs(-1, [trunk])
+        model.call_body(*first)
+        passes = [[branch[:1]] for branch in branches] if single else [branches]
+        packed = [inputs(leaf, one)[1] for one in passes]
+        expected = torch.cat([values(model.call_body(*one)) for one in packed])
+        with self.running():
+            found = torch.cat([values(model.call_body(*one)) for one in packed])
+        self._compared.add(single)
+        error, rounding = relative(found, expected), tolerated(model.dtype)
+        if error <= rounding:
+            return ""
+        return (
+            f"compute something else compiled, so they run without: outputs differ by {error:.0%}, where rounding "
+            f"explains {rounding:.0%}"
+        )
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -240,13 +240,19 @@ class TreeModel(Stays):
                 self._compiled = CompiledLayers(self.model)
             try:
                 with self._compiled.running():
-                    return self._forward(ids, positions, context, **kwargs)
+                    output = self.call_body(ids, positions, context, **kwargs)
+                # Hooks that watch the model would take the few tokens for others.
+                told = "" if self.watched else self._compiled.disagreement(self, single=len(ids) == 1)
+                if not told:
+                    return output
             except CompilationError as error:
-                self.torch_compile = False
-                warn(f"the layers of {type(self.model).__name__} do not compile, so they run without: {error}")
-        return self._forward(ids, positions, context, **kwargs)
+                told = f"do not compile, so they run without: {error}"
+            self.torch_compile = False
+            warn(f"the layers of {type(self.model).__name__} {told}")
+        return self.call_body(ids, positions, context, **kwargs)
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, context: TreeContext, **kwargs: Any) -> Any:
+    def call_body(self, ids: torch.Tensor, positions: torch.Tensor, context: TreeContext, **kwargs: Any) -> Any:
+        """:meth:`forward`, whatever the layers run as."""
         with active(context):
             return self.body(
                 input_ids=ids[None],
@@ -289,6 +295,17 @@ class TreeModel(Stays):
         small = self._small_pass(plan, lengths, rows, kwargs)
         if small is not None:
             return self._run_small(small, plan, branches)
+        ids, positions, context = self.packed(plan, branches, rows, self.pool)
+        last = context.query_indptr[1:].long() - 1
+        if isinstance(kwargs.get("logits_to_keep"), int):  # else the caller's index of the packed row
+            kwargs["logits_to_keep"] = last
+        return self.forward(ids, positions, context, **kwargs), last
+
+    def packed(
+        self, plan: TreePlan, branches: Sequence[Sequence[int]], rows: int, pool: SlotPool
+    ) -> tuple[torch.Tensor, torch.Tensor, TreeContext]:
+        """Whole branches as :meth:`forward` takes them, over a pool of the plan's slots: ids, positions, context."""
+        lengths = [len(branch) for branch in branches]
         ids = torch.tensor([token for branch in branches for token in branch], device=self.device)
         counts = torch.tensor(lengths, device=self.device)
         ends = counts.cumsum(0)
@@ -299,7 +316,7 @@ class TreeModel(Stays):
         group_rows = plan.group_indptr.diff()
         first = torch.repeat_interleave(plan.trunk_position, group_rows, output_size=len(lengths))  # [B]
         context = TreeContext(
-            pool=self.pool,
+            pool=pool,
             plan=plan,
             write_slots=plan.branch_slots[row, offset],
             branch_len=plan.branch_len,
@@ -308,9 +325,7 @@ class TreeModel(Stays):
             max_queries=max(lengths),
             fresh=plan.fresh,
         )
-        if isinstance(kwargs.get("logits_to_keep"), int):  # else the caller's index of the packed row
-            kwargs["logits_to_keep"] = ends - 1
-        return self.forward(ids, first[row] + offset, context, **kwargs), ends - 1
+        return ids, first[row] + offset, context
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Makes the model's CUDA device the current one inside: graphs and their streams lie on it."""

@@ -83,6 +83,8 @@ class PassShape(NamedTuple):
         rows = _rows(size)
         if len(lengths) > rows:
             rows = size
+        # Attention splits lists by how many groups there may be, and takes padding for work: with room for more than
+        # its one group, a request that runs alone would have its trunk read by a sixteenth of the processors.
         return cls(size, rows, 1 if groups == 1 else rows, rows, size, trunk, logits)
 
     @classmethod
