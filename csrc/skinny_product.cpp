@@ -63,6 +63,15 @@ struct Product {
             sums_of(products + p, some);
             Lanes::store(some, sums + p);
         }
+        if (rows == kRows && outputs == kOutputs) {
+            put<kOutputs>(sums, row, kRows, output, kOutputs);  // numbers that the compiler knows
+        } else {
+            put<kOutputs>(sums, row, rows, output, outputs);
+        }
+    }
+
+    template <int kOutputs>
+    STARS_FAST_INLINE void put(const float* sums, int64_t row, int64_t rows, int64_t output, int64_t outputs) const {
         for (int64_t m = 0; m < rows; ++m) {
             float* out = call.out + (row + m) * call.outputs + output;
             for (int64_t n = 0; n < outputs; ++n) {

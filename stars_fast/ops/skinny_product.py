@@ -13,7 +13,7 @@ from stars_fast.ops._library import address, define
 
 # Up to here a CPU's products were measured to be faster than MKL's, on one machine, by the floats of a register
 # (docs/findings/cpu-step.md). Where they hold four nothing was measured.
-MOST_ROWS_ON_CPU = {16: 32, 8: 16}.get(floats_of_registers(), 0)
+MOST_ROWS_ON_CPU = {16: 48, 8: 16}.get(floats_of_registers(), 0)
 
 
 def skinny_product_reference(

@@ -17,7 +17,7 @@ from stars_fast.ops.skinny_product import MOST_ROWS_ON_CPU
 
 # Fixed rules and not a measurement on the spot, so that a machine always rounds alike. oneDNN on an EPYC of the Zen 4
 # generation is 0.9 to 3 times as fast as MKL for 1 to 64 rows, mostly above 1.2. Products of our own on a Xeon with
-# AVX-512 are 1.06 to 7 times as fast as MKL for 2 to 32 rows (docs/findings/cpu-step.md). Neither was measured on the
+# AVX-512 are 1.03 to 7 times as fast as MKL for 2 to 48 rows (docs/findings/cpu-step.md). Neither was measured on the
 # other's machine.
 _MKL = torch.backends.mkl.is_available()
 _ONEDNN = _MKL and cpu_is_amd() and torch.backends.mkldnn.is_available()
