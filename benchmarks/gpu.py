@@ -1,6 +1,7 @@
 """What only a GPU can show of speed, in one command of eight minutes, beside what was predicted.
 
     python benchmarks/gpu.py --out gpu.json            # --list; --only tiles --only products; --minutes 4
+    python benchmarks/gpu.py --out more.json --only graph-shapes --only prefill --only dependent --only overlap
     python benchmarks/gpu.py --tiny --out tiny.json    # toy models, on a CPU too: shows that the program works
 
 Each part ends with a line for each of its hypotheses (``gpu_parts/hypotheses.yaml``): predicted, measured, and whether
@@ -103,6 +104,10 @@ def supervise(args: argparse.Namespace, parts: list[Part]) -> int:
     if not args.tiny and not _has_gpu():
         print("there is no GPU: --tiny shows on a CPU that the program works", file=sys.stderr)
         return 2
+    if args.out.exists():  # it may have cost minutes of somebody's GPU
+        written = datetime.fromtimestamp(args.out.stat().st_mtime, timezone.utc)
+        earlier = args.out.rename(args.out.with_stem(f"{args.out.stem}-{written:%Y%m%d-%H%M%S}"))
+        print(f"the earlier {args.out} is {earlier} now", flush=True)
     about_run = {"started": started, "seconds": 60 * args.minutes, "tiny": args.tiny, "pair": args.pair}
     record = Record(args.out, {**about_run, "parts": {}, "verdicts": {}})
     record.content["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")

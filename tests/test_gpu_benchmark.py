@@ -287,7 +287,10 @@ def test_a_process_that_dies_is_started_again_behind_the_part_that_killed_it(tmp
     monkeypatch.setattr(gpu, "_one_worker", worker)
     monkeypatch.setattr(gpu, "build", dict)
     args = gpu.argparse.Namespace(out=tmp_path / "died.json", minutes=1, tiny=True, only=None, pair="llama-2-7b")
+    args.out.write_text("of a run before")
     assert gpu.supervise(args, parts) == 1
+    (earlier,) = set(tmp_path.iterdir()) - {args.out}
+    assert earlier.read_text() == "of a run before"
     entries = json.loads(args.out.read_text())["parts"]
     assert starts == [[], ["first", "killer"]]
     assert {name: entry["status"] for name, entry in entries.items()} == {
