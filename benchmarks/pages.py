@@ -29,6 +29,7 @@ from benchmarks.roofline import GPUS, Gpu, ModelCost  # noqa: E402
 _FINDINGS = ROOT / "docs" / "findings"
 PAGES = [ROOT / "docs" / "scale.md", _FINDINGS / "gpu-heartbeat.md", _FINDINGS / "gpu-kernels.md"]
 END = "<!-- end -->"
+NOTHING = "Not measured yet."
 _BATCH, _SEGMENT, _CONTEXT = 64, 16, 256
 _LEAST_BEATS = 3  # steady heartbeats of a figure in docs/scale.md
 _ACCEPTANCES = (0.15, 0.3, 0.5)
@@ -89,7 +90,7 @@ def steady(record: Record, row: Row) -> dict[str, float]:
 def rates(found: list[Record]) -> str:
     """The table of docs/scale.md: batch 64 at three acceptances, beside what is expected and the baselines."""
     record = newest("engine", found)
-    source = "Not measured yet." if record is None else f"Measured {_source(record)}."
+    source = NOTHING if record is None else f"Measured {_source(record)}."
     lines = [
         f"{source} Batch {_BATCH}, segments of {_SEGMENT}, bfloat16, a 7B reward model; steady heartbeats, at the "
         "acceptance that was wanted, beside what is expected at 0.95 and 0.77 of the copy and product rates that the "
@@ -127,7 +128,7 @@ def heartbeats(found: list[Record]) -> str:
     """What the rates rest on: every run of the engine, with how many steady heartbeats it had, and all of it."""
     record = newest("engine", found)
     if record is None:
-        return "Not measured yet."
+        return NOTHING
     lines = _heading(
         "policy, batch, wanted, candidates, steady of all, mean ms, median, expected, floor, expected / mean, tok/s, "
         "tok/s of the whole run"
@@ -153,7 +154,7 @@ def stages(found: list[Record]) -> str:
     """Where the time of heartbeats goes, with a wait around each stage."""
     record = newest("split", found)
     if record is None:
-        return "Not measured yet."
+        return NOTHING
     lines = _heading("batch x candidates, stage, ms, expected, floor")
     for row in rows_of(record, "split"):
         work = row["batch"], row["segment"], 0.3, _CONTEXT, row["candidates"]
@@ -176,7 +177,7 @@ def kernels(found: list[Record]) -> str:
     """Device time by what kernels are for: of the passes that were profiled, or of a heartbeat."""
     record = newest("profile", found) or newest("kernels", found)
     if record is None:
-        return "Not measured yet."
+        return NOTHING
     lines = _heading("what, kernels, ms, count, TB/s, TFLOP/s")
     for row in rows_of(record, "profile") or rows_of(record, "kernels"):
         spent = by_class((one["name"], one["milliseconds"], one["count"]) for one in row["top"])
@@ -202,7 +203,7 @@ def steps(found: list[Record]) -> str:
     """Decode steps against their floor, by how they run."""
     record = newest("step", found)
     if record is None:
-        return "Not measured yet."
+        return NOTHING
     each = {(row["rows"], row["mode"]): row for row in rows_of(record, "step")}
     modes = list(dict.fromkeys(mode for _, mode in each))
     lines = _heading(", ".join(["rows, floor ms, expected ms", *(f"{mode} ms (over floor)" for mode in modes)]))
@@ -220,7 +221,7 @@ def calls(found: list[Record]) -> str:
     """Whole calls, from a first one on, beside the rate of their own warm heartbeats."""
     record = newest("throughput", found)
     if record is None:
-        return "Not measured yet."
+        return NOTHING
     lines = _heading("call, seconds, tok/s, tok/s of warm heartbeats, expected with prompts, requests at a time")
     for number, one in enumerate(rows_of(record, "throughput")[0]["calls"], 1):
         speeds = [one["tokens_per_second"], one["warm_tokens_per_second"], one["expected_tokens_per_second"]]
@@ -233,7 +234,7 @@ def products(found: list[Record]) -> str:
     """Each product by who computes it and by rows."""
     record = newest("product", found)
     if record is None:
-        return "Not measured yet."
+        return NOTHING
     cells: dict[tuple[str, str], dict[int, str]] = {}
     for row in rows_of(record, "product"):
         told = f"{median(row['microseconds']):.1f} / {row['terabytes_per_second']:.2f} / {row['teraflops']:.0f}"

@@ -186,7 +186,7 @@ def test_parts_are_listed_and_unknown_ones_refused(capsys):
 
 def test_the_estimates_fit_the_time():
     names = [part.name for part in gpu.PARTS]
-    assert sum(part.seconds for part in gpu.PARTS[: names.index("tests") + 1]) <= 480
+    assert gpu.START + sum(part.seconds for part in gpu.PARTS[: names.index("tests") + 1]) <= 480
     assert all(part.about.endswith(".") for part in gpu.PARTS)
 
 
@@ -225,6 +225,23 @@ def test_nothing_is_started_when_the_time_is_up(runner):
     runner.run([Part("late", 40, good)])
     late = saved(runner)["late"]
     assert (late["status"], late["rows"], late["error"]) == ("skipped", [], "no time left")
+
+
+def test_what_a_part_makes_for_others_takes_nothing_of_its_time(runner, monkeypatch):
+    def make():
+        running = saved(runner)["any"]
+        assert running["start_seconds"] > 100, "while it may take long nobody calls it hanging"
+        time.sleep(0.3)
+        return 1
+
+    def part(runner):
+        """Asks for what takes longer than it may itself."""
+        assert runner.once("models", make) == runner.once("models", bad) == 1
+        runner.add("figure", enough=runner.left() > 0.1)
+
+    runner.run([Part("any", 0.1, part)])
+    (row,), entry = saved(runner)["any"]["rows"], saved(runner)["any"]
+    assert row["enough"] and 0.3 <= entry["start_seconds"] < 2
 
 
 def test_a_part_goes_on_after_an_error_it_expects(runner):
@@ -270,7 +287,10 @@ def test_a_process_that_dies_is_started_again_behind_the_part_that_killed_it(tmp
     monkeypatch.setattr(gpu, "_one_worker", worker)
     monkeypatch.setattr(gpu, "build", dict)
     args = gpu.argparse.Namespace(out=tmp_path / "died.json", minutes=1, tiny=True, only=None, pair="llama-2-7b")
+    args.out.write_text("of a run before")
     assert gpu.supervise(args, parts) == 1
+    (earlier,) = set(tmp_path.iterdir()) - {args.out}
+    assert earlier.read_text() == "of a run before"
     entries = json.loads(args.out.read_text())["parts"]
     assert starts == [[], ["first", "killer"]]
     assert {name: entry["status"] for name, entry in entries.items()} == {
@@ -299,6 +319,7 @@ def test_parts_are_chosen_in_their_order(capsys):
 @pytest.mark.parametrize("name", gpu_models.PAIRS)
 def test_models_made_on_a_device_are_those_that_transformers_makes(name):
     """At real head sizes and rotary settings, with few and narrow layers."""
+    torch.manual_seed(0)  # a head of one output has 128 weights, whose spread differs by a quarter once in 200 times
     configs = gpu_models.configs(name)
     for config in configs:
         config.num_hidden_layers, config.intermediate_size, config.vocab_size = 1, 64, 128

@@ -207,6 +207,24 @@ def test_short_lists_are_cut_finer_where_processors_would_idle():
         assert tiles.fit_warps(tile, **few | enough) == tile
 
 
+@pytest.mark.parametrize("room", [256, 8192])
+@pytest.mark.parametrize("parts", [2, 8])
+def test_lists_far_shorter_than_their_room_are_read_by_as_many_parts(room, parts, monkeypatch):
+    """The room of captured work is that of the longest text: parts are chosen by it, and used by the actual lengths."""
+    seen, launched = [], kernel.merge_parts_kernel
+
+    class Merge:
+        def __getitem__(self, grid):
+            return lambda *tensors, **rest: seen.append(tensors[2].clone()) or launched[grid](*tensors, **rest)
+
+    monkeypatch.setattr(kernel, "merge_parts_kernel", Merge())
+    case = tree([2], [230], [8, 8], [1, 1], heads=2, kv_heads=1, d=64, dv=64, dtype=torch.float16)
+    case["trunk_slots"] = torch.nn.functional.pad(case["trunk_slots"], (0, room - case["trunk_slots"].shape[1]))
+    assert_like_reference(case, parts)
+    at_work = (seen[0][:, :2].amax((1, 2)) > 0).tolist()
+    assert at_work == [True] * min(parts, 4) + [False] * max(0, parts - 4), "246 keys are four blocks"
+
+
 def test_few_queries_take_fewer_warps_where_there_are_many_programs():
     tile = tiles.choose_tile(128, 128, torch.bfloat16, 16)
     assert tiles.fit_warps(tile, programs=100, longest=4096, processors=132) == tile

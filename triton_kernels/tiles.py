@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 
 LARGEST_HEAD = 256
-LEAST_BLOCKS = 2  # of keys, in a part of a list
+_LEAST_BLOCKS = 2  # of keys, in a part of a list that is as long as its table has room for
+_LEAST_KEYS = 64  # in a part of any
 _MOST_PARTS = 32
 PIPELINED = 5  # stages from which on keys and values are asked for two blocks ahead, as they lie behind their slots
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -101,4 +102,13 @@ def choose_parts(tile: Tile, programs: int, longest: int, processors: int) -> in
         Of the device.
     """
     wanted = 2 * processors // max(programs, 1)
-    return max(1, min(wanted, _MOST_PARTS, -(-longest // (LEAST_BLOCKS * tile.keys))))
+    return max(1, min(wanted, _MOST_PARTS, -(-longest // (_LEAST_BLOCKS * tile.keys))))
+
+
+def least_blocks(tile: Tile) -> int:
+    """How many blocks of keys a part has at least, in a list of any length.
+
+    Parts are chosen by the room that tables have, which for captured work is that of the longest text there may be.
+    Where a list is far shorter, fewer blocks a part than :func:`choose_parts` counts on keep as many of them at work.
+    """
+    return min(_LEAST_BLOCKS, max(1, _LEAST_KEYS // tile.keys))

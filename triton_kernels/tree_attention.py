@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from stars_fast.ops._library import address
 
 from .dependent import begin_dependent, dependent
-from .tiles import CANDIDATES, DTYPES, LEAST_BLOCKS, Tile, check, choose_parts, choose_tile, fit_warps
+from .tiles import CANDIDATES, DTYPES, Tile, check, choose_parts, choose_tile, fit_warps, least_blocks
 from .variant import Variant
 
 
@@ -348,7 +348,7 @@ def _constants(
         "BLOCK_N": tile.keys,
         "STAGES": tile.stages,
         "SPLIT": split,
-        "LEAST_BLOCKS": LEAST_BLOCKS,
+        "LEAST_BLOCKS": least_blocks(tile),
         "WINDOW": window,
         "SOFTCAP": softcap,
         "SINKS": sinks,

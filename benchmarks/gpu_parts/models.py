@@ -28,22 +28,25 @@ _SLOTS = 30_000  # of each tree: 64 requests of 384 tokens, with candidates
 
 def pair(runner: Runner) -> Pair:
     """The models that the run is about; made when first asked for."""
-    if "pair" not in runner.shared:
+
+    def make() -> Pair:
         if runner.tiny:
-            made = replace(random_pair("1m", torch.float32, runner.device), name=runner.pair)
-        else:
-            made = made_pair(runner.pair, *configs(runner.pair), torch.bfloat16, runner.device)
-        runner.shared["pair"] = made
-    return runner.shared["pair"]
+            return replace(random_pair("1m", torch.float32, runner.device), name=runner.pair)
+        return made_pair(runner.pair, *configs(runner.pair), torch.bfloat16, runner.device)
+
+    return runner.once("pair", make)
 
 
 def pilots(runner: Runner) -> Pilots:
     """An engine on them whose trees keep their size, so that graphs serve all calls, and its targets."""
-    if "pilots" not in runner.shared:
-        models, slots = pair(runner), 4_000 if runner.tiny else _SLOTS
+    models = pair(runner)
+
+    def make() -> Pilots:
+        slots = 4_000 if runner.tiny else _SLOTS
         engine = StarsEngine(models.policy, models.reward, reward_tokenizer="policy", kv_cache_tokens=slots)
-        runner.shared["pilots"] = Pilots(models, engine)
-    return runner.shared["pilots"]
+        return Pilots(models, engine)
+
+    return runner.once("pilots", make)
 
 
 def costs(runner: Runner) -> tuple[ModelCost, ModelCost]:

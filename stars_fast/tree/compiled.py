@@ -73,7 +73,7 @@ class CompiledLayers:
 
     @torch.no_grad()
     def disagreement(self, model: Any, single: bool) -> str:
-        """Whether a model that runs these layers computes what it does without them, in words; empty where it does.
+        """What a tree model that runs these layers does otherwise than without them, in words; empty where it does not.
 
         Asked of a few tokens in slots of their own, once of passes of a ``single`` token and once of others: code for
         one row is code of its own to torch, and any other number of rows shares what has just run. Not while a graph is

@@ -84,7 +84,7 @@ class PassShape(NamedTuple):
         if len(lengths) > rows:
             rows = size
         # Attention splits lists by how many groups there may be, and takes padding for work: with room for more than
-        # its one group, a request that runs alone would have its trunk read by a sixteenth of the processors.
+        # its one group, the trunk of a request that runs alone would be read by a few of the processors.
         return cls(size, rows, 1 if groups == 1 else rows, rows, size, trunk, logits)
 
     @classmethod
