@@ -96,10 +96,8 @@ def profile_passes(runner: Runner) -> None:
             branches = driven.pair.prompts(rows, segment)
 
             def score(candidates: int = candidates, branches: list[list[int]] = branches) -> None:
-                plan = model.plan(nodes, [candidates] * groups, [segment] * len(branches))
-                model.encode(plan, branches, candidates)
-                for branch in plan.branches:
-                    model.tree.release(branch)
+                scored, _, _ = model.encode(nodes, [candidates] * groups, branches)
+                model.tree.release_all(scored)
 
             if runner.time_for(3):
                 ideal = score_pass(costs(runner)[1], rows, groups, context, segment, gpu)
