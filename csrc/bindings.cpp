@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "ops.h"
 #include "segment_tree.h"
 
@@ -47,18 +50,31 @@ py::array_t<int32_t> slots(const SegmentTree& tree, SegmentTree::Node node) {
 }
 
 py::tuple plan(SegmentTree& tree, const py::object& given_leaves, const py::object& given_rows,
-               const py::object& given_slots) {
+               const py::object& given_slots, const py::object& given_ids) {
     const Counts leaves = counts_of(given_leaves, "leaves"), rows = counts_of(given_rows, "rows"),
-                 new_slots = counts_of(given_slots, "new_slots");
+                 new_slots = counts_of(given_slots, "new_slots"),
+                 ids = given_ids.is_none() ? Counts(0) : counts_of(given_ids, "ids");
     const int64_t groups = leaves.size(), branches = new_slots.size();
     if (rows.size() != groups) {
         throw std::invalid_argument("leaves has " + std::to_string(groups) + " entries, rows has " +
                                     std::to_string(rows.size()));
     }
-    const auto layout = tree.layout(leaves.data(), rows.data(), groups, new_slots.data(), branches);
+    auto layout = tree.layout(leaves.data(), rows.data(), groups, new_slots.data(), branches);
+    if (!given_ids.is_none() && ids.size() != layout.tokens) {
+        throw std::invalid_argument("ids has " + std::to_string(ids.size()) + " entries, but new_slots sums to " +
+                                    std::to_string(layout.tokens));
+    }
+    for (int64_t t = 0; t < ids.size(); ++t) {
+        if (ids.data()[t] < 0 || ids.data()[t] > std::numeric_limits<int32_t>::max()) {
+            throw std::invalid_argument("ids[" + std::to_string(t) + "] is " + std::to_string(ids.data()[t]) +
+                                        ", must be from 0 to 2^31 - 1");
+        }
+    }
+    layout.size += ids.size();
     py::array_t<int64_t> nodes(branches);
     py::array_t<int32_t> packed(layout.size);
     tree.plan(layout, leaves.data(), rows.data(), new_slots.data(), nodes.mutable_data(), packed.mutable_data());
+    std::copy_n(ids.data(), ids.size(), packed.mutable_data() + layout.ids);
     return py::make_tuple(nodes, packed, layout.trunk_width, layout.branch_width);
 }
 
@@ -81,7 +97,8 @@ void bind_segment_tree(py::module_& module) {
         .def("release_all", &SegmentTree::release_all, py::arg("nodes"))
         .def("length", &SegmentTree::length, py::arg("node"))
         .def("slots", &slots, py::arg("node"))
-        .def("plan", &plan, py::arg("leaves"), py::arg("rows"), py::arg("new_slots"))
+        .def("plan", &plan, py::arg("leaves"), py::arg("rows"), py::arg("new_slots"),
+             py::arg("ids") = py::none())
         .def_property_readonly("capacity", &SegmentTree::capacity)
         .def_property_readonly("free_slots", &SegmentTree::free_slots)
         .def_property_readonly("live_slots", &SegmentTree::live_slots)

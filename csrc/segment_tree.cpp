@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 namespace stars_fast {
 
@@ -216,7 +217,10 @@ void SegmentTree::copy_path(Node node, int32_t* end) const {
 
 SegmentTree::Layout SegmentTree::layout(const int64_t* leaves, const int64_t* rows, int64_t groups,
                                         const int64_t* new_slots, int64_t branches) const {
-    Layout layout{groups, branches, 1, 1, 0, 0, 0, 0, 0, 0};
+    Layout layout{};
+    layout.groups = groups;
+    layout.branches = branches;
+    layout.trunk_width = layout.branch_width = 1;
     int64_t total_rows = 0, total_slots = 0;
     for (int64_t g = 0; g < groups; ++g) {
         if (leaves[g] != kNoNode) {
@@ -239,7 +243,11 @@ SegmentTree::Layout SegmentTree::layout(const int64_t* leaves, const int64_t* ro
     layout.branch_len = aligned(layout.branch_slots + branches * layout.branch_width);
     layout.group_indptr = aligned(layout.branch_len + branches);
     layout.trunk_position = aligned(layout.group_indptr + groups + 1);
-    layout.size = layout.trunk_position + groups;
+    layout.tokens = total_slots;
+    layout.query_indptr = aligned(layout.trunk_position + groups);
+    layout.write_slots = aligned(layout.query_indptr + branches + 1);
+    layout.positions = aligned(layout.write_slots + total_slots);
+    layout.ids = layout.size = aligned(layout.positions + total_slots);
     return layout;
 }
 
@@ -248,18 +256,24 @@ void SegmentTree::plan(const Layout& layout, const int64_t* leaves, const int64_
     std::fill_n(packed, layout.size, 0);
     int32_t* trunk_slots = packed;
     int32_t* branch_slots = packed + layout.branch_slots;
+    int32_t* write_slots = packed + layout.write_slots;
+    int32_t* positions = packed + layout.positions;
     int64_t b = 0;
     for (int64_t g = 0; g < layout.groups; ++g, trunk_slots += layout.trunk_width) {
         const Index leaf = leaves[g] == kNoNode ? kNone : index(leaves[g]);
         const int64_t trunk_len = leaf == kNone ? 0 : entries_[leaf].end();
         write_path(leaf, trunk_slots + trunk_len);
         packed[layout.trunk_len + g] = static_cast<int32_t>(trunk_len);
-        packed[layout.trunk_position + g] =
-            static_cast<int32_t>(leaf == kNone ? 0 : trunk_len + entries_[leaf].offset);
+        const auto position = static_cast<int32_t>(leaf == kNone ? 0 : trunk_len + entries_[leaf].offset);
+        packed[layout.trunk_position + g] = position;
         for (const int64_t last = b + rows[g]; b < last; ++b, branch_slots += layout.branch_width) {
             const Index branch = new_entry(leaf, trunk_len);
-            std::copy_n(append(entries_[branch], new_slots[b]), new_slots[b], branch_slots);
+            write_slots = std::copy_n(append(entries_[branch], new_slots[b]), new_slots[b], write_slots);
+            std::copy_n(write_slots - new_slots[b], new_slots[b], branch_slots);
+            std::iota(positions, positions + new_slots[b], position);
+            positions += new_slots[b];
             packed[layout.branch_len + b] = static_cast<int32_t>(new_slots[b]);
+            packed[layout.query_indptr + b + 1] = static_cast<int32_t>(write_slots - packed - layout.write_slots);
             branch_nodes[b] = name(branch);
         }
         packed[layout.group_indptr + g + 1] = static_cast<int32_t>(b);

@@ -54,17 +54,19 @@ class SegmentTree {
 
     // One heartbeat: rows[g] children under leaves[g], child b new_slots[b] long. Sections of the packed array, in
     // order, each starting at a multiple of kAlign: trunk_slots [G, P], trunk_len [G], branch_slots [B, S],
-    // branch_len [B], group_indptr [G + 1], trunk_position [G].
+    // branch_len [B], group_indptr [G + 1], trunk_position [G]; and of all new tokens in one row, T: query_indptr [B + 1],
+    // write_slots [T], positions [T], and ids [T] where those are given.
     struct Layout {
-        int64_t groups, branches, trunk_width, branch_width;
-        int64_t trunk_len, branch_slots, branch_len, group_indptr, trunk_position, size;  // trunk_slots begins at 0
+        int64_t groups, branches, tokens, trunk_width, branch_width;
+        int64_t trunk_len, branch_slots, branch_len, group_indptr, trunk_position;  // trunk_slots begins at 0
+        int64_t query_indptr, write_slots, positions, ids, size;
     };
     static constexpr int64_t kAlign = 4;  // 16 bytes: Triton compiles another variant for a less aligned pointer
 
     Layout layout(const int64_t* leaves, const int64_t* rows, int64_t groups, const int64_t* new_slots,
-                  int64_t branches) const;
+                  int64_t branches) const;  // without ids
     void plan(const Layout& layout, const int64_t* leaves, const int64_t* rows, const int64_t* new_slots,
-              Node* branch_nodes, int32_t* packed);
+              Node* branch_nodes, int32_t* packed);  // which writes no ids
 
    private:
     using Index = int32_t;

@@ -73,11 +73,13 @@ class SegmentTree:
         leaves: Sequence[int] | npt.NDArray[np.integer],
         rows: Sequence[int] | npt.NDArray[np.integer],
         new_slots: Sequence[int] | npt.NDArray[np.integer],
+        ids: Sequence[int] | npt.NDArray[np.integer] | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], int, int]:
         """Fork and extend all branches of a heartbeat, or none of them; see :func:`stars_fast.tree.segment_tree.plan`.
 
         Returns ``(branches [B], packed, P, S)``. ``packed`` holds, each from a multiple of 4 entries on: trunk_slots
-        [G, P], trunk_len [G], branch_slots [B, S], branch_len [B], group_indptr [G + 1], trunk_position [G]. P and S
+        [G, P], trunk_len [G], branch_slots [B, S], branch_len [B], group_indptr [G + 1], trunk_position [G]; and of the
+        T new tokens query_indptr [B + 1], write_slots [T], positions [T] and, where they are given, ids [T]. P and S
         are the longest trunk and branch, at least 1; unused places hold 0.
         """
 

@@ -43,17 +43,16 @@ def encoded(model, times=1):
         leaves, _ = model.extend([-1] * len(TRUNKS), TRUNKS, **wanted)
         found = []
         for _ in range(times):
-            plan = model.plan(leaves, ROWS, [len(branch) for branch in BRANCHES])
             for keys, values in (model.pool.layer(layer) for layer in model.shapes):
                 keys[0], values[0] = torch.nan, torch.nan  # what padding leaves there reaches nobody
-            output, last = model.encode(plan, BRANCHES, max(ROWS), **wanted)
-            slots = torch.cat([row[:n] for row, n in zip(plan.branch_slots, plan.branch_len, strict=True)]).long()
+            nodes, output, last = model.encode(leaves, ROWS, BRANCHES, **wanted)
+            paths = [torch.from_numpy(model.tree.slots(node)) for node in nodes]
+            slots = torch.cat([path[-len(own) :] for path, own in zip(paths, BRANCHES, strict=True)]).long()
             free = torch.ones(201, dtype=torch.bool).index_fill(0, slots, False).index_fill(0, torch.tensor([0]), False)
             numbers = output.logits if model.body is model.model else output.last_hidden_state
             keys = [model.pool.layer(layer)[0] for layer in model.shapes]
             found.append((numbers, last, [k[slots].clone() for k in keys], [k[free].clone() for k in keys]))
-            for branch in plan.branches:
-                model.tree.release(branch)
+            model.tree.release_all(nodes)
     return found
 
 

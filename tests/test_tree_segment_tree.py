@@ -89,7 +89,10 @@ class TreeMachine(RuleBasedStateMachine):
 
     def branch_off(self, leaves: list[int], rows: list[int], new_slots: list[int]) -> TreePlan:
         """One heartbeat's plan, whose tables must be the model's."""
-        made = plan(self.tree, leaves, rows, new_slots, "cpu")
+        ids = list(range(sum(new_slots)))
+        made = plan(self.tree, leaves, rows, new_slots, "cpu", ids)
+        assert made.ids.tolist() == ids
+        assert made.query_indptr.tolist() == [0, *itertools.accumulate(new_slots)]
         for g, leaf in enumerate(leaves):
             path = self.nodes[leaf].path() if leaf != -1 else []
             assert made.trunk_slots[g].tolist() == path + [0] * (made.trunk_slots.shape[1] - len(path))
@@ -100,6 +103,10 @@ class TreeMachine(RuleBasedStateMachine):
         parents = [leaf for leaf, count in zip(leaves, rows, strict=True) for _ in range(count)]
         for b, (name, leaf) in enumerate(zip(made.branches, parents, strict=True)):
             slots, padding = made.branch_slots[b, : new_slots[b]], made.branch_slots[b, new_slots[b] :]
+            packed = slice(*made.query_indptr[b : b + 2])
+            assert made.write_slots[packed].tolist() == slots.tolist()
+            start = len(self.nodes[leaf].path()) + self.nodes[leaf].offset if leaf != -1 else 0
+            assert made.positions[packed].tolist() == list(range(start, start + new_slots[b]))
             self.hold(name, ModelNode(self.nodes.get(leaf), self.take(slots.tolist())))
             assert not padding.any()
         return made
@@ -296,6 +303,21 @@ def test_plan_refuses_floats():
     tree = SegmentTree(12)
     with pytest.raises(TypeError):
         tree.plan([-1], [1], np.array([1.5]))
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        ([1, 2], "ids has 2 entries, but new_slots sums to 3"),
+        ([1, -2, 3], r"ids\[1\] is -2, must be from 0 to 2\^31 - 1"),
+        ([1, 2, 2**31], r"ids\[2\] is 2147483648"),
+    ],
+)
+def test_a_plan_refuses_ids_that_do_not_fit(ids, message):
+    tree = SegmentTree(12)
+    with pytest.raises(ValueError, match=message):
+        plan(tree, [-1], [2], [1, 2], "cpu", ids)
+    assert tree.nodes == 0
 
 
 def test_many_are_released_in_order_up_to_one_that_is_not_held():

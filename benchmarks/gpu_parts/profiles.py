@@ -90,10 +90,7 @@ def scoring(model: TreeModel, nodes: list[int], branches: list[list[int]], candi
     """Encodes these branches, so many below each node, and gives them back."""
 
     def score() -> None:
-        plan = model.plan(nodes, [candidates] * len(nodes), [len(branch) for branch in branches])
-        model.encode(plan, branches, candidates)
-        for branch in plan.branches:
-            model.tree.release(branch)
+        model.tree.release_all(model.encode(nodes, [candidates] * len(nodes), branches)[0])
 
     return score
 
@@ -103,8 +100,7 @@ def reading(model: TreeModel, prompts: list[list[int]]) -> Callable[[], None]:
     logits = {"logits_to_keep": 0} if model.body is model.model else {}
 
     def read() -> None:
-        for node in model.extend([-1] * len(prompts), prompts, **logits)[0]:
-            model.tree.release(node)
+        model.tree.release_all(model.extend([-1] * len(prompts), prompts, **logits)[0])
 
     return read
 

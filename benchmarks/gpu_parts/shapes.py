@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from unittest.mock import patch
 
+import numpy as np
 import torch
 
 from benchmarks.gpu_parts.heartbeats import REPEATS, watching, workload
@@ -60,14 +61,14 @@ def _score(runner: Runner) -> None:
         model.allocate(groups * (context + segment), context)
         nodes, _ = model.extend([-1] * groups, pair.prompts(groups, context), 4096)
         branches = pair.prompts(groups, segment)
-        plan = model.plan(nodes, [1] * groups, [segment] * groups)
+        plan = model.plan(nodes, [1] * groups, [segment] * groups, np.array(branches).reshape(-1))
         padded = PassShape.padded([segment] * groups, groups, 1, model.trunk_room, logits=False)
         assert padded is not None
         exact = padded._replace(tokens=tokens, rows=groups, groups=groups, most_rows=1, most_queries=segment)
         ways = {}
         for way, shape in (("padded", padded), ("exact", exact)):
             small = model.small_pass(shape)
-            small.load(plan, branches)
+            small.plan.load(plan)
             ways[way] = small.run
         _add(runner, "score", ways)
     model.clear()

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -85,7 +86,9 @@ class Policy(TreeModel):
         Returns new nodes and the next tokens' logits ``[V]``.
         """
         nodes, outputs = self.extend(leaves, tokens, limit, logits_to_keep=0)
-        return nodes, [output.logits[0, place] for output, _, place in outputs]
+        passes = {id(output): output for output, _, _ in outputs}
+        logits = {key: output.logits[0].unbind() for key, output in passes.items()}
+        return nodes, [logits[id(output)][place] for output, _, place in outputs]
 
     def read_media(
         self, inputs: Mapping[str, Any], rows: Sequence[int] = (0,), lag: int = 0, **kwargs: Any
@@ -130,7 +133,7 @@ class Policy(TreeModel):
             if look and not steps.alive.any():
                 break
             steps.run()
-        eos = [set(leaf.sampling.eos_token_ids) for leaf in leaves for _ in range(leaf.candidates)]
+        eos = [leaf.sampling.eos_token_ids for leaf in leaves for _ in range(leaf.candidates)]
         drawn = _draws(steps, branches[0], eos)
         for draw, *beside in zip(drawn, *branches[1:], strict=True):
             draw.beside = beside
@@ -256,10 +259,9 @@ class Policy(TreeModel):
 
     def read(self, leaves: Sequence[int], runs: Sequence[Sequence[int]]) -> tuple[list[int], list[torch.Tensor]]:
         """Encode a run below each leaf. Returns new nodes, and the logits after each token of each run ``[T, V]``."""
-        plan = self.plan(leaves, [1] * len(leaves), [len(run) for run in runs])
-        output, last = self.encode(plan, runs, 1)
+        nodes, output, last = self.encode(leaves, [1] * len(leaves), runs)
         starts = [0, *(int(end) + 1 for end in last)]
-        return plan.branches, [output.logits[0, a:b] for a, b in pairwise(starts)]
+        return nodes, [output.logits[0, a:b] for a, b in pairwise(starts)]
 
     def _prepared(self, shape: Shape, processed: bool) -> Steps:
         """Tensors for a proposal of this shape. A user's logits processors run on the host: no graph holds them."""
@@ -292,28 +294,27 @@ class Policy(TreeModel):
             return self.graphs.get(shape, lambda: self._steps(shape), capture=shape.length > 1)
 
 
-def _draws(steps: Steps, branches: Sequence[int], eos: Sequence[set[int]]) -> list[Draw]:
+def _draws(steps: Steps, branches: Sequence[int], eos: Sequence[Sequence[int]]) -> list[Draw]:
     """Copy what was drawn to the host in one piece: the one look per heartbeat."""
-    rows = len(branches)
+    rows, length = len(branches), steps.shape.length
     position, tokens = steps.position[:rows, None], steps.tokens[:rows].int()
     floats = [column[:rows].view(torch.int32) for column in (steps.logprobs, steps.sampling_logprobs)]
-    packed = torch.cat((position, tokens, *floats), 1).cpu()
-    lengths, length = packed[:, 0].tolist(), steps.shape.length
-    ids, logprobs, sampling_logprobs = packed[:, 1:].split(length, 1)
-    logprobs, sampling_logprobs = (column.contiguous().view(torch.float32) for column in (logprobs, sampling_logprobs))
+    packed = torch.cat((position, tokens, *floats), 1).cpu().numpy()
+    counts, ids, logprobs = packed[:, 0], packed[:, 1 : 1 + length], packed[:, 1 + length :].view(np.float32)
+    # Logits that are not finite end a row with a NaN log-probability, and nothing else writes one.
+    finite = ~np.isnan(logprobs[:, length:]).any(1)
     draws = []
-    columns = (branches, lengths, ids.tolist(), logprobs.tolist(), sampling_logprobs.tolist(), eos)
-    for place, (node, count, row, row_logprobs, row_sampling, ends) in enumerate(zip(*columns, strict=True)):
-        # Logits that are not finite end a row with a NaN log-probability. None is +inf, so their sum tells.
-        finite = not math.isnan(sum(row_sampling[: count + 1]))
+    columns: Any = counts.tolist(), ids.tolist(), logprobs.tolist(), finite.tolist()
+    for place, (node, ends, count, row, both, sound) in enumerate(zip(branches, eos, *columns, strict=True)):
+        drawn = row[:count]
         draws.append(
             Draw(
                 node=node,
-                tokens=row[:count],
-                logprobs=row_logprobs[:count],
-                sampling_logprobs=row_sampling[:count],
+                tokens=drawn,
+                logprobs=both[:count],
+                sampling_logprobs=both[length : length + count],
                 ended=count > 0 and row[count - 1] in ends,
-                error=steps.failures.get(place) or steps.unread(row[:count]) or (None if finite else steps.not_finite),
+                error=steps.failures.get(place) or steps.unread(drawn) or (None if sound else steps.not_finite),
             )
         )
     return draws

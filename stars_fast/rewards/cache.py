@@ -341,10 +341,9 @@ class TreeCache:
         leaves = [self._responses[response].node for response in groups]
         index = torch.tensor(places, dtype=torch.int64, device=self.model.device)
         logits = {"logits_to_keep": index} if self._has_logits else {}
-        plan = self.model.plan(leaves, rows, [len(branch) for branch in branches])  # its branches are encode's to free
-        output, _ = self.model.encode(plan, branches, max(rows), **logits)
+        nodes, output, _ = self.model.encode(leaves, rows, branches, **logits)
         self.tokens += sum(len(branch) for branch in branches)
-        return output.logits[0] if self._has_logits else output.last_hidden_state[0, index], plan.branches
+        return output.logits[0] if self._has_logits else output.last_hidden_state[0, index], nodes
 
     def _rewind(self, response: Response, texts: Sequence[Text]) -> int:
         """Shorten what is in the tree to what all texts share; without a tail, leave each a token to encode."""

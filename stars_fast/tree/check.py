@@ -115,8 +115,7 @@ def _on_tree(tree_model: TreeModel, trunk: list[int], branches: list[list[int]])
             leaves, _ = tree_model.read_media({"input_ids": torch.tensor([trunk])})
         else:
             leaves, _ = tree_model.extend([-1], [trunk])
-        plan = tree_model.plan(leaves, [len(branches)], [len(branch) for branch in branches])
-        output, _ = tree_model.encode(plan, branches, len(branches))
+        _, output, _ = tree_model.encode(leaves, [len(branches)], branches)
         return values(output)
 
 

@@ -86,8 +86,10 @@ class CompiledLayers:
         pool, tree = SlotPool(model.shapes, slots, model.dtype, model.device), SegmentTree(slots)
 
         def inputs(leaf: int, branches: list[list[int]]) -> tuple[list[int], Any]:
-            step = plan(tree, [leaf], [len(branches)], [len(branch) for branch in branches], model.device)
-            return step.branches, model.packed(step, branches, len(branches), pool)
+            lengths, ids = [len(branch) for branch in branches], [token for branch in branches for token in branch]
+            step = plan(tree, [leaf], [len(branches)], lengths, model.device, ids)
+            context = model.context(step, len(branches), max(lengths), pool)
+            return step.branches, (step.ids.long(), step.positions.long(), context)
 
         (leaf,), first = inputs(-1, [trunk])
         model.call_body(*first)

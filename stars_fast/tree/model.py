@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -221,15 +222,19 @@ class TreeModel(Stays):
         self.tree = SegmentTree(slots)
         self.prefixes = Prefixes(self.tree)
 
-    def plan(self, leaves: Sequence[int], rows: Sequence[int], new_slots: Sequence[int]) -> TreePlan:
-        """Fork ``rows[g]`` branches of ``leaves[g]`` (-1: from nothing), branch b with ``new_slots[b]`` slots.
+    def plan(
+        self, leaves: Sequence[int], rows: Sequence[int], new_slots: Sequence[int], ids: np.ndarray | None = None
+    ) -> TreePlan:
+        """Fork ``rows[g]`` branches of ``leaves[g]`` (-1: from nothing), branch b with ``new_slots[b]`` slots, for
+        ``ids`` where they are known.
 
         Kept prefixes (:attr:`prefixes`) make way where these are not free.
         """
         as_array = np.asarray
         slots = as_array(new_slots, dtype=np.int32)
         self.prefixes.make_room(int(slots.sum()))
-        return plan(self.tree, as_array(leaves, dtype=np.int64), as_array(rows, dtype=np.int32), slots, self.device)
+        of_groups = as_array(leaves, dtype=np.int64), as_array(rows, dtype=np.int32)
+        return plan(self.tree, *of_groups, slots, self.device, ids)
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, context: TreeContext, **kwargs: Any) -> Any:
         """One packed forward pass. ids, positions ``[T]`` int64; returns the body's output, batch size 1."""
@@ -263,69 +268,57 @@ class TreeModel(Stays):
             )
 
     def encode(
-        self, plan: TreePlan, branches: Sequence[Sequence[int]], rows: int, **kwargs: Any
-    ) -> tuple[Any, torch.Tensor]:
-        """Encode whole branches at once.
+        self, leaves: Sequence[int], rows: Sequence[int], branches: Sequence[Sequence[int]], **kwargs: Any
+    ) -> tuple[list[int], Any, torch.Tensor]:
+        """Encode whole branches at once: :meth:`plan` them, and run the body over all their tokens.
 
         Parameters
         ----------
-        plan : TreePlan
-            Made for these branches.
+        leaves, rows : sequence of int
+            As in :meth:`plan`.
         branches : sequence of token ids, one per row, none empty
-        rows : int
-            Most rows of one group.
+        **kwargs
+            Further arguments of the body. A ``logits_to_keep`` that is a number stands for each branch's last token.
 
         Returns
         -------
-        (output, last)
-            The body's output, and the index ``[B]`` int64 of each branch's last token in the packed row. Where this
-            raises (memory), the plan's branches are released.
+        (nodes, output, last)
+            The branches' nodes (a reference of the caller's to each), the body's output, and the index ``[B]`` int64 of
+            each branch's last token in the packed row. Whatever this raises (memory), the tree is as before.
         """
+        lengths = [len(branch) for branch in branches]
+        ids = np.fromiter(chain.from_iterable(branches), dtype=np.int64, count=sum(lengths))
+        plan = self.plan(leaves, rows, lengths, ids)
         try:
-            return self._encode(plan, branches, rows, **kwargs)
+            return plan.branches, *self._encode(plan, lengths, max(rows), **kwargs)
         except BaseException:
-            for branch in plan.branches:
-                self.tree.release(branch)
+            self.tree.release_all(plan.branches)
             raise
 
-    def _encode(
-        self, plan: TreePlan, branches: Sequence[Sequence[int]], rows: int, **kwargs: Any
-    ) -> tuple[Any, torch.Tensor]:
-        lengths = [len(branch) for branch in branches]
+    def _encode(self, plan: TreePlan, lengths: Sequence[int], rows: int, **kwargs: Any) -> tuple[Any, torch.Tensor]:
+        last = plan.query_indptr[1:].long() - 1
         small = self._small_pass(plan, lengths, rows, kwargs)
         if small is not None:
-            return self._run_small(small, plan, branches)
-        ids, positions, context = self.packed(plan, branches, rows, self.pool)
-        last = context.query_indptr[1:].long() - 1
+            return self._run_small(small, plan), last
         if isinstance(kwargs.get("logits_to_keep"), int):  # else the caller's index of the packed row
             kwargs["logits_to_keep"] = last
-        return self.forward(ids, positions, context, **kwargs), last
+        context = self.context(plan, rows, max(lengths), self.pool)
+        return self.forward(plan.ids.long(), plan.positions.long(), context, **kwargs), last
 
-    def packed(
-        self, plan: TreePlan, branches: Sequence[Sequence[int]], rows: int, pool: SlotPool
-    ) -> tuple[torch.Tensor, torch.Tensor, TreeContext]:
-        """Whole branches as :meth:`forward` takes them, over a pool of the plan's slots: ids, positions, context."""
-        lengths = [len(branch) for branch in branches]
-        ids = torch.tensor([token for branch in branches for token in branch], device=self.device)
-        counts = torch.tensor(lengths, device=self.device)
-        ends = counts.cumsum(0)
-        row = torch.repeat_interleave(
-            torch.arange(len(lengths), device=self.device), counts, output_size=len(ids)
-        )  # [T]
-        offset = torch.arange(len(ids), device=self.device) - (ends - counts)[row]  # [T]
-        group_rows = plan.group_indptr.diff()
-        first = torch.repeat_interleave(plan.trunk_position, group_rows, output_size=len(lengths))  # [B]
-        context = TreeContext(
+    def context(self, plan: TreePlan, rows: int, queries: int, pool: SlotPool) -> TreeContext:
+        """What :meth:`forward` needs beside the ids and positions of a plan that was made with ids: its tables over the
+        pool of its slots, with the most rows of a group and queries of a row.
+        """
+        return TreeContext(
             pool=pool,
             plan=plan,
-            write_slots=plan.branch_slots[row, offset],
+            write_slots=plan.write_slots,
             branch_len=plan.branch_len,
-            query_indptr=torch.cat([ends.new_zeros(1), ends]).int(),
+            query_indptr=plan.query_indptr,
             max_rows=rows,
-            max_queries=max(lengths),
+            max_queries=queries,
             fresh=plan.fresh,
         )
-        return ids, first[row] + offset, context
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Makes the model's CUDA device the current one inside: graphs and their streams lie on it."""
@@ -349,17 +342,13 @@ class TreeModel(Stays):
         with self.on_device():
             return self.graphs.get(shape, lambda: Pass(self, shape))
 
-    def _run_small(
-        self, small: Pass, plan: TreePlan, branches: Sequence[Sequence[int]]
-    ) -> tuple[SimpleNamespace, torch.Tensor]:
+    def _run_small(self, small: Pass, plan: TreePlan) -> SimpleNamespace:
         with self.on_device():
-            small.load(plan, branches)
+            small.plan.load(plan)
             small.run()
-        rows, last = len(branches), small.query_indptr[1 : len(branches) + 1].long() - 1
         if small.shape.logits:
-            return SimpleNamespace(logits=small.output[:, :rows].clone()), last
-        used = sum(len(branch) for branch in branches)
-        return SimpleNamespace(last_hidden_state=small.output[:, :used].clone()), last
+            return SimpleNamespace(logits=small.output[:, : len(plan.branches)].clone())
+        return SimpleNamespace(last_hidden_state=small.output[:, : len(plan.ids)].clone())
 
     def extend(
         self, leaves: Sequence[int], tokens: Sequence[Sequence[int]], limit: int | None = None, **kwargs: Any
@@ -395,9 +384,8 @@ class TreeModel(Stays):
                     pieces.append(piece)
                     packed += len(piece)
                     done[i] += len(piece)
-            step = self.plan([nodes[i] for i in rows], [1] * len(rows), [len(piece) for piece in pieces])
-            output, last = self.encode(step, pieces, 1, **kwargs)
-            for at, (i, node) in enumerate(zip(rows, step.branches, strict=True)):
+            branches, output, last = self.encode([nodes[i] for i in rows], [1] * len(rows), pieces, **kwargs)
+            for at, (i, node) in enumerate(zip(rows, branches, strict=True)):
                 self.release(nodes[i])
                 nodes[i] = node
                 outputs[i] = (output, last, at)

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from stars_fast.tree.attention import TreeContext
@@ -115,48 +114,28 @@ class Pass(Captured):
     def __init__(self, model: Pooled, shape: PassShape) -> None:
         super().__init__(model)
         self.shape, device = shape, model.device
-        self.plan = TreePlan.empty(shape.groups, shape.trunk, shape.rows, shape.most_queries, device)
-        self.packed = torch.zeros(3, shape.tokens, dtype=torch.int64, device=device)  # ids, row, place in its branch
-        self.query_indptr = torch.zeros(shape.rows + 1, dtype=torch.int32, device=device)
-        self.every_token = torch.arange(shape.tokens, device=device)
-        self.every_row = torch.arange(shape.rows, dtype=torch.int32, device=device)
+        sizes = shape.groups, shape.trunk, shape.rows, shape.most_queries
+        self.plan = TreePlan.empty(*sizes, device, shape.tokens)  # of what the next run encodes
         self.output = torch.empty(0, device=device)
-
-    def load(self, plan: TreePlan, branches: Sequence[Sequence[int]]) -> None:
-        """What the next run encodes."""
-        lengths = np.array([len(branch) for branch in branches])
-        ends, tokens = lengths.cumsum(), int(lengths.sum())
-        packed = np.zeros((3, self.shape.tokens), dtype=np.int64)
-        packed[0, :tokens] = np.concatenate([np.asarray(branch, dtype=np.int64) for branch in branches])
-        packed[1, :tokens] = np.repeat(np.arange(len(lengths)), lengths)
-        packed[2, :tokens] = np.arange(tokens) - np.repeat(ends - lengths, lengths)
-        query_indptr = np.full(self.shape.rows + 1, tokens, dtype=np.int32)
-        query_indptr[0], query_indptr[1 : len(ends) + 1] = 0, ends
-        for own, values in ((self.packed, packed), (self.query_indptr, query_indptr)):
-            host = torch.from_numpy(values)
-            own.copy_(host.pin_memory() if own.device.type == "cuda" else host, non_blocking=True)
-        self.plan.load(plan)
 
     def rest(self) -> None:
         """Without tokens."""
-        self.query_indptr.zero_()
+        self.plan.query_indptr.zero_()
         self.plan.group_indptr.zero_()
+        self.plan.write_slots.zero_()
 
     def work(self) -> None:
         """The forward pass."""
-        plan, (ids, row, place) = self.plan, self.packed
-        used = self.every_token < self.query_indptr[-1:]
-        group = torch.bucketize(self.every_row, plan.group_indptr[1:], right=True).clamp(max=self.shape.groups - 1)
+        plan = self.plan
         context = TreeContext(
             pool=self.model.pool,
             plan=plan,
-            write_slots=torch.where(used, plan.branch_slots[row, place], 0),
+            write_slots=plan.write_slots,
             branch_len=plan.branch_len,
-            query_indptr=self.query_indptr,
+            query_indptr=plan.query_indptr,
             max_rows=self.shape.most_rows,
             max_queries=self.shape.most_queries,
         )
-        positions = torch.where(used, plan.trunk_position[group][row] + place, 0)
-        last = {"logits_to_keep": (self.query_indptr[1:].long() - 1).clamp(min=0)} if self.shape.logits else {}
-        output = self.model.forward(ids, positions, context, **last)
+        last = {"logits_to_keep": (plan.query_indptr[1:].long() - 1).clamp(min=0)} if self.shape.logits else {}
+        output = self.model.forward(plan.ids.long(), plan.positions.long(), context, **last)
         self.output = output.logits if self.shape.logits else output.last_hidden_state

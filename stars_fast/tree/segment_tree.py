@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -36,21 +35,29 @@ class TreePlan:
     branch_len: Tensor  # [B] how many of them the row has
     group_indptr: Tensor  # [G + 1] first row of each request, and B
     trunk_position: Tensor  # [G] of the token after each trunk: its length, and the offset of what it ends with
+    query_indptr: Tensor  # [B + 1] first of each row's new tokens where all of them stand in one row, and T
+    write_slots: Tensor  # [T] slot of each of these
+    positions: Tensor  # [T]
+    ids: Tensor  # [T] where the plan was made with them, else [0]
     branches: list[int]  # [B] the rows' nodes in the tree; the caller holds one reference to each
     fresh: bool = False  # no request has a trunk
 
     @classmethod
-    def empty(cls, groups: int, trunk: int, rows: int, branch: int, device: torch.device) -> TreePlan:
+    def empty(cls, groups: int, trunk: int, rows: int, branch: int, device: torch.device, tokens: int = 0) -> TreePlan:
         """Tables of these sizes for :meth:`load`, with nothing in them."""
 
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)
 
         trunks, branches = (zeros(groups, trunk), zeros(groups)), (zeros(rows, branch), zeros(rows))
-        return cls(*trunks, *branches, zeros(groups + 1), zeros(groups), [])
+        packed = zeros(rows + 1), zeros(tokens), zeros(tokens), zeros(tokens)
+        return cls(*trunks, *branches, zeros(groups + 1), zeros(groups), *packed, [])
 
     def load(self, plan: TreePlan) -> None:
-        """Copy a plan that is no larger into these tables, which a graph has seen; the rest of them is padding."""
+        """Copy a plan that is no larger into these tables, which a graph has seen; the rest of them is padding.
+
+        Tables without tokens take none.
+        """
         (groups, trunk), (rows, branch) = plan.trunk_slots.shape, plan.branch_slots.shape
         self.trunk_slots[:groups, :trunk].copy_(plan.trunk_slots)
         self.trunk_len[:groups].copy_(plan.trunk_len)
@@ -61,10 +68,23 @@ class TreePlan:
         self.branch_len[:rows].copy_(plan.branch_len)
         self.group_indptr.fill_(rows)
         self.group_indptr[: groups + 1].copy_(plan.group_indptr)
+        if len(self.ids):
+            tokens = len(plan.ids)
+            self.query_indptr.fill_(tokens)
+            self.query_indptr[: rows + 1].copy_(plan.query_indptr)
+            for own, given in ((self.write_slots, plan.write_slots), (self.positions, plan.positions)):
+                own.zero_()
+                own[:tokens].copy_(given)
+            self.ids[:tokens].copy_(plan.ids)
 
 
 def plan(
-    tree: SegmentTree, leaves: Integers, rows: Integers, new_slots: Integers, device: torch.device | str
+    tree: SegmentTree,
+    leaves: Integers,
+    rows: Integers,
+    new_slots: Integers,
+    device: torch.device | str,
+    ids: Integers | None = None,
 ) -> TreePlan:
     """Fork ``rows[g]`` branches off ``leaves[g]``, give branch b ``new_slots[b]`` slots, and send the tables over.
 
@@ -79,6 +99,8 @@ def plan(
         [B] tokens that each branch has room for.
     device : torch.device or str
         Where the tensors go, in one transfer.
+    ids : sequence or array of int, optional
+        [T] tokens of all branches, one branch after another, for which the slots are.
 
     Raises
     ------
@@ -89,27 +111,26 @@ def plan(
 
     Whatever it raises, the tree is as before.
     """
-    nodes, packed, trunk_width, branch_width = tree.plan(leaves, rows, new_slots)
+    nodes, packed, trunk_width, branch_width = tree.plan(leaves, rows, new_slots, ids)
+    branches = nodes.tolist()
     try:
         buffer = torch.from_numpy(packed)
         if torch.device(device).type == "cuda":
             buffer = buffer.pin_memory()  # else the copy waits for the device
         buffer = buffer.to(device, non_blocking=True)
-        groups, branches = len(rows), len(nodes)
-        shapes = [(groups, trunk_width), (groups,), (branches, branch_width), (branches,), (groups + 1,), (groups,)]
-        trunk_slots, trunk_len, branch_slots, branch_len, group_indptr, trunk_position = _sections(buffer, shapes)
+        count, tokens = len(branches), int(np.sum(new_slots))
+        trunks = [len(rows) * trunk_width, len(rows)]
+        sizes = [*trunks, count * branch_width, count, len(rows) + 1, len(rows), count + 1, tokens, tokens]
+        tables: list[Any] = _sections(buffer, [*sizes, 0 if ids is None else tokens])
+        tables[0], tables[2] = tables[0].view(len(rows), trunk_width), tables[2].view(count, branch_width)
+        fresh = all(leaf < 0 for leaf in leaves)
     except BaseException:
-        tree.release_all(nodes.tolist())
+        tree.release_all(branches)
         raise
-    fresh = all(leaf < 0 for leaf in leaves)
-    trunks, rows_of = (trunk_slots, trunk_len), (branch_slots, branch_len, group_indptr)
-    return TreePlan(*trunks, *rows_of, trunk_position, nodes.tolist(), fresh)
+    return TreePlan(*[*tables, branches, fresh])
 
 
-def _sections(buffer: Tensor, shapes: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
-    """Views of the buffer, one after another."""
-    start = 0
-    for shape in shapes:
-        size = math.prod(shape)
-        yield buffer[start : start + size].view(shape)
-        start += -(-size // _ALIGN) * _ALIGN
+def _sections(buffer: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Views of the buffer, one after another, each from a multiple of ``_ALIGN`` on: in one call of torch."""
+    pieces = [piece for size in sizes for piece in (size, -size % _ALIGN)]
+    return list(buffer.split_with_sizes([*pieces[:-1], 0])[::2])  # behind the last is no padding

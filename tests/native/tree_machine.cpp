@@ -257,6 +257,12 @@ private:
                 take(branch, slots, beat.slots[b]);
                 expect_line(slots, branch->own, layout.branch_width);
                 EXPECT(packed[layout.branch_len + b] == beat.slots[b]);
+                const int32_t from = packed[layout.query_indptr + b], to = packed[layout.query_indptr + b + 1];
+                EXPECT(to - from == beat.slots[b]);
+                EXPECT(std::equal(slots, slots + beat.slots[b], packed.data() + layout.write_slots + from));
+                for (int32_t t = from; t < to; ++t) {
+                    EXPECT(packed[layout.positions + t] == packed[layout.trunk_position + g] + t - from);
+                }
                 hold_new(nodes[b], branch);
             }
             EXPECT(packed[layout.group_indptr + g + 1] == static_cast<int64_t>(b));
