@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+
 from stars_fast.loop.caller import Caller, Size
 from stars_fast.loop.chains import Chains
 from stars_fast.loop.enumeration import Enumeration
@@ -36,7 +38,7 @@ from stars_fast.outputs import Cause
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards.base import Reward
 from stars_fast.stays import Stays
-from stars_fast.tree.attention import plugged
+from stars_fast.tree.attention import is_plugged, plugged
 from stars_fast.tree.memory import default_tokens, divide_devices
 
 _STRATEGIES: dict[str, type[OneAnswer]] = {
@@ -190,6 +192,27 @@ class Core(Stays):
             before = sum(model.graphs.captured for model in models)
             short = capture(self.policy, self.reward.tree_models, kind, loop.scheduler, show)
             return sum(model.graphs.captured for model in models) - before, short
+
+    def free(self, beside: Sequence[Policy]) -> None:
+        """Give the memory of all trees back, and that of further policies', until it opens again.
+
+        Raises
+        ------
+        RuntimeError
+            While it is open, and while another engine generates with one of the models.
+        """
+        with self._turn():
+            trees = [self.policy, *self.reward.tree_models, *beside]
+            in_use = [tree.role for tree in trees if is_plugged(tree.model)]
+            if self.loop is not None or in_use:
+                who = "this engine" if self.loop is not None else f"another engine with this {in_use[0]}"
+                raise RuntimeError(
+                    f"{who} is generating: let calls, streams and sessions end before memory is released"
+                )
+            for tree in trees:
+                tree.free()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what torch keeps serves neither graphs nor other processes
 
     def let_go(self) -> None:
         """End the session: the core closes once its callers are through."""

@@ -400,6 +400,11 @@ def plugged(model: PreTrainedModel) -> Iterator[None]:
                     config._attn_implementation = _plugged.pop(key).implementation
 
 
+def is_plugged(model: PreTrainedModel) -> bool:
+    """Whether somebody runs ``model`` on the plug-in."""
+    return id(model.config) in _plugged
+
+
 @contextmanager
 def own_dtypes() -> Iterator[None]:
     """Models compute in the dtypes of their weights inside, whatever ``torch.autocast`` says on this thread.

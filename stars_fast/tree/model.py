@@ -205,8 +205,7 @@ class TreeModel(Stays):
             Where the device has no room for them.
         """
         if self.pool.slots < tokens + 1:
-            self.graphs.drop()  # their memory is needed first
-            self.pool = SlotPool({}, 1, self.dtype, self.device)  # free the old one before making the new
+            self.free()  # before the new one is made
             try:
                 self.pool = SlotPool(self.shapes, tokens + 1, self.dtype, self.device)
             except (RuntimeError, MemoryError) as error:  # torch's, which says neither what for nor what to do
@@ -225,6 +224,12 @@ class TreeModel(Stays):
         if (room := trunk_room(longest)) > self.trunk_room:
             self.trunk_room = room
             self.graphs.drop()
+
+    def free(self) -> None:
+        """Give the pool's memory back, and that of what was captured with it, until :meth:`allocate`."""
+        self.graphs.drop()
+        self.pool = SlotPool({}, 1, self.dtype, self.device)
+        self._plant(1)
 
     def clear(self) -> None:
         """Drop everything the tree holds, whoever holds it."""
