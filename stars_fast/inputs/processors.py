@@ -40,8 +40,8 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from stars_fast.loop.memory import is_lack_of_memory
 from stars_fast.policy.leaf import ProcessorError, RowProcessor
+from stars_fast.tree.lack import is_lack_of_memory
 
 # Class -> the attribute that holds its setting, which is the generation_config's field of the same meaning.
 _NATIVE = {

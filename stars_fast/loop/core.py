@@ -18,7 +18,6 @@ from stars_fast.loop.enumeration import Enumeration
 from stars_fast.loop.guided import GuidedTrunks, SecondTree
 from stars_fast.loop.heartbeat import Loop
 from stars_fast.loop.in_order import PASS, PASS_OF_GPUS
-from stars_fast.loop.memory import is_lack_of_memory
 from stars_fast.loop.navigating import Navigating
 from stars_fast.loop.one_answer import OneAnswer
 from stars_fast.loop.persona import SelfJudging
@@ -39,6 +38,7 @@ from stars_fast.policy.policy import Policy
 from stars_fast.rewards.base import Reward
 from stars_fast.stays import Stays
 from stars_fast.tree.attention import is_plugged, plugged
+from stars_fast.tree.lack import is_lack_of_memory
 from stars_fast.tree.memory import default_tokens, divide_devices
 
 _STRATEGIES: dict[str, type[OneAnswer]] = {
