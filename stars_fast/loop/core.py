@@ -274,8 +274,7 @@ class Core(Stays):
                         elif self.reward.unsure and self.reward.tree_models:
                             self._renew_reward()
                 except Exception as error:  # of a scorer that cannot end its session
-                    self._gone.clear()
-                    self._fail_all(error)
+                    self._fail_all(error)  # who has gone stays: of those who wait for larger pools, nobody else knows
                     warn(f"a session could not be ended: {Cause.of(error)}")
                 if self._turns.release(unless=lambda: bool(self._gone)):
                     return
