@@ -309,7 +309,7 @@ class Core(Stays):
     def _open(self, size: Size) -> Loop:
         policy, size = self.policy, size._replace(rows=min(size.rows, self.max_rows))
         trees = [policy, *self.reward.tree_models, *size.beside]
-        divide_devices(trees, size.rows, self.gpu_memory_utilization)
+        divide_devices(trees, size.rows, self.gpu_memory_utilization, size.length)
         tokens = self.kv_cache_tokens or default_tokens(policy, min(size.holders, self.max_rows), size.slots)
         with ExitStack() as stack:
             policy.begin(tokens, size.length, size.segment_length)
