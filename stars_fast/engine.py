@@ -318,6 +318,20 @@ class StarsEngine(Stays):
         remark = f"memory is short, so that not all was captured: {lack}" if lack else ""
         return WarmUp(graphs, time.perf_counter() - started, remark)
 
+    def release_memory(self) -> None:
+        """Give back the memory of all pools of keys and values, and of graphs, which point into them.
+
+        Between calls both are kept, so that the next call finds them. Release them where something else needs the
+        memory in between, as a training step does; the next call makes pools that fit what is free then, and captures
+        anew. What layers were compiled to stays, and no text changes.
+
+        Raises
+        ------
+        RuntimeError
+            While calls, streams or sessions are under way, of this engine or of another with the same models.
+        """
+        self.core.free([*self._guides, *([] if self._drafts is None else [self._drafts])])
+
     def events(self, job: Job) -> Iterator[SegmentEvent]:
         """Run a job to its end, and warn of what failed."""
         yield from self._events(job)

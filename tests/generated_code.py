@@ -22,7 +22,7 @@ from torch._inductor.graph import GraphLowering
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from triton.backends.compiler import GPUTarget
 
-from stars_fast.tree.attention import plugged
+from stars_fast.tree.attention import plugged, tree_mask
 from stars_fast.tree.compiled import CompiledLayers
 from stars_fast.tree.joined import join
 
@@ -117,7 +117,9 @@ def code_of_a_layer(model, *, rows=7, joined=True):
         for context in (*caches, plugged(model), layers.running()):
             stack.enter_context(context)
         try:
-            base.layers[0](hidden, position_embeddings=angles, position_ids=places, attention_mask=None)
+            base.layers[0](
+                hidden, position_embeddings=angles, position_ids=places, attention_mask=tree_mask(hidden.device)
+            )
         except (BackendCompilerFailed, InductorError):
             if not found:
                 raise

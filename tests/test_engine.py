@@ -8,6 +8,7 @@ import inspect
 import math
 import threading
 import warnings
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -498,6 +499,29 @@ class Failing(list):
 
     def end(self):
         self.ended = True
+
+
+def test_released_memory_is_made_anew_and_changes_no_text(policy32, reward32):
+    engine = StarsEngine(policy32, reward32)
+    trees = [engine.policy, *engine.reward.tree_models]
+    first = engine.generate(PROMPTS, CONFIG, seed=0).completions
+    engine.policy.graphs.get("shape", lambda: object(), capture=False)
+    for _ in range(2):
+        engine.release_memory()
+        assert [tree.pool.slots for tree in trees] == [1, 1]
+        assert "shape" not in engine.policy.graphs
+        assert engine.generate(PROMPTS, CONFIG, seed=0).completions == first
+
+
+def test_memory_that_a_call_has_in_use_is_not_released(policy32, reward32):
+    engine, other = (StarsEngine(policy32, reward32) for _ in range(2))
+    with closing(engine.stream(PROMPTS, CONFIG, seed=0)) as events:
+        first = next(events)
+        with pytest.raises(RuntimeError, match="this engine is generating: let"):
+            engine.release_memory()
+        with pytest.raises(RuntimeError, match="another engine with this policy is generating"):
+            other.release_memory()
+        assert [first, *events] == list(other.stream(PROMPTS, CONFIG, seed=0))
 
 
 def test_a_streamer_that_cannot_end_leaves_the_answer_whole(policy32):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from sys import getsizeof
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_dropin import CONFIG, PAD, PROMPTS, VOCAB, completions, facade
 from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
 from stars_fast.inputs import processors
-from stars_fast.inputs.processors import _fresh, foreign_processors, row_processor
+from stars_fast.inputs.processors import _Following, _fresh, foreign_processors, row_processor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 
@@ -175,3 +176,11 @@ def test_a_processor_is_asked_once_whether_it_keeps_a_state(policy, kind, monkey
     given = LogitsProcessorList([kind()])
     first, second = (foreign_processors(given, policy.generation_config, torch.tensor([[5, 6]]), VOCAB) for _ in "12")
     assert len(asked) == 1 and [type(one) for one in first.processors] == [type(one) for one in second.processors]
+
+
+def test_texts_that_copies_follow_are_not_held():
+    """There may be a thousand, of as many tokens as fit a model."""
+    following = _Following(lambda ids, logits: logits, 4000)
+    for last in range(8):
+        following(torch.tensor([[9] * 4000 + [last]]), torch.zeros(1, 4))
+    assert [getsizeof(key) < 100 for key in following._followers] == [True] * 8

@@ -12,7 +12,7 @@ from tiny_pictures import IMAGE, llava, llava_processor, picture
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
 
-from stars_fast import StarsConfig  # noqa: E402
+from stars_fast import StarsConfig, StarsEngine  # noqa: E402
 from stars_fast.integrations.trl import by_plan, engine_reward, rollout_func  # noqa: E402
 from stars_fast.methods import Plans  # noqa: E402
 
@@ -95,6 +95,24 @@ def test_logprobs_are_those_of_the_weights_of_the_step(make_trainer):
     make_trainer(check, steps=2, temperature=0.7).train()
     assert len(calls) == 2 and not torch.equal(*calls)
     assert max(checked) < 1e-4
+
+
+def test_gradients_find_the_memory_of_keys_and_values_free_unless_it_is_kept(make_trainer, monkeypatch):
+    made = []
+
+    def make(*models, **options):
+        made.append(StarsEngine(*models, **options))
+        return made[-1]
+
+    monkeypatch.setattr("stars_fast.integrations.trl.StarsEngine", make)
+    trainer = make_trainer(None)
+    for keep in (False, True):
+        rollout = rollout_func(tiny_reward(32), references=lambda prompt: [7], keep_memory=keep)
+        rollout(PROMPTS, trainer)
+        pools = [tree.pool for tree in (made[-1].policy, *made[-1].reward.tree_models)]
+        assert [pool.slots > 1 for pool in pools] == [keep, keep]
+    rollout(PROMPTS, trainer)
+    assert made[-1].policy.pool is pools[0]
 
 
 def test_samples_of_a_group_share_a_request_and_keep_the_prompts_order(make_trainer):

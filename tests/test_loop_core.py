@@ -386,6 +386,33 @@ def test_an_interrupt_between_two_commits_changes_no_text(method, hook):
     assert interrupts > 1
 
 
+class Leaving(Sums):
+    """Callers leave within a step, once."""
+
+    def score(self, completions):
+        vars(self).pop("leave", int)()
+        return super().score(completions)
+
+
+@pytest.mark.filterwarnings("ignore:a session could not be ended")
+def test_who_leaves_behind_one_that_cannot_be_withdrawn_has_left(small_pools, monkeypatch):
+    engine = make_engine(Leaving())
+    core, jobs = engine.core, [Job(engine.prepare(Arguments(ids, CONFIG, seed=1)), None) for ids in ([[8]], LONG)]
+    for job in jobs:
+        core.submit(job)
+    assert len(core._later) == 1
+
+    def leave():
+        monkeypatch.setattr(core.loop, "withdraw", lambda *_: 1 / 0)
+        for job in jobs:
+            core.abort(job)
+
+    engine.reward.leave = leave
+    core.step()
+    assert all(job.over for job in jobs) and jobs[1].stats.policy_tokens == 0
+    assert_nothing_left(engine)
+
+
 @pytest.mark.parametrize("when", [6, 7])  # after those of the five empty answers
 def test_an_interrupt_while_somebody_is_withdrawn_leaves_the_engine_to_others(when):
     engine = make_engine(Breaking("close", when))

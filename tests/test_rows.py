@@ -234,3 +234,22 @@ def test_paths_start_where_the_row_was_read():
     (same,) = read_rows(['{"id": 1, "prompt": "w3", "images": "a.png"}'], 0, "there/rows.jsonl")
     assert same == row and read_rows(['{"prompt": "w3", "images": []}'], 0)[0].asked == "w3"
     assert Row(**json.loads(json.dumps(vars(row)))) == row  # as it goes to a worker
+
+
+def test_many_bad_rows_are_each_named_and_prompts_are_read_a_few_times_at_most(monkeypatch):
+    engine, config, read = (
+        StarsEngine(tiny_policy(32), sum_reward),
+        StarsConfig(max_new_tokens=2, target_reward=0.0),
+        [],
+    )
+    prepare = engine.prepare
+    monkeypatch.setattr(engine, "prepare", lambda given: read.append(len(given.prompts)) or prepare(given))
+    rows = [Row(place, [3] if place % 3 == 2 else [90 + place], place) for place in range(30)]
+    found = [records[0] for records in finished_rows(engine, rows, config, 30, Progress(config.chosen_method))]
+    assert [one["id"] for one in found if one["error"] is None] == list(range(2, 30, 3))
+    assert [one["error"] for one in found[:20]] == [
+        f"the prompt holds id {90 + place}, outside the policy's vocabulary of 32"
+        for place in range(30)
+        if place % 3 < 2
+    ]
+    assert sum(read) <= 3 * len(rows)

@@ -1,5 +1,6 @@
 """Decoder layers compile whole, once for all layers of a kind and all numbers of rows, and compute the same."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from stars_fast import StarsEngine
+from stars_fast.async_engine import AsyncStarsEngine
 from stars_fast.policy.policy import Policy
 from stars_fast.tree.attention import active, plugged
 from stars_fast.tree.compiled import CompiledLayers
@@ -238,6 +240,45 @@ def test_layers_may_be_entered_twice_at_once():
     assert all("forward" in vars(layer) for layer in model.model.layers)
     other.__exit__(None, None, None)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def elsewhere(model, ids):
+    """The logits that another thread has of the model."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: model(ids).logits).result()
+
+
+@torch.no_grad()
+def test_other_threads_run_the_layers_as_they_are():
+    model, counter, ids = tiny_policy(64, hidden=32), CompileCounter(), torch.arange(6)[None]
+    own = model(ids).logits
+    with CompiledLayers(model, backend=counter).running():
+        assert torch.equal(elsewhere(model, ids), own)
+    assert counter.frame_count == 0
+
+
+@torch.no_grad()
+def test_what_a_user_compiles_is_the_models_own_while_a_session_is_open():
+    model, ids = tiny_policy(64, layers=1), torch.arange(6)[None]
+    own = model(ids).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    session = AsyncStarsEngine(StarsEngine(model, sum_reward))
+    torch.testing.assert_close(compiled(ids).logits, own)
+    torch.testing.assert_close(elsewhere(compiled, ids), own)
+    session.close()
+
+
+@torch.no_grad()
+def test_a_layer_that_was_compiled_in_place_serves_its_user_and_a_session():
+    model, ids = tiny_policy(64, layers=1), torch.arange(6)[None]
+    own, drawn = model(ids).logits, run(model).completions
+    model.model.layers[0].compile(backend="eager")
+    engine = StarsEngine(model, sum_reward)
+    session = AsyncStarsEngine(engine)
+    for _ in range(2):
+        torch.testing.assert_close(model(ids).logits, own)
+        assert engine.generate(PROMPTS, CONFIG, seed=0).completions == drawn
+    session.close()
 
 
 def test_layers_that_do_not_compile_run_without_and_say_so():

@@ -8,8 +8,9 @@ from conftest import sum_reward, tiny_policy
 
 from stars_fast import StarsEngine
 from stars_fast.policy.policy import Policy
+from stars_fast.policy.reader import Reader
 from stars_fast.tree import memory
-from stars_fast.tree.passes import PassShape
+from stars_fast.tree.passes import Pass, PassShape
 
 GIB = 1 << 30
 
@@ -38,12 +39,31 @@ def test_logits_and_activations_are_set_aside():
 
 def test_what_graphs_keep_to_themselves_is_counted():
     policy = Policy(tiny_policy(64, hidden=32))
-    launched = memory._workspace(policy, 8)
+    launched = memory._workspace(policy, 8, 100_000)
     policy.graphs.enabled = True
     config = policy.model.config
     captured = memory.workspace_bytes(8, 64, 32, config.intermediate_size, 4, 1024)
-    rows = sum(shape.rows for shape in PassShape.usual(256, True, 8))
-    assert memory._workspace(policy, 8) == launched + captured + rows * 64 * 4  # of logits, in float32
+    shapes = list(PassShape.usual(256, True, 8))
+    outputs = sum(shape.rows for shape in shapes) * 64 * 4  # logits, in float32
+    steps = [(1, 1), (16, 1), (16, 4), (16, 16)]  # rows and requests of those that up to 8 rows are padded to
+    tables = sum(shape.groups for shape in shapes) + sum(
+        groups for _, groups in steps
+    )  # a trunk's slots each, in int32
+    assert memory._workspace(policy, 8, 100_000) == launched + captured + outputs + tables * 2**17 * 4
+    assert memory._workspace(policy, 8, 1) == launched + captured + outputs + tables * 256 * 4
+
+
+def test_tables_of_captured_passes_are_counted_as_they_are_made():
+    model, room = Policy(tiny_policy(64, hidden=32)), 2048
+    model.graphs.enabled = True
+    model._make_room(room)
+    made = [Pass(model, shape).plan for shape in PassShape.usual(room, True, 4)]
+    made += [Reader(model, rows, groups, 2, room, 8).plan for rows, groups in ((1, 1), (16, 1), (16, 4))]
+    held = sum(plan.trunk_slots.nbytes for plan in made)
+    counted = memory._workspace(model, 4, 1)
+    assert counted == memory._workspace(model, 4, room)  # tables are never made narrower again
+    model.trunk_room = 0
+    assert counted - memory._workspace(model, 4, 1) == held - held * 256 // room
 
 
 class FakeModel:
@@ -53,6 +73,7 @@ class FakeModel:
         self.device, self.bytes_per_token, self.vocab_size = torch.device(device), bytes_per_token, 1000
         self.pool, self.dtype = SimpleNamespace(slots=slots), torch.bfloat16
         self.model = self.body = None
+        self.trunk_room = 0
         self.graphs = SimpleNamespace(enabled=True)
         self.text_config = SimpleNamespace(hidden_size=64, intermediate_size=256)
 
@@ -80,7 +101,7 @@ def test_both_models_get_equally_many_tokens_however_often_a_device_is_divided(g
             sizes.append(model.pool.slots)
             assert memory._bounds[model] + 1 == model.pool.slots  # not kept only because it is there
     assert len(set(sizes)) == 1
-    used = 200_000_000 + sizes[0] * 4000 + sum(memory._workspace(model, 8) for model in gpu)
+    used = 200_000_000 + sizes[0] * 4000 + sum(memory._workspace(model, 8, 1) for model in gpu)
     assert 0.89 * GIB < used < 0.9 * GIB + 4000
 
 

@@ -174,7 +174,17 @@ def test_an_engine_that_is_dropped_gives_its_memory_back_at_once(kind):
         gc.enable()
 
 
-def test_where_memory_for_a_graph_is_short_the_pass_is_launched(monkeypatch):
+def _broken_off():
+    """The end of a capture that a library broke off, for want of memory."""
+    error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    error.__context__ = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    return error
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), torch.AcceleratorError("CUDA error: out of memory"), _broken_off()]
+)
+def test_where_memory_for_a_graph_is_short_the_pass_is_launched(monkeypatch, error):
     model, asked = policy(), []
     model.graphs.enabled = True
     expected = encoded(model)[0][0]
@@ -182,7 +192,7 @@ def test_where_memory_for_a_graph_is_short_the_pass_is_launched(monkeypatch):
 
     def capture(work, *_):
         asked.append(work.shape)
-        raise torch.OutOfMemoryError
+        raise error
 
     with stand_ins(), pytest.warns(UserWarning, match="no memory for a CUDA graph"):
         monkeypatch.setattr(Captured, "capture", capture)

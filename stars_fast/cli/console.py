@@ -131,7 +131,7 @@ def refusing_models(again: str = "") -> Iterator[None]:
 
 def _is_shortage(error: BaseException) -> bool:
     """Whether the machine, rather than the program, is at fault: memory or disk ran out."""
-    from stars_fast.loop.memory import is_lack_of_memory
+    from stars_fast.tree.lack import is_lack_of_memory
 
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
     return full or is_lack_of_memory(error)

@@ -169,7 +169,8 @@ def _memory(trees: list[TreeModel], models: list[Any]) -> Report:
     from stars_fast.report.weights import Weights
     from stars_fast.tree.memory import default_tokens, divide_devices
 
-    divide_devices(trees, 64 if trees[0].device.type == "cpu" else 256, _UTILIZATION)  # rows of an engine
+    rows = 64 if trees[0].device.type == "cpu" else 256  # of an engine
+    divide_devices(trees, rows, _UTILIZATION, _ROOM_FOR)
     return {
         "weights_bytes": {
             role: Weights.of(model).bytes for role, model in zip(("policy", "reward"), models, strict=True)

@@ -11,6 +11,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from hashlib import blake2b
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -40,8 +41,8 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from stars_fast.loop.memory import is_lack_of_memory
 from stars_fast.policy.leaf import ProcessorError, RowProcessor
+from stars_fast.tree.lack import is_lack_of_memory
 
 # Class -> the attribute that holds its setting, which is the generation_config's field of the same meaning.
 _NATIVE = {
@@ -189,17 +190,19 @@ class _Following:
 
     def __init__(self, processor: Any, prompt_length: int) -> None:
         self.processor, self._prompt_length = processor, prompt_length
-        self._followers = OrderedDict[tuple[int, ...], Any]()  # by the text that was seen
+        self._followers = OrderedDict[bytes, Any]()  # by a digest of the text that was seen
 
     def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        text = tuple(ids[0].tolist())
-        follower = self._followers.pop(text[:-1], None)
+        text = ids[0].cpu().numpy()
+        digest = blake2b(text[:-1].tobytes(), digest_size=16)
+        follower = self._followers.pop(digest.digest(), None)
         if follower is None:
             follower = _fresh(self.processor)
             for length in range(self._prompt_length, len(text)):
                 follower(ids[:, :length], torch.zeros_like(logits))
         out: torch.Tensor = follower(ids, logits)
-        self._followers[text] = follower
+        digest.update(text[-1:].tobytes())
+        self._followers[digest.digest()] = follower
         if len(self._followers) > _FOLLOWERS:
             self._followers.popitem(last=False)
         return out

@@ -35,12 +35,13 @@ def rollout_func(
     config: StarsConfig | None = None,
     *,
     references: Callable[[Any], str | Sequence[int] | None] | None = None,
+    keep_memory: bool = False,
     **engine: Any,
 ) -> Callable[[list[Any], GRPOTrainer], Rollouts]:
     """Make a ``rollout_func`` for ``trl.GRPOTrainer`` (tested with trl 1.16).
 
     The samples of a group share their prompt's keys and values. The trainer's model is run as it is at every call:
-    nothing is kept from one training step to the next.
+    no text or number is kept from one training step to the next, and by default no memory.
 
     Parameters
     ----------
@@ -57,6 +58,9 @@ def rollout_func(
     references : callable, optional
         A prompt, as the trainer hands it on, to its reference answer (text, or ids with their EOS; None: it has none):
         GRAO (arXiv 2508.07750) weighs samples against it. It is read by the same weights as the samples.
+    keep_memory : bool
+        Whether pools of keys and values, and graphs, stay where they are between rollouts. False: gradients are taken
+        with that memory free (:meth:`stars_fast.StarsEngine.release_memory`), and every rollout makes them anew.
     **engine
         Further arguments of :class:`stars_fast.StarsEngine`. The tokenizer or processor is the trainer's unless given.
 
@@ -92,7 +96,11 @@ def rollout_func(
             raise NotImplementedError("the trainer has tools, which rollouts of stars_fast neither show nor call")
         variables = cast(Any, trainer.args).chat_template_kwargs
         given = _Given(_settings(config, trainer), _generation_config(model, trainer), variables)
-        return _rollouts(engines[id(model)], prompts, given, references)
+        try:
+            return _rollouts(engines[id(model)], prompts, given, references)
+        finally:
+            if not keep_memory:
+                engines[id(model)].release_memory()
 
     return rollout
 

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+
 from stars_fast.loop.caller import Caller, Size
 from stars_fast.loop.chains import Chains
 from stars_fast.loop.enumeration import Enumeration
 from stars_fast.loop.guided import GuidedTrunks, SecondTree
 from stars_fast.loop.heartbeat import Loop
 from stars_fast.loop.in_order import PASS, PASS_OF_GPUS
-from stars_fast.loop.memory import is_lack_of_memory
 from stars_fast.loop.navigating import Navigating
 from stars_fast.loop.one_answer import OneAnswer
 from stars_fast.loop.persona import SelfJudging
@@ -36,7 +37,8 @@ from stars_fast.outputs import Cause
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards.base import Reward
 from stars_fast.stays import Stays
-from stars_fast.tree.attention import plugged
+from stars_fast.tree.attention import is_plugged, plugged
+from stars_fast.tree.lack import is_lack_of_memory
 from stars_fast.tree.memory import default_tokens, divide_devices
 
 _STRATEGIES: dict[str, type[OneAnswer]] = {
@@ -192,6 +194,27 @@ class Core(Stays):
             short = capture(self.policy, self.reward.tree_models, kind, loop.scheduler, show)
             return sum(model.graphs.captured for model in models) - before, short
 
+    def free(self, beside: Sequence[Policy]) -> None:
+        """Give the memory of all trees back, and that of further policies', until it opens again.
+
+        Raises
+        ------
+        RuntimeError
+            While it is open, and while another engine generates with one of the models.
+        """
+        with self._turn():
+            trees = [self.policy, *self.reward.tree_models, *beside]
+            in_use = [tree.role for tree in trees if is_plugged(tree.model)]
+            if self.loop is not None or in_use:
+                who = "this engine" if self.loop is not None else f"another engine with this {in_use[0]}"
+                raise RuntimeError(
+                    f"{who} is generating: let calls, streams and sessions end before memory is released"
+                )
+            for tree in trees:
+                tree.free()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what torch keeps serves neither graphs nor other processes
+
     def let_go(self) -> None:
         """End the session: the core closes once its callers are through."""
         with self._turn():
@@ -252,8 +275,7 @@ class Core(Stays):
                         elif self.reward.unsure and self.reward.tree_models:
                             self._renew_reward()
                 except Exception as error:  # of a scorer that cannot end its session
-                    self._gone.clear()
-                    self._fail_all(error)
+                    self._fail_all(error)  # who has gone stays: of those who wait for larger pools, nobody else knows
                     warn(f"a session could not be ended: {Cause.of(error)}")
                 if self._turns.release(unless=lambda: bool(self._gone)):
                     return
@@ -288,7 +310,7 @@ class Core(Stays):
     def _open(self, size: Size) -> Loop:
         policy, size = self.policy, size._replace(rows=min(size.rows, self.max_rows))
         trees = [policy, *self.reward.tree_models, *size.beside]
-        divide_devices(trees, size.rows, self.gpu_memory_utilization)
+        divide_devices(trees, size.rows, self.gpu_memory_utilization, size.length)
         tokens = self.kv_cache_tokens or default_tokens(policy, min(size.holders, self.max_rows), size.slots)
         with ExitStack() as stack:
             policy.begin(tokens, size.length, size.segment_length)

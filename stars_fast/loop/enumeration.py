@@ -7,13 +7,14 @@ from typing import cast
 
 import torch
 
-from stars_fast.loop.memory import TooLarge, is_lack_of_memory
+from stars_fast.loop.memory import TooLarge
 from stars_fast.loop.one_answer import OneAnswer, after
 from stars_fast.loop.queue import Queue
 from stars_fast.loop.request import Drawn, Request
 from stars_fast.methods.base import Enumerated
 from stars_fast.ops.philox import choice_noise
 from stars_fast.policy.leaf import Draw, ProcessorError
+from stars_fast.tree.lack import is_lack_of_memory
 
 
 class Enumeration(OneAnswer):

@@ -1,16 +1,11 @@
-"""Forward passes that do not fit: told from other failures, with the size of what did not."""
+"""Forward passes that do not fit, with the size of what did not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from stars_fast.tree.segment_tree import SlotsExhausted
-
-# What torch's allocators for a CPU say: they raise a plain RuntimeError.
-_CPU_REFUSALS = ("can't allocate memory", "not enough memory")
+from stars_fast.tree.lack import is_lack_of_memory
 
 
 class TooLarge(Exception):
@@ -19,13 +14,6 @@ class TooLarge(Exception):
     def __init__(self, tokens: int, rows: int, cause: str) -> None:
         super().__init__(cause)
         self.tokens, self.rows, self.cause = tokens, rows, cause
-
-
-def is_lack_of_memory(error: BaseException) -> bool:
-    """Whether a smaller pass may succeed where this one failed."""
-    if isinstance(error, (torch.OutOfMemoryError, SlotsExhausted, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_REFUSALS)
 
 
 @contextmanager

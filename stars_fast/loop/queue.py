@@ -7,13 +7,14 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import TypeVar
 
-from stars_fast.loop.memory import TooLarge, is_lack_of_memory
+from stars_fast.loop.memory import TooLarge
 from stars_fast.loop.request import PromptNode, Request, Strategy, Tree, Trunk
 from stars_fast.loop.scheduler import Scheduler
 from stars_fast.loop.trunks import Trunks
 from stars_fast.notices import warn
 from stars_fast.outputs import Cause
 from stars_fast.rewards.base import Reward, RewardPrompt
+from stars_fast.tree.lack import is_lack_of_memory
 
 T = TypeVar("T")
 

@@ -16,6 +16,7 @@ from stars_fast.policy.leaf import Sampling
 from stars_fast.policy.policy import Policy
 from stars_fast.policy.steps import Shape
 from stars_fast.tree.attention import own_dtypes
+from stars_fast.tree.lack import is_lack_of_memory
 from stars_fast.tree.model import PREFILL_CHUNK, TreeModel
 from stars_fast.tree.passes import MOST_TOKENS, PassShape
 
@@ -85,7 +86,9 @@ def capture(policy: Policy, rewards: Sequence[TreeModel], kind: Kind, scheduler:
             else:
                 model.small_pass(shape)
             short = short or model.graphs.unaffordable.get(shape, "")
-        except torch.OutOfMemoryError as error:  # even the tensors, or a pass that is only launched
+        except RuntimeError as error:  # even the tensors, or a pass that is only launched
+            if not is_lack_of_memory(error):
+                raise
             short = short or str(error)
     return short
 

@@ -13,6 +13,7 @@ from stars_fast.ops import gather_logprobs, sample_step
 from stars_fast.policy.leaf import NOT_FINITE, Leaf, ProcessorError, RowProcessor
 from stars_fast.policy.reader import Reader
 from stars_fast.tree.graphs import Captured
+from stars_fast.tree.lack import is_lack_of_memory
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.passes import bucket, group_bucket
 from stars_fast.tree.segment_tree import TreePlan
@@ -247,9 +248,9 @@ class Steps(Captured):
             if alive and processor is not None:
                 try:
                     out[row] = processor(drawn[row], logits[row : row + 1])[0]
-                except torch.OutOfMemoryError:
-                    raise
                 except Exception as error:
+                    if is_lack_of_memory(error):
+                        raise
                     self.failures[row] = ProcessorError.told(error)
                     self.alive[row] = False
         return out

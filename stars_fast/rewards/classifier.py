@@ -18,6 +18,7 @@ from stars_fast.rewards.pairs import Pairs, makes_pairs
 from stars_fast.rewards.render import Rendering
 from stars_fast.tree.attention import evaluating, is_causal, own_dtypes
 from stars_fast.tree.check import checked
+from stars_fast.tree.lack import is_lack_of_memory
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import refuse_dynamic_rope, refuse_offloaded, unwrapped, vocabulary
 
@@ -120,9 +121,9 @@ class ClassifierReward(RenderedReward):
         with evaluating(self.model):
             try:
                 output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
-            except torch.OutOfMemoryError:
-                raise
-            except (IndexError, ValueError, RuntimeError):
+            except (IndexError, ValueError, RuntimeError) as error:
+                if is_lack_of_memory(error):
+                    raise
                 return None
         logits = getattr(output, "logits", None)
         if logits is None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from stars_fast.methods.numbers import shown
 from stars_fast.rewards.base import Completion, Reward, RewardPrompt
 from stars_fast.tree.attention import evaluating, own_dtypes
+from stars_fast.tree.lack import is_lack_of_memory
 
 
 class HiddenStateProbe(Reward):
@@ -75,9 +76,9 @@ class HiddenStateProbe(Reward):
     def _values(self, states: torch.Tensor) -> torch.Tensor:
         try:
             values: torch.Tensor = self.probe(states)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_lack_of_memory(error):
+                raise
             raise ValueError(
                 f"the probe does not take {list(states.shape)}, rows of the policy's hidden_size={states.shape[1]}: "
                 f"{error}"

@@ -55,30 +55,41 @@ def _finished_batch(
     bar: Progress,
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> Iterator[Records]:
+    def asked(some: Sequence[Row]) -> Arguments:
+        prompts, seeds = [row.asked for row in some], [row.seed for row in some]
+        return Arguments(prompts, config, seed=seeds, chat_template_kwargs=chat_template_kwargs)
+
     while rows:
-        prompts, seeds = [row.asked for row in rows], [row.seed for row in rows]
         try:
-            arguments = Arguments(prompts, config, seed=seeds, chat_template_kwargs=chat_template_kwargs)
-            job = Job(engine.prepare(arguments), engine.tokenizer)
+            job = Job(engine.prepare(asked(rows)), engine.tokenizer)
             events = engine.events(job)
             job.show_on(bar)
             first = next(events)
         except (ValueError, TypeError) as error:  # nothing has been generated yet
-            place = _culprit(error)
+            place, cause = _culprit(error)
             if place is None:
                 raise
-            row = rows[place]
-            rows = rows[:place] + rows[place + 1 :]
-            yield _rejected(row, str(error).replace(f"prompts[{place}]", "the prompt"), config, bar)
-            continue
-        yield from _gathered(engine, chain([first], events), rows, config, bar)
-        return
+            refused = {place: cause}
+        else:
+            yield from _gathered(engine, chain([first], events), rows, config, bar)
+            return
+        # Where one is refused others may be: each is asked for alone, since a batch names the first and no more.
+        for other in set(range(len(rows))) - {place}:
+            try:
+                engine.prepare(asked([rows[other]]))
+            except (ValueError, TypeError) as error:
+                named, cause = _culprit(error)
+                if named is not None:
+                    refused[other] = cause
+        for place in sorted(refused):
+            yield _rejected(rows[place], refused[place], config, bar)
+        rows = [row for place, row in enumerate(rows) if place not in refused]
 
 
-def _culprit(error: Exception) -> int | None:
-    """The prompt that the engine complains about."""
+def _culprit(error: Exception) -> tuple[int | None, str]:
+    """The prompt that the engine complains about, and the complaint of one that is given alone."""
     named = re.match(r"prompts\[(\d+)\]", str(error))
-    return int(named[1]) if named else None
+    return (int(named[1]), str(error).replace(named[0], "the prompt")) if named else (None, str(error))
 
 
 def _gathered(

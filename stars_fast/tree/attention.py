@@ -33,6 +33,7 @@ from stars_fast.tree.slots import SlotPool
 # Must not contain "flash", "sdpa", "flex_attention", "|" or "/": transformers looks for those inside the name.
 NAME = "stars_tree"
 
+_MARK = torch.int8
 _active = threading.local()
 _plugged: dict[int, _Plugged] = {}  # id of a config -> what it said before
 _plugged_lock = Lock()
@@ -123,6 +124,7 @@ class ShapeRecorder:
     windows: dict[int, int] = field(default_factory=dict)  # layer -> sliding window it asks for, 0 for none
     asks: set[prefill.Shape] = field(default_factory=set)
     dtype: torch.dtype = torch.float32
+    marked: bool = True  # whether all of them were given the pass's own mask
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
         self.dtype = k.dtype
@@ -191,6 +193,21 @@ class WholeCalls(Protocol):
         ...
 
 
+def tree_mask(device: torch.device) -> torch.Tensor:
+    """What a pass over a tree has for a mask, ``[1, 1, 1, 1]`` int8.
+
+    transformers returns a 4-D mask as it is: none is built, and nothing waits for the device. Its dtype, which nobody
+    else's mask has, tells compiled code whose pass it is: Dynamo compares every tensor's dtype, but no thread's
+    context, before it takes code that is there.
+    """
+    return torch.zeros(1, 1, 1, 1, dtype=_MARK, device=device)
+
+
+def is_of_a_tree(mask: torch.Tensor | None) -> bool:
+    """Whether it is a :func:`tree_mask`."""
+    return isinstance(mask, torch.Tensor) and mask.dtype == _MARK
+
+
 @contextmanager
 def active(context: AttentionContext | WholeCalls) -> Iterator[None]:
     """Run the forward passes inside on ``context`` (this thread only)."""
@@ -215,15 +232,16 @@ def stars_attention(
     """transformers' attention signature: query ``[1, Hq, T, D]`` -> ``([1, T, Hq, Dv], None)``."""
     compiling = torch.compiler.is_compiling()
     context = None if compiling else getattr(_active, "context", None)
-    if not compiling:
-        call = _ordinary_attention(module) if context is None else getattr(context, "call", None)
-        if call is not None:
-            return call(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    ordinary = not is_of_a_tree(attention_mask) if compiling else context is None
+    call = _ordinary_attention(module) if ordinary else getattr(context, "call", None)
+    if call is not None:
+        return call(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise NotImplementedError(f"{type(module).__name__} has no layer_idx: its keys cannot be told apart")
     if isinstance(context, ShapeRecorder):
         context.modules[module] = layer
+        context.marked &= is_of_a_tree(attention_mask)
     attend = torch.ops.stars_fast.attend.default if compiling else _attend
     out = attend(
         query[0].transpose(0, 1),
@@ -380,6 +398,11 @@ def plugged(model: PreTrainedModel) -> Iterator[None]:
                 _plugged[key].depth -= 1
                 if not _plugged[key].depth:
                     config._attn_implementation = _plugged.pop(key).implementation
+
+
+def is_plugged(model: PreTrainedModel) -> bool:
+    """Whether somebody runs ``model`` on the plug-in."""
+    return id(model.config) in _plugged
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class CompiledLayers:
         self.compilations = 0
         self._compared: set[bool] = set()  # passes of one token, and of more
         self._model_id = id(model)
-        self._forwards = [(layer, partial(compiled[type(layer)], layer)) for layer in layers]
+        self._forwards = [(layer, partial(_forward, compiled[type(layer)], layer)) for layer in layers]
 
     def __len__(self) -> int:
         return len(self._forwards)
@@ -138,6 +138,12 @@ class CompiledLayers:
                 else:
                     for layer in changed:
                         vars(layer).pop("forward", None)
+
+
+def _forward(compiled: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The layer's forward, compiled where this thread runs it so: others may use the model meanwhile."""
+    ours = not torch.compiler.is_compiling() and getattr(_here, "layers", None) is not None
+    return compiled(layer, *args, **kwargs) if ours else type(layer).forward(layer, *args, **kwargs)
 
 
 def _is_plain_layer(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from stars_fast.notices import warn
 from stars_fast.report.weights import plain_tensors
+from stars_fast.tree.lack import is_lack_of_memory
 
 _MOST_GRAPHS = 64  # of a kind
 
@@ -142,16 +143,17 @@ class Graphs:
             work.capture(self._pool, self._stream)
             self.made += 1
             return True
-        except torch.OutOfMemoryError as error:
-            told = str(error)
         except RuntimeError as error:
-            self.drop()
-            self._impossible.add(type(work))
-            warn(
-                f"the layers of {type(self._model.model).__name__} cannot be captured in a CUDA graph, so their "
-                f"kernels are launched one by one: {error}"
-            )
-            return False
+            # What breaks a capture off may come as the context of what its end raises.
+            told = next((str(one) for one in (error, error.__context__) if is_lack_of_memory(one)), None)
+            if told is None:
+                self.drop()
+                self._impossible.add(type(work))
+                warn(
+                    f"the layers of {type(self._model.model).__name__} cannot be captured in a CUDA graph, so their "
+                    f"kernels are launched one by one: {error}"
+                )
+                return False
         if not self.unaffordable:  # once: the next shapes fare no better
             warn(
                 f"there is no memory for a CUDA graph of {shape}, nor perhaps for others of "

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from stars_fast.tree.model import MOST_PACKED, TreeModel
-from stars_fast.tree.passes import MOST_TOKENS, PassShape
+from stars_fast.tree.passes import MOST_TOKENS, PassShape, bucket, group_bucket, trunk_room
 
 # Of the memory that is free when the pool is made, where no engine has divided the device; the rest is for activations
 # and for everybody else.
@@ -104,8 +104,10 @@ def default_tokens(model: TreeModel, rows: int, tokens_per_row: int) -> int:
     return max(min(wanted, affordable), tokens_per_row)
 
 
-def divide_devices(models: Sequence[TreeModel], rows: int, utilization: float) -> None:
+def divide_devices(models: Sequence[TreeModel], rows: int, utilization: float, longest: int = 1) -> None:
     """Bound the pools of these models so that they keep to ``utilization`` of each CUDA device's memory, all in all.
+
+    Forward passes are of up to so many rows, below trunks of up to ``longest`` tokens.
 
     Elsewhere the memory is everybody's, and the pools keep to a share of what is free. Models on one device get pools
     of equally many tokens. Call it before any of them allocates.
@@ -117,7 +119,8 @@ def divide_devices(models: Sequence[TreeModel], rows: int, utilization: float) -
         free = free_bytes(device) + held
         if device.type == "cuda":
             total = torch.cuda.mem_get_info(device)[1]
-            tokens = pool_tokens(total, total - free, sum(_workspace(model, rows) for model in here), each, utilization)
+            workspace = sum(_workspace(model, rows, longest) for model in here)
+            tokens = pool_tokens(total, total - free, workspace, each, utilization)
         else:
             tokens = int(free * _SHARE_OF_FREE_MEMORY) // sum(each)
         for model in here:
@@ -141,7 +144,7 @@ def workspace_bytes(
     return logits + packed_tokens * (_HIDDEN_COPIES * hidden + _INTERMEDIATE_COPIES * intermediate) * itemsize
 
 
-def _workspace(model: TreeModel, rows: int) -> int:
+def _workspace(model: TreeModel, rows: int, longest: int) -> int:
     hidden = int(model.text_config.hidden_size)
     intermediate = int(getattr(model.text_config, "intermediate_size", None) or 4 * hidden)
     vocab = model.vocab_size if model.body is model.model else 0  # a reward model's body has no logits
@@ -152,6 +155,16 @@ def _workspace(model: TreeModel, rows: int) -> int:
     if not model.graphs.enabled:
         return launched
     logits = model.body is model.model
-    kept = sum(shape.rows if logits else shape.tokens for shape in PassShape.usual(1, logits, rows if logits else 0))
+    trunk = max(model.trunk_room, trunk_room(longest))
+    passes = list(PassShape.usual(trunk, logits, rows if logits else 0))
+    kept = sum(shape.rows if logits else shape.tokens for shape in passes)
     outputs = kept * (vocab if logits else hidden) * model.dtype.itemsize  # each small pass keeps its own
-    return launched + captured + outputs  # memory of graphs serves nobody else
+    tables = trunk * (sum(shape.groups for shape in passes) + (_groups_of_steps(rows) if logits else 0))
+    return launched + captured + outputs + tables * torch.int32.itemsize  # memory of graphs serves nobody else
+
+
+def _groups_of_steps(rows: int) -> int:
+    """Requests in all captured decode steps, where each number of rows meets each number of requests."""
+    each = {bucket(count): group_bucket(count) for count in range(1, rows + 1)}  # the most, by rows
+    groups = {group_bucket(count) for count in range(1, rows + 1)}
+    return sum(count for most in each.values() for count in groups if count <= most)

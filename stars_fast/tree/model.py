@@ -17,7 +17,16 @@ from stars_fast.ops import check_supported
 from stars_fast.ops.tree_attention import works_on_padding
 from stars_fast.stays import Stays
 from stars_fast.tree import media
-from stars_fast.tree.attention import NAME, ShapeRecorder, TreeContext, active, causal_probe, own_dtypes, plugged
+from stars_fast.tree.attention import (
+    NAME,
+    ShapeRecorder,
+    TreeContext,
+    active,
+    causal_probe,
+    own_dtypes,
+    plugged,
+    tree_mask,
+)
 from stars_fast.tree.graphs import Graphs
 from stars_fast.tree.passes import Pass, PassShape, trunk_room
 from stars_fast.tree.prefixes import Prefixes
@@ -104,9 +113,11 @@ class TreeModel(Stays):
         self.vocab_size = vocabulary(model)
         self.made_for = place(model)
         self.max_positions = max_positions(self.text_config)
+        self._mask = tree_mask(self.device)
         recorder = self._record_shapes()
         self.shapes, self.dtype, self.asks = recorder.shapes, recorder.dtype, recorder.asks
         self.modules = recorder.modules  # that attend, and their layers
+        self._marked = recorder.marked
         self.takes_media, self.reads_whole = media.takes_media(model), False
         for _, key_size, value_size in sorted(set(self.shapes.values())):
             try:
@@ -125,8 +136,6 @@ class TreeModel(Stays):
         self._compiled: CompiledLayers | None = None
         self.watched = False  # by hooks, which a graph does not call
         self.trunk_room = 0  # of captured work; never smaller again, so that later calls find graphs that fit
-        # transformers returns a 4-D mask as it is: no mask is built, and nothing waits for the device.
-        self._mask = torch.zeros(1, 1, 1, 1, device=self.device)
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError if the model has another device, dtype or vocabulary than when this was made."""
@@ -143,7 +152,7 @@ class TreeModel(Stays):
         """
         on_gpu = self.device.type == "cuda"
         self.graphs.enabled = cuda_graphs and on_gpu and not works_on_padding(self.device)
-        self.torch_compile = torch_compile and on_gpu
+        self.torch_compile = torch_compile and on_gpu and self._marked
 
     @property
     def prompt_positions(self) -> int | None:
@@ -167,7 +176,12 @@ class TreeModel(Stays):
             if self.model.config._attn_implementation == NAME:
                 with active(recorder):
                     ids = causal_probe(1, self.vocab_size, self.device)
-                    self.body(input_ids=ids[None], position_ids=torch.zeros_like(ids)[None], use_cache=False)
+                    self.body(
+                        input_ids=ids[None],
+                        position_ids=torch.zeros_like(ids)[None],
+                        attention_mask=self._mask,
+                        use_cache=False,
+                    )
         expected = self.text_config.num_hidden_layers
         if len(recorder.shapes) != expected:
             raise NotImplementedError(
@@ -192,8 +206,7 @@ class TreeModel(Stays):
             Where the device has no room for them.
         """
         if self.pool.slots < tokens + 1:
-            self.graphs.drop()  # their memory is needed first
-            self.pool = SlotPool({}, 1, self.dtype, self.device)  # free the old one before making the new
+            self.free()  # before the new one is made
             try:
                 self.pool = SlotPool(self.shapes, tokens + 1, self.dtype, self.device)
             except (RuntimeError, MemoryError) as error:  # torch's, which says neither what for nor what to do
@@ -212,6 +225,12 @@ class TreeModel(Stays):
         if (room := trunk_room(longest)) > self.trunk_room:
             self.trunk_room = room
             self.graphs.drop()
+
+    def free(self) -> None:
+        """Give the pool's memory back, and that of what was captured with it, until :meth:`allocate`."""
+        self.graphs.drop()
+        self.pool = SlotPool({}, 1, self.dtype, self.device)
+        self._plant(1)
 
     def clear(self) -> None:
         """Drop everything the tree holds, whoever holds it."""
