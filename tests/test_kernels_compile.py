@@ -13,7 +13,6 @@ GOOD = aot.Record("select_and_commit", "sm_90", 40, 0, 0, None, [], [], 0.5)
 DECODE = "tree_attention[d128,m16,bf16,split]"  # few requests: its tile pipelines
 
 
-@pytest.mark.slow
 def test_every_kernel_compiles_for_every_target_and_passes_the_gate(pytestconfig):
     jobs = aot.jobs_for()
     kept = getattr(pytestconfig, "cache", None)  # from run to run: Triton compiles what has changed
