@@ -28,7 +28,7 @@ def _run(arguments: list[str], stderr: Path, most_bytes: int | None) -> None:
 
     from stars_fast.cli import app
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background inherits that it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background inherits ignored
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)
