@@ -11,8 +11,8 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # A file of tests to each core; the tests themselves run on one thread.
 SHARED := --numprocesses auto --dist loadfile
 # What depends on transformers, and on Triton's compiler.
-OLDEST_TESTS := tests/test_architectures.py tests/test_architectures_vision.py tests/test_contract.py \
-  tests/test_dropin.py tests/test_dropin_media.py tests/test_encoder_decoder.py tests/test_engine.py \
+OLDEST_TESTS := tests/test_architectures.py tests/test_architectures_vision.py tests/test_dropin.py \
+  tests/test_dropin_media.py tests/test_encoder_decoder.py tests/test_engine.py tests/test_exact_kv.py \
   tests/test_kernels_compile.py tests/test_media_engine.py tests/test_outputs.py tests/test_rewards_media.py \
   tests/test_text_media.py
 
@@ -30,7 +30,7 @@ test-oldest: $(VENV_OLDEST)/.ready
 
 # What needs Ray or the evaluation harness, which `test` skips: half a gigabyte that few want.
 test-scale: $(VENV_SCALE)/.ready
-	$(VENV_SCALE)/bin/python -m pytest tests/scale $(wildcard tests/test_lm_eval.py)
+	$(VENV_SCALE)/bin/python -m pytest tests/scale tests/test_integrations_lm_eval.py
 
 # The C++ under the compiler's sanitizers: neither Python nor torch.
 sanitize:

@@ -91,6 +91,15 @@ def test_the_reference_has_all_that_is_public():
         assert {getattr(package, name) for name in package.__all__ if name != "METHODS"} <= shown
 
 
+def test_the_members_that_the_reference_names_are_there():
+    text = "".join(page.read_text() for page in sorted((ROOT / "docs" / "api").glob("*.md")))
+    listed = re.findall(r"^::: (\S+)\.(\w+)\n    options:\n      members: \[(.+)\]$", text, re.M)
+    assert 0 < len(listed) == text.count("members: [")
+    for module, name, members in listed:
+        owner = getattr(import_module(module), name)
+        assert [member for member in members.split(", ") if not hasattr(owner, member)] == [], name
+
+
 def test_the_tests_that_a_page_names_are_there():
     named = [name for page in PAGES for name in re.findall(r"`(test_\w+)::(test_\w+)`", page.read_text())]
     assert len(named) > 20

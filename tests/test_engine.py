@@ -1,9 +1,8 @@
 """What ``generate`` and ``stream`` promise: every parameter, many threads and streams at a time, and who fails alone.
 
-What comes back stands in test_outputs.py, what a reward function is called with in test_contract.py.
+What comes back stands in test_outputs.py, what a reward function is called with in test_rewards_callable.py.
 """
 
-import dataclasses
 import inspect
 import math
 import threading
@@ -13,7 +12,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from conftest import sum_reward, tiny_policy, tiny_tokenizer, word_reward
+from conftest import sum_reward, tiny_tokenizer, word_reward
 
 import stars_fast
 from stars_fast import StarsConfig, StarsEngine
@@ -161,17 +160,6 @@ def last_tokens(out, finish_reason):
     return {c[-1] for c, reason in zip(out.completions, out.finish_reasons, strict=True) if reason == finish_reason}
 
 
-def test_a_calibrated_target_depends_on_the_prompt_alone(engine):
-    config = dataclasses.replace(CONFIG, target_reward=None)
-    together = engine.generate(PROMPTS, config, seed=[1, 2, 3, 4])
-    assert together.errors == [None] * 4
-    for i, prompt in enumerate(PROMPTS):
-        alone = engine.generate([prompt], config, seed=[1 + i])
-        assert alone.completions == [together.completions[i]]
-        expected = [segment.threshold for segment in together.segments[i]]
-        assert [segment.threshold for segment in alone.segments[0]] == pytest.approx(expected, rel=1e-5)
-
-
 def test_calibrate_returns_a_config_a_report_and_saves_it(engine, tmp_path):
     calibration = stars_fast.calibrate(engine, PROMPTS, acceptance=0.3)
     assert isinstance(calibration.config, StarsConfig)
@@ -298,18 +286,6 @@ def test_targets_that_are_reached_or_meant_to_be_beyond_are_not_spoken_of(policy
 
 
 # The host models stay themselves
-
-
-@torch.no_grad()
-def test_ordinary_use_of_the_models_is_untouched(reward32):
-    policy, ids = tiny_policy(VOCAB, hidden=32), torch.tensor([[5, 6, 7]])
-    logits, text = policy(ids).logits, policy.generate(ids, do_sample=False, max_new_tokens=8)
-    engine = StarsEngine(policy, reward32)
-    for _ in range(2):
-        torch.testing.assert_close(policy(ids).logits, logits)
-        assert torch.equal(policy.generate(ids, do_sample=False, max_new_tokens=8), text)
-        engine.generate(PROMPTS, CONFIG, seed=0)
-    assert not policy.training
 
 
 # Many at a time

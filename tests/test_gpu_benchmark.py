@@ -51,7 +51,6 @@ def run_program(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.slow
 def test_the_whole_program_runs_on_toy_models(tmp_path):
     out = tmp_path / "folder" / "tiny.json"
     result = run_program("--tiny", "--out", out)

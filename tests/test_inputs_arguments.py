@@ -58,7 +58,8 @@ def test_the_config_must_be_a_config(engine):
 @pytest.mark.parametrize("prompts", [[], torch.zeros(0, 3, dtype=torch.long)], ids=["list", "tensor"])
 def test_no_prompts_at_all_give_an_empty_output(engine, prompts):
     out = engine.generate(prompts, CONFIG)
-    assert out.sequences.shape[0] == 0 and out.completions == out.rewards == out.errors == out.segments == []
+    assert out.sequences.shape == (0, 0)
+    assert out.completions == out.rewards == out.finish_reasons == out.errors == out.segments == []
     assert list(engine.stream(prompts, CONFIG)) == []
 
 

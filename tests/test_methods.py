@@ -106,8 +106,11 @@ def test_texts_end_at_eos_or_the_limit_and_say_so(method, together):
         together.completions, together.finish_reasons, together.segments, strict=True
     ):
         assert (completion[-1] == VOCAB - 1) == (reason == "stop") and len(completion) <= CONFIG.max_new_tokens
+        assert VOCAB - 1 not in completion[:-1]
         assert reason == "stop" or len(completion) == CONFIG.max_new_tokens
         assert [token for segment in segments for token in segment.tokens] == completion
+        if isinstance(method, Stars):
+            assert all(len(segment.tokens) == CONFIG.segment_length for segment in segments[:-1])
     stats = together.stats
     twice = sum(len(own[0].tokens) for own in together.segments[1::2]) if isinstance(method, Plans) else 0
     assert stats["committed_tokens"] == sum(map(len, together.completions)) - twice

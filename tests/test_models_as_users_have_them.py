@@ -280,7 +280,6 @@ def torchrun(folder, ranks=2, seconds=90):
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.skipif(sys.platform == "win32", reason="ends its ranks by process group")
 def test_two_ranks_of_a_tensor_parallel_policy_and_reward_give_the_texts_of_one_process(saved):

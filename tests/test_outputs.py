@@ -49,20 +49,6 @@ def test_sequences_are_prompt_and_completion_padded_on_the_right(out):
         assert len(set(ids[len(expected) :])) <= 1
 
 
-def test_completions_end_with_eos_or_at_the_limit_and_say_which(out):
-    assert set(out.finish_reasons) == {"stop", "length"}
-    for completion, reason in zip(out.completions, out.finish_reasons, strict=True):
-        assert EOS not in completion[:-1]
-        assert (completion[-1] == EOS) == (reason == "stop")
-        assert len(completion) == CONFIG.max_new_tokens or reason == "stop"
-
-
-def test_segments_concatenate_to_the_completion(out):
-    for completion, segments in zip(out.completions, out.segments, strict=True):
-        assert [token for segment in segments for token in segment.tokens] == completion
-        assert all(len(segment.tokens) == CONFIG.segment_length for segment in segments[:-1])
-
-
 def test_segments_report_attempts_and_acceptance(out):
     segments = [segment for row in out.segments for segment in row]
     assert {s.accepted for s in segments} == {True, False}

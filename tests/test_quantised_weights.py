@@ -175,7 +175,6 @@ def test_one_scale_for_all_rows_of_a_pass_is_warned_of():
         StarsEngine(policy, tiny_reward(32))
 
 
-@pytest.mark.slow
 def test_layers_quantised_by_torchao_compile():
     torchao = pytest.importorskip("torchao.quantization", exc_type=ImportError)
     policy, reward = pair()

@@ -24,12 +24,12 @@ def test_reward_prompts_stand_in_for_the_prompts(policy32, tokenizer32, reward32
         seen.extend(prompts)
         return sum_reward(completion_ids)
 
-    StarsEngine(policy32, reward, tokenizer=tokenizer32).generate(
-        ["w1", "w2"], CONFIG, seed=0, reward_prompts=["w8 w9", [{"role": "user", "content": "w3"}]]
-    )
-    assert all(prompt in ("w8 w9", [{"role": "user", "content": "w3"}]) for prompt in seen) and len(seen) > 2
+    given = ["w8 w9", [{"role": "user", "content": "w3"}]]
+    StarsEngine(policy32, reward, tokenizer=tokenizer32).generate(["w1", "w2"], CONFIG, seed=0, reward_prompts=given)
+    assert all(prompt in given for prompt in seen) and all(prompt in seen for prompt in given)
     out = StarsEngine(policy32, reward32).generate(PROMPTS, CONFIG, seed=0, reward_prompts=[[1], [2, 3]])
     assert_scores(out, lambda i, tokens, _: fresh(reward32, [[1], [2, 3]][i] + tokens))
+    assert [row[: len(prompt)].tolist() for row, prompt in zip(out.sequences, PROMPTS, strict=True)] == PROMPTS
 
 
 def test_reward_prompts_need_not_suit_the_policys_tokenizer():

@@ -47,6 +47,70 @@ def test_a_function_is_called_with_what_it_takes(policy32, signature):
     expect_same_text(policy32, SIGNATURES[signature], columns={"bonus": [0.0, 0.0], "unused": ["a", "b"]})
 
 
+def recorded(signature, policy, **arguments):
+    """Every call of a reward with these parameters, by keyword, and the output."""
+    calls = []
+
+    def note(values):
+        calls.append(values)
+        return sum_reward(values["completion_ids" if "completion_ids" in values else "completions"])
+
+    scope = {"note": note}
+    exec(f"def reward({signature}):\n    return note(locals())", scope)
+    columns = {"answer": ["x", "y"], "other": [1, 2]}
+    out = StarsEngine(policy, scope["reward"], **arguments).generate(PROMPTS, CONFIG, seed=0, columns=columns)
+    assert calls and out.errors == [None] * 2
+    return calls, out
+
+
+@pytest.mark.parametrize(
+    ("signature", "names"),
+    [
+        ("completions", {"completions"}),
+        ("prompts, completions", {"prompts", "completions"}),
+        ("completion_ids", {"completion_ids"}),
+        ("prompts, completions, completion_ids", {"prompts", "completions", "completion_ids"}),
+        ("completions, answer", {"completions", "answer"}),
+        ("*, completions, other=None", {"completions", "other"}),
+    ],
+)
+def test_a_function_gets_only_the_keywords_it_can_take(policy32, signature, names):
+    calls, _ = recorded(signature, policy32)
+    assert all(call.keys() == names and len(set(map(len, call.values()))) == 1 for call in calls)
+
+
+def test_a_function_of_any_keywords_gets_them_all(policy32):
+    calls, _ = recorded("completions, **others", policy32)
+    for call in calls:
+        assert call["others"].keys() == {"prompts", "completion_ids", "answer", "other"}
+        assert {len(values) for values in call["others"].values()} == {len(call["completions"])}
+
+
+def test_without_a_tokenizer_a_function_gets_ids(policy32):
+    calls, out = recorded("prompts, completions, completion_ids", policy32)
+    assert all(call["completions"] == call["completion_ids"] for call in calls)
+    assert all(prompt in PROMPTS for call in calls for prompt in call["prompts"])
+    seen = [completion for call in calls for completion in call["completions"]]
+    assert all(isinstance(token, int) for completion in seen for token in completion)
+    assert all(completion in seen for completion in out.completions)
+
+
+def test_with_a_tokenizer_a_function_gets_texts(policy32, tokenizer32):
+    calls, out = recorded("prompts, completions, completion_ids", policy32, tokenizer=tokenizer32)
+    assert {prompt for call in calls for prompt in call["prompts"]} == set(tokenizer32.batch_decode(PROMPTS))
+    for call in calls:
+        assert call["completions"] == tokenizer32.batch_decode(call["completion_ids"], skip_special_tokens=True)
+    assert set(out.texts) <= {completion for call in calls for completion in call["completions"]}
+
+
+def test_an_object_that_can_be_called_is_a_function(policy32):
+    class Scorer:
+        def __call__(self, completions):
+            return sum_reward(completions)
+
+    expect_same_text(policy32, Scorer())
+
+
 def test_columns_reach_the_completions_of_their_prompt(policy32):
     seen = set()
 

@@ -4,6 +4,7 @@ import json
 import random
 from dataclasses import replace
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import tiny_policy, tiny_reward
@@ -374,7 +375,8 @@ def test_a_folder_and_a_file_name_a_config(tmp_path):
         (("--policy", "nowhere.json"), "nowhere.json"),
     ],
 )
-def test_bad_input_is_named(options, complaint):
+def test_bad_input_is_named(options, complaint, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or it asks six times whose name that is
     result = invoke(*PAIR, *options)
     assert result.exit_code == 2
     assert complaint in result.output

@@ -59,6 +59,11 @@ def flips(one, other) -> int:
     return sum(a != b for a, b in zip(one, other, strict=True))
 
 
+def of_each(out, samples):
+    """The first few of the four texts of every prompt."""
+    return [completion for i in range(16) for completion in out.completions[4 * i : 4 * i + samples]]
+
+
 @pytest.mark.parametrize("candidates", [2, 8, "auto"])
 def test_candidates_side_by_side_do_not_change_the_text(kind, one_at_a_time, candidates):
     out = generate(kind, candidates=candidates, num_return_sequences=4)
@@ -87,13 +92,13 @@ def test_the_order_of_the_prompts_does_not_matter(kind, one_at_a_time):
 
 def test_more_samples_leave_the_first_ones_as_they_are(kind, one_at_a_time):
     out = generate(kind, num_return_sequences=2)
-    expected = [completion for i in range(16) for completion in one_at_a_time.completions[4 * i : 4 * i + 2]]
-    assert flips(expected, out.completions) <= 1
+    assert flips(of_each(one_at_a_time, 2), out.completions) <= 1
 
 
-@pytest.mark.parametrize("max_rows", [1, 3, 512])
+@pytest.mark.parametrize("max_rows", [1, 3])
 def test_the_number_of_rows_does_not_change_the_text(kind, one_at_a_time, max_rows):
-    assert flips(one_at_a_time.completions, generate(kind, max_rows=max_rows, num_return_sequences=4).completions) <= 1
+    out = generate(kind, max_rows=max_rows, num_return_sequences=2)
+    assert flips(of_each(one_at_a_time, 2), out.completions) <= 1
 
 
 def test_a_scheduler_that_changes_its_mind_does_not_change_the_text(kind, one_at_a_time, fickle):
@@ -103,8 +108,7 @@ def test_a_scheduler_that_changes_its_mind_does_not_change_the_text(kind, one_at
     assert len(set(out.stats["rows"])) > 5
 
 
-@pytest.mark.parametrize("kv_cache_tokens", [48, 100, 400, 100_000])
-@pytest.mark.parametrize("candidates", [4, "auto"])
+@pytest.mark.parametrize(("kv_cache_tokens", "candidates"), [(48, 4), (48, "auto"), (100, 4), (400, "auto")])
 def test_scarce_slots_do_not_change_the_text(kind, one_at_a_time, kv_cache_tokens, candidates):
     out = generate(kind, kv_cache_tokens=kv_cache_tokens, candidates=candidates, num_return_sequences=4)
     assert out.errors == [None] * 64
@@ -118,10 +122,9 @@ def test_rows_padded_for_graphs_do_not_change_the_text(kind, overrides):
     assert flips(plain.completions, padded.completions) <= 1
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_threads_do_not_change_the_text(kind, one_at_a_time, threads):
+def test_a_second_thread_does_not_change_the_text(kind, one_at_a_time):
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(2)
     try:
         out = generate(kind, num_return_sequences=4)
     finally:
@@ -130,13 +133,14 @@ def test_threads_do_not_change_the_text(kind, one_at_a_time, threads):
 
 
 @pytest.mark.parametrize("kernels", ["reference", "interpret"])
-def test_the_text_is_the_same_on_every_set_of_kernels(kind, kernels):
+def test_the_text_is_the_same_on_every_set_of_kernels(kernels):
+    """Of a policy and a reward that both run on them."""
     if kernels == "interpret":
         pytest.importorskip("triton", minversion="3.7", reason="the interpreter of older ones fails on NumPy 2.4")
     prompts, seeds = PROMPTS[:2], SEEDS[:2]
     program = (
         "import json, torch, test_same_text as t; torch.set_num_threads(1);"
-        f"print(json.dumps(t.generate({kind!r}, {prompts}, {seeds}, **t.SHORT).completions))"
+        f"print(json.dumps(t.generate('classifier', {prompts}, {seeds}, **t.SHORT).completions))"
     )
     environment = os.environ | {
         "STARS_FAST_KERNELS": kernels,
@@ -145,7 +149,7 @@ def test_the_text_is_the_same_on_every_set_of_kernels(kind, kernels):
     }
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    native = generate(kind, prompts, seeds, **SHORT).completions
+    native = generate("classifier", prompts, seeds, **SHORT).completions
     assert json.loads(done.stdout.splitlines()[-1]) == native
     assert len({tuple(completion) for completion in native}) == 2
 
@@ -155,8 +159,7 @@ def test_one_engine_gives_the_same_text_again_and_sees_new_weights(kind):
     engine = StarsEngine(policy, reward_of(kind))
     first = engine.generate(PROMPTS, CONFIG, seed=SEEDS).completions
     assert engine.generate(PROMPTS, CONFIG, seed=SEEDS).completions == first
-    with torch.no_grad():
-        policy.lm_head.weight.copy_(tiny_policy(VOCAB, hidden=32, seed=9).lm_head.weight)
+    policy.load_state_dict(tiny_policy(VOCAB, hidden=32, seed=9).state_dict())
     changed = engine.generate(PROMPTS, CONFIG, seed=SEEDS).completions
     fresh = StarsEngine(policy, reward_of(kind)).generate(PROMPTS, CONFIG, seed=SEEDS).completions
     assert changed == fresh

@@ -161,12 +161,6 @@ def test_a_data_sets_row_is_no_chat(policy32, tokenizer32, prompts, keys):
         engine.generate("w1", CONFIG, reward_prompts=prompts)
 
 
-def test_no_prompts_at_all_are_an_empty_output(idle):
-    for none in ([], torch.zeros(0, 4, dtype=torch.long)):
-        out = idle.generate(none, CONFIG)
-        assert out.sequences.shape == (0, 0) and out.completions == out.rewards == out.finish_reasons == []
-
-
 def test_a_fully_masked_row_is_an_empty_prompt(idle):
     mask = torch.tensor([[1, 1], [0, 0]])
     with refused(r"prompts\[1\]", "empty"):

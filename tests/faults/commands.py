@@ -5,13 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["stars_fast", "stars_fast.cli.generate", "stars_fast.evaluation.runner"])
+_OURS = ("stars_fast", "stars_fast.cli.generate", "stars_fast.evaluation.runner")
+_CONTEXT.set_forkserver_preload([*_OURS, "transformers.models.llama.modeling_llama"])
 
 
 def start(arguments: list[str], stderr: Path, most_bytes: int | None = None) -> ForkServerProcess:
@@ -26,6 +28,7 @@ def _run(arguments: list[str], stderr: Path, most_bytes: int | None) -> None:
 
     from stars_fast.cli import app
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background inherits ignored
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,14 @@ class Run:
         process = start(self.command(name), said, most_bytes)
         process.join(120)
         return process.exitcode, said.read_text()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_drawn() -> Iterator[None]:
+    """By the runs of this process: a plot takes as long as what is evaluated here, and is told by what was written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stars_fast.evaluation.plots.plot", lambda rows, folder: None)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from stars_fast.scale import StarsBatch
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 pa = pytest.importorskip("pyarrow", reason="needs the extra ray")
-pytestmark = pytest.mark.slow
 
 SETTINGS = {"target_reward": 1.0, "base_reward": 0.0, "max_new_tokens": 24}
 CONFIG = StarsConfig(segment_length=4, target_reward=1.0, max_new_tokens=8)

@@ -15,7 +15,6 @@ ray = pytest.importorskip("ray", reason="needs the extra ray")
 serve = pytest.importorskip("ray.serve", reason="needs the extra ray-serve")
 pytest.importorskip("stars_fast.serve.app", reason="needs the extra serve", exc_type=ImportError)
 httpx = pytest.importorskip("httpx")
-pytestmark = pytest.mark.slow
 
 CONFIG = StarsConfig(target_reward=1.0, base_reward=0.0, max_new_tokens=24)
 LIMIT = 120  # seconds

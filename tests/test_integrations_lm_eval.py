@@ -17,8 +17,6 @@ from stars_fast import StarsConfig  # noqa: E402
 from stars_fast.integrations import lm_eval as plugin  # noqa: E402
 from stars_fast.integrations.lm_eval import StarsLM  # noqa: E402
 
-pytestmark = pytest.mark.slow
-
 SETTINGS = {"segment_length": 4, "max_attempts": 5, "target_reward": 1.0, "beta": 0.4}
 SAMPLED = {"until": ["w2"], "max_gen_toks": 10, "do_sample": True, "temperature": 1.0}
 DOCUMENTS = ["w3 w4", "w5", "w6 w7 w8"]
