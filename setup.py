@@ -6,7 +6,7 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 # The Triton sources are installed as stars_fast.kernels: another wheel owns the import name triton_kernels.
-kernels = ["stars_fast.kernels", *(f"stars_fast.kernels.{name}" for name in find_packages("triton_kernels"))]
+kernels = "stars_fast.kernels"
 
 # No -march=native: a wheel runs on every machine of its architecture, and the kernels choose by themselves.
 # No contraction to fused multiply-add: the draw must round alike everywhere, so that a seed gives the same text. Only
@@ -23,8 +23,8 @@ extension = Pybind11Extension(
 
 with ParallelCompile(default=0):
     setup(
-        packages=["stars_fast", *find_packages(include=["stars_fast.*"]), *kernels],
-        package_dir={"stars_fast": "stars_fast", "stars_fast.kernels": "triton_kernels"},
+        packages=["stars_fast", *find_packages(include=["stars_fast.*"]), kernels],
+        package_dir={"stars_fast": "stars_fast", kernels: "triton_kernels"},
         include_package_data=False,  # what is in the sdist for building is not all meant for installing
         package_data={
             "stars_fast": [

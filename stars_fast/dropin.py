@@ -11,6 +11,7 @@ from types import FrameType, MethodType
 from typing import Any, cast
 
 import torch
+import transformers
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 
@@ -24,6 +25,7 @@ from stars_fast.inputs.sampling import NEUTRAL
 from stars_fast.locks import Lock
 from stars_fast.loop.stream import Streaming
 from stars_fast.methods.numbers import plain, shown
+from stars_fast.notices import warn
 from stars_fast.outputs import StarsOutput
 from stars_fast.policy.leaf import RowProcessor
 from stars_fast.tree.support import written
@@ -228,6 +230,12 @@ class _Decoder:
         **model_kwargs: Any,
     ) -> torch.LongTensor | StarsGenerateOutput:
         assert generation_config is not None
+        if stars_media is None:  # where transformers has asked for the signature, there are some, or none
+            warn(
+                f"transformers {transformers.__version__} asks custom methods for their arguments in another way than "
+                "stars_fast knows: a tokenizer given to model.generate is not seen, and pictures are refused; pass "
+                "tokenizer= to stars_fast.generate or decoding, or use StarsEngine"
+            )
         engine = {**self.engine, "tokenizer": self._tokenizer(tokenizer)}
         with Streaming.of(self.streamer) as streaming:
             theirs = (logits_processor, stopping_criteria)

@@ -9,14 +9,17 @@ import re
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import FunctionType
 
 import pytest
 import torch
+import transformers
 from conftest import sum_reward, tiny_policy, tiny_reward, tiny_tokenizer
 from scipy.stats import chisquare
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     TopKLogitsWarper,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -457,6 +460,14 @@ def test_who_asks_a_decoder_for_its_signature_finds_its_variables_as_they_were(p
         return inspect.signature(decoder)
 
     assert "tokenizer" in _extract_generation_mode_kwargs(kwargs).parameters and kwargs == {}
+
+
+def test_a_transformers_that_asks_for_the_signature_elsewhere_is_named(policy, monkeypatch):
+    asks = GenerationMixin._extract_generation_mode_kwargs
+    renamed = FunctionType(asks.__code__.replace(co_name="_mode_kwargs"), asks.__globals__)
+    monkeypatch.setattr(GenerationMixin, "_extract_generation_mode_kwargs", renamed)
+    with pytest.warns(UserWarning, match=rf"transformers {re.escape(transformers.__version__)} asks .* tokenizer"):
+        callback(policy, max_new_tokens=4)
 
 
 # The engine, which stays with the model

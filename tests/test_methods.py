@@ -296,7 +296,8 @@ def test_methods_for_whole_answers_never_score_unfinished_ones(name):
 
 @pytest.mark.parametrize("name", sorted(set(EVERY) - set(ITEM)))
 def test_the_others_refuse_a_reward_that_makes_sense_at_the_end_only(name):
-    with pytest.raises(ValueError, match=f"method='{name}' scores unfinished answers.*Finished"):
+    instead = f"{', '.join(ITEM)} and navigator score finished ones only"
+    with pytest.raises(ValueError, match=f"method='{name}' scores unfinished answers.*Finished.*; {instead}"):
         generate(make_engine(Finished()), EVERY[name])
 
 

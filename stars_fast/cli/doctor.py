@@ -75,7 +75,7 @@ def examine_machine() -> Report:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
-        "triton": _version("triton"),
+        "triton": _triton_version(),
     }
     extension, devices = _extension(), _devices()
     return {
@@ -91,9 +91,9 @@ def examine_machine() -> Report:
     }
 
 
-def _version(module: str) -> str | None:
+def _triton_version() -> str | None:
     try:
-        return str(import_module(module).__version__)
+        return str(import_module("triton").__version__)
     except (ImportError, AttributeError):
         return None
 

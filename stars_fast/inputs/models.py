@@ -81,7 +81,7 @@ def load_policy(
         As transformers says, for what it cannot load; for a device that is not there; for a model without an LM head;
         for a tokenizer and a processor of two vocabularies.
     """
-    processor = named_processor("processor", processor)
+    processor = named_processor(processor)
     if isinstance(policy, (str, os.PathLike)):
         from transformers import AutoModelForImageTextToText
 

@@ -469,7 +469,7 @@ class Core(Stays):
         if live is None:
             return
         assert self.loop is not None
-        self.loop.withdraw(live, "abort")
+        self.loop.withdraw(live)
         for request in list(live):
             self._out(caller, request)
         del self._callers[caller]

@@ -47,7 +47,7 @@ class Populations(Members):
                 except Exception as raised:
                     error = Cause.of(raised, f"method={_method(request).name!r} raised ")
             if error is not None:
-                self._trace(request, pairs, "rejected")  # they were scored; those with an error say so
+                self._trace(request, pairs)  # they were scored; those with an error say so
                 self.roll_back([candidate for _, candidate in pairs])
                 self.queue.fail(request, error)
             else:
@@ -78,7 +78,7 @@ class Populations(Members):
         for parent in parents:
             self.trunks.give_back(parent.trunk, parent.tokens)
             self.queue.tell(parent, self.queue.reward.close, parent.response)
-        self._trace(request, drawn, "rejected")
+        self._trace(request, drawn)
         self.members[request], request.attempts = members, request.attempts + 1
         if places is not None and method.weighs_increments:
             for one in members:
@@ -87,11 +87,11 @@ class Populations(Members):
             winner = members[method.answer([one.reward - one.weighed for one in members], self._uniforms(request)[0])]
             self.settle(request, winner, _with_candidates(winner, request.looked_at))
 
-    def _trace(self, request: Request, drawn: Sequence[tuple[Request, Candidate]], verdict: str) -> None:
+    def _trace(self, request: Request, drawn: Sequence[tuple[Request, Candidate]]) -> None:
         """Keep a round's candidates, and which of the round before each continues. Who wins is known at the end."""
         if request.terms.trace:
             request.looked_at += [
-                one.traced(verdict)._replace(attempt=attempt, parent=parent.traced_as)
+                one.traced("rejected")._replace(attempt=attempt, parent=parent.traced_as)
                 for attempt, (parent, one) in enumerate(drawn, len(request.looked_at))
             ]
 

@@ -209,12 +209,12 @@ class Queue:
                 request.error = cause
         self.running = [request for request in self.running if request.finish_reason is None]
 
-    def withdraw(self, requests: Iterable[Request], reason: str) -> None:
-        """End requests, wherever they are, with what they have committed; all they hold is free."""
+    def withdraw(self, requests: Iterable[Request]) -> None:
+        """Abort requests, wherever they are, with what they have committed; all they hold is free."""
         leaving = {request for request in requests if request.finish_reason is None}
         self.leave(leaving)
         for request in leaving:  # out before they end: an interrupt finds none half ended among those that run
-            self.fail(request, reason, reason)
+            self.fail(request, "abort", "abort")
         self.drop_finished()
         self.keep_prompts()
 

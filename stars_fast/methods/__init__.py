@@ -37,6 +37,8 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 Guided.known = METHODS
+_every: list[type[Method]] = [*METHODS.values(), Navigator]
+Method.finished_only = [method.name for method in _every if not method.scores_unfinished]
 # What StarsConfig(method=...) may name: a method, or who draws for one.
 NAMED: dict[str, type[Method]] = {**METHODS, Guided.name: refusing_unknown(no_parameter)(Guided)}
 

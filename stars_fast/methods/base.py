@@ -111,6 +111,7 @@ class Method:
     name: ClassVar[str]
     loop: ClassVar[str] = "segments"
     scores_unfinished: ClassVar[bool] = True
+    finished_only: ClassVar[Sequence[str]]  # names of the methods that do not
     has_target: ClassVar[bool] = True
     needs_hidden_state: ClassVar[bool] = False
     gives_hidden_state: ClassVar[bool] = True
@@ -205,8 +206,7 @@ class Method:
         if self.scores_unfinished and not reward.partial:
             raise ValueError(
                 f"method={self.name!r} scores unfinished answers, which {type(reward).__name__} (partial=False) cannot "
-                "do; vanilla, plans, best_of_n, rejection_sampling, metropolis_hastings, power_sampling, mara and "
-                "persona_judge score finished ones only"
+                f"do; {', '.join(self.finished_only[:-1])} and {self.finished_only[-1]} score finished ones only"
             )
         if reward.needs_hidden_state and not self.gives_hidden_state:
             raise ValueError(

@@ -72,15 +72,12 @@ FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in c
 
 
 def native(name: str) -> Any:
-    """The C++ function of that name, or None if it was not built or the kernels are set to others."""
+    """The C++ function of that name, or None if there is none or the kernels are set to others."""
     return None if _MODE else _built(name)
 
 
 def _built(name: str) -> Any:
-    try:
-        return getattr(importlib.import_module("stars_fast._C"), name, None)
-    except ImportError:
-        return None
+    return getattr(importlib.import_module("stars_fast._C"), name, None)
 
 
 def define(

@@ -264,7 +264,7 @@ class ValueHeadReward(RenderedReward):
             tokenizer = tokenizer_beside(name, "tokenizer") if processor is None else None
         elif tokenizer != POLICYS:
             tokenizer = named_tokenizer("tokenizer", tokenizer)
-        return cls(model, head, tokenizer, processor=named_processor("processor", processor), **options)
+        return cls(model, head, tokenizer, processor=named_processor(processor), **options)
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
         return Rendering(self.tokenizer, policy_tokenizer, self._tail, self._variables, self.processor)

@@ -36,7 +36,7 @@ _OWN |= {"padding", "truncation", "max_length", "return_tensors", "return_dict",
 _OWN |= {"tokenizer_kwargs", "sanitize_control_tokens"}
 
 
-def template_kwargs(given: Any, name: str = "chat_template_kwargs") -> dict[str, Any]:
+def template_kwargs(given: Any) -> dict[str, Any]:
     """Variables for chat templates, checked.
 
     Raises
@@ -47,11 +47,13 @@ def template_kwargs(given: Any, name: str = "chat_template_kwargs") -> dict[str,
     if given is None:
         return {}
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
-        raise TypeError(f"{name}={given!r:.80} is no mapping of names to values, such as {{'enable_thinking': False}}")
+        raise TypeError(
+            f"chat_template_kwargs={given!r:.80} is no mapping of names to values, such as {{'enable_thinking': False}}"
+        )
     if own := _OWN & given.keys():
         raise ValueError(
-            f"{name} sets {min(own)!r}, which is not a variable of templates: give those alone, and a template as "
-            "tokenizer.chat_template"
+            f"chat_template_kwargs sets {min(own)!r}, which is not a variable of templates: give those alone, and a "
+            "template as tokenizer.chat_template"
         )
     return dict(given)
 

@@ -78,15 +78,12 @@ def named_tokenizer(argument: str, tokenizer: Any) -> Any:
     OSError, TypeError
         Where it cannot be loaded; for what is neither.
     """
-    if isinstance(tokenizer, (str, os.PathLike)):
-        name = os.fspath(tokenizer)
-        with _said(f"{argument}={name!r} cannot be loaded"):
-            return AutoTokenizer.from_pretrained(name)
+    tokenizer = _loaded(AutoTokenizer, argument, tokenizer)
     check_tokenizer(argument, tokenizer)
     return tokenizer
 
 
-def named_processor(argument: str, processor: Any) -> Any:
+def named_processor(processor: Any) -> Any:
     """``processor`` of texts and pictures, or None; loaded where it is a path or hub id.
 
     Raises
@@ -94,16 +91,22 @@ def named_processor(argument: str, processor: Any) -> Any:
     OSError, TypeError
         Where it cannot be loaded; for what is none.
     """
-    if isinstance(processor, (str, os.PathLike)):
-        name = os.fspath(processor)
-        with _said(f"{argument}={name!r} cannot be loaded"):
-            processor = AutoProcessor.from_pretrained(name)
+    processor = _loaded(AutoProcessor, "processor", processor)
     if processor is not None and (isinstance(processor, type) or not (callable(processor) and is_processor(processor))):
         kind = type(processor).__name__
         raise TypeError(
-            f"{argument} is a {kind}, {shown(processor)}: give a transformers processor, which has a tokenizer"
+            f"processor is a {kind}, {shown(processor)}: give a transformers processor, which has a tokenizer"
         )
     return processor
+
+
+def _loaded(auto: Any, argument: str, given: Any) -> Any:
+    """What is given, loaded by transformers' class ``auto`` where it is a path or hub id."""
+    if not isinstance(given, (str, os.PathLike)):
+        return given
+    name = os.fspath(given)
+    with _said(f"{argument}={name!r} cannot be loaded"):
+        return auto.from_pretrained(name)
 
 
 def processor_beside(places: Iterable[str], role: str, argument: str) -> Any:
