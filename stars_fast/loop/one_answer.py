@@ -13,7 +13,7 @@ from stars_fast.loop.queue import Queue
 from stars_fast.loop.request import Candidate, Drawn, PromptNode, Request, Tree, Trunk
 from stars_fast.loop.selection import Verdict, first_accepted, traced
 from stars_fast.loop.trunks import Trunks
-from stars_fast.ops.select_and_commit import EARLIER, GOES_ON, INVALID, STOP
+from stars_fast.ops.select_and_commit import GOES_ON, INVALID, NONE, STOP
 from stars_fast.outputs import Cause, SegmentTrace
 from stars_fast.policy.leaf import Draw, Leaf, RowProcessor
 from stars_fast.policy.policy import Policy
@@ -173,25 +173,29 @@ class OneAnswer:
 
     def judge(self, requests: Sequence[Request], drawn: Drawn, rewards: torch.Tensor | None) -> None:
         groups = [drawn[request] for request in requests]
-        for request, group, verdict in zip(requests, groups, self.verdicts(requests, groups, rewards), strict=True):
+        verdicts = self.verdicts(requests, groups, rewards)
+        bests, dropped = list[Candidate | None](), list[Candidate]()
+        for request, group, verdict in zip(requests, groups, verdicts, strict=True):
             if request.terms.trace:
                 request.looked_at = traced(request, group, verdict)
+            best = request.best
+            if verdict.winner >= 0:
+                best = group[verdict.winner]
+            elif verdict.winner != INVALID and verdict.best_attempt >= request.attempts:
+                best = group[verdict.best_attempt - request.attempts]
+            dropped += [one for one in (*group, request.best) if one is not None and one is not best]
+            bests.append(best)
+        self.roll_back(dropped)  # of all requests at once, before anything is committed
+        for request, group, verdict, best in zip(requests, groups, verdicts, bests, strict=True):
             if verdict.winner == INVALID:
                 culprit = group[verdict.attempts - request.attempts - 1]
-                self.roll_back(group)
                 self.queue.fail(request, culprit.error or "a candidate could not be scored")
                 continue
-            best = request.best
-            if verdict.best_attempt >= request.attempts:
-                best = group[verdict.best_attempt - request.attempts]
-            chosen = best if verdict.winner == EARLIER else None
-            if verdict.winner >= 0:
-                chosen = group[verdict.winner]
-            self.roll_back(group if request.best is None else [*group, request.best], keep=chosen or best)
             request.attempts, request.best, request.best_attempt = verdict.attempts, best, verdict.best_attempt
-            if chosen is not None:
-                self.commit(request, chosen, verdict.accepted)
-                request.terms.stats.committed_tokens += len(chosen.draw.tokens) * (not request.terms.pilot)
+            if verdict.winner != NONE:
+                assert best is not None
+                self.commit(request, best, verdict.accepted)
+                request.terms.stats.committed_tokens += len(best.draw.tokens) * (not request.terms.pilot)
                 if verdict.finish != GOES_ON:
                     self.queue.finish(request, "stop" if verdict.finish == STOP else "length")
 
@@ -201,11 +205,10 @@ class OneAnswer:
         """What becomes of each request's candidates."""
         return first_accepted(requests, groups, rewards)
 
-    def roll_back(self, candidates: Sequence[Candidate], keep: Candidate | None = None) -> None:
-        """Release the branches of all but one."""
-        dropped = [candidate for candidate in candidates if candidate is not keep]
-        self.trunks.release([one.draw for one in dropped])
-        for candidate in dropped:
+    def roll_back(self, candidates: Sequence[Candidate]) -> None:
+        """Release the branches of candidates that are not committed."""
+        self.trunks.release([one.draw for one in candidates])
+        for candidate in candidates:
             self.queue.tell(candidate.answer, self.queue.reward.discard, candidate.completion)
 
     def commit(self, answer: Request, chosen: Candidate, accepted: bool) -> None:

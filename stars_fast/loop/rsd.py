@@ -100,7 +100,7 @@ class Drafting(TwoTrunks):
         beyond = next((token for token in candidate.draw.tokens if token >= least), None)
         return None if beyond is None else f"id {beyond} lies outside the {least} ids that draft and policy share"
 
-    def roll_back(self, candidates: Sequence[Candidate], keep: Candidate | None = None) -> None:
+    def roll_back(self, candidates: Sequence[Candidate]) -> None:
         drafted = [one for one in candidates if one in self._drafted]
         self.drafts.release([one.draw for one in drafted])
         for one in drafted:

@@ -94,6 +94,8 @@ class Scheduler:
 
         They may if the next heartbeat will fit too, whether this one's candidates are committed or wait as the best.
         """
+        if not waiting:
+            return 0
         prompts: Counter[PromptNode] = Counter(p for request in running for p in request.strategy.prompts(request))
         wanted = sum(prompt.slots for prompt in prompts) + sum(r.strategy.peak(r) * r.terms.copies for r in running)
         rows = sum(request.strategy.rows(request) for request in running)

@@ -109,10 +109,9 @@ def first_accepted(
     for one, tau in zip(drawn, values[0].tolist(), strict=True):
         one.threshold = tau
     for request, group in zip(requests, groups, strict=True):
-        for one in group:
-            if one.error is None:
-                request.acceptance_sum += acceptance_probability(one.score, one.threshold, request.beta)
-                request.scored += 1
+        chances = [acceptance_probability(c.score, c.threshold, request.beta) for c in group if c.error is None]
+        request.acceptance_sum += sum(chances)
+        request.scored += len(chances)
     starts = np.cumsum(counts).tolist()
     return [
         Verdict(row - start if row >= 0 else row, bool(won), looked, best, ends)

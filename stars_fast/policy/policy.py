@@ -128,9 +128,11 @@ class Policy(TreeModel):
         lengths = [leaf.length for leaf in leaves for _ in range(leaf.candidates)]
         plans, branches = self._planned(leaves, guides, rows, [length - 1 for length in lengths])
         steps = self._begun(leaves, guides, plans)
+        alive = steps.alive.numpy() if self.device.type == "cpu" else None  # Python's any() stops at the first
         for step in range(1, max(lengths)):
-            look = self.device.type == "cpu" or (steps.shape.uncertain and step % _LOOKS == 0)
-            if look and not steps.alive.any():
+            if alive is not None and not any(alive):
+                break
+            if alive is None and steps.shape.uncertain and step % _LOOKS == 0 and not steps.alive.any():
                 break
             steps.run()
         eos = [leaf.sampling.eos_token_ids for leaf in leaves for _ in range(leaf.candidates)]
@@ -298,23 +300,17 @@ def _draws(steps: Steps, branches: Sequence[int], eos: Sequence[Sequence[int]]) 
     """Copy what was drawn to the host in one piece: the one look per heartbeat."""
     rows, length = len(branches), steps.shape.length
     position, tokens = steps.position[:rows, None], steps.tokens[:rows].int()
-    floats = [column[:rows].view(torch.int32) for column in (steps.logprobs, steps.sampling_logprobs)]
-    packed = torch.cat((position, tokens, *floats), 1).cpu().numpy()
-    counts, ids, logprobs = packed[:, 0], packed[:, 1 : 1 + length], packed[:, 1 + length :].view(np.float32)
+    logprobs = [column[:rows].view(torch.int32) for column in (steps.logprobs, steps.sampling_logprobs)]
+    packed = torch.cat((position, tokens, *logprobs), 1).cpu().numpy()
+    counts, ids, floats = packed[:, 0], packed[:, 1 : 1 + length], packed[:, 1 + length :].view(np.float32)
     # Logits that are not finite end a row with a NaN log-probability, and nothing else writes one.
-    finite = ~np.isnan(logprobs[:, length:]).any(1)
+    finite = ~np.isnan(floats[:, length:]).any(1)
+    columns: Any = [one.tolist() for one in (counts, ids, floats[:, :length], floats[:, length:], finite)]
     draws = []
-    columns: Any = counts.tolist(), ids.tolist(), logprobs.tolist(), finite.tolist()
-    for place, (node, ends, count, row, both, sound) in enumerate(zip(branches, eos, *columns, strict=True)):
-        drawn = row[:count]
-        draws.append(
-            Draw(
-                node=node,
-                tokens=drawn,
-                logprobs=both[:count],
-                sampling_logprobs=both[length : length + count],
-                ended=count > 0 and row[count - 1] in ends,
-                error=steps.failures.get(place) or steps.unread(drawn) or (None if sound else steps.not_finite),
-            )
-        )
+    for place, (node, ends, count, row, raw, sampled, sound) in enumerate(zip(branches, eos, *columns, strict=True)):
+        draw = Draw(node, row, raw, sampled, count > 0 and row[count - 1] in ends)
+        if count < length:
+            draw.cut(count)
+        draw.error = steps.failures.get(place) or steps.unread(draw.tokens) or (None if sound else steps.not_finite)
+        draws.append(draw)
     return draws

@@ -274,7 +274,10 @@ class RenderedReward(Stays, Reward):
         ids, tail = text.ids, text.tail
         if not ids and not tail:
             raise ValueError("prompt and answer are empty in the reward model's tokens: there is nothing to score")
-        if bad := self._outside(ids, self._placeholders if text.completion.response.prompt.media else ()):
+        prompt = text.completion.response.prompt
+        prefix = self._contexts[prompt].prefix  # which was looked through when the prompt was opened
+        new = ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids
+        if bad := self._outside(new, self._placeholders if prompt.media else ()):
             raise ValueError(f"the answer holds id {bad[0]}, {self._vocabulary}")
         if self.max_positions is not None and len(ids) + len(tail) > self.max_positions:
             raise ValueError(

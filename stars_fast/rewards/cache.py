@@ -106,7 +106,7 @@ class TreeCache:
         self._runs.pop(prompt, None)
         self._media.pop(prompt, None)
         self._answered.pop(prompt, None)
-        self._drop(self._prefixes.pop(prompt, Encoded()))
+        self._release(self._prefixes.pop(prompt, None))
 
     def end(self) -> None:
         """Release everything."""
@@ -124,7 +124,7 @@ class TreeCache:
 
     def discard(self, completion: Completion) -> None:
         """Forget the completion."""
-        self._drop(self._completions.pop(completion, Encoded()))
+        self._release(self._completions.pop(completion, None))
 
     def close(self, response: Response) -> None:
         """Forget the response."""
@@ -133,7 +133,12 @@ class TreeCache:
             self._answered[response.prompt] = None
 
     def _let_go(self, response: Response) -> None:
-        self._drop(self._responses.pop(response, Encoded()))
+        self._release(self._responses.pop(response, None))
+
+    def _release(self, encoded: Encoded | None) -> None:
+        """Nobody asks for it any more."""
+        if encoded is not None:
+            self.model.release(encoded.node)
 
     def fork(self, response: Response, twin: Response) -> None:
         """``twin`` goes on from what is encoded of ``response``."""
@@ -149,8 +154,8 @@ class TreeCache:
             Rows of the pass and, row by row and position by position, hidden states or logits ``[F, X]``.
         """
         self._join_prompts([text.completion.response for text in texts])
-        for start, stop in self._batches(texts):
-            yield self._pass(texts, range(start, stop))
+        for places, known in self._batches(texts):
+            yield self._pass(texts, places, known)
 
     def read_ahead(self, prompts: Sequence[RewardPrompt], most: int) -> list[RewardPrompt]:
         """Encode at most ``most`` tokens of these prompts, the first ones' first. Returns those that are not done.
@@ -287,12 +292,14 @@ class TreeCache:
     def _share(self, encoded: Encoded, response: Response) -> None:
         self._responses[response] = Encoded(self.model.retain(encoded.node), encoded.ids, encoded.values)
 
-    def _batches(self, texts: Sequence[Text]) -> Iterator[tuple[int, int]]:
-        """Ranges of texts that one packed pass and the free slots can hold. At least one each."""
+    def _batches(self, texts: Sequence[Text]) -> Iterator[tuple[range, dict[Response, int]]]:
+        """Places of texts that one packed pass and the free slots can hold, at least one each; and how many ids all of a
+        response's texts among them have in the tree and need not encode.
+        """
         limit, start = self.max_packed or _MAX_PACKED, 0
         while start < len(texts):
             stop, new = start, 0
-            known: dict[Response, int] = {}  # what all texts of a response so far have in the tree
+            known: dict[Response, int] = {}
             rows: Counter[Response] = Counter()
             while stop < len(texts):
                 response, text = texts[stop].completion.response, texts[stop]
@@ -300,7 +307,7 @@ class TreeCache:
                     if stop > start:
                         break
                     self._join_prompts([response])
-                shared = self._shared_by(response, [text])
+                shared = self._shared_by(response, text)
                 before = known.get(response, shared)
                 after = min(before, shared)
                 grown = new + len(text.ids) + len(text.tail) - after + (before - after) * rows[response]
@@ -309,15 +316,18 @@ class TreeCache:
                 stop, new, known[response] = stop + 1, grown, after
                 rows[response] += 1
             self._make_room(new, keep=set(known))
-            yield start, stop
+            yield range(start, stop), known
             start = stop
 
-    def _pass(self, texts: Sequence[Text], places: Sequence[int]) -> tuple[list[Row], torch.Tensor]:
+    def _pass(
+        self, texts: Sequence[Text], places: Sequence[int], known: Mapping[Response, int]
+    ) -> tuple[list[Row], torch.Tensor]:
         groups: dict[Response, list[int]] = {}
         for place in places:
             groups.setdefault(texts[place].completion.response, []).append(place)
         order = [(place, response) for response, group in groups.items() for place in group]
-        known = {response: self._rewind(response, [texts[i] for i in group]) for response, group in groups.items()}
+        for response, length in known.items():
+            self._rewind(response, length)
         branches, asked, index, packed = [], [], [], 0
         for place, response in order:
             _, ids, tail, wanted = texts[place]
@@ -345,20 +355,18 @@ class TreeCache:
         self.tokens += sum(len(branch) for branch in branches)
         return output.logits[0] if self._has_logits else output.last_hidden_state[0, index], nodes
 
-    def _rewind(self, response: Response, texts: Sequence[Text]) -> int:
-        """Shorten what is in the tree to what all texts share; without a tail, leave each a token to encode."""
-        encoded, known = self._responses[response], self._shared_by(response, texts)
+    def _rewind(self, response: Response, known: int) -> None:
+        """Shorten what is in the tree to so many ids."""
+        encoded = self._responses[response]
         if known < len(encoded.ids):
             kept = max(known - self.lag, 0)
             node = self.model.tree.cut(encoded.node, kept) if kept else -1
             self.model.release(encoded.node)
             self._responses[response] = Encoded(node, encoded.ids[:known], encoded.values[:known])
-        return known
 
-    def _shared_by(self, response: Response, texts: Sequence[Text]) -> int:
-        """How many ids all these texts have in the tree and need not encode."""
-        held = self._responses[response].ids
-        return min(min(common_prefix(held, ids), len(ids) - (not tail)) for _, ids, tail, _ in texts)
+    def _shared_by(self, response: Response, text: Text) -> int:
+        """How many of its ids the text has in the tree and need not encode: without a tail, the last is encoded."""
+        return min(common_prefix(self._responses[response].ids, text.ids), len(text.ids) - (not text.tail))
 
     def _remember(self, text: Text, branch: int, values: list[float]) -> Encoded:
         """Keep the branch without its tail, until the completion is committed or discarded."""
@@ -373,8 +381,10 @@ class TreeCache:
 
     def _has_room(self, slots: int) -> bool:
         """Whether so many slots are free, once kept prefixes have made way."""
-        self.model.prefixes.make_room(slots)
-        return self.model.tree.free_slots >= slots
+        tree = self.model.tree
+        if tree.free_slots < slots:
+            self.model.prefixes.make_room(slots)
+        return tree.free_slots >= slots
 
     def _make_room(self, slots: int, keep: set[Response], reading: RewardPrompt | None = None) -> None:
         """Drop cached runs until ``slots`` are free: kept prefixes, prompts that were answered, rejected and waiting
