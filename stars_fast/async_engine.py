@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from itertools import count
 from typing import Any
@@ -19,6 +19,7 @@ from stars_fast.engine import StarsEngine
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.job import Job
 from stars_fast.loop.caller import MOST_POSITIONS, SEGMENT_LENGTH, Size
+from stars_fast.loop.core import of_its_own
 from stars_fast.loop.team import release_team
 from stars_fast.methods.numbers import MOST, integer, real, shown, truth
 from stars_fast.outputs import SegmentEvent, Stats
@@ -43,7 +44,7 @@ def usage_at(error: BaseException) -> dict[str, Any] | None:
     return vars(error).get(_USAGE)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _refusing() -> Iterator[None]:
     try:
         yield
@@ -208,7 +209,7 @@ class AsyncStarsEngine(Stays):
         news, mine = asyncio.Event(), False
 
         def notify() -> None:
-            with contextlib.suppress(RuntimeError):  # the event loop is gone, and its callers with it
+            with suppress(RuntimeError):  # the event loop is gone, and its callers with it
                 loop.call_soon_threadsafe(news.set)
 
         try:
@@ -247,7 +248,9 @@ class AsyncStarsEngine(Stays):
                     yield job.events.popleft()
             if job.error is not None:
                 vars(job.error)[_USAGE] = self.usage(name)
-                raise job.error
+                asked = job.begun or self.dead is not None
+                with nullcontext() if asked else _refusing():  # the thread that refused it may not have come so far
+                    raise job.error
         finally:
             self._reserved -= 1
             if mine:
@@ -320,31 +323,33 @@ class AsyncStarsEngine(Stays):
         A reward of its own that calls this does not wait: the thread ends behind the step that asks it.
         """
         self._closed = True
-        self._end_all(RuntimeError("this engine was closed"))
+        self._end_all()
         if self._thread.is_alive():
             self._inbox.put(None)
             if not self.engine.core.inside:
                 self._thread.join()
         self._end_inbox()
 
-    def _end_all(self, error: BaseException) -> None:
+    def _end_all(self) -> None:
         for job in list(self._jobs.values()):
             if job is not None:
-                job.end(error)
+                job.end(self._end())
                 self.engine.core.abort(job)
 
     def _end_inbox(self) -> None:
         """End what nobody will read. The thread's end may be among it, and must still come."""
-        with contextlib.suppress(queue.Empty):
+        with suppress(queue.Empty):
             while True:
                 if (job := self._inbox.get_nowait()) is not None:
-                    job.end(self._death() or RuntimeError("this engine was closed"))
+                    job.end(self._end())
         self._inbox.put(None)
 
-    def _death(self) -> Exception | None:
-        """What callers are told of what ended the thread."""
-        if self.dead is None or isinstance(self.dead, Exception):
-            return self.dead
+    def _end(self) -> Exception:
+        """What a caller is told of the end of all, an error of its own."""
+        if self.dead is None:
+            return RuntimeError("this engine was closed")
+        if isinstance(self.dead, Exception):
+            return of_its_own(self.dead)
         # By what is no Exception, such as a panic in Rust, the callers' event loops would end, too.
         return RuntimeError(f"the engine's thread has died: {self.dead!r}")
 
@@ -401,7 +406,7 @@ class AsyncStarsEngine(Stays):
                     job.end(error)
         except BaseException as error:
             self.dead = error
-            self._end_all(self._death() or error)
+            self._end_all()
             raise
         finally:
             core.let_go()

@@ -10,6 +10,7 @@ import pytest
 from conftest import sum_reward, tiny_policy, tiny_reward
 
 from stars_fast import AsyncStarsEngine, QueueFull, StarsConfig, StarsEngine
+from stars_fast.async_engine import usage_at, was_refused
 from stars_fast.methods import RSD, BestOfN, BlockwiseBestOfN, PersonaJudge
 
 VOCAB = 32
@@ -430,6 +431,40 @@ def test_what_ends_the_thread_reaches_callers_as_an_error():
     with pytest.raises(RuntimeError, match="the engine's thread has died"):
         asyncio.run(answer(shared, [3], config({}), 1))
     shared.close()
+
+
+def test_each_caller_is_told_of_the_end_by_an_error_of_its_own(engine):
+    """What a request has cost is on its error."""
+
+    async def run():
+        shared = AsyncStarsEngine(engine)
+        endless = config(dict(max_new_tokens=200, ignore_eos=True, target_reward=99.0))
+        open_ = [asyncio.create_task(answer(shared, [1] * length, endless, 0)) for length in (3, 5)]
+        while shared.metrics()["running"] < 2:
+            await asyncio.sleep(0.01)
+        shared.close()
+        return await asyncio.gather(*open_, return_exceptions=True)
+
+    first, second = asyncio.run(run())
+    assert str(first) == str(second) == "this engine was closed"
+    assert [usage_at(error)["prompt_tokens"] for error in (first, second)] == [3, 5]
+
+
+def test_whoever_is_refused_can_tell_before_the_engines_thread_has_come_so_far(engine, monkeypatch):
+    def refuse(job):
+        error = ValueError("no room")
+        job.end(error)
+        time.sleep(0.3)
+        raise error
+
+    async def run():
+        async with AsyncStarsEngine(engine) as shared:
+            monkeypatch.setattr(engine.core, "submit", refuse)
+            with pytest.raises(ValueError, match="no room") as refused:
+                await answer(shared, [1, 2], config({}), 0)
+            return was_refused(refused.value)
+
+    assert asyncio.run(run())
 
 
 def test_draining_waits_for_requests_and_not_for_whoever_has_left_off_reading(engine):

@@ -386,6 +386,15 @@ def test_an_interrupt_between_two_commits_changes_no_text(method, hook):
     assert interrupts > 1
 
 
+def test_who_is_over_before_its_turn_comes_leaves_nothing():
+    engine = make_engine()
+    job = Job(engine.prepare(Arguments(PROMPTS, CONFIG, seed=1)), None)
+    job.end(RuntimeError("closed meanwhile, by another thread"))
+    engine.core.submit(job)
+    assert job.stats.policy_tokens == 0
+    assert_nothing_left(engine)
+
+
 class Leaving(Sums):
     """Callers leave within a step, once."""
 

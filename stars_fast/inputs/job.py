@@ -44,6 +44,8 @@ class Job:
         What ended the job as a whole.
     failed : dict of int to Cause
         What went wrong, by row of the output. The first has its exception; of the others the log has one of a kind.
+    begun : bool
+        Whether the core has asked for its requests; an error before that is about what was asked.
     over : bool
         Whether nothing more will come.
     """
@@ -66,6 +68,7 @@ class Job:
         self.pilots: list[Pilot | None] = [None] * len(call.prompts)
         self._drawn: dict[int, list[Request]] = {}  # pilots that are under way, by prompt
         self.error: BaseException | None = None
+        self.begun = False
         self.aborted = False  # the caller has asked for its end
         self.over = False
         self.failed: dict[int, Cause] = {}
@@ -86,7 +89,8 @@ class Job:
         return self.call.terms.stats
 
     def start(self) -> Sequence[Request]:
-        if self.aborted:
+        self.begun = True
+        if self.aborted or self.over:  # by another thread, on its way here
             return []
         prompts = range(len(self.call.prompts))
         if self.call.calibrates or not self.guided:

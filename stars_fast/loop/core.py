@@ -520,7 +520,7 @@ class Core(Stays):
         except Exception as another:  # the first cause is told
             log("what was open could not be closed", another)
         for place, (caller, live) in enumerate(callers):
-            own = _of_its_own(error) if place else error
+            own = of_its_own(error) if place else error
             if isinstance(error, _BUGS):
                 caller.end(own)
             else:
@@ -546,8 +546,8 @@ class Core(Stays):
             self.reward.open(caller.size.prompts, caller.size.max_new_tokens)
 
 
-def _of_its_own(error: Exception) -> Exception:
-    """The same error for another thread: one that is raised twice mixes up its tracebacks."""
+def of_its_own(error: Exception) -> Exception:
+    """The same error for another caller: one that is raised twice mixes up its tracebacks."""
     try:
         twin = copy.copy(error).with_traceback(None)
     except Exception:  # of a class that cannot be copied
