@@ -1,5 +1,6 @@
 """Tiny random models: small enough to enumerate, large enough to have every part a real one has."""
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -151,6 +152,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays; looking through it again and again takes up to half of a test of thousands of texts."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # Triton looks for leaks at the end
 
 
 @pytest.fixture(scope="module", autouse=True)

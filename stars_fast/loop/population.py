@@ -10,7 +10,7 @@ import torch
 from stars_fast.loop.members import Members
 from stars_fast.loop.request import Candidate, Drawn, Request
 from stars_fast.methods.base import Population
-from stars_fast.ops.philox import Stream, uniform
+from stars_fast.ops.philox import Stream, uniform_number
 from stars_fast.outputs import CandidateTrace, Cause, SegmentTrace
 
 
@@ -96,10 +96,8 @@ class Populations(Members):
             ]
 
     def _uniforms(self, request: Request) -> list[float]:
-        slots = torch.arange(_method(request).width, device="cpu")
-        key, step = torch.tensor(request.key, device="cpu"), torch.tensor(request.attempts, device="cpu")
-        numbers: list[float] = uniform(key, step, slots, stream=Stream.RESAMPLE).tolist()
-        return numbers
+        slots = range(_method(request).width)
+        return [uniform_number(request.key, request.attempts, slot, Stream.RESAMPLE) for slot in slots]
 
     def _continued(self, request: Request, slot: int, parent: Request, candidate: Candidate, attempts: int) -> Request:
         """A member that has committed the candidate."""

@@ -11,7 +11,7 @@ from stars_fast.loop.pilot import ACCEPTANCE
 from stars_fast.loop.queue import Queue
 from stars_fast.loop.request import Drawn, Request
 from stars_fast.methods.stars import acceptance_probability
-from stars_fast.ops.philox import uniform
+from stars_fast.ops.philox import uniform_number
 from stars_fast.outputs import CandidateTrace, SegmentTrace
 
 
@@ -93,8 +93,7 @@ class Trials(Members):
                 self._settle_at(request, members[request.best_attempt], accepted=False)
 
     def _accepts(self, request: Request, answer: Request) -> bool:
-        key, attempt = torch.tensor(request.key, device="cpu"), torch.tensor(request.attempts - 1, device="cpu")
-        number = uniform(key, torch.tensor(0, device="cpu"), attempt).item()
+        number = uniform_number(request.key, 0, request.attempts - 1)
         return number < acceptance_probability(answer.reward, request.target, request.beta)
 
     def _settle_at(self, request: Request, answer: Request, accepted: bool) -> None:
