@@ -232,9 +232,10 @@ class _Decoder:
         assert generation_config is not None
         if stars_media is None:  # where transformers has asked for the signature, there are some, or none
             warn(
-                f"transformers {transformers.__version__} asks custom methods for their arguments in another way than "
-                "stars_fast knows: a tokenizer given to model.generate is not seen, and pictures are refused; pass "
-                "tokenizer= to stars_fast.generate or decoding, or use StarsEngine"
+                f"transformers {transformers.__version__} has not asked this decoding method for its arguments, as "
+                "versions that stars_fast knows do where custom_generate= is the method itself: a tokenizer given to "
+                "model.generate is not seen, and pictures are refused; pass tokenizer= to stars_fast.generate or "
+                "decoding, or use StarsEngine"
             )
         engine = {**self.engine, "tokenizer": self._tokenizer(tokenizer)}
         with Streaming.of(self.streamer) as streaming:

@@ -330,7 +330,7 @@ class StarsEngine(Stays):
         RuntimeError
             While calls, streams or sessions are under way, of this engine or of another with the same models.
         """
-        self.core.free([*self._guides, *([] if self._drafts is None else [self._drafts])])
+        self.core.free(list(self._beside))
 
     def events(self, job: Job) -> Iterator[SegmentEvent]:
         """Run a job to its end, and warn of what failed."""

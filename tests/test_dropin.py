@@ -466,8 +466,18 @@ def test_a_transformers_that_asks_for_the_signature_elsewhere_is_named(policy, m
     asks = GenerationMixin._extract_generation_mode_kwargs
     renamed = FunctionType(asks.__code__.replace(co_name="_mode_kwargs"), asks.__globals__)
     monkeypatch.setattr(GenerationMixin, "_extract_generation_mode_kwargs", renamed)
-    with pytest.warns(UserWarning, match=rf"transformers {re.escape(transformers.__version__)} asks .* tokenizer"):
+    with pytest.warns(UserWarning, match=rf"transformers {re.escape(transformers.__version__)} has not .* tokenizer"):
         callback(policy, max_new_tokens=4)
+
+
+def test_who_wraps_a_decoder_is_told_what_it_does_not_see(policy):
+    decoder = stars_fast.decoding(sum_reward, CONFIG)
+
+    def wrapped(model, input_ids, **given):
+        return decoder(model, input_ids, **given)
+
+    with pytest.warns(UserWarning, match="where custom_generate= is the method itself"):
+        policy.generate(**inputs(PROMPTS), do_sample=True, max_new_tokens=4, custom_generate=wrapped)
 
 
 # The engine, which stays with the model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 
 import pytest
 import torch
@@ -113,6 +114,16 @@ def test_gradients_find_the_memory_of_keys_and_values_free_unless_it_is_kept(mak
         assert [pool.slots > 1 for pool in pools] == [keep, keep]
     rollout(PROMPTS, trainer)
     assert made[-1].policy.pool is pools[0]
+
+
+def test_memory_that_another_engine_has_in_use_costs_no_rollout(make_trainer):
+    trainer, reward = make_trainer(None), tiny_reward(32)
+    other = StarsEngine(tiny_policy(32), reward)
+    with closing(other.stream([[5]], target_reward=9.0, base_reward=0.0, segment_length=2, max_new_tokens=8)) as events:
+        next(events)
+        with pytest.warns(UserWarning, match="memory of keys and values is kept: another engine with this reward"):
+            rollouts = rollout_func(reward)(PROMPTS, trainer)
+        assert len(rollouts["completion_ids"]) == len(PROMPTS) and list(events)
 
 
 def test_samples_of_a_group_share_a_request_and_keep_the_prompts_order(make_trainer):

@@ -348,13 +348,13 @@ def test_a_part_of_a_sum_may_read_a_chats_text_alone_beside_one_that_sees_its_pi
         ids = own.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
         return ours - reference + 0.5 * fresh(classifier, [*ids, *completion.tokens])
 
-    live(WeightedSum(parts, text_alone=["kind"]), prompts, expected, draw=draw, slots=2000, rounds=4)
-    with refused(r"prompts\[0\] has pictures", "text_alone="):
+    live(WeightedSum(parts, text_only=["kind"]), prompts, expected, draw=draw, slots=2000, rounds=4)
+    with refused(r"prompts\[0\] has pictures", "text_only="):
         WeightedSum(parts).check(prompts, 8, None)
     with refused(r"prompts\[0\] is what a processor made", "give the chat"):
-        WeightedSum(parts, text_alone=["kind"]).check(read(processed(llava_processor(), CHATS[0]), pair[0]), 8, None)
-    with refused("text_alone", "no part 'kin'", "seen, kind"):
-        WeightedSum(parts, text_alone="kin")
+        WeightedSum(parts, text_only=["kind"]).check(read(processed(llava_processor(), CHATS[0]), pair[0]), 8, None)
+    with refused("text_only", "no part 'kin'", "seen, kind"):
+        WeightedSum(parts, text_only="kin")
 
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=4, target_reward=1.0, base_reward=0.0, beta=0.5, max_new_tokens=8)

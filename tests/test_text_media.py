@@ -282,7 +282,7 @@ def test_an_adapter_is_loaded_as_the_model_that_it_changes(tmp_path, monkeypatch
         load_policy(tmp_path, None)
 
 
-def test_an_adapter_without_a_processor_is_read_with_that_of_the_model_it_changes(tmp_path):
+def test_what_an_adapter_has_not_of_its_own_is_that_of_the_model_it_changes(tmp_path):
     peft = pytest.importorskip("peft")
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     llava().save_pretrained(base)
@@ -294,6 +294,11 @@ def test_an_adapter_without_a_processor_is_read_with_that_of_the_model_it_change
         _, tokenizer, processor = load_policy(adapter, None)
     assert type(processor) is type(llava_processor()) and tokenizer is processor.tokenizer
     own = llava_processor()
+    own.tokenizer.chat_template = "mine"
+    own.tokenizer.save_pretrained(adapter)
+    _, tokenizer, processor = load_policy(adapter, None)
+    assert tokenizer.chat_template == "mine" and tokenizer is processor.tokenizer
+    assert processor.chat_template == own.chat_template
     own.chat_template += "\n"
     own.save_pretrained(adapter)
     assert load_policy(adapter, None)[2].chat_template == own.chat_template

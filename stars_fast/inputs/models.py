@@ -66,8 +66,8 @@ def load_policy(
     policy : transformers causal LM or encoder-decoder, path, hub id or "demo"
         An object is left where it is. By name it is loaded with transformers' Auto classes.
     tokenizer : transformers tokenizer, path or hub id, optional
-        Default: the processor's; else the one beside a policy given by name, if there is one. An adapter that has
-        none of its own has those of the model that it changes.
+        Default: the processor's; else the one beside a policy given by name, if there is one. An adapter is read with
+        its own where it has one, else with that of the model that it changes.
     device : str or torch.device, optional
         Of a policy given by name; see :func:`placement`.
     dtype : str
@@ -88,7 +88,10 @@ def load_policy(
         name = _named(policy, "policy")
         auto = _auto_class(name)
         if processor is None and auto is AutoModelForImageTextToText:
-            processor = processor_beside(_places(name), "policy", "processor")
+            places = list(_places(name))
+            processor = processor_beside(places, "policy", "processor")
+            if processor is not None and tokenizer is None and len(places) > 1:  # an adapter may have learned tokens
+                processor.tokenizer = tokenizer_beside(name, "tokenizer") or processor.tokenizer
         if tokenizer is None and processor is None:
             found = (tokenizer_beside(place, "tokenizer") for place in _places(name))
             tokenizer = next((one for one in found if one is not None), None)
@@ -118,7 +121,7 @@ def _warn_of_unread(processor: Any, policy: PreTrainedModel) -> None:
     made = set(getattr(processor, "model_input_names", ())) - ABOUT_TEXT
     if made and not made & forward_arguments(unwrapped(policy)):
         warn(
-            f"processor= is a {type(processor).__name__}, and of what it makes of pictures ({', '.join(sorted(made))}) "
+            f"processor= is a {type(processor).__name__}, and of what it makes besides ids ({', '.join(sorted(made))}) "
             f"the policy, a {type(policy).__name__}, reads nothing: chats with pictures are refused"
         )
 

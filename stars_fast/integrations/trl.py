@@ -100,9 +100,17 @@ def rollout_func(
             return _rollouts(engines[id(model)], prompts, given, references)
         finally:
             if not keep_memory:
-                engines[id(model)].release_memory()
+                _release(engines[id(model)])
 
     return rollout
+
+
+def _release(engine: StarsEngine) -> None:
+    """Its memory, unless somebody else has the same models in use: the samples are there all the same."""
+    try:
+        engine.release_memory()
+    except RuntimeError as error:
+        warn(f"after a rollout, the memory of keys and values is kept: {error}")
 
 
 def engine_reward(engine_rewards: Sequence[float], **columns: Any) -> list[float]:

@@ -233,7 +233,7 @@ class RenderedReward(Stays, Reward):
             raise ValueError(
                 f"{prompt.name} has pictures, and the {name} {what}: give a scorer whose model sees them, a rule or "
                 "function of the answer's text, or reward_prompts= of text (beside one that sees them, a part of a "
-                "WeightedSum may be named in its text_alone=)"
+                "WeightedSum may be named in its text_only=)"
             )
         context = self.context(prompt)
         if context.seen is None or context.seen.media is None:

@@ -67,20 +67,20 @@ class WeightedSum(Reward):
     ----------
     parts : sequence of (weight, Reward), or mapping of name to (weight, Reward)
         Without names a part is called after its class.
-    text_alone : collection of str
+    text_only : collection of str
         Names of parts that read chats with pictures as if these were not there, beside others that see them.
 
     Raises
     ------
     ValueError, TypeError
         Without parts, for a weight that is not finite, a scorer that is given twice, or one that is no Reward; for a
-        name in ``text_alone`` that no part has.
+        name in ``text_only`` that no part has.
     """
 
     def __init__(
         self,
         parts: Sequence[tuple[float, Reward]] | Mapping[str, tuple[float, Reward]],
-        text_alone: Collection[str] = (),
+        text_only: Collection[str] = (),
     ) -> None:
         self._parts = [_Part(*part) for part in _named(parts)]
         if not self._parts:
@@ -94,9 +94,9 @@ class WeightedSum(Reward):
         self.in_order = all(part.reward.in_order for part in self._parts)
         self.needs_hidden_state = any(part.reward.needs_hidden_state for part in self._parts)
         self._begun: list[_Part] = []
-        self._text_alone = frozenset([text_alone] if isinstance(text_alone, str) else text_alone)
-        if unknown := sorted(self._text_alone.difference(self.weights)):
-            raise ValueError(f"text_alone: there is no part {shown(unknown[0])}; there are {', '.join(self.weights)}")
+        self._text_only = frozenset([text_only] if isinstance(text_only, str) else text_only)
+        if unknown := sorted(self._text_only.difference(self.weights)):
+            raise ValueError(f"text_only: there is no part {shown(unknown[0])}; there are {', '.join(self.weights)}")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -118,7 +118,7 @@ class WeightedSum(Reward):
 
     @property
     def described(self) -> str:
-        alone = {name: " of text alone" for name in self._text_alone}
+        alone = {name: " of text only" for name in self._text_only}
         parts = (f"{one.weight:g} {one.name} ({one.reward.described}{alone.get(one.name, '')})" for one in self._parts)
         return f"{type(self).__name__} of {', '.join(parts)}"
 
@@ -230,7 +230,7 @@ class WeightedSum(Reward):
 
     def _read_by(self, part: _Part, prompts: Sequence[RewardPrompt]) -> list[RewardPrompt]:
         """The prompts as a part knows them."""
-        blind = part.name in self._text_alone
+        blind = part.name in self._text_only
         return [prompt.without_pictures if blind and prompt.media is not None else prompt for prompt in prompts]
 
     def _responses(self, response: Response) -> list[Response]:

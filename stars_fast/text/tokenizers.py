@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -109,23 +109,23 @@ def _loaded(auto: Any, argument: str, given: Any) -> Any:
         return auto.from_pretrained(name)
 
 
-def processor_beside(places: Iterable[str], role: str, argument: str) -> Any:
+def processor_beside(places: Sequence[str], role: str, argument: str) -> Any:
     """The processor of a model that takes pictures, in the first of these folders or repositories that has one; None,
     with a warning of what to pass, where none loads.
     """
-    causes = dict[str, BaseException | None]()
+    cause: BaseException | None = None
     for place in places:
         try:
             with _said("cannot be loaded"):
                 processor = AutoProcessor.from_pretrained(place)
         except OSError as error:
-            causes[place] = error.__cause__
+            cause = cause or error.__cause__
         else:
             if is_processor(processor):
                 return processor
-    for place, cause in [*causes.items()][:1]:
+    if cause is not None:
         warn(
-            f"{role}={place!r} takes pictures, and its processor cannot be loaded, so that chats with pictures are "
+            f"{role}={places[0]!r} takes pictures, and its processor cannot be loaded, so that chats with pictures are "
             f"refused: pass {argument}= ({type(cause).__name__}: {' '.join(str(cause).split())})"
         )
     return None
