@@ -54,8 +54,8 @@ class SegmentTree {
 
     // One heartbeat: rows[g] children under leaves[g], child b new_slots[b] long. Sections of the packed array, in
     // order, each starting at a multiple of kAlign: trunk_slots [G, P], trunk_len [G], branch_slots [B, S],
-    // branch_len [B], group_indptr [G + 1], trunk_position [G]; and of all new tokens in one row, T: query_indptr [B + 1],
-    // write_slots [T], positions [T], and ids [T] where those are given.
+    // branch_len [B], group_indptr [G + 1], trunk_position [G]; and of all T new tokens in one row: query_indptr
+    // [B + 1], write_slots [T], positions [T], and ids [T] where those are given.
     struct Layout {
         int64_t groups, branches, tokens, trunk_width, branch_width;
         int64_t trunk_len, branch_slots, branch_len, group_indptr, trunk_position;  // trunk_slots begins at 0

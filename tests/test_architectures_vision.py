@@ -1,5 +1,6 @@
 """Prompts with pictures give the untouched model's own numbers, in every family whose layers a tree can hold."""
 
+import copy
 import functools
 
 import pytest
@@ -163,3 +164,17 @@ def test_ids_that_stand_for_pictures_are_not_drawn(name):
     assert IMAGE in policy.barred and draw.tokens[0] != IMAGE
     assert draw.logprobs[0] == pytest.approx(raised.log_softmax(0)[draw.tokens[0]].item(), abs=1e-4)
     assert draw.sampling_logprobs[0] > draw.logprobs[0] + 30
+
+
+@pytest.mark.parametrize("name", ["llava"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_pictures_are_refused_where_somebody_has_compiled_layers(name, layers):
+    """Which modules attend in them is hidden: without their keys, answers would be to another prompt."""
+    model = copy.deepcopy(family_model(name))
+    for layer in model.model.language_model.layers[:layers]:
+        layer.compile(backend="eager")
+    policy = Policy(model)
+    policy.begin(600, 128, 8)
+    with plugged(model), pytest.raises(NotImplementedError, match=r"layers \[0.*\] were compiled before the engine"):
+        policy.read_media(family_prompt(name, 0))
+    assert policy.tree.nodes == 0

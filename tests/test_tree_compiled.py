@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from stars_fast import StarsEngine
 from stars_fast.async_engine import AsyncStarsEngine
 from stars_fast.policy.policy import Policy
+from stars_fast.tree import compiled
 from stars_fast.tree.attention import active, plugged
 from stars_fast.tree.compiled import CompiledLayers
+from stars_fast.tree.difference import relative
 from stars_fast.tree.joined import join
 
 # Their rotary embeddings pair other elements than halves (Cohere, DeepSeek, gpt-oss), or there are none.
@@ -319,23 +321,25 @@ def test_layers_that_compute_something_else_compiled_run_without_and_say_so(rows
 
 
 def test_compiled_layers_are_compared_once_of_one_row_and_of_more_and_nothing_is_compiled_for_that(monkeypatch):
-    model, counter, forwards = tiny_policy(64, hidden=32), CompileCounter(), []
+    model, counter, asked, compares = tiny_policy(64, hidden=32), CompileCounter(), [], []
     engine = StarsEngine(model, sum_reward)
     engine.policy._compiled, engine.policy.torch_compile = CompiledLayers(model, counter), True
-    compared = CompiledLayers.disagreement
+    compared, difference = CompiledLayers.disagreement, relative
 
     def counted(layers, tree, single):
-        before, seen = counter.frame_count, set(layers._compared)
+        before = counter.frame_count
         told = compared(layers, tree, single)
         assert counter.frame_count == before > 0
-        forwards.append(single not in seen)
+        asked.append(single)
         return told
 
     monkeypatch.setattr(CompiledLayers, "disagreement", counted)
+    monkeypatch.setattr(compiled, "relative", lambda *both: compares.append(len(both[0])) or difference(*both))
     for candidates in (1, 3, 1, 3):
         engine.generate(PROMPTS[:1], CONFIG, seed=0, candidates=candidates)
     assert engine.policy.torch_compile and engine.policy._compiled._compared == {False, True}
-    assert sum(forwards) == 2 < len(forwards)
+    assert compares == [11, 2], "tokens: of both branches, and the first of each"
+    assert len(asked) > 2 and set(asked) == {False, True}
     assert engine.policy.tree.free_slots == engine.policy.tree.capacity - 1
 
 

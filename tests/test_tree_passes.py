@@ -71,6 +71,25 @@ def test_a_padded_pass_gives_the_numbers_of_any_other_and_writes_to_its_branches
         assert all(torch.equal(a, b) for a, b in zip(padded[2] + padded[3], first[2] + first[3], strict=True))
 
 
+def test_what_a_pass_gives_depends_on_no_earlier_one_even_where_tokens_share_a_scale():
+    model, kept = policy(), []
+
+    def share(module, args):
+        return (args[0] / args[0].abs().amax(),)
+
+    model.model.model.layers[0].mlp.register_forward_pre_hook(share)
+    model.model.model.embed_tokens.weight.data[20].mul_(50.0)
+    model.graphs.enabled = True
+    model.allocate(200)
+    with plugged(model.model), torch.no_grad():
+        for before in ([], [[20] * 12]):
+            for branch in (*before, [1, 2, 3]):
+                (node,), output, _ = model.encode([-1], [1], [branch], logits_to_keep=0)
+                model.release(node)
+            kept.append(output.logits)
+    assert len(model.graphs._kept) == 1 and torch.equal(*kept)
+
+
 def test_what_a_pass_returns_is_not_overwritten_by_the_next():
     model = policy()
     model.graphs.enabled = True

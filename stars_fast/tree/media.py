@@ -35,6 +35,7 @@ class Reader(Protocol):
     device: torch.device
     tree: SegmentTree
     pool: SlotPool
+    shapes: dict[int, tuple[int, int, int]]  # of layers
     modules: dict[nn.Module, int]  # that attend, and their layers
 
     def plan(self, leaves: Sequence[int], rows: Sequence[int], new_slots: Sequence[int]) -> TreePlan: ...
@@ -78,6 +79,12 @@ def read(
     model: Reader, inputs: Mapping[str, Any], rows: Sequence[int], lag: int, **kwargs: Any
 ) -> tuple[list[int], Any]:
     """:meth:`stars_fast.tree.model.TreeModel.read_media`."""
+    # The shapes of layers that somebody had compiled are known, and not which modules attend in them.
+    if hidden := sorted(set(model.shapes) - set(model.modules.values())):
+        raise NotImplementedError(
+            f"the {model.name}: layers {hidden} were compiled before the engine was made, so what they read of a "
+            "prompt with pictures cannot be kept: give the model as it is"
+        )
     batch, length = inputs["input_ids"].shape
     there = places(inputs, rows)
     lengths = [max(len(place) - lag, 0) for place in there]

@@ -72,10 +72,10 @@ class TreePlan:
             tokens = len(plan.ids)
             self.query_indptr.fill_(tokens)
             self.query_indptr[: rows + 1].copy_(plan.query_indptr)
-            for own, given in ((self.write_slots, plan.write_slots), (self.positions, plan.positions)):
-                own.zero_()
-                own[:tokens].copy_(given)
-            self.ids[:tokens].copy_(plan.ids)
+            for name in ("write_slots", "positions", "ids"):
+                own = getattr(self, name)
+                own.zero_()  # the ids too: where tokens share a scale or an expert, padding is not without effect
+                own[:tokens].copy_(getattr(plan, name))
 
 
 def plan(
