@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from stars_fast.tree.model import MOST_PACKED, TreeModel
-from stars_fast.tree.passes import MOST_TOKENS, PassShape, bucket, group_bucket, trunk_room
+from stars_fast.tree.passes import MOST_TOKENS, PassShape, group_bucket, trunk_room
 
 # Of the memory that is free when the pool is made, where no engine has divided the device; the rest is for activations
 # and for everybody else.
@@ -22,6 +22,9 @@ _UNKNOWN_MEMORY = 4 << 30
 _ROOT = Path("/")
 # Of a token a layer holds at once: residual, norms in float32, queries, keys, values, attention; gate, up, product.
 _HIDDEN_COPIES, _INTERMEDIATE_COPIES = 8, 4
+# Of the largest decode step's table, for those of all that are captured as requests end: of up to 256, each number of
+# them that is padded to takes 2.6 times as much together. What does not fit beside them is launched.
+_TABLES_OF_STEPS = 3
 
 # Wanted by default at least, so that callers with longer prompts may join whoever came first.
 _LEAST_TOKENS = 4096
@@ -159,12 +162,6 @@ def _workspace(model: TreeModel, rows: int, longest: int) -> int:
     passes = list(PassShape.usual(trunk, logits, rows if logits else 0))
     kept = sum(shape.rows if logits else shape.tokens for shape in passes)
     outputs = kept * (vocab if logits else hidden) * model.dtype.itemsize  # each small pass keeps its own
-    tables = trunk * (sum(shape.groups for shape in passes) + (_groups_of_steps(rows) if logits else 0))
+    steps = _TABLES_OF_STEPS * group_bucket(rows) if logits else 0
+    tables = trunk * (sum(shape.groups for shape in passes) + steps)
     return launched + captured + outputs + tables * torch.int32.itemsize  # memory of graphs serves nobody else
-
-
-def _groups_of_steps(rows: int) -> int:
-    """Requests in all captured decode steps, where each number of rows meets each number of requests."""
-    each = {bucket(count): group_bucket(count) for count in range(1, rows + 1)}  # the most, by rows
-    groups = {group_bucket(count) for count in range(1, rows + 1)}
-    return sum(count for most in each.values() for count in groups if count <= most)
