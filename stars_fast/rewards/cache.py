@@ -293,8 +293,8 @@ class TreeCache:
         self._responses[response] = Encoded(self.model.retain(encoded.node), encoded.ids, encoded.values)
 
     def _batches(self, texts: Sequence[Text]) -> Iterator[tuple[range, dict[Response, int]]]:
-        """Places of texts that one packed pass and the free slots can hold, at least one each; and how many ids all texts
-        of a response among them have in the tree and need not encode.
+        """Places of texts that one packed pass and the free slots can hold, at least one each; and how many ids all of
+        a response's texts among them have in the tree and need not encode.
         """
         limit, start = self.max_packed or _MAX_PACKED, 0
         while start < len(texts):
