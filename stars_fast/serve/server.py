@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import signal
 import socket
@@ -61,9 +62,12 @@ def serve(service: Service, bound: socket.socket, api_key: str | None, grace: fl
     )
     # uvicorn raises the signal once more when it is through: that is no failure.
     before = {one: signal.signal(one, lambda *_: None) for one in (signal.SIGTERM, signal.SIGINT)}
+    gc.collect()
+    gc.freeze()  # models and modules stay: each full collection would look through them again, for a heartbeat's time
     try:
         _Server(config, service, grace).run(sockets=[bound])
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
+        gc.unfreeze()
         service.engine.close()
