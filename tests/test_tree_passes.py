@@ -75,10 +75,9 @@ def test_what_a_pass_gives_depends_on_no_earlier_one_even_where_tokens_share_a_s
     model, kept = policy(), []
 
     def share(module, args):
-        return (args[0] / args[0].abs().amax(),)
+        return (args[0] / args[0].abs().mean(),)
 
     model.model.model.layers[0].mlp.register_forward_pre_hook(share)
-    model.model.model.embed_tokens.weight.data[20].mul_(50.0)
     model.graphs.enabled = True
     model.allocate(200)
     with plugged(model.model), torch.no_grad():
