@@ -62,7 +62,7 @@ def test_the_law_holds(candidates):
 def test_the_law_holds_with_a_classifier_as_reward():
     policy, classifier = tiny_policy(VOCAB, seed=3), tiny_reward(VOCAB, seed=2)
     oracles = {i: oracle(policy, prompt, classifier=classifier) for i, prompt in enumerate(PROMPTS)}
-    runs = run(policy.to(DEVICE), classifier.to(DEVICE), PROMPTS, SAMPLES // 6, candidates=3)
+    runs = run(policy.to(DEVICE), classifier.to(DEVICE), PROMPTS, SAMPLES // 4, candidates=3)
     assert p_text(runs, oracles) > 1e-3
     assert p_attempts(runs, oracles) > 1e-3
 

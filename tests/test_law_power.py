@@ -1,4 +1,4 @@
-"""The check of test_law.py rejects faults planted on purpose, with a third of the samples that it takes there."""
+"""The check of test_law.py rejects faults planted on purpose, with half the samples that it takes there."""
 
 import inspect
 from dataclasses import replace

@@ -159,9 +159,9 @@ def test_compiled_and_reference_agree(data):
 
 @pytest.mark.parametrize("draw", BOTH)
 def test_a_row_draws_the_same_alone_and_in_any_batch(draw):
-    case = arguments(random_logits(9, 2500), top_p=0.95)
+    case = arguments(random_logits(5, 2500), top_p=0.95)
     together = draw(**{name: value.clone() if torch.is_tensor(value) else value for name, value in case.items()})
-    for row in range(9):
+    for row in range(5):
         alone = {
             name: value[row : row + 1].clone() if torch.is_tensor(value) else value for name, value in case.items()
         }
@@ -206,7 +206,7 @@ def test_ties_are_kept_together(draw):
 
 @pytest.mark.parametrize("draw", BOTH)
 def test_top_p_is_exact_on_nearly_equal_logits(draw):
-    logits = random_logits(4, 20_000, scale=1e-4)
+    logits = random_logits(2, 20_000, scale=1e-4)
     expected = warped(logits.double(), top_p=0.37).exp()
     _, _, sampling_logprob, _ = draw(**arguments(logits, top_p=0.37))
     kept = (expected > 0).sum(1)

@@ -52,7 +52,7 @@ def assert_like(reference, case, **options):
 @st.composite
 def steps(draw):
     rows = draw(st.integers(1, 4))
-    vocab = draw(st.sampled_from([1, 2, 7, 500, 1023, 1024, 1025, 3000, 5000]))
+    vocab = draw(st.sampled_from([1, 2, 7, 500, 1023, 1024, 1025, 3000]))
     seed = draw(st.integers(0, 10_000))
     logits = random_logits(rows, vocab, seed=seed, scale=draw(st.sampled_from([0.0, 0.3, 3.0, 20.0])))
     if draw(st.booleans()):
@@ -83,7 +83,7 @@ def steps(draw):
     return case
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(steps(), st.sampled_from([64, kernel.CAPACITY]))
 def test_rows_of_all_kinds_are_drawn_as_the_reference_draws_them(case, capacity):
     assert_like(sample_step_reference, case, capacity=capacity)
@@ -144,12 +144,12 @@ def test_a_search_ends_within_33_rounds_at_the_kth_place(row, capacity):
 
 
 def test_minus_infinity_is_never_drawn():
-    logits = torch.full((8, 4100), -torch.inf)
+    logits = torch.full((2, 4100), -torch.inf)
     logits[:, 4097] = logits[:, 1] = -5.0
     for options in FILTERS.values():
         token, _, sampling_logprob, _ = launch(**arguments(logits, **options))
         assert set(token.tolist()) <= {1, 4097}
-        torch.testing.assert_close(sampling_logprob, torch.full((8,), 0.5).log())
+        torch.testing.assert_close(sampling_logprob, torch.full((2,), 0.5).log())
 
 
 @pytest.mark.parametrize("options", [{}, FILTERS["all"]], ids=["plain", "filtered"])
