@@ -106,7 +106,7 @@ class TreeCache:
         self._runs.pop(prompt, None)
         self._media.pop(prompt, None)
         self._answered.pop(prompt, None)
-        self._release(self._prefixes.pop(prompt, None))
+        self._drop(self._prefixes.pop(prompt, None))
 
     def end(self) -> None:
         """Release everything."""
@@ -124,7 +124,7 @@ class TreeCache:
 
     def discard(self, completion: Completion) -> None:
         """Forget the completion."""
-        self._release(self._completions.pop(completion, None))
+        self._drop(self._completions.pop(completion, None))
 
     def close(self, response: Response) -> None:
         """Forget the response."""
@@ -133,12 +133,7 @@ class TreeCache:
             self._answered[response.prompt] = None
 
     def _let_go(self, response: Response) -> None:
-        self._release(self._responses.pop(response, None))
-
-    def _release(self, encoded: Encoded | None) -> None:
-        """Nobody asks for it any more."""
-        if encoded is not None:
-            self.model.release(encoded.node)
+        self._drop(self._responses.pop(response, None))
 
     def fork(self, response: Response, twin: Response) -> None:
         """``twin`` goes on from what is encoded of ``response``."""
@@ -406,6 +401,7 @@ class TreeCache:
                 return
             self._drop(encoded)
 
-    def _drop(self, encoded: Encoded) -> None:
-        self.model.release(encoded.node)
-        encoded.node, encoded.ids, encoded.values = -1, [], []
+    def _drop(self, encoded: Encoded | None) -> None:
+        if encoded is not None:
+            self.model.release(encoded.node)
+            encoded.node, encoded.ids, encoded.values = -1, [], []

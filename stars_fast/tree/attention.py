@@ -61,6 +61,12 @@ class TreeContext:
     work: dict[Any, torch.Tensor | None] = field(default_factory=dict)  # of layers, by the sizes of their heads
     fresh: bool = False  # each row's new tokens are all that it has, and are not padded
 
+    @classmethod
+    def of_whole_branches(cls, pool: SlotPool, plan: TreePlan, max_rows: int) -> TreeContext:
+        """All that a plan has slots for, in one pass."""
+        tables, longest = (plan.write_slots, plan.branch_len, plan.query_indptr), plan.branch_slots.shape[1]
+        return cls(pool, plan, *tables, max_rows, longest, fresh=plan.fresh)
+
     def attend(
         self,
         layer: int,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stars_fast.locks import Lock
+from stars_fast.tree.attention import TreeContext
 from stars_fast.tree.difference import probe, relative, tolerated, values
 from stars_fast.tree.joined import join
 from stars_fast.tree.segment_tree import SegmentTree, plan
@@ -88,7 +89,7 @@ class CompiledLayers:
         def inputs(leaf: int, branches: list[list[int]]) -> tuple[list[int], Any]:
             lengths, ids = [len(branch) for branch in branches], [token for branch in branches for token in branch]
             step = plan(tree, [leaf], [len(branches)], lengths, model.device, ids)
-            context = model.context(step, len(branches), max(lengths), pool)
+            context = TreeContext.of_whole_branches(pool, step, len(branches))
             return step.branches, (step.ids.long(), step.positions.long(), context)
 
         (leaf,), first = inputs(-1, [trunk])

@@ -92,8 +92,7 @@ def read(
     try:
         kept = zip(rows, there, lengths, strict=True)
         tokens = torch.cat([row * length + place[:count] for row, place, count in kept]).to(model.device)
-        slots = torch.cat([plan.branch_slots[branch, :count] for branch, count in enumerate(lengths)])
-        where = (batch, length), tokens, slots
+        where = (batch, length), tokens, plan.write_slots
         writes = {module: Write(model.pool, layer, *where) for module, layer in model.modules.items()}
         context = PromptContext(writes)
         with model.on_device(), active(context), _positions(_decoder(model)) as seen:

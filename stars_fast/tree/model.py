@@ -321,23 +321,8 @@ class TreeModel(Stays):
             return self._run_small(small, plan), last
         if isinstance(kwargs.get("logits_to_keep"), int):  # else the caller's index of the packed row
             kwargs["logits_to_keep"] = last
-        context = self.context(plan, rows, max(lengths), self.pool)
+        context = TreeContext.of_whole_branches(self.pool, plan, rows)
         return self.forward(plan.ids.long(), plan.positions.long(), context, **kwargs), last
-
-    def context(self, plan: TreePlan, rows: int, queries: int, pool: SlotPool) -> TreeContext:
-        """What :meth:`forward` needs beside the ids and positions of a plan that was made with ids: its tables over the
-        pool of its slots, with the most rows of a group and queries of a row.
-        """
-        return TreeContext(
-            pool=pool,
-            plan=plan,
-            write_slots=plan.write_slots,
-            branch_len=plan.branch_len,
-            query_indptr=plan.query_indptr,
-            max_rows=rows,
-            max_queries=queries,
-            fresh=plan.fresh,
-        )
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Makes the model's CUDA device the current one inside: graphs and their streams lie on it."""

@@ -127,15 +127,7 @@ class Pass(Captured):
     def work(self) -> None:
         """The forward pass."""
         plan = self.plan
-        context = TreeContext(
-            pool=self.model.pool,
-            plan=plan,
-            write_slots=plan.write_slots,
-            branch_len=plan.branch_len,
-            query_indptr=plan.query_indptr,
-            max_rows=self.shape.most_rows,
-            max_queries=self.shape.most_queries,
-        )
+        context = TreeContext.of_whole_branches(self.model.pool, plan, self.shape.most_rows)
         last = {"logits_to_keep": (plan.query_indptr[1:].long() - 1).clamp(min=0)} if self.shape.logits else {}
         output = self.model.forward(plan.ids.long(), plan.positions.long(), context, **last)
         self.output = output.logits if self.shape.logits else output.last_hidden_state
