@@ -1,7 +1,7 @@
 """What only a GPU can show of speed, in one command of eight minutes, beside what was predicted.
 
     python benchmarks/gpu.py --out gpu.json            # --list; --only tiles --only products; --minutes 4
-    python benchmarks/gpu.py --out more.json --only graph-shapes --only prefill --only dependent --only overlap
+    python benchmarks/gpu.py --out more.json --only graph-shapes --only overlap    # and what else --list names last
     python benchmarks/gpu.py --tiny --out tiny.json    # toy models, on a CPU too: shows that the program works
 
 Each part ends with a line for each of its hypotheses (``gpu_parts/hypotheses.yaml``): predicted, measured, and whether
@@ -62,11 +62,12 @@ PARTS = [
         ("unguided", 25, "baselines.compare_unguided", "Accepting everything beside generate."),
         ("baselines", 35, "baselines.compare_scripts", "plain and strong."),
         ("tests", 90, "project_tests.run_tests", "pytest -m gpu."),
-        # Where time is left, or by name: --only graph-shapes --only prefill --only dependent --only overlap.
+        # Where time is left, or by name.
         ("graph-shapes", 40, "shapes.measure_shapes", "Graphs after warm_up; what padding costs."),
         ("prefill", 15, "prefill.measure_prefill", "Attention of fresh prompts, by library."),
         ("dependent", 10, "dependent.compare_dependent_launches", "Decode steps with dependent launches."),
         ("overlap", 40, "overlap.measure_overlap", "Prompts or scoring beside decode steps."),
+        ("ahead", 25, "order.compare_extensions", "The next extension launched ahead."),
         ("quantised", 120, "quantised.measure_quantised", "Steady heartbeats with 8-bit weights."),
     )
 ]

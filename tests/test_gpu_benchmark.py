@@ -362,7 +362,6 @@ def test_steady_heartbeats_are_those_in_which_all_requests_ran(runner):
 
 def test_orders_of_scoring_are_compared_in_turns(runner, monkeypatch):
     core = gpu_models.pilots(runner).engine.core
-    monkeypatch.setattr(core, "in_order", True, raising=False)
     seen, run = [], order.run_engine
 
     def run_engine(*arguments):

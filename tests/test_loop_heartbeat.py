@@ -65,6 +65,19 @@ def test_a_failing_reward_ends_that_request_alone(policy32, failure, cause, cand
         assert out.finish_reasons[row] == "length"
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_where_a_device_works_by_itself_the_next_extension_is_launched_before_the_host_counts(
+    policy32, monkeypatch, ahead
+):
+    engine, done = StarsEngine(policy32, sum_reward), []
+    engine.core.ahead = ahead
+    prefill = engine.policy.prefill
+    monkeypatch.setattr(engine.policy, "prefill", lambda *args: done.append("encode") or prefill(*args))
+    engine.on_heartbeat = lambda beat: done.append("count")
+    engine.generate(PROMPTS[:1], CONFIG, target_reward=-100.0, max_new_tokens=8, seed=1)
+    assert done == ["encode", *(["encode", "count"] if ahead else ["count", "encode"]), "count"]
+
+
 def test_a_reward_that_fails_from_the_start_leaves_an_empty_completion(policy32):
     def reward(prompts, completions):
         if PROMPTS[BAD] in prompts:

@@ -206,6 +206,17 @@ def test_a_pass_that_runs_out_of_memory_changes_no_text(monkeypatch, method, tog
     assert_all_free(engine)
 
 
+def test_extensions_launched_ahead_change_no_text(monkeypatch, method, together):
+    engine, ahead = make_engine(tiny_reward(VOCAB, hidden=32)), []
+    monkeypatch.setattr(engine.core, "ahead", True)
+    extend = Loop.extend_ahead
+    monkeypatch.setattr(Loop, "extend_ahead", lambda loop: ahead.append(len(loop.running)) or extend(loop))
+    out = generate(engine, method)
+    assert out.completions == together.completions and any(ahead)
+    assert out.stats["committed_tokens"] == together.stats["committed_tokens"]
+    assert_all_free(engine)
+
+
 class FailsFor(Sums):
     """Raises for answers to one of the prompts."""
 

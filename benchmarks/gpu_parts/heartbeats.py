@@ -32,7 +32,7 @@ REPEATS = 3
 class Beat(NamedTuple):
     """One heartbeat."""
 
-    seconds: float
+    seconds: float  # since the one before
     committed: int  # tokens
     drawn: int  # tokens
     scored: int  # tokens that the reward model read, prompts included
@@ -57,13 +57,14 @@ class Watch:
         """The next call starts."""
         self._context, self._scored, self._launched = self.length, self.engine.reward.tokens, self.passes["launched"]
         self._one: Heartbeat | None = None
+        self._at = time.perf_counter()
 
     def __call__(self, one: Heartbeat) -> None:
-        timing, scored, launched = one.timing, self.engine.reward.tokens, self.passes["launched"]
-        refilled, warm = timing.encoded > 0, one.measured and launched == self._launched
+        scored, launched, at = self.engine.reward.tokens, self.passes["launched"], time.perf_counter()
+        refilled, warm = one.timing.encoded > 0, one.measured and launched == self._launched
         self.beats.append(
             Beat(
-                seconds=timing.propose_seconds + timing.score_seconds,
+                seconds=at - self._at,
                 committed=one.committed,
                 drawn=one.drawn,
                 scored=scored - self._scored,
@@ -75,7 +76,7 @@ class Watch:
             )
         )
         self._context += one.committed / self.batch
-        self._scored, self._launched, self._one = scored, launched, one
+        self._scored, self._launched, self._one, self._at = scored, launched, one, at
 
     def end(self) -> None:
         """The call has ended."""
@@ -144,11 +145,6 @@ def run_engine(
             )
             watch.end()
     return watch
-
-
-def scores_in_order(engine: StarsEngine) -> bool:
-    """Whether this build leaves candidates behind an accepted one out of scoring, and this engine does."""
-    return getattr(engine.core, "in_order", False)
 
 
 def stream_until(
@@ -222,9 +218,7 @@ def measure_engine(
         row |= {"wanted": load.acceptance, "candidates": candidates, **figures(watch, load)}
         if row["beats"]:
             work = load.batch, load.segment_length, load.acceptance, row["context"], row["rows"] / load.batch
-            row["expected"] = expectation(
-                costs(runner), machine(runner), *work, in_order=scores_in_order(driven.engine)
-            )
+            row["expected"] = expectation(costs(runner), machine(runner), *work, in_order=driven.engine.core.in_order)
             row["of_expected"] = [row["expected"]["milliseconds"] / one for one in row["repeats_milliseconds"]]
         return runner.add(kind, **row)
     return None

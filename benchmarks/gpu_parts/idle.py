@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -43,7 +44,7 @@ def _profile_heartbeats(runner: Runner, groups: int, candidates: int) -> None:
             seen += 1
             if seen == first:
                 profiler.start()
-            elif seen == first + count + 1:
+            elif seen == first + count + 2:
                 synchronize(runner.device)
                 profiler.stop()
 
@@ -51,13 +52,14 @@ def _profile_heartbeats(runner: Runner, groups: int, candidates: int) -> None:
     try:
         with stages_marked():
             for seed in range(4):
-                stream_until(lambda: seen > first + count, driven.engine, prompts, config, candidates, seed)
+                stream_until(lambda: seen > first + count + 1, driven.engine, prompts, config, candidates, seed)
     finally:
         driven.engine.on_heartbeat = None
-        if first <= seen <= first + count:
+        if first <= seen <= first + count + 1:
             profiler.stop()
     found = read(profiler, runner.device)
-    spans = [one for one in found.stages if one.name == "heartbeat"][-count:]
+    whole = [one for one in found.stages if one.name == "heartbeat"][-count - 1 :]
+    spans = [one._replace(duration=after.start - one.start) for one, after in pairwise(whole)]  # to the next one
     idle, walls = list[float](), list[float]()
     host, by_stage = defaultdict[str, float](float), defaultdict[str, float](float)
     for span in spans:

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from benchmarks.gpu_parts.expected import expectation
-from benchmarks.gpu_parts.heartbeats import REPEATS, Watch, scores_in_order, watching, workload
+from benchmarks.gpu_parts.heartbeats import REPEATS, Watch, watching, workload
 from benchmarks.gpu_parts.models import costs, machine, pair, pilots
 from benchmarks.gpu_parts.runner import Runner
 from stars_fast.bench.workload import Workload
@@ -55,7 +55,7 @@ def _whole_call(runner: Runner, load: Workload, watch: Watch, tokens: int, secon
     warm = [beat for beat in watch.beats if beat.warm and beat.requests > 0.9 * most]
     rows = statistics.median(beat.drawn / load.segment_length / beat.requests for beat in watch.beats)
     context = watch.length + load.max_new_tokens / 2
-    in_order = scores_in_order(pilots(runner).engine)
+    in_order = pilots(runner).engine.core.in_order
     work = most, load.segment_length, load.acceptance, context, rows, load.max_new_tokens, in_order
     expected = expectation(costs(runner), machine(runner), *work)
     spent = sum(beat.seconds for beat in warm)

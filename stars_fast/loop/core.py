@@ -93,7 +93,8 @@ class Core(Stays):
         self._ratio = PRIOR_RATIO if policy.device.type == "cpu" else PRIOR_RATIO_OF_GPUS
         self.cost = HeartbeatCost(self._ratio)  # what is learned on this machine serves the next caller
         self._acceptance = (0.0, 0)  # and this
-        self.in_order = True  # scoring; False, from the next opening on, to compare with
+        # From the next opening on, to compare with: scoring in order, and the next extension launched ahead.
+        self.in_order, self.ahead = True, policy.device.type != "cpu"
         self._on_heartbeat: Callable[[Heartbeat], None] | None = None
         self.loop: Loop | None = None  # while it is open
         self.closed = False
@@ -326,7 +327,7 @@ class Core(Stays):
         if policy.sharded:  # every process must plan alike, and each has a clock of its own
             scheduler.cost, scheduler.learns = HeartbeatCost(self._ratio), False
         loop = self.loop = Loop(Trunks(policy, scheduler), self.reward, scheduler, self.tokenizer)
-        loop.on_heartbeat, self._size = self.on_heartbeat, size
+        loop.on_heartbeat, loop.ahead, self._size = self.on_heartbeat, self.ahead, size
         return loop
 
     def _shut(self) -> None:

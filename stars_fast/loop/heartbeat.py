@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 
 import torch
 
@@ -29,9 +29,13 @@ class Loop(Queue):
     ----------
     on_heartbeat : callable, optional
         Called with a :class:`stars_fast.loop.row_cost.Heartbeat` after each round in which something was drawn.
+    ahead : bool
+        Whether a round ends with the launch of the next one's extension: a device works on it while the host counts,
+        callers are told, and others are let in.
     """
 
     on_heartbeat: Callable[[Heartbeat], None] | None = None
+    ahead = False
     counted = 0  # of the reward's tokens, those that stand in somebody's statistics
     failures, failed_at = 0, 0  # heartbeats that broke off since something was last committed, and tokens then
     _prepared = -1  # captures and compilations so far; the first round has too many to be a measure
@@ -60,8 +64,10 @@ class Loop(Queue):
                 self.judge(requests, stage, self.score(stage))
                 looked_at += [one for group in stage.values() for one in group]
             self.drop_finished()
-            committed = self.committed - before
-            self.note(drawn, looked_at, started, proposed, self.reward.tokens - scored, committed)
+            committed, clock = self.committed - before, (started, proposed, time.perf_counter())
+            if self.ahead:
+                self.extend_ahead()
+            self.note(drawn, looked_at, clock, self.reward.tokens - scored, committed)
             if committed:  # what is begun anew each time, and fails at its end, gets no further by failing again
                 self.scheduler.recover()
             return
@@ -207,19 +213,28 @@ class Loop(Queue):
         for strategy, own in _by_strategy(requests):
             strategy.judge(own, drawn, rewards)
 
+    def extend_ahead(self) -> None:
+        """Encode what the running requests need before they draw again.
+
+        Only where none has to give way first. What does not fit is asked for again in the next round, which retreats.
+        """
+        if self.scheduler.spare(self.admitted) >= 0:
+            with suppress(TooLarge):
+                for tree, trunks in due(self.running).items():
+                    tree.extend(trunks)
+
     def note(
         self,
         drawn: Drawn,
         looked_at: Sequence[Candidate],
-        started: float,
-        proposed: float,
+        clock: tuple[float, float, float],
         scored: int,
         committed: int,
     ) -> None:
         """Count, and learn what rows cost: not from rounds that captured or compiled something.
 
-        The host has looked at the device when candidates were drawn, and again when they were judged, so two readings
-        of the clock are all it takes.
+        The host has looked at the device when candidates were drawn, and again when they were judged, so the clock of
+        the beginning and of these two moments is all it takes.
         """
         self._count(drawn)
         lengths = [len(one.draw.tokens) for group in drawn.values() for one in group]
@@ -227,9 +242,10 @@ class Loop(Queue):
             return
         models = (self.trunks.policy, *self.reward.tree_models)
         before, self._prepared = self._prepared, sum(model.prepared for model in models)
-        ended, measured = time.perf_counter(), before == self._prepared
+        measured = before == self._prepared
         beside = max(scored - sum(len(one.draw.tokens) for one in looked_at), 0)
-        seconds = proposed - started, ended - proposed
+        started, proposed, judged = clock
+        seconds = proposed - started, judged - proposed
         timing = Timing(len(lengths), max(lengths), self.encoded, beside, *seconds, len(looked_at))
         if measured and any(lengths):
             self.scheduler.observe(timing)
