@@ -10,7 +10,7 @@ from torch import nn
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import ClassifierReward
 from stars_fast.tree import attention
-from stars_fast.tree.check import max_difference, median_difference, tolerance
+from stars_fast.tree.check import absolute_tolerance, max_difference, median_difference
 
 
 def tree_models():
@@ -19,7 +19,7 @@ def tree_models():
 
 @pytest.mark.parametrize("role", ["policy", "reward"])
 def test_an_exact_model_differs_by_rounding_only(role):
-    assert max_difference(tree_models()[role]) < 1e-4 < tolerance(torch.float32)
+    assert max_difference(tree_models()[role]) < 1e-4 < absolute_tolerance(torch.float32)
 
 
 @pytest.mark.parametrize("role", ["policy", "reward"])
@@ -28,7 +28,7 @@ def test_attention_with_a_wrong_scale_is_noticed(role, monkeypatch):
     right = attention.tree_attention
     wrong = lambda *tensors, scale, **rest: right(*tensors, scale=2 * scale, **rest)  # noqa: E731
     monkeypatch.setattr(attention, "tree_attention", wrong)
-    assert max_difference(model) > tolerance(torch.float32)
+    assert max_difference(model) > absolute_tolerance(torch.float32)
 
 
 def test_a_model_that_is_off_by_a_few_per_cent_is_refused(monkeypatch):

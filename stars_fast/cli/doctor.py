@@ -229,7 +229,7 @@ def _reward_path(loaded: _Loaded, policy: _Loaded) -> tuple[Report, ClassifierRe
 
 
 def _tree_path(tree_model: TreeModel, reason: str) -> Report:
-    from stars_fast.tree.check import max_difference, tolerance
+    from stars_fast.tree.check import absolute_tolerance, max_difference
     from stars_fast.tree.prefill import in_words
 
     difference = max_difference(tree_model)
@@ -241,7 +241,7 @@ def _tree_path(tree_model: TreeModel, reason: str) -> Report:
         "max_positions": tree_model.max_positions,
         "fresh_prompts": in_words(tree_model.asks, tree_model.device),
         "max_difference": difference,
-        "agrees": difference <= tolerance(tree_model.dtype),
+        "agrees": difference <= absolute_tolerance(tree_model.dtype),
     }
 
 

@@ -93,7 +93,7 @@ def _scored_twice(policy: Policy, scorer: ClassifierReward, tokenizer: Any) -> R
     from stars_fast.rewards.classifier import score_in_full
     from stars_fast.text.chat import encode
     from stars_fast.tree.attention import evaluating, own_dtypes
-    from stars_fast.tree.check import tolerance
+    from stars_fast.tree.check import absolute_tolerance
 
     if tokenizer is None:
         ids = [token % min(policy.vocab_size, scorer.vocab_size) for token in range(12)]
@@ -125,7 +125,7 @@ def _scored_twice(policy: Policy, scorer: ClassifierReward, tokenizer: Any) -> R
             if whole is not None:
                 score = plain if whole == seen else score_in_full(scorer.model, [whole])[0]
                 card = {"same": whole == seen, "score": score, "ids": len(whole)}
-    allowed = tolerance(next(scorer.model.parameters()).dtype) * max(1.0, abs(plain) / 10)
+    allowed = absolute_tolerance(next(scorer.model.parameters()).dtype) * max(1.0, abs(plain) / 10)
     reader = scorer.tokenizer or tokenizer
     return {
         "seen": _shown(reader, seen),

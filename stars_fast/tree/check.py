@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from stars_fast.tree.attention import evaluating, is_causal, own_dtypes, plugged
-from stars_fast.tree.difference import left_out, probe, relative, tolerated, values
+from stars_fast.tree.difference import left_out, probe, relative, relative_tolerance, values
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import unwrapped
 
@@ -39,7 +39,7 @@ def checked(tree_model: _AnyTree) -> _AnyTree:
     tree_model.reads_whole = seen[form] if form in seen else _must_read_whole(tree_model)
     if form not in seen:
         error = median_difference(tree_model)
-        if not error < tolerated(tree_model.dtype):
+        if not error < relative_tolerance(tree_model.dtype):
             found = "mask other ids than its own" if math.isinf(error) else f"differ from its own by {error:.0%}"
             raise NotImplementedError(
                 f"the {tree_model.name}: on a tree its outputs {found}, so it does more than causal attention over "
@@ -88,7 +88,7 @@ def max_difference(tree_model: TreeModel) -> float:
     return math.inf if ignored is None else float((packed - plain).masked_fill(ignored, 0.0).abs().max())
 
 
-def tolerance(dtype: torch.dtype) -> float:
+def absolute_tolerance(dtype: torch.dtype) -> float:
     """A difference that rounding explains, roughly, for outputs of order 10: 3e-3 in float32, 0.9 in bfloat16."""
     return 10 * torch.finfo(dtype).eps ** 0.5
 

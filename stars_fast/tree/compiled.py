@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stars_fast.locks import Lock
 from stars_fast.tree.attention import TreeContext
-from stars_fast.tree.difference import probe, relative, tolerated, values
+from stars_fast.tree.difference import probe, relative, relative_tolerance, values
 from stars_fast.tree.joined import join
 from stars_fast.tree.segment_tree import SegmentTree, plan
 from stars_fast.tree.slots import SlotPool
@@ -100,7 +100,7 @@ class CompiledLayers:
         with self.running():
             found = torch.cat([values(model.call_body(*one)) for one in packed])
         self._compared.add(single)
-        error, rounding = relative(found, expected), tolerated(model.dtype)
+        error, rounding = relative(found, expected), relative_tolerance(model.dtype)
         if error <= rounding:
             return ""
         return (

@@ -18,7 +18,7 @@ _BRANCHES = (3, 8)
 _GAP = 8
 
 
-def tolerated(dtype: torch.dtype) -> float:
+def relative_tolerance(dtype: torch.dtype) -> float:
     """The relative difference that rounding explains in a model of that dtype."""
     return max(_LEAST_TOLERATED, 2.2 * torch.finfo(dtype).eps ** 0.5)
 
