@@ -225,7 +225,7 @@ class Soak:
         """While the core is open: when it closes, all its slots are free whatever was lost."""
         core = engine.core
         with core._turn():
-            lost = core.open_calls or core._caller_of or core._strategies
+            lost = core.open_calls or core._caller_of or (core.loop and core.loop.strategies)
             for model in {engine.policy, *engine._guides, *engine.reward.tree_models}:
                 model.prefixes.clear()
                 lost = lost or model.tree.nodes or model.tree.free_slots != model.tree.capacity - 1

@@ -158,9 +158,9 @@ def test_a_storm_leaves_only_kept_prefixes(engine):
         await shared.drain()
         while engine.core.open_calls:  # who left is withdrawn after the heartbeat that is under way
             await asyncio.sleep(0.01)
-        core, caches = engine.core, engine.reward.caches
+        core, loop, caches = engine.core, engine.core.loop, engine.reward.caches
         with core._turn():  # the thread of the engine has put everything away
-            held = len(core._callers), len(core._caller_of), len(core._strategies), len(core._later), len(shared._jobs)
+            held = len(core._callers), len(core._caller_of), len(loop.strategies), len(core._later), len(shared._jobs)
             kept = [*engine.reward._contexts], *(cache._prefixes or cache._responses or cache._runs for cache in caches)
             for tree in (engine.policy, *engine.reward.tree_models):
                 tree.prefixes.clear()

@@ -42,7 +42,7 @@ def alone(prompts, seed, **settings):
 
 def assert_nothing_left(engine):
     core = engine.core
-    assert core.loop is None and core.open_calls == 0 and not core._caller_of and not core._uses
+    assert core.loop is None and core.open_calls == 0 and not core._caller_of
     trees = [engine.policy.tree, *(model.tree for model in engine.reward.tree_models)]
     assert all(tree.live_slots == tree.nodes == 0 for tree in trees)
     assert engine.policy.model.config._attn_implementation == "sdpa"

@@ -5,31 +5,20 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from stars_fast.loop.caller import Caller, Size
-from stars_fast.loop.chains import Chains
-from stars_fast.loop.enumeration import Enumeration
-from stars_fast.loop.guided import GuidedTrunks, SecondTree
 from stars_fast.loop.heartbeat import Loop
 from stars_fast.loop.in_order import PASS, PASS_OF_GPUS
-from stars_fast.loop.navigating import Navigating
-from stars_fast.loop.one_answer import OneAnswer
-from stars_fast.loop.persona import SelfJudging
-from stars_fast.loop.plans import Planning
-from stars_fast.loop.population import Populations
-from stars_fast.loop.request import Request, Strategy
+from stars_fast.loop.request import Request
 from stars_fast.loop.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, Heartbeat, HeartbeatCost
-from stars_fast.loop.rsd import Drafting
 from stars_fast.loop.scheduler import Scheduler
-from stars_fast.loop.stopping import Stopping
-from stars_fast.loop.trials import Trials
-from stars_fast.loop.trunks import Trunks
+from stars_fast.loop.session import Session
 from stars_fast.loop.turn import Turn
 from stars_fast.loop.warm_up import Kind, capture
 from stars_fast.notices import log, warn
@@ -37,21 +26,10 @@ from stars_fast.outputs import Cause
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards.base import Reward
 from stars_fast.stays import Stays
-from stars_fast.tree.attention import is_plugged, plugged
+from stars_fast.tree.attention import is_plugged
 from stars_fast.tree.lack import is_lack_of_memory
 from stars_fast.tree.memory import default_tokens, divide_devices
 
-_STRATEGIES: dict[str, type[OneAnswer]] = {
-    "segments": OneAnswer,
-    "trials": Trials,
-    "chains": Chains,
-    "population": Populations,
-    "tokens": Enumeration,
-    "persona": SelfJudging,
-    "stopping": Stopping,
-    "plans": Planning,
-    "navigator": Navigating,
-}
 # Steps in a row that fail, and are taken again, with nothing committed between.
 _RETAKEN = 2
 # Mistakes in a program, ours most likely: devices fail otherwise, and what a scorer's hooks raise is told by itself.
@@ -59,7 +37,9 @@ _BUGS = (AssertionError, AttributeError, LookupError, NameError, TypeError)
 
 
 class Core(Stays):
-    """Owns both models' trees, the queue and the loop. Requests join at the next heartbeat and leave when they end.
+    """Who calls, and whose turn it is; what is open meanwhile, both models' trees and the loop, is a :class:`Session`.
+
+    Requests join at the next heartbeat and leave when they end.
 
     It opens with the first caller and closes with the last, unless it is held open (:meth:`hold`): weights may change
     while it is closed, and nothing is kept then but the pools' memory. Pools are sized when it opens. A caller that
@@ -96,11 +76,9 @@ class Core(Stays):
         # From the next opening on, to compare with: scoring in order, and the next extension launched ahead.
         self.in_order, self.ahead = True, policy.device.type != "cpu"
         self._on_heartbeat: Callable[[Heartbeat], None] | None = None
-        self.loop: Loop | None = None  # while it is open
         self.closed = False
         self._held = False
-        self._size = Size(0, 0, 0, 0, 0, 0)
-        self._stack = ExitStack()
+        self._session: Session | None = None  # while it is open
         self._process = os.getpid()
         self._forget_callers()
 
@@ -110,9 +88,6 @@ class Core(Stays):
         self._caller_of: dict[Request, Caller] = {}
         self._later: deque[Caller] = deque()  # wait for larger pools
         self._gone: deque[tuple[Caller, BaseException | None]] = deque()  # to be withdrawn by whoever has the turn
-        self._strategies: dict[tuple[str, Policy | None, tuple[Policy, ...]], Strategy] = {}
-        self._beside: dict[Policy, SecondTree] = {}  # trees of models that strategies have beside the policy
-        self._uses: Counter[Strategy] = Counter()
 
     # What callers do
 
@@ -129,15 +104,15 @@ class Core(Stays):
         with self._turn():
             if self.closed:
                 raise RuntimeError("this engine is closed: make a new one")
-            loop = self.loop or self._open(caller.size)
-            if not self._later and self._fits(caller.size):
+            session = self._session or self._open(caller.size)
+            if not self._later and session.fits(caller.size, self._held):
                 self._enter(caller)
             elif self._held:
-                size, tokens = caller.size, loop.scheduler.kv_cache_tokens
+                size, own, tokens = caller.size, session.size, session.loop.scheduler.kv_cache_tokens
                 raise ValueError(
                     f"the request has up to {size.length} tokens with its answer, segments of {size.segment_length} "
-                    f"and {size.slots} slots; this session takes max_model_len={self._size.length}, max_segment_length="
-                    f"{self._size.segment_length} and {tokens} slots, and prompts that fit the reward model's"
+                    f"and {size.slots} slots; this session takes max_model_len={own.length}, max_segment_length="
+                    f"{own.segment_length} and {tokens} slots, and prompts that fit the reward model's"
                 )
             else:
                 self._later.append(caller)
@@ -166,7 +141,7 @@ class Core(Stays):
             return bool(self._callers or self._later)
 
     def hold(self, size: Size) -> None:
-        """Open it for a session: pools of this size, until :meth:`let_go`.
+        """Hold a session open, with pools of this size, until :meth:`let_go`.
 
         Raises
         ------
@@ -176,7 +151,7 @@ class Core(Stays):
         with self._turn():
             if self.closed:
                 raise RuntimeError("this engine is closed: make a new one")
-            if self.loop is not None:
+            if self._session is not None:
                 raise RuntimeError("this engine is generating: let its calls and streams end before a session opens")
             self._open(size)
             self._held = True
@@ -189,10 +164,10 @@ class Core(Stays):
         with self._turn():
             if self.closed:
                 raise RuntimeError("this engine is closed: make a new one")
-            loop = self.loop or self._open(size)
+            session = self._session or self._open(size)
             models = (self.policy, *self.reward.tree_models)
             before = sum(model.graphs.captured for model in models)
-            short = capture(self.policy, self.reward.tree_models, kind, loop.scheduler, show)
+            short = capture(self.policy, self.reward.tree_models, kind, session.loop.scheduler, show)
             return sum(model.graphs.captured for model in models) - before, short
 
     def free(self, beside: Sequence[Policy]) -> None:
@@ -206,8 +181,8 @@ class Core(Stays):
         with self._turn():
             trees = [self.policy, *self.reward.tree_models, *beside]
             in_use = [tree.role for tree in trees if is_plugged(tree.model)]
-            if self.loop is not None or in_use:
-                who = "this engine" if self.loop is not None else f"another engine with this {in_use[0]}"
+            if self._session is not None or in_use:
+                who = "this engine" if self._session is not None else f"another engine with this {in_use[0]}"
                 raise RuntimeError(
                     f"{who} is generating: let calls, streams and sessions end before memory is released"
                 )
@@ -230,6 +205,12 @@ class Core(Stays):
                 self._withdraw(caller, RuntimeError("this engine was closed"))
 
     @property
+    def loop(self) -> Loop | None:
+        """While it is open."""
+        session = self._session  # read once: another thread may close it
+        return None if session is None else session.loop
+
+    @property
     def open_calls(self) -> int:
         return len(self._callers) + len(self._later)
 
@@ -241,8 +222,8 @@ class Core(Stays):
     @on_heartbeat.setter
     def on_heartbeat(self, observer: Callable[[Heartbeat], None] | None) -> None:
         self._on_heartbeat = observer
-        if self.loop is not None:
-            self.loop.on_heartbeat = observer
+        if (loop := self.loop) is not None:
+            loop.on_heartbeat = observer
 
     # Whose turn it is
 
@@ -270,7 +251,7 @@ class Core(Stays):
                     while self._gone:
                         self._withdraw(*self._gone[0])
                         self._gone.popleft()
-                    if self.loop is not None and not self._callers:
+                    if self._session is not None and not self._callers:
                         if not self._held:
                             self._shut()
                         elif self.reward.unsure and self.reward.tree_models:
@@ -291,57 +272,31 @@ class Core(Stays):
         for caller in [*self._callers, *self._later]:
             caller.end(RuntimeError("this call began in the process that was forked: call the engine anew"))
         self._callers, self._caller_of = {}, {}
-        if self.loop is not None:
+        if self._session is not None:
             self._shut()
         self._forget_callers()
 
     # Opening and closing
 
-    def _fits(self, size: Size) -> bool:
-        assert self.loop is not None
-        held, own = self._held, self._size
-        in_use = [model for model in size.beside if model in self._beside]  # of others, the room is made yet
-        return (
-            size.slots <= self.loop.scheduler.kv_cache_tokens
-            and (not held or (size.length <= own.length and size.segment_length <= own.segment_length))
-            and all(model.has_room(size.length, size.segment_length) for model in (self.policy, *in_use))
-            and self.reward.fits(size.prompts, size.max_new_tokens)
-        )
-
-    def _open(self, size: Size) -> Loop:
+    def _open(self, size: Size) -> Session:
         policy, size = self.policy, size._replace(rows=min(size.rows, self.max_rows))
         trees = [policy, *self.reward.tree_models, *size.beside]
         divide_devices(trees, size.rows, self.gpu_memory_utilization, size.length)
         tokens = self.kv_cache_tokens or default_tokens(policy, min(size.holders, self.max_rows), size.slots)
-        with ExitStack() as stack:
-            policy.begin(tokens, size.length, size.segment_length)
-            stack.callback(policy.clear)
-            stack.enter_context(plugged(policy.model))
-            stack.callback(self.reward.end)
-            self.reward.begin(size.prompts, size.max_new_tokens, size.rows, self.kv_cache_tokens)
-            self.reward.unsure = False
-            self._stack = stack.pop_all()
         passes = PASS if policy.device.type == "cpu" else PASS_OF_GPUS
         scoring = passes if self.in_order and self.reward.in_order else None
         scheduler = Scheduler(self.max_rows, tokens, self.cost, policy.graphs.enabled, scoring, self._acceptance)
         if policy.sharded:  # every process must plan alike, and each has a clock of its own
             scheduler.cost, scheduler.learns = HeartbeatCost(self._ratio), False
-        loop = self.loop = Loop(Trunks(policy, scheduler), self.reward, scheduler, self.tokenizer)
-        loop.on_heartbeat, loop.ahead, self._size = self.on_heartbeat, self.ahead, size
-        return loop
+        session = self._session = Session(policy, self.reward, self.tokenizer, scheduler, size, self.kv_cache_tokens)
+        session.loop.on_heartbeat, session.loop.ahead = self.on_heartbeat, self.ahead
+        return session
 
     def _shut(self) -> None:
-        strategies, beside, stack = self._strategies.values(), self._beside.values(), self._stack
-        self._strategies, self._beside, self._uses = {}, {}, Counter()
-        if self.loop is not None:
-            self._acceptance = self.loop.scheduler.remembered()
-        self.loop, self._stack = None, ExitStack()
-        self._size = self._size._replace(prompts=(), beside=())  # which may hold many pictures, and models
-        with stack:  # closed whatever raises
-            for strategy in strategies:
-                strategy.leave()
-            for tree in beside:
-                tree.leave()
+        session, self._session = self._session, None
+        if session is not None:
+            self._acceptance = session.loop.scheduler.remembered()
+            session.close()
 
     # One step
 
@@ -351,8 +306,8 @@ class Core(Stays):
             now = time.monotonic()
             for caller in [one for one in self._callers if one.deadline is not None and one.deadline < now]:
                 self._withdraw(caller, TimeoutError("the request's time is up"))
-            if self.loop is not None and self._callers:
-                self.loop.heartbeat()
+            if self._session is not None and self._callers:
+                self._session.loop.heartbeat()
             self._deliver()
         except Exception as error:  # of the models, or of what serves all: nobody's alone
             self._take_again(error)
@@ -368,9 +323,9 @@ class Core(Stays):
         while self._later:
             caller = self._later[0]
             try:
-                if self.loop is None:
+                if self._session is None:
                     self._open(caller.size)
-                elif not self._fits(caller.size):
+                elif not self._session.fits(caller.size, self._held):
                     return
                 if caller not in self._callers:
                     self._enter(caller)
@@ -391,42 +346,12 @@ class Core(Stays):
             self._withdraw(caller, None)
 
     def _add(self, caller: Caller, requests: Sequence[Request]) -> None:
-        assert self.loop is not None
-        together: dict[Strategy, list[Request]] = {}
+        assert self._session is not None
         for request in requests:
-            request.strategy = self._strategy(request, caller.size)
-            together.setdefault(request.strategy, []).append(request)
+            self._session.assign(request, caller.size)
             self._caller_of[request] = caller
             self._callers[caller].add(request)
-            self._uses[request.strategy] += 1
-        for strategy, group in together.items():
-            strategy.enter(group)
-        self.loop.submit(requests)
-
-    def _strategy(self, request: Request, size: Size) -> Strategy:
-        assert self.loop is not None
-        kind, draft, guides = key = request.terms.method.loop, request.terms.draft, request.terms.guides
-        if key not in self._strategies:
-            made: Strategy
-            if draft is not None:
-                made = Drafting(self.loop, self._second(draft, size))
-            else:
-                made = plain = _STRATEGIES[kind](self.loop)
-                if guides:
-                    plain.guide(GuidedTrunks(self.loop.trunks, [self._second(guide, size) for guide in guides]))
-            self._strategies[key] = made
-            self.loop.strategies = list(self._strategies.values())
-        return self._strategies[key]
-
-    def _second(self, model: Policy, size: Size) -> Trunks:
-        """The tree of a model beside the policy, or the policy's own."""
-        assert self.loop is not None
-        if model is self.policy:
-            return self.loop.trunks
-        if model not in self._beside:
-            longest = max(self._size.length, size.length), max(self._size.segment_length, size.segment_length)
-            self._beside[model] = SecondTree(model, self.loop.scheduler, *longest)
-        return self._beside[model]
+        self._session.enter(requests)
 
     def _deliver(self) -> None:
         """Tell callers what has moved: read off the requests, so that what a broken heartbeat did is told, too."""
@@ -446,20 +371,10 @@ class Core(Stays):
             self._withdraw(caller, None)
 
     def _out(self, caller: Caller, request: Request) -> None:
-        assert self.loop is not None
+        assert self._session is not None
         del self._caller_of[request]
         self._callers[caller].discard(request)
-        strategy = request.strategy
-        self._uses[strategy] -= 1
-        if not self._uses[strategy]:
-            del self._uses[strategy]
-            strategy.leave()
-            self._strategies = {key: one for key, one in self._strategies.items() if one is not strategy}
-            self.loop.strategies = list(self._strategies.values())
-            used = {tree for one in self.loop.strategies for tree in one.trees}
-            unused = [model for model, tree in self._beside.items() if tree not in used]
-            for tree in [self._beside.pop(model) for model in unused]:
-                tree.leave()
+        self._session.leave(request)
 
     def _withdraw(self, caller: Caller, error: BaseException | None) -> None:
         """The caller is through, or has gone."""
@@ -469,8 +384,8 @@ class Core(Stays):
         live = self._callers.get(caller)
         if live is None:
             return
-        assert self.loop is not None
-        self.loop.withdraw(live)
+        assert self._session is not None
+        self._session.loop.withdraw(live)
         for request in list(live):
             self._out(caller, request)
         del self._callers[caller]
@@ -514,7 +429,8 @@ class Core(Stays):
 
         A bug is raised to all of them; of what else has failed they may return what they have.
         """
-        callers, held, size = list(self._callers.items()), self._held, self._size
+        callers, held = list(self._callers.items()), self._held
+        size = None if self._session is None else self._session.size
         self._callers, self._caller_of = {}, {}
         try:
             self._shut()
@@ -526,23 +442,20 @@ class Core(Stays):
                 caller.end(own)
             else:
                 caller.fail(own, sorted(live, key=lambda request: request.id))
-        if held:
+        if held and size is not None:
             self._open(size)
 
     def _start_over(self) -> None:
         """A heartbeat broke off: all requests go on from what they have committed, on empty trees."""
-        if self.loop is None:
+        if self._session is None:
             return
-        self.loop.start_over(request for request in self._caller_of if request.finish_reason is None)
+        self._session.loop.start_over(request for request in self._caller_of if request.finish_reason is None)
         self._renew_reward()
 
     def _renew_reward(self) -> None:
-        """Another session of the reward's, with nothing left in its trees."""
-        assert self.loop is not None
-        size = self._size
-        self.reward.end()
-        self.reward.begin(size.prompts, size.max_new_tokens, size.rows, self.kv_cache_tokens)
-        self.reward.unsure, self.loop.counted = False, 0
+        """Another session of the reward's, into which the prompts of all callers are let."""
+        assert self._session is not None
+        self._session.renew_reward()
         for caller in self._callers:
             self.reward.open(caller.size.prompts, caller.size.max_new_tokens)
 

@@ -188,9 +188,9 @@ class Place:
 
     def check_nothing_left(self):
         core, reward = self.engine.core, self.engine.reward
-        assert not core.open_calls and not core._caller_of and not core._strategies and core._turns._holder is None
+        assert not core.open_calls and not core._caller_of and core._turns._holder is None
         loop = core.loop
-        assert loop is not None and not (loop.waiting or loop.admitted or loop.broken)
+        assert loop is not None and not (loop.strategies or loop.waiting or loop.admitted or loop.broken)
         assert not reward._contexts
         for cache in reward.caches:
             assert not (cache._runs or cache._prefixes or cache._responses or cache._completions)
