@@ -16,10 +16,11 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 
 from stars_fast.config import StarsConfig
-from stars_fast.engine import StarsEngine, first_error
+from stars_fast.engine import StarsEngine
 from stars_fast.inputs import transformers_call
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.hooks import row_stop
+from stars_fast.inputs.outcome import first_error
 from stars_fast.inputs.processors import foreign_processors, row_processor
 from stars_fast.inputs.sampling import NEUTRAL
 from stars_fast.locks import Lock

@@ -19,31 +19,26 @@ from stars_fast.inputs.arguments import Arguments, check_media, check_positions,
 from stars_fast.inputs.call import Call, prepare, settings
 from stars_fast.inputs.job import Job
 from stars_fast.inputs.models import load_policy, load_reward, second_policy
-from stars_fast.inputs.origin import origin
+from stars_fast.inputs.outcome import Remarks, first_error, output_of
 from stars_fast.inputs.per_prompt import PerPrompt
 from stars_fast.locks import Lock
 from stars_fast.loop.caller import MOST_POSITIONS, SEGMENT_LENGTH, Size
 from stars_fast.loop.core import Core
 from stars_fast.loop.pilot import PILOT_SAMPLES, Pilot
-from stars_fast.loop.request import Request
 from stars_fast.loop.row_cost import Heartbeat
 from stars_fast.loop.stream import Streaming, progress_bar
 from stars_fast.loop.team import release_team
 from stars_fast.loop.warm_up import Kind, WarmUp
 from stars_fast.methods.numbers import MOST, integer, real, shown, truth
-from stars_fast.notices import warn
 from stars_fast.outputs import Cause, SegmentEvent, StarsOutput, as_cause
 from stars_fast.policy.encoder_decoder import policy_of
 from stars_fast.policy.policy import Policy
 from stars_fast.rewards import Reward
 from stars_fast.stays import Stays
 from stars_fast.text.media import identity, written_before
-from stars_fast.text.tokens import text_of
 
 _DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
 _MOST_ROWS = 2**20
-# A target counts as out of reach where, of so many segments at least, no larger share is accepted.
-_MANY_SEGMENTS, _HARDLY_ANY = 16, 0.01
 
 
 class StarsEngine(Stays):
@@ -140,8 +135,7 @@ class StarsEngine(Stays):
         self._beside = WeakSet[Policy]()  # these, and those of calls that are open
         self.per_prompt = PerPrompt()
         self._preparing = Lock()
-        self._missed = set[Any]()  # targets that nothing reached, and that were named
-        self._priced = False  # whether what pilots cost was said
+        self._remarks = Remarks()
         limits = (self.max_rows, self.kv_cache_tokens, utilization)
         self.core = Core(self.policy, self.reward, self.tokenizer, *limits)
 
@@ -443,97 +437,12 @@ class StarsEngine(Stays):
 
     def warn_of(self, job: Job, where: str = "output.errors has them all") -> None:
         """Of what a caller should know once a job is over; ``where`` says where its errors are found."""
-        solved = [pilot for pilot in job.pilots if pilot is not None and pilot.error is None]
-        if solved and not any(pilot.varies for pilot in solved):
-            ids = self.reward.reads_text and self.tokenizer is None
-            warn(
-                "the reward is the same for all pilot responses: nothing is guided while it does not vary"
-                + (" (it was called with token ids: give tokenizer= for text)" if ids else "")
-            )
-        self._warn_of_pilots(job)
-        self._warn_of_unreached(job)
-        if job.failed and job.call.arguments.on_error != "raise":
-            failed, rows = len(job.failed), job.call.rows
-            warn(
-                ("no request succeeded" if failed == rows else f"{failed} of {rows} requests failed")
-                + f"; the first ended with: {job.first_failure} ({where}; on_error='raise' raises the first)"
-            )
-
-    def _warn_of_pilots(self, job: Job) -> None:
-        """Once: what targets per prompt cost, where a fit would spare it."""
-        stats = job.stats
-        if stats.calibration_tokens and job.guided and job.call.terms.method.uses_fit and not self._priced:
-            self._priced = True
-            warn(
-                f"{stats.calibration_tokens} of {stats.policy_tokens} policy tokens were drawn to find a target for "
-                "each prompt. What stars_fast.fit(engine, prompts) returns, once, spares them in every call with fit=; "
-                "so does target_reward="
-            )
-
-    def _warn_of_unreached(self, job: Job) -> None:
-        target, method = job.call.config.target_reward, job.call.terms.method
-        segments = [one for request in job.requests if request is not None for one in request.segments]
-        tested = [one for one in segments if math.isfinite(one.threshold)]
-        if target is None or not method.has_target or target in self._missed or len(tested) < _MANY_SEGMENTS:
-            return
-        if sum(segment.accepted for segment in tested) <= _HARDLY_ANY * len(tested):
-            self._missed.add(target)
-            best = max((one.reward for one in tested), default=math.nan)
-            warn(
-                f"hardly any of {len(tested)} segments was accepted (their best reward is {best:.3g}): target_reward="
-                f"{target!r:.80} lies beyond what the policy reaches with beta={job.call.config.beta:g}, so that each "
-                "segment costs max_attempts and is the best of them. Give a lower one, or target_reward=None, which "
-                "calibrates it"
-            )
+        self._remarks.on(job, self.reward.reads_text and self.tokenizer is None, where)
 
     def output(self, job: Job, texts: bool = True) -> StarsOutput:
         """What came of a job that is over, with or without its texts."""
-        requests = [request for request in job.requests if request is not None]
-        rows = [written_before(request.prompt) + request.tokens for request in requests]
-        width = max(map(len, rows), default=0)
-        pad = pad_token_id(self.policy.model, self.tokenizer, job.call.terms.sampling.eos_token_ids)
-        decoded = [self._text(request, job) for request in requests] if texts and self.tokenizer is not None else None
-        return StarsOutput(
-            sequences=torch.tensor(
-                [row + [pad] * (width - len(row)) for row in rows], dtype=torch.int64, device="cpu"
-            ).view(len(rows), width),
-            completions=[list(request.tokens) for request in requests],
-            texts=decoded,
-            rewards=[request.reward for request in requests],
-            finish_reasons=[request.finish_reason or "error" for request in requests],
-            errors=[None if request.error is None else str(request.error) for request in requests],
-            logprobs=[request.logprobs for request in requests],
-            sampling_logprobs=[request.sampling_logprobs for request in requests],
-            segments=[request.segments for request in requests],
-            stats=job.stats.to_dict(),
-            origin=origin(job, requests, self.tokenizer) if job.call.terms.trace else None,
-        )
-
-    def _text(self, request: Request, job: Job) -> str:
-        """The completion's text; where there is none to be had, the request says why, and its ids are whole."""
-        text, cause = text_of(self.tokenizer, request.tokens, f"prompts[{request.prompt_index}]")
-        if cause is not None and request.error is None:
-            request.error = cause
-            job.note(request)
-        return text
+        return output_of(job, self.policy.model, self.tokenizer, texts)
 
     def close(self) -> None:
         """End what is under way, and free all slots; the engine cannot be used any more."""
         self.core.close()
-
-
-def first_error(job: Job) -> RuntimeError:
-    """The first failure, with its cause."""
-    row, cause = next(iter(job.failed.items()))
-    error = RuntimeError(f"prompts[{row // job.call.config.num_return_sequences}]: {cause}")
-    error.__cause__ = cause.exception
-    return error
-
-
-def pad_token_id(model: PreTrainedModel, tokenizer: Any, eos_token_ids: Sequence[int]) -> int:
-    """What pads sequences: the tokenizer's or model's pad id, else an EOS, else 0."""
-    generation_config = getattr(model, "generation_config", None)
-    for pad in (getattr(tokenizer, "pad_token_id", None), getattr(generation_config, "pad_token_id", None)):
-        if pad is not None:
-            return int(pad)
-    return eos_token_ids[0] if eos_token_ids else 0

@@ -14,8 +14,9 @@ import torch
 from transformers import GenerationConfig, ProcessorMixin
 
 from stars_fast.config import StarsConfig
-from stars_fast.engine import StarsEngine, first_error
+from stars_fast.engine import StarsEngine
 from stars_fast.inputs.arguments import Arguments
+from stars_fast.inputs.outcome import first_error
 from stars_fast.inputs.sampling import NEUTRAL, SAMPLING_FIELDS
 from stars_fast.notices import warn
 from stars_fast.ops import gather_logprobs
