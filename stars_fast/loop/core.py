@@ -77,7 +77,7 @@ class Core(Stays):
         self.in_order, self.ahead = True, policy.device.type != "cpu"
         self._on_heartbeat: Callable[[Heartbeat], None] | None = None
         self.closed = False
-        self._held = False
+        self._held: Size | None = None  # for a session, in pools of this size
         self._session: Session | None = None  # while it is open
         self._process = os.getpid()
         self._forget_callers()
@@ -104,8 +104,8 @@ class Core(Stays):
         with self._turn():
             if self.closed:
                 raise RuntimeError("this engine is closed: make a new one")
-            session = self._session or self._open(caller.size)
-            if not self._later and session.fits(caller.size, self._held):
+            session = self._session or self._open(self._held or caller.size)
+            if not self._later and session.fits(caller.size, self._held is not None):
                 self._enter(caller)
             elif self._held:
                 size, own, tokens = caller.size, session.size, session.loop.scheduler.kv_cache_tokens
@@ -154,7 +154,7 @@ class Core(Stays):
             if self._session is not None:
                 raise RuntimeError("this engine is generating: let its calls and streams end before a session opens")
             self._open(size)
-            self._held = True
+            self._held = size
 
     def warm_up(self, size: Size, kind: Kind, show: bool) -> tuple[int, str]:
         """Capture what calls of a kind come to, in the pools that are open, or else in pools of this size.
@@ -194,13 +194,13 @@ class Core(Stays):
     def let_go(self) -> None:
         """End the session: the core closes once its callers are through."""
         with self._turn():
-            self._held = False
+            self._held = None
 
     def close(self) -> None:
         """End everything, for good, and free all slots."""
         self.closed = True  # first: nobody comes in between
         with self._turn():
-            self._held = False
+            self._held = None
             for caller in [*self._callers, *self._later]:
                 self._withdraw(caller, RuntimeError("this engine was closed"))
 
@@ -268,7 +268,7 @@ class Core(Stays):
         """A forked child begins anew: the parent's callers and threads are not there."""
         if self._process == os.getpid():
             return
-        self._process, self._held = os.getpid(), False
+        self._process, self._held = os.getpid(), None
         for caller in [*self._callers, *self._later]:
             caller.end(RuntimeError("this call began in the process that was forked: call the engine anew"))
         self._callers, self._caller_of = {}, {}
@@ -325,7 +325,7 @@ class Core(Stays):
             try:
                 if self._session is None:
                     self._open(caller.size)
-                elif not self._session.fits(caller.size, self._held):
+                elif not self._session.fits(caller.size, self._held is not None):
                     return
                 if caller not in self._callers:
                     self._enter(caller)
@@ -429,8 +429,7 @@ class Core(Stays):
 
         A bug is raised to all of them; of what else has failed they may return what they have.
         """
-        callers, held = list(self._callers.items()), self._held
-        size = None if self._session is None else self._session.size
+        callers = list(self._callers.items())
         self._callers, self._caller_of = {}, {}
         try:
             self._shut()
@@ -442,8 +441,8 @@ class Core(Stays):
                 caller.end(own)
             else:
                 caller.fail(own, sorted(live, key=lambda request: request.id))
-        if held and size is not None:
-            self._open(size)
+        if self._held is not None:
+            self._open(self._held)
 
     def _start_over(self) -> None:
         """A heartbeat broke off: all requests go on from what they have committed, on empty trees."""
