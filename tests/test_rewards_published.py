@@ -11,7 +11,7 @@ from transformers import LlamaModel, LlamaPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.rewards import ArmoRMReward, InternLM2Reward
+from stars_fast.rewards import ArmoRMReward, InternLM2Reward, ValueHeadReward
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=4, target_reward=1.0, beta=0.5, max_new_tokens=10)
 TEXTS = ["the cat sat", "how are you?"]
@@ -163,6 +163,20 @@ def test_the_reward_token_is_there_in_full_passes_too_and_guides_the_engine(valu
 
     with pytest.warns(UserWarning, match="scored in full"):
         assert_engine_agrees(engine, TEXTS, CONFIG, expected)
+
+
+def test_a_value_head_with_dropout_is_in_evaluation_mode_while_it_is_asked_and_in_its_own_afterwards():
+    head = nn.Sequential(nn.Dropout(0.5), nn.Linear(16, 1)).train()
+    policy = tiny_policy(VOCAB, eos_token_id=4)
+    engine = StarsEngine(policy, ValueHeadReward(tiny_policy(VOCAB, seed=3), head, "policy"))
+
+    @torch.no_grad()
+    def expected(i, tokens, ends, eos):
+        hidden = engine.reward.caches[0].model.model.model(torch.tensor([[20, 30, *tokens]])).last_hidden_state
+        return head[1](hidden[0, -1]).item()
+
+    assert_engine_agrees(engine, [[20, 30]], CONFIG, expected)
+    assert all(module.training for module in head.modules())
 
 
 @pytest.mark.parametrize("kind", ["gated", "valued"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt
@@ -18,6 +20,7 @@ from stars_fast.stays import Stays
 from stars_fast.text.media import Media
 from stars_fast.text.tokens import refuse_long
 from stars_fast.text.turns import said
+from stars_fast.tree.attention import evaluating
 from stars_fast.tree.media import placeholder_ids
 from stars_fast.tree.model import TreeModel
 
@@ -27,6 +30,7 @@ class RenderedReward(Stays, Reward):
 
     in_order = True
     caches: Sequence[TreeCache] = ()  # one per model; none where texts are scored in full
+    beside: Sequence[nn.Module] = ()  # what it runs besides their models; in evaluation mode while a session lasts
     vocab_size: int = 0  # ids that every model has an embedding for
     max_positions: int | None = None  # of the longest text
     tail_argument: str = "reward_tail"  # what errors call the ids behind an answer
@@ -48,6 +52,7 @@ class RenderedReward(Stays, Reward):
         self._latest: tuple[Any, Rendering] | None = None  # and the policy's tokenizer that it was made for
         self._rows = 0
         self._kv_cache_tokens: int | None = None
+        self._evaluating = ExitStack()
         self._placeholders = frozenset[int]().union(*(placeholder_ids(cache.model.model) for cache in caches))
         limits = [cache.model.max_positions for cache in caches if cache.model.max_positions is not None]
         if caches:
@@ -121,6 +126,8 @@ class RenderedReward(Stays, Reward):
         longest = self._longest(prompts, max_new_tokens)
         for cache in self.caches:
             cache.begin(rows, longest, kv_cache_tokens)
+        for module in self.beside:
+            self._evaluating.enter_context(evaluating(module))
 
     def fits(self, prompts: Sequence[RewardPrompt], max_new_tokens: int) -> bool:
         if self._kv_cache_tokens is not None:  # another session would have no more
@@ -155,6 +162,7 @@ class RenderedReward(Stays, Reward):
             self._contexts.clear()
             for cache in self.caches:
                 cache.end()
+            self._evaluating.close()
 
     def commit(self, completion: Completion) -> None:
         for cache in self.caches:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -93,9 +92,10 @@ class ClassifierReward(RenderedReward):
         self.causal = False
         self.tree_model, self.reason = self._tree_model(own)
         self.max_positions = most_tokens(model)
+        if self.tree_model is None:
+            self.beside = [model]
         self._start([] if self.tree_model is None else [TreeCache(self.tree_model)])
         self._warned = False
-        self._evaluating = ExitStack()
 
     # What differs in reward models of other classes
 
@@ -184,19 +184,12 @@ class ClassifierReward(RenderedReward):
         self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
     ) -> None:
         super().begin(prompts, max_new_tokens, rows, kv_cache_tokens)
-        if self.tree_model is None:
-            if not self._warned:
-                warn(
-                    f"{type(self.model).__name__} is scored in full for every candidate, because {self.reason}: "
-                    "correct, but slower than incremental scoring"
-                )
-                self._warned = True
-            self._evaluating.enter_context(evaluating(self.model))
-
-    def end(self) -> None:
-        super().end()
-        if not self._calls:
-            self._evaluating.close()
+        if self.tree_model is None and not self._warned:
+            warn(
+                f"{type(self.model).__name__} is scored in full for every candidate, because {self.reason}: correct, "
+                "but slower than incremental scoring"
+            )
+            self._warned = True
 
     def score(self, completions: Sequence[Completion]) -> list[float] | torch.Tensor:
         if self.tree_model is not None:

@@ -23,6 +23,7 @@ from stars_fast.rewards.ids import POLICYS
 from stars_fast.rewards.render import Context, Rendering
 from stars_fast.text.prompts import template_kwargs
 from stars_fast.text.tokenizers import named_processor, named_tokenizer, tokenizer_beside
+from stars_fast.tree.attention import evaluating
 from stars_fast.tree.check import checked
 from stars_fast.tree.model import TreeModel
 from stars_fast.tree.support import unwrapped
@@ -183,7 +184,7 @@ class ValueHeadReward(RenderedReward):
     model : transformers model with a base model
         Of text, or of pictures and text.
     head : torch.nn.Module
-        From hidden states ``[n, H]`` to values ``[n, 1]``.
+        From hidden states ``[n, H]`` to values ``[n, 1]``; in evaluation mode while it is asked.
     tokenizer, tail, chat_template_kwargs, processor
         As those of :class:`ClassifierReward`.
 
@@ -215,7 +216,8 @@ class ValueHeadReward(RenderedReward):
         tree = checked(TreeModel(inner, base, "reward"))
         self.head = head.to(tree.device)
         self._dtype = next(head.parameters()).dtype
-        with torch.no_grad():
+        self.beside = [head]
+        with torch.no_grad(), evaluating(head):
             values = head(torch.zeros(1, tree.text_config.hidden_size, dtype=self._dtype, device=tree.device))
         if values.shape != (1, 1):
             raise ValueError(f"head gives values of shape {list(values.shape)} for one hidden state: must be [1, 1]")

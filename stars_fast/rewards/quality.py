@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedModel
 
 from stars_fast.methods.numbers import plain, real, shown, truth
-from stars_fast.rewards.base import Completion, RewardPrompt, check_model
+from stars_fast.rewards.base import Completion, check_model
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.classifier import most_tokens
 from stars_fast.rewards.pairs import Pairs
@@ -119,23 +119,12 @@ class QualityReward(RenderedReward):
         self.device = next(encoder.parameters()).device
         self.vocab_size, self.max_positions = vocabulary(encoder), most_tokens(encoder)
         self._start([])
-        self._evaluating = ExitStack()
+        self.beside = [module for module in (encoder, words, sentence) if module is not None]
         self._parts: WeakKeyDictionary[Completion, dict[str, float]] = WeakKeyDictionary()
         self._check_heads()
 
     def make_rendering(self, policy_tokenizer: Any) -> Rendering:
         return Pairs(self.tokenizer, self._policy_tokenizer or policy_tokenizer, self.answer_first)
-
-    def begin(
-        self, prompts: Sequence[RewardPrompt], max_new_tokens: int, rows: int, kv_cache_tokens: int | None
-    ) -> None:
-        super().begin(prompts, max_new_tokens, rows, kv_cache_tokens)
-        self._enter_evaluation(self._evaluating)
-
-    def end(self) -> None:
-        super().end()
-        if not self._calls:
-            self._evaluating.close()
 
     def score(self, completions: Sequence[Completion]) -> list[float]:
         self.tokens += sum(len(text.ids) for text in self.texts(completions))
@@ -215,18 +204,14 @@ class QualityReward(RenderedReward):
     def _severity(self, sure: float) -> float:
         return next((cost for threshold, cost in self.severities if sure < threshold), 0.0)
 
-    def _enter_evaluation(self, stack: ExitStack) -> None:
-        for module in (self.encoder, self.words, self.sentence):
-            if module is not None:
-                stack.enter_context(evaluating(module))
-
     @torch.no_grad()
     @own_dtypes()
     def _check_heads(self) -> None:
         """Of a pair of words: heads of other shapes would read something else, or fail in the midst of a call."""
         pair = self.tokenizer("a b", "c d")
         with ExitStack() as stack:
-            self._enter_evaluation(stack)
+            for module in self.beside:
+                stack.enter_context(evaluating(module))
             hidden = self._hidden([pair, pair])
             if self.sentence is not None:
                 pooled = self._pooled(hidden, [pair, pair])[:, None]
