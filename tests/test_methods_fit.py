@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from stars_fast.methods.fit import Fit, Group, learn
+from stars_fast.methods.stopping import Forecast
 
 
 def drawn(prefixes=400, candidates=16, spread=lambda before: 0.5, weight=1e9, slope=0.8, between=0.3, seed=0):
@@ -72,6 +73,18 @@ def test_levels_are_uniform_on_candidates_of_other_prefixes():
     levels = [fit.level(g.segment, g.before, reward) for g in drawn(seed=2) for reward in g.rewards]
     assert np.histogram(levels, 10, (0, 1))[0] / len(levels) == pytest.approx(np.full(10, 0.1), abs=0.01)
     assert np.all(np.diff([fit.level(0, 0.0, reward) for reward in np.linspace(-40, 40, 999)]) > 0)
+
+
+def test_a_prefix_that_was_rejected_for_good_is_taken_for_the_lowest_that_was_seen():
+    known = learn(drawn(), {}, {})
+    lowest = known.law(1).lowest
+    assert known.level(1, -math.inf, 0.3) == known.level(1, lowest, 0.3)
+    one, other = Forecast(known, 0.07, 4.0), Forecast(known, 0.07, 4.0)
+    one.begin(1, -math.inf)
+    other.begin(1, lowest)
+    for forecast in (one, other):
+        forecast.see(0.4)
+    assert one.threshold == other.threshold
 
 
 def test_a_fit_is_what_it_was_when_it_is_read_again(tmp_path):

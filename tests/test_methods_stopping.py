@@ -51,6 +51,23 @@ def test_a_forecast_stops_where_a_candidate_gains_what_it_costs(fit):
     assert 8 / (8 + 3) * np.maximum(further - threshold, 0).mean() == pytest.approx(0.07, rel=1e-3)
 
 
+def test_experience_goes_by_the_candidates_alone_behind_a_prefix_that_was_rejected_for_good():
+    one = seeing(Experience(0.2, 4.0), 0.1, 0.5)
+    one.begin(1, -math.inf)
+    assert one.threshold == math.inf  # of candidates that are rejected for good nothing is seen
+    for reward in (1.0, 2.0, 3.0):
+        one.see(reward)
+    behind, one = one, seeing(Experience(0.2, 4.0), 0.1, 0.5)
+    one.begin(1, None)
+    for reward in (1.0, 2.0, 3.0):
+        one.see(reward)
+    assert math.isfinite(behind.threshold) and behind.threshold == one.threshold
+
+
+def test_what_costs_nothing_is_drawn_on_also_where_rewards_do_not_vary():
+    assert seeing(Experience(0.0, 4.0), 1.0, 1.0, 1.0, 1.0).threshold == math.inf
+
+
 def test_a_forecast_gives_up_with_each_candidate_that_is_as_expected(fit):
     one, thresholds = seeing(Forecast(fit, 0.07, 4.0)), []
     for _ in range(20):

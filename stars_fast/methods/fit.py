@@ -36,7 +36,8 @@ class SegmentLaw(NamedTuple):
 
     Their mean varies among such prefixes, around ``mean + slope * before`` with the standard deviation ``between``.
     Within a prefix they have the standard deviation ``exp(log_spread + spread_slope * before)``, ``before`` being
-    clipped there to what was seen, from ``lowest`` to ``highest``. The first segment has nothing before it: 0.
+    clipped there to what was seen, from ``lowest`` to ``highest``. The first segment has nothing before it: 0. A prefix
+    that was rejected for good, and went on because nothing better was found, is taken for the lowest that was seen.
 
     An unfinished answer that has the reward r after it, and goes on with n candidates a segment, ends with
     ``ahead + carried * r + searched * log(n)`` on average.
@@ -55,7 +56,7 @@ class SegmentLaw(NamedTuple):
 
     def centre(self, before: float) -> float:
         """Mean reward to expect behind such a prefix."""
-        return self.mean + self.slope * before
+        return self.mean + self.slope * (self.lowest if before == -math.inf else before)
 
     def variance(self, before: float) -> float:
         """Of the candidates within such a prefix, as far as is known before they are drawn."""

@@ -167,8 +167,8 @@ class Experience:
     """By the request's own candidates alone, their law being taken for normal: Weitzman's rule (1979), stop once the
     best reaches ``mean + spread * u`` with ``E (Z - u)^+ = cost``.
 
-    The mean is that of the segment's candidates and of the prefix's reward, which is worth three of them; the spread is
-    that within all segments so far.
+    The mean is that of the segment's candidates and of the prefix's reward, which is worth three of them, unless that
+    is -inf; the spread is that within all segments so far.
 
     Parameters
     ----------
@@ -187,6 +187,7 @@ class Experience:
     def begin(self, segment: int, before: float | None) -> None:
         if segment != self._segment and self._seen.count:
             self._past, self._degrees = self._past + self._seen.within, self._degrees + self._seen.count - 1
+        before = None if before == -math.inf else before
         self._segment, self._seen = segment, Seen(before or 0.0)
         self._worth = _PREFIX_WORTH * (before is not None)
 
@@ -200,7 +201,8 @@ class Experience:
             return -math.inf
         degrees = self._degrees + seen - 1
         spread = math.sqrt((self._past + self._seen.within) / degrees) if degrees > 0 else 0.0
-        if spread == 0.0 and seen < max(self.least, 2):
+        nothing_known = self._worth + seen == 0 or (spread == 0.0 and seen < max(self.least, 2))
+        if nothing_known or self.cost == 0.0:  # which may be 0 times infinity
             return math.inf
         widened = math.sqrt(1 + 1 / (self._worth + seen))  # by what is not known of the mean
         mean = self._seen.centre + self._seen.total / (self._worth + seen)
