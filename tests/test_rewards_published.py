@@ -11,7 +11,7 @@ from transformers import LlamaModel, LlamaPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from stars_fast import StarsConfig, StarsEngine
-from stars_fast.rewards import ArmoRMReward, InternLM2Reward, ValueHeadReward
+from stars_fast.rewards import ArmoRMReward, Completion, InternLM2Reward, Response, ValueHeadReward
 
 CONFIG = StarsConfig(segment_length=4, max_attempts=4, target_reward=1.0, beta=0.5, max_new_tokens=10)
 TEXTS = ["the cat sat", "how are you?"]
@@ -148,6 +148,21 @@ def test_the_reward_token_stands_behind_template_and_answer(valued, llama3, temp
     assert scorer.tree_model is not None, scorer.reason
     prompts = text_prompts(TEXTS, llama3) if templated else ids_prompts([[20, 30, 40], [50]])
     live(scorer, prompts, expected, draw=draw, tokenizer=llama3, eos=4, rounds=6)
+
+
+def test_the_reward_token_stands_behind_an_answer_that_the_template_ends_otherwise(valued):
+    ends = "{% if ';' in m['content'] %}<|im_end|>{% else %}<|eot_id|>{% endif %}"
+    tokenizer = byte_bpe(VOCAB, template=LLAMA3.replace("<|eot_id|>", ends), eos="<|eot_id|>")
+    scorer, (prompt,) = InternLM2Reward(valued, tokenizer), text_prompts(TEXTS[:1], tokenizer)
+    answer = Completion(Response(prompt), tokenizer("fine; ok", add_special_tokens=False)["input_ids"], finished=True)
+    scorer.begin([prompt], 8, 1, None)
+    try:
+        scorer.open([prompt], 8)
+        _, ids, tail, _ = scorer.text(answer)
+    finally:
+        scorer.end()
+    chat = [{"role": "user", "content": TEXTS[0]}, {"role": "assistant", "content": "fine; ok"}]
+    assert [*ids, *tail] == [*tokenizer.apply_chat_template(chat, return_dict=False), REWARD_TOKEN]
 
 
 def test_the_reward_token_is_there_in_full_passes_too_and_guides_the_engine(valued, llama3, monkeypatch):

@@ -72,6 +72,11 @@ class InternLM2Reward(ClassifierReward):
         context.tail = [*context.tail, self.reward_token_id]
         return context
 
+    def text(self, completion: Completion) -> Text:
+        text = super().text(completion)
+        # Where the template has ended the answer otherwise than it ends others, that is part of its ids.
+        return text if text.tail else text._replace(tail=[self.reward_token_id])
+
 
 class ArmoRMReward(RenderedReward):
     """ArmoRM (RLHFlow/ArmoRM-Llama3-8B-v0.1): attribute rewards, weighted by a gate that has read the prompt.
