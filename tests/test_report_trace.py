@@ -193,6 +193,20 @@ def test_a_terminal_gets_no_controls_and_no_markup_from_a_trace(saved, tmp_path)
     )
 
 
+def test_half_a_surrogate_pair_that_an_error_quotes_is_saved_read_again_and_shown(policy32, tmp_path):
+    def fails(completions):
+        raise ValueError("half a pair \ud800")
+
+    with pytest.warns(UserWarning, match="half a pair"):
+        out = StarsEngine(policy32, fails).generate([[1, 2]], CONFIG, seed=0, trace=True)
+    out.save_trace(tmp_path / "half.jsonl")
+    assert load_trace(tmp_path / "half.jsonl")[0]["error"] == out.errors[0]
+    assert "half a pair \ufffd" in invoke(tmp_path / "half.jsonl").stdout
+    html = tmp_path / "half.html"
+    assert invoke(tmp_path / "half.jsonl", "--html", html).exit_code == 0
+    assert "half a pair \\ud800" in html.read_text("utf-8")
+
+
 def test_nothing_in_a_text_ends_the_pages_data(saved):
     text = page([("</title>", load_trace(saved))])
     assert text.count("</script>") == 2 and "</title>" not in text.split("</head>")[1]

@@ -20,7 +20,8 @@ from stars_fast.rows.engines import MEANT
 BAD_USAGE = 2
 INTERRUPTED = 130
 _LONGEST = 2000  # characters of a complaint; some errors of libraries quote all that they were given
-_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"} | {ord("\r"): None}
+_UNPRINTED = {*range(32), *range(127, 160), *range(0xD800, 0xE000)} - {*b"\t\n"}
+_CONTROLS = dict.fromkeys(_UNPRINTED, "\ufffd") | {ord("\r"): None}
 _debugging = False
 
 
@@ -61,7 +62,9 @@ def fail(message: object, code: int = BAD_USAGE) -> NoReturn:
 
 
 def harmless(text: object) -> str:
-    """Without the controls that a terminal acts on, whoever wrote them; line breaks and tabs stay."""
+    """Without the controls that a terminal acts on, whoever wrote them, and halves of surrogate pairs, which no stream
+    takes; line breaks and tabs stay.
+    """
     return str(text).translate(_CONTROLS)
 
 

@@ -233,8 +233,7 @@ def _sink(output: Path | str) -> Iterator[Callable[[Records], None]]:
     "text".
     """
     if isinstance(output, Path):
-        # A lone half of a surrogate pair, in an error message, is written as JSON's own escape.
-        with output.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        with output.open("a", encoding="utf-8", newline="\n") as file:
             yield lambda records: _write_lines(file, records)
     elif output == "rows":
         yield _print_rows

@@ -94,5 +94,5 @@ def _row(path: Path, number: int, line: bytes) -> Record:
 
 
 def _append(path: Path, rows: Sequence[Record]) -> None:
-    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write("".join(map(to_line, rows)))

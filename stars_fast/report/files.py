@@ -114,8 +114,9 @@ def check_known(names: Iterable[str], where: str, known: Sequence[str]) -> None:
 
 
 def to_line(record: dict[str, Any]) -> str:
-    """A record as a line of JSON."""
-    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    """A record as a line of JSON. Half a surrogate pair, as an error may quote it, is written as JSON's own escape."""
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    return line.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @contextmanager
@@ -139,7 +140,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def replace_file(path: Path, text: str) -> None:
     """Write a file in one step: a kill leaves the old one or the new one."""
     with replacing(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "backslashreplace"))  # of half a surrogate pair: JSON's own escape
 
 
 @contextmanager
