@@ -92,6 +92,7 @@ class WeightedSum(Reward):
             raise ValueError("a scorer is given twice: add its weights up")
         self.partial = all(part.reward.partial for part in self._parts if part.weight)
         self.in_order = all(part.reward.in_order for part in self._parts)
+        self.reads_text = any(part.reward.reads_text for part in self._parts)
         self.needs_hidden_state = any(part.reward.needs_hidden_state for part in self._parts)
         self._begun: list[_Part] = []
         self._text_only = frozenset([text_only] if isinstance(text_only, str) else text_only)
