@@ -165,8 +165,11 @@ def test_a_probe_is_read_as_it_was_saved(tmp_path):
 def test_judged_is_the_models_own_score_of_the_finished_text():
     tokenizer, model = tiny_tokenizer(32), tiny_reward(32)
     prompt = tokenizer("a b")["input_ids"]
-    asked = RewardPrompt(0, "a b", None, tokenizer=tokenizer)
-    ((score, error),) = judged(ClassifierReward(model), [asked], [[3, 4, 5]], [False])
+    asked, graphs = RewardPrompt(0, "a b", None, tokenizer=tokenizer), list[bool]()
+    scorer = ClassifierReward(model)
+    model.score.register_forward_hook(lambda module, given, value: graphs.append(value.requires_grad))
+    ((score, error),) = judged(scorer, [asked], [[3, 4, 5]], [False])
+    assert graphs == [False]  # nothing is kept for a gradient
     with torch.no_grad():
         expected = model(torch.tensor([[*prompt, 3, 4, 5]])).logits.item()
     assert error is None and score == pytest.approx(expected, abs=1e-5)

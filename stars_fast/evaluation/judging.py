@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from stars_fast.rewards.base import Completion, Response, Reward, RewardPrompt, score_each
+from stars_fast.tree.attention import own_dtypes
 
 
+@torch.no_grad()
+@own_dtypes()
 def judged(
     judge: Reward, asked: Sequence[RewardPrompt], completions: Sequence[Sequence[int]], eos: Sequence[bool]
 ) -> list[tuple[float, str | None]]:
