@@ -11,7 +11,7 @@ from conftest import tiny_policy, tiny_reward
 from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
-from stars_fast import StarsConfig, StarsEngine
+from stars_fast import Fit, StarsConfig, StarsEngine, demo
 from stars_fast.cli import app
 from stars_fast.cli.settings import read_settings
 from stars_fast.loop.stream import Progress
@@ -574,6 +574,18 @@ def test_a_parameter_of_a_method_is_set_beside_its_name(tmp_path):
     assert config.method == BestOfN(n=6) and config.num_return_sequences == 2
     with pytest.raises(ValueError, match=r"budget is a parameter of optimal_stopping: .*--method optimal_stopping"):
         read_settings(None, ["budget=4"])
+
+
+def test_words_that_read_as_numbers_stay_words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known = Fit.from_pretrained(demo.FOLDER)
+    known.save_pretrained("2026")
+    for assignments, options in (([], {"fit": "2026"}), (["fit=2026"], {})):
+        assert read_settings(None, assignments, **options).config.known == known
+    assert read_settings(None, ["delimiter=7"], method="particle_filter").config.method.delimiter == "7"
+    personas = ["draft_prompt=42", "judge_prompt=[1, 2]"]
+    method = read_settings(None, personas, method="persona_judge").config.method
+    assert (method.draft_prompt, method.judge_prompt) == ("42", (1, 2))
 
 
 def test_a_field_is_given_once():

@@ -117,7 +117,7 @@ def test_passes_are_about_the_tokens_that_the_models_read(name):
 def test_prompts_are_fields_cut_and_put_into_a_template(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"text": f"word{i} two  three", "kind": "ab"[i % 2]} for i in range(6)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
     recipe = Recipe(prompts=str(path), field="text", words=2, template="Q: {}\n", where={"kind": "b"}, count=3)
     assert sorted(read_prompts(recipe)) == [f"Q: word{i} two\n" for i in (1, 3, 5)]
     with pytest.raises(ValueError, match=r"3 different prompts, fewer than 4 \(--count\): give 1 more, or less for "):
@@ -145,6 +145,12 @@ def test_a_recipe_names_what_it_does_not_know(tmp_path):
         read_recipe(path, {})
     with pytest.raises(ValueError, match="budgets: 'x' is no number"):
         read_recipe(None, {"budgets": "2,x"})
+    with pytest.raises(ValueError, match="budgets: 'inf' is not finite"):
+        read_recipe(None, {"budgets": "2,inf"})
+    for template in ("Q", "{question}", "{} {}", "{} {", 5):
+        with pytest.raises(ValueError, match=r"template=.* must have \{\}"):
+            read_recipe(None, {"template": template})
+    assert read_recipe(None, {"template": "{{x}} {}"}).template == "{{x}} {}"
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -410,6 +416,8 @@ def test_cells_refuse_unknown_methods_and_budgets_below_one():
         cells(asked("starz"), CONFIG)
     with pytest.raises(ValueError, match=r"budgets: 0.5 is below 1"):
         cells(asked("stars", budgets=(0.5,)), CONFIG)
+    with pytest.raises(ValueError, match=r"budgets: 1 leaves power_sampling no step"):
+        cells(asked("power_sampling", budgets=(1,)), CONFIG)
 
 
 def test_the_command_writes_table_and_plot_and_has_nothing_to_do_twice(tmp_path, monkeypatch):

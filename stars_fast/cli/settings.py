@@ -15,7 +15,7 @@ from stars_fast.report.files import check_known, parse_yaml, read_yaml
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(StarsConfig))
 _MODELS = ("policy", "reward")
-_WORDS = ("finished_threshold", "method", "stop_strings")  # "1" means the text there, not the number
+_WORDS = ("finished_threshold", "fit", "method", "stop_strings")  # "1" means the text there, not the number
 
 
 class Settings(NamedTuple):
@@ -93,7 +93,9 @@ def _with(method: Any, parameters: Mapping[str, str]) -> dict[str, Any]:
                 )
             own = [] if known is None else [field.name for field in dataclasses.fields(known)]
             check_known({name}, "--set", [*_FIELDS, *own])
-        chosen[name] = _numbers(name, _parse(name, text))
+        words = known is not None and _takes_words(known, name)
+        value = _parse(name, text, words)
+        chosen[name] = value if words else _numbers(name, value)
     return chosen
 
 
@@ -101,8 +103,14 @@ def _has(method: type[Method], name: str) -> bool:
     return any(field.name == name for field in dataclasses.fields(method))
 
 
-def _parse(name: str, text: str) -> Any:
-    """The value in ``name=value``: YAML, and ``none``."""
+def _takes_words(method: type[Method], name: str) -> bool:
+    """Whether a parameter is text, or the name of a model."""
+    types = {field.name: str(field.type) for field in dataclasses.fields(method)}
+    return types.get(name, "").startswith(("str", "Any"))
+
+
+def _parse(name: str, text: str, words: bool = False) -> Any:
+    """The value in ``name=value``: YAML, and ``none``. Where it is to be ``words``, no number is one."""
     if text.lower() == "none":
         return None
     try:
@@ -112,7 +120,7 @@ def _parse(name: str, text: str) -> Any:
     except ValueError as error:
         raise ValueError(f"--set {name}: {error}") from error
     taken = value is None or isinstance(value, (str, list)) or (name == "method" and isinstance(value, dict))
-    return text if name in _WORDS and not taken else value
+    return text if (words or name in _WORDS) and not taken else value
 
 
 def _numbers(name: str, value: Any) -> Any:

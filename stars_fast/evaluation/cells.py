@@ -118,6 +118,8 @@ def _cell(label: str, budget: float | None, config: StarsConfig, parameters: dic
         if budget == 1 and name in ACCEPTING and way in (FIT, PILOTS):
             raise ValueError(f"budgets: 1 leaves {label} nothing to reject; give more")
         parameters = {**_scaled(name, budget, config), **parameters}
+        if name in _CHAINS and not parameters["steps"]:
+            raise ValueError(f"budgets: {budget:g} leaves {label} no step behind the first answer; give more")
     method: Method = METHODS[name](**parameters)
     acceptance = 1 / budget if budget is not None and name in ACCEPTING else None
     if budget is not None and name == _STOPPING:

@@ -81,6 +81,8 @@ def _text(recipe: Recipe, number: int, fields: dict[str, Any]) -> Any:
 def _json_lines(path: Path) -> Iterable[Any]:
     with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +63,8 @@ def read_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
     Raises
     ------
     OSError, ValueError
-        For a file that cannot be read, a key that is not known, a budget that is no number.
+        For a file that cannot be read, a key that is not known, a budget that is no finite number, a template that has
+        other places to fill than the field's.
     """
     values = {} if path is None else read_yaml(path, [field.name for field in dataclasses.fields(Recipe)])
     values |= {name: value for name, value in given.items() if value is not None}
@@ -70,9 +72,22 @@ def read_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
         if isinstance(values.get(name), str):
             values[name] = values[name].split(",")
     recipe = dataclasses.replace(Recipe(), **values)
+    _check_template(recipe.template)
     methods = tuple(map(_asked, recipe.methods))
     budgets, pairs = tuple(map(_number, recipe.budgets)), tuple(map(_pair, recipe.pairs))
     return dataclasses.replace(recipe, methods=methods, budgets=budgets, pairs=pairs)
+
+
+def _check_template(template: Any) -> None:
+    try:
+        has_place = "{}" in template
+        template.format("")  # which raises for any further place
+    except (AttributeError, LookupError, TypeError, ValueError):
+        has_place = False
+    if not has_place:
+        raise ValueError(
+            f"template={template!r} must have {{}} where the field stands, and no other braces ({{{{ and }}}} are text)"
+        )
 
 
 def _asked(entry: Any) -> Asked:
@@ -91,6 +106,9 @@ def _pair(entry: Any) -> tuple[str, str]:
 
 def _number(budget: Any) -> float:
     try:
-        return float(budget)
+        number = float(budget)
     except (TypeError, ValueError) as error:
         raise ValueError(f"budgets: {budget!r} is no number") from error
+    if not math.isfinite(number):
+        raise ValueError(f"budgets: {budget!r} is not finite")
+    return number
