@@ -109,11 +109,12 @@ def test_a_rendered_chat_is_a_prompt_and_a_mask_of_ones_own_wins(policy32, token
         assert out.sequences[0, :4].tolist() == [5, 6, 2, 3]
 
 
+@pytest.mark.parametrize("kind", ["pt", None], ids=["tensor", "lists"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_tensor_without_a_mask_is_warned_of(policy32, padding_tokenizer, side):
+def test_padded_ids_without_a_mask_are_warned_of(policy32, padding_tokenizer, side, kind):
     padding_tokenizer.padding_side = side
     engine = StarsEngine(policy32, word_reward, tokenizer=padding_tokenizer)
-    ids = padding_tokenizer(["w5 w6 w7", "w8"], padding=True, return_tensors="pt")["input_ids"]
+    ids = padding_tokenizer(["w5 w6 w7", "w8"], padding=True, return_tensors=kind)["input_ids"]
     with pytest.warns(UserWarning, match=rf"prompts: some rows.*pad token {padding_tokenizer.pad_token_id}.*no atten"):
         engine.generate(ids, CONFIG)
 
@@ -127,6 +128,16 @@ def test_pad_tokens_that_all_rows_share_are_not_warned_of(policy32, padding_toke
         for ids in ([[pad, 5, pad, 6], [pad, 7, 8, 9]], [[5, pad], [6, pad]], [[pad, 5]]):
             engine.generate(torch.tensor(ids), CONFIG)
         engine.generate(torch.tensor([[pad, 5], [6, 7]]), CONFIG, attention_mask=torch.tensor([[0, 1], [1, 1]]))
+        engine.generate({"input_ids": [[pad, 5], [6, 7]], "attention_mask": [[1, 1], [1, 1]]}, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "prompts, words",
+    [([5, 6, 7], "flat list of 3 numbers"), ((one for one in ["w5"]), "generator: give text"), ({"w5"}, "set: give")],
+)
+def test_what_is_no_list_of_prompts_is_told_how_to_be_one(idle, prompts, words):
+    with pytest.raises(TypeError, match=rf"^prompts is a {words}.* a list of "):
+        idle.generate(prompts, CONFIG)
 
 
 @pytest.mark.parametrize("prompts", [[[5], [], [6]], torch.zeros(3, 0, dtype=torch.long)], ids=["ids", "tensor"])

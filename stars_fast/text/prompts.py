@@ -94,7 +94,8 @@ def read_prompts(
     TypeError, ValueError
         For a form that is not known, text without a tokenizer, or an empty prompt, naming the prompt's index.
     """
-    if _is_encoding(prompts):
+    encoded = _is_encoding(prompts)
+    if encoded:
         inputs = media_inputs(name, prompts, _as_mask(attention_mask), takes)
         if inputs is not None:
             return _read_media(inputs, tokenizer, name)
@@ -110,14 +111,20 @@ def read_prompts(
     if isinstance(prompts, bytes) or not isinstance(prompts, Sequence):
         keys = f" with the keys {list(prompts)}" if isinstance(prompts, Mapping) else ""
         raise TypeError(
-            f"{name} is a {type(prompts).__name__}{keys}: give text, chat messages, id lists, an id tensor or what a "
-            "tokenizer or processor returns"
+            f"{name} is a {type(prompts).__name__}{keys}: give text, a chat, a list of texts, chats or id lists, "
+            "an id tensor or what a tokenizer or processor returns"
         )
+    if len(prompts) and all(isinstance(one, Integral) and not isinstance(one, bool) for one in prompts):
+        raise TypeError(f"{name} is a flat list of {len(prompts)} numbers: give a list of id lists, {name}=[ids]")
     variables = template_kwargs(chat_template_kwargs)
-    return [
+    read = [
         read_one(f"{name}[{index}]", prompt, tokenizer, variables, max_positions, processor, takes)
         for index, prompt in enumerate(prompts)
     ]
+    lists = [one.ids for one, given in zip(read, prompts, strict=True) if isinstance(given, list) and given == one.ids]
+    if not encoded and len(lists) == len(read) and len(set(map(len, lists))) == 1:
+        _warn_of_padding(torch.tensor(lists), getattr(tokenizer, "pad_token_id", None), name)
+    return read
 
 
 def is_chat(prompt: Any) -> bool:
@@ -172,11 +179,8 @@ def _read_tensor(
             f"{name} is a {prompts.dtype} tensor of {prompts.dim()} dimensions: give integer ids [batch, length]"
         )
     ids = prompts if prompts.dim() == 2 else prompts[None]
-    if attention_mask is None and pad_token_id is not None and _looks_padded(ids, pad_token_id):
-        warn(
-            f"{name}: some rows begin or end with the pad token {pad_token_id} more often than others, and there is no "
-            "attention_mask: if that is padding, it is read as text"
-        )
+    if attention_mask is None:
+        _warn_of_padding(ids, pad_token_id, name)
     mask = torch.ones_like(ids) if attention_mask is None else torch.atleast_2d(attention_mask)
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, {name} {tuple(ids.shape)}: they must agree")
@@ -184,10 +188,19 @@ def _read_tensor(
     return [Prompt(row, _not_empty(f"{name}[{index}]", row)) for index, row in enumerate(rows)]
 
 
-def _looks_padded(ids: torch.Tensor, pad_token_id: int) -> bool:
-    """Whether rows differ in how many pad tokens they begin or end with. All may begin with one that is the BOS too."""
+def _warn_of_padding(ids: torch.Tensor, pad_token_id: int | None, name: str) -> None:
+    """Say it where rows ``[batch, length]`` that have no mask differ in how many pad tokens they begin or end with. All
+    may begin with one that is the BOS too.
+    """
+    if pad_token_id is None:
+        return
     text = (ids != pad_token_id).long()
-    return any(len((side.cumsum(1) == 0).sum(1).unique()) > 1 for side in (text, text.flip(1)))
+    if any(len((side.cumsum(1) == 0).sum(1).unique()) > 1 for side in (text, text.flip(1))):
+        warn(
+            f"{name}: some rows begin or end with the pad token {pad_token_id} more often than others, and there is no "
+            "attention_mask: if that is padding, it is read as text (give all that the tokenizer returned, or lists of "
+            "ids without padding)"
+        )
 
 
 def read_one(
