@@ -121,6 +121,8 @@ def generate(
             raise TypeError(f"model={shown(model)}: give a transformers causal LM")
         for name, given in (("inputs", inputs), ("input_ids", kwargs.get("input_ids"))):
             transformers_call.check_ids(name, given)
+        if not isinstance(generation_config, (GenerationConfig, type(None))):
+            raise TypeError(f"generation_config={shown(generation_config)}: give a GenerationConfig")
         config = transformers_call.with_methods_sampling(_checked(stars_config))
         call = transformers_call.merge(model, config, generation_config, kwargs)
         decoder = _Decoder(
@@ -163,6 +165,8 @@ def decoding(
     A setting counts as the call's own where it differs from what the model's generation_config would have given. The
     engine stays with the model, as that of :func:`generate` does.
     """
+    if "logits_processor" in options:  # transformers has called it in place of what it returns
+        raise TypeError("custom_generate=decoding: give it the reward, custom_generate=decoding(reward_model)")
     known = {*_ENGINE_OPTIONS, "seed", "reward_prompts", "columns", "on_error"}
     for name, value in options.items():
         transformers_call.refuse_setting(name, value)

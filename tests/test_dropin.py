@@ -374,6 +374,19 @@ def test_unknown_options_of_decoding_are_refused():
         stars_fast.decoding(sum_reward, CONFIG, max_row=3)
 
 
+def test_what_is_no_decoding_of_a_reward_says_how_to_make_one(policy):
+    call = {"do_sample": True, "max_new_tokens": 2, **inputs()}
+    with pytest.raises(TypeError, match=r"custom_generate=decoding\(reward_model\)"):
+        policy.generate(**call, custom_generate=stars_fast.decoding)
+    with pytest.raises(ValueError, match=r"custom_generate, give decoding\(reward_model\)"):
+        policy.generate(**call, custom_generate=stars_fast.generate, reward_model=sum_reward)
+
+
+def test_a_generation_config_that_is_none_is_refused(policy):
+    with pytest.raises(TypeError, match="give a GenerationConfig"):
+        stars_fast.generate(policy, **inputs(), generation_config={"top_k": 3}, reward_model=sum_reward)
+
+
 def test_errors_are_raised_with_the_prompts_index(policy):
     def fails(prompts):
         return [None if prompt == [8] else 0.0 for prompt in prompts]

@@ -194,6 +194,13 @@ def test_answers_end_as_the_trainers_own_do(make_trainer):
     assert all(not {3, 31} & set(ids[:-1]) for ids in out["completion_ids"])
 
 
+def test_what_a_rollout_cannot_be_made_of_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"needs answer, and TRL .*reward_funcs"):
+        rollout_func(lambda completions, answer, log_extra=None, **columns: [])
+    with pytest.raises(TypeError, match=r"takes rollout_func\(reward\)"):
+        rollout_func(PROMPTS, object())
+
+
 def test_settings_that_rollouts_cannot_have_are_named(rollouts):
     with pytest.raises(ValueError, match="do_sample=False"):
         rollouts(PROMPTS, generation_kwargs={"do_sample": False})

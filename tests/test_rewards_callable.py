@@ -160,6 +160,13 @@ def test_a_function_that_needs_what_nobody_gives_is_refused_before_work_starts(p
         engine.generate(PROMPTS, CONFIG, seed=0, columns={"other": [1, 2]})
 
 
+@pytest.mark.parametrize("reward", [lambda texts: 0, lambda prompt, completion: 0, lambda p, c: 0], ids=["1", "2", "3"])
+def test_a_function_with_names_of_its_own_is_told_which_it_is_called_with(policy32, reward):
+    engine = StarsEngine(policy32, reward)
+    with pytest.raises(ValueError, match="and none of prompts, completions and completion_ids: it is called by these"):
+        engine.generate(PROMPTS, CONFIG, seed=0)
+
+
 def test_optional_parameters_by_place_keep_their_places(policy32):
     def reward(prompts, bonus=0.5, completions=(), /):
         assert bonus == 0.5

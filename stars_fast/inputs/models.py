@@ -234,9 +234,10 @@ def load_reward(
     if isinstance(reward, Reward):
         reward.check_policy(policy, tokenizer)
         return reward
+    several = " (several at once: stars_fast.rewards.WeightedSum)" if isinstance(reward, (list, tuple, dict)) else ""
     raise TypeError(
         f"reward is a {type(reward).__name__}: give a sequence-classification model with one label, "
-        "a stars_fast.rewards.Reward, a function, a path or a hub id"
+        f"a stars_fast.rewards.Reward, a function, a path or a hub id{several}"
     )
 
 

@@ -67,7 +67,9 @@ def merge(
             raise ValueError(f"{name} is set: assisted decoding and reward-guided decoding cannot be combined")
     for name in ("inputs_embeds", "position_ids", *_CACHES):
         if kwargs.get(name) is not None:
-            raise ValueError(f"{name} is given: reward-guided decoding starts from token ids alone")
+            called = {"logits_processor", "stopping_criteria"} <= kwargs.keys()  # by transformers
+            inside = "; as custom_generate, give decoding(reward_model)" if called else ""
+            raise ValueError(f"{name} is given: reward-guided decoding starts from token ids alone{inside}")
     explicit = given.keys() | _models_own(model, config)
     if (stop_strings := given.get("stop_strings")) is not None:
         config = config.replace(stop_strings=stop_strings)

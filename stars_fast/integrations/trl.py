@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, groupby
@@ -18,9 +19,11 @@ from stars_fast.engine import StarsEngine
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.outcome import first_error
 from stars_fast.inputs.sampling import NEUTRAL, SAMPLING_FIELDS
+from stars_fast.methods.numbers import shown
 from stars_fast.notices import warn
 from stars_fast.ops import gather_logprobs
 from stars_fast.policy.policy import Policy
+from stars_fast.rewards import CallableReward, Reward
 from stars_fast.text.media import Media, text_inputs
 from stars_fast.text.prompts import Prompt
 from stars_fast.tree.attention import own_dtypes, plugged
@@ -85,6 +88,15 @@ def rollout_func(
     --------
     >>> trainer = GRPOTrainer(model, engine_reward, rollout_func=rollout_func(reward), ...)  # doctest: +SKIP
     """
+    if not isinstance(config, (StarsConfig, type(None))):
+        raise TypeError(
+            f"rollout_func: config={shown(config)}: give a StarsConfig; GRPOTrainer takes rollout_func(reward)"
+        )
+    if not isinstance(reward, Reward) and inspect.isroutine(reward) and (columns := CallableReward(reward).needed):
+        raise ValueError(
+            f"rollout_func: the reward function needs {', '.join(columns)}, and TRL hands a rollout_func no columns "
+            "of the data set: give it to reward_funcs of GRPOTrainer, which gets them"
+        )
     engines: dict[int, StarsEngine] = {}
 
     def rollout(prompts: list[Any], trainer: GRPOTrainer) -> Rollouts:

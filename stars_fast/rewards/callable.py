@@ -73,13 +73,22 @@ class CallableReward(Reward):
     def check_policy(self, policy: PreTrainedModel, tokenizer: Any) -> None:
         self._may_see = takes_media(policy)
 
+    @property
+    def needed(self) -> list[str]:
+        """Columns that the function cannot do without."""
+        return [name for name in self._required if name not in _OWN_ARGUMENTS]
+
     def check(self, prompts: Sequence[RewardPrompt], max_new_tokens: int, kv_cache_tokens: int | None) -> None:
-        needed = [name for name in self._required if name not in _OWN_ARGUMENTS]
-        for name in needed:
+        for name in self.needed:
             # Of a policy of text, `images` is a column like any other: nobody's prompts have pictures.
             told = (prompt.media is not None or name in prompt.columns for prompt in prompts)
             may_see = name != "images" or self._may_see or any(told)
             if not may_see or any(name not in self._columns(prompt) for prompt in prompts):
+                if not any(map(self._takes, _OWN_ARGUMENTS)):
+                    raise ValueError(
+                        f"the reward function takes {', '.join(self._required)} and none of prompts, completions and "
+                        "completion_ids: it is called by these names, with a list of each"
+                    )
                 raise ValueError(
                     f"the reward function needs {name!r}, which is neither prompts, completions or completion_ids nor "
                     f"a column: pass columns={{{name!r}: one value per prompt}}, or give the parameter a default"
