@@ -118,6 +118,7 @@ WRONG = [
         (dict(extra_body={name: value}), openai.BadRequestError, f"{name} is not served: ")
         for name, value in {
             "stop_token_ids": [1],
+            "top_logprobs": 2,
             "guided_json": {"type": "object"},
             "bad_words": ["the"],
             "allowed_token_ids": [3],

@@ -184,9 +184,11 @@ def test_every_kind_of_text_is_answered(server, text):
 def test_other_content_types_paths_and_verbs_are_refused_in_the_same_shape(server):
     plain = posted(server, b'{"prompt": "x"}', **{"content-type": "text/plain"})
     assert plain.status_code == 400 and "application/json" in plain.json()["error"]["message"]
-    assert server.http.get("/v1/nowhere").json()["error"]["code"] == 404
+    nowhere = server.http.post("/chat/completions", json={}).json()["error"]
+    assert nowhere["code"] == 404 and "/v1/chat/completions" in nowhere["message"]
     verb = server.http.get("/v1/completions")
-    assert verb.status_code == 405 and verb.json()["error"]["code"] == 405 and "POST" in verb.headers["allow"]
+    assert verb.status_code == 405 and verb.headers["allow"] == "POST"
+    assert verb.json()["error"]["code"] == 405 and verb.json()["error"]["message"].endswith("use POST")
 
 
 def test_temperature_0_may_be_sampled():

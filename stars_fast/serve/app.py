@@ -39,7 +39,7 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
         for status, what in {
             400: "The request is invalid, or asks for what is not served.",
             401: "No API key, or a wrong one.",
-            404: "There is no such model.",
+            404: "There is no such model or path.",
             408: "Nothing was there within the timeout.",
             413: "The body is too large.",
             500: "The reward or the models failed.",
@@ -120,7 +120,12 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return _noted(request, Refusal(str(error.detail), error.status_code, headers=error.headers)).response()
+        told, status = str(error.detail), error.status_code
+        if status == 404:
+            told = f"there is no such path: there are {CHATS}, /v1/completions and /v1/models (base_url ends with /v1)"
+        elif status == 405:
+            told = f"{request.method} is not allowed here: use {(error.headers or {}).get('Allow', 'another method')}"
+        return _noted(request, Refusal(told, status, headers=error.headers)).response()
 
     return app
 

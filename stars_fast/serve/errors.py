@@ -121,6 +121,8 @@ def _complaint(error: Mapping[str, Any], path: str, place: Sequence[Any], errors
         value = error["ctx"]["tag"] if error["type"] == "union_tag_invalid" else error.get("input")
         told = f"={shown(value)}" if place[-1] == "type" else f" is {'empty' if value in ('', []) else _kind(value)}"
         return f"{path}{told}: {form}"
+    if error["type"] == "too_short":
+        return f"{path} is empty"
     value = error.get("input")
     told = f"={shown(value)}" if isinstance(value, (bool, int, float, type(None))) else f" is {_kind(value)}:"
     return f"{path}{told} {error['msg'].replace('Input should', 'must', 1)}"

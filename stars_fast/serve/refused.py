@@ -10,8 +10,9 @@ from stars_fast.serve.schema import Asked, ChatRequest, StarsSettings
 _OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
 _ON: tuple[Any, ...] = (None, True)
 _ONE: tuple[Any, ...] = (None, 1)
-_GRAMMAR, _TOOLS, _TEXT = "answers follow no grammar", "tools are not called", "answers are text"
-_LOGPROBS, _TAKEN_OUT = "log-probabilities are not served", "special tokens are left out of texts"
+_GRAMMAR, _TOOLS, _TEXT = "answers cannot be held to a grammar", "there are no tool calls", "answers are text"
+_LOGPROBS, _TAKEN_OUT = 'stars: {"trace": true} gives those of segments', "special tokens are left out of texts"
+_BEAMS = "there is no beam search: candidates are sampled"
 # By parameter: values that ask for nothing, and why others are refused or what to give instead.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "logit_bias": (_OFF, "logits are not biased"),
@@ -27,8 +28,8 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "echo": (_OFF, "the prompt is not repeated"),
     "logprobs": ((None, False), _LOGPROBS),
     "modalities": ((*_OFF, ["text"]), _TEXT),
-    "length_penalty": (_ONE, "beams are not searched: candidates are sampled"),
-    "num_beams": (_ONE, "beams are not searched: candidates are sampled"),
+    "length_penalty": (_ONE, _BEAMS),
+    "num_beams": (_ONE, _BEAMS),
     "typical_p": (_ONE, "give top_p or min_p"),
     "tfs_z": (_ONE, "give top_p or min_p"),
     "do_sample": (_ON, "candidates are sampled"),
@@ -40,7 +41,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "reasoning_effort": ((None, "none"), "give chat_template_kwargs, with what the template calls it"),
     **dict.fromkeys(("top_logprobs", "prompt_logprobs", "top_n_tokens"), (_OFF, _LOGPROBS)),
     **dict.fromkeys(("audio", "web_search_options"), (_OFF, _TEXT)),
-    **dict.fromkeys(("use_beam_search", "early_stopping"), (_OFF, "beams are not searched: candidates are sampled")),
+    **dict.fromkeys(("use_beam_search", "early_stopping"), (_OFF, _BEAMS)),
     **dict.fromkeys(("min_tokens", "min_new_tokens"), (_OFF, "answers may end at any token")),
     **dict.fromkeys(
         (
