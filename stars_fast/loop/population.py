@@ -62,10 +62,12 @@ class Populations(Members):
     ) -> None:
         """The members of the next round: those in these places among finished answers and this round's candidates."""
         method = _method(request)
-        parents = self.leaves(request)
-        chosen: dict[int, Request] = dict(enumerate(finished))
-        members, first = [], len(request.looked_at)
-        for slot, place in enumerate(range(len(finished) + len(drawn)) if places is None else places):
+        parents, first = self.leaves(request), len(request.looked_at)
+        kept = range(len(finished) + len(drawn)) if places is None else places
+        # First: what is committed before this fails would count, and be lost.
+        self.roll_back([candidate for i, (_, candidate) in enumerate(drawn, len(finished)) if i not in kept])
+        chosen, members = dict(enumerate(finished)), list[Request]()
+        for slot, place in enumerate(kept):
             if place not in chosen:
                 child = self._continued(request, slot, *drawn[place - len(finished)], attempts=len(drawn))
                 child.traced_as = first + place - len(finished)
@@ -74,7 +76,6 @@ class Populations(Members):
             else:  # a finished answer holds nothing that copies would need of their own
                 one = chosen[place]
                 members.append(one if one.finish_reason is not None else self._fork(request, slot, one))
-        self.roll_back([candidate for i, (_, candidate) in enumerate(drawn, len(finished)) if i not in chosen])
         for parent in parents:
             self.trunks.give_back(parent.trunk, parent.tokens)
             self.queue.tell(parent, self.queue.reward.close, parent.response)

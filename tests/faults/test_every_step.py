@@ -284,6 +284,10 @@ def test_a_step_that_goes_on_raising_leaves_whole_what_had_ended(places, step, e
     places(method, step, error, at, True)
 
 
+def test_a_round_that_is_lost_whenever_it_ends_does_not_go_on_for_ever(places):
+    places("particle_filter", "tree release_all", "OutOfMemoryError", 2, True)
+
+
 @pytest.mark.parametrize("leak", [(TreeModel, "release"), (SegmentTree, "release_all")])
 def test_a_planted_leak_is_seen(monkeypatch, leak):
     """A branch that is not released, once."""
