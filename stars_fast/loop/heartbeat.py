@@ -93,13 +93,13 @@ class Loop(Queue):
                 except Exception as raised:
                     self.reward.unsure = True
                     error = error or Cause.of(raised, "the reward raised ")
-                prompt.empty_reward = value
-                if error is not None or value == float("-inf"):
+                if error is None and value > float("-inf"):
+                    prompt.empty_reward = value
+                else:
                     errors[prompt] = as_cause(error or "it is -inf: set base_reward, alpha=1 or target_reward=None")
         for request in new:
             if request.prompt in errors:
                 self.fail(request, errors[request.prompt].after("the empty answer could not be scored: "))
-                request.prompt.empty_reward = None
             elif request.prompt.empty_reward is not None:
                 request.base = base_reward(request.prompt.empty_reward, request.target, request.terms.config.alpha)
 

@@ -284,8 +284,15 @@ def test_a_step_that_goes_on_raising_leaves_whole_what_had_ended(places, step, e
     places(method, step, error, at, True)
 
 
-def test_a_round_that_is_lost_whenever_it_ends_does_not_go_on_for_ever(places):
-    places("particle_filter", "tree release_all", "OutOfMemoryError", 2, True)
+@pytest.mark.parametrize(
+    "method, step, error",
+    [
+        pytest.param("particle_filter", "tree release_all", "OutOfMemoryError", id="for ever, a round lost at its end"),
+        pytest.param("stars", "tree release", "ValueError", id="in later calls, an empty answer without a reward"),
+    ],
+)
+def test_what_goes_on_raising_does_not_go_on(places, method, step, error):
+    places(method, step, error, 2, True)
 
 
 @pytest.mark.parametrize("leak", [(TreeModel, "release"), (SegmentTree, "release_all")])
