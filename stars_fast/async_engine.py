@@ -53,6 +53,24 @@ def _refusing() -> Iterator[None]:
         raise
 
 
+class _Place:
+    """An open request's name in its session, given back once: when its events have been read or closed, or else with
+    the frame that holds this. An event loop that ends right behind a reader who broke off never closes them.
+    """
+
+    def __init__(self, session: AsyncStarsEngine, name: str) -> None:
+        self._session, self._name, self._held = session, name, True
+        self.job: Job | None = None
+        session._jobs[name] = None
+
+    def give_back(self) -> None:
+        if self._held:
+            self._held = False
+            self._session._leave(self._name, self.job)
+
+    __del__ = give_back
+
+
 class AsyncStarsEngine(Stays):
     """Serves requests of many callers at a time, each with its own configuration, seed, deadline and priority.
 
@@ -128,8 +146,8 @@ class AsyncStarsEngine(Stays):
         QueueFull
             Where they would be more than ``max_waiting``.
         """
-        if self._reserved + integer("requests", requests, 0) > self.max_waiting:
-            raise QueueFull(f"{self._reserved} requests are open, of max_waiting={self.max_waiting}")
+        if self._open + integer("requests", requests, 0) > self.max_waiting:
+            raise QueueFull(f"{self._open} requests are open, of max_waiting={self.max_waiting}")
         self._reserved += requests
 
     def release(self, requests: int = 1) -> None:
@@ -205,8 +223,8 @@ class AsyncStarsEngine(Stays):
         """
         if not reserved:
             self.reserve()
-        name, job, loop = "", None, asyncio.get_running_loop()
-        news, mine = asyncio.Event(), False
+        self._reserved -= 1  # from here on it counts by its name
+        place, loop, news = None, asyncio.get_running_loop(), asyncio.Event()
 
         def notify() -> None:
             with suppress(RuntimeError):  # the event loop is gone, and its callers with it
@@ -222,7 +240,7 @@ class AsyncStarsEngine(Stays):
                 timeout = None if timeout is None else real("timeout", timeout, 0.0)
                 name = request_id or self._new_name()
                 self._check_open(name)
-                self._jobs[name], mine = None, True
+                place = _Place(self, name)
                 deadline = None if timeout is None else time.monotonic() + timeout
                 arguments = Arguments(
                     [prompt],
@@ -236,7 +254,7 @@ class AsyncStarsEngine(Stays):
                 call = await asyncio.to_thread(self.engine.prepare, arguments)
             call.priority = priority
             self._check_alive()
-            job = self._jobs[name] = Job(call, self.engine.tokenizer, deadline=deadline, notify=notify)
+            job = place.job = self._jobs[name] = Job(call, self.engine.tokenizer, deadline=deadline, notify=notify)
             job.aborted = name in self._aborted
             self._inbox.put(job)
             if self._closed or self.dead is not None:  # meanwhile, by another thread: nobody reads it any more
@@ -252,15 +270,8 @@ class AsyncStarsEngine(Stays):
                 with nullcontext() if asked else _refusing():  # the thread that refused it may not have come so far
                     raise job.error
         finally:
-            self._reserved -= 1
-            if mine:
-                del self._jobs[name]
-                self._aborted.discard(name)
-            if job is not None:
-                if not job.over:
-                    job.aborted = True
-                    self.engine.core.abort(job)
-                self._leaving.append(job)
+            if place is not None:
+                place.give_back()
                 self._count_ended()
 
     async def abort(self, request_id: str) -> None:
@@ -310,7 +321,7 @@ class AsyncStarsEngine(Stays):
         tree = self.engine.policy.tree
         return {
             **total.to_dict(),
-            "open_requests": self._reserved,
+            "open_requests": self._open,
             "running": 0 if loop is None else len(loop.running) + len(loop.encoding),
             "waiting": 0 if loop is None else len(loop.waiting),
             "policy_slots": tree.capacity - 1,
@@ -329,6 +340,21 @@ class AsyncStarsEngine(Stays):
             if not self.engine.core.inside:
                 self._thread.join()
         self._end_inbox()
+
+    @property
+    def _open(self) -> int:
+        """Requests that are open, or to be made."""
+        return self._reserved + len(self._jobs)
+
+    def _leave(self, name: str, job: Job | None) -> None:
+        """A caller has gone. Each step is one of the interpreter's: it may be collecting garbage, on any thread."""
+        del self._jobs[name]
+        self._aborted.discard(name)
+        if job is not None:
+            self._leaving.append(job)
+            if not job.over:
+                job.aborted = True
+                self.engine.core.abort(job)
 
     def _end_all(self) -> None:
         for job in list(self._jobs.values()):

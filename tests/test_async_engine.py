@@ -1,6 +1,7 @@
 """Many callers share one core: everybody's text is what it is alone, and nobody's end costs anybody anything."""
 
 import asyncio
+import gc
 import random
 import threading
 import time
@@ -258,6 +259,30 @@ def test_what_is_refused_leaves_no_reservation(engine):
     got, metrics = asyncio.run(run())
     assert got == alone(engine, [([1], config({}), 0)])[0]
     assert metrics["open_requests"] == 1 and metrics["running"] == metrics["waiting"] == 0
+
+
+@pytest.mark.parametrize("closing", ["asyncio.run", "loop.close"])
+def test_a_reader_that_breaks_off_as_its_event_loop_ends_leaves_nothing_open(engine, closing):
+    shared = AsyncStarsEngine(engine, max_waiting=1)
+
+    async def break_off():
+        async for _ in shared.generate([1, 2], config(dict(max_new_tokens=200, ignore_eos=True)), "mine", seed=0):
+            break
+
+    for _ in range(2):  # the second has the first's name and its place
+        if closing == "asyncio.run":
+            asyncio.run(break_off())
+        else:
+            loop = asyncio.new_event_loop()
+            loop.run_until_complete(break_off())
+            loop.close()
+        gc.collect()
+    until = time.monotonic() + 10
+    while (metrics := shared.metrics())["running"] and time.monotonic() < until:
+        time.sleep(0.01)
+    shared.close()
+    assert metrics["open_requests"] == metrics["running"] == 0
+    assert metrics["policy_tokens"] < 2 * 200 and nothing_held(engine)
 
 
 def test_a_session_as_a_context_lets_requests_end_and_ends_them_where_something_was_raised(engine):
