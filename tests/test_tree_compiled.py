@@ -1,5 +1,6 @@
 """Decoder layers compile whole, once for all layers of a kind and all numbers of rows, and compute the same."""
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -291,6 +292,22 @@ def test_layers_that_do_not_compile_run_without_and_say_so():
     with pytest.warns(UserWarning, match="(?s)do not compile.*no compiler"):
         compiled = run(model, CompiledLayers(model, refuse))
     assert compiled.completions == run(model).completions
+
+
+def test_layers_that_hide_whose_pass_it_is_run_uncompiled_and_say_so():
+    """On a CUDA device, where layers would run compiled: nothing is run on it here."""
+    model = tiny_policy(64, hidden=32, layers=1)
+    for hides in (False, True):
+        policy = Policy(model)
+        policy.device = torch.device("cuda")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            policy.accelerate(cuda_graphs=False, torch_compile=True)
+        told = [str(one.message) for one in caught if "layers of LlamaForCausalLM run without" in str(one.message)]
+        assert (len(told), policy.torch_compile) == ((1, False) if hides else (0, True))
+        model.model.layers[0].self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, kwargs | {"attention_mask": None}), with_kwargs=True
+        )
 
 
 def wrong(module, inputs, of=lambda inputs: True):

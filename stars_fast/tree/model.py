@@ -152,7 +152,13 @@ class TreeModel(Stays):
         """
         on_gpu = self.device.type == "cuda"
         self.graphs.enabled = cuda_graphs and on_gpu and not works_on_padding(self.device)
-        self.torch_compile = torch_compile and on_gpu and self._marked
+        self.torch_compile = torch_compile and on_gpu
+        if self.torch_compile and not self._marked:
+            self.torch_compile = False
+            warn(
+                f"the layers of {type(self.model).__name__} run without torch.compile: their attention is not given "
+                "the mask that the model was, by which compiled code knows whose pass it is"
+            )
 
     @property
     def prompt_positions(self) -> int | None:
