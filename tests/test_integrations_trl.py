@@ -16,6 +16,7 @@ trl = pytest.importorskip("trl")
 from stars_fast import StarsConfig, StarsEngine  # noqa: E402
 from stars_fast.integrations.trl import by_plan, engine_reward, rollout_func  # noqa: E402
 from stars_fast.methods import Plans  # noqa: E402
+from stars_fast.tree.model import TreeModel  # noqa: E402
 
 GROUP, TOKENS = 4, 6
 PROMPTS = ["a b c", "d e"]
@@ -124,6 +125,16 @@ def test_memory_that_another_engine_has_in_use_costs_no_rollout(make_trainer):
         with pytest.warns(UserWarning, match="memory of keys and values is kept: another engine with this reward"):
             rollouts = rollout_func(reward)(PROMPTS, trainer)
         assert len(rollouts["completion_ids"]) == len(PROMPTS) and list(events)
+
+
+def test_a_device_that_fails_as_memory_is_released_is_not_taken_for_one_in_use(make_trainer, monkeypatch):
+    def fail(model):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    trainer, rollout = make_trainer(None), rollout_func(tiny_reward(32))
+    monkeypatch.setattr(TreeModel, "free", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        rollout(PROMPTS, trainer)
 
 
 def test_samples_of_a_group_share_a_request_and_keep_the_prompts_order(make_trainer):

@@ -19,6 +19,7 @@ from stars_fast.engine import StarsEngine
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.outcome import first_error
 from stars_fast.inputs.sampling import NEUTRAL, SAMPLING_FIELDS
+from stars_fast.loop.memory import InUse
 from stars_fast.methods.numbers import shown
 from stars_fast.notices import warn
 from stars_fast.ops import gather_logprobs
@@ -122,7 +123,7 @@ def _release(engine: StarsEngine) -> None:
     """Its memory, unless somebody else has the same models in use: the samples are there all the same."""
     try:
         engine.release_memory()
-    except RuntimeError as error:
+    except InUse as error:
         warn(f"after a rollout, the memory of keys and values is kept: {error}")
 
 

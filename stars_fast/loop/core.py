@@ -15,6 +15,7 @@ import torch
 from stars_fast.loop.caller import Caller, Size
 from stars_fast.loop.heartbeat import Loop
 from stars_fast.loop.in_order import PASS, PASS_OF_GPUS
+from stars_fast.loop.memory import InUse
 from stars_fast.loop.request import Request
 from stars_fast.loop.row_cost import PRIOR_RATIO, PRIOR_RATIO_OF_GPUS, Heartbeat, HeartbeatCost
 from stars_fast.loop.scheduler import Scheduler
@@ -175,7 +176,7 @@ class Core(Stays):
 
         Raises
         ------
-        RuntimeError
+        InUse
             While it is open, and while another engine generates with one of the models.
         """
         with self._turn():
@@ -183,9 +184,7 @@ class Core(Stays):
             in_use = [tree.role for tree in trees if is_plugged(tree.model)]
             if self._session is not None or in_use:
                 who = "this engine" if self._session is not None else f"another engine with this {in_use[0]}"
-                raise RuntimeError(
-                    f"{who} is generating: let calls, streams and sessions end before memory is released"
-                )
+                raise InUse(f"{who} is generating: let calls, streams and sessions end before memory is released")
             for tree in trees:
                 tree.free()
         if torch.cuda.is_initialized():

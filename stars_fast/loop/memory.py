@@ -16,6 +16,10 @@ class TooLarge(Exception):
         self.tokens, self.rows, self.cause = tokens, rows, cause
 
 
+class InUse(RuntimeError):
+    """Memory was to be given back that somebody generates with."""
+
+
 @contextmanager
 def passing(tokens: int = 0, rows: int = 0) -> Iterator[None]:
     """A forward pass over so many tokens, or rows; where memory lacks, :class:`TooLarge` says how many they were."""
