@@ -73,7 +73,7 @@ class Informed(Scheduler):
 
     def __init__(self, work: Work, machine: Machine) -> None:
         super().__init__(work.max_rows, _AMPLE, scoring=_scoring(work))
-        self.work, self.machine = work, machine
+        self.work, self.machine, self._requests = work, machine, 1
 
     def acceptance(self, running: Sequence[Request]) -> list[float]:
         return [self.work.courses[request.index].acceptance for request in running]
@@ -82,8 +82,15 @@ class Informed(Scheduler):
         requests = int(rows[0])
         return np.array([self._seconds(n, requests, together) for n in rows.tolist()])
 
-    def row_price(self, requests: int, in_order: bool = False) -> tuple[float, float]:
+    def shares(
+        self, acceptance: Sequence[float], limits: Sequence[int], rows: int, together: int | None = None
+    ) -> list[int]:
+        self._requests = len(limits)
+        return super().shares(acceptance, limits, rows, together)
+
+    def row_price(self, in_order: bool) -> tuple[float, float]:
         """Of the chord up to four rows a request: a straight line does not describe buckets."""
+        requests = self._requests
         most = max(min(4 * requests, self.work.max_rows), requests + 1)
         one = self._seconds(requests, requests)
         row = (self._seconds(most, requests, requests if in_order else most) - one) / (most - requests)

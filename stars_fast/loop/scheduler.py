@@ -161,7 +161,7 @@ class Scheduler:
         """
         requests = len(limits)
         together = rows if together is None else together
-        fixed, row = self.row_price(requests, in_order=requests >= together)
+        fixed, row = self.row_price(in_order=requests >= together)
         costs = self.costs(np.arange(requests, max(rows, requests) + 1), max(together, requests))
         if self.cost.unvaried():  # a heartbeat with more rows now and then tells what they cost
             row /= _CURIOSITY
@@ -170,8 +170,8 @@ class Scheduler:
         share = fixed / row / requests
         return share_rows([row_values(a, left, share) for a, left in zip(acceptance, limits, strict=True)], costs)
 
-    def row_price(self, requests: int, in_order: bool = False) -> tuple[float, float]:
-        """What a heartbeat of so many requests costs without rows, and what a row adds."""
+    def row_price(self, in_order: bool) -> tuple[float, float]:
+        """What a heartbeat costs without rows, and what a row adds (:meth:`HeartbeatCost.line`)."""
         return self.cost.line(in_order)
 
     def looked_at_at_once(self, length: int) -> int | None:
