@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import torch
 
@@ -142,6 +142,8 @@ class Origin(Protocol):
     """What a traced output came of. Who makes outputs has it: writing it down takes what decodes texts."""
 
     def save(self, output: StarsOutput, path: str | os.PathLike[str]) -> None: ...
+
+    def write(self, output: StarsOutput, file: IO[bytes], before: int = 0) -> int: ...
 
 
 @dataclass(repr=False)

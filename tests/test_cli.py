@@ -18,6 +18,7 @@ from stars_fast.loop.stream import Progress
 from stars_fast.methods import BestOfN, OptimalStopping, Stars
 from stars_fast.outputs import SegmentEvent, SegmentTrace
 from stars_fast.report.files import sole_run
+from stars_fast.report.trace import load_trace
 from stars_fast.rows import responses
 from stars_fast.rows.reading import read_rows, row_seed
 
@@ -205,6 +206,32 @@ def test_neither_order_nor_batches_change_a_text(generate):
     rows = [{"id": 2, **row} for row in reversed(ROWS)]  # the row that lived by its line number keeps it
     _, others = generate(rows, "--batch-size", 2, "--max-rows", 3, output="other.jsonl")
     assert_same(records, others)
+
+
+def test_a_trace_holds_what_each_answer_was_chosen_from_and_changes_no_row(generate, tmp_path):
+    rows, path = [*ROWS, {"id": "bad"}], tmp_path / "trace.jsonl"
+    _, plain = generate(rows, "--n", 2, "--batch-size", 2)
+    _, records = generate(rows, "--n", 2, "--batch-size", 2, "--trace", path, output="traced.jsonl")
+    assert_same(plain, records)
+    told = load_trace(path)
+    places = [(one["row"], one["prompt_index"], one["sample_index"]) for one in told]
+    assert places == [(row, row // 2, row % 2) for row in range(2 * len(ROWS))]
+    ids = sorted(one["completion_ids"] for one in records if one["error"] is None)
+    assert sorted(one["tokens"] for one in told) == ids
+    assert all(len(segment["candidates"]) >= segment["attempts"] for one in told for segment in one["segments"])
+    shown = invoke("trace", path, "--row", 3)
+    assert shown.exit_code == 0 and "row 3, stars" in shown.stdout
+
+
+def test_a_run_that_is_interrupted_leaves_the_trace_that_was_there(generate, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "trace.jsonl"
+    path.write_text("before")
+    monkeypatch.setattr(responses, "_gathered", interrupt)
+    result, _ = generate(ROWS, "--trace", path)
+    assert result.exit_code == 130 and path.read_text() == "before"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.55, 0.999])
@@ -474,6 +501,8 @@ def test_a_yaml_file_sets_fields_and_models_and_the_command_line_wins(models, tm
         (("--dtype", "int8"), ["'int8'", "bfloat16"]),
         (("--output", "no/such/out.jsonl"), ["no/such"]),
         (("--output", "/dev/null"), ["/dev/null", "not a file"]),
+        (("--trace", "no/such/trace.jsonl"), ["--trace", "no/such"]),
+        (("--trace", "no-such.jsonl", "--output", "./no-such.jsonl"), ["--trace", "also the output"]),
         (("--policy", "./no-such-model"), ["./no-such-model"]),
         (("--device", "abacus"), ["abacus"]),
     ],

@@ -107,6 +107,15 @@ def test_an_answer_that_broke_off_keeps_what_it_had_drawn(every):
     assert all(record["reward"] is None for record in broken)
 
 
+def test_an_error_that_utf_8_cannot_hold_is_written(tmp_path):
+    def fails(completions):
+        raise ValueError("\ud800")
+
+    engine, path = StarsEngine(tiny_policy(32, hidden=32), fails), tmp_path / "run.jsonl"
+    engine.generate([[5]], CONFIG, seed=0, trace=True).save_trace(path)
+    assert "\ud800" in load_trace(path)[0]["error"]
+
+
 def test_the_file_is_whole_or_what_it_was(spoken, tmp_path, monkeypatch):
     path = tmp_path / "run.jsonl"
     path.write_text("before")

@@ -24,6 +24,7 @@ from stars_fast.rows.engines import Names
 if TYPE_CHECKING:
     from stars_fast.config import StarsConfig
     from stars_fast.engine import StarsEngine
+    from stars_fast.outputs import StarsOutput
     from stars_fast.rows.reading import Row
     from stars_fast.rows.responses import Records
 
@@ -43,6 +44,10 @@ def run(
     output: Annotated[
         Path | None,
         typer.Option(help="JSON Lines to write to, row by row; ids in it are skipped, failed ones tried again."),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="File for what was drawn and why it lost, of the rows of this run (see stars-fast trace)."),
     ] = None,
     image: Annotated[
         list[str] | None,
@@ -83,7 +88,7 @@ def run(
     names = Names(
         policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail, processor
     )
-    _check_usage(names, prompt, input_, output, as_json, dtype)
+    _check_usage(names, prompt, input_, output, trace, as_json, dtype)
     if image and not prompt:
         fail("--image is of --prompt; rows of --input have a column image")
     if chat and not prompt:
@@ -103,7 +108,7 @@ def run(
         engine = load_engine(names, dtype, device, max_rows, kv_cache_tokens)
         lines = as_json or not (prompt or sys.stdout.isatty())
         target = output or ("json" if lines else "text" if prompt else "rows")
-        failed = _run_all(engine, todo, settings.config, target, batch_size, made_with, variables)
+        failed = _run_all(engine, todo, settings.config, target, batch_size, made_with, variables, trace)
     errors = f", {failed} with an error" if failed else ""
     if output is not None:
         skipped = f", {len(rows) - len(todo)} were there before" if len(todo) < len(rows) else ""
@@ -125,7 +130,13 @@ def warn_of_n(answers: int | None, config: StarsConfig) -> None:
 
 
 def _check_usage(
-    names: Names, prompt: list[str] | None, input_: Path | None, output: Path | None, as_json: bool, dtype: str
+    names: Names,
+    prompt: list[str] | None,
+    input_: Path | None,
+    output: Path | None,
+    trace: Path | None,
+    as_json: bool,
+    dtype: str,
 ) -> None:
     check_models(names, dtype)
     if as_json and output is not None:
@@ -134,14 +145,26 @@ def _check_usage(
         fail("give either --prompt or --input" + (", not both" if prompt else ""))
     if prompt and not any(prompt):
         fail("--prompt is empty: a prompt has at least one token")
-    if output is None:
+    _check_target("--output", output, input=input_)
+    _check_target("--trace", trace, input=input_, output=output)
+
+
+def _check_target(option: str, path: Path | None, **others: Path | None) -> None:
+    """Refuse a file that cannot be written, or is another one of the command's."""
+    if path is None:
         return
-    if output.exists() and not output.is_file():
-        fail(f"--output {output}: is a folder or a device, not a file")
-    if not output.parent.is_dir():
-        fail(f"--output {output}: there is no folder {output.parent}")
-    if input_ is not None and output.exists() and input_.exists() and output.samefile(input_):
-        fail(f"--output {output} is also the input")
+    if path.exists() and not path.is_file():
+        fail(f"{option} {path}: is a folder or a device, not a file")
+    if not path.parent.is_dir():
+        fail(f"{option} {path}: there is no folder {path.parent}")
+    for what, other in others.items():
+        if other is not None and _same_file(path, other):
+            fail(f"{option} {path} is also the {what}")
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    both_there = one.exists() and other.exists()
+    return one.samefile(other) if both_there else os.path.realpath(one) == os.path.realpath(other)
 
 
 def _read_input(
@@ -206,6 +229,7 @@ def _run_all(
     batch_size: int,
     made_with: dict[str, Any],
     variables: dict[str, Any] | None = None,
+    trace: Path | None = None,
 ) -> int:
     """Write every row as it is finished. Returns how many ended with an error."""
     from stars_fast.loop.stream import progress_bar
@@ -220,8 +244,8 @@ def _run_all(
         if isinstance(output, Path):
             write_settings(output, made_with)
         total, method = len(rows) * config.num_return_sequences, config.chosen_method
-        with _sink(output) as write, progress_bar(not reading, total, method) as bar:
-            for records in finished_rows(engine, rows, config, batch_size, bar, variables):
+        with _sink(output) as write, _trace_file(trace) as traced, progress_bar(not reading, total, method) as bar:
+            for records in finished_rows(engine, rows, config, batch_size, bar, variables, traced):
                 write(records)
                 failed += any(record["error"] is not None for record in records)
     return failed
@@ -243,6 +267,25 @@ def _sink(output: Path | str) -> Iterator[Callable[[Records], None]]:
             lines.reconfigure(encoding="utf-8", errors="backslashreplace")
         write = _write_lines if output == "json" else _write_texts
         yield lambda records: write(lines, records)
+
+
+@contextmanager
+def _trace_file(path: Path | None) -> Iterator[Callable[[StarsOutput], None] | None]:
+    """A function that writes the trace of a batch behind those before. The file takes its name once all are in it."""
+    if path is None:
+        yield None
+        return
+    from stars_fast.report.files import replacing
+
+    prompts = 0
+    with replacing(path) as file:
+
+        def write(output: StarsOutput) -> None:
+            nonlocal prompts
+            assert output.origin is not None
+            prompts = output.origin.write(output, file, prompts)
+
+        yield write
 
 
 def _write_texts(file: TextIO, records: Records) -> None:

@@ -23,7 +23,10 @@ Record = Mapping[str, Any]
 
 def run(
     files: Annotated[
-        list[Path], typer.Argument(help="What StarsOutput.save_trace wrote; two files, with --html, are compared.")
+        list[Path],
+        typer.Argument(
+            help="What generate --trace or StarsOutput.save_trace wrote; two files, with --html, are compared."
+        ),
     ],
     html: Annotated[Path | None, typer.Option(help="Write a page instead, which a browser shows.")] = None,
     row: Annotated[list[int] | None, typer.Option(min=0, help="Only this row of the output. Repeatable.")] = None,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from stars_fast.outputs import CandidateTrace, SegmentTrace, StarsOutput
 from stars_fast.report.files import replacing, to_line
@@ -37,8 +37,17 @@ class Origin:
     def save(self, output: StarsOutput, path: str | os.PathLike[str]) -> None:
         """See :meth:`stars_fast.StarsOutput.save_trace`."""
         with replacing(Path(path)) as file:
-            for row in range(len(output.completions)):
-                file.write(to_line(_record(output, self, row)).encode())
+            self.write(output, file)
+
+    def write(self, output: StarsOutput, file: IO[bytes], before: int = 0) -> int:
+        """The lines of an output whose prompts come behind so many others. Returns how many these are together."""
+        for row in range(len(output.completions)):
+            record = _record(output, self, row)
+            record["row"] += before * self.samples
+            record["prompt_index"] += before
+            # A lone half of a surrogate pair, in an error message, is written as JSON's own escape.
+            file.write(to_line(record).encode(errors="backslashreplace"))
+        return before + len(output.completions) // self.samples
 
 
 def _plain(value: Any) -> Any:

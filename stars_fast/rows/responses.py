@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,7 +12,7 @@ from stars_fast.engine import StarsEngine
 from stars_fast.inputs.arguments import Arguments
 from stars_fast.inputs.job import Job
 from stars_fast.loop.stream import Progress
-from stars_fast.outputs import SegmentEvent, SegmentTrace
+from stars_fast.outputs import SegmentEvent, SegmentTrace, StarsOutput
 from stars_fast.rows.reading import Row
 from stars_fast.rows.records import record
 from stars_fast.text.tokens import text_of
@@ -27,8 +27,11 @@ def finished_rows(
     batch_size: int,
     bar: Progress,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    traced: Callable[[StarsOutput], None] | None = None,
 ) -> Iterator[Records]:
     """Records of one row at a time, one per sample. Rows that cannot be used come first, with their error.
+
+    ``traced`` is given each batch once it is through, with its trace.
 
     Raises
     ------
@@ -45,7 +48,8 @@ def finished_rows(
         else:
             yield _rejected(row, error, config, bar)
     for start in range(0, len(sound), batch_size):
-        yield from _finished_batch(engine, sound[start : start + batch_size], config, bar, chat_template_kwargs)
+        batch = sound[start : start + batch_size]
+        yield from _finished_batch(engine, batch, config, bar, chat_template_kwargs, traced)
 
 
 def _finished_batch(
@@ -54,10 +58,12 @@ def _finished_batch(
     config: StarsConfig,
     bar: Progress,
     chat_template_kwargs: Mapping[str, Any] | None,
+    traced: Callable[[StarsOutput], None] | None,
 ) -> Iterator[Records]:
     def asked(some: Sequence[Row]) -> Arguments:
         prompts, seeds = [row.asked for row in some], [row.seed for row in some]
-        return Arguments(prompts, config, seed=seeds, chat_template_kwargs=chat_template_kwargs)
+        kept = traced is not None
+        return Arguments(prompts, config, seed=seeds, chat_template_kwargs=chat_template_kwargs, trace=kept)
 
     while rows:
         try:
@@ -72,6 +78,8 @@ def _finished_batch(
             refused = {place: cause}
         else:
             yield from _gathered(engine, chain([first], events), rows, config, bar)
+            if traced is not None:
+                traced(engine.output(job))
             return
         # Where one is refused others may be: each is asked for alone, since a batch names the first and no more.
         for other in set(range(len(rows))) - {place}:
