@@ -17,6 +17,7 @@ from transformers import (
     LlamaForSequenceClassification,
     MambaConfig,
     MambaForCausalLM,
+    PreTrainedModel,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
@@ -198,6 +199,15 @@ def test_a_device_that_this_machine_lacks_is_named(tmp_path, policy32):
     policy32.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="device='cuda'"):
         load_policy(tmp_path, None, "cuda")
+
+
+def test_a_device_without_room_for_a_model_is_not_taken_for_one_that_is_lacking(monkeypatch):
+    def full(model, where):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PreTrainedModel, "to", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_policy("demo", None, "cpu")
 
 
 def test_the_models_of_the_package_are_called_demo():

@@ -30,6 +30,7 @@ from stars_fast.text.tokenizers import (
     processor_beside,
     tokenizer_beside,
 )
+from stars_fast.tree.lack import is_lack_of_memory
 from stars_fast.tree.media import takes_media
 from stars_fast.tree.support import place, unwrapped
 
@@ -332,4 +333,6 @@ def _loaded(
     try:
         return model.to(where), loading
     except (RuntimeError, AssertionError) as error:
+        if is_lack_of_memory(error):
+            raise
         raise ValueError(f"device={str(where)!r}: {error}") from error
