@@ -282,7 +282,7 @@ def test_a_reader_that_breaks_off_as_its_event_loop_ends_leaves_nothing_open(eng
         time.sleep(0.01)
     shared.close()
     assert metrics["open_requests"] == metrics["running"] == 0
-    assert metrics["policy_tokens"] < 2 * 200 and nothing_held(engine)
+    assert metrics["committed_tokens"] < 2 * 200 and nothing_held(engine), "neither was drawn to its end"
 
 
 def test_a_session_as_a_context_lets_requests_end_and_ends_them_where_something_was_raised(engine):
