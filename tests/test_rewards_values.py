@@ -81,6 +81,7 @@ def test_another_number_of_values_is_told():
         ({"label": "NEGATIVE", "score": 0.9}, "returned {'label'.* for one completion; it must be one number"),
         ("0.7 because it is good", "returned '0.7 because it is good' for one completion"),
         ([0.1, 0.2], r"returned \[0.1, 0.2\] for one"),
+        (10**400, "returned 10000.* for one"),
         (torch.zeros(2), r"returned a Tensor of shape \[2\] for one"),
         (None, "returned None"),
         (math.inf, "finite"),

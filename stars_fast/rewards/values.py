@@ -53,7 +53,7 @@ def as_float(value: Any) -> Score:
         return float("nan"), raised(value)
     try:
         number = float(_single(value))
-    except (TypeError, ValueError, RuntimeError):
+    except (OverflowError, TypeError, ValueError, RuntimeError):
         return float("nan"), f"the reward returned {_described(value)} for one completion; it must be one number"
     if not number < _LARGEST:
         return float("nan"), f"the reward returned {number}; it must be finite, or -inf to reject"
