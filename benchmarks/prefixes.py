@@ -31,8 +31,8 @@ from benchmarks.stopping import engine_for, normal, openings
 from stars_fast import StarsConfig, StarsEngine
 from stars_fast.calibration.fitting import _AMONG, _groups, _History
 from stars_fast.inputs.arguments import Arguments
+from stars_fast.methods import OptimalStopping
 from stars_fast.methods.fit import Fit, Group, learn
-from stars_fast.methods.stopping import cost_for, search
 
 SAMPLES, FOLDS, LADDER, BUDGETS, PENALTIES = (
     16,
@@ -61,9 +61,9 @@ def histories(engine: StarsEngine, prompts: list[str], config: StarsConfig) -> l
 
 def replayed(answers: Sequence[Answer], known: Fit | None, budget: float) -> list[tuple[int, int, float]]:
     """By prefix: its prompt, how many of its candidates are looked at, and what the best of these gains."""
-    seen, cost = [], cost_for(budget, 20, max(len(groups) for _, groups, _ in answers), known)
+    seen, method, segments = [], OptimalStopping(budget), max(len(groups) for _, groups, _ in answers)
     for prompt, groups, _ in answers:
-        asked = search(cost, budget, known)
+        asked = method.search(known, 20, segments)
         for group in groups:
             asked.begin(group.segment, group.before if group.segment else None)
             for count, reward in enumerate(group.rewards, 1):

@@ -107,3 +107,15 @@ def test_the_tests_that_a_page_names_are_there():
         f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / "tests" / f"{file}.py").read_text()
     ]
     assert not missing
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
+def test_programs_that_pages_name_find_what_they_import(folder, monkeypatch):
+    """Examples are run by their path, and import what lies beside them."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = re.findall(rf"python3? (?:-m {folder}\.([\w.]+)|{folder}/(\w+)\.py)", text)
+    modules = sorted({module or script for module, script in named})
+    assert len(modules) > 3
+    for module in modules:
+        import_module(f"{folder}.{module}")
