@@ -13,7 +13,9 @@ from stars_fast import StarsConfig, StarsEngine, demo
 from stars_fast.inputs.fits import made_for
 from stars_fast.inputs.sampling import resolve_sampling
 from stars_fast.methods.fit import learn
+from stars_fast.rewards import ClassifierReward, ImplicitReward, RuleReward, WeightedSum
 
+PAIR = tiny_policy(32, seed=2), tiny_policy(32, seed=3)
 CONFIG = StarsConfig(segment_length=4, max_new_tokens=8, max_attempts=2)
 
 
@@ -48,6 +50,25 @@ def test_a_fit_of_other_weights_of_the_same_sizes_is_refused_by_name(models, con
         change(others[name])
     with pytest.raises(ValueError, match=rf"something else \(the {name}'s weights are others here\): give what"):
         StarsEngine(others["policy"], others["reward"]).generate([[1, 2]], config, seed=0)
+
+
+@pytest.mark.parametrize(
+    "make, settings, others",
+    [
+        (lambda reward, tail: ClassifierReward(reward, "policy", tail=tail), "auto", [3]),
+        (lambda reward, beta: ImplicitReward(*PAIR, tokenizer="policy", beta=beta), 1.0, 0.1),
+        (lambda reward, weight: RuleReward(predicates={len: weight}), 1.0, -1.0),
+        (lambda reward, weight: WeightedSum([(1.0, RuleReward(predicates={len: weight}))]), 1.0, -1.0),
+    ],
+    ids=["tail", "beta", "rule", "rule of a sum"],
+)
+def test_a_fit_of_a_scorer_with_other_settings_is_refused_by_name(models, make, settings, others):
+    policy, reward = models
+    known = replace(learn(drawn(60), {}, {}), made_for=recorded(StarsEngine(policy, make(reward, settings))))
+    config = CONFIG.replace(fit=known)
+    assert StarsEngine(policy, make(reward, settings)).generate([[1, 2]], config, seed=0).errors == [None]
+    with pytest.raises(ValueError, match=r"fit: made for something else \(reward is '.*"):
+        StarsEngine(policy, make(reward, others)).generate([[1, 2]], config, seed=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -153,6 +154,7 @@ class Reward(abc.ABC):
     reads_text: bool = False
     in_order: bool = False
     tokens: int = 0
+    _changed: Mapping[str, Any] = MappingProxyType({})  # settings that rewards depend on, and that are not the defaults
     unsure: bool = False  # something was raised since :meth:`begin`: the engine ends the session once nobody needs it
     _calls: int = 0  # sessions that began and have not ended, refused ones included
 
@@ -244,8 +246,11 @@ class Reward(abc.ABC):
 
     @property
     def described(self) -> str:
-        """What tells it from other scorers, besides its models: a fit is made for one."""
-        return type(self).__name__
+        """What tells it from other scorers, besides its models, by settings that change its rewards: a fit is made for
+        one.
+        """
+        own = ", ".join(f"{name}={value!r}" for name, value in self._changed.items())
+        return f"{type(self).__name__} ({own})" if own else type(self).__name__
 
     @property
     def tree_models(self) -> list[TreeModel]:
@@ -265,6 +270,11 @@ class Reward(abc.ABC):
         """Whether the session that ends is the one that was let in. First thing in :meth:`end`."""
         self._calls = max(self._calls - 1, 0)
         return not self._calls
+
+
+def changed(**settings: tuple[Any, Any]) -> dict[str, Any]:
+    """Of settings, each with its default, those that are not the default."""
+    return {name: value for name, (value, default) in settings.items() if value != default}
 
 
 def check_model(argument: str, model: Any, predicts: bool = False) -> None:

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from stars_fast.methods.numbers import plain
 from stars_fast.notices import warn
-from stars_fast.rewards.base import Completion, RewardPrompt, check_model
+from stars_fast.rewards.base import Completion, RewardPrompt, changed, check_model
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.pairs import Pairs, makes_pairs
 from stars_fast.rewards.render import Rendering
+from stars_fast.text.prompts import template_kwargs
 from stars_fast.tree.attention import evaluating, is_causal, own_dtypes
 from stars_fast.tree.check import checked
 from stars_fast.tree.lack import is_lack_of_memory
@@ -78,6 +80,11 @@ class ClassifierReward(RenderedReward):
         self._check_labels(model)
         self._policy_tokenizer, self._tail = policy_tokenizer, tail
         self._pairs, self._variables = pairs, chat_template_kwargs
+        self._changed = changed(
+            tail=(plain(tail), "auto"),
+            pairs=(bool(pairs), False),
+            chat_template_kwargs=(template_kwargs(chat_template_kwargs), {}),
+        )
         if pairs and tail not in ("auto", "none"):
             raise ValueError(f"reward_tail={tail!r}: nothing follows the answer of a pair (pairs=True)")
         self._read_with(tokenizer, "reward_tokenizer", model, processor=processor)

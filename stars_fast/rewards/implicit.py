@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from stars_fast.methods.numbers import real, shown
 from stars_fast.ops import gather_logprobs
-from stars_fast.rewards.base import Completion, check_model
+from stars_fast.rewards.base import Completion, changed, check_model
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Text, TreeCache
 from stars_fast.rewards.render import Rendering
@@ -109,6 +109,12 @@ class ImplicitReward(RenderedReward):
         self.chat_template_kwargs = template_kwargs(chat_template_kwargs)
         self.beta = real("beta", beta, open_below=True, open_above=True)
         self.weights, self.kl = weights, kl
+        self._changed = changed(
+            beta=(self.beta, 1.0),
+            weights=(weights, "sum"),
+            kl=(kl, None),
+            chat_template_kwargs=(self.chat_template_kwargs, {}),
+        )
         if kl is not None and written(model) != written(reference):
             raise ValueError(
                 f"kl={kl!r}: model gives logits of {written(model)} ids and reference of {written(reference)}, and a "

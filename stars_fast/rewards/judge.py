@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.notices import warn
-from stars_fast.rewards.base import RewardPrompt, check_model, check_text
+from stars_fast.rewards.base import RewardPrompt, changed, check_model, check_text
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.ids import check_own
@@ -87,6 +87,13 @@ class JudgeReward(RenderedReward):
         self._read_with(tokenizer, "tokenizer", model, processor=processor)
         self.template, self.question = template, question
         self.chat_template_kwargs = template_kwargs(chat_template_kwargs)
+        self._changed = changed(
+            question=(question, QUESTION),
+            template=(template, TEMPLATE),
+            yes=(yes, "Yes"),
+            no=(no, "No"),
+            chat_template_kwargs=(self.chat_template_kwargs, {}),
+        )
         self.verdicts = [_first_token(tokenizer, yes), _first_token(tokenizer, no)]
         if self.verdicts[0] == self.verdicts[1]:
             raise ValueError(f"yes={yes!r} and no={no!r} begin with the same token, {self.verdicts[0]}")

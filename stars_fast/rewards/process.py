@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stars_fast.methods.numbers import shown
-from stars_fast.rewards.base import Completion, Response, RewardPrompt, check_model, check_text
+from stars_fast.rewards.base import Completion, Response, RewardPrompt, changed, check_model, check_text
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Text, TreeCache
 from stars_fast.rewards.ids import check_own
@@ -66,6 +66,7 @@ class ProcessReward(RenderedReward):
             raise ValueError(f"aggregate={shown(aggregate)}: must be one of {', '.join(map(repr, AGGREGATES))}")
         self._read_with(tokenizer, "tokenizer", model.model, processor=processor)
         self.aggregate = AGGREGATES[aggregate]
+        self._changed = changed(aggregate=(aggregate, "last"))
         self._committed: dict[Response, _Steps] = {}
         self._start([TreeCache(model)])
 
@@ -254,6 +255,8 @@ class _StepTokens(ProcessReward):
         if mark is None or mark == tokenizer.unk_token_id:
             raise ValueError(f"step_token={step_token!r} is not in the tokenizer's vocabulary")
         self.head, self.mark, self.system = head, [mark], system
+        own = changed(step_token=(step_token, "<extra_0>"), system=(system, QWEN_SYSTEM))
+        self._changed = {**self._changed, **own}
         self._check_ids(self.mark)
 
     def context(self, prompt: RewardPrompt) -> Context:
@@ -278,6 +281,7 @@ class _Labels(ProcessReward):
         tokenizer = self.tokenizer
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("a process reward model that labels turns needs a tokenizer with a chat template")
+        self._changed = {**self._changed, **changed(good=(good, "+"), bad=(bad, "-"))}
         self.labels = [encode(tokenizer, label)[-1] for label in (good, bad)]
         if self.labels[0] == self.labels[1]:
             raise ValueError(f"good={good!r} and bad={bad!r} end with the same token, {self.labels[0]}")

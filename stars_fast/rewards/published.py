@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from stars_fast.methods.numbers import integer, plain, shown
-from stars_fast.rewards.base import Completion, RewardPrompt, check_model
+from stars_fast.rewards.base import Completion, RewardPrompt, changed, check_model
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.cache import Row, Text, TreeCache
 from stars_fast.rewards.classifier import ClassifierReward
@@ -218,6 +218,7 @@ class ValueHeadReward(RenderedReward):
             raise ValueError(f"{type(model).__name__} has no base model for a value head")
         self._read_with(tokenizer, "tokenizer", model, processor=processor)
         self._tail, self._variables = tail, template_kwargs(chat_template_kwargs)
+        self._changed = changed(tail=(plain(tail), "auto"), chat_template_kwargs=(self._variables, {}))
         tree = checked(TreeModel(inner, base, "reward"))
         self.head = head.to(tree.device)
         self._dtype = next(head.parameters()).dtype

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedModel
 
 from stars_fast.methods.numbers import plain, real, shown, truth
-from stars_fast.rewards.base import Completion, check_model
+from stars_fast.rewards.base import Completion, changed, check_model
 from stars_fast.rewards.base_rendered import RenderedReward
 from stars_fast.rewards.classifier import most_tokens
 from stars_fast.rewards.pairs import Pairs
@@ -115,6 +115,15 @@ class QualityReward(RenderedReward):
         self.pooling, self.mix = pooling, real("mix", mix, 0.0, 1.0)
         self.severities = _severities(severities)
         self.answer_first, self.per_token = truth("answer_first", answer_first), truth("per_token", per_token)
+        self._changed = changed(
+            words=(words is not None, True),
+            sentence=(sentence is not None, True),
+            pooling=(pooling, "first"),
+            severities=(self.severities, _severities(None)),
+            mix=(self.mix, 0.5),
+            answer_first=(self.answer_first, True),
+            per_token=(self.per_token, False),
+        )
         self._policy_tokenizer = policy_tokenizer
         self.device = next(encoder.parameters()).device
         self.vocab_size, self.max_positions = vocabulary(encoder), most_tokens(encoder)
