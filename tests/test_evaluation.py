@@ -39,7 +39,7 @@ from stars_fast.methods import METHODS
 from stars_fast.methods.fit import Fit
 from stars_fast.methods.quantile import softness
 from stars_fast.ops.philox import philox_key
-from stars_fast.rewards import ClassifierReward, RewardPrompt
+from stars_fast.rewards import ClassifierReward, RewardPrompt, RuleReward
 
 RECIPES = Path(__file__).parents[1] / "benchmarks" / "eval"
 PROMPTS = [f"{a} {b}" for a in "abc" for b in "defg"]
@@ -245,6 +245,17 @@ def test_a_chat_is_answered_and_judged_as_the_engine_reads_it(evaluation, tmp_pa
     assert [row["prompt"] for row in records.generations] == chats
     assert [row["completion_ids"] for row in records.generations] == out.completions
     assert [row["guide"] for row in records.generations] == pytest.approx(out.rewards, abs=1e-4)
+
+
+def test_answers_that_the_guide_rejects_for_good_are_errors_and_do_not_keep_the_table_back(evaluation, tmp_path):
+    guide = RuleReward(predicates={lambda text: len(text) % 2: -math.inf, len: 0.1})
+    own, records = dataclasses.replace(evaluation, guide=guide), Records(tmp_path, {})
+    own.run(cells([], CONFIG), records)
+    rejected = [row for row in records.generations if row["guide"] is None]
+    assert 0 < len(rejected) < len(records.generations)
+    assert {row["error"] for row in rejected} == {"the reward of the guide is -inf, of which there is no mean"}
+    (row,) = summarise(records.generations, records.batches)
+    assert row.errors == len(rejected) and math.isfinite(row.guide.value)
 
 
 def figures(folder):

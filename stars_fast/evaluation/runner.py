@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -114,11 +115,13 @@ def ended_by_eos(out: StarsOutput, config: StarsConfig, engine: StarsEngine) -> 
 
 
 def _generation(out: StarsOutput, i: int, guide: tuple[float, str | None], judge: tuple[float, str | None]) -> Record:
+    rejecting = [name for name, (reward, _) in (("guide", guide), ("judge", judge)) if reward == -math.inf]
+    rejected = f"the reward of the {rejecting[0]} is -inf, of which there is no mean" if rejecting else None
     return {
         "completion": None if out.texts is None else out.texts[i],
         "completion_ids": list(out.completions[i]),
         "finish_reason": out.finish_reasons[i],
-        "error": out.errors[i] or guide[1] or judge[1],
+        "error": out.errors[i] or guide[1] or judge[1] or rejected,
         "guide": rounded(guide[0]),
         "judge": rounded(judge[0]),
         "logprobs": [rounded(logprob) for logprob in out.logprobs[i]],
