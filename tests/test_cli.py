@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
 from stars_fast import Fit, StarsConfig, StarsEngine, demo
-from stars_fast.cli import app
+from stars_fast.cli import app, batch
 from stars_fast.cli.settings import read_settings
 from stars_fast.loop.stream import Progress
 from stars_fast.methods import BestOfN, OptimalStopping, Stars
@@ -603,6 +603,15 @@ def test_a_parameter_of_a_method_is_set_beside_its_name(tmp_path):
     assert config.method == BestOfN(n=6) and config.num_return_sequences == 2
     with pytest.raises(ValueError, match=r"budget is a parameter of optimal_stopping: .*--method optimal_stopping"):
         read_settings(None, ["budget=4"])
+
+
+def test_a_file_whose_name_has_brackets_is_no_pattern_where_it_is_there(tmp_path):
+    for name in ("rows[12].jsonl", "rows1.jsonl", "rows2.jsonl"):
+        (tmp_path / name).touch()
+    named = tmp_path / "rows[12].jsonl"
+    assert batch._files(str(named), tmp_path / "out") == [named]
+    named.unlink()
+    assert batch._files(str(named), tmp_path / "out") == [tmp_path / "rows1.jsonl", tmp_path / "rows2.jsonl"]
 
 
 def test_words_that_read_as_numbers_stay_words(tmp_path, monkeypatch):

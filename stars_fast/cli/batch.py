@@ -136,7 +136,8 @@ def _numbers(actors: str | None) -> tuple[int, int] | None:
 def _files(pattern: str, output: Path) -> list[Path]:
     if "://" in pattern:
         fail(f"--input {pattern}: give files; what Ray Data reads elsewhere goes through stars_fast.scale.StarsBatch")
-    files = sorted(Path(found) for found in glob.glob(pattern, recursive=True) if os.path.isfile(found))
+    found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)  # a name may have brackets
+    files = sorted(Path(one) for one in found if os.path.isfile(one))
     if not files:
         fail(f"--input {pattern}: there is no such file")
     for file in files:
