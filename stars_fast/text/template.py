@@ -71,15 +71,16 @@ def _shows_parts_alone(tokenizer: Any, variables: Variables, template: str | Non
     source = str(template or getattr(tokenizer, "chat_template", None))
     if "type" not in source:  # it knows of no parts
         return False
-    if source not in _parts_alone:
+    known = _parts_alone.get(source)  # once: another thread may forget it
+    if known is None:
         if len(_parts_alone) >= _KEPT:
             _parts_alone.clear()
         whole, parts = (
             _shows(tokenizer, variables, template, content, "user", "assistant")
             for content in (SENTINEL, [{"type": "text", "text": SENTINEL}])
         )
-        _parts_alone[source] = parts and not whole
-    return _parts_alone[source]
+        known = _parts_alone[source] = parts and not whole
+    return known
 
 
 def _shows(tokenizer: Any, variables: Variables, template: str | None, content: Any, *roles: str) -> bool:
