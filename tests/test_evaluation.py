@@ -456,6 +456,15 @@ def test_the_command_writes_table_and_plot_and_has_nothing_to_do_twice(tmp_path,
     assert without.exit_code == 0 and "pip install -e '.[report]'" in without.stderr
 
 
+def test_a_judge_that_always_fails_is_said_in_a_line(tmp_path):
+    (tmp_path / "judges.py").write_text("def absent(completions):\n    raise RuntimeError('no judge today')\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "This film"}\n')
+    command = f"eval --policy demo --guide demo --judge {tmp_path}/judges.py:absent --prompts {tmp_path}/prompts.jsonl"
+    command += f" --count 1 --methods vanilla --set max_new_tokens=2 --output {tmp_path / 'out'}"
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("error: vanilla: all 1 responses failed")
+
+
 def test_a_fit_of_no_prompts_is_refused_before_any_model_is_loaded():
     models = ("--policy", "none", "--guide", "none", "--judge", "none", "--prompts", "none")
     result = CliRunner().invoke(app, ["eval", *models, "--methods", "best_of_n,stars+fit"])

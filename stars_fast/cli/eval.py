@@ -113,7 +113,7 @@ def run(
             progress(len(made) * task.count * task.repeats, "methods") as advance,
         ):
             evaluation.run(made, records, advance)
-        with refusing(OSError):
+        with refusing(OSError, ValueError):  # a method of which all answers failed
             _report(records, output, task, tie)
 
 
