@@ -28,6 +28,10 @@ _ELSEWHERE = {
     "stop": "give stop_strings",
     "n": "give num_return_sequences",
     "max_tokens": "give max_new_tokens",
+    "max_length": "give max_new_tokens",
+    "best_of": "give method=BestOfN(n=...)",
+    "logprobs": "StarsOutput.logprobs has them",
+    "use_tqdm": "give progress=True to generate",
     "do_sample": "guidance always samples: leave it out",
 }
 

@@ -13,7 +13,12 @@ _ClassT = TypeVar("_ClassT", bound=type)
 
 def near(name: Any, known: Iterable[str]) -> str:
     """`` (did you mean ...?)`` where a known name is much like it, else nothing."""
-    found = get_close_matches(name, list(known), 1) if isinstance(name, str) else ()
+    known = list(known)
+    found = [
+        one
+        for spelt in ((name, name.lower()) if isinstance(name, str) else ())
+        for one in get_close_matches(spelt, known, 1)
+    ]
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 

@@ -119,8 +119,8 @@ def test_a_fit_is_learned_once_and_serves_generate(generate, models, tmp_path):
     assert [
         name for name in ("fit 1/3: unguided", "fit 2/3: best of 3", "fit 3/3: best of 4") if name not in made.stderr
     ] == []
-    assert "over the one" not in made.stderr
-    options = ("--set", f"fit={tmp_path / 'fit'}", "--set", "method=optimal_stopping")
+    assert "over the one" not in made.stderr and f"--fit {tmp_path / 'fit'}\n" in made.stderr
+    options = ("--fit", tmp_path / "fit", "--set", "method=optimal_stopping")
     result, records = generate(ROWS, *options)
     assert result.exit_code == 0, result.stderr
     assert len(records) == len(ROWS)
@@ -494,6 +494,7 @@ def test_a_yaml_file_sets_fields_and_models_and_the_command_line_wins(models, tm
         (("--set", "beta=-1"), ["beta=-1"]),
         (("--set", "target_reward=[1,2]"), ["target_reward is a list"]),
         (("--set", "method=guess"), ["--method guess is unknown"]),
+        (("--method", "BestOfN"), ["did you mean 'best_of_n'?"]),
         (("--method", "best_of", "--set", "n=4"), ["n is a parameter of best_of_n"]),
         (("--set", "temperature=0"), ["--set temperature=0", "1e-06"]),
         (("--json", "--output", "out.jsonl"), ["--json", "--output"]),
@@ -521,6 +522,19 @@ def test_unknown_keys_of_a_yaml_file_are_named(models, tmp_path):
     assert result.exit_code == 2
     said = "unknown 'rewards' (did you mean 'reward'?), 'temprature' (did you mean 'temperature'?)"
     assert said in result.stderr and "run.yaml" in result.stderr
+
+
+def test_a_methods_parameter_in_a_file_is_told_its_place(models, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("method: treebon\nn: 8\n")
+    result = invoke("generate", *models, "--prompt", "w3", "--config", file)
+    assert result.exit_code == 2 and "write method: {name: treebon, n: 8}" in result.stderr
+
+
+def test_a_setting_given_as_an_option_is_told_how_it_is_set(models):
+    result = invoke("generate", *models, "--prompt", "w3", "--top-k", 5)
+    assert result.exit_code == 2 and "--set top_k=VALUE" in result.stderr
+    assert "--set" not in invoke("trace", "--top-k", 5).stderr
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,7 @@ def test_pictures_and_other_speakers_are_refused_by_name(client):
     for messages, words in (
         (picture, "content[0].type='image_url'"),
         ([{"role": "tool", "content": "x"}], "messages[0].role"),
+        ([], "messages is empty"),
     ):
         with pytest.raises(openai.BadRequestError, match="messages") as caught:
             client.chat.completions.create(model="tiny", messages=messages)

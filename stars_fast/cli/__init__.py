@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from stars_fast.cli import batch, bench, demo, doctor, eval, fit, generate, kernels, serve, trace
 from stars_fast.cli.console import print_version, show_tracebacks, warn_in_one_line
+
+
+class Command(TyperCommand):
+    """One that says of an option that it lacks, and that is a setting, how it is set."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            name = getattr(error, "option_name", "").lstrip("-").replace("-", "_")
+            if name and any(parameter.name == "set_" for parameter in self.params):
+                from stars_fast.config import StarsConfig  # and with it torch
+
+                if name in StarsConfig.__dataclass_fields__:
+                    error.possibilities = [f"--set {name}=VALUE"]  # type: ignore[attr-defined]
+            raise
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,16 +34,16 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.run)
-app.command("generate")(generate.run)
-app.command("batch")(batch.run)
-app.command("fit")(fit.run)
-app.command("serve")(serve.run)
-app.command("eval")(eval.run)
-app.command("trace")(trace.run)
-app.command("doctor")(doctor.run)
-app.command("bench")(bench.run)
-app.command("kernels")(kernels.run)
+app.command("demo", cls=Command)(demo.run)
+app.command("generate", cls=Command)(generate.run)
+app.command("batch", cls=Command)(batch.run)
+app.command("fit", cls=Command)(fit.run)
+app.command("serve", cls=Command)(serve.run)
+app.command("eval", cls=Command)(eval.run)
+app.command("trace", cls=Command)(trace.run)
+app.command("doctor", cls=Command)(doctor.run)
+app.command("bench", cls=Command)(bench.run)
+app.command("kernels", cls=Command)(kernels.run)
 
 __all__ = ["app"]
 

@@ -74,7 +74,7 @@ def run(
         over = ", over the one that was there" if (output / FIT_NAME).exists() else ""
         known.save_pretrained(output)
     typer.echo(known.report())
-    note(f"written to {output}{over}: --set fit={output}")
+    note(f"written to {output}{over}: --fit {output}")
 
 
 def _check_output(output: Path) -> None:

@@ -45,7 +45,7 @@ def read_settings(path: Path | None, assignments: Sequence[str] = (), **options:
     ValueError, TypeError
         For unknown keys, naming them, for values out of range, and for a field that is given twice.
     """
-    values = {} if path is None else read_yaml(path, (*_MODELS, *_FIELDS))
+    values = {} if path is None else _read_file(path)
     models = {name: values.pop(name, None) for name in _MODELS}
     for name, model in models.items():
         if model is not None and not isinstance(model, str):
@@ -72,6 +72,20 @@ def read_settings(path: Path | None, assignments: Sequence[str] = (), **options:
         if isinstance(getattr(config, name), tuple):
             raise ValueError(f"{name} is a list, one per prompt: give one number for all rows, or leave it out")
     return Settings(config, **models, given=frozenset(values))
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """The fields and models in a file; a method's parameters stand within its mapping there."""
+    values = read_yaml(path, None)
+    for name in values.keys() - {*_MODELS, *_FIELDS}:
+        if having := [one for one, method in METHODS.items() if _has(method, name)]:
+            chosen = values["method"] if values.get("method") in having else having[0]
+            raise ValueError(
+                f"{path}: {name} is a parameter of {', '.join(having)}: write method: "
+                f"{{name: {chosen}, {name}: {values[name]}}}"
+            )
+    check_known(map(str, values), str(path), (*_MODELS, *_FIELDS))
+    return values
 
 
 def option(name: str) -> str:

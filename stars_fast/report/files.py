@@ -82,8 +82,8 @@ def read_bounded(path: Path, most: int) -> str:
         raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
-def read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
-    """The values in a YAML file, by name; an empty one has none.
+def read_yaml(path: Path, known: Sequence[str] | None) -> dict[str, Any]:
+    """The values in a YAML file, by name; an empty one has none. Where ``known`` is None, the caller checks the names.
 
     Raises
     ------
@@ -101,7 +101,8 @@ def read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}: write one `name: value` a line")
-    check_known(map(str, values), str(path), known)
+    if known is not None:
+        check_known(map(str, values), str(path), known)
     return values
 
 
