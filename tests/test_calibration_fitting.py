@@ -116,6 +116,11 @@ def test_a_method_without_a_use_for_a_fit_says_so(known):
         engine().generate(OTHERS[:1], CONFIG, fit=known, method="best_of_n")
 
 
+def test_a_target_says_what_it_leaves_without_effect(known):
+    with pytest.warns(UserWarning, match=r"target_reward=0\.5 leaves fit and acceptance without effect"):
+        engine().generate(OTHERS[:1], CONFIG, fit=known, acceptance=0.5, target_reward=0.5)
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [

@@ -19,6 +19,7 @@ from stars_fast.inputs.arguments import (
     read_keys,
     read_reward_prompts,
     under_preferences,
+    warn_of_no_pilots,
     warn_of_overruled,
 )
 from stars_fast.inputs.fits import check_fit
@@ -249,6 +250,8 @@ def settings(
     method.check(reward)
     ruled = method.rule(given)
     warn_of_overruled(method, given, ruled)
+    if isinstance(ruled.target_reward, float) and method.uses_fit and method.has_target:
+        warn_of_no_pilots(given)
     if (read := method.in_ids(partial(_ids_of, tokenizer), policy.vocab_size)) is not method:
         ruled, method = ruled.selecting(read), read
     tests_quantiles = method.uses_fit and method.has_target and ruled.target_reward is None
