@@ -153,6 +153,13 @@ def test_the_report_has_its_keys_and_prints_as_text(counted):
     assert f"{report['acceptance']:.2f}" in str(report) and "warning" not in str(report)
 
 
+def test_a_calibration_shows_itself_in_a_line_and_is_no_config(counted):
+    found = calibrate(counted, PROMPTS[:3], config=CONFIG, seed=0)
+    assert repr(found).startswith("Calibration(3 prompts, method='stars'") and len(repr(found)) < 120
+    with pytest.raises(TypeError, match=r"config is a Calibration: give a StarsConfig, its \.config"):
+        counted.generate(PROMPTS[:3], found)
+
+
 def test_a_reward_that_cannot_guide_partial_text_is_warned_of():
     """Its value jumps with the parity of the text's sum: the past says nothing about the end."""
     parity = engine(reward=lambda completions: [float(hash(tuple(c)) % 1000) for c in completions])

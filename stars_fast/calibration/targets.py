@@ -44,7 +44,7 @@ class Report(dict[str, Any]):
         return "\n".join(lines + [f"warning: {warning}" for warning in self["warnings"]])
 
 
-@dataclass
+@dataclass(repr=False)
 class Calibration:
     """What :func:`calibrate` found.
 
@@ -60,6 +60,11 @@ class Calibration:
 
     config: StarsConfig
     pilots: list[Pilot]
+
+    def __repr__(self) -> str:
+        """The pilots' rewards are pages long."""
+        method, acceptance = self.config.whole_method.name, self.config.acceptance
+        return f"Calibration({len(self.pilots)} prompts, method={method!r}, acceptance={acceptance}: see .report())"
 
     def report(self) -> Report:
         """Expected acceptance (overall and per segment), fallback share, reward, and rank correlation.
