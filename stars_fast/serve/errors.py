@@ -26,6 +26,7 @@ _KINDS = ((dict, "an object"), (list, "a list"), (str, "text"), (bool, "a truth 
 _PATH = re.compile(r"(?<![\w/.:])(?:[A-Za-z]:)?[/\\](?:[^\s'\"()<>,;:]+[/\\])+[^\s'\"()<>,;:]*")
 # What the engine calls things, and what a request does.
 _NAMES = {"max_new_tokens": "max_tokens", "num_return_sequences": "n", "stop_strings": "stop"}
+_ANEW = "make one anew with stars_fast.fit(engine, prompts)"  # which whoever asks cannot
 _OURS = re.compile(rf"\b({'|'.join(_NAMES)})\b")
 
 
@@ -83,6 +84,7 @@ def in_terms_of_requests(message: str) -> str:
     """A message of the engine's as of a request, on one line, without paths and not too long."""
     words = _PATH.sub("<path>", " ".join(message.split()))
     words = _OURS.sub(lambda match: _NAMES[match[1]], words.replace("prompts[0]", "prompt"))
+    words = words.replace(_ANEW, 'stars: {"target_reward": ...}, which needs none')
     return words if len(words) <= _LONGEST else words[:_LONGEST] + " ..."
 
 
