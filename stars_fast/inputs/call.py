@@ -242,8 +242,10 @@ def settings(
     """What the caller set, what the method makes of it, and how the policy is sampled."""
     config = arguments.config
     if config is not None and not isinstance(config, StarsConfig):
-        has_one = ", its .config" if isinstance(getattr(config, "config", None), StarsConfig) else ""
-        raise TypeError(f"config is a {type(config).__name__}: give a StarsConfig{has_one}")
+        raise TypeError(
+            f"config is a {type(config).__name__}: give a StarsConfig"
+            f"{', its .config' if hasattr(config, 'config') else ''}"
+        )
     given = (config or StarsConfig()).replace(**arguments.overrides)
     if not isinstance(arguments.on_error, str) or arguments.on_error not in ("return", "raise"):
         raise ValueError(f"on_error={shown(arguments.on_error)}: must be 'return' or 'raise'")
