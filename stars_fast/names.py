@@ -12,7 +12,7 @@ _ClassT = TypeVar("_ClassT", bound=type)
 
 
 def near(name: Any, known: Iterable[str]) -> str:
-    """`` (did you mean ...?)`` where a known name is much like it, else nothing."""
+    """`` (did you mean ...?)`` where a known name is much like it, in whatever case, else nothing."""
     known = list(known)
     found = [
         one

@@ -210,6 +210,7 @@ def test_what_a_rollout_cannot_be_made_of_is_refused_at_once():
         rollout_func(lambda completions, answer, log_extra=None, **columns: [])
     with pytest.raises(TypeError, match=r"takes rollout_func\(reward\)"):
         rollout_func(PROMPTS, object())
+    assert callable(rollout_func(lambda completions, images: []))
 
 
 def test_settings_that_rollouts_cannot_have_are_named(rollouts):

@@ -77,8 +77,9 @@ def read_settings(path: Path | None, assignments: Sequence[str] = (), **options:
 def _read_file(path: Path) -> dict[str, Any]:
     """The fields and models in a file; a method's parameters stand within its mapping there."""
     values = read_yaml(path, None)
-    for name in values.keys() - {*_MODELS, *_FIELDS}:
-        if having := [one for one, method in METHODS.items() if _has(method, name)]:
+    for name in values:
+        having = [one for one, method in METHODS.items() if name not in _FIELDS and _has(method, name)]
+        if having:
             chosen = values["method"] if values.get("method") in having else having[0]
             raise ValueError(
                 f"{path}: {name} is a parameter of {', '.join(having)}: write method: "

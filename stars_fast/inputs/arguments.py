@@ -137,7 +137,7 @@ def warn_of_overruled(method: Method, given: StarsConfig, ruled: StarsConfig) ->
             warn(f"method={method.name!r} sets {field_.name}={after} itself: {field_.name}={before} has no effect")
 
 
-def warn_of_no_pilots(given: StarsConfig) -> None:
+def warn_of_idle(given: StarsConfig) -> None:
     """Say it where a target is given beside what stands in for one."""
     idle = ["fit"] if given.known is not None else []
     idle += ["acceptance"] if given.acceptance != StarsConfig().acceptance else []

@@ -19,7 +19,7 @@ from stars_fast.inputs.arguments import (
     read_keys,
     read_reward_prompts,
     under_preferences,
-    warn_of_no_pilots,
+    warn_of_idle,
     warn_of_overruled,
 )
 from stars_fast.inputs.fits import check_fit
@@ -244,7 +244,7 @@ def settings(
     if config is not None and not isinstance(config, StarsConfig):
         raise TypeError(
             f"config is a {type(config).__name__}: give a StarsConfig"
-            f"{', its .config' if hasattr(config, 'config') else ''}"
+            f"{', its .config' if isinstance(getattr(config, 'config', None), StarsConfig) else ''}"
         )
     given = (config or StarsConfig()).replace(**arguments.overrides)
     if not isinstance(arguments.on_error, str) or arguments.on_error not in ("return", "raise"):
@@ -254,7 +254,7 @@ def settings(
     ruled = method.rule(given)
     warn_of_overruled(method, given, ruled)
     if isinstance(ruled.target_reward, float) and method.uses_fit and method.has_target:
-        warn_of_no_pilots(given)
+        warn_of_idle(given)
     if (read := method.in_ids(partial(_ids_of, tokenizer), policy.vocab_size)) is not method:
         ruled, method = ruled.selecting(read), read
     tests_quantiles = method.uses_fit and method.has_target and ruled.target_reward is None

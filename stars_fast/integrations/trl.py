@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, groupby
@@ -93,11 +92,13 @@ def rollout_func(
         raise TypeError(
             f"rollout_func: config={shown(config)}: give a StarsConfig; GRPOTrainer takes rollout_func(reward)"
         )
-    if not isinstance(reward, Reward) and inspect.isroutine(reward) and (columns := CallableReward(reward).needed):
-        raise ValueError(
-            f"rollout_func: the reward function needs {', '.join(columns)}, and TRL hands a rollout_func no columns "
-            "of the data set: give it to reward_funcs of GRPOTrainer, which gets them"
-        )
+    if callable(reward) and not isinstance(reward, (Reward, torch.nn.Module, type)):
+        columns = [name for name in CallableReward(reward).needed if name != "images"]  # which are the prompts'
+        if columns:
+            raise ValueError(
+                f"rollout_func: the reward function needs {', '.join(columns)}, and TRL hands a rollout_func no "
+                "columns of the data set: give it to reward_funcs of GRPOTrainer, which gets them"
+            )
     engines: dict[int, StarsEngine] = {}
 
     def rollout(prompts: list[Any], trainer: GRPOTrainer) -> Rollouts:
