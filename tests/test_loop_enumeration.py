@@ -7,7 +7,7 @@ from test_methods import PROMPTS, VOCAB, Sums, make_engine
 
 from stars_fast import StarsConfig
 from stars_fast.inputs.arguments import Arguments
-from stars_fast.methods import Args
+from stars_fast.methods import Args, Mara
 
 CONFIG = StarsConfig(max_new_tokens=5, ignore_eos=True, method=Args(top_k=4, weight=1.0), alpha=0.5)
 
@@ -80,3 +80,9 @@ def test_a_processor_that_raises_between_two_attempts_at_a_token_costs_its_reque
     assert out.errors == [None, "its logits processor raised ArithmeticError: not today", None]
     assert out.completions == [expected.completions[0], expected.completions[1][:2], expected.completions[2]]
     assert engine.policy.tree.nodes == 0
+
+
+def test_a_top_p_of_1_leaves_out_no_token_of_a_peaked_law_that_it_may_draw():
+    logits = torch.tensor([30.0, 1.0, 0.0, -1.0, -torch.inf])
+    assert Mara(top_p=1.0, temperature=1.0).tokens(logits) == [0, 1, 2, 3]
+    assert Mara(top_p=0.99, temperature=1.0).tokens(logits) == [0]

@@ -120,6 +120,8 @@ class Mara(Enumerated):
         kept = top.values / top.values.sum()
         likelier = (kept.cumsum(0) - kept).tolist()  # what those before a token weigh
         ids: list[int] = top.indices.tolist()
+        if self.top_p == 1.0:  # a sum may come to that before its last term
+            return [token for token, weight in zip(ids, kept.tolist(), strict=True) if weight > 0] or ids[:1]
         return ids[:1] + [token for token, mass in zip(ids[1:], likelier[1:], strict=True) if mass < self.top_p]
 
     def values(self, candidates: Sequence[Scored]) -> list[float]:
