@@ -202,6 +202,8 @@ def test_what_does_not_fit_is_refused(classifier, chatml):
         ProcessReward.qwen(policy, chatml, step_token=STEP)
     with pytest.raises(ValueError, match="end with the same token"):
         ProcessReward.rlhflow(policy, chatml, bad="+")
+    with pytest.raises(ValueError, match="good='' has no token"):
+        ProcessReward.rlhflow(policy, chatml, good="")
     with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
         ProcessReward.rlhflow(policy, byte_bpe(300))
 

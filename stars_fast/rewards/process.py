@@ -148,6 +148,8 @@ class ProcessReward(RenderedReward):
         check_model("model", model, predicts=True)
         for argument, label in (("good", good), ("bad", bad)):
             check_text(argument, label)
+            if not label:
+                raise ValueError(f"{argument}={label!r} has no token: give the label that stands for it")
         tree = checked(TreeModel(model, model, "process reward model"))
         return _Labels(tree, tokenizer, aggregate, good, bad, processor)
 
