@@ -67,7 +67,7 @@ def test_a_fit_of_a_scorer_with_other_settings_is_refused_by_name(models, make, 
     known = replace(learn(drawn(60), {}, {}), made_for=recorded(StarsEngine(policy, make(reward, settings))))
     config = CONFIG.replace(fit=known)
     assert StarsEngine(policy, make(reward, settings)).generate([[1, 2]], config, seed=0).errors == [None]
-    with pytest.raises(ValueError, match=r"fit: made for something else \(reward is '.*"):
+    with pytest.raises(ValueError, match=r"fit: made for something else \(reward is ."):
         StarsEngine(policy, make(reward, others)).generate([[1, 2]], config, seed=0)
 
 

@@ -1,5 +1,6 @@
 """Rules tilt the policy's law as posterior regularisation says, and hard ones hold."""
 
+import functools
 import itertools
 import math
 import re
@@ -85,3 +86,10 @@ def test_rules_that_cannot_be_are_refused(policy32):
         StarsEngine(policy32, RuleReward({"w5": 1.0})).generate([[1]])
     with pytest.raises(ValueError, match=r"RuleReward \(partial=False\)"):
         StarsEngine(policy32, RuleReward(predicates={len: 1.0}, partial=False)).generate([[1]])
+
+
+def test_every_rule_tells_one_scorer_from_another_in_any_process():
+    first, other = (lambda text: 1), (lambda text: 2)
+    told = [RuleReward({r"\d": 1.0}, {first: weight, other: 2.0}).described for weight in (1.0, 1.0, 3.0)]
+    assert told[0] == told[1] != told[2]
+    assert " at 0x" not in RuleReward(predicates={functools.partial(len): 1.0}).described

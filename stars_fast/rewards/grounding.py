@@ -65,7 +65,8 @@ class GroundingReward(ImplicitReward):
         self.noise = noise if callable(noise) else integer("noise", noise, 0, _STEPS - 1)
         self._read_with(tokenizer, "tokenizer", model, processor=processor)
         self._compare(model, model, beta, "sum", None, chat_template_kwargs)
-        self._changed = {**self._changed, "noise": getattr(self.noise, "__name__", self.noise)}
+        drawn = getattr(noise, "__name__", type(noise).__name__) if callable(noise) else self.noise
+        self._changed = {**self._changed, "noise": drawn}
         self._noised: WeakValueDictionary[int, _Noised] = WeakValueDictionary()  # by what they are made of
 
     def context(self, prompt: RewardPrompt) -> Context:

@@ -51,7 +51,9 @@ class RuleReward(Reward):
         self.patterns = [(_compiled(pattern), _weight(pattern, weight)) for pattern, weight in (patterns or {}).items()]
         self.predicates = [(rule, _weight(rule, weight)) for rule, weight in (predicates or {}).items()]
         self.partial = truth("partial", partial)
-        self._changed = {_named(rule): weight for rule, weight in (*self.patterns, *self.predicates)}
+        told = [(pattern.pattern, weight) for pattern, weight in self.patterns]
+        named = [(getattr(rule, "__name__", type(rule).__name__), weight) for rule, weight in self.predicates]
+        self._changed = {"rules": [*told, *named]}
         if not self.patterns and not self.predicates:
             raise ValueError("RuleReward has no rules: give patterns= or predicates=")
         for rule, _ in self.predicates:
@@ -72,12 +74,9 @@ class RuleReward(Reward):
         return sum(value * weight for value, weight in met if value)  # 0 times -inf is no number
 
 
-def _named(rule: Any) -> str:
-    return shown(rule.pattern) if isinstance(rule, re.Pattern) else getattr(rule, "__name__", shown(rule))
-
-
 def _weight(rule: Any, weight: Any) -> float:
-    return real(f"the rule {_named(rule)}: weight", weight, open_above=True, hint="; -inf rejects")
+    name = shown(rule.pattern) if isinstance(rule, re.Pattern) else getattr(rule, "__name__", shown(rule))
+    return real(f"the rule {name}: weight", weight, open_above=True, hint="; -inf rejects")
 
 
 def _compiled(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
