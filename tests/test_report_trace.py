@@ -108,11 +108,10 @@ def test_an_answer_that_broke_off_keeps_what_it_had_drawn(every):
 
 
 def test_an_error_that_utf_8_cannot_hold_is_written(tmp_path):
-    def fails(completions):
-        raise ValueError("\ud800")
-
-    engine, path = StarsEngine(tiny_policy(32, hidden=32), fails), tmp_path / "run.jsonl"
-    engine.generate([[5]], CONFIG, seed=0, trace=True).save_trace(path)
+    engine, path = StarsEngine(tiny_policy(32, hidden=32), tiny_reward(32, hidden=32)), tmp_path / "run.jsonl"
+    out = engine.generate([[5]], CONFIG, seed=0, trace=True)
+    out.errors[0] = "\ud800"
+    out.save_trace(path)
     assert "\ud800" in load_trace(path)[0]["error"]
 
 

@@ -243,7 +243,7 @@ class StarsLM(HFLM):
             return
         path = self.answers if self.world_size == 1 else self.answers.with_name(f"{self.answers.name}.{self.rank}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        with path.open("a", encoding="utf-8", newline="\n") as file:
             for row, (ask, text) in enumerate(zip(asks, texts, strict=True)):
                 segments = [summary(segment) for segment in out.segments[row]]
                 said = {"reward": rounded(out.rewards[row]), "finish_reason": out.finish_reasons[row]}

@@ -45,8 +45,7 @@ class Origin:
             record = _record(output, self, row)
             record["row"] += before * self.samples
             record["prompt_index"] += before
-            # A lone half of a surrogate pair, in an error message, is written as JSON's own escape.
-            file.write(to_line(record).encode(errors="backslashreplace"))
+            file.write(to_line(record).encode())
         return before + len(output.completions) // self.samples
 
 

@@ -80,8 +80,8 @@ class Parts:
                     (folder / name).unlink(missing_ok=True)
                     continue
                 with replacing(self.lease / name) as file:
-                    for record in records:  # a lone half of a surrogate pair is written as JSON's own escape
-                        file.write(to_line(record).encode("utf-8", "backslashreplace"))
+                    for record in records:
+                        file.write(to_line(record).encode())
                 (self.lease / name).rename(folder / name)
         except FileNotFoundError as error:
             raise OSError(
