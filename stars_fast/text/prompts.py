@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from stars_fast.methods.numbers import shown
 from stars_fast.notices import warn
 from stars_fast.text.media import Media, media_inputs
 from stars_fast.text.pictures import chat_template, opened, processed
@@ -115,7 +116,7 @@ def read_prompts(
             "an id tensor or what a tokenizer or processor returns"
         )
     if len(prompts) and all(isinstance(one, Integral) and not isinstance(one, bool) for one in prompts):
-        raise TypeError(f"{name} is a flat list of {len(prompts)} numbers: give a list of id lists, {name}=[ids]")
+        raise TypeError(f"{name}={shown(prompts)} is one list of ids: give a list of them, {name}=[ids]")
     variables = template_kwargs(chat_template_kwargs)
     read = [
         read_one(f"{name}[{index}]", prompt, tokenizer, variables, max_positions, processor, takes)
@@ -123,7 +124,7 @@ def read_prompts(
     ]
     lists = [one.ids for one, given in zip(read, prompts, strict=True) if isinstance(given, list) and given == one.ids]
     if not encoded and len(lists) == len(read) and len(set(map(len, lists))) == 1:
-        _warn_of_padding(torch.tensor(lists), getattr(tokenizer, "pad_token_id", None), name)
+        _warn_of_padding(lists, getattr(tokenizer, "pad_token_id", None), name)
     return read
 
 
@@ -180,7 +181,7 @@ def _read_tensor(
         )
     ids = prompts if prompts.dim() == 2 else prompts[None]
     if attention_mask is None:
-        _warn_of_padding(ids, pad_token_id, name)
+        _warn_of_padding(ids.tolist(), pad_token_id, name)
     mask = torch.ones_like(ids) if attention_mask is None else torch.atleast_2d(attention_mask)
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, {name} {tuple(ids.shape)}: they must agree")
@@ -188,19 +189,21 @@ def _read_tensor(
     return [Prompt(row, _not_empty(f"{name}[{index}]", row)) for index, row in enumerate(rows)]
 
 
-def _warn_of_padding(ids: torch.Tensor, pad_token_id: int | None, name: str) -> None:
-    """Say it where rows ``[batch, length]`` that have no mask differ in how many pad tokens they begin or end with. All
-    may begin with one that is the BOS too.
+def _warn_of_padding(rows: Sequence[Sequence[int]], pad_token_id: int | None, name: str) -> None:
+    """Say it where rows of one length, without a mask, differ in how many pad tokens they begin or end with. All may
+    begin with one that is the BOS too.
     """
-    if pad_token_id is None:
+
+    def pads(row: Sequence[int]) -> int:
+        return next((place for place, token in enumerate(row) if token != pad_token_id), len(row))
+
+    if pad_token_id is None or all(len({pads(row[::way]) for row in rows}) == 1 for way in (1, -1)):
         return
-    text = (ids != pad_token_id).long()
-    if any(len((side.cumsum(1) == 0).sum(1).unique()) > 1 for side in (text, text.flip(1))):
-        warn(
-            f"{name}: some rows begin or end with the pad token {pad_token_id} more often than others, and there is no "
-            "attention_mask: if that is padding, it is read as text (give all that the tokenizer returned, or lists of "
-            "ids without padding)"
-        )
+    warn(
+        f"{name}: some rows begin or end with the pad token {pad_token_id} more often than others, and there is no "
+        "attention_mask: if that is padding, it is read as text (give all that the tokenizer returned, or lists of "
+        "ids without padding)"
+    )
 
 
 def read_one(
