@@ -145,6 +145,11 @@ def test_what_is_no_list_of_prompts_is_told_how_to_be_one(idle, prompts, words):
         idle.generate(prompts, CONFIG)
 
 
+def test_ids_that_no_tensor_holds_are_refused_as_others_are(idle):
+    with refused(r"prompts\[1\] holds id 1267650600228229401496703205376, outside the policy's vocabulary"):
+        idle.generate([[5], [2**100]], CONFIG)
+
+
 @pytest.mark.parametrize("prompts", [[[5], [], [6]], torch.zeros(3, 0, dtype=torch.long)], ids=["ids", "tensor"])
 def test_an_empty_prompt_is_named_by_its_index(idle, prompts):
     with refused(rf"prompts\[{1 if isinstance(prompts, list) else 0}\]", "empty"):

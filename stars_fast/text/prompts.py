@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from numbers import Integral
 from typing import Any
 
@@ -190,20 +191,20 @@ def _read_tensor(
 
 
 def _warn_of_padding(rows: Sequence[Sequence[int]], pad_token_id: int | None, name: str) -> None:
-    """Say it where rows of one length, without a mask, differ in how many pad tokens they begin or end with. All may
+    """Say it where rows of one length that have no mask differ in how many pad tokens they begin or end with. All may
     begin with one that is the BOS too.
     """
+    if any(len({_pads(side(row), pad_token_id) for row in rows}) > 1 for side in (iter, reversed)):
+        warn(
+            f"{name}: some rows begin or end with the pad token {pad_token_id} more often than others, and there is no "
+            "attention_mask: if that is padding, it is read as text (give all that the tokenizer returned, or lists of "
+            "ids without padding)"
+        )
 
-    def pads(row: Sequence[int]) -> int:
-        return next((place for place, token in enumerate(row) if token != pad_token_id), len(row))
 
-    if pad_token_id is None or all(len({pads(row[::way]) for row in rows}) == 1 for way in (1, -1)):
-        return
-    warn(
-        f"{name}: some rows begin or end with the pad token {pad_token_id} more often than others, and there is no "
-        "attention_mask: if that is padding, it is read as text (give all that the tokenizer returned, or lists of "
-        "ids without padding)"
-    )
+def _pads(ids: Iterable[int], pad_token_id: int | None) -> int:
+    """How many pad tokens come first."""
+    return sum(1 for _ in takewhile(lambda token: token == pad_token_id, ids))
 
 
 def read_one(
