@@ -234,6 +234,12 @@ def test_a_run_that_is_interrupted_leaves_the_trace_that_was_there(generate, tmp
     assert result.exit_code == 130 and path.read_text() == "before"
 
 
+def test_a_run_that_answers_nothing_leaves_the_trace_that_was_there(generate, tmp_path):
+    for _ in range(2):  # the row without a prompt is tried again
+        result, _ = generate([*ROWS[:1], {"id": "bad"}], "--trace", tmp_path / "trace.jsonl")
+        assert result.exit_code == 1 and len(load_trace(tmp_path / "trace.jsonl")) == 1
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.55, 0.999])
 def test_a_run_that_was_cut_off_ends_with_the_same_rows(generate, tmp_path, share):
     _, whole = generate(ROWS)

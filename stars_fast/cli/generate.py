@@ -277,12 +277,13 @@ def _trace_file(path: Path | None) -> Iterator[Callable[[StarsOutput], None] | N
         return
     from stars_fast.report.files import replacing
 
-    prompts = 0
-    with replacing(path) as file:
+    file, prompts = None, 0
+    with ExitStack() as held:
 
         def write(output: StarsOutput) -> None:
-            nonlocal prompts
+            nonlocal file, prompts
             assert output.origin is not None
+            file = file or held.enter_context(replacing(path))  # a run that answers nothing leaves what was there
             prompts = output.origin.write(output, file, prompts)
 
         yield write
