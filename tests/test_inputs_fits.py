@@ -71,6 +71,14 @@ def test_a_fit_of_a_scorer_with_other_settings_is_refused_by_name(models, make, 
         StarsEngine(policy, make(reward, others)).generate([[1, 2]], config, seed=0)
 
 
+def test_a_templates_variables_describe_a_scorer_alike_in_any_order_and_process(models):
+    def described(**variables):
+        return ClassifierReward(models[1], "policy", chat_template_kwargs=variables).described
+
+    assert described(tools=[lambda: 1], brief=True) == described(brief=True, tools=[lambda: 2])
+    assert described(brief=True) != described(brief=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_fit_serves_copies_in_other_dtypes(models, config, dtype):
     engine = StarsEngine(*(copy.deepcopy(model).to(dtype) for model in models))

@@ -93,3 +93,5 @@ def test_every_rule_tells_one_scorer_from_another_in_any_process():
     told = [RuleReward({r"\d": 1.0}, {first: weight, other: 2.0}).described for weight in (1.0, 1.0, 3.0)]
     assert told[0] == told[1] != told[2]
     assert " at 0x" not in RuleReward(predicates={functools.partial(len): 1.0}).described
+    assert RuleReward({"a": 1.0, "b": 2.0}).described == RuleReward({"b": 2.0, "a": 1.0}).described
+    assert RuleReward({"a": 1.0}).described != RuleReward({re.compile("a", re.IGNORECASE): 1.0}).described

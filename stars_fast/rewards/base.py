@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -249,7 +250,7 @@ class Reward(abc.ABC):
         """What tells it from other scorers, besides its models, by settings that change its rewards: a fit is made for
         one.
         """
-        own = ", ".join(f"{name}={value!r}" for name, value in self._changed.items())
+        own = ", ".join(f"{name}={_told(value)}" for name, value in self._changed.items())
         return f"{type(self).__name__} ({own})" if own else type(self).__name__
 
     @property
@@ -275,6 +276,12 @@ class Reward(abc.ABC):
 def changed(**settings: tuple[Any, Any]) -> dict[str, Any]:
     """Of settings, each with its default, those that are not the default."""
     return {name: value for name, (value, default) in settings.items() if value != default}
+
+
+def _told(value: Any) -> str:
+    """A setting as it reads in every process: mappings in one order, and functions without their address."""
+    ordered = dict(sorted(value.items())) if isinstance(value, Mapping) else value
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(ordered))
 
 
 def check_model(argument: str, model: Any, predicts: bool = False) -> None:

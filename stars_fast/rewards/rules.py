@@ -51,9 +51,9 @@ class RuleReward(Reward):
         self.patterns = [(_compiled(pattern), _weight(pattern, weight)) for pattern, weight in (patterns or {}).items()]
         self.predicates = [(rule, _weight(rule, weight)) for rule, weight in (predicates or {}).items()]
         self.partial = truth("partial", partial)
-        told = [(pattern.pattern, weight) for pattern, weight in self.patterns]
+        told = [(pattern.pattern, pattern.flags, weight) for pattern, weight in self.patterns]
         named = [(getattr(rule, "__name__", type(rule).__name__), weight) for rule, weight in self.predicates]
-        self._changed = {"rules": [*told, *named]}
+        self._changed = {"rules": sorted([*told, *named], key=repr)}  # in whatever order they are given
         if not self.patterns and not self.predicates:
             raise ValueError("RuleReward has no rules: give patterns= or predicates=")
         for rule, _ in self.predicates:
