@@ -1,5 +1,6 @@
 """A reward that fails ends the request it fails for, and no other."""
 
+import itertools
 import math
 import traceback
 import warnings
@@ -76,6 +77,26 @@ def test_where_a_device_works_by_itself_the_next_extension_is_launched_before_th
     engine.on_heartbeat = lambda beat: done.append("count")
     engine.generate(PROMPTS[:1], CONFIG, target_reward=-100.0, max_new_tokens=8, seed=1)
     assert done == ["encode", *(["encode", "count"] if ahead else ["count", "encode"]), "count"]
+
+
+def test_a_round_counts_whose_early_extension_fails(policy32, monkeypatch):
+    def stats(failing):
+        engine, calls = StarsEngine(policy32, sum_reward), itertools.count(1)
+        engine.core.ahead = True
+        prefill = engine.policy.prefill
+
+        def encode(*args):
+            if next(calls) == failing:
+                raise ValueError("not now")
+            return prefill(*args)
+
+        monkeypatch.setattr(engine.policy, "prefill", encode)
+        found = engine.generate(PROMPTS[:1], CONFIG, target_reward=-100.0, max_new_tokens=8, seed=1).stats
+        return [found[name] for name in ("heartbeats", "policy_tokens", "committed_tokens")]
+
+    expected = stats(None)
+    with pytest.warns(UserWarning, match="a heartbeat broke off"):
+        assert stats(2) == expected
 
 
 def test_a_reward_that_fails_from_the_start_leaves_an_empty_completion(policy32):

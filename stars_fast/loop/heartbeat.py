@@ -65,9 +65,11 @@ class Loop(Queue):
                 looked_at += [one for group in stage.values() for one in group]
             self.drop_finished()
             committed, clock = self.committed - before, (started, proposed, time.perf_counter())
-            if self.ahead:
-                self.extend_ahead()
-            self.note(drawn, looked_at, clock, self.reward.tokens - scored, committed)
+            try:
+                if self.ahead:
+                    self.extend_ahead()
+            finally:  # the round is over, and counts
+                self.note(drawn, looked_at, clock, self.reward.tokens - scored, committed)
             if committed:  # what is begun anew each time, and fails at its end, gets no further by failing again
                 self.scheduler.recover()
             return
