@@ -132,15 +132,16 @@ def test_a_fit_brings_its_segments_and_sampling_and_spares_the_pilots():
     assert not calibrates(StarsConfig(method="vanilla")) and not calibrates(StarsConfig(target_reward=2.0))
 
 
-def test_another_temperature_than_the_fits_is_told_what_needs_no_fit():
+def test_another_temperature_than_the_fits_is_told_what_needs_no_fit(recwarn):
     from stars_fast.serve.assembly import with_fit
 
-    with running(StarsEngine("demo", "demo"), config=with_fit(StarsConfig(fit="demo"), ())) as server:
+    with running(StarsEngine("demo", "demo"), config=with_fit(StarsConfig(fit="demo", acceptance=0.2), ())) as server:
         asked = {"prompt": "This film is", "max_tokens": 2, "temperature": 0.7}
         told = server.post("/v1/completions", **asked).json()["error"]["message"]
         assert 'give temperature=1.0, or stars: {"target_reward": ...}' in told and "stars_fast" not in told
         answered = server.post("/v1/completions", **asked, stars={"target_reward": 1.0})
     assert answered.status_code == 200
+    assert not [one for one in recwarn if "without effect" in str(one.message)], "the operator has not named both"
 
 
 def test_a_service_takes_its_length_from_a_config_that_says_it_and_gives_the_engine_back():

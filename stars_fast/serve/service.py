@@ -151,8 +151,10 @@ class Service:
             if idle := [name for name in given & changes.keys() if getattr(ruled, name) != getattr(config, name)]:
                 raise Refusal(f"stars.{idle[0]}: method={method.name!r} decides it itself", param=f"stars.{idle[0]}")
             config = ruled  # what the server was started with for another method is none of this one's
-            if not method.uses_fit or (method.has_target and config.target_reward is not None):
+            if not method.uses_fit:
                 config = config.replace(fit=None)
+            elif method.has_target and config.target_reward is not None:  # which decides alone
+                config = config.replace(fit=None, acceptance=StarsConfig().acceptance)
             each = method.rows(config.replace(candidates="auto"))
             if (work := len(body.prompts) * body.samples * each) > MOST_CANDIDATES:
                 raise Refusal(
