@@ -156,8 +156,8 @@ class TreeModel(Stays):
         if self.torch_compile and not self._marked:
             self.torch_compile = False
             warn(
-                f"the layers of {type(self.model).__name__} run without torch.compile: their attention is not given "
-                "the mask that the model was, by which compiled code knows whose pass it is"
+                f"the layers of {type(self.model).__name__} run without torch.compile: their attention gets another "
+                "mask than the model was given, by which compiled code tells the engine's passes from a user's"
             )
 
     @property
