@@ -197,8 +197,10 @@ def test_it_asks_for_what_its_parts_ask_for():
     probe = HiddenStateProbe(torch.nn.Linear(4, 1))
     assert WeightedSum([(1.0, Returns(0))]).partial and not WeightedSum([(1.0, Returns(0)), (1.0, final)]).partial
     assert WeightedSum([(1.0, probe), (1.0, Returns(0))]).needs_hidden_state
-    assert WeightedSum([(1.0, Returns(0)), (1.0, CallableReward(len))]).reads_text
-    assert not WeightedSum([(1.0, Returns(0))]).reads_text
+    watched = WeightedSum({"guide": (1.0, Returns(0)), "text": (0.0, CallableReward(len))})
+    assert not watched.reads_text, "a part that is only watched misleads nobody"
+    watched.weights = {"text": 1.0}
+    assert watched.reads_text
     completion = one()
     completion.hidden = torch.ones(4)
     scorer = WeightedSum([(1.0, probe)])

@@ -90,9 +90,8 @@ class WeightedSum(Reward):
                 raise TypeError(f"part {name!r} is a {type(reward).__name__}: give a stars_fast.rewards.Reward")
         if len({id(part.reward) for part in self._parts}) < len(self._parts):
             raise ValueError("a scorer is given twice: add its weights up")
-        self.partial = all(part.reward.partial for part in self._parts if part.weight)
+        self._weigh()
         self.in_order = all(part.reward.in_order for part in self._parts)
-        self.reads_text = any(part.reward.reads_text for part in self._parts)
         self.needs_hidden_state = any(part.reward.needs_hidden_state for part in self._parts)
         self._begun: list[_Part] = []
         self._text_only = frozenset([text_only] if isinstance(text_only, str) else text_only)
@@ -115,7 +114,13 @@ class WeightedSum(Reward):
             raise ValueError(f"weights: there is no part {shown(unknown[0])}; there are {', '.join(self.weights)}")
         new = {name: _weight(name, weight) for name, weight in weights.items()}
         self._parts = [part._replace(weight=new.get(part.name, part.weight)) for part in self._parts]
-        self.partial = all(part.reward.partial for part in self._parts if part.weight)
+        self._weigh()
+
+    def _weigh(self) -> None:
+        """What a part of weight 0 is mistaken in guides nothing."""
+        weighed = [part.reward for part in self._parts if part.weight]
+        self.partial = all(reward.partial for reward in weighed)
+        self.reads_text = any(reward.reads_text for reward in weighed)
 
     @property
     def described(self) -> str:
