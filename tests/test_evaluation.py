@@ -147,10 +147,11 @@ def test_a_recipe_names_what_it_does_not_know(tmp_path):
         read_recipe(None, {"budgets": "2,x"})
     with pytest.raises(ValueError, match="budgets: 'inf' is not finite"):
         read_recipe(None, {"budgets": "2,inf"})
-    for template in ("Q", "{question}", "{} {}", "{} {", 5):
+    for template in ("Q", "{{}}", "{question}", "{} {}", "{} {", 5):
         with pytest.raises(ValueError, match=r"template=.* must have \{\}"):
             read_recipe(None, {"template": template})
-    assert read_recipe(None, {"template": "{{x}} {}"}).template == "{{x}} {}"
+    for template in ("{{x}} {}", "{0}"):
+        assert read_recipe(None, {"template": template}).template == template
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

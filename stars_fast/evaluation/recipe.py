@@ -80,8 +80,7 @@ def read_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
 
 def _check_template(template: Any) -> None:
     try:
-        has_place = "{}" in template
-        template.format("")  # which raises for any further place
+        has_place = "\0" in template.format("\0")  # which raises for any further place
     except (AttributeError, LookupError, TypeError, ValueError):
         has_place = False
     if not has_place:
