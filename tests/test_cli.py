@@ -537,6 +537,14 @@ def test_a_methods_parameter_in_a_file_is_told_its_place(models, tmp_path):
     assert result.exit_code == 2 and "write method: {name: treebon, n: 8}" in result.stderr
 
 
+def test_a_trace_is_not_written_over_the_settings_that_it_is_made_with(models, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("max_new_tokens: 2\n")
+    result = invoke("generate", *models, "--prompt", "w3", "--config", file, "--trace", file)
+    assert result.exit_code == 2 and "is also the config" in result.stderr
+    assert file.read_text() == "max_new_tokens: 2\n"
+
+
 def test_a_setting_given_as_an_option_is_told_how_it_is_set(models):
     result = invoke("generate", *models, "--prompt", "w3", "--top-k", 5)
     assert result.exit_code == 2 and "--set top_k=VALUE" in result.stderr

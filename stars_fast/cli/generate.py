@@ -88,7 +88,8 @@ def run(
     names = Names(
         policy or settings.policy, reward or settings.reward, tokenizer, reward_tokenizer, reward_tail, processor
     )
-    _check_usage(names, prompt, input_, output, trace, as_json, dtype)
+    _check_usage(names, prompt, input_, output, as_json, dtype)
+    _check_target("--trace", trace, input=input_, output=output, config=config)
     if image and not prompt:
         fail("--image is of --prompt; rows of --input have a column image")
     if chat and not prompt:
@@ -134,7 +135,6 @@ def _check_usage(
     prompt: list[str] | None,
     input_: Path | None,
     output: Path | None,
-    trace: Path | None,
     as_json: bool,
     dtype: str,
 ) -> None:
@@ -146,7 +146,6 @@ def _check_usage(
     if prompt and not any(prompt):
         fail("--prompt is empty: a prompt has at least one token")
     _check_target("--output", output, input=input_)
-    _check_target("--trace", trace, input=input_, output=output)
 
 
 def _check_target(option: str, path: Path | None, **others: Path | None) -> None:
