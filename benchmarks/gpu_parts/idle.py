@@ -36,6 +36,7 @@ def _profile_heartbeats(runner: Runner, groups: int, candidates: int) -> None:
     prompts, config = driven.pair.prompts(groups, load.prompt_length), driven.config(load)
     profiler, seen = profiler_of(runner.device, host=True), 0
     first, count = (2, 2) if runner.tiny else (6, _HEARTBEATS)
+    last = first + count + 1  # one more, with which the last one ends
 
     def on_heartbeat(one: Heartbeat) -> None:
         """The profiler starts and ends inside a heartbeat: of these two it sees a part, which does not count."""
@@ -44,7 +45,7 @@ def _profile_heartbeats(runner: Runner, groups: int, candidates: int) -> None:
             seen += 1
             if seen == first:
                 profiler.start()
-            elif seen == first + count + 2:
+            elif seen == last + 1:
                 synchronize(runner.device)
                 profiler.stop()
 
@@ -52,10 +53,10 @@ def _profile_heartbeats(runner: Runner, groups: int, candidates: int) -> None:
     try:
         with stages_marked():
             for seed in range(4):
-                stream_until(lambda: seen > first + count + 1, driven.engine, prompts, config, candidates, seed)
+                stream_until(lambda: seen > last, driven.engine, prompts, config, candidates, seed)
     finally:
         driven.engine.on_heartbeat = None
-        if first <= seen <= first + count + 1:
+        if first <= seen <= last:
             profiler.stop()
     found = read(profiler, runner.device)
     whole = [one for one in found.stages if one.name == "heartbeat"][-count - 1 :]

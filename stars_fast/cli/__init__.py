@@ -34,16 +34,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo", cls=Command)(demo.run)
-app.command("generate", cls=Command)(generate.run)
-app.command("batch", cls=Command)(batch.run)
-app.command("fit", cls=Command)(fit.run)
-app.command("serve", cls=Command)(serve.run)
-app.command("eval", cls=Command)(eval.run)
-app.command("trace", cls=Command)(trace.run)
-app.command("doctor", cls=Command)(doctor.run)
-app.command("bench", cls=Command)(bench.run)
-app.command("kernels", cls=Command)(kernels.run)
+for module in (demo, generate, batch, fit, serve, eval, trace, doctor, bench, kernels):
+    app.command(module.__name__.rpartition(".")[2], cls=Command)(module.run)
 
 __all__ = ["app"]
 

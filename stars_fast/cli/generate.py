@@ -131,12 +131,7 @@ def warn_of_n(answers: int | None, config: StarsConfig) -> None:
 
 
 def _check_usage(
-    names: Names,
-    prompt: list[str] | None,
-    input_: Path | None,
-    output: Path | None,
-    as_json: bool,
-    dtype: str,
+    names: Names, prompt: list[str] | None, input_: Path | None, output: Path | None, as_json: bool, dtype: str
 ) -> None:
     check_models(names, dtype)
     if as_json and output is not None:

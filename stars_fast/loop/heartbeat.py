@@ -10,7 +10,7 @@ import torch
 
 from stars_fast.loop.memory import TooLarge, passing
 from stars_fast.loop.queue import Queue, due
-from stars_fast.loop.request import Candidate, Drawn, PromptNode, Proposer, Request, Strategy
+from stars_fast.loop.request import Candidate, Drawn, PromptNode, Proposer, Request, Strategy, Tree, Trunk
 from stars_fast.loop.row_cost import Heartbeat, Timing
 from stars_fast.loop.selection import trace_unseen
 from stars_fast.methods.base import Method
@@ -49,10 +49,7 @@ class Loop(Queue):
         self.admit()
         try:
             joined = self.join()
-            wanted = due(self.running)
-            for tree, trunks in wanted.items():
-                tree.extend(trunks)
-            self.fail_unreadable(wanted)
+            self.fail_unreadable(self.extend())
             self.set_base_rewards(joined)
             self.drop_finished()
             drawn = self.propose()
@@ -75,6 +72,13 @@ class Loop(Queue):
             return
         # Out here nothing of the failed pass is alive: an exception holds its frames, and they their tensors.
         self.retreat(large)
+
+    def extend(self) -> dict[Tree, list[Trunk]]:
+        """Encode what the running requests need before they draw. Returns all that they need."""
+        wanted = due(self.running)
+        for tree, trunks in wanted.items():
+            tree.extend(trunks)
+        return wanted
 
     def set_base_rewards(self, joined: Sequence[Request]) -> None:
         """``r0`` of new requests that need r(x), the reward of the empty answer; where that fails, they do."""
@@ -216,14 +220,13 @@ class Loop(Queue):
             strategy.judge(own, drawn, rewards)
 
     def extend_ahead(self) -> None:
-        """Encode what the running requests need before they draw again.
+        """:meth:`extend` for the next round, only where none has to give way first.
 
-        Only where none has to give way first. What does not fit is asked for again in the next round, which retreats.
+        What does not fit is asked for again in the next round, which retreats.
         """
         if self.scheduler.spare(self.admitted) >= 0:
             with suppress(TooLarge):
-                for tree, trunks in due(self.running).items():
-                    tree.extend(trunks)
+                self.extend()
 
     def note(
         self,
